@@ -1,0 +1,71 @@
+"""The base of every config model: unknown keys are refused with the nearest, errors read as one line a fault."""
+
+import difflib
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from rlqwen.errors import ConfigError
+
+
+class Config(BaseModel):
+    """A pydantic model that forbids unknown keys and says what was probably meant."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    refused: ClassVar[dict[str, str]] = {}
+    """Keys that other libraries have and rlqwen does not: key -> what to use instead."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                if key not in cls.model_fields:
+                    raise ValueError(f"{cls._unknown(str(key))} (value given: {value!r})")
+        return values
+
+    @classmethod
+    def _unknown(cls, key: str) -> str:
+        if key in cls.refused:
+            return f"{key!r} has no meaning in rlqwen: {cls.refused[key]}"
+        near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.6)
+        if near:
+            return f"unknown key {key!r}; did you mean {near[0]!r}?"
+        return f"unknown key {key!r}; known keys: {', '.join(sorted(cls.model_fields))}"
+
+    @classmethod
+    def parse(cls, values: Any, where: str = "") -> Self:
+        """Validate `values`; raises ConfigError, each fault on a line that begins with `where` and the key's path."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise explain(error, where) from None
+
+
+class ArgumentsConfig(Config):
+    """A config that people construct by hand in Python: its constructor raises ConfigError."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise explain(error) from None
+
+
+def explain(error: ValidationError, where: str = "") -> ConfigError:
+    """Turn pydantic's report into ours: `where: path.to.key: what is wrong (value given: ...)`, a line a fault."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        path = ".".join(str(part) for part in fault["loc"])
+        cause = fault.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            lines += [f"{path}: {line}" if path else line for line in str(cause).splitlines()]
+            continue
+        if isinstance(cause, ValueError):
+            message = str(cause)
+        else:
+            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]} (value given: {fault['input']!r})"
+        lines.append(f"{path}: {message}" if path else message)
+    prefix = f"{where}: " if where else ""
+    return ConfigError("\n".join(prefix + line for line in lines))

@@ -1,0 +1,53 @@
+"""Where rows come from and how they are read."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlqwen.config.base import Config
+
+
+class SourceConfig(Config):
+    """One source of rows; several are mixed by weight."""
+
+    path: str | None = None
+    """A file (.json, .jsonl, .parquet, .csv), a folder of such files, or a hub dataset id."""
+    generator: str | None = None
+    """Instead of `path`: a built-in generator, such as `arithmetic`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the generator."""
+    name: str | None = None
+    """Configuration of a hub dataset."""
+    split: str | None = None
+    """Split of a hub dataset; `train` if not given."""
+    revision: str | None = None
+    """Revision of a hub dataset, to pin it."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Column map, ours: theirs; for example `{prompt: question, solution: answer}`."""
+    system_prompt: str | None = None
+    """Put before every prompt as a system turn; makes string prompts conversational."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of this source when several are mixed."""
+    limit: int | None = Field(default=None, gt=0)
+    """Take only the first so many rows."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "SourceConfig":
+        if (self.path is None) == (self.generator is None):
+            raise ValueError("give either 'path' (a file, folder or hub id) or 'generator' (a built-in one)")
+        return self
+
+
+class DataConfig(Config):
+    """Training and evaluation rows."""
+
+    train: SourceConfig | list[SourceConfig]
+    """One source, or several mixed by weight."""
+    eval: SourceConfig | list[SourceConfig] | None = None
+    """Rows that evaluation uses; never trained on."""
+    max_prompt_length: int | None = Field(default=None, gt=0)
+    """Prompts of more tokens are over-long. Without it: what the model's context leaves beside the completion."""
+    overlong_prompts: Literal["drop", "refuse"] = "drop"
+    """Drop over-long prompts and say how many, or stop with an error that names the rows."""
+    mixing_seed: int = 42
+    """Seed of the order in which mixed sources are interleaved."""

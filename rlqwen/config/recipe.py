@@ -1,0 +1,108 @@
+"""A whole run: what `rlqwen run` reads from YAML."""
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from rlqwen.config.base import Config
+from rlqwen.config.data import DataConfig
+from rlqwen.config.grpo import GRPOConfig
+from rlqwen.config.sft import SFTConfig
+from rlqwen.config.trainer import TrainerConfig
+from rlqwen.errors import ConfigError
+
+TRAINER_CONFIGS: dict[str, type[TrainerConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig}
+
+
+class LoraSettings(Config):
+    """Low-rank adapters; PEFT's names."""
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1)
+    """None: twice `r`."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+    """Modules trained fully beside the adapters, such as `embed_tokens`."""
+    use_rslora: bool = False
+
+
+class ModelConfig(Config):
+    """The policy's starting weights."""
+
+    path: str
+    """Hub id, folder, or `builtin:tiny-qwen3`: about a million random weights, for tests and the quickstart."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights that are not trained; trained weights are float32."""
+    lora: LoraSettings | None = None
+    revision: str | None = None
+    """Hub revision, to pin the weights."""
+    trust_remote_code: bool = False
+    init_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of `from_pretrained`, or of the built-in model."""
+
+
+class RewardSpec(Config):
+    """One reward of a run."""
+
+    name: str
+    """A registered name, `package.module:function`, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Bound to the function by keyword, or given to its factory."""
+
+
+class Recipe(Config):
+    """A run from weights to weights."""
+
+    algorithm: Literal["sft", "grpo"]
+    model: ModelConfig
+    data: DataConfig
+    rewards: list[RewardSpec] = Field(default_factory=list)
+    train: SerializeAsAny[TrainerConfig]
+    """The algorithm's own config: SFTConfig, GRPOConfig."""
+    output_dir: str
+    """The run folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_trainer_config(cls, values: Any) -> Any:
+        """`rollout`, `scoring` and `output_dir` stand at the top of a recipe and belong to the trainer's config."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        algorithm = values.get("algorithm")
+        if algorithm not in TRAINER_CONFIGS:
+            raise ValueError(f"algorithm: must be one of {', '.join(TRAINER_CONFIGS)} (value given: {algorithm!r})")
+        if not isinstance(values.get("train") or {}, dict):
+            raise ValueError(f"train: must be a mapping of arguments (value given: {values['train']!r})")
+        train = dict(values.get("train") or {})
+        for section in ("rollout", "scoring"):
+            if section in values:
+                if algorithm == "sft":
+                    raise ValueError(f"{section!r} has no meaning for algorithm 'sft': nothing is generated or scored")
+                train[section] = values.pop(section)
+        if "output_dir" in values:
+            train["output_dir"] = values["output_dir"]
+        try:
+            values["train"] = TRAINER_CONFIGS[algorithm](**train)
+        except ConfigError as error:
+            sections = ("rollout", "scoring", "output_dir")
+            lines = [line if line.startswith(sections) else f"train: {line}" for line in str(error).splitlines()]
+            raise ConfigError("\n".join(lines)) from None
+        return values
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _accept_bare_names(cls, rewards: Any) -> Any:
+        if isinstance(rewards, list):
+            return [{"name": reward} if isinstance(reward, str) else reward for reward in rewards]
+        return rewards
+
+    @model_validator(mode="after")
+    def _rewards_fit_algorithm(self) -> "Recipe":
+        if self.algorithm == "grpo" and not self.rewards:
+            raise ValueError("algorithm 'grpo' needs at least one reward; `rlqwen rewards` lists them")
+        if self.algorithm == "sft" and self.rewards:
+            raise ValueError("algorithm 'sft' takes no rewards")
+        return self

@@ -1,0 +1,64 @@
+"""How completions are generated and scored."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlqwen.config.base import ArgumentsConfig
+
+
+class RolloutConfig(ArgumentsConfig):
+    """The pool of rollout workers."""
+
+    engine: Literal["vllm", "transformers"] | None = None
+    """`vllm`: engines in Ray actors. `transformers`: plain sampling in the trainer's process, slow. None takes vLLM
+    where it imports, else transformers with a warning."""
+    num_workers: int = Field(default=1, ge=1)
+    """Number of vLLM engines, each an actor."""
+    num_cpus_per_worker: float | None = Field(default=None, gt=0)
+    """CPUs asked of Ray for each worker. None: 1 on a GPU machine, else an equal share of this machine's."""
+    num_gpus_per_worker: float | None = Field(default=None, ge=0)
+    """GPUs asked of Ray for each worker. None: `tensor_parallel_size` where GPUs exist, else 0."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs that one engine shards the model over."""
+    gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)
+    """Share of a GPU's memory that one engine may take."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """KV cache of one engine on CPU, in GiB."""
+    max_model_length: int | None = Field(default=None, gt=0)
+    """Context of the engines, in tokens. None: the model's own, at most prompt plus completion of this run."""
+    max_num_seqs: int = Field(default=128, ge=1)
+    """Completions that one engine decodes at the same time."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the engines compute in. `auto`: what the trainer's forward computes in."""
+    enforce_eager: bool | None = None
+    """Skip compilation and CUDA graphs. None: only on CPU."""
+    start_timeout: float = Field(default=300.0, gt=0)
+    """Seconds for Ray and all engines to come up."""
+    generate_timeout: float = Field(default=600.0, gt=0)
+    """Seconds for one group; past it the worker counts as dead, is replaced, and the group is retried."""
+    sync_timeout: float = Field(default=300.0, gt=0)
+    """Seconds for every worker to acknowledge new weights."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often workers are replaced over the run, all together, before the run stops."""
+    ray_address: str | None = None
+    """Address of a running Ray cluster. None starts a private one on this machine and ends it with the run."""
+    canary_tolerance: float | None = Field(default=None, gt=0)
+    """Largest logprob gap allowed after a sync. None: 1e-3 in float32, 0.15 in bfloat16 and float16."""
+
+
+class ScoringConfig(ArgumentsConfig):
+    """The worker processes that call the rewards."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Processes that score; each holds every reward."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds for one call of one reward on one group; past it the worker is killed and replaced."""
+    start_timeout: float = Field(default=120.0, gt=0)
+    """Seconds for a worker to import the rewards."""
+    memory_gib: float | None = Field(default=4.0, gt=0)
+    """Memory that a worker may take; a reward that asks for more gets MemoryError. None: no limit."""
+    max_failure_share: float = Field(default=0.5, ge=0, le=1)
+    """Stop the run when a reward fails on more than this share of a batch."""
+    in_process: list[str] = Field(default_factory=list)
+    """Names of rewards to call in the trainer's own process, without a deadline: for rewards that keep state."""

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlqwen.config.trainer import TrainerConfig
+
+
+class SFTConfig(TrainerConfig):
+    """Arguments of SFTTrainer; TRL's names, meanings and defaults unless said otherwise."""
+
+    max_length: int | None = Field(default=1024, ge=2)
+    """Longer sequences are truncated, and counted; None: never."""
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    """Which end of a longer sequence is kept; `drop` (ours) leaves the row out instead."""
+    packing: bool = False
+    """Fill rows of `max_length` tokens with whole sequences (best fit); the batch size then counts such rows.
+    Sequences never see each other either way, and no batch is ever padded."""
+    assistant_only_loss: bool | None = None
+    """Loss on assistant turns only. None (TRL: False): yes where rows have `messages`."""
+    completion_only_loss: bool | None = None
+    """Loss on the completion only. None: yes where rows have `prompt` and `completion`."""
+    dataset_text_field: str = "text"
+    """Column of plain-text rows."""
+    chat_template_path: str | None = None
+    """A Jinja file, or a model whose chat template to use."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, for example `{enable_thinking: false}`."""
+    eos_token: str | None = None
+    """Token that ends a turn. None: the tokenizer's."""
+    pad_token: str | None = None
+    """Accepted for TRL's sake: nothing is padded here."""

@@ -1,0 +1,120 @@
+"""What every trainer's config has: names, meanings and defaults of transformers.TrainingArguments unless said here."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from rlqwen.config.base import ArgumentsConfig
+
+Schedule = Literal["no", "steps", "epoch"]
+
+
+class TrainerConfig(ArgumentsConfig):
+    """Batch, optimiser, schedule, evaluation, saving and logging."""
+
+    refused: ClassVar[dict[str, str]] = {
+        "fp16": "use bf16 (fp16 comes with DeepSpeed)",
+        "use_liger_kernel": "logprobs are computed in chunks from hidden states already",
+        "padding_free": "every batch is packed without padding already",
+        "pad_to_multiple_of": "batches are packed without padding",
+        "remove_unused_columns": "leave it out: reward functions get the columns that they name",
+        "deepspeed": "leave it out: this version trains in one process",
+        "fsdp": "leave it out: this version trains in one process",
+        "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
+        "resume_from_checkpoint": "exact resume is not there yet",
+        "dataloader_num_workers": "leave it out: rows are tokenised once, before training",
+        "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
+        "logging_strategy": "use logging_steps",
+        "activation_offloading": "use gradient_checkpointing and max_tokens_per_micro_batch",
+    }
+
+    output_dir: str | None = None
+    """The run folder. None: `runs/{algorithm}-{model name}`."""
+    overwrite_output_dir: bool = False
+    """Start anew in a folder that holds a run already; otherwise that is refused."""
+    run_name: str | None = None
+    """Name of the run for the metric sinks. None: the run folder's name."""
+
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Sequences (GRPO: completions) a micro-batch; times `gradient_accumulation_steps` and ranks gives one update."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches an update. The loss is normalised over the whole update, so the split changes only rounding."""
+    max_tokens_per_micro_batch: int | None = Field(default=None, ge=1)
+    """Ours: split an update by packed tokens instead, so that memory is bounded whatever the lengths."""
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    max_steps: int = -1
+    """Optimizer updates (GRPO: as in TRL, also updates); -1: as `num_train_epochs` says."""
+    shuffle_dataset: bool = True
+
+    learning_rate: float = Field(default=2e-5, ge=0)
+    lr_scheduler_type: str = "linear"
+    """A name that transformers.get_scheduler knows: linear, cosine, constant, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    warmup_steps: float = Field(default=0, ge=0)
+    """Warm-up updates; below 1, a share of all updates."""
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Warm-up as a share of all updates."""
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch_fused"
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient norm is clipped to this; 0: not clipped."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
+    """Ours: an update with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16 while trained weights stay float32. None: on GPUs that have it, not on CPU."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass to save memory. None: on GPU, not on CPU."""
+    use_cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+    model_init_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `from_pretrained` when the model is given as a name or folder; `dtype` is that of frozen weights."""
+    trust_remote_code: bool = False
+    disable_dropout: bool = False
+    logprob_chunk_size: int = Field(default=1024, ge=1)
+    """Ours: tokens whose logits exist at the same time."""
+
+    eval_strategy: Schedule = "no"
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Updates between evaluations; None: `logging_steps`."""
+    eval_on_start: bool = False
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    save_strategy: Schedule = "steps"
+    save_steps: int = Field(default=500, ge=1)
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Keep only so many checkpoints, the newest and the best."""
+    load_best_model_at_end: bool = False
+    """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
+    metric_for_best_model: str | None = None
+    """A key of the evaluation metrics, with or without `eval/`. None: the loss (SFT), the reward (GRPO)."""
+    greater_is_better: bool | None = None
+    """None: unless the metric's name ends in `loss` or `perplexity`."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Ours: stop after so many evaluations without an improvement of `metric_for_best_model`."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """What counts as an improvement."""
+
+    logging_steps: int = Field(default=1, ge=1)
+    """Updates between two lines of metrics (TRL: 10)."""
+    report_to: str | list[str] = "none"
+    """Metric sinks beside the JSONL file that is always written: tensorboard, wandb, trackio, or none."""
+    disable_tqdm: bool = False
+    """No live display, plain lines only."""
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _coherent(self) -> "TrainerConfig":
+        needs_eval = [
+            name
+            for name, given in (
+                ("load_best_model_at_end", self.load_best_model_at_end),
+                ("early_stopping_patience", self.early_stopping_patience is not None),
+            )
+            if given
+        ]
+        if needs_eval and self.eval_strategy == "no":
+            raise ValueError(f"{needs_eval[0]} needs evaluations; set eval_strategy to 'steps' or 'epoch'")
+        return self

@@ -1,0 +1,75 @@
+"""Every error that rlqwen raises on purpose.
+
+    RlqwenError
+    ├── InputError (ValueError)          what the user gave is wrong: exit code 2, a message and no traceback
+    │   ├── ConfigError                  a recipe or an argument of a config
+    │   ├── DataError                    a data file or a row
+    │   ├── ModelError                   a model folder, tokenizer or chat template
+    │   ├── RewardSpecError              an unknown, ambiguous or ill-fitting reward
+    │   └── ResourceError                more CPUs, GPUs or memory asked than there are
+    ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
+    ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
+    └── RolloutError (RuntimeError)      the rollout workers cannot go on
+        ├── WorkerDied                   a worker died more often than it may be restarted
+        ├── WeightSyncError              a worker's weights differ from the trainer's after a sync
+        └── DeadlineExceeded (TimeoutError)   a wait outlived its deadline
+
+A message says what is wrong, where, which value, and how to mend it. All of them pickle, because Ray carries
+them between processes: an error takes exactly one argument, its message.
+"""
+
+
+class RlqwenError(Exception):
+    """Base of every error raised on purpose; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputError(RlqwenError, ValueError):
+    """What the user gave is wrong; the message alone must be enough to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A recipe or an argument of a config is wrong."""
+
+
+class DataError(InputError):
+    """A data file or a row is wrong; the message names file and row."""
+
+
+class ModelError(InputError):
+    """A model folder, tokenizer or chat template cannot be used."""
+
+
+class RewardSpecError(InputError):
+    """A reward is unknown, claimed by two packages, or asks for columns that the data lacks."""
+
+
+class ResourceError(InputError):
+    """More CPUs, GPUs or memory were asked for than exist."""
+
+
+class RewardFailure(RlqwenError, RuntimeError):
+    """A reward failed on too large a share of a batch; carries the reward's own traceback in its message."""
+
+
+class NonFiniteError(RlqwenError, RuntimeError):
+    """Loss or gradient was NaN or infinite in too many steps in a row."""
+
+
+class RolloutError(RlqwenError, RuntimeError):
+    """The rollout workers cannot go on."""
+
+
+class WorkerDied(RolloutError):
+    """A rollout worker died more often than it may be restarted."""
+
+
+class WeightSyncError(RolloutError):
+    """A rollout worker's weights differ from the trainer's after a sync."""
+
+
+class DeadlineExceeded(RolloutError, TimeoutError):
+    """A wait outlived its deadline."""

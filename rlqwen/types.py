@@ -1,0 +1,109 @@
+"""What travels between data, rollout, scoring and training: plain dataclasses, no torch.
+
+Example:
+    A group is a prompt and its G completions; every list of a group with suffix `_G` is parallel to `completions`.
+
+        prompt = Prompt(index=0, token_ids=[5, 6], content="2+2=", columns={"solution": "4"})
+        group = Group(prompt, [Completion([52, 9], [-0.1, -0.2], "stop", "4")], policy_version=3)
+        group.rewards["accuracy"] = [1.0]
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]
+"""A chat turn: `role`, `content` and what else the chat template reads."""
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the model ended its turn. `length`: it was cut off at the token limit, hence truncated."""
+
+Outcome = Literal["ok", "timeout", "error", "invalid"]
+"""What became of one sample's reward call; all but `ok` count as missing, never as 0."""
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One row of the data, ready to be sampled from."""
+
+    index: int
+    """Row number in the dataset, from 0; part of the sampling seed."""
+    token_ids: list[int]
+    content: str | list[Message]
+    """The prompt as reward functions see it: text, or messages."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns, passed on to the reward functions that name them."""
+
+    @property
+    def is_conversational(self) -> bool:
+        return not isinstance(self.content, str)
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled answer."""
+
+    token_ids: list[int]
+    """Includes the end-of-turn token when `finish_reason` is `stop`."""
+    logprobs: list[float]
+    """The sampler's log-probability of each token, after temperature and truncation of the distribution."""
+    finish_reason: FinishReason
+    text: str
+    """Decoded without special tokens, for rewards and for people."""
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt, its G completions, and what scoring and advantage estimation add to them."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    policy_version: int
+    """Version of the weights that sampled the completions."""
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    """Raw reward of each completion by reward name; None where missing or not applicable."""
+    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
+    """What became of each reward call, parallel to `rewards`."""
+    total_rewards_G: list[float | None] = field(default_factory=list)
+    """Weighted sum over reward functions; None if all of them are missing."""
+    advantages_G: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass(slots=True, frozen=True)
+class Sampling:
+    """How completions are drawn. `top_k=0` and `top_p=1` leave the distribution whole."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, frozen=True)
+class GroupRequest:
+    """Asks the rollout engine for one group; `len(seeds)` completions, each from its own seed."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]
+    sampling: Sampling
+
+
+@dataclass(slots=True, frozen=True)
+class Canary:
+    """A fixed token sequence with the trainer's own logprobs, which a worker must reproduce after a weight sync."""
+
+    token_ids: tuple[int, ...]
+    """T tokens."""
+    logprobs: tuple[float, ...]
+    """T - 1 values: log p(token t+1 | tokens up to t), at temperature 1."""
+    tolerance: float
+    """Largest absolute gap allowed; depends on the dtype that the worker computes in."""
