@@ -1,0 +1,161 @@
+"""The losses: pure functions of logprobs that return (loss, metrics).
+
+A loss is the micro-batch's share of the whole update's: it divides by counts over the update (`totals`), so shares of
+any split into micro-batches add up to the same loss. Metrics are sums; whoever collects them divides by the same
+totals. Everything is float32.
+
+Shapes: N target tokens, S sequences; `sequence_N` says which sequence a token belongs to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlqwen.batch import PackedBatch
+from rlqwen.config import GRPOConfig
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(slots=True, frozen=True)
+class Totals:
+    """Counts over the whole update and all ranks, by which losses divide."""
+
+    tokens: float
+    sequences: float
+
+
+def sft_loss(logp_N: Tensor, totals: Totals) -> tuple[Tensor, Metrics]:
+    """Mean negative log-likelihood a token."""
+    loss = -logp_N.sum() / max(totals.tokens, 1.0)
+    return loss, {}
+
+
+def grpo_loss(
+    logp_N: Tensor, entropy_N: Tensor | None, batch: PackedBatch, config: GRPOConfig, totals: Totals
+) -> tuple[Tensor, Metrics]:
+    """The clipped policy-gradient loss of GRPO and its relatives.
+
+    With ratio r = exp(logp - old_logp), advantage A of the token's completion, and w the rollout correction:
+
+    - surrogate: -w * min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A), where r is first capped at `delta` if given
+      (dual clip, arXiv 1912.09729); GRPO, arXiv 2402.03300; separate upper clip, DAPO, arXiv 2503.14476;
+    - `cispo`: -w * stop_gradient(min(r, epsilon_high)) A logp (MiniMax-M1, arXiv 2506.13585);
+    - `importance_sampling_level="sequence"`: r is exp(mean over the completion of logp - old_logp)
+      (GSPO, arXiv 2507.18071).
+
+    The sum over tokens is divided by what `loss_type` says:
+
+    - `grpo`: each completion's own length, then the number of completions;
+    - `dapo`, `cispo`: the number of tokens; `bnpo` too: over a whole update, they are the same;
+    - `dr_grpo`: the number of completions times `max_completion_length` (arXiv 2503.20783).
+
+    `beta` adds beta * KL(policy || reference) by the estimator of `kl_estimator`; `entropy_coef` takes
+    entropy_coef * mean entropy off the loss.
+
+    Args:
+        logp_N: (N,) logprobs under the policy, with gradient.
+        entropy_N: (N,) entropies; with gradient where `entropy_coef` is set.
+
+    Returns:
+        The scalar loss, and sums over tokens or sequences for the metrics.
+    """
+    logp_N = logp_N.float()
+    old_logp_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
+    advantage_N = batch.advantages_S[batch.sequence_N]
+    log_ratio_N = logp_N - old_logp_N
+    if config.importance_sampling_level == "sequence":
+        log_ratio_N = sequence_mean(log_ratio_N, batch)[batch.sequence_N]
+    ratio_N = log_ratio_N.exp()
+
+    low, high = config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+    if config.loss_type == "cispo":
+        loss_N = -ratio_N.detach().clamp(max=high) * advantage_N * logp_N
+        clipped_N = (ratio_N > high) & (advantage_N > 0)
+    else:
+        capped_N = ratio_N if config.delta is None else ratio_N.clamp(max=config.delta)
+        loss_N = -torch.min(capped_N * advantage_N, ratio_N.clamp(1 - low, 1 + high) * advantage_N)
+        clipped_N = ((ratio_N < 1 - low) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
+    metrics: Metrics = {"clip_ratio": clipped_N.float().sum()}
+
+    if config.vllm_importance_sampling_correction and batch.sampler_logp_N is not None:
+        correction_N = rollout_correction(old_logp_N, batch, config)
+        loss_N = loss_N * correction_N
+        metrics["sampling/correction"] = correction_N.sum()
+    if config.beta:
+        kl_N = kl_divergence(logp_N, required(batch.ref_logp_N), config.kl_estimator)
+        metrics["kl"] = kl_N.detach().sum()
+        loss_N = loss_N + config.beta * (kl_N * ratio_N if config.use_bias_correction_kl else kl_N)
+    loss = (loss_N * token_weights(batch, config, totals)).sum()
+    if entropy_N is not None:
+        metrics["entropy"] = entropy_N.detach().sum()
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * entropy_N.sum() / max(totals.tokens, 1.0)
+    return loss, metrics
+
+
+def token_weights(batch: PackedBatch, config: GRPOConfig, totals: Totals) -> Tensor:
+    """(N,) what each token's loss is multiplied by, so that the sum over the update is the loss type's mean."""
+    if config.loss_type == "grpo":
+        return (1.0 / (batch.lengths_S.clamp(min=1) * max(totals.sequences, 1.0)))[batch.sequence_N]
+    count = totals.tokens
+    if config.loss_type == "dr_grpo":
+        count = totals.sequences * config.max_completion_length
+    return torch.full_like(batch.sequence_N, 1.0 / max(count, 1.0), dtype=torch.float32)
+
+
+def kl_divergence(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:
+    """Estimates of KL(policy || reference) from samples of the policy (http://joschu.net/blog/kl-approx.html).
+
+    With d = logp - ref_logp: k1 = d (unbiased, noisy), k2 = d^2 / 2 (its gradient is that of the KL),
+    k3 = exp(-d) - 1 + d (unbiased and never negative).
+    """
+    return _KL_ESTIMATORS[estimator](logp_N - ref_logp_N)
+
+
+_KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: torch.expm1(-d) + d,
+}
+
+
+def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: GRPOConfig) -> Tensor:
+    """(N,) weights that correct for the sampler's distribution not being the trainer's (truncated importance
+    sampling, https://fengyao.notion.site/off-policy-rl; masking, arXiv 2510.18855).
+
+    The ratio exp(logp - sampler_logp), of each token or of the whole completion, is truncated to
+    [clip_min, clip_max], or set to 0 outside of it. `logp_N` is the policy's before the update, without gradient.
+    """
+    log_ratio_N = logp_N.detach() - required(batch.sampler_logp_N)
+    level, action = config.vllm_importance_sampling_mode.split("_")
+    if level == "sequence":
+        log_ratio_N = sequence_sum(log_ratio_N, batch)[batch.sequence_N]
+    ratio_N = log_ratio_N.exp()
+    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
+    if action == "truncate":
+        return ratio_N if low is None and high is None else ratio_N.clamp(min=low, max=high)
+    outside_N = torch.zeros_like(ratio_N, dtype=torch.bool)
+    if high is not None:
+        outside_N |= ratio_N > high
+    if low is not None:
+        outside_N |= ratio_N < low
+    return ratio_N.masked_fill(outside_N, 0.0)
+
+
+def sequence_sum(values_N: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,) sums over the tokens of each sequence."""
+    return values_N.new_zeros(batch.num_sequences).index_add(0, batch.sequence_N, values_N)
+
+
+def sequence_mean(values_N: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,) means over the tokens of each sequence; 0 for an empty one."""
+    return sequence_sum(values_N, batch) / batch.lengths_S.clamp(min=1)
+
+
+def required(values: Tensor | None) -> Tensor:
+    """The tensor that the caller had to fill in."""
+    assert values is not None, "the batch lacks logprobs that this loss needs"
+    return values
