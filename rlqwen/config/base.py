@@ -29,7 +29,9 @@ class Config(BaseModel):
     def _unknown(cls, key: str) -> str:
         if key in cls.refused:
             return f"{key!r} has no meaning in rlqwen: {cls.refused[key]}"
-        near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.6) or [
+            field for field in cls.model_fields if key == "".join(word[:1] for word in field.split("_"))
+        ]
         if near:
             return f"unknown key {key!r}; did you mean {near[0]!r}?"
         return f"unknown key {key!r}; known keys: {', '.join(sorted(cls.model_fields))}"
@@ -57,7 +59,7 @@ def explain(error: ValidationError, where: str = "") -> ConfigError:
     """Turn pydantic's report into ours: `where: path.to.key: what is wrong (value given: ...)`, a line a fault."""
     lines = []
     for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"])
+        path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             lines += [f"{path}: {line}" if path else line for line in str(cause).splitlines()]

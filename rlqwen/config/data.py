@@ -1,8 +1,8 @@
 """Where rows come from and how they are read."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rlqwen.config.base import Config
 
@@ -38,12 +38,19 @@ class SourceConfig(Config):
         return self
 
 
+# Tags in angle brackets are left out of a fault's key path.
+Sources = Annotated[
+    Annotated[SourceConfig, Tag("<one>")] | Annotated[list[SourceConfig], Tag("<several>")],
+    Discriminator(lambda value: "<several>" if isinstance(value, list) else "<one>"),
+]
+
+
 class DataConfig(Config):
     """Training and evaluation rows."""
 
-    train: SourceConfig | list[SourceConfig]
+    train: Sources
     """One source, or several mixed by weight."""
-    eval: SourceConfig | list[SourceConfig] | None = None
+    eval: Sources | None = None
     """Rows that evaluation uses; never trained on."""
     max_prompt_length: int | None = Field(default=None, gt=0)
     """Prompts of more tokens are over-long. Without it: what the model's context leaves beside the completion."""

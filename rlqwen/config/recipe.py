@@ -52,6 +52,14 @@ class RewardSpec(Config):
     """Bound to the function by keyword, or given to its factory."""
 
 
+def _key_path(fault: str, algorithm: str) -> str:
+    """Where a fault of the trainer's config stands in a recipe: `epsilon: ...` is `train.epsilon: ...` there."""
+    key = fault.partition(":")[0].partition(".")[0]
+    if key in ("rollout", "scoring", "output_dir"):
+        return fault
+    return f"train.{fault}" if key in TRAINER_CONFIGS[algorithm].model_fields else f"train: {fault}"
+
+
 class Recipe(Config):
     """A run from weights to weights."""
 
@@ -87,9 +95,7 @@ class Recipe(Config):
         try:
             values["train"] = TRAINER_CONFIGS[algorithm](**train)
         except ConfigError as error:
-            sections = ("rollout", "scoring", "output_dir")
-            lines = [line if line.startswith(sections) else f"train: {line}" for line in str(error).splitlines()]
-            raise ConfigError("\n".join(lines)) from None
+            raise ConfigError("\n".join(_key_path(line, algorithm) for line in str(error).splitlines())) from None
         return values
 
     @field_validator("rewards", mode="before")

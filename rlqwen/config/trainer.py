@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
 
@@ -104,6 +104,12 @@ class TrainerConfig(ArgumentsConfig):
     disable_tqdm: bool = False
     """No live display, plain lines only."""
     seed: int = 42
+
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _read_bare_no(cls, value: Any) -> Any:
+        """An unquoted `no` is False in YAML."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _coherent(self) -> "TrainerConfig":
