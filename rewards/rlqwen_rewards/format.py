@@ -1,0 +1,76 @@
+"""Does the completion have the form that was asked for?"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlqwen_rewards.answers import boxes, text_of
+
+_PARTS = ("think", "answer", "boxed")
+_THINK = re.compile(r"<think>(?!.*<think>).*?</think>.*", re.DOTALL)
+_ANSWER = re.compile(r"\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+
+
+def think_format_reward(completions: list[Any], **columns: Any) -> list[float]:
+    """1 if the completion begins with one `<think>...</think>`, else 0. TRL's reward of this name."""
+    return [float(bool(_THINK.match(text_of(completion)))) for completion in completions]
+
+
+def boxed_format(completions: list[Any], **columns: Any) -> list[float]:
+    r"""1 if the completion holds exactly one \boxed{...} outside of its reasoning, and something in it; else 0."""
+    return Format(require="boxed")(completions)
+
+
+@dataclass(frozen=True)
+class Format:
+    r"""1 if the completion has every part of `require` (think, answer, boxed), or fits `pattern`; 0 if not.
+
+    - think: begins with one `<think>...</think>`
+    - answer: what follows the reasoning is one `<answer>...</answer>` and nothing else
+    - boxed: exactly one `\boxed{...}` outside of the reasoning, and something in it
+    """
+
+    require: str | Sequence[str] | None = None
+    """One part or several; `think` if neither this nor `pattern` is given."""
+    pattern: str | None = None
+    """Instead: a regular expression that the whole completion must match; `.` matches line ends."""
+    think_in_prompt: bool = False
+    """The chat template ends the prompt with `<think>`, so completions begin inside of the reasoning."""
+
+    def __post_init__(self) -> None:
+        if self.require is not None and self.pattern is not None:
+            raise ValueError("give require or pattern, not both")
+        unknown = [part for part in self._required if part not in _PARTS]
+        if unknown:
+            raise ValueError(f"require: unknown part {unknown[0]!r}; there are {', '.join(_PARTS)}")
+        if self.pattern is not None:
+            re.compile(self.pattern, re.DOTALL)
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        return [float(self._fits(text_of(completion))) for completion in completions]
+
+    @property
+    def _required(self) -> tuple[str, ...]:
+        if self.pattern is not None:
+            return ()
+        if self.require is None:
+            return ("think",)
+        return (self.require,) if isinstance(self.require, str) else tuple(self.require)
+
+    def _fits(self, text: str) -> bool:
+        if self.think_in_prompt:
+            text = "<think>" + text
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, text, re.DOTALL) is not None
+        if "think" in self._required and not _THINK.match(text):
+            return False
+        final = text.rsplit("</think>", 1)[-1]
+        if "answer" in self._required:
+            match = _ANSWER.fullmatch(final)
+            if match is None or "<answer>" in match["answer"] or "</answer>" in match["answer"]:
+                return False
+        if "boxed" in self._required:
+            found = boxes(final)
+            return "<think>" not in final and len(found) == 1 and found[0][2] != ""
+        return True

@@ -1,0 +1,22 @@
+"""Partial credit for tags: a gentler start than an all-or-nothing format reward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlqwen_rewards.answers import text_of
+
+
+@dataclass(frozen=True)
+class TagCount:
+    """Share of `tags` that occur exactly once in the completion."""
+
+    tags: Sequence[str] = ("<think>", "</think>", "<answer>", "</answer>")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tags, str) or not self.tags:
+            raise ValueError(f"tags: must be a list of at least one tag (value given: {self.tags!r})")
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
+        texts = [text_of(completion) for completion in completions]
+        return [sum(text.count(tag) == 1 for tag in self.tags) / len(self.tags) for text in texts]
