@@ -1,0 +1,236 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_PHASES = ("rollout", "reward", "train", "sync")
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARK_POINTS = 32
+
+
+class Display(Protocol):
+    """Shows the metrics of logged steps."""
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Show a line of text without tearing what else is shown."""
+
+    def close(self) -> None: ...
+
+
+class PlainDisplay:
+    """One compact line a logged step, at most one in `interval` seconds; evaluations, the first and the last always.
+
+    `write` takes a line; `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        interval: float = 5.0,
+        write: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._interval = interval
+        self._write = write or _print_line
+        self._clock = clock
+        self._progress = Progress(total_steps, clock)
+        self._last_shown = float("-inf")
+        self._held: tuple[int, Mapping[str, float]] | None = None
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._progress.advance(step)
+        now = self._clock()
+        if now - self._last_shown < self._interval and step < self._total_steps:
+            self._held = (step, metrics)
+            return
+        self._show_now(step, metrics)
+        self._last_shown = now
+
+    def show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write(f"{self._position(step)}  {format_evaluation(metrics)}")
+
+    def note(self, text: str) -> None:
+        self._write(text)
+
+    def close(self) -> None:
+        if self._held:
+            self._show_now(*self._held)
+
+    def _show_now(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._held = None
+        parts = [self._position(step), *headline(metrics), *details(metrics), *speed(metrics)]
+        self._write("  ".join([*parts, f"eta {format_duration(self._progress.remaining())}"]))
+
+    def _position(self, step: int) -> str:
+        width = len(str(self._total_steps))
+        return f"step {step:>{width}}/{self._total_steps}"
+
+
+class LiveDisplay:
+    """A panel that stays at the bottom of the terminal; what others print scrolls above it."""
+
+    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+        self._total_steps = total_steps
+        self._title = title
+        self._progress = Progress(total_steps, time.monotonic)
+        self._step = 0
+        self._metrics: Mapping[str, float] = {}
+        self._evaluations: list[tuple[int, Mapping[str, float]]] = []
+        self._history: list[float] = []
+        # Standard output and error are redirected by Live, so a user's print does not tear the panel.
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=False)
+        self._live.start()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._progress.advance(step)
+        self._step, self._metrics = step, metrics
+        curve = metrics.get("reward/mean", metrics.get("loss"))
+        if curve is not None:
+            self._history.append(curve)
+
+    def show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The first evaluation stays on show beside the latest."""
+        self._evaluations = [*self._evaluations[:1], (step, metrics)]
+
+    def note(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> Panel:
+        position = Table.grid(padding=(0, 2), expand=True)
+        position.add_column(no_wrap=True)
+        position.add_column(ratio=1)
+        position.add_column(no_wrap=True)
+        position.add_row(
+            f"step {self._step}/{self._total_steps}",
+            ProgressBar(total=max(self._total_steps, 1), completed=self._step),
+            f"{format_duration(self._progress.elapsed())} elapsed · {format_duration(self._progress.remaining())} left",
+        )
+        lines = [
+            Text.assemble(("  ".join(headline(self._metrics)), "bold"), "  ", (sparkline(self._history), "cyan")),
+            Text("  ".join(details(self._metrics))),
+            Text("  ".join(speed(self._metrics)), style="dim"),
+            *(Text(f"step {step}  {format_evaluation(found)}", style="green") for step, found in self._evaluations),
+        ]
+        return Panel(Group(position, *(line for line in lines if line.plain.strip())), title=self._title)
+
+
+class Progress:
+    """Elapsed and remaining time; the pace is that of the steps seen, so start-up does not spoil it."""
+
+    def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
+        self._total_steps = total_steps
+        self._clock = clock
+        self._start = clock()
+        self._first: tuple[int, float] | None = None
+        self._latest = (0, self._start)
+
+    def advance(self, step: int) -> None:
+        self._latest = (step, self._clock())
+        self._first = self._first or self._latest
+
+    def elapsed(self) -> float:
+        return self._clock() - self._start
+
+    def remaining(self) -> float | None:
+        """Seconds to go; None before any step."""
+        step, now = self._latest
+        if self._first is None or step == 0:
+            return None
+        first_step, first_time = self._first if step > self._first[0] else (0, self._start)
+        return (self._total_steps - step) * (now - first_time) / (step - first_step)
+
+
+def headline(metrics: Mapping[str, float]) -> list[str]:
+    """What the run is about: reward and each reward's mean, or the loss."""
+    if "reward/mean" not in metrics:
+        return [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    parts = [f"reward {metrics['reward/mean']:.3f}"]
+    for key, value in metrics.items():
+        if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean":
+            parts.append(f"{key.removeprefix('reward/').removesuffix('/mean')} {value:.3f}")
+    return parts
+
+
+def details(metrics: Mapping[str, float]) -> list[str]:
+    """Lengths, KL, entropy and the optimiser's figures, as far as the step has them."""
+    parts = []
+    if "completions/mean_length" in metrics:
+        parts.append(f"len {metrics['completions/mean_length']:.1f}")
+    if metrics.get("completions/truncated"):
+        parts.append(f"cut off {metrics['completions/truncated']:.0%}")
+    for key, label, form in (
+        ("kl", "kl", ".2g"),
+        ("entropy", "entropy", ".3f"),
+        ("grad_norm", "grad", ".3g"),
+        ("learning_rate", "lr", ".2g"),
+    ):
+        if key in metrics:
+            parts.append(f"{label} {metrics[key]:{form}}")
+    return parts
+
+
+def speed(metrics: Mapping[str, float]) -> list[str]:
+    """Tokens a second over the whole step, and where the step's time went."""
+    parts = []
+    seconds = metrics.get("time/step", 0.0)
+    tokens = metrics.get("tokens/generated", metrics.get("tokens/trained"))
+    if seconds > 0 and tokens is not None:
+        parts.append(f"{tokens / seconds:,.0f} tok/s")
+    spent = {phase: metrics[f"time/{phase}"] for phase in _PHASES if f"time/{phase}" in metrics}
+    if seconds > 0 and len(spent) > 1:
+        parts.append(" ".join(f"{phase} {value / seconds:.0%}" for phase, value in spent.items()))
+    return parts
+
+
+def format_evaluation(metrics: Mapping[str, float]) -> str:
+    """`eval  accuracy 0.520  reward 0.611  loss 0.7`: time and counts are left to the file."""
+    parts = []
+    for key, value in metrics.items():
+        name = key.removeprefix("eval/").removesuffix("/mean").removeprefix("reward/")
+        if key.startswith("eval/") and not name.startswith(("time", "tokens", "outcome")):
+            parts.append(f"{name} {value:.4g}")
+    return "eval  " + "  ".join(parts)
+
+
+def format_duration(seconds: float | None) -> str:
+    """`1:02:03` or `2:03`; `-` where unknown."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: list[float]) -> str:
+    """The curve so far in at most 32 characters, each the mean of an equal stretch of steps."""
+    values = [value for value in values if value - value == 0]
+    if len(values) < 2:
+        return ""
+    width = min(_SPARK_POINTS, len(values))
+    edges = [index * len(values) // width for index in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
