@@ -80,6 +80,8 @@ def grpo_loss(
         clipped_N = ((ratio_N < 1 - low) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
     metrics: Metrics = {"clip_ratio": clipped_N.float().sum()}
 
+    if batch.sampler_logp_N is not None:
+        metrics["sampling/logp_gap"] = (old_logp_N - batch.sampler_logp_N).abs().sum()
     if config.vllm_importance_sampling_correction and batch.sampler_logp_N is not None:
         correction_N = rollout_correction(old_logp_N, batch, config)
         loss_N = loss_N * correction_N

@@ -1,6 +1,6 @@
 """The policy and its reference: one wrapper for every trainer.
 
-    policy = Policy.load("Qwen/Qwen3-0.6B", args, peft_config=LoraConfig(...), reference=True)
+    policy = Policy(load_model("Qwen/Qwen3-0.6B", args), args, peft_config=LoraConfig(...), reference=True)
     logp_N, entropy_N = policy.logprobs(batch, temperature=1.0)
     ref_logp_N = policy.reference_logprobs(batch)
     names_and_tensors = policy.export_weights()
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,6 +54,7 @@ class Policy:
         """
         self.device = torch.device(device)
         self.chunk_size = args.logprob_chunk_size
+        self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
         self._reference: nn.Module | None = None
         if reference and peft_config is None and not isinstance(model, PeftModel):
@@ -67,11 +68,6 @@ class Policy:
         self.has_adapter = isinstance(model, PeftModel)
         self.has_reference = reference
         self._prepare_training(args)
-
-    @classmethod
-    def load(cls, name_or_path: str, args: TrainerConfig, **kwargs: Any) -> "Policy":
-        """Load a hub id or folder with `args.model_init_kwargs`; raises ModelError where that fails."""
-        return cls(load_model(name_or_path, args), args, **kwargs)
 
     def _wants_bf16(self, args: TrainerConfig) -> bool:
         if args.bf16 is not None:
@@ -182,13 +178,16 @@ class Policy:
         `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
         """
         with self._merged():
-            weights = {
-                _plain_name(name): tensor
-                for name, tensor in self.base_model.state_dict().items()
-                if ".lora_" not in name and ".original_module." not in name
-            }
-            for name, tensor in revert_weight_conversion(self.base_model, weights).items():
+            for name, tensor in revert_weight_conversion(self.base_model, self._plain_weights()).items():
                 yield name, tensor.detach().to(self.compute_dtype)
+
+    def _plain_weights(self) -> dict[str, Tensor]:
+        """The base model's state under the names it had before PEFT wrapped its modules."""
+        return {
+            _plain_name(name): tensor
+            for name, tensor in self.base_model.state_dict().items()
+            if ".lora_" not in name and ".original_module." not in name
+        }
 
     @contextlib.contextmanager
     def _merged(self) -> Iterator[None]:
@@ -208,19 +207,25 @@ class Policy:
             for layer, weight in zip(layers, saved, strict=True):
                 layer.get_base_layer().weight.data = weight
 
-    def save(self, folder: Path | str) -> None:
-        """Write a folder that `from_pretrained` loads: merged weights, in the dtype that frozen weights have."""
+    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that `from_pretrained` loads, adapters merged; `dtype` None keeps each weight's own."""
         with self._merged():
             weights = {
-                _plain_name(name): tensor
-                for name, tensor in self.base_model.state_dict().items()
-                if ".lora_" not in name and ".original_module." not in name
+                name: tensor if dtype is None else tensor.to(dtype) for name, tensor in self._plain_weights().items()
             }
             self.base_model.save_pretrained(folder, state_dict=weights)
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the adapter alone, as PEFT loads it."""
         self.model.save_pretrained(folder)
+
+    def restore(self, folder: Path | str) -> None:
+        """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
+        if self.has_adapter:
+            set_peft_model_state_dict(self.model, load_peft_weights(str(folder)))
+            return
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.base_model.load_state_dict(saved.state_dict())
 
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:

@@ -27,7 +27,6 @@ class GRPOConfig(TrainerConfig):
         "vllm_server_port": "workers are Ray actors; set rollout.ray_address for a cluster",
         "vllm_enable_sleep_mode": "set rollout.gpu_memory_utilization so that trainer and engine fit together",
         "use_transformers_paged": "use rollout={'engine': 'vllm'}",
-        "max_prompt_length": "use data.max_prompt_length in a recipe, or filter the dataset",
         "log_completions": "leave it out: completions are always written to the run folder",
     }
 
@@ -43,6 +42,10 @@ class GRPOConfig(TrainerConfig):
     num_iterations: int = Field(default=1, ge=1)
     """Passes over a rollout (mu in the paper)."""
     max_completion_length: int = Field(default=512, ge=1)
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    """Prompts of more tokens are over-long. None: what the model's context leaves beside the completion."""
+    overlong_prompts: Literal["drop", "refuse"] = "drop"
+    """Ours: drop over-long prompts and say how many, or stop with an error that names the rows."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)

@@ -1,0 +1,111 @@
+"""The run folder and its checkpoints: a checkpoint is complete or it is not there.
+
+A checkpoint is written beside its place, synced to disk, and renamed. It holds the model as `from_pretrained` loads
+it, the tokenizer, the adapter where there is one, and `trainer_state.json`.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlqwen.errors import ConfigError
+from rlqwen.policy import Policy
+
+STATE_FILE = "trainer_state.json"
+_RUN_FILES = ("metrics.jsonl", "completions", "checkpoints", "final", "summary.json", "nonfinite", "reward_failures")
+
+
+def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool) -> Path:
+    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`."""
+    if output_dir is None:
+        folder, number = Path("runs") / default_name, 1
+        while folder.exists():
+            number += 1
+            folder = Path("runs") / f"{default_name}-{number}"
+    else:
+        folder = Path(output_dir)
+        found = [name for name in _RUN_FILES if (folder / name).exists()]
+        if found and not overwrite:
+            raise ConfigError(
+                f"output_dir {str(folder)!r} holds a run already (found {', '.join(found)}): choose another folder, "
+                "or set train.overwrite_output_dir=true to delete that run and start anew"
+            )
+        for name in found:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def save_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in."""
+    return _write(folder, policy, tokenizer, dtype=policy.original_dtype)
+
+
+def save_checkpoint(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> Path:
+    """Write a checkpoint to `folder`, replacing one that is there; trained weights keep their full precision."""
+    return _write(folder, policy, tokenizer, state=state)
+
+
+def _write(
+    folder: Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype | None = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    policy.save(partial, dtype=dtype)
+    tokenizer.save_pretrained(partial)
+    if policy.has_adapter:
+        policy.save_adapter(partial / "adapter")
+    if state is not None:
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    _sync(folder.parent)
+    return folder
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def restore_weights(folder: Path, policy: Policy) -> None:
+    """Load the trained weights of a checkpoint back into `policy`."""
+    policy.restore(folder / "adapter" if policy.has_adapter else folder)
+
+
+def drop_old_checkpoints(folder: Path, *, limit: int | None, keep: Path | None) -> None:
+    """Keep the newest `limit` checkpoints of `folder`, and `keep` (the best) always among them."""
+    if limit is None:
+        return
+    steps = sorted(folder.glob("step-*"), reverse=True)
+    kept = [keep] if keep is not None else []
+    for step in steps:
+        if step not in kept and len(kept) < max(limit, 1):
+            kept.append(step)
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(step)

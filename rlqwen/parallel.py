@@ -1,0 +1,106 @@
+"""How an update is carried out: the only module that knows on how many processes. Today that is one.
+
+Trainers call `backward` on each micro-batch's share of the loss and `step` once an update; whether gradients are
+summed over ranks or sharded is decided here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from rlqwen.config import TrainerConfig
+from rlqwen.errors import ConfigError, NonFiniteError
+
+
+@dataclass(slots=True, frozen=True)
+class UpdateResult:
+    """What became of one update."""
+
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate that the update used."""
+    skipped: bool
+    """Loss or gradient was not finite: weights and optimiser are as before, to the bit."""
+
+
+class Updater:
+    """Optimiser, schedule and clipping for one process."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, parameters: list[nn.Parameter], args: TrainerConfig, *, total_updates: int) -> None:
+        if not parameters:
+            raise ConfigError("nothing to train: every weight of the model is frozen")
+        self.parameters = parameters
+        self.max_grad_norm = args.max_grad_norm
+        self.max_nonfinite_steps = args.max_nonfinite_steps
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            fused=args.optim == "adamw_torch_fused",
+        )
+        try:
+            self.scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                self.optimizer,
+                num_warmup_steps=warmup_updates(args, total_updates),
+                num_training_steps=total_updates,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"lr_scheduler_type={args.lr_scheduler_type!r}: {error}") from error
+        self._finite = True
+        self._touched = False
+        self._nonfinite_in_a_row = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+        self._finite = self._finite and bool(torch.isfinite(loss.detach()))
+        self._touched = True
+        loss.backward()
+
+    def step(self) -> UpdateResult:
+        """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
+        if not self._touched:
+            # The gradient is exactly zero, yet momentum and weight decay still move the weights.
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        lr = self.scheduler.get_last_lr()[0]
+        limit = self.max_grad_norm or math.inf
+        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        skipped = not (self._finite and math.isfinite(grad_norm))
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self._finite, self._touched = True, False
+        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"loss or gradient was not finite in {self._nonfinite_in_a_row} updates in a row "
+                f"(max_nonfinite_steps); no weight was changed by them. Lower learning_rate (now {lr:.3g}), or look at "
+                "the batches saved under nonfinite/ in the run folder"
+            )
+        return UpdateResult(grad_norm, lr, skipped)
+
+
+def warmup_updates(args: TrainerConfig, total_updates: int) -> int:
+    """Warm-up in updates, from `warmup_steps` (a count, or a share below 1) or `warmup_ratio`."""
+    if args.warmup_steps >= 1:
+        return int(args.warmup_steps)
+    return math.ceil((args.warmup_steps or args.warmup_ratio) * total_updates)
+
+
+def pick_device(use_cpu: bool) -> torch.device:
+    """The device that this process trains on."""
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")

@@ -1,0 +1,356 @@
+"""The loop that every trainer shares: batches, schedule of evaluations and checkpoints, logging, the ends of a run.
+
+A trainer supplies `step` (one batch of rows to one or more updates) and `evaluate`; everything else is here.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+
+from rlqwen.batch import PackedBatch
+from rlqwen.checkpoint import drop_old_checkpoints, open_run_folder, restore_weights, save_checkpoint, save_model
+from rlqwen.config import TrainerConfig
+from rlqwen.data import DataReport
+from rlqwen.errors import ConfigError, DataError, ModelError
+from rlqwen.metrics import MetricLogger, plot_curves, write_summary
+from rlqwen.parallel import Updater, UpdateResult, pick_device
+from rlqwen.policy import Policy, load_model
+from rlqwen.tiny import resolve_model_path
+from rlqwen.trainers.stream import RowStream
+
+Row = TypeVar("Row")
+Args = TypeVar("Args", bound=TrainerConfig)
+Metrics = dict[str, float]
+
+
+class BaseTrainer(ABC, Generic[Row, Args]):
+    """See SFTTrainer and GRPOTrainer for what users call."""
+
+    algorithm: ClassVar[str]
+    default_best_metric: ClassVar[str]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: Args,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        reference: bool = False,
+    ) -> None:
+        self.args = args
+        set_seed(args.seed)
+        model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+        self.output_dir = open_run_folder(
+            args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
+        )
+        if isinstance(model, str):
+            model_name = resolve_model_path(model, self.output_dir / "base_model", **builtin_arguments(model, args))
+        self.model_name = model_name
+        self.processing_class = processing_class or load_tokenizer(model_name, args)
+        self.policy = Policy(
+            load_model(model_name, args) if isinstance(model, str) else model,
+            args,
+            peft_config=peft_config,
+            reference=reference,
+            device=pick_device(args.use_cpu),
+        )
+        self.callbacks = list(callbacks or ())
+        self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
+        self.control = TrainerControl()
+        self.train_rows: list[Row] = []
+        self.eval_rows: list[Row] | None = None
+        self._evals_without_improvement = 0
+        self.reports: dict[str, DataReport] = {}
+        """What tokenising the data did, by `train` and `eval`."""
+
+    # What a trainer supplies
+
+    @property
+    @abstractmethod
+    def rows_per_step(self) -> int:
+        """Rows of the training data that one step takes."""
+
+    @property
+    def updates_per_step(self) -> int:
+        return 1
+
+    @abstractmethod
+    def step(self, rows: list[Row]) -> Metrics:
+        """Train on `rows`; ends with `updates_per_step` calls of `self.update()`."""
+
+    @abstractmethod
+    def compute_evaluation(self, rows: list[Row]) -> Metrics:
+        """Figures of the present policy on `rows`; keys without the prefix `eval/`."""
+
+    def describe_batch(self) -> str:
+        """The batch arithmetic in one line."""
+        args = self.args
+        return (
+            f"{self.rows_per_step} sequences = {args.per_device_train_batch_size} a micro-batch "
+            f"x {args.gradient_accumulation_steps} accumulated x {self.updater.world_size} rank"
+        )
+
+    def close(self) -> None:
+        """Free what the trainer holds beside the model; may be called twice."""
+
+    # What users call
+
+    @property
+    def model(self) -> nn.Module:
+        return self.policy.model
+
+    def train(self) -> TrainerState:
+        """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included."""
+        started = time.monotonic()
+        self._begin()
+        initial = final = None
+        try:
+            if self.args.eval_on_start and self.eval_rows:
+                initial = self.evaluate()
+            while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+                self._one_step()
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                restore_weights(Path(self.state.best_model_checkpoint), self.policy)
+                self.after_restore()
+            if self.eval_rows:
+                final = self._final_evaluation()
+            self.save_model(self.output_dir / "final")
+            self._notify("on_train_end")
+        finally:
+            self.close()
+            self.logger.close()
+        plot_curves(self.output_dir)
+        write_summary(
+            self.output_dir,
+            algorithm=self.algorithm,
+            steps=self.state.global_step,
+            wall_time_s=time.monotonic() - started,
+            initial_eval=initial,
+            final_eval=final,
+            seed=self.args.seed,
+        )
+        return self.state
+
+    def evaluate(self, eval_dataset: Any = None) -> Metrics:
+        """Figures on `eval_dataset`, or on the eval set of the constructor, under keys that begin with `eval/`."""
+        rows = self.eval_rows if eval_dataset is None else self.prepare_rows(eval_dataset, evaluation=True)
+        if not rows:
+            raise DataError("there is nothing to evaluate on: give eval_dataset")
+        started = time.monotonic()
+        with self.policy.inference():
+            figures = self.compute_evaluation(rows)
+        metrics = {f"eval/{key}": value for key, value in figures.items()}
+        metrics["eval/time"] = time.monotonic() - started
+        self._log(metrics)
+        # transformers' own callbacks look for `eval_loss`, ours for `eval/loss`.
+        self._notify("on_evaluate", metrics=metrics | {key.replace("/", "_"): v for key, v in metrics.items()})
+        return metrics
+
+    @abstractmethod
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Row]:
+        """Tokenise a dataset."""
+
+    def save_model(self, path: str | Path | None = None) -> Path:
+        """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
+        return save_model(Path(path or self.output_dir / "final"), self.policy, self.processing_class)
+
+    # The loop
+
+    def _begin(self) -> None:
+        rows_per_epoch = len(self.train_rows)
+        steps = math.ceil(self.args.num_train_epochs * rows_per_epoch / self.rows_per_step)
+        updates = steps * self.updates_per_step
+        self.state.max_steps = updates if self.args.max_steps < 0 else self.args.max_steps
+        self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
+        self.updater = Updater(self.policy.trained_parameters, self.args, total_updates=self.state.max_steps)
+        self.logger = MetricLogger(
+            self.output_dir,
+            report_to=self.args.report_to,
+            run_name=self.args.run_name,
+            display=False if self.args.disable_tqdm else None,
+            total_steps=self.state.max_steps,
+            algorithm=self.algorithm,
+        )
+        self.logger.note(self.describe_batch())
+        self._notify("on_train_begin")
+
+    def _one_step(self) -> None:
+        before = self.state.global_step
+        started = time.monotonic()
+        self._notify("on_step_begin")
+        self.updates: list[UpdateResult] = []
+        metrics = self.step(self.stream.take(self.rows_per_step))
+        self.state.epoch = self.stream.position / max(len(self.train_rows), 1)
+        metrics |= {
+            "grad_norm": self.updates[-1].grad_norm,
+            "learning_rate": self.updates[-1].lr,
+            "updates/skipped": float(sum(update.skipped for update in self.updates)),
+            "epoch": self.state.epoch,
+            "time/step": time.monotonic() - started,
+        }
+        self._notify("on_step_end")
+        if self._due(self.args.logging_steps, before) or self.control.should_log:
+            self._log(metrics)
+        if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
+            self.control.should_evaluate = True
+        if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
+            self.control.should_save = True
+        if self.control.should_evaluate and self.eval_rows:
+            self._judge(self.evaluate())
+        if self.control.should_save:
+            self.save_checkpoint()
+        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
+        """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
+        result = self.updater.step()
+        self.state.global_step += 1
+        self.updates.append(result)
+        if result.skipped:
+            folder = self.output_dir / "nonfinite"
+            folder.mkdir(exist_ok=True)
+            for number, batch in enumerate(micro_batches):
+                save_file(tensors_of(batch), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
+        return result
+
+    def _due(self, every: int, before: int) -> bool:
+        """Whether the step passed a multiple of `every`, or was the last."""
+        now = self.state.global_step
+        return now // every > before // every or now >= self.state.max_steps
+
+    def _scheduled(self, strategy: str, every: int, before: int) -> bool:
+        if strategy == "steps":
+            return self.state.global_step // every > before // every
+        if strategy == "epoch":
+            return self.stream.ended_epoch(self.rows_per_step)
+        return False
+
+    def _final_evaluation(self) -> Metrics:
+        """The last evaluation, unless the last step made it already."""
+        last = next((entry for entry in reversed(self.state.log_history) if "eval/time" in entry), None)
+        restored = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        if last is not None and last["step"] == self.state.global_step and not restored:
+            return {key: value for key, value in last.items() if key.startswith("eval/")}
+        return self.evaluate()
+
+    # The best checkpoint, and stopping early
+
+    def _judge(self, metrics: Metrics) -> None:
+        """Remember whether this evaluation is the best; keep its checkpoint and stop, where asked to."""
+        args = self.args
+        if not args.load_best_model_at_end and args.early_stopping_patience is None:
+            return
+        name = args.metric_for_best_model or self.default_best_metric
+        key = name if name in metrics else f"eval/{name.removeprefix('eval_')}"
+        if key not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError(f"metric_for_best_model={name!r} is not among the evaluation's figures: {known}")
+        if self._improves(key, metrics[key]):
+            self._evals_without_improvement = 0
+            self.state.best_metric, self.state.best_global_step = metrics[key], self.state.global_step
+            if args.load_best_model_at_end:
+                self.state.best_model_checkpoint = str(self.save_checkpoint())
+        else:
+            self._evals_without_improvement += 1
+            patience = args.early_stopping_patience
+            if patience is not None and self._evals_without_improvement >= patience:
+                self.logger.note(
+                    f"stopped early at update {self.state.global_step}: {key} has not improved on "
+                    f"{self.state.best_metric:.4g} for {patience} evaluations"
+                )
+                self.control.should_training_stop = True
+
+    def _improves(self, key: str, value: float) -> bool:
+        best = self.state.best_metric
+        if best is None:
+            return True
+        greater = self.args.greater_is_better
+        if greater is None:
+            greater = not key.endswith(("loss", "perplexity"))
+        return (value - best if greater else best - value) > self.args.early_stopping_threshold
+
+    def save_checkpoint(self) -> Path:
+        """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`."""
+        folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
+        if not folder.exists():
+            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state))
+            self._notify("on_save")
+        best = self.state.best_model_checkpoint
+        drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(best) if best else None)
+        return folder
+
+    def after_restore(self) -> None:
+        """Called when the weights have been replaced by a checkpoint's."""
+
+    # Telling
+
+    def _log(self, metrics: Metrics) -> None:
+        self.logger.log(self.state.global_step, metrics)
+        self.state.log_history.append({"step": self.state.global_step, **metrics})
+        self._notify("on_log", logs=metrics)
+
+    def _notify(self, event: str, **kwargs: Any) -> None:
+        for callback in self.callbacks:
+            answer = getattr(callback, event)(
+                self.args,
+                self.state,
+                self.control,
+                model=self.model,
+                processing_class=self.processing_class,
+                **kwargs,
+            )
+            self.control = answer or self.control
+
+
+def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
+    """The tensors of a batch by name, for looking into it later."""
+    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def builtin_arguments(model: str, args: TrainerConfig) -> dict[str, Any]:
+    """Arguments of a built-in model, which `from_pretrained` must then not see."""
+    if not model.startswith("builtin:"):
+        return {}
+    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "dtype"}
+    args.model_init_kwargs = {key: value for key, value in args.model_init_kwargs.items() if key == "dtype"}
+    return arguments
+
+
+def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            revision=args.model_init_kwargs.get("revision", "main"),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def batches_of(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """Cut `rows` into runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,339 @@
+"""Group Relative Policy Optimization and its relatives, with rollouts from vLLM workers.
+
+Example:
+    trainer = GRPOTrainer(
+        model="Qwen/Qwen3-0.6B", reward_funcs=["accuracy", my_reward], train_dataset=dataset, args=GRPOConfig(beta=0.04)
+    )
+    trainer.train()
+
+Shapes: P prompts a rollout, G completions a prompt.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.advantages import carries_signal, group_advantages, soft_overlong_penalty
+from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.config import GRPOConfig
+from rlqwen.data import tokenize_prompts
+from rlqwen.errors import ConfigError
+from rlqwen.losses import Totals, grpo_loss
+from rlqwen.metrics import CompletionLog
+from rlqwen.scoring import Scorer, build_rewards
+from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.rollouts import Rollouts, describe_groups
+from rlqwen.types import Completion, Group, Prompt
+
+RewardFunc = str | nn.Module | Callable[..., list[float | None]]
+
+
+@dataclass(slots=True)
+class Update:
+    """One update's share of a rollout."""
+
+    micro_batches: list[PackedBatch]
+    totals: Totals
+    """Counts of all its completions, those without a gradient included."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Metrics of the forward passes, summed over tokens."""
+
+
+class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
+    """Sample a group of completions for each prompt, score them, and make the better ones likelier."""
+
+    algorithm = "grpo"
+    default_best_metric = "eval/reward/mean"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        """TRL's signature and meaning.
+
+        Args:
+            model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
+            reward_funcs: one or several of: a callable of TRL's protocol, a registered name, `package.module:function`,
+                `file.py:function`, a sequence-classification model or its path.
+            train_dataset: a datasets.Dataset or a list of rows with a `prompt` (text or messages); other columns go to
+                the rewards that name them.
+            eval_dataset: the same, never trained on.
+            processing_class: the tokenizer; None loads the model's.
+            peft_config: a peft.LoraConfig; None trains all weights.
+        """
+        args = args or GRPOConfig()
+        if args.sync_ref_model and (peft_config is not None or not args.beta):
+            raise ConfigError("sync_ref_model needs a reference copy: beta above 0, and no adapter")
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            reference=args.beta > 0,
+        )
+        functions = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+        self.scorer = Scorer(
+            build_rewards(functions),
+            args.scoring,
+            weights=args.reward_weights,
+            failures_dir=self.output_dir / "reward_failures",
+            tokenizer=self.processing_class,
+        )
+        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        self.scorer.check(self.train_rows[0].columns, "train_dataset")
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+            self.scorer.check(self.eval_rows[0].columns, "eval_dataset")
+        self.rollouts: Rollouts | None = None
+        self.completions = CompletionLog(self.output_dir)
+        self._draws = 0
+
+    # Sizes
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.args.completions_per_rollout // self.args.num_generations
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.args.completions_per_rollout // self.args.completions_per_update * self.args.num_iterations
+
+    def describe_batch(self) -> str:
+        args = self.args
+        return (
+            f"{self.rows_per_step} prompts x {args.num_generations} generations = {args.completions_per_rollout} "
+            f"completions = {self.updates_per_step // args.num_iterations} updates of "
+            f"{args.per_device_train_batch_size} a micro-batch x {args.gradient_accumulation_steps} accumulated x "
+            f"{self.updater.world_size} rank"
+        )
+
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
+        context = self.policy.base_model.config.max_position_embeddings
+        room = context - self.args.max_completion_length
+        if room <= 0:
+            raise ConfigError(
+                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt: the model's "
+                f"context is {context} tokens"
+            )
+        prompts, report = tokenize_prompts(
+            dataset,
+            self.processing_class,
+            max_prompt_length=min(room, self.args.max_prompt_length or room),
+            overlong=self.args.overlong_prompts,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+        self.reports["eval" if evaluation else "train"] = report
+        return prompts
+
+    # The algorithm
+
+    def step(self, prompts_P: list[Prompt]) -> Metrics:
+        """Sample a group for each prompt, score it, centre within the group, and make the clipped updates."""
+        groups_P, metrics = self._sample(prompts_P)
+        self._assign_advantages(groups_P)
+        started = time.monotonic()
+        updates = [self._pack(share) for share in self._shares(groups_P)]
+        self._add_fixed_logprobs(updates)
+        total_loss = 0.0
+        for _ in range(self.args.num_iterations):
+            for update in updates:
+                total_loss += self._update(update)
+        self._require_rollouts().policy_changed()
+        self._refresh_reference()
+        self.completions.write(self.state.global_step, groups_P)
+        return (
+            metrics
+            | describe_groups(groups_P)
+            | mean_over_tokens(updates, self.args.num_iterations)
+            | {"loss": total_loss / self.updates_per_step, "time/train": time.monotonic() - started}
+        )
+
+    def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
+        """Scored groups; under dynamic sampling, of more prompts, until enough of them carry signal."""
+        rollouts = self._require_rollouts()
+        wanted = len(prompts_P)
+        kept: list[Group] = []
+        spare: list[Group] = []
+        metrics: Metrics = {}
+        for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
+            self._draws += 1
+            groups, figures = rollouts.sample(
+                prompts_P, num_generations=self.args.num_generations, draw=f"train/{self._draws}"
+            )
+            metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
+            signal_P = carries_signal(rewards_tensor(groups)).tolist()
+            kept += [group for group, signal in zip(groups, signal_P, strict=True) if signal]
+            spare += [group for group, signal in zip(groups, signal_P, strict=True) if not signal]
+            missing = wanted - len(kept)
+            if missing <= 0 or not self.args.dynamic_sampling:
+                break
+            if sampling_round + 1 < self.args.max_sampling_rounds:
+                hit_rate = max(len(kept) / (len(kept) + len(spare)), 1 / wanted)
+                prompts_P = self.stream.take(min(wanted, math.ceil(missing / hit_rate)))
+        metrics["groups/no_signal"] = len(spare) / (len(kept) + len(spare))
+        metrics["groups/sampled"] = float(len(kept) + len(spare))
+        return (kept + spare)[:wanted] if self.args.dynamic_sampling else groups, metrics
+
+    def _assign_advantages(self, groups_P: list[Group]) -> None:
+        rewards_PG = rewards_tensor(groups_P)
+        if self.args.soft_overlong_cache is not None:
+            rewards_PG += torch.tensor(
+                [[self._overlong_penalty(completion) for completion in group.completions] for group in groups_P]
+            )
+        advantages_PG = group_advantages(
+            rewards_PG, estimator=self.args.advantage_estimator, scale=str(self.args.scale_rewards)
+        )
+        for group, advantages_G in zip(groups_P, advantages_PG.tolist(), strict=True):
+            group.advantages_G = advantages_G
+
+    def _overlong_penalty(self, completion: Completion) -> float:
+        cache = self.args.soft_overlong_cache or 0
+        return soft_overlong_penalty(len(completion.token_ids), self.args.max_completion_length, cache)
+
+    def _update(self, update: Update) -> float:
+        """One optimiser update; returns its loss."""
+        total_loss = 0.0
+        for micro in update.micro_batches:
+            micro = micro.to(self.policy.device)
+            logp_N, entropy_N = self.policy.logprobs(micro, temperature=self.args.temperature, entropy=True)
+            loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
+            self.updater.backward(loss)
+            total_loss += loss.item()
+            for key, value in sums.items():
+                update.sums[key] = update.sums.get(key, 0.0) + value.item()
+        self.update(update.micro_batches)
+        return total_loss
+
+    # From groups to batches
+
+    def _shares(self, groups_P: list[Group]) -> Iterator[list[tuple[Group, list[int]]]]:
+        """Deal completions out to updates, in order: a share names groups and which of their completions it holds."""
+        flat = [(group, index) for group in groups_P for index in range(len(group))]
+        size = self.args.completions_per_update
+        for start in range(0, len(flat), size):
+            share: dict[int, tuple[Group, list[int]]] = {}
+            for group, index in flat[start : start + size]:
+                share.setdefault(id(group), (group, []))[1].append(index)
+            yield list(share.values())
+
+    def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
+        """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals."""
+        trees, tokens, sequences = [], 0, 0
+        for group, indices in share:
+            branches = []
+            for index in indices:
+                completion, advantage = group.completions[index], group.advantages_G[index]
+                sequences += 1
+                if self.args.mask_truncated_completions and completion.is_truncated:
+                    continue
+                tokens += len(completion.token_ids)
+                if advantage or self._trains_without_advantage:
+                    branches.append(
+                        Branch(completion.token_ids, sampler_logprobs=completion.logprobs, advantage=advantage)
+                    )
+            if branches:
+                trees.append(Tree(group.prompt.token_ids, branches))
+        limit = self.args.max_tokens_per_micro_batch
+        parts = split_trees(
+            trees, max_tokens=limit, max_branches=self.args.per_device_train_batch_size if limit is None else None
+        )
+        return Update([pack(part) for part in parts], Totals(tokens=tokens, sequences=sequences))
+
+    @property
+    def _trains_without_advantage(self) -> bool:
+        """Whether the loss has terms that act on a completion whose advantage is 0."""
+        return bool(self.args.beta or self.args.entropy_coef)
+
+    def _add_fixed_logprobs(self, updates: list[Update]) -> None:
+        """What the loss compares with: logprobs of the reference, and of the policy before the first update.
+
+        With one update a rollout the latter are the training forward's own, and no second forward is made.
+        """
+        temperature = self.args.temperature
+        for update in updates:
+            for micro in update.micro_batches:
+                moved = micro.to(self.policy.device)
+                if self.args.beta:
+                    micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
+                if self.updates_per_step > 1:
+                    with self.policy.inference():
+                        micro.old_logp_N = self.policy.logprobs(moved, temperature=temperature)[0].cpu()
+
+    def _refresh_reference(self) -> None:
+        if self.args.sync_ref_model and self._due(
+            self.args.ref_model_sync_steps, self.state.global_step - self.updates_per_step
+        ):
+            self.policy.refresh_reference(self.args.ref_model_mixup_alpha)
+
+    # Evaluation, and the ends
+
+    def compute_evaluation(self, rows: list[Prompt]) -> Metrics:
+        """Mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
+        count = self.args.num_generations_eval or 1
+        groups, _ = self._require_rollouts().sample(rows, num_generations=count, draw="eval")
+        self.completions.write(self.state.global_step, groups, evaluation=True)
+        figures = describe_groups(groups)
+        del figures["tokens/generated"]
+        return figures
+
+    def _require_rollouts(self) -> Rollouts:
+        """The engine, started at its first use, so that a wrong argument is found before."""
+        if self.rollouts is None:
+            folder = self.output_dir / "base_model" / "start"
+            if not folder.exists():
+                self.policy.save(folder)
+                self.processing_class.save_pretrained(folder)
+            rows = self.train_rows + (self.eval_rows or [])
+            self.rollouts = Rollouts(
+                self.policy,
+                self.processing_class,
+                self.scorer,
+                self.args,
+                model_path=str(folder),
+                longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+            )
+        return self.rollouts
+
+    def after_restore(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts.policy_changed()
+
+    def close(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts.close()
+            self.rollouts = None
+        self.scorer.close()
+
+
+def rewards_tensor(groups_P: Sequence[Group]) -> Tensor:
+    """(P, G) float32 total rewards; NaN where missing."""
+    return torch.tensor(
+        [[math.nan if reward is None else reward for reward in group.total_rewards_G] for group in groups_P],
+        dtype=torch.float32,
+    )
+
+
+def mean_over_tokens(updates: Sequence[Update], num_iterations: int) -> Metrics:
+    """Means over all trained tokens, and how many there were."""
+    targets = sum(micro.num_targets for update in updates for micro in update.micro_batches)
+    sums: dict[str, float] = {}
+    for update in updates:
+        for key, value in update.sums.items():
+            sums[key] = sums.get(key, 0.0) + value
+    passes = max(targets * num_iterations, 1)
+    trained = sum(micro.num_tokens for update in updates for micro in update.micro_batches) * num_iterations
+    return {key: value / passes for key, value in sums.items()} | {"tokens/trained": float(trained)}

@@ -1,0 +1,160 @@
+"""Groups for a trainer: sampled by the engine, scored as they arrive, from weights that are the policy's own.
+
+Shapes: P prompts, G completions a prompt.
+"""
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from rlqwen.batch import Branch, Tree, pack
+from rlqwen.config import GRPOConfig
+from rlqwen.policy import Policy
+from rlqwen.rollout import build_engine
+from rlqwen.scoring import Scorer
+from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
+
+CANARY_LENGTH = 64
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.15}
+
+
+class Rollouts:
+    """The engine, the scorer, and the version of the weights that both see.
+
+    Weights are sent lazily: `policy_changed` marks them stale, and the next `sample` syncs first.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        scorer: Scorer,
+        args: GRPOConfig,
+        *,
+        model_path: str,
+        longest_prompt: int,
+    ) -> None:
+        """`model_path`: a folder or hub id whose config and tokenizer the engine starts with; its weights are replaced
+        before the first sample. `longest_prompt`: in tokens."""
+        self.policy = policy
+        self.scorer = scorer
+        self.args = args
+        self.compute_dtype = str(policy.compute_dtype).removeprefix("torch.")
+        if args.rollout.dtype != "auto":
+            self.compute_dtype = args.rollout.dtype
+        self.engine = build_engine(
+            args.rollout,
+            model_path=model_path,
+            tokenizer=tokenizer,
+            policy=policy,
+            compute_dtype=self.compute_dtype,
+            max_model_length=args.rollout.max_model_length or longest_prompt + args.max_completion_length,
+            seed=args.seed,
+        )
+        self.sampling = Sampling(
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p or 0.0,
+            repetition_penalty=args.repetition_penalty,
+            stop_token_ids=stop_token_ids(policy, tokenizer),
+        )
+        self.version = 1
+        self._synced_version = 0
+
+    def policy_changed(self) -> None:
+        """The policy's weights are new; whoever samples next must sample from them."""
+        self.version += 1
+
+    def sample(
+        self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str
+    ) -> tuple[list[Group], dict[str, float]]:
+        """A scored group for each prompt, in the order of `prompts_P`, and `time/...` and `sync/...` figures.
+
+        `draw` names this draw within the run, and is part of the sampling seeds.
+        """
+        metrics = self._sync(prompts_P)
+        requests = [
+            GroupRequest(prompt, self._seeds(draw, place, num_generations), self.sampling)
+            for place, prompt in enumerate(prompts_P)
+        ]
+        started = time.monotonic()
+        arrived: dict[int, list[Group]] = {}
+        for group in self.engine.generate(requests):
+            self.scorer.submit(group)
+            arrived.setdefault(id(group.prompt), []).append(group)
+        generated = time.monotonic()
+        self.scorer.wait()
+        metrics["time/rollout"] = generated - started
+        metrics["time/reward"] = time.monotonic() - generated
+        # Groups come as they finish; training must not depend on that order.
+        return [arrived[id(prompt)].pop() for prompt in prompts_P], metrics
+
+    def _seeds(self, draw: str, place: int, count: int) -> tuple[int, ...]:
+        return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
+
+    def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
+        if self._synced_version == self.version:
+            return {"time/sync": 0.0}
+        started = time.monotonic()
+        metrics = self.engine.load_weights(self.version, self.policy.export_weights(), self._canary(prompts_P[0]))
+        self._synced_version = self.version
+        return metrics | {"time/sync": time.monotonic() - started}
+
+    def _canary(self, prompt: Prompt) -> Canary:
+        """The trainer's own logprobs of the beginning of a prompt."""
+        token_ids = prompt.token_ids[:CANARY_LENGTH]
+        batch = pack([Tree([], [Branch(token_ids)])])
+        with self.policy.inference():
+            logp_N, _ = self.policy.logprobs(batch.to(self.policy.device))
+        tolerance = self.args.rollout.canary_tolerance or TOLERANCES[self.compute_dtype]
+        return Canary(tuple(token_ids), tuple(logp_N.tolist()), tolerance)
+
+    def close(self) -> None:
+        """End the engine and the reward workers."""
+        self.engine.close()
+        self.scorer.close()
+
+
+def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
+    """A 63-bit seed for one completion: the same arguments give the same completion wherever it is sampled."""
+    digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def stop_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's end of turn, and what the generation config adds to it."""
+    configured = policy.base_model.generation_config.eos_token_id if policy.base_model.generation_config else None
+    configured = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    ids = dict.fromkeys([tokenizer.eos_token_id, *configured])
+    return tuple(token_id for token_id in ids if token_id is not None)
+
+
+def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the completions of `groups`: rewards, lengths, truncation, missing rewards, groups without signal."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    totals = [reward for group in groups for reward in group.total_rewards_G]
+    present = [reward for reward in totals if reward is not None]
+    metrics = {
+        "reward/mean": _mean(present),
+        "reward/std": statistics.pstdev(present) if present else math.nan,
+        "reward/missing": (len(totals) - len(present)) / max(len(totals), 1),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths, default=0)),
+        "completions/truncated": _mean([completion.is_truncated for completion in completions]),
+        "tokens/generated": float(sum(lengths)),
+    }
+    for name in groups[0].rewards if groups else ():
+        values = [reward for group in groups for reward in group.rewards[name] if reward is not None]
+        metrics[f"reward/{name}/mean"] = _mean(values)
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

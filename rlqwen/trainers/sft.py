@@ -1,0 +1,139 @@
+"""Supervised fine-tuning.
+
+Example:
+    trainer = SFTTrainer(model="Qwen/Qwen3-0.6B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
+    trainer.train()
+"""
+
+import bisect
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.config import SFTConfig
+from rlqwen.data import TokenizedRow, load_chat_template, tokenize_sft
+from rlqwen.losses import Totals, sft_loss
+from rlqwen.trainers.base import BaseTrainer, Metrics, batches_of
+
+Bin = list[TokenizedRow]
+"""Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
+
+
+class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
+    """Maximise the likelihood of given answers."""
+
+    algorithm = "sft"
+    default_best_metric = "eval/loss"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        """TRL's signature and meaning.
+
+        Args:
+            model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
+            train_dataset: a datasets.Dataset or a list of rows: `messages`, `prompt` and `completion`, `text`,
+                ShareGPT or Alpaca columns.
+            eval_dataset: the same, never trained on.
+            processing_class: the tokenizer; None loads the model's.
+            peft_config: a peft.LoraConfig; None trains all weights.
+        """
+        super().__init__(
+            model,
+            args or SFTConfig(),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        load_chat_template(self.processing_class, self.args.chat_template_path)
+        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Bin]:
+        rows, report = tokenize_sft(dataset, self.processing_class, self.args)
+        self.reports["eval" if evaluation else "train"] = report
+        if self.args.packing and self.args.max_length is not None:
+            return fill_bins(rows, self.args.max_length)
+        return [[row] for row in rows]
+
+    def step(self, rows: list[Bin]) -> Metrics:
+        """One update on the mean loss of all target tokens of `rows`."""
+        started = time.monotonic()
+        micro_batches = self._micro_batches(rows)
+        totals = Totals(
+            tokens=sum(micro.num_targets for micro in micro_batches),
+            sequences=sum(micro.num_sequences for micro in micro_batches),
+        )
+        total_loss = 0.0
+        for micro in micro_batches:
+            logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
+            loss, _ = sft_loss(logp_N, totals)
+            self.updater.backward(loss)
+            total_loss += loss.item()
+        self.update(micro_batches)
+        return {
+            "loss": total_loss,
+            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
+            "tokens/targets": totals.tokens,
+            "time/train": time.monotonic() - started,
+        }
+
+    def compute_evaluation(self, rows: list[Bin]) -> Metrics:
+        """Mean loss a target token in nats, and its exponential."""
+        negative, tokens = 0.0, 0
+        for part in batches_of(rows, self.args.per_device_eval_batch_size):
+            micro = pack(_trees(part))
+            logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
+            negative -= logp_N.sum().item()
+            tokens += micro.num_targets
+        loss = negative / max(tokens, 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+
+    def _micro_batches(self, rows: list[Bin]) -> list[PackedBatch]:
+        if self.args.max_tokens_per_micro_batch is not None:
+            parts = split_trees(_trees(rows), max_tokens=self.args.max_tokens_per_micro_batch)
+        else:
+            parts = (_trees(part) for part in batches_of(rows, self.args.per_device_train_batch_size))
+        return [pack(part) for part in parts]
+
+
+def _trees(bins: list[Bin]) -> list[Tree]:
+    return [Tree([], [Branch(row.token_ids, row.loss_mask)]) for sequences in bins for row in sequences]
+
+
+def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> list[Bin]:
+    """Best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
+
+    Bins are not padded and sequences in one never see each other; only the batch size changes its meaning.
+    """
+    bins: list[Bin] = []
+    space: list[tuple[int, int]] = []  # (room left, bin), ascending
+    for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
+        size = len(row.token_ids)
+        place = bisect.bisect_left(space, (size, -1))
+        if place == len(space):
+            bins.append([row])
+            room, number = capacity - size, len(bins) - 1
+        else:
+            room, number = space.pop(place)
+            bins[number].append(row)
+            room -= size
+        bisect.insort(space, (room, number))
+    return bins
