@@ -1,4 +1,4 @@
-"""Metrics: sums over counts, sinks, displays, curves, summary and the final screen."""
+"""Metrics: sinks, displays, curves, summary and the final screen."""
 
 import io
 import json
@@ -12,7 +12,6 @@ from rich.console import Console
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.metrics import (
     CompletionLog,
-    Means,
     MetricLogger,
     plot_curves,
     plot_pipeline,
@@ -95,27 +94,6 @@ def finished_run(folder: Path, algorithm: str, groups: list[Group] | None = None
     return folder
 
 
-# Reduction
-
-
-def test_means_divide_sums_by_counts_not_means_by_batches():
-    means = Means()
-    means.add("entropy", torch.tensor(6.0), count=3)
-    means.add("entropy", torch.tensor(6.0), count=1)
-    means.add_all({"kl": 1.0, "clip_ratio": 2.0}, count=4)
-    means.add_max("sync/canary_gap", 0.1)
-    means.add_max("sync/canary_gap", 0.05)
-    assert means.compute() == {"entropy": 3.0, "kl": 0.25, "clip_ratio": 0.5, "sync/canary_gap": 0.1}
-    assert means.compute() == {}
-
-
-def test_means_leave_out_what_had_no_items():
-    means = Means()
-    means.add("loss", 3.0, count=2)
-    means.add("empty", 0.0, count=0)
-    assert means.compute() == {"loss": 1.5}
-
-
 # Sinks
 
 
@@ -186,8 +164,8 @@ def test_completions_hold_prompt_rewards_advantage_and_what_went_wrong(tmp_path,
 def test_the_last_evaluation_is_read_before_the_last_step(tmp_path, groups):
     log = CompletionLog(tmp_path)
     log.write(9, groups)
-    log.write(1, groups[:1], kind="eval")
-    log.write(5, groups[1:], kind="eval")
+    log.write(1, groups[:1], evaluation=True)
+    log.write(5, groups[1:], evaluation=True)
     assert [row["prompt_index"] for row in read_completions(tmp_path)] == [3, 3]
 
 

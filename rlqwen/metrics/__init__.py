@@ -1,16 +1,14 @@
-"""What a run reports: step metrics, sinks, the display, completions, curves and the summary. No torch."""
+"""What a run reports: metric sinks, the display, completions, curves and the summary. No torch."""
 
 from rlqwen.metrics.completions import CompletionLog, read_completions
 from rlqwen.metrics.curves import plot_curves, plot_pipeline
 from rlqwen.metrics.logger import MetricLogger
-from rlqwen.metrics.reduce import Means
 from rlqwen.metrics.run_folder import refuse_used_folder
 from rlqwen.metrics.sinks import read_metrics
 from rlqwen.metrics.summary import read_summary, write_pipeline_summary, write_summary
 
 __all__ = [
     "CompletionLog",
-    "Means",
     "MetricLogger",
     "plot_curves",
     "plot_pipeline",

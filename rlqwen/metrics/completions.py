@@ -16,10 +16,10 @@ class CompletionLog:
     def __init__(self, output_dir: str | Path) -> None:
         self._folder = Path(output_dir) / COMPLETIONS_FOLDER
 
-    def write(self, step: int, groups: Sequence[Group], kind: str = "step") -> Path:
-        """Write the groups of a step, or with `kind="eval"` those of an evaluation after it; returns the file."""
+    def write(self, step: int, groups: Sequence[Group], *, evaluation: bool = False) -> Path:
+        """Write the groups of a step, or those of the evaluation after it to `eval-000123.jsonl`; returns the file."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{kind}-{step:06d}.jsonl"
+        path = self._folder / f"{'eval' if evaluation else 'step'}-{step:06d}.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for group in groups:
                 for row in completion_rows(group):
