@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from rlqwen.advantages import carries_signal, group_advantages, nan_std, soft_overlong_penalty
+
+NAN = math.nan
+
+
+def test_group_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 4.0, 6.0, 8.0]])
+    centred = group_advantages(rewards, scale="none")
+    assert centred.tolist() == [[0.5, -0.5, -0.5, 0.5], [-3.0, -1.0, 1.0, 3.0]]
+    scaled = group_advantages(rewards, scale="group")
+    # Deviations with Bessel's correction: sqrt(1/3) and sqrt(20/3).
+    torch.testing.assert_close(scaled[0], centred[0] / (math.sqrt(1 / 3) + 1e-4))
+    torch.testing.assert_close(scaled[1], centred[1] / (math.sqrt(20 / 3) + 1e-4))
+
+
+def test_batch_scale_divides_by_the_deviation_of_all_rewards():
+    rewards = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    expected = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]]) / (math.sqrt(20 / 3) + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, scale="batch"), expected)
+
+
+def test_rloo_is_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]])
+    torch.testing.assert_close(group_advantages(rewards, estimator="rloo", scale="none"), expected)
+
+
+def test_reinforce_pp_whitens_over_the_batch():
+    advantages = group_advantages(torch.tensor([[0.0, 1.0], [0.0, 9.0]]), estimator="reinforce_pp", scale="group")
+    assert advantages.mean().abs() < 1e-6
+    assert advantages.std().item() == pytest.approx(1, rel=1e-3)
+    assert advantages[1, 1] > advantages[0, 1]
+
+
+@pytest.mark.parametrize("estimator", ["group", "rloo", "reinforce_pp"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_missing_rewards_get_no_advantage_and_shift_no_baseline(estimator, scale):
+    whole = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]), estimator=estimator, scale=scale)
+    holed = group_advantages(torch.tensor([[1.0, NAN, 0.0, 0.0]]), estimator=estimator, scale=scale)
+    torch.testing.assert_close(holed[0, [0, 2, 3]], whole[0])
+    assert holed[0, 1] == 0
+
+
+@pytest.mark.parametrize("estimator", ["group", "rloo", "reinforce_pp"])
+def test_equal_or_missing_rewards_give_exact_zeros(estimator):
+    rewards = torch.tensor([[0.7, 0.7, 0.7], [NAN, NAN, NAN]])
+    assert group_advantages(rewards, estimator=estimator).abs().max() < 1e-6
+    assert group_advantages(rewards[1:], estimator=estimator).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_nan_std_of_one_value_is_zero():
+    assert nan_std(torch.tensor([[3.0, NAN]])).tolist() == [[0.0]]
+
+
+def test_carries_signal():
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 1.0], [NAN, 1.0], [NAN, NAN]])
+    assert carries_signal(rewards).tolist() == [True, False, False, False]
+
+
+def test_soft_overlong_penalty_by_hand():
+    penalties = [soft_overlong_penalty(length, 100, 20) for length in (50, 80, 90, 100, 120)]
+    assert penalties == [0, 0, -0.5, -1, -1]
