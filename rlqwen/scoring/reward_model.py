@@ -1,0 +1,104 @@
+"""A sequence-classification model as a reward; torch is imported when one is loaded."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import ModelError
+
+
+class RewardModel:
+    """Scores prompt and completion with a model's single classification logit, as TRL does.
+
+    `model`: a folder or hub id, or a torch module that takes `input_ids` and `attention_mask` and returns an object
+    with `logits` [B, 1]. Conversations go through the tokenizer's chat template. A path loads at the first call of
+    `load`, onto a GPU if there is one; a module stays where it is.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, batch_size: int = 16) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._is_loaded = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the model's path, as TRL names reward models."""
+        path = self._path()
+        return Path(path).name if path else type(self._model).__name__
+
+    def load(self, default_tokenizer: Any = None) -> None:
+        """Load what was given by path; raises ModelError. `default_tokenizer` serves modules that tell no path."""
+        if self._is_loaded:
+            return
+        from transformers import AutoTokenizer
+
+        path = self._path()
+        if isinstance(self._model, str):
+            self._model = _load_model(self._model)
+        if self._tokenizer is None:
+            if path:
+                try:
+                    self._tokenizer = AutoTokenizer.from_pretrained(path)
+                except (OSError, ValueError) as error:
+                    raise ModelError(f"reward model {path!r}: its tokenizer cannot be loaded: {error}") from error
+            elif default_tokenizer is not None:
+                self._tokenizer = default_tokenizer
+            else:
+                raise ModelError(f"reward model {self.name!r} is a module without a path, so give its tokenizer")
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if getattr(self._model, "config", None) is not None:
+            # The classification head looks for the last token that is not padding.
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._model.eval()
+        self._is_loaded = True
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """One reward for each completion."""
+        import torch
+
+        texts = [
+            self._tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+            if isinstance(completion, list)
+            else prompt + completion
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        device = next(self._model.parameters()).device
+        rewards: list[float] = []
+        for start in range(0, len(texts), self._batch_size):
+            inputs = self._tokenizer(
+                texts[start : start + self._batch_size],
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                logits = self._model(
+                    input_ids=inputs["input_ids"].to(device), attention_mask=inputs["attention_mask"].to(device)
+                ).logits
+            rewards += logits[:, 0].float().tolist()
+        return rewards
+
+    def _path(self) -> str:
+        if isinstance(self._model, str):
+            return self._model
+        return str(getattr(getattr(self._model, "config", None), "_name_or_path", ""))
+
+
+def _load_model(path: str) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"reward model {path!r} cannot be loaded as sequence classification: {error}") from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(
+            f"reward model {path!r} lacks weights ({missing}), so its scores would be random; "
+            "give a model that was trained as a reward model, with one label"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
