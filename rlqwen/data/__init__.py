@@ -1,1 +1,18 @@
+"""Data: rows from anywhere, in one form, as token ids with loss masks or as prompts."""
 
+from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.data.report import DataReport
+from rlqwen.data.sources import as_rows, load_rows
+from rlqwen.data.tokenization import TokenizedRow, tokenize_conversation, tokenize_prompts, tokenize_sft
+
+__all__ = [
+    "ChatFormat",
+    "DataReport",
+    "TokenizedRow",
+    "as_rows",
+    "load_chat_template",
+    "load_rows",
+    "tokenize_conversation",
+    "tokenize_prompts",
+    "tokenize_sft",
+]

@@ -1,0 +1,161 @@
+"""Rows from local files, each with the place it came from, so that an error can name the line."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+
+_EXCERPT = 60
+_FIELD_LIMIT = 2**31 - 1
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (where, row) for each row of a file, or of all data files in a folder in the order of their names.
+
+    `where` reads `train.jsonl, line 3` (lines count from 1) or `train.parquet, row 2` (rows count from 0). Raises
+    DataError for what cannot be read, with the place and what stands there.
+    """
+    for file in data_files(path):
+        empty = True
+        for where, row in _READERS[file.suffix.lower()](file):
+            empty = False
+            yield where, row
+        if empty:
+            raise DataError(f"{file} holds no rows")
+
+
+def data_files(path: Path) -> list[Path]:
+    """The data files that `path` stands for; DataError if there are none, saying what is there instead."""
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path}: can't read files of type {path.suffix!r}; known types: {', '.join(SUFFIXES)}")
+        return [path]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
+    if not files:
+        raise DataError(f"no data file ({', '.join(SUFFIXES)}) in folder {path}; {list_folder(path)}")
+    return files
+
+
+def list_folder(folder: Path) -> str:
+    """`it holds: a, b, c` for messages."""
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    if not names:
+        return "it is empty"
+    return f"it holds: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            line = _decode(raw, where).strip()
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid JSON ({error.msg}, column {error.colno}): {_excerpt(line)}"
+                ) from None
+            yield where, _require_mapping(row, where)
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    text = _decode(path.read_bytes(), str(path))
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, named .json, as many hub datasets have it
+            yield from _read_jsonl(path)
+            return
+        line = text.split("\n")[error.lineno - 1]
+        raise DataError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}): {_excerpt(line)}"
+        ) from None
+    if isinstance(rows, dict) and "\n" not in text.strip():  # a single line of one object a line
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a JSON data file must hold a list of objects, this one holds {_kind(rows)}")
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        yield where, _require_mapping(row, where)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Every value stays the text that it is: `007` is not the number 7."""
+    text = _decode(path.read_bytes(), str(path))
+    csv.field_size_limit(_FIELD_LIMIT)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+        if row is None:
+            return
+        where = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            expected = len(reader.fieldnames or ())
+            raise DataError(
+                f"{where}: the header names {expected} columns, this row has {'more' if None in row else 'fewer'}; "
+                "values with a comma or a line break must stand in double quotes"
+            )
+        yield where, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.lib.ArrowException as error:
+        raise DataError(f"{path}: not a valid Parquet file ({error})") from None
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            yield f"{path}, row {number}", row
+            number += 1
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        place = where if ", line " in where else f"{where}, line {line}"
+        raise DataError(
+            f"{place}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
+            "convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
+        ) from None
+
+
+def _require_mapping(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be a JSON object, this is {_kind(row)}: {_excerpt(json.dumps(row))}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= _EXCERPT else text[:_EXCERPT] + "...")
+
+
+_READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

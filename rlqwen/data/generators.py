@@ -1,0 +1,93 @@
+"""Built-in data: sums of two-digit numbers, for the quickstart and the tests. No file and no hub needed."""
+
+import difflib
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlqwen.config.base import ArgumentsConfig
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+
+_EVAL_SHARE = 0.1
+# Which sums belong to the evaluation must not depend on anything that a recipe sets, or stages would leak into it.
+_SPLIT_SEED = 20260101
+
+
+class ArithmeticArgs(ArgumentsConfig):
+    """Arguments of the generator `arithmetic`."""
+
+    kind: Literal["sft", "prompts"] = "prompts"
+    """`sft`: rows with `messages`, answered by a sloppy teacher. `prompts`: rows with `prompt`. Both: `solution`."""
+    split: Literal["train", "eval"] = "train"
+    """A sum a+b and its mirror b+a are on the same side; a tenth of the pairs are for `eval`."""
+    size: int | None = Field(default=None, gt=0)
+    """Rows. None: each sum of the split once. More: further passes in another order, for `train` only."""
+    seed: int = 0
+    """Seed of order and slips; never of the split."""
+    teacher_error: float = Field(default=0.4, ge=0, le=1)
+    """Share of `sft` answers that are wrong, by 1 or by 10, up or down with equal chances."""
+    style: Literal["boxed", "think"] = "boxed"
+    r"""`boxed`: `\boxed{46}`. `think`: a short working in think tags before it; a slip then begins in the working."""
+
+
+def generate(name: str, args: dict[str, Any]) -> list[Row]:
+    """Rows of the built-in generator `name`; DataError for an unknown name, ConfigError for an unknown argument."""
+    if name not in GENERATORS:
+        near = difflib.get_close_matches(name, GENERATORS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(GENERATORS)}"
+        raise DataError(f"there is no generator {name!r}; {hint}")
+    return GENERATORS[name](**args)
+
+
+def arithmetic(**args: Any) -> list[Row]:
+    """Sums a + b of two numbers from 10 to 99; see ArithmeticArgs.
+
+    Rows: `{"prompt": [{"role": "user", "content": "12 + 34 = ?"}], "solution": "46"}`, or with `messages` in place of
+    `prompt` for `kind: sft`. `solution` is always the true sum.
+    """
+    options = ArithmeticArgs.parse(args, where="generator arithmetic")
+    sums = _sums(options.split)
+    size = options.size or len(sums)
+    if options.split == "eval" and size > len(sums):
+        raise DataError(f"generator arithmetic: size={size}, but split 'eval' has only {len(sums)} sums")
+    rng = random.Random(f"arithmetic {options.split} {options.seed}")
+    drawn: list[tuple[int, int]] = []
+    while len(drawn) < size:
+        drawn += rng.sample(sums, len(sums))
+    return [_row(a, b, options, rng) for a, b in drawn[:size]]
+
+
+@cache
+def _sums(split: str) -> tuple[tuple[int, int], ...]:
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    random.Random(_SPLIT_SEED).shuffle(pairs)
+    num_eval = round(_EVAL_SHARE * len(pairs))
+    chosen = pairs[:num_eval] if split == "eval" else pairs[num_eval:]
+    return tuple(sorted({pair for a, b in chosen for pair in ((a, b), (b, a))}))
+
+
+def _row(a: int, b: int, options: ArithmeticArgs, rng: random.Random) -> Row:
+    question = {"role": "user", "content": f"{a} + {b} = ?"}
+    if options.kind == "prompts":
+        return {"prompt": [question], "solution": str(a + b)}
+    slip = rng.choice((-10, -1, 1, 10)) if rng.random() < options.teacher_error else 0
+    answer = f"\\boxed{{{a + b + slip}}}"
+    if options.style == "think":
+        answer = f"<think>\n{_working(a, b, slip)}\n</think>\n\n{answer}"
+    return {"messages": [question, {"role": "assistant", "content": answer}], "solution": str(a + b)}
+
+
+def _working(a: int, b: int, slip: int) -> str:
+    """Tens, ones, total; the slip enters where it arises, so that the answer follows from the working."""
+    tens = a // 10 * 10 + b // 10 * 10 + (slip if abs(slip) == 10 else 0)
+    ones = a % 10 + b % 10 + (slip if abs(slip) == 1 else 0)
+    return f"{a // 10 * 10} + {b // 10 * 10} = {tens}\n{a % 10} + {b % 10} = {ones}\n{tens} + {ones} = {tens + ones}"
+
+
+GENERATORS: dict[str, Callable[..., list[Row]]] = {"arithmetic": arithmetic}
+"""Name in a recipe -> function of the arguments."""

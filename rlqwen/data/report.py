@@ -1,0 +1,52 @@
+"""What became of the rows: counted while tokenising, printed by `check` and at the start of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class DataReport:
+    """Counts over one dataset; token counts are of kept rows."""
+
+    num_rows: int = 0
+    num_kept: int = 0
+    num_truncated: int = 0
+    """Rows cut to max_length and kept."""
+    num_overlong: int = 0
+    """Rows left out because they are too long."""
+    num_empty_mask: int = 0
+    """Rows left out because no token of them is in the loss."""
+    num_tokens: int = 0
+    num_loss_tokens: int = 0
+    eos_in_loss: float = 0.0
+    """Share of kept SFT rows whose last token in the loss is one that ends generation; below 1 where rows are cut."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Percentiles of the rows' tokens before any cut: p50, p90, p99, max."""
+    end_of_turn: str | None = None
+    """The token that ends what the model writes; generation must stop at it."""
+    warnings: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.num_kept} of {self.num_rows} rows", f"{self.num_tokens} tokens"]
+        if self.num_loss_tokens:
+            parts.append(f"{self.num_loss_tokens} in the loss")
+            parts.append(f"EOS in the loss of {self.eos_in_loss:.0%}")
+        parts += [f"{count} {what}" for what, count in self._losses() if count]
+        return ", ".join([*parts, "lengths " + " ".join(f"{name} {value}" for name, value in self.lengths.items())])
+
+    def _losses(self) -> list[tuple[str, int]]:
+        return [
+            ("truncated", self.num_truncated),
+            ("over-long and dropped", self.num_overlong),
+            ("dropped for an empty loss mask", self.num_empty_mask),
+        ]
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Nearest-rank percentiles; empty for no lengths."""
+    ordered = sorted(lengths)
+    if not ordered:
+        return {}
+    ranks = {name: -(-len(ordered) * percent // 100) for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))}
+    return {name: ordered[rank - 1] for name, rank in ranks.items()} | {"max": ordered[-1]}

@@ -1,0 +1,155 @@
+"""Rows from where a recipe or a script says: files, folders, the hub, built-in generators, Python objects."""
+
+import difflib
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlqwen.config.data import SourceConfig
+from rlqwen.data.files import list_folder, read_rows
+from rlqwen.data.formats import add_system_prompt, normalise_row
+from rlqwen.data.generators import generate
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load_rows(source: SourceConfig | list[SourceConfig], *, seed: int) -> list[Row]:
+    """All rows of a source, or of several mixed; each in the form that rlqwen.data.formats describes.
+
+    Sources without a `weight` are simply joined and interleaved. As soon as one has a weight, weights are shares of
+    the mixture: it is made as large as it can be without repeating a row, and the log says how many of each were
+    taken. The same seed gives the same rows in the same order; each source keeps its own order where all its rows are
+    taken. Raises DataError for what can't be read, with file and row.
+    """
+    sources = source if isinstance(source, list) else [source]
+    if not sources:
+        raise DataError("data: an empty list of sources; give at least one")
+    loaded = [_load_source(one) for one in sources]
+    if len(loaded) == 1:
+        return loaded[0]
+    return _mix(sources, loaded, random.Random(seed))
+
+
+def as_rows(data: Any) -> list[Row]:
+    """Rows of what a script passes as a dataset: datasets.Dataset, or any sized sequence of dicts; in our form.
+
+    Raises DataError for a stream, a DatasetDict, or an empty dataset.
+    """
+    if isinstance(data, Mapping):
+        raise DataError(f"a dataset with splits ({', '.join(map(str, data))}) was given; pass one, as dataset['train']")
+    if isinstance(data, str | bytes) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; of a stream, take a "
+            "number of rows first: list(stream.take(10_000))"
+        )
+    rows = data.to_list() if hasattr(data, "to_list") else [data[i] for i in range(len(data))]
+    if not rows:
+        raise DataError("the dataset is empty")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number}: a row must be a dict, not {row!r:.80}")
+    return [normalise_row(dict(row), f"row {number}") for number, row in enumerate(rows)]
+
+
+def _load_source(source: SourceConfig) -> list[Row]:
+    rows = []
+    for where, row in islice(_read_source(source), source.limit):
+        row = normalise_row(_map_columns(row, source.columns, where), where)
+        if source.system_prompt:
+            row = add_system_prompt(row, source.system_prompt, where)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{source.path or source.generator} holds no rows")
+    return rows
+
+
+def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
+    if source.generator is not None:
+        return _numbered(generate(source.generator, source.args), f"generator {source.generator}")
+    assert source.path is not None  # SourceConfig holds exactly one of the two
+    if source.args:
+        raise DataError(f"{source.path}: 'args' are for a generator; a file or hub dataset takes none")
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        if _looks_like_hub_id(source.path):
+            return _read_hub(source)
+        raise DataError(_missing(path))
+    for key in ("name", "split", "revision"):
+        if getattr(source, key) is not None:
+            raise DataError(f"{path} is a local path: {key!r} is for hub datasets; name the file instead")
+    if (path / "dataset_info.json").is_file():
+        from datasets import load_from_disk
+
+        return _numbered(load_from_disk(str(path)), str(path))
+    return read_rows(path)
+
+
+def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
+    from datasets import load_dataset
+
+    assert source.path is not None
+    split = source.split or "train"
+    try:
+        dataset = load_dataset(source.path, source.name, split=split, revision=source.revision)
+    except Exception as error:  # the hub's client raises many kinds: a boundary
+        raise DataError(
+            f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return _numbered(dataset, source.path)
+
+
+def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:
+    return ((f"{where}, row {number}", dict(row)) for number, row in enumerate(rows))
+
+
+def _looks_like_hub_id(path: str) -> bool:
+    return _HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in {
+        ".csv", ".json", ".jsonl", ".parquet", ".txt", ".gz", ".zip"
+    }  # fmt: skip
+
+
+def _missing(path: Path) -> str:
+    """Name the deepest folder that exists and what is in it."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no file or folder {path}; {hint}in {folder} {list_folder(folder)}"
+
+
+def _map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
+    """Rename `theirs` to `ours`; a column that is mapped twice serves both."""
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            near = difflib.get_close_matches(theirs, map(str, row), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"{where}: columns maps {ours!r} to {theirs!r}, which the row lacks{hint} "
+                f"It has: {', '.join(map(str, row))}"
+            )
+    taken = set(columns.values())
+    kept = {column: value for column, value in row.items() if column not in taken}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def _mix(sources: Sequence[SourceConfig], loaded: Sequence[list[Row]], rng: random.Random) -> list[Row]:
+    counts = [len(rows) for rows in loaded]
+    if any("weight" in source.model_fields_set for source in sources):
+        total = min(count / source.weight for count, source in zip(counts, sources, strict=True))
+        # The small addend keeps a share such as 0.1 * 30 from falling to 2.
+        counts = [max(1, int(total * source.weight + 1e-9)) for source in sources]
+    queues = []
+    for source, rows, count in zip(sources, loaded, counts, strict=True):
+        logger.info("mixture: %d of %d rows of %s", count, len(rows), source.path or source.generator)
+        queues.append(iter([rows[i] for i in sorted(rng.sample(range(len(rows)), count))]))
+    order = [number for number, count in enumerate(counts) for _ in range(count)]
+    rng.shuffle(order)
+    return [next(queues[number]) for number in order]
