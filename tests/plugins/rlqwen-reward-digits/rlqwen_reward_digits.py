@@ -1,0 +1,23 @@
+"""A reward for arithmetic, as a package of its own: partial credit for sums that are nearly right."""
+
+import re
+
+_NUMBER = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
+
+
+def digits(completions, solution, scale=1.0, **columns):
+    """Share of the solution's digits that the boxed number has in their places, times `scale`; 0 if none is boxed."""
+    return [scale * _share(_text(one), str(gold)) for one, gold in zip(completions, solution, strict=True)]
+
+
+def _text(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _share(text, gold):
+    found = _NUMBER.findall(text)
+    if not found or not gold:
+        return 0.0
+    width = max(len(found[-1]), len(gold))
+    number, gold = found[-1].rjust(width), gold.rjust(width)
+    return sum(mine == theirs for mine, theirs in zip(number, gold, strict=True)) / width

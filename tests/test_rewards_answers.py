@@ -1,0 +1,59 @@
+import pytest
+from rlqwen_rewards.answers import boxed_answer, final_text, hashed_answer, marked_answer, text_of
+
+
+@pytest.mark.parametrize(
+    ("completion", "text"),
+    [
+        ("plain", "plain"),
+        ([{"role": "assistant", "content": "one"}], "one"),
+        ([{"role": "assistant", "content": "call"}, {"role": "tool", "content": "4"}, {"content": "last"}], "last"),
+        ([{"role": "assistant", "content": "said"}, {"role": "assistant", "content": None}], "said"),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
+        ([], ""),
+    ],
+)
+def test_text_of_completions_in_every_form(completion, text):
+    assert text_of(completion) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{57}", "57"),
+        (r"\boxed{\frac{1}{3}} done", r"\frac{1}{3}"),
+        (r"\boxed{1} is wrong, so \boxed{2}", "2"),
+        (r"\boxed{1} or \boxed{2}", "1, 2"),
+        (r"$\boxed{1}$, $\boxed{2}$, and $\boxed{3}$", "1, 2, 3"),
+        (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
+        (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{50}\%", r"50\%"),
+        (r"\boxed{4} and then \boxed{5", "4"),
+        (r"\boxed{5", None),
+        ("57", None),
+    ],
+)
+def test_boxed_answer(text, answer):
+    assert boxed_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("#### 1\nno\n#### 72 \nbye", "72"), ("####72", "72"), ("####", None), ("### 72", None)],
+)
+def test_hashed_answer_is_the_line_after_the_last_hashes(text, answer):
+    assert hashed_answer(text) == answer
+
+
+def test_a_box_goes_before_hashes_and_an_empty_box_marks_nothing():
+    assert marked_answer("\\boxed{5}\n#### 6") == "5"
+    assert marked_answer("\\boxed{}\n#### 6") == "6"
+    assert marked_answer(r"\boxed{}") is None
+
+
+def test_final_text_needs_closed_reasoning():
+    assert final_text("<think>1</think>2</think>3") == "3"
+    assert final_text("<think>never closed") is None
+    assert final_text("no reasoning") == "no reasoning"

@@ -1,0 +1,76 @@
+import pytest
+from rlqwen_rewards import think_format_reward
+from rlqwen_rewards.format import Format, boxed_format
+from rlqwen_rewards.tag_count import TagCount
+from trl import rewards as trl_rewards
+
+THOUGHT = "<think>\n50+7\n</think>\n\n\\boxed{57}"
+BARE = r"\boxed{57}"
+TEXTS = [
+    THOUGHT,
+    BARE,
+    "<think>\nThis is my reasoning.\n</think>\nThis is my answer.",
+    "<think>\nThis is my reasoning.\nThis is my answer.",
+    "so <think>a</think> b",
+    "<think><think>a</think> b",
+    "<think>a</think> b <think>c</think>",
+    "<think></think>",
+    "",
+]
+
+
+def test_think_format_is_trl_s():
+    completions = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    theirs = trl_rewards.think_format_reward(completions)
+    assert think_format_reward(completions) == theirs == [1, 0, 1, 0, 0, 0, 0, 1, 0]
+    assert Format()(TEXTS) == theirs
+
+
+@pytest.mark.parametrize(
+    ("require", "rewards"),
+    [("boxed", [1.0, 1.0]), ("think", [1.0, 0.0]), (["think", "boxed"], [1.0, 0.0])],
+)
+def test_quickstart_answers_by_requirement(require, rewards):
+    assert Format(require=require)([THOUGHT, BARE]) == rewards
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["57", r"\boxed{}", r"\boxed{57", r"\boxed{5} \boxed{7}", r"<think>\boxed{57}</think> 57", r"<think>\boxed{57}"],
+)
+def test_boxed_format_wants_one_full_box_after_the_reasoning(text):
+    assert boxed_format([text, BARE]) == [0.0, 1.0]
+
+
+def test_answer_tags_hold_all_that_follows_the_reasoning():
+    texts = [
+        "<think>a</think>\n<answer>5</answer>\n",
+        "<think>a</think> well, <answer>5</answer>",
+        "<think>a</think><answer>5</answer><answer>6</answer>",
+        "<answer>5</answer>",
+    ]
+    assert Format(require=["think", "answer"])(texts) == [1.0, 0.0, 0.0, 0.0]
+    assert Format(require="answer")(texts) == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_reasoning_that_the_template_opened():
+    assert Format(think_in_prompt=True)(["a</think>b", "<think>a</think>b", "a"]) == [1.0, 0.0, 0.0]
+
+
+def test_pattern_must_match_the_whole_completion():
+    assert Format(pattern=r"Answer: \d+.*")(["Answer: 5\nsure", "The Answer: 5", "Answer: x"]) == [1.0, 0.0, 0.0]
+
+
+def test_format_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="unknown part 'box'; there are think, answer, boxed"):
+        Format(require=["think", "box"])
+    with pytest.raises(ValueError, match="not both"):
+        Format(require="think", pattern="x")
+
+
+def test_tag_count_counts_tags_that_occur_once():
+    texts = ["<think>a</think><answer>b</answer>", "<think>a<think></think>", ""]
+    assert TagCount()(texts) == [1.0, 0.25, 0.0]
+    assert TagCount(tags=["<a>", "<b>"])(["<a>"]) == [0.5]
+    with pytest.raises(ValueError, match="list of at least one tag"):
+        TagCount(tags="<a>")
