@@ -25,7 +25,6 @@ from rlqwen.entry_points import RewardEntry, discover, load, locate, nearest
 from rlqwen.errors import RewardSpecError
 
 __all__ = [
-    "PROVIDED",
     "Reward",
     "RewardEntry",
     "call_arguments",
@@ -39,8 +38,7 @@ __all__ = [
 PROTOCOL = ("prompts", "completions", "completion_ids")
 """What every reward may name."""
 
-PROVIDED = frozenset((*PROTOCOL, "trainer_state", "log_extra", "log_metric"))
-"""What the trainer gives beside the data's columns, as TRL does."""
+_ONLY_IN_TRL = ("trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +185,15 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 def check_columns(reward: Reward, columns: Collection[str], where: str) -> None:
     """Raise RewardSpecError unless the data in `where` has every column that the reward cannot do without."""
-    needed = [(one,) for one in reward.required] + list(reward.column_choices)
-    for choice in needed:
-        if not any(one in columns or one in PROVIDED for one in choice):
-            there = ", ".join(sorted(columns)) or "none"
+    for one in reward.required:
+        if one in _ONLY_IN_TRL and one not in columns:
+            raise RewardSpecError(
+                f"reward {reward.name!r} ({reward.origin}) cannot do without {one!r}, which TRL's trainer passes and "
+                f"rlqwen doesn't: rewards run in processes of their own; give the parameter a default"
+            )
+    there = ", ".join(sorted(columns)) or "none"
+    for choice in [(one,) for one in reward.required if one not in PROTOCOL] + list(reward.column_choices):
+        if not any(one in columns for one in choice):
             raise RewardSpecError(
                 f"reward {reward.name!r} ({reward.origin}) needs a column {' or '.join(map(repr, choice))}, which "
                 f"{where} lacks; columns there: {there}. If one of them is meant, map it in the recipe: "

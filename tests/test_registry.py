@@ -282,7 +282,12 @@ def test_columns_that_a_signature_needs_must_be_there():
         f"reward 'good' ({__name__}) needs a column 'solution', which train.jsonl lacks; columns there: answer, "
         "question. If one of them is meant, map it in the recipe: data.train.columns: {solution: name_of_that_column}"
     )
-    check_columns(resolve(lambda completions, trainer_state, log_extra, log_metric: []), [], "train.jsonl")
+
+
+def test_what_only_trl_passes_must_have_a_default():
+    check_columns(resolve(lambda completions, trainer_state=None, log_extra=None, log_metric=None: []), [], "d")
+    with pytest.raises(RewardSpecError, match="cannot do without 'log_metric', which TRL's trainer passes"):
+        check_columns(resolve(lambda completions, log_metric: []), [], "d")
 
 
 def test_one_of_several_columns_must_be_there():
