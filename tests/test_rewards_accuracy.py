@@ -97,6 +97,18 @@ def test_a_comparison_that_does_not_end_is_missing_not_wrong():
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize(
+    "text",
+    [r"\( " * 12_000, r"\boxed{" + "(" * 2000 + ")" * 2000 + "}", "the answer is $" * 3000, r"\boxed{" * 10_000],
+    ids=["open formulas", "nested", "anchors", "open boxes"],
+)
+def test_degenerate_completions_are_wrong_and_cheap(text):
+    start = time.monotonic()
+    assert grade(text, "72.5") == 0.0
+    assert grade(text, "72.5", plain=True) == 0.0
+    assert time.monotonic() - start < 3
+
+
 def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch):
     golds = ("0", "-0", "7", "-7", "1,000", "1000", "007", "#### 7")
     answers = ("0", "7", "-7", "1000", "1,000", "07", r"\$7", "1{,}000", "7 ")

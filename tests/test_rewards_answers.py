@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from rlqwen_rewards.answers import boxed_answer, final_text, hashed_answer, marked_answer, text_of
 
@@ -31,6 +33,8 @@ def test_text_of_completions_in_every_form(completion, text):
         (r"\fbox{5}", "5"),
         (r"\boxed{50}\%", r"50\%"),
         (r"\boxed{4} and then \boxed{5", "4"),
+        (r"\boxed{4 and \boxed{5}", "5"),
+        (r"} \boxed{5} {", "5"),
         (r"\boxed{5", None),
         ("57", None),
     ],
@@ -57,3 +61,10 @@ def test_final_text_needs_closed_reasoning():
     assert final_text("<think>1</think>2</think>3") == "3"
     assert final_text("<think>never closed") is None
     assert final_text("no reasoning") == "no reasoning"
+
+
+def test_endless_boxes_take_linear_time():
+    start = time.monotonic()
+    assert boxed_answer(r"\boxed{" * 50_000) is None
+    assert boxed_answer(r"\boxed{" * 50_000 + "5}") == "5"
+    assert time.monotonic() - start < 5

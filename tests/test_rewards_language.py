@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from rlqwen_rewards.language import Language
 
@@ -27,6 +29,12 @@ def test_formulas_code_and_tags_are_no_language():
     text = "<think>加</think> $x+y$ \\(abc\\) ```print(x)``` `code` \\frac \\boxed{\\text{word}}"
     assert Language("zh")([text]) == [1.0]
     assert Language("en")([r"\boxed{57}", ""]) == [None, None]
+
+
+def test_formulas_that_never_close_take_linear_time():
+    start = time.monotonic()
+    assert Language("en")([r"\( " * 12_000]) == [None]
+    assert time.monotonic() - start < 2
 
 
 def test_the_data_s_column_goes_before_the_argument():

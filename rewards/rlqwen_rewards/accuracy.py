@@ -24,6 +24,10 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _TIMEOUT = 3  # seconds for one parse or one comparison; an ordinary one takes milliseconds
 
+_LONGEST_ANSWER = 1000
+_TAIL = 2000
+"""Characters at the end of a text in which an unmarked answer is looked for; a degenerate text costs seconds else."""
+
 _NORMALIZATION = LatexNormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all", equations=False
 )
@@ -52,7 +56,7 @@ def grade(text: str, solution: Any, *, plain: bool = False) -> float | None:
     """1.0 if the answer in `text` equals the solution, 0.0 if not or if there is none.
 
     None if the solution itself cannot be read, or if the comparison ran out of time. `plain` also takes an answer
-    that nothing marks: the last formula or number of the text. A solution may be a list of which any will do.
+    that nothing marks: the last formula or number of the text. An answer of over 1,000 characters is no answer. A solution may be a list of which any will do.
     """
     if isinstance(solution, list | tuple):
         grades = [grade(text, one, plain=plain) for one in solution]
@@ -64,6 +68,8 @@ def grade(text: str, solution: Any, *, plain: bool = False) -> float | None:
         quick = _compare_integers(gold, answer)
         if quick is not None:
             return quick
+        if len(answer) > max(_LONGEST_ANSWER, 2 * len(gold)):
+            return 0.0
     words = _words(gold)
     if words is not None:
         return float(answer is not None and _plain_text(answer) == words)
@@ -81,7 +87,7 @@ def _grade_with_math_verify(gold_text: str, text: str, answer: str | None, plain
     if answer is not None:
         targets = _parse(rf"\boxed{{{answer.rstrip('.')}}}", _ANCHORED, timeout)
     else:
-        targets = _parse(text, _PLAIN if plain else _ANCHORED, timeout)
+        targets = _parse(text[-_TAIL:], _PLAIN if plain else _ANCHORED, timeout)
     return float(any(_equal(gold, target, timeout) for gold in golds for target in targets))
 
 

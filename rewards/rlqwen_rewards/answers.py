@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:and|or|\\text\{\s*(?:and|or)\s*\}))[\s$]*")
 _PERCENT = re.compile(r"[\s$]*\\?%")
 
@@ -31,33 +31,23 @@ def final_text(text: str, delimiters: Sequence[str] = ("</think>",)) -> str | No
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Every complete outermost `\boxed{...}`: start, end, and what is inside. Braces are balanced, `\{` is no brace."""
+    r"""Every complete outermost `\boxed{...}`: start, end, and what is inside. Braces are balanced, `\{` is no brace.
+
+    One pass, because a model that degenerates writes thousands of boxes that it never closes.
+    """
     found: list[tuple[int, int, str]] = []
-    position = 0
-    while match := _BOX.search(text, position):
-        end = _closing_brace(text, match.end())
-        if end is None:
-            position = match.end()
-            continue
-        found.append((match.start(), end + 1, text[match.end() : end].strip()))
-        position = end + 1
+    open_braces: list[tuple[int, int] | None] = []  # start of the box and of its content; None for a plain brace
+    for match in _BRACE.finditer(text):
+        if match[0] == "}":
+            box = open_braces.pop() if open_braces else None
+            if box is not None:
+                start, content_start = box
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, match.end(), text[content_start : match.start()].strip()))
+        elif match[0].endswith("{") and match[0] != r"\{":
+            open_braces.append((match.start(), match.end()) if match[0].startswith("\\") else None)
     return found
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
-    return None
 
 
 def boxed_answer(text: str) -> str | None:

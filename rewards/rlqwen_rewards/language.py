@@ -30,7 +30,7 @@ _SCRIPTS: dict[str, tuple[str, ...]] = {
 """ISO 639-1 code -> scripts, as the first word of their letters' Unicode names."""
 
 _NOT_LANGUAGE = re.compile(
-    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]"  # code and formulas
+    r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]"  # code and formulas
     r"|\\(?:boxed|fbox)\s*\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\\[A-Za-z]+|</?[A-Za-z_]+>",  # boxes, commands, tags
     re.DOTALL,
 )
