@@ -88,7 +88,7 @@ class ChatFormat:
                 before = after
                 continue
             in_loss = i >= first_trained
-            head, content = self._open_turn(before, self._verbatim(message), where)
+            head, content = self._open_turn(before, _verbatim(message), where)
             calls, before = self._close_turn(after, bool(message.get("tool_calls")), where)
             content += calls if content else calls.lstrip("\n")
             pieces += [Piece(head, True), Piece(content, False, in_loss), Piece(self.end_of_turn, True, in_loss)]
@@ -203,8 +203,9 @@ class ChatFormat:
         empty = re.match(r"\s*<think>\s*</think>\s*", content)
         if empty is None and content.lstrip().startswith("<think>"):
             raise DataError(
-                f"{where}: the answer thinks ({content[:40]!r}), but enable_thinking is false in chat_template_kwargs; "
-                "leave it out, or take the thoughts out of the data"
+                f"{where}: the answer thinks ({content[:40]!r}), but the generation prompt says that it doesn't "
+                f"({self.generation_prompt!r}); set enable_thinking: true in chat_template_kwargs, or take the thoughts "
+                "out of the data"
             )
         return head, content[empty.end() :] if empty else content
 
@@ -214,14 +215,6 @@ class ChatFormat:
         if not end or (calls and not has_calls):
             raise DataError(f"{where}: the chat template follows an assistant's content with {after[:40]!r}")
         return calls, rest
-
-    def _verbatim(self, message: Message) -> str:
-        """An assistant's content as given; thoughts in a field of their own go in front of it, in think tags."""
-        content: str = message["content"]
-        thoughts = message.get("reasoning_content")
-        if isinstance(thoughts, str) and thoughts:
-            return "<think>\n" + thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
-        return content
 
     def _is_unsafe(self, text: str) -> bool:
         return self._special.search(text) is not None
@@ -262,6 +255,15 @@ def _default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
             "or give prompts and completions as plain text"
         )
     return str(template)
+
+
+def _verbatim(message: Message) -> str:
+    """An assistant's content as given; thoughts in a field of their own go in front of it, in think tags."""
+    content: str = message["content"]
+    thoughts = message.get("reasoning_content")
+    if isinstance(thoughts, str) and thoughts:
+        return "<think>\n" + thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
+    return content
 
 
 def _without_thoughts(message: Message) -> Message:

@@ -85,6 +85,8 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
             raise DataError(f"{path} is a local path: {key!r} is for hub datasets; name the file instead")
+    if (path / "dataset_dict.json").is_file():
+        raise DataError(f"{path} is a dataset with splits; name the folder of one: {list_folder(path)}")
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 

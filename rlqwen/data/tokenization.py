@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlqwen.config.sft import SFTConfig
-from rlqwen.data.chat import ChatFormat, Piece, load_chat_template
+from rlqwen.data.chat import ChatFormat, Piece
 from rlqwen.data.formats import normalise_row, to_prompt_row
 from rlqwen.data.report import DataReport, percentiles
-from rlqwen.errors import ConfigError, DataError, ModelError
+from rlqwen.data.sft import SFTWriter, all_in_loss, eos_warnings
+from rlqwen.errors import DataError
 from rlqwen.types import Message, Prompt
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def tokenize_conversation(
     """
     chat = ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
     pieces = chat.conversation(messages, "conversation")
-    (row,) = _encode(tokenizer, [pieces if assistant_only else _all_in_loss(pieces)])
+    (row,) = _encode(tokenizer, [pieces if assistant_only else all_in_loss(pieces)])
     return row.token_ids, row.loss_mask
 
 
@@ -60,32 +61,31 @@ def tokenize_sft(
     left to learn from, naming the reason.
     """
     report = DataReport(num_rows=len(rows))
-    writer = _SFTWriter(tokenizer, config)
+    writer = SFTWriter(tokenizer, config)
     kept: list[TokenizedRow] = []
     lengths: list[int] = []
-    num_eos = 0
     for _, row in _tokenize(rows, tokenizer, writer.pieces):
         lengths.append(len(row.token_ids))
-        cut = _truncate(row, config)
-        if cut is None:
+        is_long = config.max_length is not None and len(row.token_ids) > config.max_length
+        if is_long and config.truncation_mode == "drop":
             report.num_overlong += 1
             continue
-        if not any(cut.loss_mask):
+        if is_long:
+            row = _truncate(row, config)
+        if True not in row.loss_mask:
             report.num_empty_mask += 1
             continue
-        report.num_truncated += len(cut.token_ids) < len(row.token_ids)
-        kept.append(cut)
-        report.num_loss_tokens += sum(cut.loss_mask)
-        report.num_tokens += len(cut.token_ids)
-        last = max(t for t, in_loss in enumerate(cut.loss_mask) if in_loss)
-        num_eos += cut.token_ids[last] in writer.stop_ids
+        report.num_truncated += is_long
+        kept.append(_trim(row))
     report.num_kept = len(kept)
     report.lengths = percentiles(lengths)
     report.end_of_turn = writer.end_token
     report.warnings = writer.warnings()
     if not kept:
         raise DataError(_nothing_to_learn(report, config))
-    report.eos_in_loss = num_eos / len(kept)
+    report.num_tokens = sum(len(row.token_ids) for row in kept)
+    report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
+    report.eos_in_loss = sum(row.token_ids[-1] in writer.stop_ids for row in kept) / len(kept)
     return kept, report
 
 
@@ -138,89 +138,8 @@ def tokenize_prompts(
     report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     report.lengths = percentiles(lengths)
     report.end_of_turn = chat.end_of_turn if chat else tokenizer.eos_token
-    report.warnings = _eos_warnings(tokenizer, report.end_of_turn)
+    report.warnings = eos_warnings(tokenizer, report.end_of_turn)
     return prompts, report
-
-
-class _SFTWriter:
-    """Decides by the row's columns and the config what is written and what is in the loss."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
-        self._tokenizer, self._config = tokenizer, config
-        self._chat: ChatFormat | None = None
-        eos = config.eos_token or tokenizer.eos_token
-        if eos is None:
-            raise ModelError("the tokenizer has no EOS token, so the end of a text can't be learned; set eos_token")
-        if eos not in tokenizer.get_vocab():
-            raise ConfigError(f"eos_token: {eos!r} is not in the tokenizer's vocabulary")
-        self._eos: str = eos
-
-    @property
-    def end_token(self) -> str:
-        return self._chat.end_of_turn if self._chat else self._eos
-
-    @property
-    def stop_ids(self) -> set[int]:
-        return {self._tokenizer.convert_tokens_to_ids(token) for token in (self._eos, self.end_token)}
-
-    def warnings(self) -> list[str]:
-        return [] if self._config.eos_token else _eos_warnings(self._tokenizer, self.end_token)
-
-    def pieces(self, number: int, row: Row) -> list[Piece]:
-        where = f"row {number}"
-        row = normalise_row(row, where)
-        text_field = self._config.dataset_text_field
-        if "messages" in row:
-            return self._conversation(row, where)
-        if "prompt" in row and "completion" in row:
-            return self._prompt_and_completion(row, where)
-        if text_field in row:
-            self._refuse_masks("assistant_only_loss", "completion_only_loss", where, "plain text")
-            return [Piece(self._with_eos(str(row[text_field])), True, in_loss=True)]
-        hint = "map one with columns: {completion: ...}" if "prompt" in row else "map them with columns: {...}"
-        raise DataError(
-            f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "
-            f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"
-        )
-
-    def _conversation(self, row: Row, where: str) -> list[Piece]:
-        self._refuse_masks("completion_only_loss", None, where, "a whole conversation")
-        pieces = self._format.conversation(row["messages"], where, tools=row.get("tools"))
-        return _all_in_loss(pieces) if self._config.assistant_only_loss is False else pieces
-
-    def _prompt_and_completion(self, row: Row, where: str) -> list[Piece]:
-        prompt, completion = row["prompt"], row["completion"]
-        completion_only = self._config.completion_only_loss is not False
-        if isinstance(prompt, str) and isinstance(completion, str):
-            self._refuse_masks("assistant_only_loss", None, where, "plain text")
-            pieces = [Piece(prompt, True), Piece(self._with_eos(completion), True, in_loss=True)]
-            return pieces if completion_only else _all_in_loss(pieces)
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        first_trained = len(before) if completion_only else 0
-        pieces = self._format.conversation(
-            [*before, *after], where, tools=row.get("tools"), first_trained=first_trained
-        )
-        return pieces if completion_only or self._config.assistant_only_loss else _all_in_loss(pieces)
-
-    @property
-    def _format(self) -> ChatFormat:
-        if self._chat is None:
-            path = self._config.chat_template_path
-            self._chat = ChatFormat(
-                self._tokenizer,
-                chat_template=load_chat_template(path) if path else None,
-                chat_template_kwargs=self._config.chat_template_kwargs,
-            )
-        return self._chat
-
-    def _with_eos(self, text: str) -> str:
-        return text if text.endswith(self._eos) else text + self._eos
-
-    def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
-        for key in (first, second):
-            if key and getattr(self._config, key):
-                raise DataError(f"{where}: {key} is set, but the row is {what}, where it means nothing; leave it out")
 
 
 def _tokenize(
@@ -266,19 +185,16 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> l
     return rows
 
 
-def _all_in_loss(pieces: list[Piece]) -> list[Piece]:
-    return [Piece(piece.text, piece.is_control, in_loss=True) for piece in pieces]
-
-
-def _truncate(row: TokenizedRow, config: SFTConfig) -> TokenizedRow | None:
-    """The row cut to `max_length` tokens; None if it is to be dropped instead."""
-    limit = config.max_length
-    if limit is None or len(row.token_ids) <= limit:
-        return row
-    if config.truncation_mode == "drop":
-        return None
-    kept = slice(None, limit) if config.truncation_mode == "keep_start" else slice(-limit, None)
+def _truncate(row: TokenizedRow, config: SFTConfig) -> TokenizedRow:
+    assert config.max_length is not None
+    kept = slice(config.max_length) if config.truncation_mode == "keep_start" else slice(-config.max_length, None)
     return TokenizedRow(row.token_ids[kept], [False, *row.loss_mask[kept][1:]])
+
+
+def _trim(row: TokenizedRow) -> TokenizedRow:
+    """Without what follows the last token in the loss: nothing there is learned or read."""
+    end = len(row.loss_mask) - row.loss_mask[::-1].index(True)
+    return TokenizedRow(row.token_ids[:end], row.loss_mask[:end])
 
 
 def _nothing_to_learn(report: DataReport, config: SFTConfig) -> str:
@@ -299,12 +215,3 @@ def _too_long(overlong_rows: list[str], num_rows: int, limit: int | None) -> str
         f"{len(overlong_rows)} of {num_rows} prompts are longer than max_prompt_length={limit} tokens: "
         f"{', '.join(overlong_rows[:_NAMED_ROWS])}{more}; raise it, or shorten them"
     )
-
-
-def _eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) -> list[str]:
-    if end_token == tokenizer.eos_token:
-        return []
-    return [
-        f"the chat template ends turns with {end_token!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}: "
-        f"generation must stop at {end_token!r} too; set eos_token: {end_token!r}"
-    ]

@@ -1,0 +1,234 @@
+"""Rows from files, folders, Python objects and mixtures; and what a broken file says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlqwen.config import SourceConfig
+from rlqwen.data import as_rows, load_rows
+from rlqwen.errors import ConfigError, DataError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+USER = {"role": "user", "content": "q"}
+ROWS = [{"prompt": f"{i} + 1 = ?", "solution": str(i + 1)} for i in range(4)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def load(path: Path | str, **options: Any) -> list[dict[str, Any]]:
+    return load_rows(SourceConfig(path=str(path), **options), seed=0)
+
+
+def write_all_formats(folder: Path) -> list[Path]:
+    import pyarrow
+    import pyarrow.parquet
+
+    write_jsonl(folder / "a.jsonl", ROWS)
+    (folder / "b.json").write_text(json.dumps(ROWS, indent=1))
+    write_jsonl(folder / "c.json", ROWS)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "d.parquet")
+    (folder / "e.csv").write_text("prompt,solution\n" + "".join(f"{r['prompt']},{r['solution']}\n" for r in ROWS))
+    (folder / "f.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "a.jsonl").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    return sorted(folder.iterdir())
+
+
+def test_every_format_gives_the_same_rows_and_a_folder_all_of_them(tmp_path):
+    files = write_all_formats(tmp_path)
+    assert len(files) == 6
+    for file in files:
+        assert load(file) == ROWS, file.name
+    assert load(tmp_path) == ROWS * 6
+    assert load(tmp_path, limit=5) == ROWS + ROWS[:1]
+
+
+def test_csv_values_stay_text_and_quoted_line_breaks_hold(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,solution\n"a, b\nc",007\n')
+    assert load(tmp_path / "a.csv") == [{"prompt": "a, b\nc", "solution": "007"}]
+    (tmp_path / "b.csv").write_text("prompt,solution\n1,2\n1,2,3\n")
+    with pytest.raises(DataError, match=r"b\.csv, line 3: the header names 2 columns, this row has more"):
+        load(tmp_path / "b.csv")
+
+
+def test_a_dataset_saved_to_disk_loads(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved") == ROWS
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match=r"dataset with splits; name the folder of one: it holds: .*train/"):
+        load(tmp_path / "splits")
+    assert load(tmp_path / "splits" / "train") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"prompt": "1"}\n\n{"prompt": oops}\n',
+            r"a\.jsonl, line 3: not valid JSON .*'\{\"prompt\": oops\}'",
+        ),
+        ("a.jsonl", b'{"prompt": "1"}\n[1, 2]\n', r"a\.jsonl, line 2: a row must be a JSON object, this is a list"),
+        ("a.jsonl", b'{"prompt": "1"}\n{"prompt": "\xff"}\n', r"a\.jsonl, line 2: not valid UTF-8 \(byte 0xff"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl holds no rows"),
+        ("a.json", b'[\n{"prompt": "1"},\n{"prompt": }\n]', r"a\.json, line 3: not valid JSON"),
+        ("a.json", b'{\n"prompt": "1"}', r"must hold a list of objects, this one holds an object"),
+        ("a.json", b'[{"prompt": "1"}, 3]', r"a\.json, row 1: a row must be a JSON object, this is a number"),
+        ("a.json", b'[\n{"prompt": "\xff"}]', r"a\.json, line 2: not valid UTF-8"),
+        ("a.json", b"", r"a\.json holds no rows"),
+        ("a.json", b"[]", r"a\.json holds no rows"),
+        ("a.csv", b"prompt\n", r"a\.csv holds no rows"),
+        ("a.parquet", b"PAR0", r"a\.parquet: not a valid Parquet file"),
+        ("a.txt", b"hello", r"can't read files of type '\.txt'; known types: \.csv, \.json"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / name)
+
+
+def test_a_missing_path_says_what_is_there(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl; did you mean 'train\.jsonl'\? .*it holds"):
+        load(tmp_path / "trian.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no data file .*it is empty"):
+        load(tmp_path / "empty")
+
+
+def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
+    """The hub is replaced: only what we ask of it is tested."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        if args[0] == "no/where":
+            raise FileNotFoundError("no such dataset")
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load("openai/gsm8k", name="main", revision="abc", limit=2) == ROWS[:2]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "train", "revision": "abc"})]
+    with pytest.raises(DataError, match=r"no/where is no local file or folder, and split 'test' .*no such dataset"):
+        load("no/where", split="test")
+
+
+def test_hub_keys_mean_nothing_for_files_and_args_nothing_without_a_generator(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"is a local path: 'split' is for hub datasets"):
+        load(path, split="train")
+    with pytest.raises(DataError, match="'args' are for a generator"):
+        load(path, args={"size": 3})
+
+
+def test_columns_are_renamed_and_a_missing_one_is_named_with_its_row(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a", "id": 1}, {"question": "q", "id": 2}])
+    assert load(path, limit=1, columns={"prompt": "question", "solution": "answer", "completion": "answer"}) == [
+        {"id": 1, "prompt": "q", "solution": "a", "completion": "a"}
+    ]
+    with pytest.raises(DataError, match=r"line 2: columns maps 'solution' to 'answer', which the row lacks"):
+        load(path, columns={"solution": "answer"})
+    with pytest.raises(DataError, match=r"line 1: .*did you mean 'question'\? It has: question, answer, id"):
+        load(path, columns={"prompt": "questoin"})
+
+
+def test_a_system_prompt_makes_prompts_conversations(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "c"}])
+    assert load(path, system_prompt="Be brief.") == [
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}],
+            "completion": [{"role": "assistant", "content": "c"}],
+        }
+    ]
+    own = [{"role": "system", "content": "own"}, {"role": "user", "content": "q"}]
+    path = write_jsonl(tmp_path / "b.jsonl", [{"messages": own}, {"messages": own[1:]}])
+    first, second = load(path, system_prompt="Be brief.")
+    assert [first["messages"][0]["content"], second["messages"][0]["content"]] == ["own", "Be brief."]
+    with pytest.raises(DataError, match="system_prompt needs rows with messages or a prompt"):
+        load(write_jsonl(tmp_path / "c.jsonl", [{"text": "t"}]), system_prompt="Be brief.")
+
+
+def mixture(tmp_path: Path, sizes: list[int], weights: list[float | None], seed: int = 0) -> list[str]:
+    sources = []
+    for name, size, weight in zip("abc", sizes, weights, strict=False):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i:03}"} for i in range(size)])
+        sources.append(SourceConfig(path=str(path), **({} if weight is None else {"weight": weight})))
+    return [row["text"] for row in load_rows(sources, seed=seed)]
+
+
+def test_sources_without_weights_are_joined_and_interleaved(tmp_path):
+    rows = mixture(tmp_path, [30, 10], [None, None])
+    assert len(set(rows)) == 40
+    for name in "ab":
+        own = [row for row in rows if row[0] == name]
+        assert own == sorted(own)
+    assert rows != sorted(rows)
+    assert rows == mixture(tmp_path, [30, 10], [None, None])
+    assert rows != mixture(tmp_path, [30, 10], [None, None], seed=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "counts"),
+    [
+        ([30, 10], [1.0, 1.0], [10, 10]),
+        ([30, 10], [3.0, 1.0], [30, 10]),
+        ([100, 50, 3], [0.5, 0.4, 0.1], [15, 12, 3]),
+        ([100, 3], [None, 0.1], [30, 3]),
+    ],
+)
+def test_weights_are_shares_and_no_row_comes_twice(tmp_path, sizes, weights, counts):
+    rows = mixture(tmp_path, sizes, weights)
+    assert [sum(row[0] == name for row in rows) for name in "abc"[: len(sizes)]] == counts
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_generator_is_a_source():
+    rows = load_rows(SourceConfig(generator="arithmetic", args={"size": 3}), seed=0)
+    assert [set(row) for row in rows] == [{"prompt", "solution"}] * 3
+    with pytest.raises(ConfigError, match="did you mean 'size'"):
+        load_rows(SourceConfig(generator="arithmetic", args={"sizes": 3}), seed=0)
+
+
+def test_python_datasets_are_accepted_and_streams_are_not():
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    dataset = Dataset.from_list(ROWS)
+    assert as_rows(dataset) == as_rows(ROWS) == as_rows(tuple(ROWS)) == ROWS
+    ragged = Dataset.from_list(
+        [{"messages": [USER, USER | {"name": "n"}], "prompt": None}, {"messages": None, "prompt": "p"}]
+    )
+    assert as_rows(ragged) == [{"messages": [USER, USER | {"name": "n"}]}, {"prompt": "p"}]
+    for wrong, message in (
+        (IterableDataset.from_generator(lambda: iter(ROWS)), r"not IterableDataset; of a stream"),
+        (DatasetDict({"train": dataset, "test": dataset}), r"splits \(train, test\)"),
+        ([], "the dataset is empty"),
+        (["a"], "row 0: a row must be a dict"),
+        ("train.jsonl", "not str"),
+    ):
+        with pytest.raises(DataError, match=message):
+            as_rows(wrong)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
+@pytest.mark.parametrize(
+    ("name", "columns", "count", "expected"),
+    [
+        ("gsm8k/train.jsonl", {"prompt": "question", "solution": "answer"}, 7473, {"prompt", "solution"}),
+        ("alpaca_zh_demo.json", {}, 1000, {"messages"}),
+        ("glaive_toolcall_en_demo.json", {}, 300, {"messages", "tools"}),
+        ("dpo_en_demo.json", {}, 300, {"messages", "chosen", "rejected"}),
+    ],
+)
+def test_real_data_sets_load(name, columns, count, expected):
+    rows = load(SHARED / name, columns=columns)
+    assert len(rows) == count
+    assert all(set(row) == expected for row in rows)
