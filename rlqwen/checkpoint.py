@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.errors import ConfigError
+from rlqwen.metrics.run_folder import RUN_FILES, refuse_used_folder
 from rlqwen.policy import Policy
 
 STATE_FILE = "trainer_state.json"
-_RUN_FILES = ("metrics.jsonl", "completions", "checkpoints", "final", "summary.json", "nonfinite", "reward_failures")
 
 
 def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool) -> Path:
@@ -29,15 +29,12 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
             folder = Path("runs") / f"{default_name}-{number}"
     else:
         folder = Path(output_dir)
-        found = [name for name in _RUN_FILES if (folder / name).exists()]
-        if found and not overwrite:
-            raise ConfigError(
-                f"output_dir {str(folder)!r} holds a run already (found {', '.join(found)}): choose another folder, "
-                "or set train.overwrite_output_dir=true to delete that run and start anew"
-            )
-        for name in found:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        refuse_used_folder(folder, overwrite=overwrite)
+        for path in (folder / name for name in RUN_FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

@@ -1,6 +1,6 @@
 """Where rows come from and how they are read."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -52,9 +52,5 @@ class DataConfig(Config):
     """One source, or several mixed by weight."""
     eval: Sources | None = None
     """Rows that evaluation uses; never trained on."""
-    max_prompt_length: int | None = Field(default=None, gt=0)
-    """Prompts of more tokens are over-long. Without it: what the model's context leaves beside the completion."""
-    overlong_prompts: Literal["drop", "refuse"] = "drop"
-    """Drop over-long prompts and say how many, or stop with an error that names the rows."""
     mixing_seed: int = 42
     """Seed of the order in which mixed sources are interleaved."""

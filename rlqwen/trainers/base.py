@@ -3,7 +3,6 @@
 A trainer supplies `step` (one batch of rows to one or more updates) and `evaluate`; everything else is here.
 """
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from rlqwen.batch import PackedBatch
+from rlqwen.check import plan_batch
 from rlqwen.checkpoint import drop_old_checkpoints, open_run_folder, restore_weights, save_checkpoint, save_model
 from rlqwen.config import TrainerConfig
 from rlqwen.data import DataReport
@@ -78,35 +78,20 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self._evals_without_improvement = 0
+        self.logger: MetricLogger | None = None
+        """Open while training."""
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
 
     # What a trainer supplies
 
-    @property
-    @abstractmethod
-    def rows_per_step(self) -> int:
-        """Rows of the training data that one step takes."""
-
-    @property
-    def updates_per_step(self) -> int:
-        return 1
-
     @abstractmethod
     def step(self, rows: list[Row]) -> Metrics:
-        """Train on `rows`; ends with `updates_per_step` calls of `self.update()`."""
+        """Train on `rows`, with `plan.updates_per_step` calls of `update`."""
 
     @abstractmethod
     def compute_evaluation(self, rows: list[Row]) -> Metrics:
         """Figures of the present policy on `rows`; keys without the prefix `eval/`."""
-
-    def describe_batch(self) -> str:
-        """The batch arithmetic in one line."""
-        args = self.args
-        return (
-            f"{self.rows_per_step} sequences = {args.per_device_train_batch_size} a micro-batch "
-            f"x {args.gradient_accumulation_steps} accumulated x {self.updater.world_size} rank"
-        )
 
     def close(self) -> None:
         """Free what the trainer holds beside the model; may be called twice."""
@@ -136,7 +121,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._notify("on_train_end")
         finally:
             self.close()
-            self.logger.close()
+            self._close_logger()
         plot_curves(self.output_dir)
         write_summary(
             self.output_dir,
@@ -175,29 +160,37 @@ class BaseTrainer(ABC, Generic[Row, Args]):
     # The loop
 
     def _begin(self) -> None:
-        rows_per_epoch = len(self.train_rows)
-        steps = math.ceil(self.args.num_train_epochs * rows_per_epoch / self.rows_per_step)
-        updates = steps * self.updates_per_step
-        self.state.max_steps = updates if self.args.max_steps < 0 else self.args.max_steps
+        self.plan = plan_batch(self.args, len(self.train_rows))
+        self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.policy.trained_parameters, self.args, total_updates=self.state.max_steps)
+        self._open_logger(self.state.max_steps)
+        for name, report in self.reports.items():
+            self._note(f"{name}: {report.summary()}")
+        self._note(self.plan.text)
+        self._notify("on_train_begin")
+
+    def _open_logger(self, total_steps: int) -> None:
         self.logger = MetricLogger(
             self.output_dir,
             report_to=self.args.report_to,
             run_name=self.args.run_name,
             display=False if self.args.disable_tqdm else None,
-            total_steps=self.state.max_steps,
+            total_steps=total_steps,
             algorithm=self.algorithm,
         )
-        self.logger.note(self.describe_batch())
-        self._notify("on_train_begin")
+
+    def _close_logger(self) -> None:
+        if self.logger is not None:
+            self.logger.close()
+            self.logger = None
 
     def _one_step(self) -> None:
         before = self.state.global_step
         started = time.monotonic()
         self._notify("on_step_begin")
         self.updates: list[UpdateResult] = []
-        metrics = self.step(self.stream.take(self.rows_per_step))
+        metrics = self.step(self.stream.take(self.plan.rows_per_step))
         self.state.epoch = self.stream.position / max(len(self.train_rows), 1)
         metrics |= {
             "grad_norm": self.updates[-1].grad_norm,
@@ -240,7 +233,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         if strategy == "steps":
             return self.state.global_step // every > before // every
         if strategy == "epoch":
-            return self.stream.ended_epoch(self.rows_per_step)
+            return self.stream.ended_epoch(self.plan.rows_per_step)
         return False
 
     def _final_evaluation(self) -> Metrics:
@@ -272,7 +265,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._evals_without_improvement += 1
             patience = args.early_stopping_patience
             if patience is not None and self._evals_without_improvement >= patience:
-                self.logger.note(
+                self._note(
                     f"stopped early at update {self.state.global_step}: {key} has not improved on "
                     f"{self.state.best_metric:.4g} for {patience} evaluations"
                 )
@@ -303,9 +296,14 @@ class BaseTrainer(ABC, Generic[Row, Args]):
     # Telling
 
     def _log(self, metrics: Metrics) -> None:
-        self.logger.log(self.state.global_step, metrics)
+        if self.logger is not None:
+            self.logger.log(self.state.global_step, metrics)
         self.state.log_history.append({"step": self.state.global_step, **metrics})
         self._notify("on_log", logs=metrics)
+
+    def _note(self, text: str) -> None:
+        if self.logger is not None:
+            self.logger.note(text)
 
     def _notify(self, event: str, **kwargs: Any) -> None:
         for callback in self.callbacks:

@@ -21,17 +21,19 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.advantages import carries_signal, group_advantages, soft_overlong_penalty
 from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.check import prompt_room
 from rlqwen.config import GRPOConfig
-from rlqwen.data import tokenize_prompts
+from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
 from rlqwen.metrics import CompletionLog
+from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
 from rlqwen.types import Completion, Group, Prompt
 
-RewardFunc = str | nn.Module | Callable[..., list[float | None]]
+RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: Any = None,
+        reward_processing_classes: Any = None,
     ) -> None:
         """TRL's signature and meaning.
 
@@ -73,6 +76,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             eval_dataset: the same, never trained on.
             processing_class: the tokenizer; None loads the model's.
             peft_config: a peft.LoraConfig; None trains all weights.
+            reward_processing_classes: tokenizers of reward models, parallel to `reward_funcs`; None: their own.
         """
         args = args or GRPOConfig()
         if args.sync_ref_model and (peft_config is not None or not args.beta):
@@ -85,58 +89,28 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             callbacks=callbacks,
             reference=args.beta > 0,
         )
-        functions = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
-        self.scorer = Scorer(
-            build_rewards(functions),
-            args.scoring,
-            weights=args.reward_weights,
-            failures_dir=self.output_dir / "reward_failures",
-            tokenizer=self.processing_class,
-        )
+        self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
+        self.scorer: Scorer | None = self._start_scorer()
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
-        self.scorer.check(self.train_rows[0].columns, "train_dataset")
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
-            self.scorer.check(self.eval_rows[0].columns, "eval_dataset")
         self.rollouts: Rollouts | None = None
         self.completions = CompletionLog(self.output_dir)
         self._draws = 0
 
-    # Sizes
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.args.completions_per_rollout // self.args.num_generations
-
-    @property
-    def updates_per_step(self) -> int:
-        return self.args.completions_per_rollout // self.args.completions_per_update * self.args.num_iterations
-
-    def describe_batch(self) -> str:
-        args = self.args
-        return (
-            f"{self.rows_per_step} prompts x {args.num_generations} generations = {args.completions_per_rollout} "
-            f"completions = {self.updates_per_step // args.num_iterations} updates of "
-            f"{args.per_device_train_batch_size} a micro-batch x {args.gradient_accumulation_steps} accumulated x "
-            f"{self.updater.world_size} rank"
-        )
-
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
-        context = self.policy.base_model.config.max_position_embeddings
-        room = context - self.args.max_completion_length
-        if room <= 0:
-            raise ConfigError(
-                f"max_completion_length={self.args.max_completion_length} leaves no room for a prompt: the model's "
-                f"context is {context} tokens"
-            )
+        room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
         prompts, report = tokenize_prompts(
-            dataset,
+            as_rows(dataset),
             self.processing_class,
-            max_prompt_length=min(room, self.args.max_prompt_length or room),
+            max_prompt_length=room,
             overlong=self.args.overlong_prompts,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
-        self.reports["eval" if evaluation else "train"] = report
+        name = "eval" if evaluation else "train"
+        for reward in self.rewards:
+            check_columns(reward, prompts[0].columns, f"{name}_dataset")
+        self.reports[name] = report
         return prompts
 
     # The algorithm
@@ -159,7 +133,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             metrics
             | describe_groups(groups_P)
             | mean_over_tokens(updates, self.args.num_iterations)
-            | {"loss": total_loss / self.updates_per_step, "time/train": time.monotonic() - started}
+            | {"loss": total_loss / self.plan.updates_per_step, "time/train": time.monotonic() - started}
         )
 
     def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
@@ -269,15 +243,24 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
                 moved = micro.to(self.policy.device)
                 if self.args.beta:
                     micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
-                if self.updates_per_step > 1:
+                if self.plan.updates_per_step > 1:
                     with self.policy.inference():
                         micro.old_logp_N = self.policy.logprobs(moved, temperature=temperature)[0].cpu()
 
     def _refresh_reference(self) -> None:
         if self.args.sync_ref_model and self._due(
-            self.args.ref_model_sync_steps, self.state.global_step - self.updates_per_step
+            self.args.ref_model_sync_steps, self.state.global_step - self.plan.updates_per_step
         ):
             self.policy.refresh_reference(self.args.ref_model_mixup_alpha)
+
+    def _start_scorer(self) -> Scorer:
+        return Scorer(
+            self.rewards,
+            self.args.scoring,
+            weights=self.args.reward_weights,
+            failures_dir=self.output_dir / "reward_failures",
+            tokenizer=self.processing_class,
+        )
 
     # Evaluation, and the ends
 
@@ -297,6 +280,8 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             if not folder.exists():
                 self.policy.save(folder)
                 self.processing_class.save_pretrained(folder)
+            if self.scorer is None:
+                self.scorer = self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
             self.rollouts = Rollouts(
                 self.policy,
@@ -316,7 +301,9 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         if self.rollouts is not None:
             self.rollouts.close()
             self.rollouts = None
-        self.scorer.close()
+        if self.scorer is not None:
+            self.scorer.close()
+            self.scorer = None
 
 
 def rewards_tensor(groups_P: Sequence[Group]) -> Tensor:

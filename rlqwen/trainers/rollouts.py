@@ -116,9 +116,8 @@ class Rollouts:
         return Canary(tuple(token_ids), tuple(logp_N.tolist()), tolerance)
 
     def close(self) -> None:
-        """End the engine and the reward workers."""
+        """End the engine."""
         self.engine.close()
-        self.scorer.close()
 
 
 def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
 from rlqwen.config import SFTConfig
-from rlqwen.data import TokenizedRow, load_chat_template, tokenize_sft
+from rlqwen.data import TokenizedRow, as_rows, tokenize_sft
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.trainers.base import BaseTrainer, Metrics, batches_of
 
@@ -57,17 +57,12 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        load_chat_template(self.processing_class, self.args.chat_template_path)
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Bin]:
-        rows, report = tokenize_sft(dataset, self.processing_class, self.args)
+        rows, report = tokenize_sft(as_rows(dataset), self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
         if self.args.packing and self.args.max_length is not None:
             return fill_bins(rows, self.args.max_length)
