@@ -70,6 +70,8 @@ class Group:
     total_rewards_G: list[float | None] = field(default_factory=list)
     """Weighted sum over reward functions; None if all of them are missing."""
     advantages_G: list[float] = field(default_factory=list)
+    extras: dict[str, list[Any]] = field(default_factory=dict)
+    """What reward functions gave to `log_extra`: column -> a value for each completion."""
 
     def __len__(self) -> int:
         return len(self.completions)

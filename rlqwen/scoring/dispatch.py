@@ -32,6 +32,8 @@ class Call:
     count: int
     """Samples; `arguments` has so many of each."""
     arguments: dict[str, Any]
+    loggers: tuple[str, ...]
+    """Those of rlqwen.scoring.journal.LOGGERS that the reward takes."""
     finish: Callable[[CallResult], None]
     """Called in the dispatcher's thread."""
 
@@ -113,7 +115,8 @@ class Dispatcher:
             self._fail(RewardFailure(f"the scoring thread stopped:\n{describe(error)}"))
         finally:
             self._end_workers()
-            self._wake_reader.close()
+            if self.error is None:
+                self._fail(RewardFailure("the scorer is closed: it calls no rewards any more"))
 
     def _fail(self, error: RlqwenError) -> None:
         with self._changed:
@@ -135,7 +138,7 @@ class Dispatcher:
 
     def _begin(self, seat: _Seat, call: Call) -> None:
         try:
-            message = pickle.dumps((call.index, call.count, cloudpickle.dumps(call.arguments)))
+            message = pickle.dumps((call.index, call.count, call.loggers, cloudpickle.dumps(call.arguments)))
         except Exception as error:  # noqa: BLE001  picklers raise anything
             trace = f"the arguments cannot be sent to a worker:\n{describe(error)}"
             call.finish(CallResult.failed("error", trace, call.count, 0.0))

@@ -7,10 +7,11 @@ import numbers
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+from rlqwen.scoring.journal import Journal
 from rlqwen.types import Outcome
 
 MAX_TRACE_LENGTH = 20_000
@@ -29,6 +30,10 @@ class CallResult:
     seconds: float
     is_settled: bool = True
     """False: the call failed as a whole, so it is not known which of its samples is to blame."""
+    metrics: Sequence[tuple[str, float]] = ()
+    """What the reward gave to `log_metric`."""
+    extras: Mapping[str, list[Any]] = field(default_factory=dict)
+    """What it gave to `log_extra`: column -> n values."""
 
     @classmethod
     def failed(cls, outcome: Outcome, trace: str, count: int, seconds: float) -> Self:
@@ -37,16 +42,22 @@ class CallResult:
 
 
 def call(
-    function: Callable[[], Any], count: int, let_through: tuple[type[BaseException], ...] = (), frames_to_hide: int = 1
+    function: Callable[..., Any],
+    arguments: Callable[[], Mapping[str, Any]],
+    count: int,
+    *,
+    loggers: Iterable[str] = (),
+    let_through: tuple[type[BaseException], ...] = (),
 ) -> CallResult:
-    """Call `function` and judge what it returns for `count` samples; coroutines are run to their end.
+    """Call a reward on `count` samples and judge what it returns; coroutines are run to their end.
 
-    Whatever it raises becomes an outcome, BaseException included (math-verify's timeout is one), except
-    `let_through`. `frames_to_hide` is the number of our own frames at the top of a traceback.
+    `arguments` gives its arguments, to which the `loggers` that it takes are added. Whatever is raised becomes an
+    outcome, BaseException included (math-verify's timeout is one), except `let_through`.
     """
+    journal = Journal(count)
     started = time.perf_counter()
     try:
-        returned = function()
+        returned = function(**arguments(), **journal.functions(loggers))
         if inspect.isawaitable(returned):
             returned = _run_to_end(returned)
         values = as_list(returned)
@@ -54,14 +65,15 @@ def call(
     except BaseException as error:
         if isinstance(error, let_through):
             raise
-        trace = describe(error, frames_to_hide)
+        trace = describe(error, frames_to_hide=1)
         return CallResult.failed("error", trace, count, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     if values is None or len(values) != count:
-        given = f"{type(returned).__name__}" if values is None else f"{len(values)} values"
+        given = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
         return CallResult.failed("invalid", f"returned {given} for {count} completions", count, seconds)
     rewards, traces = [reward for reward, _ in judged], [trace for _, trace in judged]
-    return CallResult(rewards, ["invalid" if trace else "ok" for trace in traces], traces, seconds)
+    outcomes: list[Outcome] = ["invalid" if trace else "ok" for trace in traces]
+    return CallResult(rewards, outcomes, traces, seconds, metrics=journal.metrics, extras=journal.extras)
 
 
 def as_list(returned: Any) -> list[Any] | None:

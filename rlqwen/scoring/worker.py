@@ -4,7 +4,8 @@ It is two processes. The one that was started becomes a guard: it runs none of t
 it from ending the whole process group, programs that a reward started included, when the trainer is gone. Its child
 calls the rewards, in its main thread, because math-verify's timeouts are signal alarms.
 
-Messages to a worker: first a Setup, then (number of the reward, number of samples, pickled arguments).
+Messages to a worker: first a Setup, then (number of the reward, number of samples, loggers that it takes, pickled
+arguments).
 Messages from it: (`ready`, pid) or (`unloadable`, (number of the reward, traceback)), then (`result`, CallResult).
 """
 
@@ -16,8 +17,9 @@ import select
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rlqwen.scoring.outcomes import call, describe
 
@@ -39,6 +41,7 @@ class Setup:
 
 def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
     """Serve until the trainer closes its end of the connection or is gone."""
+    del sys.argv[1:]  # what a reward imports may read them
     for fd in (connection_fd, trace_fd):
         os.set_inheritable(fd, False)
     # A handler rather than SIG_IGN, which programs started by a reward would inherit.
@@ -96,15 +99,10 @@ def _serve(connection: Connection) -> None:
     connection.send(("ready", os.getpid()))
     while True:
         try:
-            index, count, arguments = pickle.loads(connection.recv_bytes())
+            index, count, loggers, arguments = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        function = functions[index]
-
-        def score(function: Any = function, arguments: bytes = arguments) -> Any:
-            return function(**pickle.loads(arguments))
-
-        result = call(score, count, frames_to_hide=2)
+        result = call(functions[index], partial(pickle.loads, arguments), count, loggers=loggers)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         connection.send(("result", result))
