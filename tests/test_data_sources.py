@@ -94,10 +94,13 @@ def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, message)
         load(tmp_path / name)
 
 
-def test_a_missing_path_says_what_is_there(tmp_path):
+def test_a_missing_path_says_what_is_there(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl; did you mean 'train\.jsonl'\? .*it holds"):
         load(tmp_path / "trian.jsonl")
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(DataError, match=r"no file or folder .*/train; did you mean 'train\.jsonl'"):
+        load(f"{tmp_path.name}/train")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no data file .*it is empty"):
         load(tmp_path / "empty")
@@ -161,7 +164,7 @@ def mixture(tmp_path: Path, sizes: list[int], weights: list[float | None], seed:
     sources = []
     for name, size, weight in zip("abc", sizes, weights, strict=False):
         path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i:03}"} for i in range(size)])
-        sources.append(SourceConfig(path=str(path), **({} if weight is None else {"weight": weight})))
+        sources.append(SourceConfig(path=str(path), weight=weight))
     return [row["text"] for row in load_rows(sources, seed=seed)]
 
 

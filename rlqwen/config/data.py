@@ -26,8 +26,8 @@ class SourceConfig(Config):
     """Column map, ours: theirs; for example `{prompt: question, solution: answer}`."""
     system_prompt: str | None = None
     """Put before every prompt as a system turn; makes string prompts conversational."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of this source when several are mixed."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source when several are mixed, 1 beside others that have one. None for all: all rows are used."""
     limit: int | None = Field(default=None, gt=0)
     """Take only the first so many rows."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.config.data import SourceConfig
-from rlqwen.data.files import list_folder, read_rows
+from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
 from rlqwen.errors import DataError
@@ -79,7 +79,7 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{source.path}: 'args' are for a generator; a file or hub dataset takes none")
     path = Path(source.path).expanduser()
     if not path.exists():
-        if _looks_like_hub_id(source.path):
+        if _looks_like_hub_id(path):
             return _read_hub(source)
         raise DataError(_missing(path))
     for key in ("name", "split", "revision"):
@@ -113,10 +113,10 @@ def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:
     return ((f"{where}, row {number}", dict(row)) for number, row in enumerate(rows))
 
 
-def _looks_like_hub_id(path: str) -> bool:
-    return _HUB_ID.fullmatch(path) is not None and Path(path).suffix.lower() not in {
-        ".csv", ".json", ".jsonl", ".parquet", ".txt", ".gz", ".zip"
-    }  # fmt: skip
+def _looks_like_hub_id(path: Path) -> bool:
+    """`owner/name` or `name`; not a data file, and not inside a folder that exists here."""
+    is_local = len(path.parts) > 1 and path.parent.is_dir()
+    return _HUB_ID.fullmatch(str(path)) is not None and path.suffix.lower() not in SUFFIXES and not is_local
 
 
 def _missing(path: Path) -> str:
@@ -144,10 +144,11 @@ def _map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
 
 def _mix(sources: Sequence[SourceConfig], loaded: Sequence[list[Row]], rng: random.Random) -> list[Row]:
     counts = [len(rows) for rows in loaded]
-    if any("weight" in source.model_fields_set for source in sources):
-        total = min(count / source.weight for count, source in zip(counts, sources, strict=True))
+    if any(source.weight is not None for source in sources):
+        weights = [1.0 if source.weight is None else source.weight for source in sources]
+        total = min(count / weight for count, weight in zip(counts, weights, strict=True))
         # The small addend keeps a share such as 0.1 * 30 from falling to 2.
-        counts = [max(1, int(total * source.weight + 1e-9)) for source in sources]
+        counts = [max(1, int(total * weight + 1e-9)) for weight in weights]
     queues = []
     for source, rows, count in zip(sources, loaded, counts, strict=True):
         logger.info("mixture: %d of %d rows of %s", count, len(rows), source.path or source.generator)
