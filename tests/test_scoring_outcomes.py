@@ -37,7 +37,7 @@ def test_numbers_and_none_are_rewards(value: Any, reward: float | None) -> None:
         (10**400, "too large"),
         ("0.5", "'0.5', a str"),
         (1j, "1j, a complex"),
-        (numpy.ones(2), "a ndarray instead"),
+        (numpy.ones(2), "a ndarray, instead"),
         ([1.0], "a list"),
     ],
 )
