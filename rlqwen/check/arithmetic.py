@@ -1,0 +1,74 @@
+"""How rows become updates, and how the context is shared between prompt and completion."""
+
+import math
+from dataclasses import dataclass
+
+from rlqwen.config import GRPOConfig, SFTConfig, TrainerConfig
+from rlqwen.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a run."""
+
+    rows_per_step: int
+    """Rows of the data that one step takes."""
+    updates_per_step: int
+    total_updates: int
+    text: str
+    """All of it in one line."""
+
+
+def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> BatchPlan:
+    """Prompts x generations = completions = micro-batch x accumulation x ranks, and the updates that come of it.
+
+    `num_rows`: rows that are left after tokenising and packing.
+    """
+    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    split = f"{size} a micro-batch x {accumulation} accumulated x {num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    if config.max_tokens_per_micro_batch is not None:
+        split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {num_ranks} rank"
+    if isinstance(config, GRPOConfig):
+        completions = config.completions_per_rollout
+        rows = completions // config.num_generations
+        shares = completions // config.completions_per_update
+        updates = shares * config.num_iterations
+        line = f"{rows} prompts x {config.num_generations} generations = {completions} completions a rollout = "
+        line += f"{shares} x {config.completions_per_update} = " if shares > 1 else ""
+        line += f"{split}; {_count(updates, 'update')} a rollout"
+        line += f" ({config.num_iterations} passes)" if config.num_iterations > 1 else ""
+    else:
+        rows, updates = size * accumulation * num_ranks, 1
+        what = "packed rows" if isinstance(config, SFTConfig) and config.packing else "sequences"
+        line = f"{rows} {what} an update = {split}"
+    total = config.max_steps
+    if total < 0:
+        total = math.ceil(config.num_train_epochs * num_rows / rows) * updates
+    epochs = total / updates * rows / max(num_rows, 1)
+    return BatchPlan(rows, updates, total, f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs")
+
+
+def prompt_room(context: int, config: GRPOConfig) -> int:
+    """Tokens that a prompt may have: the model's context less the completion, at most `max_prompt_length`.
+
+    Raises ConfigError if the completion leaves nothing of the context, or a prompt as long as allowed leaves the
+    completion less than it may have.
+    """
+    completion, prompt = config.max_completion_length, config.max_prompt_length
+    room = context - completion
+    if room <= 0:
+        raise ConfigError(
+            f"max_completion_length={completion} leaves no room for a prompt: the model's context is {context} tokens"
+        )
+    if prompt is None:
+        return room
+    if prompt > room:
+        raise ConfigError(
+            f"max_prompt_length={prompt} leaves {max(context - prompt, 0)} tokens of the model's context of {context} "
+            f"to the completion, but max_completion_length={completion}; lower one: max_prompt_length={room} fits"
+        )
+    return prompt
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,112 @@
+"""Whether a model can be loaded, judged by its files alone; and what its config and tokenizer say."""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.config import ModelConfig
+from rlqwen.errors import ModelError
+from rlqwen.tiny import resolve_model_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rest of the checks needs to know of a model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    context: int
+    """Largest number of tokens that the model can attend to."""
+    num_bytes: int
+    """Of the weight files; 0 where unknown."""
+
+
+def check_model_path(path: str) -> None:
+    """Raise ModelError unless `path` is a complete model folder, a built-in model, or may be a hub id."""
+    if path.startswith("builtin:"):
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    elif folder.exists():
+        raise ModelError(f"model.path {path!r} is a file; give the folder that holds config, weights and tokenizer")
+    elif not _may_be_hub_id(path):
+        raise ModelError(f"model.path {path!r}: there is no such folder{_near_folder(folder)}, and it is no hub id")
+
+
+def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
+    """Config and tokenizer, without weights; None if the model is on the hub and cannot be reached.
+
+    `scratch`: a folder where a built-in model is built. Raises ModelError for what is wrong with a local model.
+    """
+    check_model_path(model.path)
+    from transformers import AutoConfig, AutoTokenizer
+
+    arguments = model.init_kwargs if model.path.startswith("builtin:") else {}
+    path = resolve_model_path(model.path, scratch, **arguments)
+    is_local = Path(path).expanduser().is_dir()
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.revision is not None and not is_local:
+        options["revision"] = model.revision
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        if not is_local:
+            return None
+        raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
+    return ModelFacts(tokenizer, int(config.max_position_embeddings), _weight_bytes(Path(path)) if is_local else 0)
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.path {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
+            "or merge the adapter into it first"
+        )
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        missing.append("weights (model.safetensors)")
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        missing.append("a tokenizer (tokenizer.json)")
+    missing += _missing_shards(folder)
+    if missing:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+        raise ModelError(f"model.path {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}); copy it again") from error
+    return [shard for shard in shards if not (folder / shard).is_file()]
+
+
+def _may_be_hub_id(path: str) -> bool:
+    """`name` or `owner/name`, unless the first part is a folder here, which makes it a mistyped path."""
+    return _HUB_ID.fullmatch(path) is not None and not ("/" in path and Path(path.partition("/")[0]).is_dir())
+
+
+def _near_folder(folder: Path) -> str:
+    parent = folder.parent
+    if not parent.is_dir():
+        return f" (nor is there {str(parent)!r})"
+    near = difflib.get_close_matches(folder.name, [entry.name for entry in parent.iterdir() if entry.is_dir()], n=1)
+    return f"; did you mean {str(parent / near[0])!r}?" if near else ""
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
