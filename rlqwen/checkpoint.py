@@ -95,14 +95,9 @@ def restore_weights(folder: Path, policy: Policy) -> None:
 
 
 def drop_old_checkpoints(folder: Path, *, limit: int | None, keep: Path | None) -> None:
-    """Keep the newest `limit` checkpoints of `folder`, and `keep` (the best) always among them."""
+    """Keep the newest `limit` checkpoints of `folder` (None: all), and `keep`, the best, whatever its age."""
     if limit is None:
         return
-    steps = sorted(folder.glob("step-*"), reverse=True)
-    kept = [keep] if keep is not None else []
-    for step in steps:
-        if step not in kept and len(kept) < max(limit, 1):
-            kept.append(step)
-    for step in steps:
-        if step not in kept:
+    for step in sorted(folder.glob("step-*"))[:-limit]:
+        if step != keep:
             shutil.rmtree(step)

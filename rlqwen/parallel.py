@@ -81,8 +81,8 @@ class Updater:
         skipped = not (self._finite and math.isfinite(grad_norm))
         if not skipped:
             self.optimizer.step()
+            self.scheduler.step()
         self.optimizer.zero_grad()
-        self.scheduler.step()
         self._finite, self._touched = True, False
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:

@@ -1,1 +1,9 @@
+"""The trainers: one loop, and a `step` each."""
 
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Without it DeepSpeed, which transformers imports, looks for accelerators and prints that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

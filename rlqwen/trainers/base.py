@@ -167,6 +167,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self._open_logger(self.state.max_steps)
         for name, report in self.reports.items():
             self._note(f"{name}: {report.summary()}")
+            for warning in report.warnings:
+                self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
         self._notify("on_train_begin")
 
@@ -260,7 +262,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._evals_without_improvement = 0
             self.state.best_metric, self.state.best_global_step = metrics[key], self.state.global_step
             if args.load_best_model_at_end:
-                self.state.best_model_checkpoint = str(self.save_checkpoint())
+                self.save_checkpoint(best=True)
         else:
             self._evals_without_improvement += 1
             patience = args.early_stopping_patience
@@ -280,15 +282,16 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             greater = not key.endswith(("loss", "perplexity"))
         return (value - best if greater else best - value) > self.args.early_stopping_threshold
 
-    def save_checkpoint(self) -> Path:
-        """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`."""
+    def save_checkpoint(self, *, best: bool = False) -> None:
+        """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
         if not folder.exists():
             save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state))
             self._notify("on_save")
-        best = self.state.best_model_checkpoint
-        drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(best) if best else None)
-        return folder
+        if best:
+            self.state.best_model_checkpoint = str(folder)
+        kept = self.state.best_model_checkpoint
+        drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
 
     def after_restore(self) -> None:
         """Called when the weights have been replaced by a checkpoint's."""

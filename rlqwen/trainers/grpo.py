@@ -118,6 +118,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample a group for each prompt, score it, centre within the group, and make the clipped updates."""
         groups_P, metrics = self._sample(prompts_P)
+        metrics |= self._scoring_metrics()
         self._assign_advantages(groups_P)
         started = time.monotonic()
         updates = [self._pack(share) for share in self._shares(groups_P)]
@@ -254,13 +255,22 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             self.policy.refresh_reference(self.args.ref_model_mixup_alpha)
 
     def _start_scorer(self) -> Scorer:
-        return Scorer(
+        scorer = Scorer(
             self.rewards,
             self.args.scoring,
             weights=self.args.reward_weights,
             failures_dir=self.output_dir / "reward_failures",
             tokenizer=self.processing_class,
         )
+        scorer.trainer_state = self.state
+        return scorer
+
+    def _scoring_metrics(self) -> Metrics:
+        """What the reward workers counted since the last call."""
+        assert self.scorer is not None
+        metrics = self.scorer.metrics()
+        self.scorer.reset_metrics()
+        return metrics
 
     # Evaluation, and the ends
 
@@ -269,7 +279,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         count = self.args.num_generations_eval or 1
         groups, _ = self._require_rollouts().sample(rows, num_generations=count, draw="eval")
         self.completions.write(self.state.global_step, groups, evaluation=True)
-        figures = describe_groups(groups)
+        figures = describe_groups(groups) | self._scoring_metrics()
         del figures["tokens/generated"]
         return figures
 
@@ -290,6 +300,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
                 self.args,
                 model_path=str(folder),
                 longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+                end_of_turn=self.reports["train"].end_of_turn,
             )
         return self.rollouts
 

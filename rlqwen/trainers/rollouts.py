@@ -37,9 +37,16 @@ class Rollouts:
         *,
         model_path: str,
         longest_prompt: int,
+        end_of_turn: str | None,
     ) -> None:
-        """`model_path`: a folder or hub id whose config and tokenizer the engine starts with; its weights are replaced
-        before the first sample. `longest_prompt`: in tokens."""
+        """Start the engine.
+
+        Args:
+            model_path: folder whose config and tokenizer the engine starts with; its weights are replaced before the
+                first sample.
+            longest_prompt: in tokens.
+            end_of_turn: the token with which the chat template ends a turn, where that is not the tokenizer's EOS.
+        """
         self.policy = policy
         self.scorer = scorer
         self.args = args
@@ -62,7 +69,7 @@ class Rollouts:
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             repetition_penalty=args.repetition_penalty,
-            stop_token_ids=stop_token_ids(policy, tokenizer),
+            stop_token_ids=stop_token_ids(policy, tokenizer, end_of_turn),
         )
         self.version = 1
         self._synced_version = 0
@@ -126,12 +133,16 @@ def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def stop_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end of turn, and what the generation config adds to it."""
-    configured = policy.base_model.generation_config.eos_token_id if policy.base_model.generation_config else None
-    configured = [] if configured is None else configured if isinstance(configured, list) else [configured]
-    ids = dict.fromkeys([tokenizer.eos_token_id, *configured])
-    return tuple(token_id for token_id in ids if token_id is not None)
+def stop_token_ids(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
+) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
+    generation_config = policy.base_model.generation_config
+    configured = generation_config.eos_token_id if generation_config else None
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    if end_of_turn is not None:
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
 def describe_groups(groups: Sequence[Group]) -> dict[str, float]:

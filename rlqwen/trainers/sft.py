@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
 from rlqwen.config import SFTConfig
-from rlqwen.data import TokenizedRow, as_rows, tokenize_sft
+from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.trainers.base import BaseTrainer, Metrics, batches_of
 
@@ -57,6 +57,8 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        if self.args.chat_template_path is not None:
+            self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
