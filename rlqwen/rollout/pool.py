@@ -1,0 +1,334 @@
+"""A pool of vLLM workers under Ray: hands out groups as workers have room, replaces workers that die or get stuck.
+
+A worker serves only while it holds the pool's version of the weights. A replacement starts from the model's folder and
+is sent that version, canary included, before it gets a group; groups of the worker before it are drawn again, from the
+same seeds.
+"""
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.config import RolloutConfig
+from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
+from rlqwen.rollout import cluster
+from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish
+from rlqwen.rollout.worker import EngineSettings, GroupJob, RolloutWorker, Sampled
+from rlqwen.types import Canary, Completion, Group, GroupRequest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+START_KEY, GENERATE_KEY, SYNC_KEY = "rollout.start_timeout", "rollout.generate_timeout", "rollout.sync_timeout"
+_PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to acknowledge weights"}
+OVERCOMMIT = 1.5
+"""Completions handed to a worker, as a multiple of what it decodes at a time: a short completion's place is filled
+from the worker's own queue, without waiting for the rest of its group."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place in the pool and the actor that fills it."""
+
+    index: int
+    actor: Any
+    process: Any
+    """Reference to the actor's process id."""
+    waiting: Any
+    """Reference to the acknowledgement of a start or of weights; None when the worker is settled."""
+    deadline: float
+    deadline_key: str
+    version: int = 0
+    num_running: int = 0
+    """Completions handed to the worker and not back yet."""
+
+
+@dataclass
+class _Flight:
+    """A group handed to a worker."""
+
+    slot: Slot
+    request: GroupRequest
+    deadline: float
+
+
+class RolloutPool:
+    """The vLLM engine of a trainer; see RolloutEngine."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        model_path: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        dtype: str,
+        max_model_length: int,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.version = 0
+        self.num_restarts = 0
+        self._tokenizer = tokenizer
+        self._dtype = dtype
+        self._expected = ExpectedWeights(model_path)
+        self._bundle: WeightBundle | None = None
+        self._failure: str | None = None
+        self._reports: list[LoadReport] = []
+        self._flights: dict[Any, _Flight] = {}
+        self._call = 0
+        weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
+        self._cluster = cluster.connect(config, weight_bytes=weight_bytes)
+        self._settings = EngineSettings(
+            model_path=str(Path(model_path).absolute()),
+            dtype=dtype,
+            max_model_length=max_model_length,
+            max_num_seqs=config.max_num_seqs,
+            seed=seed,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager,
+            kv_cache_gib=config.kv_cache_gib,
+            num_threads=self._cluster.resources.num_threads,
+        )
+        self._slots: list[Slot] = []
+        # Also runs when the pool is forgotten, and at the interpreter's exit.
+        self._finalizer = weakref.finalize(self, _end, self._slots, self._cluster.disconnect)
+        for index in range(config.num_workers):
+            self._slots.append(self._spawn(index))
+
+    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Group]:
+        """See RolloutEngine. Raises WorkerDied once workers have died more than `max_restarts` times."""
+        if self._failure is not None:
+            raise RolloutError(f"no worker may serve, for the last weight sync failed: {self._failure}")
+        for request in requests:
+            self._check_length(request)
+        self._drop_flights()
+        self._call += 1
+        call, pending = self._call, deque(requests)
+        num_left = len(pending)
+        while num_left:
+            self._hand_out(pending)
+            for reference in self._ready():
+                if reference not in self._flights:
+                    self._settle(reference, pending)
+                    continue
+                group = self._collect(reference, pending)
+                if group is not None:
+                    num_left -= 1
+                    yield group
+                    if self._call != call:
+                        raise RolloutError("this iterator was dropped by a later generate(), load_weights() or close()")
+            self._replace_late(pending)
+
+    def load_weights(
+        self, version: int, weights: "Iterable[tuple[str, torch.Tensor]]", canary: Canary | None
+    ) -> dict[str, float]:
+        """See RolloutEngine."""
+        import ray
+
+        started = time.monotonic()
+        self._drop_flights()
+        self._call += 1
+        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=ray.put)
+        self._bundle, self.version, self._reports = bundle, version, []
+        self._failure = "it is not finished"
+        try:
+            for slot in self._slots:
+                if slot.waiting is None:
+                    self._send(slot)
+            self.wait_until_ready()
+        except BaseException as error:
+            self._failure = str(error) or type(error).__name__
+            raise
+        self._failure = None
+        gaps = [report.canary_gap for report in self._reports if report.canary_gap is not None]
+        return {
+            **({"sync/canary_gap": max(gaps)} if gaps else {}),
+            "sync/seconds": time.monotonic() - started,
+            "sync/bytes": float(bundle.num_bytes),
+            "sync/rebuilt_engines": float(sum(report.rebuilt for report in self._reports)),
+            "rollout/restarts": float(self.num_restarts),
+        }
+
+    def wait_until_ready(self) -> None:
+        """Return once every worker is up and holds the pool's weights."""
+        nothing: deque[GroupRequest] = deque()
+        while any(slot.waiting is not None for slot in self._slots):
+            for reference in self._ready():
+                self._settle(reference, nothing)
+            self._replace_late(nothing)
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        self._call += 1
+        self._flights.clear()
+        self._finalizer()
+
+    def process_ids(self) -> list[int]:
+        """Process ids of the workers, by slot."""
+        import ray
+
+        return [ray.get(slot.process, timeout=self.config.start_timeout) for slot in self._slots]
+
+    def _check_length(self, request: GroupRequest) -> None:
+        length, limit = len(request.prompt.token_ids), self._settings.max_model_length
+        if length >= limit:
+            raise ConfigError(
+                f"prompt {request.prompt.index} has {length} tokens, which leaves no room for a completion in the "
+                f"engines' context of {limit}; raise rollout.max_model_length or set data.max_prompt_length"
+            )
+
+    def _spawn(self, index: int) -> Slot:
+        import ray
+
+        wanted = self._cluster.resources
+        options = {"num_cpus": wanted.num_cpus, "num_gpus": wanted.num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        actor: Any = ray.remote(**options)(RolloutWorker).remote(self._settings)
+        deadline = time.monotonic() + self.config.start_timeout
+        return Slot(index, actor, actor.process.remote(), actor.start.remote(), deadline, START_KEY)
+
+    def _send(self, slot: Slot) -> None:
+        slot.waiting = slot.actor.load.remote(self._bundle)
+        slot.deadline, slot.deadline_key = time.monotonic() + self.config.sync_timeout, SYNC_KEY
+
+    def _hand_out(self, pending: deque[GroupRequest]) -> None:
+        """Give the next groups to the workers with the least to do, while they have room."""
+        room = OVERCOMMIT * self.config.max_num_seqs
+        settled = [slot for slot in self._slots if slot.waiting is None and slot.version == self.version]
+        while pending and settled:
+            slot = min(settled, key=lambda slot: slot.num_running)
+            count = len(pending[0].seeds)
+            if slot.num_running and slot.num_running + count > room:
+                return
+            request = pending.popleft()
+            job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling)
+            deadline = time.monotonic() + self.config.generate_timeout
+            self._flights[slot.actor.sample.remote(job)] = _Flight(slot, request, deadline)
+            slot.num_running += count
+
+    def _ready(self) -> list[Any]:
+        """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline."""
+        import ray
+
+        waiting = [slot for slot in self._slots if slot.waiting is not None]
+        references = [*self._flights, *(slot.waiting for slot in waiting)]
+        deadline = min([flight.deadline for flight in self._flights.values()] + [slot.deadline for slot in waiting])
+        ready, rest = ray.wait(references, timeout=max(0.0, deadline - time.monotonic()), fetch_local=True)
+        if ready and rest:
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return ready
+
+    def _collect(self, reference: Any, pending: deque[GroupRequest]) -> Group | None:
+        """The group behind `reference`; None if its worker died, which puts the group back into `pending`."""
+        flight = self._flights[reference]
+        answer = _answer(reference)
+        if isinstance(answer, WorkerDied):
+            self._replace(flight.slot, answer, pending)
+            return None
+        del self._flights[reference]
+        flight.slot.num_running -= len(flight.request.seeds)
+        if isinstance(answer, Exception):
+            raise answer
+        completions_G, version = answer
+        return Group(flight.request.prompt, self._completions(completions_G), version)
+
+    def _completions(self, sampled_G: list[Sampled]) -> list[Completion]:
+        texts_G = self._tokenizer.batch_decode([sampled[0] for sampled in sampled_G], skip_special_tokens=True)
+        return [Completion(*sampled, text) for sampled, text in zip(sampled_G, texts_G, strict=True)]
+
+    def _settle(self, reference: Any, pending: deque[GroupRequest]) -> None:
+        """Take in a worker's acknowledgement; send it the weights that it lacks."""
+        slot = next((slot for slot in self._slots if slot.waiting is reference), None)
+        if slot is None:
+            return
+        answer = _answer(reference)
+        if isinstance(answer, Exception):
+            if slot.deadline_key == START_KEY and not isinstance(answer, WorkerDied):
+                # Another process would meet the same exception.
+                raise RolloutError(f"{self._describe(slot)} could not start its engine: {answer}")
+            self._replace(slot, answer, pending)
+            return
+        slot.waiting = None
+        if isinstance(answer, LoadReport):
+            self._check_canary(slot, answer)
+            slot.version = answer.version
+            self._reports.append(answer)
+        if slot.version != self.version:
+            self._send(slot)
+
+    def _check_canary(self, slot: Slot, report: LoadReport) -> None:
+        canary = self._bundle.canary if self._bundle else None
+        if canary is None or report.canary_gap is None or report.canary_gap <= canary.tolerance:
+            return
+        raise WeightSyncError(explain_gap(self._describe(slot), report, canary.tolerance))
+
+    def _replace_late(self, pending: deque[GroupRequest]) -> None:
+        """Replace the workers that outlived a deadline."""
+        now = time.monotonic()
+        late = {flight.slot: GENERATE_KEY for flight in self._flights.values() if flight.deadline <= now}
+        late |= {slot: slot.deadline_key for slot in self._slots if slot.waiting is not None and slot.deadline <= now}
+        for slot, key in late.items():
+            limit = getattr(self.config, key.removeprefix("rollout."))
+            error = DeadlineExceeded(f"it took more than {key} = {limit:g} s {_PURPOSE[key]}")
+            self._replace(slot, error, pending)
+
+    def _replace(self, slot: Slot, error: Exception, pending: deque[GroupRequest]) -> None:
+        """Kill the worker of `slot` and start another; its groups go back to the front of `pending`."""
+        import ray
+
+        last_words = f"{self._describe(slot)}: {error}{cluster.log_tail(self._cluster.log_folder, self._pid(slot))}"
+        ray.kill(slot.actor)
+        lost = [reference for reference, flight in self._flights.items() if flight.slot is slot]
+        pending.extendleft([self._flights.pop(reference).request for reference in reversed(lost)])
+        self.num_restarts += 1
+        if self.num_restarts > self.config.max_restarts:
+            kind = type(error) if isinstance(error, DeadlineExceeded) else WorkerDied
+            raise kind(
+                f"rollout workers failed {self.num_restarts} times, and rollout.max_restarts is "
+                f"{self.config.max_restarts}. The last: {last_words}"
+            )
+        self._slots[slot.index] = self._spawn(slot.index)
+
+    def _drop_flights(self) -> None:
+        """Forget every group in flight and tell its worker."""
+        for slot in {flight.slot for flight in self._flights.values()}:
+            slot.actor.abort.remote()
+            slot.num_running = 0
+        self._flights.clear()
+
+    def _describe(self, slot: Slot) -> str:
+        pid = self._pid(slot)
+        return f"rollout worker {slot.index}" + (f" (process {pid})" if pid else "")
+
+    def _pid(self, slot: Slot) -> int | None:
+        import ray
+
+        answered, _ = ray.wait([slot.process], timeout=0)
+        answer = _answer(slot.process) if answered else None
+        return answer if isinstance(answer, int) else None
+
+
+def _answer(reference: Any) -> Any:
+    """What a worker answered, or the error; WorkerDied if it is the worker that failed and not the call."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, RolloutError) else RolloutError(str(error))
+    except ray.exceptions.RayError as error:
+        return WorkerDied(str(error))
+
+
+def _end(slots: list[Slot], disconnect: Any) -> None:
+    import ray
+
+    if ray.is_initialized():
+        for slot in slots:
+            ray.kill(slot.actor)
+        disconnect()

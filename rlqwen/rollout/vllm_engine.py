@@ -1,0 +1,150 @@
+"""The one module that speaks to vLLM: requests in, sampled completions out, weights replaced in place."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+from rlqwen.rollout.weights import LoadReport, WeightBundle
+from rlqwen.types import Canary, Sampling
+
+if TYPE_CHECKING:
+    from rlqwen.rollout.worker import EngineSettings, Sampled
+
+# vLLM's CPU kernels take multiples of 32; its default of 128 would share no prefix of a short prompt.
+CPU_BLOCK_SIZE = 32
+_CANARY_ID = "canary"
+
+
+class VllmEngine:
+    """An LLMEngine in this process; not thread-safe."""
+
+    def __init__(self, settings: "EngineSettings") -> None:
+        self._settings = settings
+        self._llm = _build(settings, settings.model_path)
+        self._must_rebuild = False
+        """Set once a reload in place has given wrong weights."""
+
+    def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
+        """Queue one completion. Each is a request of its own, so that its seed alone decides it; the prefix cache
+        shares the prompt."""
+        params = SamplingParams(
+            seed=seed,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+
+    def step(self) -> Iterator[tuple[str, "Sampled"]]:
+        """Decode one token of every running request; yields those that finished."""
+        for output in self._llm.step():
+            if output.finished:
+                completion = output.outputs[0]
+                # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
+                yield output.request_id, (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion))
+
+    def abort(self, request_ids: list[str]) -> None:
+        if request_ids:
+            self._llm.abort_request(request_ids)
+        while self._llm.has_unfinished_requests():
+            self._llm.step()
+
+    def load(self, bundle: WeightBundle) -> LoadReport:
+        """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
+
+        Reloading in place leaves some models stale (mixtures of experts on CPU, in vLLM 0.32); an engine that was
+        caught at it once is always rebuilt.
+        """
+        started = time.monotonic()
+        weights = bundle.tensors()
+        gap = None
+        if not self._must_rebuild:
+            self._reload(weights)
+            gap = self._canary_gap(bundle.canary)
+            self._must_rebuild = gap is not None and not gap <= bundle.canary.tolerance
+        if self._must_rebuild:
+            self._rebuild(weights)
+            gap = self._canary_gap(bundle.canary)
+        return LoadReport(bundle.version, gap, self._must_rebuild, time.monotonic() - started)
+
+    def _reload(self, weights: dict[str, torch.Tensor]) -> None:
+        stream: Any = list(weights.items())
+        if self._settings.tensor_parallel_size == 1:
+            stream = iter(stream)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        self._llm.reset_prefix_cache()
+
+    def _rebuild(self, weights: dict[str, torch.Tensor]) -> None:
+        with tempfile.TemporaryDirectory(prefix="rlqwen-weights-") as folder:
+            for file in Path(self._settings.model_path).glob("*"):
+                if file.is_file() and file.suffix not in {".safetensors", ".bin"} and "index" not in file.name:
+                    shutil.copy(file, folder)
+            save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / "model.safetensors")
+            del self._llm
+            cleanup_dist_env_and_memory()
+            self._llm = _build(self._settings, folder)
+
+    def _canary_gap(self, canary: Canary | None) -> float | None:
+        """Largest absolute difference between this engine's logprobs of the canary and the trainer's."""
+        if canary is None or len(canary.token_ids) < 2:
+            return None
+        params = SamplingParams(
+            max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        self._llm.add_request(_CANARY_ID, {"prompt_token_ids": list(canary.token_ids)}, params)
+        prompt_logprobs: Any = None
+        while self._llm.has_unfinished_requests():
+            for output in self._llm.step():
+                prompt_logprobs = output.prompt_logprobs
+        ours = [
+            position[token].logprob for position, token in zip(prompt_logprobs[1:], canary.token_ids[1:], strict=True)
+        ]
+        gaps = [abs(mine - theirs) for mine, theirs in zip(ours, canary.logprobs, strict=True)]
+        # max() would pass over a NaN that doesn't come first.
+        return float(torch.tensor(gaps).max())
+
+
+def _build(settings: "EngineSettings", model_path: str) -> LLMEngine:
+    on_cpu = current_platform.is_cpu()
+    arguments = EngineArgs(
+        model=model_path,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=settings.dtype,
+        seed=settings.seed,
+        max_model_len=settings.max_model_length,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **({"block_size": CPU_BLOCK_SIZE} if on_cpu else {}),
+    )
+    return LLMEngine.from_engine_args(arguments)
+
+
+def _reason(completion: Any) -> Any:
+    return "stop" if completion.finish_reason == "stop" else "length"

@@ -1,0 +1,211 @@
+"""One vLLM engine in a Ray actor, stepping without pause while groups are in flight.
+
+The actor is asynchronous: each call submits its work to the one thread that owns the engine and awaits the answer, so
+any number of groups share the engine's batch. The engine lives in the actor's own process: killing that kills it all.
+torch and vLLM are imported only inside the thread, after the environment that they read at import is set.
+"""
+
+import asyncio
+import os
+import queue
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlqwen.errors import RolloutError, WorkerDied
+from rlqwen.rollout.weights import LoadReport, WeightBundle
+from rlqwen.types import FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from rlqwen.rollout.vllm_engine import VllmEngine
+
+T = TypeVar("T")
+Sampled = tuple[list[int], list[float], FinishReason]
+"""Token ids, their logprobs, and why the completion ended."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that a worker needs to start its engine; plain values, for they travel through Ray."""
+
+    model_path: str
+    dtype: str
+    max_model_length: int
+    max_num_seqs: int
+    seed: int
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    enforce_eager: bool | None
+    kv_cache_gib: int
+    num_threads: int
+    """OpenMP threads on CPU."""
+
+
+@dataclass(frozen=True)
+class GroupJob:
+    """A group as a worker sees it: no prompt text, no columns."""
+
+    token_ids: list[int]
+    seeds: tuple[int, ...]
+    sampling: Sampling
+    """With every stop token, the tokenizer's own included."""
+
+
+@dataclass
+class _Running:
+    """A group in the engine's batch."""
+
+    future: "Future[tuple[list[Sampled], int]]"
+    completions_G: list[Sampled | None]
+
+
+class RolloutWorker:
+    """The actor class; the pool turns it into a Ray actor."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._thread = EngineThread(settings)
+        self._thread.start()
+
+    async def start(self) -> None:
+        """Answer once the engine is up, with the weights of its folder."""
+        await asyncio.wrap_future(self._thread.started)
+
+    async def process(self) -> int:
+        """Process id of this worker."""
+        return os.getpid()
+
+    async def sample(self, job: GroupJob) -> tuple[list[Sampled], int]:
+        """The completions of one group, in the order of its seeds, and the version of the weights that drew them."""
+        future: Future[tuple[list[Sampled], int]] = Future()
+        self._thread.submit(lambda: self._thread.add_group(job, future), future)
+        return await asyncio.wrap_future(future)
+
+    async def abort(self) -> None:
+        """Drop every group in flight; their calls fail."""
+        await self._call(self._thread.abort_groups)
+
+    async def load(self, bundle: WeightBundle) -> LoadReport:
+        """Drop every group in flight, load the weights and answer with the canary's gap."""
+        return await self._call(lambda: self._thread.load(bundle))
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        future: Future[T] = Future()
+        self._thread.submit(lambda: future.set_result(work()), future)
+        return await asyncio.wrap_future(future)
+
+
+class EngineThread(threading.Thread):
+    """The only thread that touches the engine.
+
+    An exception in work that was submitted fails that work alone; one in the engine's own step fails everything in
+    flight and all that comes after, for the engine's state can no longer be trusted.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        super().__init__(name="rollout-engine", daemon=True)
+        self.settings = settings
+        self.started: Future[None] = Future()
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]]] = queue.SimpleQueue()
+        self._running: dict[str, tuple[_Running, int]] = {}
+        self._num_requests = 0
+        self._version = 0
+        self._engine: VllmEngine
+
+    def submit(self, work: Callable[[], None], future: "Future[Any]") -> None:
+        """Run `work` between two steps of the engine; an exception in it goes to `future`."""
+        self._work.put((work, future))
+
+    def run(self) -> None:
+        try:
+            _set_environment(self.settings)
+            from rlqwen.rollout.vllm_engine import VllmEngine
+
+            self._engine = VllmEngine(self.settings)
+        except BaseException as error:  # noqa: BLE001 - the caller must hear of it, whatever it is
+            self.started.set_exception(_portable(error))
+            return
+        self.started.set_result(None)
+        while True:
+            try:
+                self._work_off()
+                self._step()
+            except BaseException as error:  # noqa: BLE001 - as above
+                self._fail_for_good(WorkerDied(str(_portable(error))))
+
+    def add_group(self, job: GroupJob, future: "Future[tuple[list[Sampled], int]]") -> None:
+        group = _Running(future, [None] * len(job.seeds))
+        for place, seed in enumerate(job.seeds):
+            self._num_requests += 1
+            request_id = str(self._num_requests)
+            self._engine.add(request_id, job.token_ids, seed, job.sampling)
+            self._running[request_id] = (group, place)
+
+    def abort_groups(self) -> None:
+        self._engine.abort(list(self._running))
+        groups = {id(group): group for group, _ in self._running.values()}
+        self._running.clear()
+        for group in groups.values():
+            group.future.set_exception(RolloutError("the group was aborted"))
+
+    def load(self, bundle: WeightBundle) -> LoadReport:
+        self.abort_groups()
+        report = self._engine.load(bundle)
+        self._version = bundle.version
+        return report
+
+    def _work_off(self) -> None:
+        """Do what was submitted; with nothing in flight, wait for it."""
+        while not self._work.empty() or not self._running:
+            work, future = self._work.get()
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001 - as above
+                future.set_exception(_portable(error))
+
+    def _step(self) -> None:
+        for request_id, sampled in self._engine.step():
+            group, place = self._running.pop(request_id)
+            group.completions_G[place] = sampled
+            done_G = [completion for completion in group.completions_G if completion is not None]
+            if len(done_G) == len(group.completions_G):
+                group.future.set_result((done_G, self._version))
+
+    def _fail_for_good(self, error: WorkerDied) -> None:
+        for group, _ in self._running.values():
+            if not group.future.done():
+                group.future.set_exception(error)
+        while True:
+            _, future = self._work.get()
+            future.set_exception(error)
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """What vLLM and torch read at import. Usage reports are off; errors are logged, progress is not."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        TORCH_CPP_LOG_LEVEL="ERROR",
+        TOKENIZERS_PARALLELISM="false",
+    )
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.environ.update(
+            VLLM_CPU_KVCACHE_SPACE=str(settings.kv_cache_gib),
+            # "auto" would set a core aside and pin two workers to the same ones.
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            OMP_NUM_THREADS=str(settings.num_threads),
+            # vLLM compiles its ranking of logprobs even in eager mode: 6 s at the first step, and no gain on CPU.
+            TORCH_COMPILE_DISABLE="1",
+        )
+    warnings.filterwarnings("ignore")
+
+
+def _portable(error: BaseException) -> RolloutError:
+    """An error that unpickles in the trainer's process, whatever it was here."""
+    if isinstance(error, RolloutError):
+        return error
+    return RolloutError("".join(traceback.format_exception(error)).strip())
