@@ -83,6 +83,13 @@ def test_resolved_recipe_keeps_sections_at_the_top_and_fills_defaults(grpo, tmp_
     assert text.count("output_dir: runs/grpo") == 1
 
 
+def test_weights_that_were_not_given_stay_so(grpo, tmp_path):
+    """Given weights make a mixture by shares; sources without any are joined whole."""
+    write_resolved(load_recipe(grpo), tmp_path / "out.yaml")
+    sources = load_recipe(tmp_path / "out.yaml").data.train
+    assert ["weight" in source.model_fields_set for source in sources] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("1E5", 1e5), ("3.5e-2", 0.035), ("2.5", 2.5), ("-.5e1", -5.0)],

@@ -33,7 +33,9 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
         rows = completions // config.num_generations
         shares = completions // config.completions_per_update
         updates = shares * config.num_iterations
-        line = f"{rows} prompts x {config.num_generations} generations = {completions} completions a rollout = "
+        line = (
+            f"{_count(rows, 'prompt')} x {config.num_generations} generations = {completions} completions a rollout = "
+        )
         line += f"{shares} x {config.completions_per_update} = " if shares > 1 else ""
         line += f"{split}; {_count(updates, 'update')} a rollout"
         line += f" ({config.num_iterations} passes)" if config.num_iterations > 1 else ""

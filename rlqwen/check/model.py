@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -26,6 +27,8 @@ class ModelFacts:
     tokenizer: "PreTrainedTokenizerBase"
     context: int
     """Largest number of tokens that the model can attend to."""
+    dtype: str
+    """Of the weights as saved: float32, bfloat16 or float16."""
     num_bytes: int
     """Of the weight files; 0 where unknown."""
 
@@ -55,8 +58,8 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
     path = resolve_model_path(model.path, scratch, **arguments)
     is_local = Path(path).expanduser().is_dir()
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision is not None and not is_local:
-        options["revision"] = model.revision
+    if not is_local:
+        options |= {"revision": model.revision or "main", "local_files_only": not _is_on_hub(path, model.revision)}
     try:
         config = AutoConfig.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -64,7 +67,27 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
         if not is_local:
             return None
         raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
-    return ModelFacts(tokenizer, int(config.max_position_embeddings), _weight_bytes(Path(path)) if is_local else 0)
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    return ModelFacts(
+        tokenizer, int(config.max_position_embeddings), dtype, _weight_bytes(Path(path)) if is_local else 0
+    )
+
+
+def _is_on_hub(model_id: str, revision: str | None) -> bool:
+    """Ask the hub once, without its client's retries; False if it cannot be reached, and then only the cache is left."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        HfApi().model_info(model_id, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ModelError(
+            f"model.path {model_id!r}{f' at revision {revision!r}' if revision else ''}: there is no such folder here, "
+            "and the hub has none that you may read"
+        ) from error
+    except Exception:  # noqa: BLE001 - the hub's client raises many kinds: a boundary
+        return False
+    return True
 
 
 def _check_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rlqwen.check.arithmetic import plan_batch, prompt_room
 from rlqwen.check.model import ModelFacts, check_model_path, read_model
-from rlqwen.check.resources import check_resources, this_machine
+from rlqwen.check.resources import check_resources
 from rlqwen.config import GRPOConfig, Recipe, SFTConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, load_rows, tokenize_prompts, tokenize_sft
@@ -92,12 +92,11 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None) -> CheckReport:
                 _describe_data(report, f"data.{name}", tokenized)
                 if name == "train":
                     _describe_batch(report, recipe, tokenized)
-    if train and not model:
-        report.facts.append(("batch", plan_batch(recipe.train, len(train)).text))
+    if not model:
+        _describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
     if isinstance(recipe.train, GRPOConfig):
         with report.collecting():
-            found = check_resources(recipe.train.rollout, this_machine(), model.num_bytes if model else 0)
-            report.facts.append(("rollout", found))
+            report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report
 
 
@@ -112,7 +111,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         if starting_model(recipe, recipes[:place]) is recipe:
             check_model_path(recipe.model.path)
         if isinstance(recipe.train, GRPOConfig):
-            check_resources(recipe.train.rollout, this_machine())
+            check_resources(recipe.train.rollout)
         if place and recipe.rewards:
             rewards = resolve_rewards(recipe)
             rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed)
@@ -206,6 +205,15 @@ def _describe_data(report: CheckReport, name: str, data: DataReport) -> None:
     for warning in data.warnings:
         if warning not in report.warnings:
             report.warnings.append(warning)
+
+
+def _describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, list[Row] | None]) -> None:
+    for name, rows in parts.items():
+        if rows:
+            report.facts.append((name, f"{len(rows)} rows"))
+    packs = isinstance(recipe.train, SFTConfig) and recipe.train.packing
+    if parts["data.train"] and not packs:
+        report.facts.append(("batch", plan_batch(recipe.train, len(parts["data.train"])).text))
 
 
 def _describe_batch(report: CheckReport, recipe: Recipe, data: DataReport) -> None:

@@ -43,7 +43,7 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
         console.print(Group(Text("\nSample completions", style="bold"), *map(sample_lines, samples)))
     console.print(Group(Text("\nFiles", style="bold"), files_table(run_dirs)))
     console.print(Text("\nNext", style="bold"))
-    console.print(f"  {next_command(last)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  {next_command(last, summary['algorithm'])}", markup=False, highlight=False, soft_wrap=True)
 
 
 def figures_table(summary: Mapping[str, Any]) -> Table | None:
@@ -99,9 +99,12 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
     return table
 
 
-def next_command(run_dir: Path) -> str:
-    """A command that makes sense after the run: measure the model with several samples a prompt."""
-    return f"rlqwen eval {run_dir / FINAL_FOLDER} --data {run_dir / RECIPE_FILE} -k 8"
+def next_command(run_dir: Path, algorithm: str) -> str:
+    """A command that makes sense after the run: reinforce what was imitated, or measure with several samples a prompt."""
+    final = run_dir / FINAL_FOLDER
+    if algorithm == "sft":
+        return f"rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
+    return f"rlqwen eval {final} --data {run_dir / RECIPE_FILE} -k 8"
 
 
 def pipeline_folder(run_dirs: Sequence[str | Path]) -> Path | None:
