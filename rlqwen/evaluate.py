@@ -160,7 +160,7 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
         folder = _local_folder(config.model, Path(scratch))
         model = read_model(ModelConfig(path=folder), Path(scratch))
         assert model is not None  # a local folder is read or refused
-        prompts, _ = tokenize_prompts(
+        prompts, report = tokenize_prompts(
             rows,
             model.tokenizer,
             max_prompt_length=prompt_room(model.context, GRPOConfig(max_completion_length=config.max_tokens)),
@@ -176,7 +176,8 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
             seed=config.seed,
         )
         try:
-            groups = _sample(engine, scorer, prompts, config, stop_token_ids(model.tokenizer, folder))
+            stop_ids = stop_token_ids(model.tokenizer, folder, report.end_of_turn)
+            groups = _sample(engine, scorer, prompts, config, stop_ids)
         finally:
             engine.close()
     return summarise(config, groups, time.monotonic() - started)
@@ -222,11 +223,13 @@ def _policy(folder: str) -> Any:
     return Policy(load_model(folder, args), args, peft_config=None, reference=False, device=pick_device(args.use_cpu))
 
 
-def stop_token_ids(tokenizer: Any, folder: str) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end of turn, and what the generation config adds to it."""
+def stop_token_ids(tokenizer: Any, folder: str, end_of_turn: str | None) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
     path = Path(folder) / "generation_config.json"
     configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    if end_of_turn is not None:
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 

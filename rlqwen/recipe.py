@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
-from rlqwen.config import DataConfig, Recipe
+from rlqwen.config import Recipe
 from rlqwen.config.recipe import TRAINER_CONFIGS
 from rlqwen.errors import ConfigError
 
@@ -116,7 +116,6 @@ def copy_recipe(name: str, target: str | Path = ".") -> Path:
 def write_resolved(recipe: Recipe, path: str | Path) -> None:
     """Write the recipe with every default filled in; `load_recipe` reads it back as an equal recipe."""
     values = recipe.model_dump(mode="json")
-    values["data"] = _without_default_weights(values["data"], recipe.data)
     train = values.pop("train")
     output_dir = values.pop("output_dir")
     train.pop("output_dir", None)
@@ -127,19 +126,6 @@ def write_resolved(recipe: Recipe, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     Path(path).write_text(text, encoding="utf-8")
-
-
-def _without_default_weights(values: dict[str, Any], data: DataConfig) -> dict[str, Any]:
-    """A weight that is given makes sources shares of a mixture; left out, they are joined whole. Keep the difference."""
-    for part in ("train", "eval"):
-        sources, written = getattr(data, part), values[part]
-        if sources is None:
-            continue
-        several = isinstance(sources, list)
-        for source, mapping in zip(sources if several else [sources], written if several else [written], strict=True):
-            if "weight" not in source.model_fields_set:
-                del mapping["weight"]
-    return values
 
 
 def parse_override(text: str) -> Override:

@@ -87,7 +87,7 @@ def test_weights_that_were_not_given_stay_so(grpo, tmp_path):
     """Given weights make a mixture by shares; sources without any are joined whole."""
     write_resolved(load_recipe(grpo), tmp_path / "out.yaml")
     sources = load_recipe(tmp_path / "out.yaml").data.train
-    assert ["weight" in source.model_fields_set for source in sources] == [True, False]
+    assert [source.weight for source in sources] == [2.0, None]
 
 
 @pytest.mark.parametrize(
