@@ -12,7 +12,7 @@ from typing import Any
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
-from rlqwen.rollout.resources import WorkerResources, plan_workers
+from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_workers
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
 _MAX_FOLDER_LENGTH = 40
@@ -40,8 +40,10 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    if _private is not None and ray.is_initialized():
+        return _private.join(config)
     if ray.is_initialized():
-        return Cluster(plan_workers(config, nodes=_nodes()), None, lambda: None)
+        return Cluster(_plan_on_cluster(config), None, lambda: None)
     if config.ray_address is not None:
         try:
             ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
@@ -49,19 +51,47 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
             raise ResourceError(
                 f"rollout.ray_address {config.ray_address!r}: no Ray cluster answers ({error})"
             ) from None
-        return Cluster(plan_workers(config, nodes=_nodes()), None, ray.shutdown)
-    return _start_private(config, weight_bytes)
+        return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+    plan_workers(config)
+    return _start_private(weight_bytes).join(config)
 
 
-def _start_private(config: RolloutConfig, weight_bytes: int) -> Cluster:
+class _PrivateCluster:
+    """A Ray of our own on this machine, which ends with the last pool that uses it."""
+
+    def __init__(self, folder: str, session: Path) -> None:
+        self._folder = folder
+        self._logs = session / "logs"
+        self._num_users = 0
+
+    def join(self, config: RolloutConfig) -> Cluster:
+        resources = _plan_on_cluster(config)
+        self._num_users += 1
+        return Cluster(resources, self._logs, self._leave)
+
+    def _leave(self) -> None:
+        global _private
+        import ray
+
+        self._num_users -= 1
+        if not self._num_users:
+            _private = None
+            ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+_private: _PrivateCluster | None = None
+
+
+def _start_private(weight_bytes: int) -> _PrivateCluster:
+    global _private
     import ray
 
-    resources = plan_workers(config)
     base = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="rlq-", dir=base if len(base) <= _MAX_FOLDER_LENGTH else "/tmp")
     context: Any = ray.init(
         address="local",
-        num_cpus=max(1, round(resources.num_cpus * config.num_workers + 0.499)),
+        num_cpus=int(count_cpus()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -69,22 +99,25 @@ def _start_private(config: RolloutConfig, weight_bytes: int) -> Cluster:
         object_store_memory=_MIN_STORE_BYTES + 4 * weight_bytes,
         _temp_dir=folder,
     )
-    session = Path(context.address_info["session_dir"])
-
-    def disconnect() -> None:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-    return Cluster(resources, session / "logs", disconnect)
+    _private = _PrivateCluster(folder, Path(context.address_info["session_dir"]))
+    return _private
 
 
-def _nodes() -> list[tuple[float, float]]:
-    """CPUs and GPUs of each living machine of the cluster."""
+def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
+    """What each worker asks for; ResourceError if the cluster lacks it, or if others hold it."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = [node["Resources"] for node in nodes if node["Alive"]]
-    return [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive]
+    resources = plan_workers(config, nodes=[(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive])
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    for what, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        if each * config.num_workers > free.get(what, 0.0) + 1e-6:
+            raise ResourceError(
+                f"rollout: {config.num_workers} workers x {each:g} {what}s = {config.num_workers * each:g} {what}s, but "
+                f"only {free.get(what, 0.0):g} of the Ray cluster's are free; is another trainer still open?"
+            )
+    return resources
 
 
 def log_tail(folder: Path | None, pid: int | None, lines: int = 15) -> str:

@@ -32,7 +32,7 @@ def plan_workers(
     `nodes`: CPUs and GPUs of each machine; None is this machine alone. `free_gib`: memory available on this machine
     for workers on CPU; None measures it. A worker never spans two machines.
     """
-    nodes = nodes or [(_count_cpus(), _count_gpus())]
+    nodes = nodes or [(count_cpus(), _count_gpus())]
     cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
     count = config.num_workers
     gpus_each = config.num_gpus_per_worker
@@ -70,7 +70,8 @@ def _check_memory(config: RolloutConfig, free_gib: float) -> None:
         )
 
 
-def _count_cpus() -> float:
+def count_cpus() -> float:
+    """CPUs that this process may use."""
     return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

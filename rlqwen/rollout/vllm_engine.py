@@ -32,7 +32,7 @@ class VllmEngine:
         self._settings = settings
         self._llm = _build(settings, settings.model_path)
         self._must_rebuild = False
-        """Set once a reload in place has given wrong weights."""
+        """Set once the weights were wrong after a reload in place and right after a rebuild."""
 
     def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
         """Queue one completion. Each is a request of its own, so that its seed alone decides it; the prefix cache
@@ -77,15 +77,16 @@ class VllmEngine:
         """
         started = time.monotonic()
         weights = bundle.tensors()
-        gap = None
-        if not self._must_rebuild:
+        rebuilt = self._must_rebuild
+        if not rebuilt:
             self._reload(weights)
             gap = self._canary_gap(bundle.canary)
-            self._must_rebuild = gap is not None and not gap <= bundle.canary.tolerance
-        if self._must_rebuild:
+            rebuilt = not bundle.accepts(gap)
+        if rebuilt:
             self._rebuild(weights)
             gap = self._canary_gap(bundle.canary)
-        return LoadReport(bundle.version, gap, self._must_rebuild, time.monotonic() - started)
+            self._must_rebuild = bundle.accepts(gap)
+        return LoadReport(bundle.version, gap, rebuilt, time.monotonic() - started)
 
     def _reload(self, weights: dict[str, torch.Tensor]) -> None:
         stream: Any = list(weights.items())

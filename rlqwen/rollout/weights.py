@@ -38,6 +38,10 @@ class WeightBundle:
     canary: Canary | None
     num_bytes: int
 
+    def accepts(self, gap: float | None) -> bool:
+        """Whether a worker with this canary gap may serve; NaN may not."""
+        return self.canary is None or gap is None or gap <= self.canary.tolerance
+
     def tensors(self) -> "dict[str, torch.Tensor]":
         """All weights by name, read-only views of the object store. Blocks; call it in a worker."""
         import ray
@@ -131,8 +135,9 @@ class ExpectedWeights:
         return {_HEAD: embedding} if self.is_tied and embedding else {}
 
 
-def explain_gap(worker: str, report: LoadReport, tolerance: float) -> str:
+def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
     """What to tell the user when a worker's canary is off."""
+    tolerance = bundle.canary.tolerance if bundle.canary else 0.0
     return (
         f"{worker}: after loading weights version {report.version}, its logprobs of the canary differ from the "
         f"trainer's by {report.canary_gap:.4g} (tolerance {tolerance:.4g}), even in an engine built anew from these "

@@ -198,6 +198,8 @@ def _set_environment(settings: EngineSettings) -> None:
             # "auto" would set a core aside and pin two workers to the same ones.
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             OMP_NUM_THREADS=str(settings.num_threads),
+            # Threads that spin at a barrier for one that lost its core to another process stall the engine.
+            OMP_WAIT_POLICY="PASSIVE",
             # vLLM compiles its ranking of logprobs even in eager mode: 6 s at the first step, and no gain on CPU.
             TORCH_COMPILE_DISABLE="1",
         )
