@@ -69,7 +69,7 @@ def run(words: tuple[str, ...]) -> None:
     from rlqwen.pipeline import run_pipeline
 
     check_before_run(recipes)
-    run_dirs = run_pipeline(recipes)
+    run_dirs = run_pipeline(recipes, click.echo)
     show_report(run_dirs, _console())
 
 
@@ -185,7 +185,7 @@ def _prepare() -> None:
     import torch
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
 

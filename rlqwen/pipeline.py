@@ -1,7 +1,7 @@
 """Run recipes in order, and leave every run folder complete."""
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlqwen.config import Recipe
@@ -12,8 +12,8 @@ from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
 from rlqwen.recipe import write_resolved
 
 
-def run_pipeline(recipes: Sequence[Recipe]) -> list[Path]:
-    """Train each recipe in turn; returns the run folders.
+def run_pipeline(recipes: Sequence[Recipe], announce: Callable[[str], None]) -> list[Path]:
+    """Train each recipe in turn; returns the run folders. `announce` is told of each stage where there are several.
 
     Run folders that share a parent leave a summary and the curves of all stages in that parent too.
 
@@ -21,7 +21,11 @@ def run_pipeline(recipes: Sequence[Recipe]) -> list[Path]:
     """
     for recipe in recipes:
         refuse_used_folder(recipe.output_dir, overwrite=recipe.train.overwrite_output_dir)
-    run_dirs = [run_recipe(recipe) for recipe in recipes]
+    run_dirs = []
+    for place, recipe in enumerate(recipes):
+        if len(recipes) > 1:
+            announce(f"stage {place + 1} of {len(recipes)}: {recipe.algorithm} in {recipe.output_dir}")
+        run_dirs.append(run_recipe(recipe))
     parent = pipeline_folder(run_dirs)
     if parent:
         write_pipeline_summary(parent, run_dirs)

@@ -188,7 +188,9 @@ def test_a_pipeline_leaves_a_summary_of_all_stages_in_the_shared_parent(recipes,
     assert summary["algorithm"] == "sft+grpo"
     assert summary["final_eval"] == {"eval/accuracy": 0.75}
     assert Path("runs/curves.png").is_file()
-    assert "+0.500" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stage 2 of 2: grpo in runs/grpo" in printed
+    assert "+0.500" in printed
 
 
 def test_one_run_leaves_nothing_in_the_parent(recipes, fake_trainers):
@@ -199,7 +201,7 @@ def test_one_run_leaves_nothing_in_the_parent(recipes, fake_trainers):
 def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_it_begins(recipes, fake_trainers):
     Path("runs/grpo/final").mkdir(parents=True)
     with pytest.raises(ConfigError, match="'runs/grpo' holds a run already"):
-        pipeline.run_pipeline(load_recipes(["sft.yaml", "grpo.yaml"]))
+        pipeline.run_pipeline(load_recipes(["sft.yaml", "grpo.yaml"]), print)
     assert not Path("runs/sft").exists()
 
 

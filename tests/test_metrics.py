@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,7 +119,7 @@ def test_a_line_that_a_killed_run_left_unfinished_is_not_read(tmp_path):
 def test_unknown_and_missing_sinks_are_refused_with_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="unknown metric sink 'mlflow'; known: tensorboard, wandb, trackio, none"):
         MetricLogger(tmp_path, report_to="mlflow", total_steps=1, algorithm="sft")
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         MetricLogger(tmp_path, report_to=["wandb"], total_steps=1, algorithm="sft")
 
@@ -131,6 +133,28 @@ def test_tensorboard_gets_the_values(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_hosted_sinks_get_run_name_steps_and_the_end(tmp_path, monkeypatch, name):
+    """A recording stand-in takes the place of the service's package."""
+    calls: list[tuple] = []
+
+    class Service(types.ModuleType):
+        def init(self, **arguments):
+            calls.append(("init", arguments["name"]))
+            return self
+
+        def log(self, metrics, step):
+            calls.append(("log", metrics, step))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    monkeypatch.setitem(sys.modules, name, Service(name))
+    with MetricLogger(tmp_path, report_to=[name], run_name="r", total_steps=1, algorithm="sft") as logger:
+        logger.log(1, {"loss": 0.5})
+    assert calls == [("init", "r"), ("log", {"loss": 0.5}, 1), ("finish",)]
 
 
 def test_display_variable_is_checked(tmp_path, monkeypatch):
@@ -206,7 +230,16 @@ def test_a_line_names_reward_lengths_kl_entropy_speed_and_time_split():
     assert headline({"loss": 0.12345}) == ["loss 0.1235"]
     assert details(STEP) == ["len 6.2", "cut off 25%", "kl 0.001", "entropy 0.500"]
     assert speed(STEP) == ["500 tok/s", "rollout 50% train 25%"]
-    assert format_evaluation({"eval/reward/format/mean": 0.25, "eval/tokens": 9.0}) == "eval  format 0.25"
+    evaluation = {
+        "eval/reward/mean": 0.5,
+        "eval/reward/format/mean": 0.25,
+        "eval/reward/format/error": 2.0,
+        "eval/reward/format/timeout": 0.0,
+        "eval/completions/truncated": 0.0,
+        "eval/tokens": 9.0,
+        "eval/time": 1.0,
+    }
+    assert format_evaluation(evaluation) == "eval  reward 0.5  format 0.25  format/error 2  cut off 0"
 
 
 def test_remaining_time_leaves_the_start_up_out():

@@ -95,6 +95,9 @@ def _draw(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]], run_name: st
         axes.plot(steps, values, "o-", color="black", markersize=5, label="evaluation")
         for step, value in {(steps[0], values[0]), (steps[-1], values[-1])}:
             axes.annotate(f"{value:.3g}", (step, value), (0, -14), textcoords="offset points", ha="center", bbox=_PAPER)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.title == "accuracy":
+        axes.set_ylim(-0.02, 1.02)
     axes.set_title(f"{run_name}: {panel.title}")
     axes.set_xlabel("step (optimizer updates)")
     axes.set_ylabel(panel.ylabel)

@@ -13,6 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 _PHASES = ("rollout", "reward", "train", "sync")
+_EVALUATION_NAMES = {
+    "reward/mean": "reward",
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "completions/mean_length": "len",
+    "completions/truncated": "cut off",
+}
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_POINTS = 32
 
@@ -200,14 +208,26 @@ def speed(metrics: Mapping[str, float]) -> list[str]:
     return parts
 
 
-def format_evaluation(metrics: Mapping[str, float]) -> str:
-    """`eval  accuracy 0.520  reward 0.611  loss 0.7`: time and counts are left to the file."""
-    parts = []
+def evaluation_figures(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """What a person wants of an evaluation, by short names; failures only where there are any.
+
+    Times, counts and spreads are left to the files.
+    """
+    figures = {}
     for key, value in metrics.items():
-        name = key.removeprefix("eval/").removesuffix("/mean").removeprefix("reward/")
-        if key.startswith("eval/") and not name.startswith(("time", "tokens", "outcome")):
-            parts.append(f"{name} {value:.4g}")
-    return "eval  " + "  ".join(parts)
+        name = key.removeprefix("eval/")
+        if name in _EVALUATION_NAMES:
+            figures[_EVALUATION_NAMES[name]] = value
+        elif name.startswith("reward/") and name.endswith("/mean"):
+            figures[name.removeprefix("reward/").removesuffix("/mean")] = value
+        elif value and name.endswith(("/missing", "/timeout", "/error", "/invalid", "/restarts")):
+            figures[name.removeprefix("reward/")] = value
+    return figures
+
+
+def format_evaluation(metrics: Mapping[str, float]) -> str:
+    """`eval  reward 0.611  accuracy 0.520  len 6.1` in one line."""
+    return "eval  " + "  ".join(f"{name} {value:.4g}" for name, value in evaluation_figures(metrics).items())
 
 
 def format_duration(seconds: float | None) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rlqwen.metrics.completions import COMPLETIONS_FOLDER, read_completions
 from rlqwen.metrics.curves import CURVES_FILE
-from rlqwen.metrics.display import format_duration
+from rlqwen.metrics.display import evaluation_figures, format_duration
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.metrics.sinks import METRICS_FILE
 from rlqwen.metrics.summary import SUMMARY_FILE, read_summary
@@ -48,18 +48,18 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
 
 def figures_table(summary: Mapping[str, Any]) -> Table | None:
     """Each evaluation figure before and after; None if nothing was evaluated."""
-    before, after = summary["initial_eval"] or {}, summary["final_eval"] or {}
-    keys = [key for key in (after or before) if not key.startswith(("eval/time", "eval/tokens"))]
-    if not keys:
+    before, after = (evaluation_figures(summary[key] or {}) for key in ("initial_eval", "final_eval"))
+    names = list(before | after)
+    if not names:
         return None
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("evaluation")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    for key in keys:
-        old, new = before.get(key), after.get(key)
+    for name in names:
+        old, new = before.get(name), after.get(name)
         change = f"{new - old:+.3f}" if old is not None and new is not None else ""
-        table.add_row(key.removeprefix("eval/"), _figure(old), _figure(new), change)
+        table.add_row(name, _figure(old), _figure(new), change)
     return table
 
 
