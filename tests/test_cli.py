@@ -232,7 +232,9 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
 def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
     """A stand-in trainer waits in a process of its own; its `finally` must run."""
     program = (
-        "import sys, time, types, pathlib\n"
+        "import signal, sys, time, types, pathlib\n"
+        # A shell that runs the tests in the background leaves SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Trainer:\n"
         "    def __init__(self, recipe): self.output_dir = pathlib.Path(recipe.output_dir)\n"
         "    def train(self):\n"
@@ -246,9 +248,12 @@ def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with process:
-        assert process.stdout.readline() == b"training\n"
-        os.kill(process.pid, number)
-        assert process.wait(timeout=30) == code
+        try:
+            assert process.stdout.readline() == b"training\n"
+            os.kill(process.pid, number)
+            assert process.wait(timeout=30) == code
+        finally:
+            process.kill()
     assert Path("cleaned").is_file()
 
 
