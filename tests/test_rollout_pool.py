@@ -254,7 +254,7 @@ def test_untied_head(tmp_path: Path) -> None:
 
 def test_prompt_that_fills_the_context(pool: RolloutPool) -> None:
     prompt = Prompt(7, [5] * 64, "")
-    with pytest.raises(ConfigError, match="prompt 7 has 64 tokens.*context of 64"):
+    with pytest.raises(ConfigError, match=r"prompt 7 has 64 tokens.*context of 64"):
         list(pool.generate([GroupRequest(prompt, (1,), Sampling(4))]))
 
 

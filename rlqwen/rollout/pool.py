@@ -46,7 +46,8 @@ class Slot:
     """Reference to the acknowledgement of a start or of weights; None when the worker is settled."""
     deadline: float
     deadline_key: str
-    version: int = 0
+    bundle: WeightBundle | None = None
+    """What the worker was sent last; it serves only if that is the pool's latest. None: the model's folder."""
     num_running: int = 0
     """Completions handed to the worker and not back yet."""
 
@@ -198,13 +199,14 @@ class RolloutPool:
         return Slot(index, actor, actor.process.remote(), actor.start.remote(), deadline, START_KEY)
 
     def _send(self, slot: Slot) -> None:
-        slot.waiting = slot.actor.load.remote(self._bundle)
+        slot.bundle = self._bundle
+        slot.waiting = slot.actor.load.remote(slot.bundle)
         slot.deadline, slot.deadline_key = time.monotonic() + self.config.sync_timeout, SYNC_KEY
 
     def _hand_out(self, pending: deque[GroupRequest]) -> None:
         """Give the next groups to the workers with the least to do, while they have room."""
         room = OVERCOMMIT * self.config.max_num_seqs
-        settled = [slot for slot in self._slots if slot.waiting is None and slot.version == self.version]
+        settled = [slot for slot in self._slots if slot.waiting is None and slot.bundle is self._bundle]
         while pending and settled:
             slot = min(settled, key=lambda slot: slot.num_running)
             count = len(pending[0].seeds)
@@ -259,12 +261,11 @@ class RolloutPool:
             self._replace(slot, answer, pending)
             return
         slot.waiting = None
-        if isinstance(answer, LoadReport):
-            self._check_canary(slot, answer)
-            slot.version = answer.version
-            self._reports.append(answer)
-        if slot.version != self.version:
+        if slot.bundle is not self._bundle:
             self._send(slot)
+        elif isinstance(answer, LoadReport):
+            self._check_canary(slot, answer)
+            self._reports.append(answer)
 
     def _check_canary(self, slot: Slot, report: LoadReport) -> None:
         if self._bundle is not None and not self._bundle.accepts(report.canary_gap):

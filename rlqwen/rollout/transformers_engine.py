@@ -1,5 +1,6 @@
 """Plain sampling in the trainer's own process, from the policy's own weights: for machines without vLLM."""
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -72,7 +74,7 @@ class TransformersEngine:
         prompt_length = max(len(row) for row in rows)
         pad = self._tokenizer.pad_token_id
         pad = self._tokenizer.eos_token_id if pad is None else pad
-        with self._policy.generation_model() as model:
+        with self._policy.generation_model() as model, _own_defaults(model):
             device = model.device
             ids_BT = torch.tensor([[pad] * (prompt_length - len(row)) + row for row in rows], device=device)
             mask_BT = torch.tensor([[0] * (prompt_length - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -89,7 +91,6 @@ class TransformersEngine:
                 attention_mask=mask_BT,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
-                use_model_defaults=False,
             )
         chosen_BT, logp_BT = output_BT[:, prompt_length:], torch.stack(sampler.logp_T, dim=1)
         completions_B = self._completions(chosen_BT.tolist(), logp_BT.tolist(), set(sampling.stop_token_ids))
@@ -104,6 +105,17 @@ class TransformersEngine:
             ids = row[:end]
             text = self._tokenizer.decode(ids, skip_special_tokens=True)
             yield Completion(ids, logp[:end], "stop" if ids[-1] in stop else "length", text)
+
+
+@contextlib.contextmanager
+def _own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills in what it isn't told from the model's generation config, penalties and stop tokens included."""
+    saved = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = saved
 
 
 class _SeededSampler(LogitsProcessor):
