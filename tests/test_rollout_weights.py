@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlqwen.errors import ResourceError, WeightSyncError
-from rlqwen.rollout import plan_workers, weights
+from rlqwen.errors import WeightSyncError
+from rlqwen.rollout import weights
 from rlqwen.rollout.weights import ExpectedWeights, WeightBundle, publish
 from rlqwen.types import Canary
 
@@ -67,42 +67,3 @@ def test_weights_are_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_which_gap_is_accepted(gap: float | None, accepted: bool) -> None:
     bundle = WeightBundle(1, (), {}, Canary((1, 2), (-0.5,), tolerance=0.1), 0)
     assert bundle.accepts(gap) is accepted
-
-
-@pytest.mark.parametrize(
-    ("config", "nodes", "cpus", "gpus"),
-    [
-        ({"num_workers": 2}, [(8, 0)], 4, 0),  # no GPU: an equal share
-        ({"num_workers": 4}, [(2, 0)], 0.5, 0),
-        ({"num_workers": 2, "tensor_parallel_size": 2}, [(8, 4)], 1, 2),
-        ({"num_workers": 3, "num_cpus_per_worker": 2}, [(4, 0), (3, 0)], 2, 0),
-    ],
-)
-def test_resources_of_a_worker(config: dict, nodes: list, cpus: float, gpus: float) -> None:
-    planned = plan_workers(config_of(**config), nodes=nodes, free_gib=100)
-    assert (planned.num_cpus, planned.num_gpus) == (cpus, gpus)
-
-
-@pytest.mark.parametrize(
-    ("config", "nodes", "message"),
-    [
-        ({"num_workers": 3, "num_cpus_per_worker": 1}, [(2, 0)], "3 workers x 1 CPUs = 3 CPUs, but there are 2 on 1"),
-        # Four CPUs in all, but no machine has the room for a second worker of two.
-        ({"num_workers": 2, "num_cpus_per_worker": 2}, [(3, 0), (1, 0)], "but there are 4 on 2 machine.*room for 1 "),
-        ({"num_workers": 3, "tensor_parallel_size": 2}, [(64, 4)], "3 workers x 2 GPUs = 6 GPUs, but there are 4"),
-        (
-            {"num_workers": 2, "kv_cache_gib": 8},
-            [(4, 0)],
-            r"2 workers x \(8 GiB KV cache \+ 1 GiB\) = 18 GiB, but 16.0",
-        ),
-    ],
-)
-def test_more_than_there_is(config: dict, nodes: list, message: str) -> None:
-    with pytest.raises(ResourceError, match=message):
-        plan_workers(config_of(**config), nodes=nodes, free_gib=16.0)
-
-
-def config_of(**values: object):
-    from rlqwen.config import RolloutConfig
-
-    return RolloutConfig(**values)

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
+from rlqwen.rollout import guard
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_workers
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
@@ -59,8 +61,8 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
 class _PrivateCluster:
     """A Ray of our own on this machine, which ends with the last pool that uses it."""
 
-    def __init__(self, folder: str, session: Path) -> None:
-        self._folder = folder
+    def __init__(self, guard: "subprocess.Popen[bytes]", session: Path) -> None:
+        self._guard = guard
         self._logs = session / "logs"
         self._num_users = 0
 
@@ -77,7 +79,7 @@ class _PrivateCluster:
         if not self._num_users:
             _private = None
             ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._guard.communicate()
 
 
 _private: _PrivateCluster | None = None
@@ -89,17 +91,28 @@ def _start_private(weight_bytes: int) -> _PrivateCluster:
 
     base = tempfile.gettempdir()
     folder = tempfile.mkdtemp(prefix="rlq-", dir=base if len(base) <= _MAX_FOLDER_LENGTH else "/tmp")
-    context: Any = ray.init(
-        address="local",
-        num_cpus=int(count_cpus()),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        # Old and new weights, perhaps in a wider dtype than their files. Pages are taken only as they are used.
-        object_store_memory=_MIN_STORE_BYTES + 4 * weight_bytes,
-        _temp_dir=folder,
-    )
-    _private = _PrivateCluster(folder, Path(context.address_info["session_dir"]))
+    command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
+    # In a session of its own, so that Ctrl-C doesn't reach it.
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    os.environ[guard.MARK] = folder
+    try:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=int(count_cpus()),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Old and new weights, perhaps in a wider dtype than their files. Pages are taken only as they are used.
+            object_store_memory=_MIN_STORE_BYTES + 4 * weight_bytes,
+            _temp_dir=folder,
+        )
+    except BaseException:
+        watcher.communicate()
+        raise
+    finally:
+        # What the trainer starts from here on is not Ray's.
+        del os.environ[guard.MARK]
+    _private = _PrivateCluster(watcher, Path(context.address_info["session_dir"]))
     return _private
 
 

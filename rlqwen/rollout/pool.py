@@ -135,7 +135,6 @@ class RolloutPool:
         """See RolloutEngine."""
         import ray
 
-        started = time.monotonic()
         self._drop_flights()
         self._call += 1
         bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=ray.put)
@@ -153,7 +152,7 @@ class RolloutPool:
         gaps = [report.canary_gap for report in self._reports if report.canary_gap is not None]
         return {
             **({"sync/canary_gap": max(gaps)} if gaps else {}),
-            "sync/seconds": time.monotonic() - started,
+            "sync/seconds": max(report.seconds for report in self._reports),
             "sync/bytes": float(bundle.num_bytes),
             "sync/rebuilt_engines": float(sum(report.rebuilt for report in self._reports)),
             "rollout/restarts": float(self.num_restarts),
