@@ -59,13 +59,9 @@ def test_the_thinking_style_works_towards_its_own_answer():
     rows = generate("arithmetic", {"kind": "sft", "style": "think", "size": 300})
     for row in rows:
         text = row["messages"][1]["content"]
-        match = re.fullmatch(
-            r"<think>\n\d+ \+ \d+ = (-?\d+)\n\d \+ \d = (-?\d+)\n(-?\d+) \+ (-?\d+) = (-?\d+)\n</think>\n\n"
-            r"\\boxed\{(-?\d+)\}",
-            text,
-        )
+        match = re.fullmatch(r"<think>\n(\d+) \+ (-?\d+) = (\d+)\n</think>\n\n\\boxed\{(\d+)\}", text)
         tens, ones, *last = map(int, match.groups())
-        assert last == [tens, ones, tens + ones, tens + ones]
+        assert last == [tens + ones, tens + ones]
 
 
 def test_wrong_arguments_are_refused_by_name():

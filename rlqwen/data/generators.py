@@ -83,10 +83,10 @@ def _row(a: int, b: int, options: ArithmeticArgs, rng: random.Random) -> Row:
 
 
 def _working(a: int, b: int, slip: int) -> str:
-    """Tens, ones, total; the slip enters where it arises, so that the answer follows from the working."""
+    """The sum of the tens, the sum of the ones, and both together; a slip begins where it arises."""
     tens = a // 10 * 10 + b // 10 * 10 + (slip if abs(slip) == 10 else 0)
     ones = a % 10 + b % 10 + (slip if abs(slip) == 1 else 0)
-    return f"{a // 10 * 10} + {b // 10 * 10} = {tens}\n{a % 10} + {b % 10} = {ones}\n{tens} + {ones} = {tens + ones}"
+    return f"{tens} + {ones} = {tens + ones}"
 
 
 GENERATORS: dict[str, Callable[..., list[Row]]] = {"arithmetic": arithmetic}
