@@ -1,6 +1,6 @@
 """rlqwen's GRPOTrainer against TRL's, alternately, in one process, on the same terms.
 
-    python benchmarks/grpo_vs_trl.py [--steps 5] [--workload short|skewed] [--hidden 512] [--layers 8]
+    python benchmarks/grpo_vs_trl.py [--steps 5] [--workload short|skewed] [--hidden 256] [--layers 4]
 
 Both train the same model on the same prompts with the same limits, dtype and threads; TRL's trainer runs its own loop,
 and after each of its steps rlqwen makes one of its own. The learning rate is 0, so lengths keep their distribution.
@@ -27,6 +27,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RLQWEN_DISPLAY", "off")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.simplefilter("ignore")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -116,9 +118,6 @@ class Alternate(TrainerCallback):
 
         return timed
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pass
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
@@ -153,15 +152,18 @@ def make_ours(model: Path, rows: list[dict[str, str]], folder: Path, completion:
 
 
 def make_trl(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, str]], arguments: dict[str, Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import trl
+    import trl
     from datasets import Dataset
 
     return trl.GRPOTrainer(
         model,
         parity_reward,
-        args=trl.GRPOConfig(**arguments, use_cpu=not torch.cuda.is_available(), report_to="none", disable_tqdm=True),
+        args=trl.GRPOConfig(
+            **arguments | {"logging_strategy": "no"},
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+        ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -211,8 +213,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each; one more warms up")
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"], choices=["transformers", "vllm"])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=8192)
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, hidden {args.hidden}, layers {args.layers}")

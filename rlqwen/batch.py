@@ -10,6 +10,7 @@ Shapes: T tokens in the row, N target tokens (those with a loss), S sequences (b
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,12 +84,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name in self.__dataclass_fields__
-            if isinstance(value := getattr(self, name), Tensor)
-        }
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         return replace(self, layout=self.layout.to(device), **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, the layout's apart."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:

@@ -21,7 +21,10 @@ STATE_FILE = "trainer_state.json"
 
 
 def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool) -> Path:
-    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`."""
+    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`.
+
+    Nothing is deleted here: that waits until training begins, after everything else has been found right.
+    """
     if output_dir is None:
         folder, number = Path("runs") / default_name, 1
         while folder.exists():
@@ -30,11 +33,6 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
     else:
         folder = Path(output_dir)
         refuse_used_folder(folder, overwrite=overwrite)
-        for path in (folder / name for name in RUN_FILES):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -43,6 +41,15 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
     return folder
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Delete what a run left there."""
+    for path in (folder / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Path:

@@ -228,16 +228,6 @@ class Policy:
         self.base_model.load_state_dict(saved.state_dict())
 
 
-def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
-    """AutoModelForCausalLM.from_pretrained with our errors."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=args.trust_remote_code, **args.model_init_kwargs
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
-
-
 def packs_prefixes(config: Any) -> bool:
     """Whether a model of this configuration can share a prefix; linear, recurrent or sliding layers cannot."""
     layers = getattr(config, "layer_types", None)

@@ -20,7 +20,8 @@ from transformers import (
 from rlqwen.batch import Branch, Tree, pack
 from rlqwen.config import SFTConfig
 from rlqwen.errors import ModelError
-from rlqwen.policy import Policy, load_model
+from rlqwen.loading import load_model
+from rlqwen.policy import Policy
 
 SHAPE = {
     "vocab_size": 120, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

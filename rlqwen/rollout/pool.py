@@ -183,7 +183,7 @@ class RolloutPool:
         if length >= limit:
             raise ConfigError(
                 f"prompt {request.prompt.index} has {length} tokens, which leaves no room for a completion in the "
-                f"engines' context of {limit}; raise rollout.max_model_length or set data.max_prompt_length"
+                f"engines' context of {limit}; raise rollout.max_model_length or set train.max_prompt_length"
             )
 
     def _spawn(self, index: int) -> Slot:

@@ -43,7 +43,7 @@ class TransformersEngine:
             if len(request.prompt.token_ids) >= self._max_model_length:
                 raise ConfigError(
                     f"prompt {request.prompt.index} has {len(request.prompt.token_ids)} tokens, which leaves no room "
-                    f"for a completion in the context of {self._max_model_length}; set data.max_prompt_length"
+                    f"for a completion in the context of {self._max_model_length}; set train.max_prompt_length"
                 )
         # Prompts of like length together: the fewer pad tokens.
         pending = deque(sorted(requests, key=lambda request: len(request.prompt.token_ids)))

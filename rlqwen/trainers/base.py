@@ -5,16 +5,14 @@ A trainer supplies `step` (one batch of rows to one or more updates) and `evalua
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -24,14 +22,23 @@ from transformers import (
 
 from rlqwen.batch import PackedBatch
 from rlqwen.check import plan_batch
-from rlqwen.checkpoint import drop_old_checkpoints, open_run_folder, restore_weights, save_checkpoint, save_model
+from rlqwen.checkpoint import (
+    clear_run_folder,
+    drop_old_checkpoints,
+    open_run_folder,
+    restore_weights,
+    save_checkpoint,
+    save_model,
+)
 from rlqwen.config import TrainerConfig
 from rlqwen.data import DataReport
-from rlqwen.errors import ConfigError, DataError, ModelError
+from rlqwen.errors import DataError
+from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import MetricLogger, plot_curves, write_summary
 from rlqwen.parallel import Updater, UpdateResult, pick_device
-from rlqwen.policy import Policy, load_model
+from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
+from rlqwen.trainers.best import BestMetric, Verdict
 from rlqwen.trainers.stream import RowStream
 
 Row = TypeVar("Row")
@@ -55,15 +62,18 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool = False,
     ) -> None:
-        self.args = args
         set_seed(args.seed)
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         self.output_dir = open_run_folder(
             args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
         )
+        self.model_folder: str | None = None
+        """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
-            model_name = resolve_model_path(model, self.output_dir / "base_model", **builtin_arguments(model, args))
-        self.model_name = model_name
+            shape, args = split_builtin_arguments(model, args)
+            model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
+            self.model_folder = local_folder(model_name, args)
+        self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = Policy(
             load_model(model_name, args) if isinstance(model, str) else model,
@@ -77,7 +87,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.control = TrainerControl()
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
-        self._evals_without_improvement = 0
+        self.best = BestMetric(args, self.default_best_metric)
         self.logger: MetricLogger | None = None
         """Open while training."""
         self.reports: dict[str, DataReport] = {}
@@ -160,6 +170,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
     # The loop
 
     def _begin(self) -> None:
+        if self.args.overwrite_output_dir:
+            clear_run_folder(self.output_dir)
         self.plan = plan_batch(self.args, len(self.train_rows))
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
@@ -209,7 +221,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
             self.control.should_save = True
         if self.control.should_evaluate and self.eval_rows:
-            self._judge(self.evaluate())
+            metrics = self.evaluate()
+            if self.args.load_best_model_at_end or self.args.early_stopping_patience is not None:
+                self._judge(metrics)
         if self.control.should_save:
             self.save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
@@ -223,7 +237,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             folder = self.output_dir / "nonfinite"
             folder.mkdir(exist_ok=True)
             for number, batch in enumerate(micro_batches):
-                save_file(tensors_of(batch), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
+                save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
         return result
 
     def _due(self, every: int, before: int) -> bool:
@@ -246,41 +260,16 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             return {key: value for key, value in last.items() if key.startswith("eval/")}
         return self.evaluate()
 
-    # The best checkpoint, and stopping early
-
     def _judge(self, metrics: Metrics) -> None:
-        """Remember whether this evaluation is the best; keep its checkpoint and stop, where asked to."""
-        args = self.args
-        if not args.load_best_model_at_end and args.early_stopping_patience is None:
-            return
-        name = args.metric_for_best_model or self.default_best_metric
-        key = name if name in metrics else f"eval/{name.removeprefix('eval_')}"
-        if key not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise ConfigError(f"metric_for_best_model={name!r} is not among the evaluation's figures: {known}")
-        if self._improves(key, metrics[key]):
-            self._evals_without_improvement = 0
-            self.state.best_metric, self.state.best_global_step = metrics[key], self.state.global_step
-            if args.load_best_model_at_end:
+        """Keep the checkpoint of the best evaluation, and stop where there has been no better one for too long."""
+        verdict = self.best.judge(metrics)
+        if verdict is Verdict.BEST:
+            self.state.best_metric, self.state.best_global_step = self.best.value, self.state.global_step
+            if self.args.load_best_model_at_end:
                 self.save_checkpoint(best=True)
-        else:
-            self._evals_without_improvement += 1
-            patience = args.early_stopping_patience
-            if patience is not None and self._evals_without_improvement >= patience:
-                self._note(
-                    f"stopped early at update {self.state.global_step}: {key} has not improved on "
-                    f"{self.state.best_metric:.4g} for {patience} evaluations"
-                )
-                self.control.should_training_stop = True
-
-    def _improves(self, key: str, value: float) -> bool:
-        best = self.state.best_metric
-        if best is None:
-            return True
-        greater = self.args.greater_is_better
-        if greater is None:
-            greater = not key.endswith(("loss", "perplexity"))
-        return (value - best if greater else best - value) > self.args.early_stopping_threshold
+        elif verdict is Verdict.STOP:
+            self._note(f"stopped early at update {self.state.global_step}: {self.best}")
+            self.control.should_training_stop = True
 
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
@@ -319,39 +308,3 @@ class BaseTrainer(ABC, Generic[Row, Args]):
                 **kwargs,
             )
             self.control = answer or self.control
-
-
-def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
-    """The tensors of a batch by name, for looking into it later."""
-    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    return {name: value.cpu() for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-
-def builtin_arguments(model: str, args: TrainerConfig) -> dict[str, Any]:
-    """Arguments of a built-in model, which `from_pretrained` must then not see."""
-    if not model.startswith("builtin:"):
-        return {}
-    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "dtype"}
-    args.model_init_kwargs = {key: value for key, value in args.model_init_kwargs.items() if key == "dtype"}
-    return arguments
-
-
-def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path,
-            trust_remote_code=args.trust_remote_code,
-            revision=args.model_init_kwargs.get("revision", "main"),
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def batches_of(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    """Cut `rows` into runs of at most `size`."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

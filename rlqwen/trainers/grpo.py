@@ -286,10 +286,6 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
     def _require_rollouts(self) -> Rollouts:
         """The engine, started at its first use, so that a wrong argument is found before."""
         if self.rollouts is None:
-            folder = self.output_dir / "base_model" / "start"
-            if not folder.exists():
-                self.policy.save(folder)
-                self.processing_class.save_pretrained(folder)
             if self.scorer is None:
                 self.scorer = self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
@@ -298,11 +294,20 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
                 self.processing_class,
                 self.scorer,
                 self.args,
-                model_path=str(folder),
+                model_path=self._folder_for_workers(),
                 longest_prompt=max(len(prompt.token_ids) for prompt in rows),
                 end_of_turn=self.reports["train"].end_of_turn,
             )
         return self.rollouts
+
+    def _folder_for_workers(self) -> str:
+        """Where rollout workers find config, tokenizer and the weights that they start with."""
+        if self.model_folder is not None:
+            return self.model_folder
+        folder = self.output_dir / "base_model" / "given"
+        self.policy.save(folder)
+        self.processing_class.save_pretrained(folder)
+        return str(folder)
 
     def after_restore(self) -> None:
         if self.rollouts is not None:

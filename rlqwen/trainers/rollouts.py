@@ -114,8 +114,8 @@ class Rollouts:
         return metrics | {"time/sync": time.monotonic() - started}
 
     def _canary(self, prompt: Prompt) -> Canary:
-        """The trainer's own logprobs of the beginning of a prompt."""
-        token_ids = prompt.token_ids[:CANARY_LENGTH]
+        """The trainer's own logprobs of the beginning of a prompt; said twice, so that one token will do."""
+        token_ids = (prompt.token_ids * 2)[:CANARY_LENGTH]
         batch = pack([Tree([], [Branch(token_ids)])])
         with self.policy.inference():
             logp_N, _ = self.policy.logprobs(batch.to(self.policy.device))

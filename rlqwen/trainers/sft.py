@@ -8,7 +8,7 @@ Example:
 import bisect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
 from rlqwen.losses import Totals, sft_loss
-from rlqwen.trainers.base import BaseTrainer, Metrics, batches_of
+from rlqwen.trainers.base import BaseTrainer, Metrics
 
 Bin = list[TokenizedRow]
 """Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
@@ -95,7 +95,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
     def compute_evaluation(self, rows: list[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential."""
         negative, tokens = 0.0, 0
-        for part in batches_of(rows, self.args.per_device_eval_batch_size):
+        for part in _batches_of(rows, self.args.per_device_eval_batch_size):
             micro = pack(_trees(part))
             logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
             negative -= logp_N.sum().item()
@@ -107,8 +107,13 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         if self.args.max_tokens_per_micro_batch is not None:
             parts = split_trees(_trees(rows), max_tokens=self.args.max_tokens_per_micro_batch)
         else:
-            parts = (_trees(part) for part in batches_of(rows, self.args.per_device_train_batch_size))
+            parts = (_trees(part) for part in _batches_of(rows, self.args.per_device_train_batch_size))
         return [pack(part) for part in parts]
+
+
+def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:
+    for start in range(0, len(bins), size):
+        yield bins[start : start + size]
 
 
 def _trees(bins: list[Bin]) -> list[Tree]:
