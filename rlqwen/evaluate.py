@@ -1,6 +1,5 @@
 """Measure a model: sample k completions a prompt, score them, and report mean, pass@k and majority@k."""
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from rlqwen.config import GRPOConfig, ModelConfig, RewardSpec, RolloutConfig, Sc
 from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.data import Sources
 from rlqwen.data import load_rows, tokenize_prompts
-from rlqwen.errors import ConfigError, ModelError
+from rlqwen.errors import ConfigError
+from rlqwen.loading import load_generation_config, load_model, local_folder, stop_token_ids
 from rlqwen.metrics.figures import RewardFigures, reward_figures
 from rlqwen.recipe import list_recipes, load_recipe
 from rlqwen.rollout import RolloutEngine, build_engine
@@ -176,7 +176,7 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
             seed=config.seed,
         )
         try:
-            stop_ids = stop_token_ids(model.tokenizer, folder, report.end_of_turn)
+            stop_ids = stop_token_ids(model.tokenizer, load_generation_config(folder), report.end_of_turn)
             groups = _sample(engine, scorer, prompts, config, stop_ids)
         finally:
             engine.close()
@@ -203,34 +203,16 @@ def _sample(
 def _local_folder(model: str, scratch: Path) -> str:
     """A folder with the model's files: itself, built, or downloaded to the hub's cache."""
     check_model_path(model)
-    folder = resolve_model_path(model, scratch)
-    if Path(folder).expanduser().is_dir():
-        return str(Path(folder).expanduser())
-    from huggingface_hub import snapshot_download
-
-    try:
-        return str(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model!r} is no folder here and cannot be downloaded: {error}") from error
+    return local_folder(resolve_model_path(model, scratch))
 
 
 def _policy(folder: str) -> Any:
     """The model in this process, which the transformers engine samples from."""
     from rlqwen.parallel import pick_device
-    from rlqwen.policy import Policy, load_model
+    from rlqwen.policy import Policy
 
     args = GRPOConfig()
     return Policy(load_model(folder, args), args, peft_config=None, reference=False, device=pick_device(args.use_cpu))
-
-
-def stop_token_ids(tokenizer: Any, folder: str, end_of_turn: str | None) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
-    path = Path(folder) / "generation_config.json"
-    configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    if end_of_turn is not None:
-        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
 def summarise(config: EvalConfig, groups: Sequence[Group], seconds: float) -> EvalResult:

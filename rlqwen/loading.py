@@ -5,7 +5,13 @@ from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
@@ -32,18 +38,33 @@ def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Arg
     return shape, args.model_copy(update={"model_init_kwargs": rest})
 
 
-def local_folder(name_or_path: str, args: TrainerConfig) -> str:
+def local_folder(name_or_path: str, revision: str | None = None) -> str:
     """The folder itself, or where the hub's snapshot of a model lies on this machine, downloaded if need be."""
-    if Path(name_or_path).is_dir():
-        return name_or_path
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder)
     try:
         return snapshot_download(
-            name_or_path,
-            revision=args.model_init_kwargs.get("revision"),
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+            name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         )
     except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(f"model {name_or_path!r} is no folder and cannot be had from the hub: {error}") from error
+        raise ModelError(f"model {name_or_path!r} is no folder here and cannot be downloaded: {error}") from error
+
+
+def load_generation_config(folder: str) -> GenerationConfig | None:
+    """The folder's generation config, if it has one."""
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
+) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
+    configured = generation_config.eos_token_id if generation_config else None
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    if end_of_turn is not None:
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import cluster
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled
 from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish
-from rlqwen.rollout.worker import EngineSettings, GroupJob, RolloutWorker, Sampled
+from rlqwen.rollout.worker import RolloutWorker
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,11 +14,9 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from rlqwen.rollout.messages import EngineSettings, Sampled
 from rlqwen.rollout.weights import LoadReport, WeightBundle
 from rlqwen.types import Canary, Sampling
-
-if TYPE_CHECKING:
-    from rlqwen.rollout.worker import EngineSettings, Sampled
 
 # vLLM's CPU kernels take multiples of 32; its default of 128 would share no prefix of a short prompt.
 CPU_BLOCK_SIZE = 32
@@ -28,7 +26,7 @@ _CANARY_ID = "canary"
 class VllmEngine:
     """An LLMEngine in this process; not thread-safe."""
 
-    def __init__(self, settings: "EngineSettings") -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._llm = _build(settings, settings.model_path)
         self._must_rebuild = False
@@ -55,7 +53,7 @@ class VllmEngine:
         )
         self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
 
-    def step(self) -> Iterator[tuple[str, "Sampled"]]:
+    def step(self) -> Iterator[tuple[str, Sampled]]:
         """Decode one token of every running request; yields those that finished."""
         for output in self._llm.step():
             if output.finished:
@@ -125,7 +123,7 @@ class VllmEngine:
         return float(torch.tensor(gaps).max())
 
 
-def _build(settings: "EngineSettings", model_path: str) -> LLMEngine:
+def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
     on_cpu = current_platform.is_cpu()
     arguments = EngineArgs(
         model=model_path,

@@ -17,42 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlqwen.errors import RolloutError, WorkerDied
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled
 from rlqwen.rollout.weights import LoadReport, WeightBundle
-from rlqwen.types import FinishReason, Sampling
 
 if TYPE_CHECKING:
     from rlqwen.rollout.vllm_engine import VllmEngine
 
 T = TypeVar("T")
-Sampled = tuple[list[int], list[float], FinishReason]
-"""Token ids, their logprobs, and why the completion ended."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """All that a worker needs to start its engine; plain values, for they travel through Ray."""
-
-    model_path: str
-    dtype: str
-    max_model_length: int
-    max_num_seqs: int
-    seed: int
-    tensor_parallel_size: int
-    gpu_memory_utilization: float
-    enforce_eager: bool | None
-    kv_cache_gib: int
-    num_threads: int
-    """OpenMP threads on CPU."""
-
-
-@dataclass(frozen=True)
-class GroupJob:
-    """A group as a worker sees it: no prompt text, no columns."""
-
-    token_ids: list[int]
-    seeds: tuple[int, ...]
-    sampling: Sampling
-    """With every stop token, the tokenizer's own included."""
 
 
 @dataclass

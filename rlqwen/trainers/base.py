@@ -72,7 +72,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
             model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
-            self.model_folder = local_folder(model_name, args)
+            self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = Policy(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlqwen.batch import Branch, Tree, pack
 from rlqwen.config import GRPOConfig
+from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
 from rlqwen.scoring import Scorer
@@ -69,7 +70,7 @@ class Rollouts:
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             repetition_penalty=args.repetition_penalty,
-            stop_token_ids=stop_token_ids(policy, tokenizer, end_of_turn),
+            stop_token_ids=stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn),
         )
         self.version = 1
         self._synced_version = 0
@@ -131,18 +132,6 @@ def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
     """A 63-bit seed for one completion: the same arguments give the same completion wherever it is sampled."""
     digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def stop_token_ids(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
-) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
-    generation_config = policy.base_model.generation_config
-    configured = generation_config.eos_token_id if generation_config else None
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    if end_of_turn is not None:
-        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
 def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
