@@ -12,9 +12,9 @@ import yaml
 PLUGIN = Path(__file__).parent / "plugins" / "rlqwen-reward-digits"
 
 REWARD_FILE = '''
-def few_distinct(completion_ids, **kwargs):
-    """Easy to learn from any start: repeat yourself."""
-    return [1 - len(set(ids)) / max(len(ids), 1) for ids in completion_ids]
+def evens(completion_ids, **kwargs):
+    """Easy to learn from any start: the share of tokens with an even id."""
+    return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 '''
 
 
@@ -29,13 +29,13 @@ def site(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_grpo_through_ray_and_vllm_raises_its_reward(tiny_model_path, tmp_path, site):
-    (tmp_path / "few.py").write_text(REWARD_FILE)
+    (tmp_path / "evens.py").write_text(REWARD_FILE)
     sums = {"generator": "arithmetic", "args": {"kind": "prompts", "size": 64}}
     recipe = {
         "algorithm": "grpo",
         "model": {"path": str(tiny_model_path)},
         "data": {"train": sums, "eval": sums},
-        "rewards": ["digits", {"name": f"{tmp_path / 'few.py'}:few_distinct"}],
+        "rewards": ["digits", {"name": f"{tmp_path / 'evens.py'}:evens"}],
         "rollout": {"engine": "vllm", "num_cpus_per_worker": 0.5},
         "train": {
             "max_steps": 25, "per_device_train_batch_size": 64, "max_completion_length": 12, "learning_rate": 5e-3,
@@ -55,7 +55,7 @@ def test_grpo_through_ray_and_vllm_raises_its_reward(tiny_model_path, tmp_path, 
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["initial_eval"], summary["final_eval"]
-    assert after["eval/reward/few_distinct/mean"] > before["eval/reward/few_distinct/mean"] + 0.2
+    assert after["eval/reward/evens/mean"] > before["eval/reward/evens/mean"] + 0.2
     assert "eval/reward/digits/mean" in after
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [step["sync/canary_gap"] for step in steps if "sync/canary_gap" in step]

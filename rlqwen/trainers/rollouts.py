@@ -54,13 +54,14 @@ class Rollouts:
         self.compute_dtype = str(policy.compute_dtype).removeprefix("torch.")
         if args.rollout.dtype != "auto":
             self.compute_dtype = args.rollout.dtype
+        self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
         self.engine = build_engine(
             args.rollout,
             model_path=model_path,
             tokenizer=tokenizer,
             policy=policy,
             compute_dtype=self.compute_dtype,
-            max_model_length=args.rollout.max_model_length or longest_prompt + args.max_completion_length,
+            max_model_length=self.max_model_length,
             seed=args.seed,
         )
         self.sampling = Sampling(
@@ -115,8 +116,11 @@ class Rollouts:
         return metrics | {"time/sync": time.monotonic() - started}
 
     def _canary(self, prompt: Prompt) -> Canary:
-        """The trainer's own logprobs of the beginning of a prompt; said twice, so that one token will do."""
-        token_ids = (prompt.token_ids * 2)[:CANARY_LENGTH]
+        """The trainer's own logprobs of the beginning of a prompt; said twice, so that one token will do.
+
+        The engine's context must hold it and one token more.
+        """
+        token_ids = (prompt.token_ids * 2)[: min(CANARY_LENGTH, self.max_model_length - 1)]
         batch = pack([Tree([], [Branch(token_ids)])])
         with self.policy.inference():
             logp_N, _ = self.policy.logprobs(batch.to(self.policy.device))
