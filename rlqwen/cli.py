@@ -20,6 +20,8 @@ TERMINATED = 143
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0 done, 2 wrong input, 1 anything else, 130 interrupted."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
     try:
         return cli.main(args=arguments, prog_name="rlqwen", standalone_mode=False) or 0
     except click.ClickException as error:

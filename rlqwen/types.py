@@ -108,4 +108,4 @@ class Canary:
     logprobs: tuple[float, ...]
     """T - 1 values: log p(token t+1 | tokens up to t), at temperature 1."""
     tolerance: float
-    """Largest absolute gap allowed; depends on the dtype that the worker computes in."""
+    """Largest mean absolute gap allowed, in nats a token; depends on the dtype that the worker computes in."""

@@ -104,7 +104,7 @@ class VllmEngine:
             self._llm = _build(self._settings, folder)
 
     def _canary_gap(self, canary: Canary | None) -> float | None:
-        """Largest absolute difference between this engine's logprobs of the canary and the trainer's."""
+        """Mean absolute difference between this engine's logprobs of the canary and the trainer's; NaN if any is."""
         if canary is None or len(canary.token_ids) < 2:
             return None
         params = SamplingParams(
@@ -119,8 +119,7 @@ class VllmEngine:
             position[token].logprob for position, token in zip(prompt_logprobs[1:], canary.token_ids[1:], strict=True)
         ]
         gaps = [abs(mine - theirs) for mine, theirs in zip(ours, canary.logprobs, strict=True)]
-        # max() would pass over a NaN that doesn't come first.
-        return float(torch.tensor(gaps).max())
+        return sum(gaps) / len(gaps)
 
 
 def _build(settings: EngineSettings, model_path: str) -> LLMEngine:

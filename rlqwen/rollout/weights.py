@@ -60,7 +60,7 @@ class LoadReport:
 
     version: int
     canary_gap: float | None
-    """Largest absolute logprob gap; None without a canary."""
+    """Mean absolute logprob gap, in nats a token; None without a canary."""
     rebuilt: bool
     """The engine was built anew, because loading in place had failed the canary."""
     seconds: float
@@ -140,7 +140,7 @@ def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
     tolerance = bundle.canary.tolerance if bundle.canary else 0.0
     return (
         f"{worker}: after loading weights version {report.version}, its logprobs of the canary differ from the "
-        f"trainer's by {report.canary_gap:.4g} (tolerance {tolerance:.4g}), even in an engine built anew from these "
+        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}), even in an engine built anew from these "
         f"weights. Likely causes: the worker computes in another dtype than the trainer (rollout.dtype), NaN in the "
         f"weights, or a vLLM model whose forward differs from transformers'. If the gap is rounding, raise "
         f"rollout.canary_tolerance"

@@ -20,7 +20,7 @@ from rlqwen.scoring import Scorer
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
 
 CANARY_LENGTH = 64
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.15}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
 class Rollouts:
