@@ -36,6 +36,8 @@ def group_advantages(rewards_PG: Tensor, *, estimator: Estimator = "group", scal
     present = ~rewards.isnan()
     count = present.sum(1, keepdim=True)
     centred = rewards - rewards.nanmean(1, keepdim=True)
+    # The mean of equal numbers may round to another one, and dividing by a deviation near 0 would blow that up.
+    centred = centred.masked_fill(present & ~carries_signal(rewards)[:, None], 0.0)
     if estimator == "rloo":
         centred = centred * count / (count - 1).clamp(min=1)
     if estimator == "reinforce_pp":

@@ -48,9 +48,10 @@ def test_missing_rewards_get_no_advantage_and_shift_no_baseline(estimator, scale
 
 @pytest.mark.parametrize("estimator", ["group", "rloo", "reinforce_pp"])
 def test_equal_or_missing_rewards_give_exact_zeros(estimator):
-    rewards = torch.tensor([[0.7, 0.7, 0.7], [NAN, NAN, NAN]])
-    assert group_advantages(rewards, estimator=estimator).abs().max() < 1e-6
-    assert group_advantages(rewards[1:], estimator=estimator).tolist() == [[0.0, 0.0, 0.0]]
+    rewards = torch.tensor([[0.1] * 10 + [NAN], [1.3] * 11, [NAN] * 11])
+    # In float32 the mean of ten times 0.1 is another number.
+    assert rewards[0, :10].mean() != rewards[0, 0]
+    assert group_advantages(rewards, estimator=estimator).count_nonzero() == 0
 
 
 def test_nan_std_of_one_value_is_zero():

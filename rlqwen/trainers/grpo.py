@@ -31,7 +31,7 @@ from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
-from rlqwen.types import Completion, Group, Prompt
+from rlqwen.types import Group, Prompt
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 
@@ -150,7 +150,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
                 prompts_P, num_generations=self.args.num_generations, draw=f"train/{self._draws}"
             )
             metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
-            signal_P = carries_signal(rewards_tensor(groups)).tolist()
+            signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
             kept += [group for group, signal in zip(groups, signal_P, strict=True) if signal]
             spare += [group for group, signal in zip(groups, signal_P, strict=True) if not signal]
             missing = wanted - len(kept)
@@ -164,20 +164,28 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         return (kept + spare)[:wanted] if self.args.dynamic_sampling else groups, metrics
 
     def _assign_advantages(self, groups_P: list[Group]) -> None:
-        rewards_PG = rewards_tensor(groups_P)
-        if self.args.soft_overlong_cache is not None:
-            rewards_PG += torch.tensor(
-                [[self._overlong_penalty(completion) for completion in group.completions] for group in groups_P]
-            )
         advantages_PG = group_advantages(
-            rewards_PG, estimator=self.args.advantage_estimator, scale=str(self.args.scale_rewards)
+            self._shaped_rewards(groups_P),
+            estimator=self.args.advantage_estimator,
+            scale=str(self.args.scale_rewards),
         )
         for group, advantages_G in zip(groups_P, advantages_PG.tolist(), strict=True):
             group.advantages_G = advantages_G
 
-    def _overlong_penalty(self, completion: Completion) -> float:
-        cache = self.args.soft_overlong_cache or 0
-        return soft_overlong_penalty(len(completion.token_ids), self.args.max_completion_length, cache)
+    def _shaped_rewards(self, groups_P: Sequence[Group]) -> Tensor:
+        """(P, G) total rewards with the soft overlong punishment, where one is set; NaN where missing."""
+        rewards_PG = torch.tensor(
+            [[math.nan if reward is None else reward for reward in group.total_rewards_G] for group in groups_P]
+        )
+        cache, limit = self.args.soft_overlong_cache, self.args.max_completion_length
+        if cache is not None:
+            rewards_PG += torch.tensor(
+                [
+                    [soft_overlong_penalty(len(c.token_ids), limit, cache) for c in group.completions]
+                    for group in groups_P
+                ]
+            )
+        return rewards_PG
 
     def _update(self, update: Update) -> float:
         """One optimiser update; returns its loss."""
@@ -320,14 +328,6 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         if self.scorer is not None:
             self.scorer.close()
             self.scorer = None
-
-
-def rewards_tensor(groups_P: Sequence[Group]) -> Tensor:
-    """(P, G) float32 total rewards; NaN where missing."""
-    return torch.tensor(
-        [[math.nan if reward is None else reward for reward in group.total_rewards_G] for group in groups_P],
-        dtype=torch.float32,
-    )
 
 
 def mean_over_tokens(updates: Sequence[Update], num_iterations: int) -> Metrics:
