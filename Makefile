@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 quickstart: install
 	$(BIN)/rlqwen run recipes/quickstart_sft.yaml recipes/quickstart_grpo.yaml
+	@echo "To have rlqwen on your path: source $(BIN)/activate"
 
 test: install
 	$(BIN)/python -m pytest
