@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.data.tokenization import TokenizedRow
-from rlqwen.errors import ConfigError, DataError
+from rlqwen.errors import ConfigError, DataError, NonFiniteError
 from rlqwen.trainers.sft import fill_bins
 
 
@@ -161,6 +161,16 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(tiny_model_path, tmp_path
 def test_evaluate_works_without_training(tiny_model_path, tmp_path):
     metrics = make_trainer(tiny_model_path, tmp_path).evaluate()
     assert metrics["eval/perplexity"] == pytest.approx(torch.tensor(metrics["eval/loss"]).exp().item(), rel=1e-4)
+
+
+def test_every_non_finite_batch_is_kept_the_one_that_stops_the_run_too(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=5, max_nonfinite_steps=2)
+    with torch.no_grad():
+        trainer.policy.trained_parameters[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="2 updates in a row"):
+        trainer.train()
+    kept = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    assert kept == ["step-000001-0.safetensors", "step-000002-0.safetensors"]
 
 
 def test_data_without_a_row_is_refused(tiny_model_path, tmp_path):

@@ -28,6 +28,7 @@ class GRPOConfig(TrainerConfig):
         "vllm_enable_sleep_mode": "set rollout.gpu_memory_utilization so that trainer and engine fit together",
         "use_transformers_paged": "use rollout={'engine': 'vllm'}",
         "log_completions": "leave it out: completions are always written to the run folder",
+        "num_completions_to_print": "read them in completions/ of the run folder; the end of a run shows some",
     }
 
     learning_rate: float = Field(default=1e-6, ge=0)
@@ -59,7 +60,8 @@ class GRPOConfig(TrainerConfig):
     """`sequence` is GSPO: one ratio a completion, the geometric mean of its tokens' ratios."""
     epsilon: float = Field(default=0.2, gt=0)
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clip; None: `epsilon`. With cispo, the cap of the ratio itself."""
+    """Upper clip; None: `epsilon`. With cispo, the cap of the ratio itself: set it, 5 is usual, for below 1 it only
+    scales the loss down."""
     delta: float | None = Field(default=None, gt=1)
     """Dual clip: the ratio's cap where the advantage is negative."""
     beta: float = Field(default=0.0, ge=0)
@@ -100,8 +102,6 @@ class GRPOConfig(TrainerConfig):
     """Share of the policy in the new reference."""
     ref_model_sync_steps: int = Field(default=512, ge=1)
 
-    num_completions_to_print: int = Field(default=0, ge=0)
-    """Completions shown at each logged step."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
 

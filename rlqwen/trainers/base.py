@@ -32,7 +32,7 @@ from rlqwen.checkpoint import (
 )
 from rlqwen.config import TrainerConfig
 from rlqwen.data import DataReport
-from rlqwen.errors import DataError
+from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import MetricLogger, plot_curves, write_summary
 from rlqwen.parallel import Updater, UpdateResult, pick_device
@@ -230,15 +230,22 @@ class BaseTrainer(ABC, Generic[Row, Args]):
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
-        result = self.updater.step()
         self.state.global_step += 1
+        try:
+            result = self.updater.step()
+        except NonFiniteError:
+            self._keep_nonfinite(micro_batches)
+            raise
         self.updates.append(result)
         if result.skipped:
-            folder = self.output_dir / "nonfinite"
-            folder.mkdir(exist_ok=True)
-            for number, batch in enumerate(micro_batches):
-                save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
+            self._keep_nonfinite(micro_batches)
         return result
+
+    def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
+        folder = self.output_dir / "nonfinite"
+        folder.mkdir(exist_ok=True)
+        for number, batch in enumerate(micro_batches):
+            save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
 
     def _due(self, every: int, before: int) -> bool:
         """Whether the step passed a multiple of `every`, or was the last."""
