@@ -1,58 +1,25 @@
 """Group Relative Policy Optimization and its relatives."""
 
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.rollout import RolloutConfig, ScoringConfig
-from rlqwen.config.trainer import TrainerConfig
+from rlqwen.config.online import OnlineConfig
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
-CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-# TRL spells these flat; here they belong to the rollout section.
-_ROLLOUT_NAMES = {
-    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
-    "vllm_tensor_parallel_size": "tensor_parallel_size",
-    "vllm_max_model_length": "max_model_length",
-}
 
 
-class GRPOConfig(TrainerConfig):
+class GRPOConfig(OnlineConfig):
     """Arguments of GRPOTrainer; TRL's names, meanings and defaults unless said otherwise."""
 
-    refused: ClassVar[dict[str, str]] = TrainerConfig.refused | {
-        "vllm_server_base_url": "workers are Ray actors; set rollout.ray_address for a cluster",
-        "vllm_server_host": "workers are Ray actors; set rollout.ray_address for a cluster",
-        "vllm_server_port": "workers are Ray actors; set rollout.ray_address for a cluster",
-        "vllm_enable_sleep_mode": "set rollout.gpu_memory_utilization so that trainer and engine fit together",
-        "use_transformers_paged": "use rollout={'engine': 'vllm'}",
-        "log_completions": "leave it out: completions are always written to the run folder",
-        "num_completions_to_print": "read them in completions/ of the run folder; the end of a run shows some",
-    }
-
-    learning_rate: float = Field(default=1e-6, ge=0)
     num_generations: int = Field(default=8, ge=2)
     """G: completions a prompt."""
-    num_generations_eval: int | None = Field(default=None, ge=1)
-    """Completions a prompt in evaluation. None: 1 (TRL: `num_generations`)."""
     generation_batch_size: int | None = Field(default=None, ge=1)
     """Completions a rollout. None: one update's, times `steps_per_generation`."""
     steps_per_generation: int | None = Field(default=None, ge=1)
     """Micro-batches a rollout feeds; None: `gradient_accumulation_steps`, so one update a rollout."""
     num_iterations: int = Field(default=1, ge=1)
     """Passes over a rollout (mu in the paper)."""
-    max_completion_length: int = Field(default=512, ge=1)
-    max_prompt_length: int | None = Field(default=None, ge=1)
-    """Prompts of more tokens are over-long. None: what the model's context leaves beside the completion."""
-    overlong_prompts: Literal["drop", "refuse"] = "drop"
-    """Ours: drop over-long prompts and say how many, or stop with an error that names the rows."""
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     loss_type: LossType = "dapo"
     """How the loss is clipped and normalised; see rlqwen.losses.grpo_loss for formulas and papers."""
@@ -75,8 +42,6 @@ class GRPOConfig(TrainerConfig):
     (REINFORCE++-baseline, arXiv 2501.03262)."""
     scale_rewards: Literal["group", "batch", "none"] | bool = "group"
     """What the centred rewards are divided by; True is `group`, False is `none`."""
-    reward_weights: list[float] | None = None
-    """A weight a reward function; None: 1 each."""
     entropy_coef: float = 0.0
     """Entropy bonus, per token."""
     mask_truncated_completions: bool = False
@@ -89,42 +54,11 @@ class GRPOConfig(TrainerConfig):
     max_sampling_rounds: int = Field(default=4, ge=1)
     """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
 
-    vllm_importance_sampling_correction: bool = True
-    """Correct for the gap between the sampler's and the trainer's logprobs (TIS)."""
-    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """Truncate or mask the correction, by token or by sequence."""
-    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
-    vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
-
     sync_ref_model: bool = False
     """Mix the policy into the reference every `ref_model_sync_steps` updates."""
     ref_model_mixup_alpha: float = Field(default=0.6, ge=0, le=1)
     """Share of the policy in the new reference."""
     ref_model_sync_steps: int = Field(default=512, ge=1)
-
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_trl_names(cls, values: Any) -> Any:
-        """Move TRL's flat vLLM arguments into the rollout section."""
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        rollout = values.get("rollout") or {}
-        rollout = rollout.model_dump(exclude_unset=True) if isinstance(rollout, RolloutConfig) else dict(rollout)
-        for theirs, ours in _ROLLOUT_NAMES.items():
-            if theirs in values:
-                rollout.setdefault(ours, values.pop(theirs))
-        if "use_vllm" in values:
-            rollout.setdefault("engine", "vllm" if values.pop("use_vllm") else "transformers")
-        mode = values.pop("vllm_mode", "colocate")
-        if mode != "colocate":
-            raise ValueError(f"vllm_mode={mode!r}: workers are Ray actors; leave it out, or set rollout.ray_address")
-        if rollout:
-            values["rollout"] = rollout
-        return values
 
     @model_validator(mode="after")
     def _divisible(self) -> "GRPOConfig":
@@ -150,10 +84,6 @@ class GRPOConfig(TrainerConfig):
                 f"max_completion_length={self.max_completion_length}"
             )
         return self
-
-    @property
-    def completions_per_update(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def completions_per_rollout(self) -> int:

@@ -6,12 +6,27 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from rlqwen.config.base import Config
 from rlqwen.config.data import DataConfig
+from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.grpo import GRPOConfig
+from rlqwen.config.online import OnlineConfig
+from rlqwen.config.ppo import PPOConfig
+from rlqwen.config.reward import RewardConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
 
-TRAINER_CONFIGS: dict[str, type[TrainerConfig]] = {"sft": SFTConfig, "grpo": GRPOConfig}
+TRAINER_CONFIGS: dict[str, type[TrainerConfig]] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "grpo": GRPOConfig,
+}
+
+
+def samples(algorithm: str) -> bool:
+    """Whether the algorithm learns from completions of its own, which a reward scores."""
+    return issubclass(TRAINER_CONFIGS[algorithm], OnlineConfig)
 
 
 class LoraSettings(Config):
@@ -63,12 +78,12 @@ def _key_path(fault: str, algorithm: str) -> str:
 class Recipe(Config):
     """A run from weights to weights."""
 
-    algorithm: Literal["sft", "grpo"]
+    algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
     model: ModelConfig
     data: DataConfig
     rewards: list[RewardSpec] = Field(default_factory=list)
     train: SerializeAsAny[TrainerConfig]
-    """The algorithm's own config: SFTConfig, GRPOConfig."""
+    """The algorithm's own config: SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig."""
     output_dir: str
     """The run folder."""
 
@@ -87,8 +102,10 @@ class Recipe(Config):
         train = dict(values.get("train") or {})
         for section in ("rollout", "scoring"):
             if section in values:
-                if algorithm == "sft":
-                    raise ValueError(f"{section!r} has no meaning for algorithm 'sft': nothing is generated or scored")
+                if not samples(algorithm):
+                    raise ValueError(
+                        f"{section!r} has no meaning for algorithm {algorithm!r}: nothing is generated or scored"
+                    )
                 train[section] = values.pop(section)
         if "output_dir" in values:
             train["output_dir"] = values["output_dir"]
@@ -107,8 +124,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _rewards_fit_algorithm(self) -> "Recipe":
-        if self.algorithm == "grpo" and not self.rewards:
-            raise ValueError("algorithm 'grpo' needs at least one reward; `rlqwen rewards` lists them")
-        if self.algorithm == "sft" and self.rewards:
-            raise ValueError("algorithm 'sft' takes no rewards")
+        if samples(self.algorithm) and not self.rewards:
+            raise ValueError(f"algorithm {self.algorithm!r} needs at least one reward; `rlqwen rewards` lists them")
+        if self.rewards and not samples(self.algorithm):
+            raise ValueError(f"algorithm {self.algorithm!r} takes no rewards")
         return self

@@ -1,6 +1,7 @@
 """Data: rows from anywhere, in one form, as token ids with loss masks or as prompts."""
 
 from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
 from rlqwen.data.report import DataReport
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.tokenization import TokenizedRow, tokenize_conversation, tokenize_prompts, tokenize_sft
@@ -8,11 +9,15 @@ from rlqwen.data.tokenization import TokenizedRow, tokenize_conversation, tokeni
 __all__ = [
     "ChatFormat",
     "DataReport",
+    "LabelledRow",
+    "PreferenceRow",
     "TokenizedRow",
     "as_rows",
     "load_chat_template",
     "load_rows",
     "tokenize_conversation",
+    "tokenize_labelled",
+    "tokenize_preferences",
     "tokenize_prompts",
     "tokenize_sft",
 ]

@@ -1,36 +1,13 @@
-"""The losses: pure functions of logprobs that return (loss, metrics).
-
-A loss is the micro-batch's share of the whole update's: it divides by counts over the update (`totals`), so shares of
-any split into micro-batches add up to the same loss. Metrics are sums; whoever collects them divides by the same
-totals. Everything is float32.
-
-Shapes: N target tokens, S sequences; `sequence_N` says which sequence a token belongs to.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""GRPO and its relatives."""
 
 import torch
 from torch import Tensor
 
 from rlqwen.batch import PackedBatch
 from rlqwen.config import GRPOConfig
-
-Metrics = dict[str, Tensor]
-
-
-@dataclass(slots=True, frozen=True)
-class Totals:
-    """Counts over the whole update and all ranks, by which losses divide."""
-
-    tokens: float
-    sequences: float
-
-
-def sft_loss(logp_N: Tensor, totals: Totals) -> tuple[Tensor, Metrics]:
-    """Mean negative log-likelihood a token."""
-    loss = -logp_N.sum() / max(totals.tokens, 1.0)
-    return loss, {}
+from rlqwen.losses.correction import rollout_correction
+from rlqwen.losses.kl import kl_divergence
+from rlqwen.losses.reduction import Metrics, Totals, required, sequence_mean
 
 
 def grpo_loss(
@@ -106,58 +83,3 @@ def token_weights(batch: PackedBatch, config: GRPOConfig, totals: Totals) -> Ten
     if config.loss_type == "dr_grpo":
         count = totals.sequences * config.max_completion_length
     return torch.full_like(batch.sequence_N, 1.0 / max(count, 1.0), dtype=torch.float32)
-
-
-def kl_divergence(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy || reference) from samples of the policy (http://joschu.net/blog/kl-approx.html).
-
-    With d = logp - ref_logp: k1 = d (unbiased, noisy), k2 = d^2 / 2 (its gradient is that of the KL),
-    k3 = exp(-d) - 1 + d (unbiased and never negative).
-    """
-    return _KL_ESTIMATORS[estimator](logp_N - ref_logp_N)
-
-
-_KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "k1": lambda d: d,
-    "k2": lambda d: d.square() / 2,
-    "k3": lambda d: torch.expm1(-d) + d,
-}
-
-
-def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: GRPOConfig) -> Tensor:
-    """(N,) weights that correct for the sampler's distribution not being the trainer's (truncated importance
-    sampling, https://fengyao.notion.site/off-policy-rl; masking, arXiv 2510.18855).
-
-    The ratio exp(logp - sampler_logp), of each token or of the whole completion, is truncated to
-    [clip_min, clip_max], or set to 0 outside of it. `logp_N` is the policy's before the update, without gradient.
-    """
-    log_ratio_N = logp_N.detach() - required(batch.sampler_logp_N)
-    level, action = config.vllm_importance_sampling_mode.split("_")
-    if level == "sequence":
-        log_ratio_N = sequence_sum(log_ratio_N, batch)[batch.sequence_N]
-    ratio_N = log_ratio_N.exp()
-    low, high = config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max
-    if action == "truncate":
-        return ratio_N if low is None and high is None else ratio_N.clamp(min=low, max=high)
-    outside_N = torch.zeros_like(ratio_N, dtype=torch.bool)
-    if high is not None:
-        outside_N |= ratio_N > high
-    if low is not None:
-        outside_N |= ratio_N < low
-    return ratio_N.masked_fill(outside_N, 0.0)
-
-
-def sequence_sum(values_N: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) sums over the tokens of each sequence."""
-    return values_N.new_zeros(batch.num_sequences).index_add(0, batch.sequence_N, values_N)
-
-
-def sequence_mean(values_N: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) means over the tokens of each sequence; 0 for an empty one."""
-    return sequence_sum(values_N, batch) / batch.lengths_S.clamp(min=1)
-
-
-def required(values: Tensor | None) -> Tensor:
-    """The tensor that the caller had to fill in."""
-    assert values is not None, "the batch lacks logprobs that this loss needs"
-    return values

@@ -1,0 +1,52 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that `--help` is quick."""
+
+import sys
+import traceback
+from pathlib import Path
+
+import click
+
+from rlqwen import __version__
+from rlqwen.cli.evaluation import evaluate
+from rlqwen.cli.listing import recipes, rewards
+from rlqwen.cli.training import check, run
+from rlqwen.errors import RlqwenError
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Returns 0 done, 2 wrong input, 1 anything else, 130 interrupted."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
+    try:
+        return cli.main(args=arguments, prog_name="rlqwen", standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("rlqwen: interrupted", err=True)
+        return INTERRUPTED
+    except RlqwenError as error:
+        for line in str(error).splitlines():
+            click.echo(f"rlqwen: {line}", err=True)
+        return error.exit_code
+    except Exception:  # noqa: BLE001 - the outermost boundary
+        traceback.print_exc()
+        return 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", "-V", message="rlqwen %(version)s")
+def cli() -> None:
+    """Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO, with rollouts from vLLM workers that Ray manages.
+
+    \b
+    rlqwen recipes                                  what comes with rlqwen
+    rlqwen check quickstart_sft                     find what is wrong before it costs anything
+    rlqwen run quickstart_sft quickstart_grpo       train, one recipe after the other
+    """
+
+
+for command in (run, check, evaluate, rewards, recipes):
+    cli.add_command(command)

@@ -1,0 +1,45 @@
+"""What commands do before and after their own work: read recipes, quieten libraries, end cleanly, print."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+TERMINATED = 143
+
+
+def read_recipes(words: tuple[str, ...]) -> list[Any]:
+    """Recipes and overrides as they come from the command line."""
+    from rlqwen.recipe import load_recipes
+
+    overrides = [word for word in words if "=" in word and not Path(word).is_file()]
+    names = [word for word in words if word not in overrides]
+    if not names:
+        raise click.UsageError("no recipe given; `rlqwen recipes` lists those that come with rlqwen")
+    return load_recipes(names, overrides)
+
+
+def prepare() -> None:
+    """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about."""
+    signal.signal(signal.SIGTERM, _terminate)
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    """End by way of every `finally`, so that no worker outlives the run."""
+    sys.exit(TERMINATED)
+
+
+def console() -> Any:
+    """Standard output; wide where it is no terminal, so that a log or a pipe gets whole lines."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)

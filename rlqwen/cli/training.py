@@ -1,0 +1,49 @@
+"""`rlqwen run` and `rlqwen check`."""
+
+import click
+
+from rlqwen.cli.session import console, prepare, read_recipes
+from rlqwen.errors import ConfigError
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
+def run(words: tuple[str, ...]) -> None:
+    """Train recipes, one after the other.
+
+    RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE changes a key by its dotted
+    path, in every recipe that has it; KEY may begin with an algorithm to mean recipes of that algorithm only.
+
+    \b
+    rlqwen run quickstart_sft quickstart_grpo
+    rlqwen run my.yaml train.learning_rate=1e-5 rewards.0.weight=2 data.eval=null
+    rlqwen run sft.yaml grpo.yaml sft.train.max_steps=100 grpo.train.num_generations=4
+    """
+    recipes = read_recipes(words)
+    prepare()
+    from rlqwen.check import check_before_run
+    from rlqwen.metrics.report import show_report
+    from rlqwen.pipeline import run_pipeline
+
+    check_before_run(recipes)
+    run_dirs = run_pipeline(recipes, click.echo)
+    show_report(run_dirs, console())
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
+@click.pass_context
+def check(context: click.Context, words: tuple[str, ...]) -> None:
+    """Find what is wrong with recipes without a device: keys, data, template, masks, batch, rewards, resources.
+
+    Ends with exit code 2 if anything is wrong. Arguments are those of `rlqwen run`.
+    """
+    recipes = read_recipes(words)
+    prepare()
+    from rlqwen.check import check_pipeline
+
+    reports = check_pipeline(recipes)
+    for report in reports:
+        report.show(console())
+    if any(report.faults for report in reports):
+        context.exit(ConfigError.exit_code)

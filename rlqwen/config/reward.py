@@ -1,0 +1,17 @@
+"""Reward modelling."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlqwen.config.preference import PreferenceConfig
+
+
+class RewardConfig(PreferenceConfig):
+    """Arguments of RewardTrainer; TRL's names, meanings and defaults unless said otherwise."""
+
+    learning_rate: float = Field(default=1e-4, ge=0)
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
+    """What becomes of a longer pair: as in TRL it is left out, since an answer without its end is another answer."""
+    center_rewards_coefficient: float | None = Field(default=None, ge=0)
+    """Weight of a penalty on (r_chosen + r_rejected)^2 that keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""
