@@ -4,6 +4,7 @@
     ├── InputError (ValueError)          what the user gave is wrong: exit code 2, a message and no traceback
     │   ├── ConfigError                  a recipe or an argument of a config
     │   ├── DataError                    a data file or a row
+    │   │   └── PromptMismatch           a preference row whose answers are to different prompts
     │   ├── ModelError                   a model folder, tokenizer or chat template
     │   ├── RewardSpecError              an unknown, ambiguous or ill-fitting reward
     │   └── ResourceError                more CPUs, GPUs or memory asked than there are
@@ -37,6 +38,10 @@ class ConfigError(InputError):
 
 class DataError(InputError):
     """A data file or a row is wrong; the message names file and row."""
+
+
+class PromptMismatch(DataError):
+    """The answers of a preference row are answers to different prompts."""
 
 
 class ModelError(InputError):

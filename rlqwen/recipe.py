@@ -101,6 +101,11 @@ def list_recipes() -> list[PackagedRecipe]:
     return [PackagedRecipe(file.stem, file, _first_comment(file)) for file in sorted(folder.glob("*.yaml"))]
 
 
+def is_recipe(name: str) -> bool:
+    """Whether a word of the command line means a recipe, by file or by name, and not data."""
+    return Path(name).suffix in {".yaml", ".yml"} or name in {recipe.name for recipe in list_recipes()}
+
+
 def copy_recipe(name: str, target: str | Path = ".") -> Path:
     """Copy a packaged recipe to a file or into a folder, and return where it went. Nothing is overwritten."""
     source = find_recipe(name)

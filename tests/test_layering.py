@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "entry_points", "registry", "attention", "batch", "advantages", "logprobs", "losses", "tiny"},
     {"recipe", "data", "loading", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
+    {"audit"},
     {"trainers"},
     {"evaluate", "pipeline"},
     {"cli"},

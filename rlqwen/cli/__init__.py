@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from rlqwen import __version__
+from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.listing import recipes, rewards
 from rlqwen.cli.training import check, run
@@ -48,5 +49,5 @@ def cli() -> None:
     """
 
 
-for command in (run, check, evaluate, rewards, recipes):
+for command in (run, check, evaluate, data, rewards, recipes):
     cli.add_command(command)

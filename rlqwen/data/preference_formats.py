@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlqwen.data.turns import ALPACA_COLUMNS, from_alpaca, from_sharegpt, normalise_messages, to_turns, with_system
-from rlqwen.errors import DataError
+from rlqwen.errors import DataError, PromptMismatch
 from rlqwen.types import Message
 
 Row = dict[str, Any]
@@ -42,6 +42,12 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def is_pair(row: Row) -> bool:
     return all(side in row for side in SIDES)
+
+
+def is_labelled(row: Row) -> bool:
+    """Whether a normalised row is an answer with a label; a `label` of another kind is the data's own column."""
+    has_answer = "messages" in row or ("prompt" in row and "completion" in row)
+    return has_answer and str(row.get("label")).lower() in _LABELS
 
 
 def rename_columns(row: Row, where: str) -> Row:
@@ -165,7 +171,7 @@ def _match(
         common, *answers = _split_conversations(chosen, rejected, where)
         long, short = (prompt, common) if len(prompt) > len(common) else (common, prompt)
         if _said(long[-len(short) :]) != _said(short):
-            raise DataError(
+            raise PromptMismatch(
                 f"{where}: 'chosen' and 'rejected' begin with another prompt than 'prompt': "
                 f"{common[-1]['content']!r:.80} and {prompt[-1]['content']!r:.80}"
             )
@@ -174,7 +180,7 @@ def _match(
         if not answer:
             raise DataError(f"{where}: {side!r} holds the prompt and no answer")
         if answer[0]["role"] != "assistant":
-            raise DataError(
+            raise PromptMismatch(
                 f"{where}: {side!r} must be an answer to 'prompt', but it begins with a turn of role "
                 f"{answer[0]['role']!r}: {answer[0]['content']!r:.80}; are the prompts the same?"
             )
@@ -192,7 +198,7 @@ def _split_conversations(
         length -= 1
     for side, turns in zip(SIDES, (chosen, rejected), strict=True):
         if turns[length]["role"] != "assistant":
-            raise DataError(
+            raise PromptMismatch(
                 f"{where}: the prompts of 'chosen' and 'rejected' differ: turn {length} of {side!r} is the first that "
                 f"is not common, and its role is {turns[length]['role']!r}: {turns[length]['content']!r:.80}"
             )

@@ -61,13 +61,19 @@ def as_rows(data: Any) -> list[Row]:
     return [normalise_row(dict(row), f"row {number}") for number, row in enumerate(rows)]
 
 
+def read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
+    """(where, row) of each row of a source, as it stands there; DataError for what can't be read."""
+    return islice(_read_source(source), source.limit)
+
+
+def prepare_row(row: Row, source: SourceConfig, where: str) -> Row:
+    """A row as it stands in its source, in our form: columns mapped, normalised, with the source's system prompt."""
+    row = normalise_row(_map_columns(row, source.columns, where), where)
+    return add_system_prompt(row, source.system_prompt, where) if source.system_prompt else row
+
+
 def _load_source(source: SourceConfig) -> list[Row]:
-    rows = []
-    for where, row in islice(_read_source(source), source.limit):
-        row = normalise_row(_map_columns(row, source.columns, where), where)
-        if source.system_prompt:
-            row = add_system_prompt(row, source.system_prompt, where)
-        rows.append(row)
+    rows = [prepare_row(row, source, where) for where, row in read_source(source)]
     if not rows:
         raise DataError(f"{source.path or source.generator} holds no rows")
     return rows

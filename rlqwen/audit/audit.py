@@ -1,0 +1,147 @@
+"""`rlqwen data check`: everything that can be told of data without training on it."""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rlqwen.audit.repeats import find_overlap, find_repeats
+from rlqwen.audit.subject import Kind, Part, Subject, read_part
+from rlqwen.audit.tokens import Segment, tokenize_subject
+from rlqwen.data import DataReport
+from rlqwen.data.report import Fate, percentiles
+from rlqwen.data.sources import Row
+from rlqwen.data.turns import to_turns
+from rlqwen.errors import DataError
+
+NEAR = 0.8
+"""Similarity from which rows count as near; see rlqwen.data.duplicates."""
+
+_ROW = re.compile(r"\brow (\d+)\b")
+
+
+@dataclass
+class PartAudit:
+    """What was found in one part; rows are named by their places in their source, such as `line 3`."""
+
+    name: str
+    sources: list[str]
+    """Paths or generators."""
+    num_rows: int
+    turns: dict[str, int]
+    """Turns by role; plain texts count as `text`."""
+    faults: list[str]
+    """Rows that cannot be used, and what is wrong with all of them."""
+    num_mismatches: int
+    """Faulty rows that are pairs whose prompts differ."""
+    tokens: DataReport | None = None
+    fates: dict[Fate, list[str]] = field(default_factory=dict)
+    """What became of rows, and of which; see DataReport."""
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Percentiles of tokens of each segment, as it is trained on."""
+    exact_duplicates: list[list[str]] = field(default_factory=list)
+    near_duplicates: list[list[str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataAudit:
+    """What was found in all of it."""
+
+    title: str
+    kind: Kind
+    model: str
+    parts: list[PartAudit]
+    exact_overlap: list[tuple[str, str]] = field(default_factory=list)
+    """(eval row, training row) with the same prompt."""
+    near_overlap: list[tuple[str, str]] = field(default_factory=list)
+    near_threshold: float | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_faults(self) -> int:
+        return sum(len(part.faults) for part in self.parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = asdict(self) | {"num_faults": self.num_faults}
+        for part in values["parts"]:
+            if part["tokens"]:
+                del (
+                    part["tokens"]["rows"],
+                    part["tokens"]["warnings"],
+                )  # both by their places, in `fates` and `warnings`
+        return values
+
+
+def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
+    """Read, tokenise and compare all rows of the subject; faults are collected, not raised.
+
+    `near`: similarity from which rows count as near duplicates; None looks for equal ones only.
+    """
+    audit = DataAudit(subject.title, subject.kind, subject.model, [], near_threshold=near)
+    audit.warnings = subject.warnings
+    parts = [read_part(name, sources) for name, sources in subject.parts.items()]
+    audit.parts = [_audit_part(part, subject, near) for part in parts]
+    if len(parts) == 2:
+        train, evaluation = parts
+        places, known = evaluation.short_places(), train.short_places()
+        exact, near_pairs = find_overlap(evaluation.rows, train.rows, subject.text_field, near)
+        audit.exact_overlap, audit.near_overlap = (
+            [(places[mine], known[theirs]) for mine, theirs in pairs] for pairs in (exact, near_pairs)
+        )
+    return audit
+
+
+def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
+    audit = PartAudit(
+        part.name,
+        [str(source.path or source.generator) for source in subject.parts[part.name]],
+        len(part.rows) + len(part.faults),
+        _count_turns(part.rows, subject.text_field),
+        list(part.faults),
+        part.num_mismatches,
+    )
+    if not part.rows:
+        return audit
+    places = part.short_places()
+    faults: list[DataError] = []
+    rows, report = tokenize_subject(part.rows, subject, faults)
+    audit.tokens = report
+    audit.fates = {fate: [places[number] for number in numbers] for fate, numbers in report.rows.items()}
+    audit.faults += [_placed(str(fault), part.places) for fault in faults]
+    audit.warnings = [_placed(warning, places) for warning in report.warnings]
+    audit.lengths = _measure(rows)
+    if subject.kind != "prompts" and rows and not report.eos_in_loss:
+        audit.faults.append(
+            f"no row has its end token {report.end_of_turn!r} in the loss, so the model would never learn to stop"
+        )
+    repeats = find_repeats(part.rows, subject.text_field, near)
+    audit.exact_duplicates, audit.near_duplicates = (
+        [[places[number] for number in group] for group in groups] for groups in (repeats.exact, repeats.near)
+    )
+    return audit
+
+
+def _count_turns(rows: list[Row], text_field: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for row in rows:
+        columns = ["messages"] if "messages" in row and "prompt" not in row else ["prompt", "completion"]
+        for column in [*columns, "chosen", "rejected"]:
+            content = row.get(column, [])
+            counts.update(["text"] if isinstance(content, str) else [turn["role"] for turn in to_turns(content, "")])
+        counts["text"] += text_field in row and "messages" not in row and "prompt" not in row
+    return {role: count for role, count in counts.most_common() if count}
+
+
+def _measure(rows: list[list[Segment]]) -> dict[str, dict[str, int]]:
+    lengths: dict[str, list[int]] = {}
+    for row in rows:
+        for segment in row:
+            lengths.setdefault(segment.name, []).append(len(segment.tokens.token_ids))
+    return {name: percentiles(values) for name, values in lengths.items()}
+
+
+def _placed(text: str, places: list[str]) -> str:
+    """Rows by their places instead of their numbers."""
+    return _ROW.sub(lambda match: places[int(match[1])] if int(match[1]) < len(places) else match[0], text)

@@ -1,0 +1,89 @@
+"""An audit for people."""
+
+from rich.console import Console
+from rich.text import Text
+
+from rlqwen.audit.audit import DataAudit, PartAudit
+from rlqwen.check.recipe import CheckReport
+from rlqwen.data import DataReport
+from rlqwen.data.report import Fate, first_of
+from rlqwen.errors import DataError
+
+_SHOWN_FAULTS = 5
+_DROPPED: dict[Fate, str] = {
+    "overlong": "too long",
+    "empty_mask": "without a token in the loss",
+    "equal_sides": "with equal answers",
+}
+# Of the other fates the tokeniser's own warnings speak.
+_WARNED: dict[Fate, str] = {
+    "overlong": "dropped, too long",
+    "empty_mask": "dropped, no token in the loss",
+    "truncated": "cut to length",
+    "no_end": "what ends the answer is not in the loss",
+}
+
+
+def show_audit(audit: DataAudit, console: Console) -> None:
+    """Each part, and what they have in common; of long lists the first few."""
+    for part in audit.parts:
+        _part_report(part, audit).show(console)
+    if len(audit.parts) == 2:
+        _overlap_report(audit).show(console)
+    for warning in audit.warnings:
+        console.print(Text.assemble(("note", "yellow"), "  ", warning))
+
+
+def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
+    report = CheckReport(f"{audit.title}: {part.name}, {audit.kind}")
+    mismatches = f", {part.num_mismatches:,} of them answers to different prompts" if part.num_mismatches else ""
+    faulty = f", {len(part.faults):,} faulty{mismatches}" if part.faults else ""
+    report.facts.append(("rows", f"{part.num_rows:,} of {', '.join(part.sources)}{faulty}"))
+    report.facts.append(("turns", ", ".join(f"{role} {count:,}" for role, count in part.turns.items()) or "none"))
+    if part.tokens:
+        report.facts += _token_facts(part.tokens, audit.model)
+    if len(part.lengths) > 1:
+        report.facts += [(f"{name} tokens", _percentiles(lengths)) for name, lengths in part.lengths.items()]
+    for what, groups in (("exact", part.exact_duplicates), ("near", part.near_duplicates)):
+        if what == "exact" or audit.near_threshold is not None:
+            surplus = sum(len(group) - 1 for group in groups)
+            text = f"{surplus:,} rows repeat {len(groups):,} others" if groups else "none"
+            bound = f" (similarity at least {audit.near_threshold:g})" if what == "near" else ""
+            report.facts.append((f"{what} duplicates", text + bound))
+        if groups:
+            report.warnings.append(f"{what} duplicates: {first_of([' = '.join(group) for group in groups])}")
+    report.warnings += [f"{text}: {first_of(part.fates[fate])}" for fate, text in _WARNED.items() if fate in part.fates]
+    report.warnings += part.warnings
+    report.faults = [DataError(fault) for fault in part.faults[:_SHOWN_FAULTS]]
+    if len(part.faults) > _SHOWN_FAULTS:
+        report.faults.append(DataError(f"and {len(part.faults) - _SHOWN_FAULTS:,} more; --json lists all"))
+    return report
+
+
+def _token_facts(data: DataReport, model: str) -> list[tuple[str, str]]:
+    facts = [("kept", f"{data.num_kept:,} rows, {data.num_tokens:,} tokens of {model}")]
+    if data.num_loss_tokens:
+        ends = f"{data.end_of_turn!r} at the end of {data.eos_in_loss:.1%} of what is learned"
+        facts.append(("in the loss", f"{data.num_loss_tokens:,} tokens; {ends}"))
+    facts.append(("cut", f"{data.count('truncated'):,} rows by {data.num_cut_tokens:,} tokens"))
+    dropped = [f"{data.count(fate):,} {what}" for fate, what in _DROPPED.items() if data.count(fate)]
+    reasons = f": {', '.join(dropped)}" if dropped else ""
+    count = sum(data.count(fate) for fate in _DROPPED)
+    facts.append(("dropped", f"{count:,} rows of {data.num_dropped_tokens:,} tokens{reasons}"))
+    facts.append(("whole rows", f"{_percentiles(data.lengths)} tokens before any cut"))
+    return facts
+
+
+def _overlap_report(audit: DataAudit) -> CheckReport:
+    report = CheckReport(f"{audit.title}: eval prompts in train")
+    for what, pairs in (("exact", audit.exact_overlap), ("near", audit.near_overlap)):
+        if what == "exact" or audit.near_threshold is not None:
+            report.facts.append((what, f"{len(pairs):,} eval rows"))
+        if pairs:
+            shown = [f"eval {mine} = train {theirs}" for mine, theirs in pairs]
+            report.warnings.append(f"{what}: {first_of(shown)}")
+    return report
+
+
+def _percentiles(lengths: dict[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in lengths.items())

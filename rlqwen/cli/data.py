@@ -1,0 +1,117 @@
+"""`rlqwen data check` and `rlqwen data show`."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any
+
+import click
+
+from rlqwen.cli.session import console, prepare
+from rlqwen.errors import ConfigError, DataError
+
+KINDS = ("sft", "prompts", "preference", "labelled")
+
+
+@click.group()
+def data() -> None:
+    """Look at data before training on it."""
+
+
+def _source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What is looked at, for both commands."""
+    options = (
+        click.argument("target", metavar="PATH|RECIPE"),
+        click.option(
+            "--model", help="Whose tokenizer and template to use. Default: the recipe's, else a tiny built-in."
+        ),
+        click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated."),
+        click.option("--kind", type=click.Choice(KINDS), help="What the rows are for. Default: as they look."),
+        click.option("--eval", "evaluation", metavar="PATH", help="Evaluation data beside the training data."),
+        click.option("--max-length", type=click.IntRange(min=2), help="Tokens beyond which a row counts as cut."),
+        click.option("--system-prompt", help="Put before every prompt as a system turn."),
+        click.option("--split", help="Split of a hub dataset."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@data.command()
+@_source_options
+@click.option(
+    "--near", type=click.FloatRange(0, 1), default=0.8, show_default=True, help="Similarity of near; 0: none."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def check(context: click.Context, /, near: float, as_json: bool, **options: Any) -> None:
+    """Report what is in data and what training would make of it; ends with exit code 2 if rows are faulty.
+
+    Rows and turns, what is dropped or cut, empty loss masks, EOS in the loss, equal answers, answers to different
+    prompts, exact and near duplicates, overlap of train and eval, token lengths.
+
+    \b
+    rlqwen data check pairs.jsonl --column chosen=good --column rejected=bad --model Qwen/Qwen3-0.6B
+    rlqwen data check train.jsonl --eval test.jsonl --json
+    rlqwen data check my_recipe.yaml
+    """
+    with redirect_stdout(sys.stderr):
+        subject = _find_subject(**options)
+        from rlqwen.audit import audit_data
+
+        audit = audit_data(subject, near or None)
+    if as_json:
+        click.echo(json.dumps(audit.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        from rlqwen.audit import show_audit
+
+        show_audit(audit, console())
+    if audit.num_faults:
+        context.exit(DataError.exit_code)
+
+
+@data.command()
+@_source_options
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Rows, from the first.")
+@click.option("--row", type=click.IntRange(min=0), help="Only the row of this number, from 0.")
+@click.option("--part", type=click.Choice(["train", "eval"]), default="train", show_default=True)
+@click.pass_context
+def show(context: click.Context, /, count: int, row: int | None, part: str, **options: Any) -> None:
+    """Print rows as training sees them: what is in the loss in green, or in ⟦brackets⟧, special tokens in bold.
+
+    \b
+    rlqwen data show pairs.jsonl --model Qwen/Qwen3-0.6B
+    rlqwen data show my_recipe.yaml --row 17
+    """
+    subject = _find_subject(**options)
+    from rlqwen.audit import show_rows
+
+    if part not in subject.parts:
+        raise ConfigError(f"{subject.title} has no {part} data")
+    numbers = range(count) if row is None else range(row, row + 1)
+    screen = console()
+    for warning in subject.warnings:
+        click.echo(f"rlqwen: {warning}", err=True)
+    if not show_rows(subject, part, numbers, screen):
+        context.exit(DataError.exit_code)
+
+
+def _find_subject(
+    target: str, columns: tuple[str, ...], system_prompt: str | None, split: str | None, **options: Any
+) -> Any:
+    prepare()
+    from rlqwen.audit import find_subject
+
+    source: dict[str, Any] = {"system_prompt": system_prompt, "split": split}
+    source = {key: value for key, value in source.items() if value is not None}
+    if columns:
+        source["columns"] = dict(_split_column(column) for column in columns)
+    return find_subject(target, source=source, **options)
+
+
+def _split_column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise ConfigError(f"--column {text!r} is not of the form ours=theirs, such as prompt=question")
+    return ours, theirs
