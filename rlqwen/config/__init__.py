@@ -5,7 +5,7 @@ from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
-from rlqwen.config.ppo import PPOConfig
+from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
 from rlqwen.config.reward import RewardConfig
@@ -15,6 +15,7 @@ from rlqwen.config.trainer import TrainerConfig
 
 __all__ = [
     "Config",
+    "CriticConfig",
     "DPOConfig",
     "DataConfig",
     "GRPOConfig",
