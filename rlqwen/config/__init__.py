@@ -8,6 +8,7 @@ from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import PPOConfig
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
@@ -30,5 +31,6 @@ __all__ = [
     "SFTConfig",
     "ScoringConfig",
     "SourceConfig",
+    "SyncedReference",
     "TrainerConfig",
 ]
