@@ -50,9 +50,9 @@ def our_loss(batch, logp, ref, collision, config, **options):
     return preference_loss(answers, config, AnswerTotals.of([batch], paired=True), **options)
 
 
-def padded(values, batch, width=max(LENGTHS)):
-    """(S, width): each sequence's values, zeros after its end."""
-    mask = torch.arange(width) < batch.lengths_S[:, None]
+def padded(values, batch):
+    """(S, longest): each sequence's values, zeros after its end."""
+    mask = torch.arange(max(LENGTHS)) < batch.lengths_S[:, None]
     return torch.zeros(mask.shape).masked_scatter(mask, values), mask
 
 
@@ -153,37 +153,41 @@ def test_equals_trl(options):
         assert metrics[key].item() == pytest.approx(their_metrics[key][0], rel=1e-5)
 
 
+def trl_cpo_loss(batch, logp, config, trl_type):
+    """(loss, metrics) of TRL's CPOTrainer.get_batch_loss_metrics."""
+    answers = read_answers(logp, batch)
+    sums = answers.mean_logp_S if trl_type == "simpo" else answers.logp_S
+    nll = -logp[batch.labels_S[batch.sequence_N]].mean()
+    logits = torch.zeros(1)
+    trainer = SimpleNamespace(
+        accelerator=ACCELERATOR, alpha=0.0, loss_type=trl_type, beta=config.beta,
+        simpo_gamma=config.simpo_gamma, label_smoothing=config.label_smoothing, aux_loss_enabled=False,
+        cpo_alpha=config.cpo_alpha if "cpo" in config.loss_type else float("sft" in config.loss_type),
+        concatenated_forward=lambda *_: (sums[::2], sums[1::2], logits, logits, nll),
+    )  # fmt: skip
+    trainer.cpo_loss = lambda *logps: CPOTrainer.cpo_loss(trainer, *logps)
+    return CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+
+
 @pytest.mark.parametrize(
-    ("options", "trl_type", "average"),
+    ("options", "trl_type"),
     [
-        ({"loss_type": "simpo", "simpo_gamma": 0.5}, "simpo", True),
-        ({"loss_type": "simpo", "beta": 2.0, "label_smoothing": 0.1}, "simpo", True),
-        ({"loss_type": ["simpo", "sft"], "simpo_gamma": 1.0}, "simpo", True),
-        ({"loss_type": "cpo", "cpo_alpha": 0.0}, "sigmoid", False),
-        ({"loss_type": "cpo", "cpo_alpha": 1.0, "label_smoothing": 0.2}, "sigmoid", False),
+        ({"loss_type": "simpo", "simpo_gamma": 0.5}, "simpo"),
+        ({"loss_type": "simpo", "beta": 2.0, "label_smoothing": 0.1}, "simpo"),
+        ({"loss_type": ["simpo", "sft"], "simpo_gamma": 1.0}, "simpo"),
+        ({"loss_type": "cpo", "cpo_alpha": 0.0}, "sigmoid"),
+        ({"loss_type": "cpo", "cpo_alpha": 1.0, "label_smoothing": 0.2}, "sigmoid"),
     ],
-    ids=lambda value: name_of(value) if isinstance(value, dict) else str(value),
+    ids=lambda value: name_of(value) if isinstance(value, dict) else value,
 )
-def test_simpo_and_cpo_equal_trl(options, trl_type, average):
+def test_simpo_and_cpo_equal_trl(options, trl_type):
     config = DPOConfig(**options)
     results = []
     for ours in (True, False):
         batch, logp, ref, collision = make_batch()
-        if ours:
-            loss, metrics = our_loss(batch, logp, ref, collision, config)
-        else:
-            answers = read_answers(logp, batch)
-            sums = answers.mean_logp_S if average else answers.logp_S
-            nll = -logp[batch.labels_S[batch.sequence_N]].mean()
-            logits = torch.zeros(1)
-            trainer = SimpleNamespace(
-                accelerator=ACCELERATOR, alpha=0.0, loss_type=trl_type, beta=config.beta,
-                simpo_gamma=config.simpo_gamma, label_smoothing=config.label_smoothing, aux_loss_enabled=False,
-                cpo_alpha=config.cpo_alpha if "cpo" in config.loss_type else float("sft" in config.loss_type),
-                concatenated_forward=lambda *_: (sums[::2], sums[1::2], logits, logits, nll),
-            )  # fmt: skip
-            trainer.cpo_loss = lambda *logps: CPOTrainer.cpo_loss(trainer, *logps)
-            loss, metrics = CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+        loss, metrics = (
+            our_loss(batch, logp, ref, collision, config) if ours else trl_cpo_loss(batch, logp, config, trl_type)
+        )
         loss.backward()
         results.append((loss.detach(), logp.grad, metrics["rewards/margins"], metrics["rewards/accuracies"]))
     torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-6, rtol=1e-5)
@@ -203,43 +207,50 @@ def test_orpo_equals_trl():
     torch.testing.assert_close(*(torch.autograd.grad(value, logp)[0] for value in (loss, expected)))
 
 
+def kto_numbers(labels):
+    """Answers with labels, and mismatched ones whose mean log-ratio, which is cut at 0, is above it."""
+    batch, logp, ref, _ = make_batch(labels=labels)
+    mismatched, other_logp, other_ref, _ = make_batch(seed=3)
+    return batch, logp, ref, mismatched, other_logp, answer_logps(other_ref, mismatched, None) - mismatched.lengths_S
+
+
+def our_kto_loss(config, batch, logp, ref, mismatched, other_logp, other_ref_logp_S):
+    kl = kto_kl(read_answers(other_logp, mismatched, ref_logp_S=other_ref_logp_S))
+    answers = read_answers(logp, batch, ref_logp_S=answer_logps(ref, batch, None))
+    return preference_loss(answers, config, AnswerTotals.of([batch], paired=False), kl=kl)
+
+
+def trl_kto_loss(config, batch, logp, ref, mismatched, other_logp, other_ref_logp_S):
+    """(loss, metrics) of TRL's KTOTrainer._compute_loss."""
+    logps, mask = padded(logp, batch)
+    refs, _ = padded(ref, batch)
+    before = torch.zeros(len(mask), PROMPT - 1)
+    model = FakeModel(torch.cat([before, logps], 1))
+    completion_mask = torch.cat([torch.zeros(len(mask), PROMPT, dtype=torch.long), mask.long()], dim=1)
+    other_logp_S = answer_logps(other_logp, mismatched, None)
+    recorded = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        model=model, ref_model=FakeModel(torch.cat([before, refs], 1)), accelerator=ACCELERATOR, calculate_KL=True,
+        aux_loss_enabled=False, precompute_ref_logps=False, loss_type="kto", beta=config.beta,
+        desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight, _metrics=recorded,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _total_train_tokens=0, _tp_size=1,
+        _compute_kl_logps=lambda which, _: other_logp_S if which is model else other_ref_logp_S,
+    )  # fmt: skip
+    inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), completion_mask)
+    loss = KTOTrainer._compute_loss(trainer, model, inputs | {"label": batch.labels_S}, False)
+    assert recorded["train"]["kl"][0] > 0
+    return loss, {key: torch.tensor(values[0]) for key, values in recorded["train"].items() if values}
+
+
 @pytest.mark.parametrize("labels", [[True, False] * 4, [True] * 6 + [False] * 2])
 def test_kto_equals_trl(labels):
     config = DPOConfig(loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7)
     results = []
-    for ours in (True, False):
-        batch, logp, ref, _ = make_batch(labels=labels)
-        mismatched, other_logp, other_ref, _ = make_batch(seed=3)
-        shift = 0.2 * mismatched.lengths_S  # so that the mean log-ratio, which is cut at 0, is above it
-        reference = answer_logps(other_ref, mismatched, None)
-        if ours:
-            away = read_answers(other_logp, mismatched, ref_logp_S=reference - shift)
-            answers = read_answers(logp, batch, ref_logp_S=answer_logps(ref, batch, None))
-            totals = AnswerTotals.of([batch], paired=False)
-            loss, metrics = preference_loss(answers, config, totals, kl=kto_kl(away))
-        else:
-            logps, mask = padded(logp, batch)
-            refs, _ = padded(ref, batch)
-            before = torch.zeros(len(labels), 1)
-            model, kl_logps = FakeModel(torch.cat([before, logps], 1)), answer_logps(other_logp, mismatched, None)
-            completion_mask = torch.cat([torch.zeros(len(labels), PROMPT, dtype=torch.long), mask.long()], dim=1)
-            recorded = {"train": defaultdict(list)}
-            trainer = SimpleNamespace(
-                model=model, ref_model=FakeModel(torch.cat([before, refs], 1)), accelerator=ACCELERATOR,
-                calculate_KL=True, aux_loss_enabled=False, precompute_ref_logps=False, loss_type="kto",
-                beta=config.beta, desirable_weight=1.2, undesirable_weight=0.7, _metrics=recorded,
-                args=SimpleNamespace(gradient_checkpointing_kwargs=None), _total_train_tokens=0, _tp_size=1,
-                _compute_kl_logps=lambda which, _: kl_logps if which is model else reference - shift,
-            )  # fmt: skip
-            inputs = {
-                "input_ids": completion_mask, "attention_mask": completion_mask, "completion_mask": completion_mask,
-                "label": torch.tensor(labels),
-            }  # fmt: skip
-            loss = KTOTrainer._compute_loss(trainer, model, inputs, False)
-            metrics = {key: torch.tensor(values[0]) for key, values in recorded["train"].items() if values}
-            assert metrics["kl"] > 0
+    for function in (our_kto_loss, trl_kto_loss):
+        numbers = kto_numbers(labels)
+        loss, metrics = function(config, *numbers)
         loss.backward()
-        results.append((loss.detach(), logp.grad, metrics))
+        results.append((loss.detach(), numbers[1].grad, metrics))
     torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-6, rtol=1e-5)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         torch.testing.assert_close(results[0][2][key], results[1][2][key], check_dtype=False)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlqwen.config import GRPOConfig, OnlineConfig, SFTConfig, TrainerConfig
+from rlqwen.config import DPOConfig, GRPOConfig, OnlineConfig, PreferenceConfig, SFTConfig, TrainerConfig
 from rlqwen.errors import ConfigError
 
 
@@ -41,8 +41,7 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
         line += f" ({config.num_iterations} passes)" if config.num_iterations > 1 else ""
     else:
         rows, updates = size * accumulation * num_ranks, 1
-        what = "packed rows" if isinstance(config, SFTConfig) and config.packing else "sequences"
-        line = f"{rows} {what} an update = {split}"
+        line = f"{_count(rows, _row_name(config))} an update = {split}"
     total = config.max_steps
     if total < 0:
         total = math.ceil(config.num_train_epochs * num_rows / rows) * updates
@@ -70,6 +69,15 @@ def prompt_room(context: int, config: OnlineConfig) -> int:
             f"to the completion, but max_completion_length={completion}; lower one: max_prompt_length={room} fits"
         )
     return prompt
+
+
+def _row_name(config: TrainerConfig) -> str:
+    """What one row of the batch is."""
+    if isinstance(config, SFTConfig) and config.packing:
+        return "packed row"
+    if isinstance(config, PreferenceConfig):
+        return "pair" if not isinstance(config, DPOConfig) or config.needs_pairs else "row"
+    return "sequence"
 
 
 def _count(number: int, what: str) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.dpo import UNPAIRED, DPOConfig
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.preference_formats import is_pair
 from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
 from rlqwen.data.report import DataReport
 from rlqwen.errors import DataError
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+_LABELS = {"label", "kto_tag"}
+
 
 def tokenize_comparisons(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: DPOConfig
@@ -21,7 +25,7 @@ def tokenize_comparisons(
 
     Raises DataError for labelled rows where a loss compares two answers.
     """
-    labelled = next((number for number, row in enumerate(rows) if "label" in row and "chosen" not in row), None)
+    labelled = next((number for number, row in enumerate(rows) if _is_labelled(row, number)), None)
     if labelled is None:
         return tokenize_preferences(rows, tokenizer, config)
     if config.needs_pairs:
@@ -30,3 +34,7 @@ def tokenize_comparisons(
             f"chosen with a rejected one; such rows go with loss_type {' and '.join(sorted(UNPAIRED))}"
         )
     return tokenize_labelled(rows, tokenizer, config)
+
+
+def _is_labelled(row: Row, number: int) -> bool:
+    return not _LABELS.isdisjoint(row) and not is_pair(normalise_row(row, f"row {number}"))

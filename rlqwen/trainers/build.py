@@ -1,5 +1,6 @@
 """From a recipe to the trainer that carries it out."""
 
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
@@ -8,6 +9,7 @@ from rlqwen.config import LoraSettings, ModelConfig, Recipe
 from rlqwen.data import load_rows
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.dpo import DPOTrainer
 from rlqwen.trainers.grpo import GRPOTrainer
 from rlqwen.trainers.sft import SFTTrainer
 
@@ -27,11 +29,21 @@ def build_trainer(recipe: Recipe) -> BaseTrainer[Any, Any]:
         "eval_dataset": eval_rows,
         "peft_config": lora_config(recipe.model.lora) if recipe.model.lora else None,
     }
-    if recipe.algorithm == "sft":
-        return SFTTrainer(recipe.model.path, args, **shared)
+    return _BUILDERS[recipe.algorithm](recipe, args, shared)
+
+
+def _build_grpo(recipe: Recipe, args: Any, shared: dict[str, Any]) -> BaseTrainer[Any, Any]:
     args = args.model_copy(update={"reward_weights": [spec.weight for spec in recipe.rewards]})
     rewards = build_rewards([spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards])
     return GRPOTrainer(recipe.model.path, rewards, args, **shared)
+
+
+_BUILDERS: dict[str, Callable[[Recipe, Any, dict[str, Any]], BaseTrainer[Any, Any]]] = {
+    "sft": lambda recipe, args, shared: SFTTrainer(recipe.model.path, args, **shared),
+    "dpo": lambda recipe, args, shared: DPOTrainer(recipe.model.path, args=args, **shared),
+    "grpo": _build_grpo,
+}
+"""Algorithm -> what makes its trainer of the recipe, its arguments, and what all trainers take."""
 
 
 def model_arguments(model: ModelConfig) -> dict[str, Any]:
