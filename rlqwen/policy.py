@@ -19,14 +19,14 @@ import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.hidden import hidden_states, use_packed_attention
-from rlqwen.logprobs import chunked_logprobs
+from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 
 
 class Policy:
@@ -38,7 +38,7 @@ class Policy:
         args: TrainerConfig,
         *,
         peft_config: Any = None,
-        reference: bool = False,
+        reference: bool | nn.Module = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """Take over `model`; it is changed in place.
@@ -46,30 +46,37 @@ class Policy:
         Args:
             model: a transformers causal language model, or a PeftModel around one.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
-            reference: whether `reference_logprobs` will be asked for. With adapters it is the model with the adapter
-                off, else a frozen copy of the weights as given.
+            reference: whether `reference_logprobs` will be asked for, or the model to ask, which is frozen. True is the
+                model as given: with a new adapter that is the model with the adapter off, else a frozen copy.
         """
         self.device = torch.device(device)
         self.chunk_size = args.logprob_chunk_size
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
-        self._reference: nn.Module | None = None
-        if reference and peft_config is None and not isinstance(model, PeftModel):
-            self._reference = copy.deepcopy(model).to(self.device, self.compute_dtype).eval().requires_grad_(False)
-            use_packed_attention(self._reference)
+        self._reference: PreTrainedModel | None = None
+        if reference is True and peft_config is None and not _has_new_adapter(model):
+            reference = copy.deepcopy(model)
+        if isinstance(reference, nn.Module):
+            self._reference = self._freeze(reference)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
             model = get_peft_model(model, peft_config)
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
-        self.has_reference = reference
+        self.has_reference = bool(reference)
         self._prepare_training(args)
 
     def _wants_bf16(self, args: TrainerConfig) -> bool:
         if args.bf16 is not None:
             return args.bf16
         return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def _freeze(self, model: nn.Module) -> PreTrainedModel:
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
+        use_packed_attention(model)
+        return model
 
     def _prepare_training(self, args: TrainerConfig) -> None:
         for parameter in self.model.parameters():
@@ -108,6 +115,13 @@ class Policy:
         """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk."""
         return self._logprobs(self.base_model, batch, temperature, entropy)
 
+    def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
+        hidden_NC = self._hidden(self.base_model, batch)
+        head_VC = _head_weight(self.base_model)
+        logp_N, _ = chunked_logprobs(hidden_NC, head_VC, batch.target_N, chunk_size=self.chunk_size)
+        return logp_N, chunked_log_collision(hidden_NC, head_VC, chunk_size=self.chunk_size)
+
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """(N,) float32 logprobs under the reference, without gradient."""
@@ -131,10 +145,9 @@ class Policy:
     def _logprobs(
         self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        with self.autocast():
-            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        hidden_NC = self._hidden(model, batch)
         logp_N, entropy_N = chunked_logprobs(
-            hidden_NC.to(self.compute_dtype),
+            hidden_NC,
             _head_weight(model),
             batch.target_N,
             temperature=temperature,
@@ -147,8 +160,35 @@ class Policy:
         """The forward's precision."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
+    def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        """(N, C) hidden states that predict the batch's targets."""
+        with self.autocast():
+            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        return hidden_NC.to(self.compute_dtype)
+
     def _adapter_off(self) -> contextlib.AbstractContextManager[None]:
         return self.model.disable_adapter()
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """What the reference computes with, by name; without a reference, what the policy itself does."""
+        if self._reference is not None:
+            return self._reference.state_dict()
+        if not self.has_reference:
+            return self.model.state_dict()
+        return {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            for name, tensor in self.base_model.state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name
+        }
+
+    @property
+    def reference_config(self) -> PreTrainedConfig:
+        return (self.base_model if self._reference is None else self._reference).config
+
+    def drop_reference(self) -> None:
+        """Free the reference, where it is a model of its own."""
+        if self._reference is not None:
+            self._reference, self.has_reference = None, False
 
     @torch.no_grad()
     def refresh_reference(self, alpha: float) -> None:
@@ -230,6 +270,16 @@ class Policy:
             return
         saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32)
         self.base_model.load_state_dict(saved.state_dict())
+
+
+def _has_new_adapter(model: nn.Module) -> bool:
+    """Whether the model has an adapter that adds nothing yet, so that taking it off gives the model itself."""
+    if not isinstance(model, PeftModel):
+        return False
+    weights = dict(model.named_parameters())
+    return not any(".modules_to_save." in name for name in weights) and not any(
+        weight.any() for name, weight in weights.items() if ".lora_B." in name or ".lora_embedding_A." in name
+    )
 
 
 def _head_weight(model: PreTrainedModel) -> Tensor:

@@ -8,6 +8,7 @@ from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
@@ -31,5 +32,6 @@ __all__ = [
     "SFTConfig",
     "ScoringConfig",
     "SourceConfig",
+    "SyncedReference",
     "TrainerConfig",
 ]

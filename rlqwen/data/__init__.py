@@ -1,6 +1,7 @@
 """Data: rows from anywhere, in one form, as token ids with loss masks or as prompts."""
 
 from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.data.comparisons import tokenize_comparisons
 from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
 from rlqwen.data.report import DataReport
 from rlqwen.data.sources import as_rows, load_rows
@@ -15,6 +16,7 @@ __all__ = [
     "as_rows",
     "load_chat_template",
     "load_rows",
+    "tokenize_comparisons",
     "tokenize_conversation",
     "tokenize_labelled",
     "tokenize_preferences",

@@ -100,8 +100,10 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
 
 
 def next_command(run_dir: Path, algorithm: str) -> str:
-    """A command that makes sense after the run: reinforce what was imitated, or measure with several samples a prompt."""
+    """A command that makes sense after the run: reinforce what was imitated, or measure what was learned."""
     final = run_dir / FINAL_FOLDER
+    if algorithm == "dpo":
+        return f"rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
     if algorithm == "sft":
         return f"rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
     return f"rlqwen eval {final} --data {run_dir / RECIPE_FILE} -k 8"

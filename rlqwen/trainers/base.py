@@ -30,7 +30,7 @@ from rlqwen.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from rlqwen.config import TrainerConfig
+from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
@@ -60,7 +60,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
-        reference: bool = False,
+        reference: bool | nn.Module = False,
     ) -> None:
         set_seed(args.seed)
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -88,6 +88,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """Open while training."""
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
+        self._held_notes: list[str] = []
+        """Notes from before the logger was open."""
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
@@ -203,6 +205,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             total_steps=total_steps,
             algorithm=self.algorithm,
         )
+        for text in self._held_notes:
+            self.logger.note(text)
+        self._held_notes.clear()
 
     def _close_logger(self) -> None:
         if self.logger is not None:
@@ -288,6 +293,11 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._note(f"stopped early at update {self.state.global_step}: {self.best}")
             self.control.should_training_stop = True
 
+    def refresh_reference(self, args: SyncedReference, before: int) -> None:
+        """Mix the policy into the reference where that fell due since update `before`."""
+        if args.sync_ref_model and self._scheduled("steps", args.ref_model_sync_steps, before):
+            self.policy.refresh_reference(args.ref_model_mixup_alpha)
+
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
@@ -314,7 +324,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self._notify("on_log", logs=metrics)
 
     def _note(self, text: str) -> None:
-        if self.logger is not None:
+        if self.logger is None:
+            self._held_notes.append(text)
+        else:
             self.logger.note(text)
 
     def _notify(self, event: str, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from rlqwen.config import LoraSettings, ModelConfig, Recipe
 from rlqwen.data import load_rows
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.dpo import DPOTrainer
 from rlqwen.trainers.grpo import GRPOTrainer
 from rlqwen.trainers.ppo import PPOTrainer
 from rlqwen.trainers.reward import RewardTrainer
@@ -35,12 +36,13 @@ def build_trainer(recipe: Recipe) -> BaseTrainer[Any, Any]:
         shared["reward_funcs"] = build_rewards(
             [spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards]
         )
-    return _TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
+    return TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
 
 
-_TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
+TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
     "sft": SFTTrainer,
     "reward": RewardTrainer,
+    "dpo": DPOTrainer,
     "ppo": PPOTrainer,
     "grpo": GRPOTrainer,
 }

@@ -127,7 +127,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             [self._tree(row) for row in rows],
             max_tokens=limit,
             max_branches=2 * size if limit is None else None,
-            divide=False,
+            divisible=False,
         )
         margins = iter([row.margin or 0.0 for row in rows])
         return [(pack(part), torch.tensor(list(islice(margins, len(part))))) for part in parts]
