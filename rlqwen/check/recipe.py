@@ -17,7 +17,7 @@ from rlqwen.check.model import ModelFacts, check_model_path, read_model
 from rlqwen.check.resources import check_resources
 from rlqwen.config import GRPOConfig, Recipe, SFTConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import DataReport, load_rows, tokenize_prompts, tokenize_sft
+from rlqwen.data import DataReport, clean_recipe_data, load_rows, tokenize_prompts, tokenize_sft
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import DataError, InputError
 from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
@@ -83,6 +83,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None) -> CheckReport:
     model = _check_model(report, recipe, start)
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
+    train, evaluation = _clean(report, recipe, train, evaluation)
     if recipe.rewards:
         _check_rewards(report, recipe, {"data.train": train, "data.eval": evaluation})
     for name, rows in (("train", train), ("eval", evaluation)):
@@ -163,6 +164,22 @@ def _load(report: CheckReport, recipe: Recipe, part: str) -> list[Row] | None:
     with report.collecting():
         return load_rows(source, seed=recipe.data.mixing_seed)
     return None
+
+
+def _clean(
+    report: CheckReport, recipe: Recipe, train: list[Row] | None, evaluation: list[Row] | None
+) -> tuple[list[Row] | None, list[Row] | None]:
+    """The rows that a run would see; none where they can't be had."""
+    if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
+        return train, evaluation
+    with report.collecting():
+        data = clean_recipe_data(recipe.data, train, evaluation)
+        assert data.cleaning is not None
+        listed = f"; listed in {data.cleaning.folder}" if data.cleaning.dropped and data.cleaning.folder else ""
+        report.facts.append(("cleaning", data.cleaning.summary() + listed))
+        report.warnings += data.cleaning.warnings
+        return data.train, data.eval
+    return None, None
 
 
 def _check_rewards(report: CheckReport, recipe: Recipe, parts: dict[str, list[Row] | None]) -> None:
