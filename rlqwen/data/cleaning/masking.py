@@ -33,8 +33,10 @@ class Detector:
     """Finds one kind of thing. Group `masked` of the pattern is replaced, or all that matches."""
 
     pattern: re.Pattern[str]
-    holds: Callable[[re.Match[str]], bool] = lambda match: True
+    holds: Callable[[re.Match[str]], bool]
     """Says whether a match is really one."""
+    may_occur: Callable[[str], object]
+    """A fast look before the slow one: false where the text can't hold a match."""
 
 
 def mask_text(text: str, kinds: Collection[MaskKind]) -> tuple[str, Counter[str]]:
@@ -43,13 +45,20 @@ def mask_text(text: str, kinds: Collection[MaskKind]) -> tuple[str, Counter[str]
     before = -1
     while counts.total() > before:  # what is masked may have kept its neighbour from being seen
         before = counts.total()
-        for kind in KINDS:
-            if kind in kinds:
-                for detector in DETECTORS[kind]:
-                    text, found = _replace(text, detector, f"[{kind.upper()}]")
-                    if found:
-                        counts[kind] += found
+        text = _mask_once(text, kinds, counts)
     return text, counts
+
+
+def _mask_once(text: str, kinds: Collection[MaskKind], counts: Counter[str]) -> str:
+    for kind in KINDS:
+        if kind not in kinds:
+            continue
+        for detector in DETECTORS[kind]:
+            if detector.may_occur(text):
+                text, found = _replace(text, detector, f"[{kind.upper()}]")
+                if found:
+                    counts[kind] += found
+    return text
 
 
 def _replace(text: str, detector: Detector, placeholder: str) -> tuple[str, int]:
@@ -135,64 +144,98 @@ _BEFORE = r"(?<![\w$¥€£￥+^-])(?<!\d\.)(?<![^*]\*)(?<![A-Za-z]/)(?<![\d)\s]
 _AFTER = r"(?![\w%^]|[.-]\d|,\d{3}(?!\d)|\s*(?:[=×÷]|\*(?!\*)|[+-]\s*\d|元|美元|万|亿|dollars|yuan))"
 
 
-def _compile(*patterns: str, holds: Callable[[re.Match[str]], bool] | None = None) -> list[Detector]:
-    compiled = [re.compile(pattern, re.ASCII) for pattern in patterns]
-    return [Detector(pattern, holds) if holds else Detector(pattern) for pattern in compiled]
+_has_digits = re.compile(r"\d{4}", re.ASCII).search
+_has_dotted_numbers = re.compile(r"\d\.\d", re.ASCII).search
+
+
+def _has(*parts: str) -> Callable[[str], object]:
+    return lambda text: any(part in text for part in parts)
+
+
+def _always(match: re.Match[str]) -> bool:
+    return True
+
+
+def _detector(
+    may_occur: Callable[[str], object], pattern: str, holds: Callable[[re.Match[str]], bool] = _always
+) -> Detector:
+    return Detector(re.compile(pattern, re.ASCII), holds, may_occur)
 
 
 DETECTORS: dict[MaskKind, list[Detector]] = {
     "key": [
-        *_compile(
+        _detector(
+            _has("PRIVATE KEY"),
             r"-----BEGIN (?P<name>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----[\s\S]*?-----END (?P=name)-----",
-            r"\b(?:AKIA|ASIA|AGPA|AROA)[A-Z0-9]{16}\b",  # Amazon
-            r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b",  # GitHub
-            r"\bgithub_pat_\w{22,255}\b",
-            r"\bglpat-[\w-]{20,}",  # GitLab
-            r"\bhf_[A-Za-z0-9]{30,}\b",  # Hugging Face
-            r"\bAIza[\w-]{35}(?![\w-])",  # Google
-            r"\bxox[abeprs]-[A-Za-z0-9-]{10,}",  # Slack
-            r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b",  # Stripe
-            r"\bnpm_[A-Za-z0-9]{36}\b",
-            r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON web token
-            r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@\[\]]+:(?P<masked>[^\s/:@\[\]]+)@",
         ),
-        *_compile(
-            r"(?<![\w-])(?P<masked>sk-[\w-]{20,})",  # OpenAI, Anthropic, DeepSeek, DashScope
-            r"\b(?P<masked>LTAI[A-Za-z0-9]{12,30})\b",  # Alibaba Cloud
-            r"\b[Bb]earer +(?P<masked>[\w.~+/-]{20,}=*)",
+        _detector(_has("AKIA", "ASIA", "AGPA", "AROA"), r"\b(?:AKIA|ASIA|AGPA|AROA)[A-Z0-9]{16}\b"),  # Amazon
+        _detector(_has("ghp_", "gho_", "ghu_", "ghs_", "ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),  # GitHub
+        _detector(_has("github_pat_"), r"\bgithub_pat_\w{22,255}\b"),
+        _detector(_has("glpat-"), r"\bglpat-[\w-]{20,}"),  # GitLab
+        _detector(_has("hf_"), r"\bhf_[A-Za-z0-9]{30,}\b"),  # Hugging Face
+        _detector(_has("AIza"), r"\bAIza[\w-]{35}(?![\w-])"),  # Google
+        _detector(_has("xox"), r"\bxox[abeprs]-[A-Za-z0-9-]{10,}"),  # Slack
+        _detector(_has("k_live_", "k_test_"), r"\b[sr]k_(?:live|test)_[A-Za-z0-9]{16,}\b"),  # Stripe
+        _detector(_has("npm_"), r"\bnpm_[A-Za-z0-9]{36}\b"),
+        _detector(_has("eyJ"), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),  # JSON web token
+        _detector(_has("://"), r"\b[A-Za-z][A-Za-z0-9+.-]{0,20}://[^\s/:@\[\]]+:(?P<masked>[^\s/:@\[\]]+)@"),
+        _detector(
+            _has("sk-"), r"(?<![\w-])(?P<masked>sk-[\w-]{20,})", _mixes
+        ),  # OpenAI, Anthropic, DeepSeek, DashScope
+        _detector(_has("LTAI"), r"\b(?P<masked>LTAI[A-Za-z0-9]{12,30})\b", _mixes),  # Alibaba Cloud
+        _detector(_has("earer "), r"\b[Bb]earer +(?P<masked>[\w.~+/-]{20,}=*)", _mixes),
+        _detector(
+            _has("key", "Key", "KEY", "oken", "OKEN", "ecret", "ECRET"),
             r"(?i:(?:api|access|secret|private|auth|account)[_-]?(?:access[_-]?)?(?:key|token|secret)|client[_-]?secret)"
             r"[\"']?\s{0,4}[:=]\s{0,4}[\"']?(?P<masked>[\w+/-]{16,}={0,2})",
-            holds=_mixes,
+            _mixes,
         ),
     ],
-    "email": _compile(
-        r"(?<![\w.+-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}"
-        r"[A-Za-z]{2,24}(?!\w)"
-    ),
-    "id_card": _compile(
-        r"(?<!\w)[1-9]\d{5}(?:18|19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)",
-        holds=_is_id_card,
-    ),
-    "credit_card": _compile(
-        rf"{_BEFORE}(?:(?:4\d{{3}}|5[1-5]\d\d|2[2-7]\d\d|6011|64[4-9]\d|65\d\d|62\d\d|35\d\d)([ -]?)\d{{4}}(?:\1\d{{4}}){{2}}"
-        rf"|3[47]\d\d([ -]?)\d{{6}}\2\d{{5}}|62\d{{15,17}}){_AFTER}",
-        holds=_is_credit_card,
-    ),
+    "email": [
+        _detector(
+            _has("@"),
+            r"(?<![\w.+-])[A-Za-z0-9][\w.+%-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}"
+            r"[A-Za-z]{2,24}(?!\w)",
+        )
+    ],
+    "id_card": [
+        _detector(
+            _has_digits,
+            r"(?<!\w)[1-9]\d{5}(?:18|19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)",
+            _is_id_card,
+        )
+    ],
+    "credit_card": [
+        _detector(
+            _has_digits,
+            rf"{_BEFORE}(?:(?:4\d{{3}}|5[1-5]\d\d|2[2-7]\d\d|6011|64[4-9]\d|65\d\d|62\d\d|35\d\d)([ -]?)\d{{4}}(?:\1\d{{4}}){{2}}"
+            rf"|3[47]\d\d([ -]?)\d{{6}}\2\d{{5}}|62\d{{15,17}}){_AFTER}",
+            _is_credit_card,
+        )
+    ],
     "ip": [
-        *_compile(
-            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)", holds=_is_ipv4
+        _detector(
+            _has_dotted_numbers,
+            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)",
+            _is_ipv4,
         ),
-        *_compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:]|\.\d)", holds=_is_ipv6),
+        _detector(_has(":"), r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:]|\.\d)", _is_ipv6),
     ],
     "phone": [
-        *_compile(rf"{_BEFORE}(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:([ -]?)\d{{4}}\1\d{{4}}){_AFTER}", holds=_is_mobile),
-        *_compile(
-            rf"(?<![\w)+*/=^.-])\+(?:1|{_COUNTRY})(?:[ .-]?\(\d{{1,4}}\))?[ .-]?\d{{1,14}}(?:[ .-]\d{{1,14}}){{0,5}}{_AFTER}",
-            holds=_is_international,
+        _detector(
+            _has_digits, rf"{_BEFORE}(?:(?:\+|00)?86[ -]?)?1[3-9]\d(?:([ -]?)\d{{4}}\1\d{{4}}){_AFTER}", _is_mobile
         ),
-        *_compile(
+        _detector(
+            _has("+"),
+            rf"(?<![\w)+*/=^.-])\+(?:1|{_COUNTRY})(?:[ .-]?\(\d{{1,4}}\))?[ .-]?\d{{1,14}}(?:[ .-]\d{{1,14}}){{0,5}}{_AFTER}",
+            _is_international,
+        ),
+        _detector(
+            _has_digits,
             rf"{_BEFORE}(?:1[ .-])?(?:\([1-9]\d\d\)[ -]?\d{{3}}[ .-]\d{{4}}|[1-9]\d\d([.-])\d{{3}}\1\d{{4}}){_AFTER}",
-            rf"{_BEFORE}(?:\(0(?:10|2\d|[3-9]\d\d)\) ?|0(?:10|2\d|[3-9]\d\d)-)[2-9]\d{{6,7}}{_AFTER}",
+        ),
+        _detector(
+            _has_digits, rf"{_BEFORE}(?:\(0(?:10|2\d|[3-9]\d\d)\) ?|0(?:10|2\d|[3-9]\d\d)-)[2-9]\d{{6,7}}{_AFTER}"
         ),
     ],
 }
