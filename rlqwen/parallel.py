@@ -5,7 +5,9 @@ summed over ranks or sharded is decided here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +18,56 @@ from rlqwen.errors import ConfigError, NonFiniteError
 
 
 @dataclass(slots=True, frozen=True)
+class Part:
+    """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser: matrices decay, vectors don't."""
+        return [
+            {
+                "params": [p for p in self.parameters if p.ndim >= 2],
+                "weight_decay": weight_decay,
+                "lr": self.learning_rate,
+            },
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0, "lr": self.learning_rate},
+        ]
+
+
+@dataclass(slots=True, frozen=True)
 class UpdateResult:
     """What became of one update."""
 
-    grad_norm: float
-    """Global norm before clipping."""
+    grad_norms: dict[str, float]
+    """Norm of each part's gradient before clipping."""
     lr: float
-    """Learning rate that the update used."""
+    """Learning rate of the first part."""
     skipped: bool
     """Loss or gradient was not finite: weights and optimiser are as before, to the bit."""
 
+    @property
+    def grad_norm(self) -> float:
+        """Of the first part."""
+        return next(iter(self.grad_norms.values()))
+
 
 class Updater:
-    """Optimiser, schedule and clipping for one process."""
+    """Optimiser, schedule and clipping for one process; one schedule scales the learning rates of all parts."""
 
     rank = 0
     world_size = 1
 
-    def __init__(self, parameters: list[nn.Parameter], args: TrainerConfig, *, total_updates: int) -> None:
-        if not parameters:
+    def __init__(self, parts: Sequence[Part], args: TrainerConfig, *, total_updates: int) -> None:
+        if not all(part.parameters for part in parts):
             raise ConfigError("nothing to train: every weight of the model is frozen")
-        self.parameters = parameters
+        self.parts = list(parts)
         self.max_grad_norm = args.max_grad_norm
         self.max_nonfinite_steps = args.max_nonfinite_steps
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
+            [group for part in parts for group in part.groups(args.weight_decay)],
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -73,12 +97,13 @@ class Updater:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
         if not self._touched:
             # The gradient is exactly zero, yet momentum and weight decay still move the weights.
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+            for part in self.parts:
+                for parameter in part.parameters:
+                    parameter.grad = torch.zeros_like(parameter)
         lr = self.scheduler.get_last_lr()[0]
         limit = self.max_grad_norm or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
-        skipped = not (self._finite and math.isfinite(grad_norm))
+        norms = {part.name: float(nn.utils.clip_grad_norm_(part.parameters, limit)) for part in self.parts}
+        skipped = not (self._finite and all(map(math.isfinite, norms.values())))
         if not skipped:
             self.optimizer.step()
             self.scheduler.step()
@@ -91,7 +116,7 @@ class Updater:
                 f"(max_nonfinite_steps); no weight was changed by them. Lower learning_rate (now {lr:.3g}), or look at "
                 "the batches saved under nonfinite/ in the run folder"
             )
-        return UpdateResult(grad_norm, lr, skipped)
+        return UpdateResult(norms, lr, skipped)
 
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:

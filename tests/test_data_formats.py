@@ -31,7 +31,7 @@ def test_sharegpt_roles_become_the_templates():
             {"role": "assistant", "content": "a"},
             {"role": "tool", "content": "2"},
         ],
-        "tools": [{"name": "add"}],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
         "id": 7,
     }
 
@@ -45,13 +45,17 @@ def test_sharegpt_roles_become_the_templates():
         ),
         ({"conversations": [{"from": "human"}]}, "turn 0 of 'conversations' must have 'from' and 'value'"),
         ({"conversations": []}, "must be a list of turns"),
-        ({"conversations": [{"from": "function_call", "value": "add(1)"}]}, "a function_call must be JSON"),
+        (
+            {"conversations": [{"from": "function_call", "value": "add(1)"}]},
+            "turn 0 of 'conversations', function_call: must be JSON",
+        ),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "needs 'name' and 'arguments'"),
         ({"messages": [{"content": "q"}]}, "turn 0 of 'messages' has no 'role'"),
         ({"messages": [{"from": "human", "value": "q"}]}, "belong in a column named 'conversations'"),
         ({"messages": "q"}, "column 'messages' must be a list of turns"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 0 of 'prompt': content must be text"),
         ({"messages": TURNS, "tools": "[{"}, "column 'tools' is not valid JSON"),
+        ({"messages": TURNS, "tools": ["add"]}, "column 'tools' must be a list of function descriptions"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "'history' must hold pairs"),
     ],
 )
@@ -80,10 +84,8 @@ def test_alpaca_rows_become_messages():
 def test_parts_of_text_are_joined_and_missing_values_left_out():
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
     assert normalise_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
-    call = {"role": "assistant", "content": None, "tool_calls": [{}], "reasoning_content": None}
-    assert normalise_row({"messages": [call]}, "row 0")["messages"] == [
-        {"role": "assistant", "content": "", "tool_calls": [{}]}
-    ]
+    call = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
+    assert normalise_row({"messages": [call]}, "row 0")["messages"] == [{"role": "assistant", "content": ""}]
 
 
 def test_normalising_twice_changes_nothing():

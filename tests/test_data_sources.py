@@ -228,7 +228,7 @@ def test_python_datasets_are_accepted_and_streams_are_not():
         ("gsm8k/train.jsonl", {"prompt": "question", "solution": "answer"}, 7473, {"prompt", "solution"}),
         ("alpaca_zh_demo.json", {}, 1000, {"messages"}),
         ("glaive_toolcall_en_demo.json", {}, 300, {"messages", "tools"}),
-        ("dpo_en_demo.json", {}, 300, {"messages", "chosen", "rejected"}),
+        ("dpo_en_demo.json", {}, 300, {"prompt", "chosen", "rejected"}),
     ],
 )
 def test_real_data_sets_load(name, columns, count, expected):

@@ -4,13 +4,30 @@ from torch import nn
 
 from rlqwen.config import SFTConfig
 from rlqwen.errors import ConfigError, NonFiniteError
-from rlqwen.parallel import Updater, warmup_updates
+from rlqwen.parallel import Part, Updater, warmup_updates
 
 
 def make_updater(**options):
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))]
-    return Updater(parameters, SFTConfig(learning_rate=0.1, **options), total_updates=10), parameters
+    args = SFTConfig(learning_rate=0.1, **options)
+    return Updater([Part("policy", parameters, args.learning_rate)], args, total_updates=10), parameters
+
+
+def test_parts_have_rates_and_norms_of_their_own_and_one_of_them_may_rest():
+    policy, critic = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    args = SFTConfig(learning_rate=0.1, max_grad_norm=1.0, lr_scheduler_type="constant")
+    updater = Updater([Part("policy", [policy], 0.1), Part("critic", [critic], 0.3)], args, total_updates=10)
+    updater.backward(policy.sum() * 3 + critic.sum() * 0.1)
+    result = updater.step()
+    assert result.grad_norms == pytest.approx({"policy": 6.0, "critic": 0.2})
+    assert result.grad_norm == pytest.approx(6.0)
+    torch.testing.assert_close(policy, torch.full((2, 2), 0.9))  # Adam's first step is the rate itself
+    torch.testing.assert_close(critic, torch.full((2, 2), 0.7))
+    updater.backward(critic.sum())
+    updater.step()
+    torch.testing.assert_close(policy, torch.full((2, 2), 0.9))
+    assert critic.max() < 0.7
 
 
 def test_gradients_of_micro_batches_add_up():
@@ -90,6 +107,6 @@ def test_warmup_is_a_count_or_a_share():
 
 def test_a_frozen_model_and_an_unknown_schedule_are_refused():
     with pytest.raises(ConfigError, match="nothing to train"):
-        Updater([], SFTConfig(), total_updates=1)
+        Updater([Part("policy", [], 0.1)], SFTConfig(), total_updates=1)
     with pytest.raises(ConfigError, match="lr_scheduler_type='sinus'"):
         make_updater(lr_scheduler_type="sinus")

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlqwen import SFTConfig, SFTTrainer
-from rlqwen.data.tokenization import TokenizedRow
+from rlqwen.data import TokenizedRow
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
 from rlqwen.trainers.sft import fill_bins
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlqwen.config import GRPOConfig, SFTConfig, TrainerConfig
+from rlqwen.config import GRPOConfig, OnlineConfig, SFTConfig, TrainerConfig
 from rlqwen.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
     return BatchPlan(rows, updates, total, f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs")
 
 
-def prompt_room(context: int, config: GRPOConfig) -> int:
+def prompt_room(context: int, config: OnlineConfig) -> int:
     """Tokens that a prompt may have: the model's context less the completion, at most `max_prompt_length`.
 
     Raises ConfigError if the completion leaves nothing of the context, or a prompt as long as allowed leaves the

@@ -1,16 +1,27 @@
-"""Preference rows to token ids: a prompt with a chosen and a rejected answer, or one answer with a label."""
+"""Preference rows to token ids: a prompt with a chosen and a rejected answer, or one answer with a label.
 
-from collections.abc import Sequence
+Prompt and answers are written as SFT writes them (rlqwen.data.chat): the prompt ends in the generation prompt, and of
+an answer the loss covers what the assistant wrote, end-of-turn tokens included. The prompt's tokens are the same for
+all answers to it, whatever is cut.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.data.report import DataReport
-from rlqwen.data.tokenization import TokenizedRow
+from rlqwen.config.preference import PreferenceConfig
+from rlqwen.data.chat import Piece
+from rlqwen.data.encoding import TokenizedRow, tokenize_rows, trim
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.preference_formats import to_labelled_rows, to_pair_rows
+from rlqwen.data.report import DataReport, first_of, percentiles
+from rlqwen.data.turns import to_turns
+from rlqwen.data.writer import Writer
+from rlqwen.errors import DataError
+from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from rlqwen.config.preference import PreferenceConfig
 
 Row = dict[str, Any]
 
@@ -22,6 +33,7 @@ class PreferenceRow:
     index: int
     """Row number in the dataset, from 0."""
     prompt_ids: list[int]
+    """Empty only for texts that have no common beginning; the first token of an answer is then not in the loss."""
     chosen: TokenizedRow
     """Tokens after the prompt; in the loss are those that the assistant wrote, end-of-turn tokens included."""
     rejected: TokenizedRow
@@ -40,14 +52,190 @@ class LabelledRow:
 
 
 def tokenize_preferences(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: "PreferenceConfig"
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig
 ) -> tuple[list[PreferenceRow], DataReport]:
-    """Pairs of all rows, in order."""
-    raise NotImplementedError
+    """Pairs of all rows, in order.
+
+    Pairs that are too long, have an answer without a token in the loss, or two equal answers (as they are, or once
+    cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left.
+    """
+    kept, report = _Reader(tokenizer, config, to_pair_rows).read(rows)
+    negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
+    if negative:
+        report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
+    pairs = [PreferenceRow(one.index, one.prompt_ids, *one.answers, one.columns[0].get("margin")) for one in kept]
+    return pairs, report
 
 
 def tokenize_labelled(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: "PreferenceConfig"
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig
 ) -> tuple[list[LabelledRow], DataReport]:
-    """Labelled answers of all rows, in order; a pair gives two."""
-    raise NotImplementedError
+    """Labelled answers of all rows, in order; a pair gives two. Counts and errors as `tokenize_preferences`."""
+    kept, report = _Reader(tokenizer, config, to_labelled_rows).read(rows)
+    labelled = [
+        LabelledRow(one.index, one.prompt_ids, answer, columns["label"])
+        for one in kept
+        for answer, columns in zip(one.answers, one.columns, strict=True)
+    ]
+    labels = {row.label for row in labelled}
+    if len(labels) == 1:
+        report.warnings.append(f"all labels are {str(*labels).lower()}: there is nothing to tell good from bad by")
+    return labelled, report
+
+
+@dataclass(slots=True)
+class _Answers:
+    """A row on its way: its prompt and its one or two answers, each with its columns."""
+
+    index: int
+    prompt_ids: list[int]
+    answers: list[TokenizedRow]
+    columns: list[Row]
+
+
+class _Reader:
+    """Tokenises rows of answers, cuts them to length, and counts what is left out and why.
+
+    `split` goes from a normalised row to `prompt` and `completion` of each of its answers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: PreferenceConfig,
+        split: Callable[[Row, str], list[Row]],
+    ) -> None:
+        self.tokenizer, self.config, self.split = tokenizer, config, split
+        self.writer = _PreferenceWriter(tokenizer, config)
+        self.found: dict[int, list[Row]] = {}
+        self.equal: list[str] = []
+        self.silent: list[str] = []
+
+    def read(self, rows: Sequence[Row]) -> tuple[list[_Answers], DataReport]:
+        report = DataReport(num_rows=len(rows))
+        kept: list[_Answers] = []
+        lengths: list[int] = []
+        for number, (prompt, *sequences) in tokenize_rows(rows, self.tokenizer, self._write):
+            columns = self.found.pop(number)
+            answers = [_after(prompt, sequence) for sequence in sequences]
+            lengths.append(_length(prompt.token_ids, answers))
+            row = self._fit(_Answers(number, prompt.token_ids, answers, columns), report)
+            if row is not None:
+                kept.append(row)
+        self._count(kept, report)
+        report.lengths = percentiles(lengths)
+        if not kept:
+            raise DataError(self._nothing_left(report))
+        return kept, report
+
+    def _write(self, number: int, row: Row) -> list[list[Piece]]:
+        where = f"row {number}"
+        answers = self.found[number] = self.split(normalise_row(row, where), where)
+        first = answers[0]
+        return self.writer.pieces(first["prompt"], [one["completion"] for one in answers], first.get("tools"), where)
+
+    def _fit(self, row: _Answers, report: DataReport) -> _Answers | None:
+        """The row cut to length, or None, counted, if it must be left out."""
+        prompt_ids, answers = _cut(row.prompt_ids, row.answers, self.config)
+        is_cut = _length(prompt_ids, answers) < _length(row.prompt_ids, row.answers)
+        if _length(prompt_ids, answers) > (self.config.max_length or float("inf")):
+            report.num_overlong += 1
+            return None
+        if not all(True in answer.loss_mask for answer in answers):
+            report.num_empty_mask += 1
+            return None
+        answers = [trim(answer) for answer in answers]
+        if len(answers) == 2 and answers[0].token_ids == answers[1].token_ids:
+            self.equal.append(f"row {row.index}")
+            return None
+        report.num_truncated += is_cut
+        stop_ids = self.writer.stop_ids
+        if any(sum(answer.loss_mask) == 1 and answer.token_ids[-1] in stop_ids for answer in answers):
+            self.silent.append(f"row {row.index}")
+        return _Answers(row.index, prompt_ids, answers, row.columns)
+
+    def _count(self, kept: list[_Answers], report: DataReport) -> None:
+        report.num_kept, report.num_equal_sides = len(kept), len(self.equal)
+        report.end_of_turn = self.writer.end_token
+        report.warnings = self.writer.warnings()
+        if self.equal:
+            report.warnings.append(
+                f"{len(self.equal)} pairs whose answers are equal, hence teach nothing, were left out: "
+                f"{first_of(self.equal)}"
+            )
+        if self.silent:
+            report.warnings.append(f"empty answers, which teach to end the turn at once: {first_of(self.silent)}")
+        answers = [answer for row in kept for answer in row.answers]
+        report.num_tokens = sum(len(row.prompt_ids) for row in kept) + sum(len(one.token_ids) for one in answers)
+        report.num_loss_tokens = sum(sum(one.loss_mask) for one in answers)
+        ended = sum(one.token_ids[-1] in self.writer.stop_ids for one in answers)
+        report.eos_in_loss = ended / len(answers) if answers else 0.0
+
+    def _nothing_left(self, report: DataReport) -> str:
+        limit = self.config.max_length
+        reasons = [
+            (report.num_overlong, f"are longer than max_length={limit}"),
+            (report.num_empty_mask, f"have an answer with no token in the loss within max_length={limit}"),
+            (report.num_equal_sides, "have equal answers"),
+        ]
+        said = "; ".join(f"{count} {what}" for count, what in reasons if count)
+        return f"none of {report.num_rows} rows has anything to learn from: {said} (lengths {report.lengths})"
+
+
+class _PreferenceWriter(Writer):
+    """Writes a prompt and its answers as SFT writes a prompt and a completion."""
+
+    def pieces(
+        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
+    ) -> list[list[Piece]]:
+        """Pieces of the prompt, then of the prompt with each of the answers."""
+        texts = [one for one in completions if isinstance(one, str)]
+        if isinstance(prompt, str) and len(texts) == len(completions):
+            begin = [Piece(prompt, True)]
+            return [begin, *([*begin, Piece(self.with_eos(text), True, in_loss=True)] for text in texts)]
+        before = to_turns(prompt, "user")
+        whole = [
+            self.format.conversation(
+                [*before, *to_turns(one, "assistant")], where, tools=tools, first_trained=len(before)
+            )
+            for one in completions
+        ]
+        common = 0
+        for pieces in zip(*whole, strict=False):
+            if pieces[0].in_loss or any(piece != pieces[0] for piece in pieces):
+                break
+            common += 1
+        return [whole[0][:common], *whole]
+
+
+def _after(prompt: TokenizedRow, sequence: TokenizedRow) -> TokenizedRow:
+    """What a sequence that begins with the prompt goes on with, up to the last token in the loss."""
+    start = len(prompt.token_ids)
+    assert sequence.token_ids[:start] == prompt.token_ids
+    answer = TokenizedRow(sequence.token_ids[start:], sequence.loss_mask[start:])
+    return trim(answer) if True in answer.loss_mask else answer
+
+
+def _length(prompt_ids: list[int], answers: list[TokenizedRow]) -> int:
+    return len(prompt_ids) + max(len(answer.token_ids) for answer in answers)
+
+
+def _cut(
+    prompt_ids: list[int], answers: list[TokenizedRow], config: PreferenceConfig
+) -> tuple[list[int], list[TokenizedRow]]:
+    """Cut to `max_prompt_length`, then to `max_length`; what the mode doesn't allow to cut comes back as long as it is.
+
+    With `keep_start` a prompt that fills `max_length` leaves nothing of the answers.
+    """
+    if config.max_prompt_length is not None:
+        prompt_ids = prompt_ids[-config.max_prompt_length :]
+    excess = _length(prompt_ids, answers) - config.max_length if config.max_length is not None else 0
+    if excess <= 0 or config.truncation_mode == "drop":
+        return prompt_ids, answers
+    if config.truncation_mode == "keep_end":
+        # The answers stay whole and share what is left of the prompt; without any, they would answer nothing.
+        return (prompt_ids[excess:] if excess < len(prompt_ids) else prompt_ids), answers
+    room = max(max(len(one.token_ids) for one in answers) - excess, 0)
+    return prompt_ids[: config.max_length], [
+        TokenizedRow(one.token_ids[:room], one.loss_mask[:room]) for one in answers
+    ]

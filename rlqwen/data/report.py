@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+_NAMED = 5
+
 
 @dataclass(slots=True)
 class DataReport:
@@ -15,13 +17,15 @@ class DataReport:
     num_overlong: int = 0
     """Rows left out because they are too long."""
     num_empty_mask: int = 0
-    """Rows left out because no token of them is in the loss."""
+    """Rows left out because no token of them, or of one of their answers, is in the loss."""
+    num_equal_sides: int = 0
+    """Pairs left out because both answers are the same."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
     eos_in_loss: float = 0.0
-    """Share of kept SFT rows whose last token in the loss is one that ends generation; below 1 where rows are cut."""
+    """Share of kept SFT rows, or answers, whose last token in the loss ends generation; below 1 where rows are cut."""
     lengths: dict[str, int] = field(default_factory=dict)
-    """Percentiles of the rows' tokens before any cut: p50, p90, p99, max."""
+    """Percentiles of the rows' tokens before any cut, of a pair with its longer answer: p50, p90, p99, max."""
     end_of_turn: str | None = None
     """The token that ends what the model writes; generation must stop at it."""
     warnings: list[str] = field(default_factory=list)
@@ -40,7 +44,14 @@ class DataReport:
             ("truncated", self.num_truncated),
             ("over-long and dropped", self.num_overlong),
             ("dropped for an empty loss mask", self.num_empty_mask),
+            ("dropped for equal answers", self.num_equal_sides),
         ]
+
+
+def first_of(items: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
+    return ", ".join(items[:_NAMED]) + more
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:

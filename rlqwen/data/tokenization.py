@@ -1,14 +1,15 @@
 """Rows to token ids: sequences with their loss masks for SFT, prompts for GRPO."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat, Piece
+from rlqwen.data.encoding import TokenizedRow, encode, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row, to_prompt_row
-from rlqwen.data.report import DataReport, percentiles
-from rlqwen.data.sft import SFTWriter, all_in_loss, eos_warnings
+from rlqwen.data.report import DataReport, first_of, percentiles
+from rlqwen.data.sft import SFTWriter, all_in_loss
+from rlqwen.data.writer import eos_warnings
 from rlqwen.errors import DataError
 from rlqwen.types import Message, Prompt
 
@@ -16,19 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-
-_BATCH = 512
-_PROGRESS_AFTER_S = 3.0
-_NAMED_ROWS = 5
-
-
-@dataclass(slots=True)
-class TokenizedRow:
-    """One training sequence of T tokens."""
-
-    token_ids: list[int]
-    loss_mask: list[bool]
-    """T values: token t is in the loss, as what is to be predicted. The first never is: nothing comes before it."""
 
 
 def tokenize_conversation(
@@ -46,7 +34,7 @@ def tokenize_conversation(
     """
     chat = ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
     pieces = chat.conversation(messages, "conversation")
-    (row,) = _encode(tokenizer, [pieces if assistant_only else all_in_loss(pieces)])
+    (row,) = encode(tokenizer, [pieces if assistant_only else all_in_loss(pieces)])
     return row.token_ids, row.loss_mask
 
 
@@ -64,7 +52,7 @@ def tokenize_sft(
     writer = SFTWriter(tokenizer, config)
     kept: list[TokenizedRow] = []
     lengths: list[int] = []
-    for _, row in _tokenize(rows, tokenizer, writer.pieces):
+    for _, (row,) in tokenize_rows(rows, tokenizer, writer.write):
         lengths.append(len(row.token_ids))
         is_long = config.max_length is not None and len(row.token_ids) > config.max_length
         if is_long and config.truncation_mode == "drop":
@@ -76,7 +64,7 @@ def tokenize_sft(
             report.num_empty_mask += 1
             continue
         report.num_truncated += is_long
-        kept.append(_trim(row))
+        kept.append(trim(row))
     report.num_kept = len(kept)
     report.lengths = percentiles(lengths)
     report.end_of_turn = writer.end_token
@@ -107,19 +95,19 @@ def tokenize_prompts(
     found: dict[int, Row] = {}
     chat: ChatFormat | None = None
 
-    def pieces(number: int, row: Row) -> list[Piece]:
+    def write(number: int, row: Row) -> list[list[Piece]]:
         nonlocal chat
         where = f"row {number}"
         row = found[number] = to_prompt_row(normalise_row(row, where), where)
         if isinstance(row["prompt"], str):
-            return [Piece(row["prompt"], True)]
+            return [[Piece(row["prompt"], True)]]
         chat = chat or ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
-        return chat.prompt(row["prompt"], where, tools=row.get("tools"))
+        return [chat.prompt(row["prompt"], where, tools=row.get("tools"))]
 
     prompts: list[Prompt] = []
     overlong_rows: list[str] = []
     lengths: list[int] = []
-    for number, tokenized in _tokenize(rows, tokenizer, pieces):
+    for number, (tokenized,) in tokenize_rows(rows, tokenizer, write):
         length = len(tokenized.token_ids)
         lengths.append(length)
         row = found.pop(number)
@@ -142,59 +130,10 @@ def tokenize_prompts(
     return prompts, report
 
 
-def _tokenize(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", pieces: Callable[[int, Row], list[Piece]]
-) -> Iterator[tuple[int, TokenizedRow]]:
-    """(row number, its tokens) in order, a batch of rows at a time; a bar appears when it takes long on a terminal."""
-    from tqdm import tqdm
-
-    if not rows:
-        raise DataError("the dataset is empty")
-    with tqdm(total=len(rows), desc="Tokenising", unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
-        for start in range(0, len(rows), _BATCH):
-            numbers = range(start, min(start + _BATCH, len(rows)))
-            batch = [pieces(number, rows[number]) for number in numbers]
-            yield from zip(numbers, _encode(tokenizer, batch), strict=True)
-            bar.update(len(numbers))
-
-
-def _encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> list[TokenizedRow]:
-    """Tokenise each distinct piece once, control and ordinary text apart, and put the rows together again."""
-    ids: dict[tuple[bool, str], list[int]] = {}
-    for is_control in (False, True):
-        texts = list(dict.fromkeys(p.text for pieces in batch for p in pieces if p.is_control is is_control and p.text))
-        if texts:
-            encoded = tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=not is_control,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            ids |= {(is_control, text): tokens for text, tokens in zip(texts, encoded, strict=True)}
-    rows = []
-    for pieces in batch:
-        row = TokenizedRow([], [])
-        for piece in pieces:
-            tokens = ids[piece.is_control, piece.text] if piece.text else []
-            row.token_ids += tokens
-            row.loss_mask += [piece.in_loss] * len(tokens)
-        row.loss_mask[:1] = [False] * len(row.loss_mask[:1])
-        rows.append(row)
-    return rows
-
-
 def _truncate(row: TokenizedRow, config: SFTConfig) -> TokenizedRow:
     assert config.max_length is not None
     kept = slice(config.max_length) if config.truncation_mode == "keep_start" else slice(-config.max_length, None)
     return TokenizedRow(row.token_ids[kept], [False, *row.loss_mask[kept][1:]])
-
-
-def _trim(row: TokenizedRow) -> TokenizedRow:
-    """Without what follows the last token in the loss: nothing there is learned or read."""
-    end = len(row.loss_mask) - row.loss_mask[::-1].index(True)
-    return TokenizedRow(row.token_ids[:end], row.loss_mask[:end])
 
 
 def _nothing_to_learn(report: DataReport, config: SFTConfig) -> str:
@@ -210,8 +149,7 @@ def _nothing_to_learn(report: DataReport, config: SFTConfig) -> str:
 
 
 def _too_long(overlong_rows: list[str], num_rows: int, limit: int | None) -> str:
-    more = f" and {len(overlong_rows) - _NAMED_ROWS} more" if len(overlong_rows) > _NAMED_ROWS else ""
     return (
         f"{len(overlong_rows)} of {num_rows} prompts are longer than max_prompt_length={limit} tokens: "
-        f"{', '.join(overlong_rows[:_NAMED_ROWS])}{more}; raise it, or shorten them"
+        f"{first_of(overlong_rows)}; raise it, or shorten them"
     )

@@ -35,7 +35,7 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import MetricLogger, plot_curves, write_summary
-from rlqwen.parallel import Updater, UpdateResult, pick_device
+from rlqwen.parallel import Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric, Verdict
@@ -108,6 +108,10 @@ class BaseTrainer(ABC, Generic[Row, Args]):
     def close(self) -> None:
         """Free what the trainer holds beside the model; may be called twice."""
 
+    def trained_parts(self) -> list[Part]:
+        """What the updates change."""
+        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate)]
+
     # What users call
 
     @property
@@ -177,7 +181,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.plan = plan_batch(self.args, len(self.train_rows))
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.updater = Updater(self.policy.trained_parameters, self.args, total_updates=self.state.max_steps)
+        self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps)
         self._open_logger(self.state.max_steps)
         if self.cleaning:
             self.cleaning.write(self.output_dir)

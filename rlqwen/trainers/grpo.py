@@ -11,8 +11,7 @@ Shapes: P prompts a rollout, G completions a prompt.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,38 +19,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.advantages import carries_signal, group_advantages, soft_overlong_penalty
-from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
-from rlqwen.check import prompt_room
+from rlqwen.batch import Branch, Tree
 from rlqwen.config import GRPOConfig
-from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
-from rlqwen.metrics import CompletionLog
-from rlqwen.registry import Reward, check_columns
-from rlqwen.scoring import Scorer, build_rewards
-from rlqwen.trainers.base import BaseTrainer, Metrics
-from rlqwen.trainers.rollouts import Rollouts, describe_groups
+from rlqwen.trainers.base import Metrics
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, mean_over_tokens
+from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
-RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 
-
-@dataclass(slots=True)
-class Update:
-    """One update's share of a rollout."""
-
-    micro_batches: list[PackedBatch]
-    totals: Totals
-    """Counts of all its completions, those without a gradient included."""
-    sums: dict[str, float] = field(default_factory=dict)
-    """Metrics of the forward passes, summed over tokens."""
-
-
-class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
+class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     """Sample a group of completions for each prompt, score them, and make the better ones likelier."""
 
     algorithm = "grpo"
-    default_best_metric = "eval/reward/mean"
 
     def __init__(
         self,
@@ -83,42 +64,23 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             raise ConfigError("sync_ref_model needs a reference copy: beta above 0, and no adapter")
         super().__init__(
             model,
+            reward_funcs,
             args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=peft_config,
             callbacks=callbacks,
+            peft_config=peft_config,
+            reward_processing_classes=reward_processing_classes,
             reference=args.beta > 0,
         )
-        self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
-        self.scorer: Scorer | None = self._start_scorer()
-        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
-        if eval_dataset is not None:
-            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
-        self.rollouts: Rollouts | None = None
-        self.completions = CompletionLog(self.output_dir)
-        self._draws = 0
-
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
-        room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
-        prompts, report = tokenize_prompts(
-            as_rows(dataset),
-            self.processing_class,
-            max_prompt_length=room,
-            overlong=self.args.overlong_prompts,
-            chat_template_kwargs=self.args.chat_template_kwargs,
-        )
-        name = "eval" if evaluation else "train"
-        for reward in self.rewards:
-            check_columns(reward, prompts[0].columns, f"{name}_dataset")
-        self.reports[name] = report
-        return prompts
 
     # The algorithm
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample a group for each prompt, score it, centre within the group, and make the clipped updates."""
         groups_P, metrics = self._sample(prompts_P)
-        metrics |= self._scoring_metrics()
+        metrics |= self.scoring_metrics()
         self._assign_advantages(groups_P)
         started = time.monotonic()
         updates = [self._pack(share) for share in self._shares(groups_P)]
@@ -127,7 +89,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
         for _ in range(self.args.num_iterations):
             for update in updates:
                 total_loss += self._update(update)
-        self._require_rollouts().policy_changed()
+        self.require_rollouts().policy_changed()
         self._refresh_reference()
         self.completions.write(self.state.global_step, groups_P)
         return (
@@ -139,15 +101,14 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
 
     def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
         """Scored groups; under dynamic sampling, of more prompts, until enough of them carry signal."""
-        rollouts = self._require_rollouts()
+        rollouts = self.require_rollouts()
         wanted = len(prompts_P)
         kept: list[Group] = []
         spare: list[Group] = []
         metrics: Metrics = {}
         for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
-            self._draws += 1
             groups, figures = rollouts.sample(
-                prompts_P, num_generations=self.args.num_generations, draw=f"train/{self._draws}"
+                prompts_P, num_generations=self.args.num_generations, draw=self.next_draw()
             )
             metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
             signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
@@ -196,8 +157,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
             self.updater.backward(loss)
             total_loss += loss.item()
-            for key, value in sums.items():
-                update.sums[key] = update.sums.get(key, 0.0) + value.item()
+            update.add(sums)
         self.update(update.micro_batches)
         return total_loss
 
@@ -230,11 +190,7 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
                     )
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches))
-        limit = self.args.max_tokens_per_micro_batch
-        parts = split_trees(
-            trees, max_tokens=limit, max_branches=self.args.per_device_train_batch_size if limit is None else None
-        )
-        return Update([pack(part) for part in parts], Totals(tokens=tokens, sequences=sequences))
+        return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
 
     @property
     def _trains_without_advantage(self) -> bool:
@@ -261,82 +217,3 @@ class GRPOTrainer(BaseTrainer[Prompt, GRPOConfig]):
             self.args.ref_model_sync_steps, self.state.global_step - self.plan.updates_per_step
         ):
             self.policy.refresh_reference(self.args.ref_model_mixup_alpha)
-
-    def _start_scorer(self) -> Scorer:
-        scorer = Scorer(
-            self.rewards,
-            self.args.scoring,
-            weights=self.args.reward_weights,
-            failures_dir=self.output_dir / "reward_failures",
-            tokenizer=self.processing_class,
-        )
-        scorer.trainer_state = self.state
-        return scorer
-
-    def _scoring_metrics(self) -> Metrics:
-        """What the reward workers counted since the last call."""
-        assert self.scorer is not None
-        metrics = self.scorer.metrics()
-        self.scorer.reset_metrics()
-        return metrics
-
-    # Evaluation, and the ends
-
-    def compute_evaluation(self, rows: list[Prompt]) -> Metrics:
-        """Mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
-        count = self.args.num_generations_eval or 1
-        groups, _ = self._require_rollouts().sample(rows, num_generations=count, draw="eval")
-        self.completions.write(self.state.global_step, groups, evaluation=True)
-        figures = describe_groups(groups) | self._scoring_metrics()
-        del figures["tokens/generated"]
-        return figures
-
-    def _require_rollouts(self) -> Rollouts:
-        """The engine, started at its first use, so that a wrong argument is found before."""
-        if self.rollouts is None:
-            if self.scorer is None:
-                self.scorer = self._start_scorer()
-            rows = self.train_rows + (self.eval_rows or [])
-            self.rollouts = Rollouts(
-                self.policy,
-                self.processing_class,
-                self.scorer,
-                self.args,
-                model_path=self._folder_for_workers(),
-                longest_prompt=max(len(prompt.token_ids) for prompt in rows),
-                end_of_turn=self.reports["train"].end_of_turn,
-            )
-        return self.rollouts
-
-    def _folder_for_workers(self) -> str:
-        """Where rollout workers find config, tokenizer and the weights that they start with."""
-        if self.model_folder is not None:
-            return self.model_folder
-        folder = self.output_dir / "base_model" / "given"
-        self.policy.save(folder)
-        self.processing_class.save_pretrained(folder)
-        return str(folder)
-
-    def after_restore(self) -> None:
-        if self.rollouts is not None:
-            self.rollouts.policy_changed()
-
-    def close(self) -> None:
-        if self.rollouts is not None:
-            self.rollouts.close()
-            self.rollouts = None
-        if self.scorer is not None:
-            self.scorer.close()
-            self.scorer = None
-
-
-def mean_over_tokens(updates: Sequence[Update], num_iterations: int) -> Metrics:
-    """Means over all trained tokens, and how many there were."""
-    targets = sum(micro.num_targets for update in updates for micro in update.micro_batches)
-    sums: dict[str, float] = {}
-    for update in updates:
-        for key, value in update.sums.items():
-            sums[key] = sums.get(key, 0.0) + value
-    passes = max(targets * num_iterations, 1)
-    trained = sum(micro.num_tokens for update in updates for micro in update.micro_batches) * num_iterations
-    return {key: value / passes for key, value in sums.items()} | {"tokens/trained": float(trained)}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.batch import Branch, Tree, pack
-from rlqwen.config import GRPOConfig
+from rlqwen.config import OnlineConfig
 from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
@@ -34,7 +34,7 @@ class Rollouts:
         policy: Policy,
         tokenizer: PreTrainedTokenizerBase,
         scorer: Scorer,
-        args: GRPOConfig,
+        args: OnlineConfig,
         *,
         model_path: str,
         longest_prompt: int,

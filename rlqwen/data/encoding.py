@@ -1,0 +1,80 @@
+"""Pieces of text to token ids, many rows at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.data.chat import Piece
+from rlqwen.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+_BATCH = 512
+_PROGRESS_AFTER_S = 3.0
+
+
+@dataclass(slots=True)
+class TokenizedRow:
+    """One training sequence of T tokens."""
+
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """T values: token t is in the loss, as what is to be predicted. The first never is: nothing comes before it."""
+
+
+def tokenize_rows(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", write: Callable[[int, Row], list[list[Piece]]]
+) -> Iterator[tuple[int, list[TokenizedRow]]]:
+    """(row number, its sequences) in order, a batch of rows at a time; a bar appears when it takes long on a terminal.
+
+    `write` gives the pieces of each sequence that a row becomes.
+    """
+    from tqdm import tqdm
+
+    if not rows:
+        raise DataError("the dataset is empty")
+    with tqdm(total=len(rows), desc="Tokenising", unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
+        for start in range(0, len(rows), _BATCH):
+            numbers = range(start, min(start + _BATCH, len(rows)))
+            batch = [write(number, rows[number]) for number in numbers]
+            encoded = iter(encode(tokenizer, [pieces for sequences in batch for pieces in sequences]))
+            for number, sequences in zip(numbers, batch, strict=True):
+                yield number, list(islice(encoded, len(sequences)))
+            bar.update(len(numbers))
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> list[TokenizedRow]:
+    """Tokenise each distinct piece once, control and ordinary text apart, and put the rows together again."""
+    ids: dict[tuple[bool, str], list[int]] = {}
+    for is_control in (False, True):
+        texts = list(dict.fromkeys(p.text for pieces in batch for p in pieces if p.is_control is is_control and p.text))
+        if texts:
+            encoded = tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=not is_control,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            ids |= {(is_control, text): tokens for text, tokens in zip(texts, encoded, strict=True)}
+    rows = []
+    for pieces in batch:
+        row = TokenizedRow([], [])
+        for piece in pieces:
+            tokens = ids[piece.is_control, piece.text] if piece.text else []
+            row.token_ids += tokens
+            row.loss_mask += [piece.in_loss] * len(tokens)
+        row.loss_mask[:1] = [False] * len(row.loss_mask[:1])
+        rows.append(row)
+    return rows
+
+
+def trim(row: TokenizedRow) -> TokenizedRow:
+    """Without what follows the last token in the loss: nothing there is learned or read."""
+    end = len(row.loss_mask) - row.loss_mask[::-1].index(True)
+    return TokenizedRow(row.token_ids[:end], row.loss_mask[:end])

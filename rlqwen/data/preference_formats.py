@@ -1,0 +1,243 @@
+"""One form for preference rows: `prompt`, `chosen` and `rejected`, all of them text or all of them messages.
+
+Forms that are read, by their columns:
+
+    prompt, chosen, rejected           text or messages; the answers may repeat the prompt, as UltraFeedback's do
+    chosen, rejected                   whole conversations, or texts, of which the common beginning is the prompt
+    chosen, rejected                   Anthropic HH: "\\n\\nHuman: ...\\n\\nAssistant: ...", which become messages
+    conversations, chosen, rejected    ShareGPT; `messages` serve as well
+    instruction, ..., chosen, rejected    Alpaca
+    messages, rejected_response        ms-swift: the last turn is the chosen answer
+    input, preferred_output, non_preferred_output    OpenAI
+    prompt, completion, label          answers with a label; `kto_tag` serves as well, and messages or ShareGPT
+
+`margin` is a number, or what scores of both answers differ by. Tools may stand beside any of them.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rlqwen.data.turns import ALPACA_COLUMNS, from_alpaca, from_sharegpt, normalise_messages, to_turns, with_system
+from rlqwen.errors import DataError
+from rlqwen.types import Message
+
+Row = dict[str, Any]
+Content = str | list[Message]
+
+SIDES = ("chosen", "rejected")
+
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
+_HH = re.compile(r"\s*Human:")
+_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_pair(row: Row) -> bool:
+    return all(side in row for side in SIDES)
+
+
+def rename_columns(row: Row, where: str) -> Row:
+    """OpenAI's, ms-swift's and LLaMA-Factory's columns by our names."""
+    if "preferred_output" in row and "non_preferred_output" in row:
+        asked = row.pop("input", None)
+        if not isinstance(asked, dict) or "messages" not in asked:
+            raise DataError(f"{where}: 'input' beside 'preferred_output' must have 'messages': {asked!r:.80}")
+        row |= {"prompt": asked["messages"]} | {key: asked[key] for key in ("tools",) if asked.get(key)}
+        row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
+    if "messages" in row and "rejected_response" in row:
+        *prompt, chosen = normalise_messages(row.pop("messages"), where, "messages")
+        row |= {"prompt": prompt, "chosen": [chosen], "rejected": row.pop("rejected_response")}
+    if "kto_tag" in row and "label" not in row:
+        row["label"] = row.pop("kto_tag")
+    return row
+
+
+def normalise_pair(row: Row, where: str) -> Row:
+    """A row with `chosen` and `rejected` in our form, with `margin` where the row tells it.
+
+    Raises DataError for answers that are missing or malformed, and for answers to different prompts.
+    """
+    row = dict(row)
+    chosen, rejected = (_read(row[side], where, side) for side in SIDES)
+    prompt = _take_prompt(row, where, chosen)
+    if isinstance(row.get("prompt"), str) and isinstance(prompt, list):  # HH: the answer follows "Assistant: "
+        chosen, rejected = (side.strip() if isinstance(side, str) else side for side in (chosen, rejected))
+    if prompt is not None and all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+        parts: tuple[Content, Content, Content] = prompt, chosen, rejected
+    elif prompt is not None:
+        parts = _match(to_turns(prompt, "user"), to_turns(chosen, "assistant"), to_turns(rejected, "assistant"), where)
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        parts = _split_texts(chosen, rejected)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        parts = _split_conversations(chosen, rejected, where)
+    else:
+        raise DataError(f"{where}: one of 'chosen' and 'rejected' is text and the other messages, and no 'prompt'")
+    row |= dict(zip(("prompt", *SIDES), parts, strict=True))
+    margin = _margin(row, where)
+    return row if margin is None else row | {"margin": margin}
+
+
+def to_pair_rows(row: Row, where: str) -> list[Row]:
+    """A normalised row, which must be a pair, as a row of each of its answers; see `to_labelled_rows`."""
+    if is_pair(row):
+        return to_labelled_rows(row, where)
+    missing = next(side for side in SIDES if side not in row)
+    raise DataError(
+        f"{where}: no {missing!r} answer; a preference row needs 'chosen' and 'rejected'. "
+        f"This one has {', '.join(map(str, row)) or 'no columns'}: map them with columns: {{{missing}: ...}}"
+    )
+
+
+def to_labelled_rows(row: Row, where: str) -> list[Row]:
+    """A normalised row as answers with labels: `prompt`, `completion`, `label`, `tools`, `margin`; a pair gives two.
+
+    Without a `prompt`, it is `messages` up to the last turn, which must be the assistant's.
+    """
+    shared = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
+    if is_pair(row):
+        return [shared | {"completion": row[side], "label": side == "chosen"} for side in SIDES]
+    shared["label"] = _label(row, where)
+    if "prompt" in row and "completion" in row:
+        return [shared | {"completion": row["completion"]}]
+    messages = row.get("messages", [])
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: no answer to label; rows need 'prompt', 'completion' and 'label', or messages that end in an "
+            f"assistant turn and 'label'. This one has {', '.join(map(str, row))}"
+        )
+    return [shared | {"prompt": messages[:-1], "completion": messages[-1:]}]
+
+
+def _read(value: Any, where: str, column: str) -> Content:
+    """An answer or a prompt in any form; dialogues of Anthropic HH become messages."""
+    if isinstance(value, str):
+        return _from_hh(value) if _HH.match(value) and "\n\nAssistant:" in value else value
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(first, dict) and "from" in first:
+        return from_sharegpt(value, where, column)
+    return normalise_messages(value, where, column)
+
+
+def _from_hh(text: str) -> list[Message]:
+    parts = _HH_TURN.split(text)[1:]
+    return [
+        {"role": _HH_ROLES[name], "content": content.strip()}
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
+    """The row's explicit prompt, taken out of the columns that it stands in."""
+    if "prompt" in row:
+        prompt = _read(row["prompt"], where, "prompt")
+        if isinstance(prompt, list) and prompt[-1] == {"role": "assistant", "content": ""}:
+            prompt = prompt[:-1]  # an HH prompt ends in "\n\nAssistant:"
+        return prompt
+    if "conversations" in row:
+        return with_system(from_sharegpt(row.pop("conversations"), where, "conversations"), row.pop("system", None))
+    if "instruction" in row:
+        prompt = from_alpaca({key: row[key] for key in ALPACA_COLUMNS if key in row and key != "output"}, where)
+        for column in ALPACA_COLUMNS:
+            row.pop(column, None)
+        return prompt
+    if "messages" in row and (isinstance(chosen, str) or chosen[0]["role"] == "assistant"):
+        return normalise_messages(row.pop("messages"), where, "messages")
+    return None
+
+
+def _match(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """An explicit prompt and the two answers without it, where they repeat it."""
+    if prompt[-1]["role"] == "assistant" and prompt[-1:] == chosen:
+        prompt = prompt[:-1]  # the conversation as it went on
+    answers = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)]
+    if all(answer and answer[0]["role"] != "assistant" for answer in answers):
+        # Whole conversations whose prompt has a system turn more, or less, than the column.
+        common, *answers = _split_conversations(chosen, rejected, where)
+        long, short = (prompt, common) if len(prompt) > len(common) else (common, prompt)
+        if _said(long[-len(short) :]) != _said(short):
+            raise DataError(
+                f"{where}: 'chosen' and 'rejected' begin with another prompt than 'prompt': "
+                f"{common[-1]['content']!r:.80} and {prompt[-1]['content']!r:.80}"
+            )
+        prompt = long
+    for side, answer in zip(SIDES, answers, strict=True):
+        if not answer:
+            raise DataError(f"{where}: {side!r} holds the prompt and no answer")
+        if answer[0]["role"] != "assistant":
+            raise DataError(
+                f"{where}: {side!r} must be an answer to 'prompt', but it begins with a turn of role "
+                f"{answer[0]['role']!r}: {answer[0]['content']!r:.80}; are the prompts the same?"
+            )
+    return prompt, answers[0], answers[1]
+
+
+def _split_conversations(
+    chosen: list[Message], rejected: list[Message], where: str
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole conversations: their common beginning, up to an assistant turn, and what each goes on with."""
+    length = _num_common(chosen, rejected)
+    if length == min(
+        len(chosen), len(rejected)
+    ):  # equal, or one goes on after the other's end: the last common turn must be an answer
+        length -= 1
+    for side, turns in zip(SIDES, (chosen, rejected), strict=True):
+        if turns[length]["role"] != "assistant":
+            raise DataError(
+                f"{where}: the prompts of 'chosen' and 'rejected' differ: turn {length} of {side!r} is the first that "
+                f"is not common, and its role is {turns[length]['role']!r}: {turns[length]['content']!r:.80}"
+            )
+    if length == 0:
+        raise DataError(f"{where}: 'chosen' and 'rejected' have no common beginning, and there is no 'prompt'")
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The common beginning ends before a space, which belongs to the word after it; it may be empty."""
+    end = _num_common(chosen, rejected)
+    end = max((match.start() for match in re.finditer(r"\s", chosen[:end])), default=0)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _num_common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _said(turns: list[Message]) -> list[tuple[str, str]]:
+    return [(turn["role"], turn["content"].strip()) for turn in turns]
+
+
+def _margin(row: Row, where: str) -> float | None:
+    columns = [("margin",), *_SCORES]
+    found = next((names for names in columns if all(name in row for name in names)), ())
+    values = []
+    for name in found:
+        try:
+            value = float(row[name])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{where}: column {name!r} must be a finite number, not {row[name]!r:.80}")
+        values.append(value)
+    return values[0] - sum(values[1:]) if values else None
+
+
+def _label(row: Row, where: str) -> bool:
+    if "label" not in row:
+        raise DataError(
+            f"{where}: no 'label'; an answer needs one that says whether it is good (true) or bad (false). "
+            f"This one has {', '.join(map(str, row)) or 'no columns'}: map one with columns: {{label: ...}}"
+        )
+    label = _LABELS.get(str(row["label"]).lower())
+    if label is None:
+        raise DataError(f"{where}: 'label' must be true or false, not {row['label']!r:.80}")
+    return label

@@ -1,0 +1,62 @@
+"""What the writers of training rows share: the chat template, the token that ends a text, what to warn of."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from rlqwen.config.preference import PreferenceConfig
+from rlqwen.config.sft import SFTConfig
+from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Writer:
+    """Turns rows into pieces of text; the chat template is looked at only when a row needs it."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig | PreferenceConfig) -> None:
+        self._tokenizer, self._template_path = tokenizer, config.chat_template_path
+        self._template_kwargs, self._is_eos_given = config.chat_template_kwargs, config.eos_token is not None
+        eos = config.eos_token or tokenizer.eos_token
+        if eos is None:
+            raise ModelError("the tokenizer has no EOS token, so the end of a text can't be learned; set eos_token")
+        self._vocab: dict[str, int] = tokenizer.get_vocab()
+        if eos not in self._vocab:
+            raise ConfigError(f"eos_token: {eos!r} is not in the tokenizer's vocabulary")
+        self._eos: str = eos
+
+    @cached_property
+    def format(self) -> ChatFormat:
+        return ChatFormat(
+            self._tokenizer,
+            chat_template=load_chat_template(self._template_path) if self._template_path else None,
+            chat_template_kwargs=self._template_kwargs,
+        )
+
+    @property
+    def end_token(self) -> str:
+        """What ends the text that the model writes: the template's end of turn, or EOS where no template is used."""
+        return self.format.end_of_turn if "format" in vars(self) else self._eos
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [self._vocab[token] for token in (self._eos, self.end_token)]
+
+    def warnings(self) -> list[str]:
+        return [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
+
+    def with_eos(self, text: str) -> str:
+        return text if text.endswith(self._eos) else text + self._eos
+
+
+def eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) -> list[str]:
+    """A template that ends turns with another token than the tokenizer's EOS makes generation run on."""
+    if end_token == tokenizer.eos_token:
+        return []
+    return [
+        (
+            f"the chat template ends turns with {end_token!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}: "
+            f"generation must stop at {end_token!r} too; set eos_token: {end_token!r}"
+        )
+    ]

@@ -1,0 +1,185 @@
+"""What the trainers that learn from their own completions share: rewards, rollouts, evaluation by sampling.
+
+Shapes: P prompts a rollout, G completions a prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.batch import PackedBatch, Tree, pack, split_trees
+from rlqwen.check import prompt_room
+from rlqwen.config import OnlineConfig
+from rlqwen.data import as_rows, tokenize_prompts
+from rlqwen.losses import Totals
+from rlqwen.metrics import CompletionLog
+from rlqwen.registry import Reward, check_columns
+from rlqwen.scoring import Scorer, build_rewards
+from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.rollouts import Rollouts, describe_groups
+from rlqwen.types import Prompt
+
+RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
+Args = TypeVar("Args", bound=OnlineConfig)
+
+
+@dataclass(slots=True)
+class Update:
+    """One update's share of a rollout."""
+
+    micro_batches: list[PackedBatch]
+    totals: Totals
+    """Counts of all its completions, those without a gradient included."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Metrics of the forward passes, summed over tokens."""
+
+    def add(self, sums: Metrics) -> None:
+        """Add the sums of one forward pass."""
+        for key, value in sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+
+
+class OnlineTrainer(BaseTrainer[Prompt, Args]):
+    """Samples completions, scores them, and learns from the scores; see GRPOTrainer and PPOTrainer."""
+
+    default_best_metric = "eval/reward/mean"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: Args,
+        *,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase | None,
+        callbacks: Sequence[TrainerCallback] | None,
+        peft_config: Any,
+        reward_processing_classes: Any,
+        reference: bool,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            reference=reference,
+        )
+        self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
+        self.scorer: Scorer | None = self._start_scorer()
+        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.rollouts: Rollouts | None = None
+        self.completions = CompletionLog(self.output_dir)
+        self._draws = 0
+
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
+        room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
+        prompts, report = tokenize_prompts(
+            as_rows(dataset),
+            self.processing_class,
+            max_prompt_length=room,
+            overlong=self.args.overlong_prompts,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+        name = "eval" if evaluation else "train"
+        for reward in self.rewards:
+            check_columns(reward, prompts[0].columns, f"{name}_dataset")
+        self.reports[name] = report
+        return prompts
+
+    def next_draw(self) -> str:
+        """Name of the next training draw, which its sampling seeds derive from."""
+        self._draws += 1
+        return f"train/{self._draws}"
+
+    def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
+        """Packed micro-batches of trees of completions, as large as the config allows."""
+        limit = self.args.max_tokens_per_micro_batch
+        parts = split_trees(
+            trees, max_tokens=limit, max_branches=self.args.per_device_train_batch_size if limit is None else None
+        )
+        return [pack(part) for part in parts]
+
+    def _start_scorer(self) -> Scorer:
+        scorer = Scorer(
+            self.rewards,
+            self.args.scoring,
+            weights=self.args.reward_weights,
+            failures_dir=self.output_dir / "reward_failures",
+            tokenizer=self.processing_class,
+        )
+        scorer.trainer_state = self.state
+        return scorer
+
+    def scoring_metrics(self) -> Metrics:
+        """What the reward workers counted since the last call."""
+        assert self.scorer is not None
+        metrics = self.scorer.metrics()
+        self.scorer.reset_metrics()
+        return metrics
+
+    def compute_evaluation(self, rows: list[Prompt]) -> Metrics:
+        """Mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
+        count = self.args.num_generations_eval or 1
+        groups, _ = self.require_rollouts().sample(rows, num_generations=count, draw="eval")
+        self.completions.write(self.state.global_step, groups, evaluation=True)
+        figures = describe_groups(groups) | self.scoring_metrics()
+        del figures["tokens/generated"]
+        return figures
+
+    def require_rollouts(self) -> Rollouts:
+        """The engine, started at its first use, so that a wrong argument is found before."""
+        if self.rollouts is None:
+            if self.scorer is None:
+                self.scorer = self._start_scorer()
+            rows = self.train_rows + (self.eval_rows or [])
+            self.rollouts = Rollouts(
+                self.policy,
+                self.processing_class,
+                self.scorer,
+                self.args,
+                model_path=self._folder_for_workers(),
+                longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+                end_of_turn=self.reports["train"].end_of_turn,
+            )
+        return self.rollouts
+
+    def _folder_for_workers(self) -> str:
+        """Where rollout workers find config, tokenizer and the weights that they start with."""
+        if self.model_folder is not None:
+            return self.model_folder
+        folder = self.output_dir / "base_model" / "given"
+        self.policy.save(folder)
+        self.processing_class.save_pretrained(folder)
+        return str(folder)
+
+    def after_restore(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts.policy_changed()
+
+    def close(self) -> None:
+        if self.rollouts is not None:
+            self.rollouts.close()
+            self.rollouts = None
+        if self.scorer is not None:
+            self.scorer.close()
+            self.scorer = None
+
+
+def mean_over_tokens(updates: Sequence[Update], num_passes: int) -> Metrics:
+    """Means over all trained tokens, and how many there were."""
+    targets = sum(micro.num_targets for update in updates for micro in update.micro_batches)
+    sums: dict[str, float] = {}
+    for update in updates:
+        for key, value in update.sums.items():
+            sums[key] = sums.get(key, 0.0) + value
+    trained = sum(micro.num_tokens for update in updates for micro in update.micro_batches) * num_passes
+    return {key: value / max(targets * num_passes, 1) for key, value in sums.items()} | {
+        "tokens/trained": float(trained)
+    }
