@@ -1,4 +1,4 @@
-"""Post-train Qwen models: SFT and GRPO over one policy wrapper, vLLM rollouts managed by Ray, rewards as plugins.
+"""Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO over one policy wrapper, vLLM rollouts managed by Ray, rewards as plugins.
 
 The public names are imported on first use, so `import rlqwen` is quick and needs no torch.
 """
@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlqwen.config import GRPOConfig, RolloutConfig, ScoringConfig, SFTConfig
+    from rlqwen.config import GRPOConfig, PPOConfig, RewardConfig, RolloutConfig, ScoringConfig, SFTConfig
     from rlqwen.trainers.grpo import GRPOTrainer
+    from rlqwen.trainers.ppo import PPOTrainer
+    from rlqwen.trainers.reward import RewardTrainer
     from rlqwen.trainers.sft import SFTTrainer
 
 __version__ = "0.1.0"
@@ -16,13 +18,29 @@ __version__ = "0.1.0"
 _HOMES = {
     "GRPOConfig": "rlqwen.config",
     "GRPOTrainer": "rlqwen.trainers.grpo",
+    "PPOConfig": "rlqwen.config",
+    "PPOTrainer": "rlqwen.trainers.ppo",
+    "RewardConfig": "rlqwen.config",
+    "RewardTrainer": "rlqwen.trainers.reward",
     "RolloutConfig": "rlqwen.config",
     "SFTConfig": "rlqwen.config",
     "SFTTrainer": "rlqwen.trainers.sft",
     "ScoringConfig": "rlqwen.config",
 }
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RolloutConfig", "SFTConfig", "SFTTrainer", "ScoringConfig", "__version__"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "RolloutConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "ScoringConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,8 @@ class Branch:
     sampler_logprobs: list[float] | None = None
     """The sampler's log-probability of each token, where the branch was sampled."""
     advantage: float = 0.0
+    reward: float = 0.0
+    """Of the whole branch, where advantages are yet to be estimated from it."""
 
 
 @dataclass(slots=True)
@@ -62,12 +64,20 @@ class PackedBatch:
     """(S,) float: targets in each sequence."""
     advantages_S: Tensor
     """(S,) float."""
+    rewards_S: Tensor
+    """(S,) float."""
     sampler_logp_N: Tensor | None = None
     """(N,) float: the sampler's logprobs; None where nothing was sampled."""
     old_logp_N: Tensor | None = None
     """(N,) float: the policy's logprobs before the first update on this rollout; None: the forward's own."""
     ref_logp_N: Tensor | None = None
     """(N,) float: the reference's logprobs."""
+    old_value_N: Tensor | None = None
+    """(N,) float: the critic's value of what stands before each target, before the first update on this rollout."""
+    advantage_N: Tensor | None = None
+    """(N,) float: advantages token by token, where they are not one for the whole sequence."""
+    return_N: Tensor | None = None
+    """(N,) float: what the critic should have said."""
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +121,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
         lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
         advantages_S=torch.tensor(row.advantages, dtype=torch.float32),
+        rewards_S=torch.tensor(row.rewards, dtype=torch.float32),
         sampler_logp_N=torch.tensor([x for values in row.sampler_logprobs for x in values or ()]) if sampled else None,
     )
 
@@ -126,6 +137,7 @@ class _Row:
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
     sampler_logprobs: list[list[float] | None] = field(default_factory=list)
 
     def add(self, tree: Tree) -> None:
@@ -151,22 +163,24 @@ class _Row:
         self.targets += [branch.token_ids[i] for i in kept]
         self.lengths.append(len(kept))
         self.advantages.append(branch.advantage)
+        self.rewards.append(branch.reward)
         logprobs = branch.sampler_logprobs
         self.sampler_logprobs.append(None if logprobs is None else [logprobs[i] for i in kept])
 
 
 def split_trees(
-    trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None
+    trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None, divide: bool = True
 ) -> Iterator[list[Tree]]:
     """Cut a run of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
 
     A tree is kept whole where it fits a micro-batch of its own; otherwise its branches are dealt out, and each
-    micro-batch that gets some holds the prefix again. A single sequence longer than `max_tokens` stands alone.
+    micro-batch that gets some holds the prefix again. What cannot be divided further and is larger than a micro-batch
+    stands alone: a single sequence, or any tree with `divide=False`, whose loss compares its branches.
     """
     current: list[Tree] = []
     branches = tokens = 0
     for tree in trees:
-        whole = fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
+        whole = not divide or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
         pieces = [tree] if whole else [Tree(tree.prefix, [branch]) for branch in tree.branches]
         for piece in pieces:
             joins = not whole and bool(current) and current[-1].prefix is piece.prefix

@@ -1,5 +1,7 @@
 """Models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -7,11 +9,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
@@ -27,6 +31,40 @@ def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
+
+
+def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
+    """A model that answers with one number, and whether its head was there already; a causal model gets a new one.
+
+    Raises ModelError, also where the folder has a head of several labels.
+    """
+    try:
+        with _quiet_loading():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path,
+                num_labels=1,
+                trust_remote_code=args.trust_remote_code,
+                output_loading_info=True,
+                **args.model_init_kwargs,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {name_or_path!r} cannot be loaded as one with a scalar head: {error}") from error
+    missing = set(report["missing_keys"])
+    unexpected = missing - {"score.weight"}
+    if unexpected:
+        raise ModelError(f"model {name_or_path!r} lacks weights: {', '.join(sorted(unexpected)[:5])}")
+    return model, not missing
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers would report the new head, and the language-model head that is left out, as if they were faults."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Args]:

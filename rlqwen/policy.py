@@ -19,17 +19,14 @@ import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.logprobs import chunked_logprobs
-
-# Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
-PACKABLE_LAYERS = {"full_attention", "attention"}
 
 
 class Policy:
@@ -59,7 +56,7 @@ class Policy:
         self._reference: nn.Module | None = None
         if reference and peft_config is None and not isinstance(model, PeftModel):
             self._reference = copy.deepcopy(model).to(self.device, self.compute_dtype).eval().requires_grad_(False)
-            _set_attention(self._reference)
+            use_packed_attention(self._reference)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
@@ -87,8 +84,7 @@ class Policy:
             for module in self.model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
-        self.packs_prefixes = packs_prefixes(self.base_model.config)
-        _set_attention(self.base_model)
+        use_packed_attention(self.base_model)
         self.model.train()
 
     @property
@@ -104,6 +100,12 @@ class Policy:
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """(N,) float32 logprobs of the batch's targets in nats, and (N,) entropies where asked; with gradient."""
+        return self.logprobs_and_hidden(batch, temperature=temperature, entropy=entropy)[:2]
+
+    def logprobs_and_hidden(
+        self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk."""
         return self._logprobs(self.base_model, batch, temperature, entropy)
 
     @torch.no_grad()
@@ -128,10 +130,10 @@ class Policy:
 
     def _logprobs(
         self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            hidden_NC = _packed_hidden(model, batch) if self.packs_prefixes else _sequential_hidden(model, batch)
-        return chunked_logprobs(
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        with self.autocast():
+            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        logp_N, entropy_N = chunked_logprobs(
             hidden_NC.to(self.compute_dtype),
             _head_weight(model),
             batch.target_N,
@@ -139,6 +141,11 @@ class Policy:
             chunk_size=self.chunk_size,
             entropy=entropy,
         )
+        return logp_N, entropy_N, hidden_NC
+
+    def autocast(self) -> torch.autocast:
+        """The forward's precision."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def _adapter_off(self) -> contextlib.AbstractContextManager[None]:
         return self.model.disable_adapter()
@@ -160,15 +167,12 @@ class Policy:
         if checkpointing:
             model.gradient_checkpointing_disable()
         try:
-            with (
-                self.inference(),
-                torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32),
-            ):
+            with self.inference(), self.autocast():
                 yield model
         finally:
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            _set_attention(model)
+            use_packed_attention(model)
 
     @torch.no_grad()
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -224,42 +228,8 @@ class Policy:
         if self.has_adapter:
             set_peft_model_state_dict(self.model, load_peft_weights(str(folder)))
             return
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32)
         self.base_model.load_state_dict(saved.state_dict())
-
-
-def packs_prefixes(config: Any) -> bool:
-    """Whether a model of this configuration can share a prefix; linear, recurrent or sliding layers cannot."""
-    layers = getattr(config, "layer_types", None)
-    return layers is None or set(layers) <= PACKABLE_LAYERS
-
-
-def _set_attention(model: PreTrainedModel) -> None:
-    if packs_prefixes(model.config):
-        model.set_attn_implementation(PACKED_ATTENTION)
-
-
-def _packed_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """(N, C) hidden states that predict the targets, from one forward over the packed row."""
-    output = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
-    )
-    return output.last_hidden_state[0][batch.source_N]
-
-
-def _sequential_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """(N, C) as above, prefix and branch forwarded again for each sequence: for layers that carry a state along."""
-    hidden = []
-    for sequence, span in enumerate(batch.layout.spans):
-        prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
-        branch = batch.input_ids[:, span.start : span.end]
-        source = batch.source_N[batch.sequence_N == sequence]
-        if not len(source):
-            continue
-        output = model.base_model(input_ids=torch.cat([prefix, branch], dim=1), use_cache=False)
-        inside = source - span.start + prefix.shape[1]
-        hidden.append(output.last_hidden_state[0][torch.where(source < span.start, prefix.shape[1] - 1, inside)])
-    return torch.cat(hidden)
 
 
 def _head_weight(model: PreTrainedModel) -> Tensor:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 # From the ground up; a module may import from its own row (but for the trainers and the command line) and those below.
 LAYERS = [
     {"errors", "types"},
-    {"config", "entry_points", "registry", "attention", "batch", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
+    {"recipe", "data", "loading", "policy", "critic", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"trainers"},
     {"evaluate", "pipeline"},

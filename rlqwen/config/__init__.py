@@ -6,7 +6,7 @@ from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
-from rlqwen.config.ppo import PPOConfig
+from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
 from rlqwen.config.reward import RewardConfig
@@ -17,6 +17,7 @@ from rlqwen.config.trainer import TrainerConfig
 __all__ = [
     "CleaningConfig",
     "Config",
+    "CriticConfig",
     "DPOConfig",
     "DataConfig",
     "GRPOConfig",

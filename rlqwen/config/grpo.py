@@ -90,3 +90,7 @@ class GRPOConfig(OnlineConfig):
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def passes_per_rollout(self) -> int:
+        return self.num_iterations

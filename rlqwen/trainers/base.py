@@ -75,12 +75,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
-        self.policy = Policy(
-            load_model(model_name, args) if isinstance(model, str) else model,
-            args,
-            peft_config=peft_config,
-            reference=reference,
-            device=pick_device(args.use_cpu),
+        self.policy = self.load_policy(
+            model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
@@ -94,6 +90,16 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """What tokenising the data did, by `train` and `eval`."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
+
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> Policy:
+        """The model that is trained, from its folder or hub id or from what was given."""
+        return Policy(
+            load_model(model, self.args) if isinstance(model, str) else model,
+            self.args,
+            peft_config=peft_config,
+            reference=reference,
+            device=pick_device(self.args.use_cpu),
+        )
 
     # What a trainer supplies
 
@@ -291,12 +297,15 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
         if not folder.exists():
-            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state))
+            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state), self.save_beside)
             self._notify("on_save")
         if best:
             self.state.best_model_checkpoint = str(folder)
         kept = self.state.best_model_checkpoint
         drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write into a checkpoint's folder what the trainer trains beside the policy."""
 
     def after_restore(self) -> None:
         """Called when the weights have been replaced by a checkpoint's."""

@@ -1,5 +1,6 @@
 """From a recipe to the trainer that carries it out."""
 
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig
@@ -9,6 +10,8 @@ from rlqwen.data import RecipeData, load_recipe_data
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.grpo import GRPOTrainer
+from rlqwen.trainers.ppo import PPOTrainer
+from rlqwen.trainers.reward import RewardTrainer
 from rlqwen.trainers.sft import SFTTrainer
 
 
@@ -32,11 +35,20 @@ def _build(recipe: Recipe, data: RecipeData) -> BaseTrainer[Any, Any]:
         "eval_dataset": data.eval,
         "peft_config": lora_config(recipe.model.lora) if recipe.model.lora else None,
     }
-    if recipe.algorithm == "sft":
-        return SFTTrainer(recipe.model.path, args, **shared)
-    args = args.model_copy(update={"reward_weights": [spec.weight for spec in recipe.rewards]})
-    rewards = build_rewards([spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards])
-    return GRPOTrainer(recipe.model.path, rewards, args, **shared)
+    if recipe.rewards:
+        args = args.model_copy(update={"reward_weights": [spec.weight for spec in recipe.rewards]})
+        shared["reward_funcs"] = build_rewards(
+            [spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards]
+        )
+    return _TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
+
+
+_TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
+    "sft": SFTTrainer,
+    "reward": RewardTrainer,
+    "ppo": PPOTrainer,
+    "grpo": GRPOTrainer,
+}
 
 
 def model_arguments(model: ModelConfig) -> dict[str, Any]:

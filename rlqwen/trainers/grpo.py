@@ -24,7 +24,7 @@ from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
 from rlqwen.trainers.base import Metrics
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, mean_over_tokens
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
 from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
@@ -164,14 +164,9 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     # From groups to batches
 
     def _shares(self, groups_P: list[Group]) -> Iterator[list[tuple[Group, list[int]]]]:
-        """Deal completions out to updates, in order: a share names groups and which of their completions it holds."""
+        """Deal completions out to updates, in order."""
         flat = [(group, index) for group in groups_P for index in range(len(group))]
-        size = self.args.completions_per_update
-        for start in range(0, len(flat), size):
-            share: dict[int, tuple[Group, list[int]]] = {}
-            for group, index in flat[start : start + size]:
-                share.setdefault(id(group), (group, []))[1].append(index)
-            yield list(share.values())
+        return deal(flat, self.args.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
         """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals."""
