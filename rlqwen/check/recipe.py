@@ -15,9 +15,16 @@ from rich.text import Text
 from rlqwen.check.arithmetic import plan_batch, prompt_room
 from rlqwen.check.model import ModelFacts, check_model_path, read_model
 from rlqwen.check.resources import check_resources
-from rlqwen.config import DPOConfig, GRPOConfig, Recipe, SFTConfig
+from rlqwen.config import DPOConfig, OnlineConfig, Recipe, SFTConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import DataReport, load_rows, tokenize_comparisons, tokenize_prompts, tokenize_sft
+from rlqwen.data import (
+    DataReport,
+    clean_recipe_data,
+    load_rows,
+    tokenize_comparisons,
+    tokenize_prompts,
+    tokenize_sft,
+)
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import DataError, InputError
 from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
@@ -89,6 +96,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None) -> CheckReport:
     model = _check_model(report, recipe, start)
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
+    train, evaluation = _clean(report, recipe, train, evaluation)
     if recipe.rewards:
         _check_rewards(report, recipe, {"data.train": train, "data.eval": evaluation})
     for name, rows in (("train", train), ("eval", evaluation)):
@@ -100,7 +108,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None) -> CheckReport:
                     _describe_batch(report, recipe, tokenized)
     if not model:
         _describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
-    if isinstance(recipe.train, GRPOConfig):
+    if isinstance(recipe.train, OnlineConfig):
         with report.collecting():
             report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report
@@ -117,7 +125,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         if starting_model(recipe, recipes[:place]) is recipe:
             check_model_path(recipe.model.path)
         _check_reference(recipe, recipes[:place])
-        if isinstance(recipe.train, GRPOConfig):
+        if isinstance(recipe.train, OnlineConfig):
             check_resources(recipe.train.rollout)
         if place and recipe.rewards:
             rewards = resolve_rewards(recipe)
@@ -179,6 +187,22 @@ def _load(report: CheckReport, recipe: Recipe, part: str) -> list[Row] | None:
     return None
 
 
+def _clean(
+    report: CheckReport, recipe: Recipe, train: list[Row] | None, evaluation: list[Row] | None
+) -> tuple[list[Row] | None, list[Row] | None]:
+    """The rows that a run would see; none where they can't be had."""
+    if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
+        return train, evaluation
+    with report.collecting():
+        data = clean_recipe_data(recipe.data, train, evaluation)
+        assert data.cleaning is not None
+        listed = f"; listed in {data.cleaning.folder}" if data.cleaning.dropped and data.cleaning.folder else ""
+        report.facts.append(("cleaning", data.cleaning.summary() + listed))
+        report.warnings += data.cleaning.warnings
+        return data.train, data.eval
+    return None, None
+
+
 def _check_rewards(report: CheckReport, recipe: Recipe, parts: dict[str, list[Row] | None]) -> None:
     with report.collecting():
         rewards = resolve_rewards(recipe)
@@ -203,7 +227,9 @@ def _tokenize(recipe: Recipe, rows: list[Row], model: ModelFacts) -> DataReport:
         return data
     if isinstance(config, DPOConfig):
         return tokenize_comparisons(rows, model.tokenizer, config)[1]
-    assert isinstance(config, GRPOConfig)
+    if isinstance(config, PreferenceConfig):
+        return tokenize_preferences(rows, model.tokenizer, config)[1]
+    assert isinstance(config, OnlineConfig)
     _, data = tokenize_prompts(
         rows,
         model.tokenizer,

@@ -1,6 +1,7 @@
 """Every config model: pydantic, unknown keys forbidden, no torch."""
 
 from rlqwen.config.base import Config
+from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
 from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.grpo import GRPOConfig
@@ -15,6 +16,7 @@ from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 
 __all__ = [
+    "CleaningConfig",
     "Config",
     "CriticConfig",
     "DPOConfig",
@@ -22,8 +24,10 @@ __all__ = [
     "GRPOConfig",
     "LoraSettings",
     "ModelConfig",
+    "NearDuplicatesConfig",
     "OnlineConfig",
     "PPOConfig",
+    "PatternConfig",
     "PreferenceConfig",
     "Recipe",
     "RewardConfig",

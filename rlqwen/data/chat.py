@@ -20,6 +20,7 @@ tokenising what `apply_chat_template` returns for the whole conversation:
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,8 @@ class ChatFormat:
         for extra in (tools, *(message.get("tool_calls") for message in messages)):
             if extra and self._is_unsafe(json.dumps(extra, ensure_ascii=False)):
                 raise DataError(f"{where}: the text of a special token inside a tool or tool call: {extra!r:.200}")
+        if tools and not self._writes_tools:
+            raise DataError(f"{where}: the row has tools, but the chat template writes none; set chat_template_path")
         self._check_structure(messages, where)
         mark = self._unused_mark(messages)
         rendered = self._render(
@@ -164,6 +167,11 @@ class ChatFormat:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(f"{where}: the chat template refuses this conversation (roles {roles}): {error}") from None
         return str(text)
+
+    @cached_property
+    def _writes_tools(self) -> bool:
+        tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
+        return "probe_tool" in self._render([{"role": "user", "content": "probe"}], "chat template", [tool])
 
     def _find_generation_prompt(self) -> str:
         probe = [{"role": "user", "content": "probe"}]
@@ -214,6 +222,10 @@ class ChatFormat:
         calls, end, rest = after.partition(self.end_of_turn)
         if not end or (calls and not has_calls):
             raise DataError(f"{where}: the chat template follows an assistant's content with {after[:40]!r}")
+        if has_calls and not calls.strip():
+            raise DataError(
+                f"{where}: a turn has tool calls, but the chat template writes none; set chat_template_path"
+            )
         return calls, rest
 
     def _is_unsafe(self, text: str) -> bool:

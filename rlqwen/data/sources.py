@@ -13,6 +13,7 @@ from rlqwen.config.data import SourceConfig
 from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
+from rlqwen.data.turns import without_filling
 from rlqwen.errors import DataError
 
 Row = dict[str, Any]
@@ -50,7 +51,8 @@ def as_rows(data: Any) -> list[Row]:
             f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; of a stream, take a "
             "number of rows first: list(stream.take(10_000))"
         )
-    rows = data.to_list() if hasattr(data, "to_list") else [data[i] for i in range(len(data))]
+    is_table = hasattr(data, "to_list")
+    rows = [without_filling(row) for row in data.to_list()] if is_table else [data[i] for i in range(len(data))]
     if not rows:
         raise DataError("the dataset is empty")
     for number, row in enumerate(rows):
@@ -90,7 +92,7 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return _numbered(load_from_disk(str(path)), str(path))
+        return _numbered(map(without_filling, load_from_disk(str(path))), str(path))
     return read_rows(path)
 
 
@@ -106,7 +108,7 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
             f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
             f"({type(error).__name__}: {error})"
         ) from error
-    return _numbered(dataset, source.path)
+    return _numbered(map(without_filling, dataset), source.path)
 
 
 def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:

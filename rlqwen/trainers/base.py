@@ -31,7 +31,7 @@ from rlqwen.checkpoint import (
     save_model,
 )
 from rlqwen.config import SyncedReference, TrainerConfig
-from rlqwen.data import DataReport
+from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import MetricLogger, plot_curves, write_summary
@@ -90,6 +90,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """What tokenising the data did, by `train` and `eval`."""
         self._held_notes: list[str] = []
         """Notes from before the logger was open."""
+        self.cleaning: CleaningReport | None = None
+        """What cleaning did to the rows before that, where a recipe asked for it."""
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
@@ -189,7 +191,10 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps)
         self._open_logger(self.state.max_steps)
-        for name, report in self.reports.items():
+        if self.cleaning:
+            self.cleaning.write(self.output_dir)
+        cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
+        for name, report in (cleaning | self.reports).items():
             self._note(f"{name}: {report.summary()}")
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")

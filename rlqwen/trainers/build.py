@@ -6,7 +6,7 @@ from typing import Any
 from peft import LoraConfig
 
 from rlqwen.config import LoraSettings, ModelConfig, Recipe
-from rlqwen.data import load_rows
+from rlqwen.data import RecipeData, load_recipe_data
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dpo import DPOTrainer
@@ -18,17 +18,22 @@ from rlqwen.trainers.sft import SFTTrainer
 
 def build_trainer(recipe: Recipe) -> BaseTrainer[Any, Any]:
     """Load the recipe's data and model; everything that is wrong with either is an InputError."""
+    data = load_recipe_data(recipe.data)
+    trainer = _build(recipe, data)
+    trainer.cleaning = data.cleaning
+    return trainer
+
+
+def _build(recipe: Recipe, data: RecipeData) -> BaseTrainer[Any, Any]:
     args = recipe.train.model_copy(
         update={
             "model_init_kwargs": model_arguments(recipe.model) | recipe.train.model_init_kwargs,
             "trust_remote_code": recipe.model.trust_remote_code,
         }
     )
-    train_rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed)
-    eval_rows = load_rows(recipe.data.eval, seed=recipe.data.mixing_seed) if recipe.data.eval else None
     shared: dict[str, Any] = {
-        "train_dataset": train_rows,
-        "eval_dataset": eval_rows,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
         "peft_config": lora_config(recipe.model.lora) if recipe.model.lora else None,
     }
     if recipe.rewards:
