@@ -6,7 +6,6 @@ Example:
 """
 
 import bisect
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
+from rlqwen.likelihood import measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.trainers.base import BaseTrainer, Metrics
 
@@ -94,14 +94,9 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
 
     def compute_evaluation(self, rows: list[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential."""
-        negative, tokens = 0.0, 0
-        for part in _batches_of(rows, self.args.per_device_eval_batch_size):
-            micro = pack(_trees(part))
-            logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
-            negative -= logp_N.sum().item()
-            tokens += micro.num_targets
-        loss = negative / max(tokens, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+        batches = _batches_of(rows, self.args.per_device_eval_batch_size)
+        likelihood = measure_likelihood(self.policy, (_trees(batch) for batch in batches))
+        return {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
 
     def _micro_batches(self, rows: list[Bin]) -> list[PackedBatch]:
         if self.args.max_tokens_per_micro_batch is not None:
@@ -117,7 +112,7 @@ def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:
 
 
 def _trees(bins: list[Bin]) -> list[Tree]:
-    return [Tree([], [Branch(row.token_ids, row.loss_mask)]) for sequences in bins for row in sequences]
+    return [sequence_tree(row) for sequences in bins for row in sequences]
 
 
 def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> list[Bin]:
