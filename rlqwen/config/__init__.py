@@ -3,6 +3,7 @@
 from rlqwen.config.base import Config
 from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
@@ -18,6 +19,7 @@ __all__ = [
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "EvalGenerationConfig",
     "GRPOConfig",
     "LoraSettings",
     "ModelConfig",

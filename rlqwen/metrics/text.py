@@ -52,6 +52,11 @@ class TextMeasure:
         self.references = [references_of(row, reference, f"row {number}") for number, row in enumerate(rows)]
         self.labels = label_set(self.references, labels) if "label" in metrics else []
 
+    @property
+    def keys(self) -> list[str]:
+        """Names of the figures that `figures` gives."""
+        return list(text_figures(self.metrics, [""], self.references[:1], self.labels).values)
+
     def figures(self, groups: Sequence[Group]) -> TextFigures:
         """Figures over every completion of every group."""
         pairs = [
