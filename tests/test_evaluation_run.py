@@ -203,6 +203,11 @@ def test_what_was_sampled_is_kept_where_a_reward_fails(tiny_model_path, data, ca
         ),
         (["--metrics", "label", "--labels", "4,5"], "row 0: '4, I think' is none of the labels 4, 5"),
         (["--rewards", "judges.py:letters", "--against", "./missing"], "there is no such folder"),
+        (["--rewards", "TINY"], "lacks weights (score.weight), so its scores would be random"),
+        (
+            ["--rewards", "judges.py:letters", "--against", "data", "--data", "bare.jsonl"],
+            "row 0 has no answer of its own",
+        ),
         (
             ["--rewards", "judges.py:letters", "--against", "data", "--column", "completion=reply"],
             "which the row lacks",
@@ -210,6 +215,8 @@ def test_what_was_sampled_is_kept_where_a_reward_fails(tiny_model_path, data, ca
     ],
 )
 def test_bad_input_ends_with_2_before_anything_is_sampled(tiny_model_path, data, capsys, words, message):
+    Path("bare.jsonl").write_text('{"prompt": "q"}\n')
+    words = [str(tiny_model_path) if word == "TINY" else word for word in words]
     assert main(["eval", str(tiny_model_path), "--data", data, "--engine", "transformers", *words]) == 2
     error = capsys.readouterr().err
     assert message in error

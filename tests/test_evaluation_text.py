@@ -1,13 +1,19 @@
 """Metrics that compare texts: by hand on small cases, in English and Chinese."""
 
+from pathlib import Path
+
 import pytest
 
+from rlqwen.config import SourceConfig
+from rlqwen.data import load_rows
 from rlqwen.data.references import own_answer, references_of
 from rlqwen.errors import DataError
 from rlqwen.metrics.answers import after_reasoning, normalise_answer, same_answer
 from rlqwen.metrics.labels import find_label, label_figures, label_set
 from rlqwen.metrics.text import RougeTokenizer, TextMeasure, bleu_tokenizer, text_figures
 from rlqwen.types import Completion, Group, Prompt
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def figures(metric, text, *references):
@@ -209,3 +215,21 @@ def test_normalising_leaves_something_of_every_answer():
     assert normalise_answer("...") == "..."
     assert normalise_answer("007.0") == "7"
     assert normalise_answer("100") == "100"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
+@pytest.mark.parametrize(
+    ("name", "columns", "tokenizer"),
+    [("alpaca_zh_demo.json", {}, "zh"), ("gsm8k/train.jsonl", {"prompt": "question", "solution": "answer"}, "13a")],
+)
+def test_real_answers_match_themselves_and_not_each_other(name, columns, tokenizer):
+    rows = load_rows(SourceConfig(path=str(SHARED / name), columns=columns, limit=20), seed=0)
+    references = [references_of(row, None, "row") for row in rows]
+    texts = [several[0] for several in references]
+    same = text_figures(["bleu", "chrf", "rouge", "exact_match"], texts, references)
+    assert f"tok:{tokenizer}|" in same.signatures["bleu"]
+    assert same.values["exact_match"] == same.values["rouge_l"] == 1
+    assert (same.values["bleu"], same.values["chrf"]) == pytest.approx((100, 100))
+    shifted = text_figures(["bleu", "rouge"], texts[1:] + texts[:1], references)
+    assert shifted.values["bleu"] < 20
+    assert shifted.values["rouge_l"] < 0.4

@@ -13,7 +13,7 @@ from rlqwen.cli.session import console, prepare
 @click.command("eval")
 @click.argument("model")
 @click.option("--data", required=True, help="Data file, folder or hub id; or a recipe, whose eval data it is then.")
-@click.option("--rewards", "reward_names", help="Rewards, separated by commas. Default: those of the recipe.")
+@click.option("--rewards", "reward_names", help="By commas: names, module:function, file.py:function, reward models.")
 @click.option("--metrics", "metric_names", help="perplexity, bleu, chrf, rouge, exact_match, label; by commas.")
 @click.option("--against", metavar="MODEL", help="Win rate by the rewards against this model, or against `data`.")
 @click.option("--reference", metavar="COLUMN", help="Right answers; `completion`: the row's own. Default: solution.")
@@ -21,7 +21,7 @@ from rlqwen.cli.session import console, prepare
 @click.option("-k", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Per prompt.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="Default: the recipe's, else 1.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of a completion. Default: the recipe's, else 512.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many prompts.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many rows.")
 @click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: vllm where it imports.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
 @click.option("--system-prompt", help="Put before every prompt as a system turn.")
@@ -33,8 +33,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL by rewards, by metrics, or both.
 
     Rewards and all metrics but perplexity are over K completions sampled for each prompt. Rewards give mean, pass@k and
-    majority@k; a reward may also be a reward model's folder. bleu, chrf, rouge, exact_match and label compare with
-    the rows' right answers; perplexity is that of the rows' own answers and samples nothing.
+    majority@k; without --rewards and --metrics they are the recipe's. bleu, chrf, rouge, exact_match and label compare
+    with the rows' right answers; perplexity is that of the rows' own answers and samples nothing.
 
     \b
     rlqwen eval runs/quickstart/grpo/final --data runs/quickstart/grpo/recipe.yaml -k 8

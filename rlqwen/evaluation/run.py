@@ -21,7 +21,7 @@ from rlqwen.evaluation.result import (
     write_groups,
     write_result,
 )
-from rlqwen.evaluation.sampling import given_answers, sample
+from rlqwen.evaluation.sampling import given_answers, own_answers, sample
 from rlqwen.evaluation.win_rate import win_rates
 from rlqwen.metrics.figures import reward_figures
 from rlqwen.metrics.text import TextMeasure
@@ -43,15 +43,17 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
     measure = None
     if config.text_metrics:
         measure = TextMeasure(config.text_metrics, rows, reference=config.reference, labels=config.labels)
+    answers = own_answers(rows) if config.against == AGAINST_DATA else None
     weights = [spec.weight for spec in config.rewards]
     with tempfile.TemporaryDirectory() as scratch, Scorer(rewards, config.scoring, weights=weights) as scorer:
         names = [config.model] + ([config.against] if config.against not in (None, AGAINST_DATA) else [])
         models = [find_model(str(name), Path(scratch), config.sft.chat_template_path) for name in names]
+        scorer.wait_until_ready()
         evaluation = _Evaluation(config, rows, scorer, measure)
         result, groups = evaluation.of_model(models[0], COMPLETIONS_FILE)
         if config.against is not None:
-            if config.against == AGAINST_DATA:
-                against, others = evaluation.of_data(models[0], AGAINST_FILE)
+            if answers is not None:
+                against, others = evaluation.of_data(models[0], answers)
             else:
                 against, others = evaluation.of_model(models[1], AGAINST_FILE)
             result = replace(result, against=against, win_rates=win_rates(groups, others))
@@ -89,12 +91,12 @@ class _Evaluation:
             notes |= figures.signatures
         return summarise(model.name, groups, self.config.num_samples, started, values, notes), groups
 
-    def of_data(self, model: EvalModel, file: str) -> tuple[EvalResult, list[Group]]:
+    def of_data(self, model: EvalModel, answers: Sequence[str]) -> tuple[EvalResult, list[Group]]:
         """Rewards of the rows' own answers."""
         started = time.monotonic()
-        groups: list[Group] = []
-        with self._keeping(groups, file):
-            given_answers(model, self.rows, self.config, self.scorer, groups)
+        groups = given_answers(model, self.rows, self.config, self.scorer, answers)
+        if self.config.output is not None:
+            write_groups(self.config.output / AGAINST_FILE, groups, None)
         return summarise(AGAINST_DATA, groups, self.config.num_samples, started, {}, {}), groups
 
     @contextmanager

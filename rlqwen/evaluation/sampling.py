@@ -53,23 +53,32 @@ def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Sc
     groups.sort(key=lambda group: group.prompt.index)
 
 
-def given_answers(
-    model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, groups: list[Group]
-) -> None:
-    """Fill `groups` with the rows' own answers, as if each had been sampled `config.num_samples` times; `model`'s
-    tokenizer gives their ids. Raises DataError for a row without one."""
-    prompts, _ = _prompts(model, rows, config)
-    for prompt in prompts:
-        text = own_answer(rows[prompt.index], f"row {prompt.index}")
-        if text is None:
+def own_answers(rows: Sequence[Row]) -> list[str]:
+    """The answer of each row. Raises DataError for a row without one."""
+    answers = []
+    for number, row in enumerate(rows):
+        answer = own_answer(row, f"row {number}")
+        if answer is None:
             raise DataError(
-                f"row {prompt.index} has no answer of its own to compare with: --against data needs a 'completion' or "
-                f"messages that end in an assistant turn; map one with --column completion=..."
+                f"row {number} has no answer of its own to compare with: --against data needs a column 'completion', or "
+                "messages that end in an assistant turn; map one with --column completion=NAME"
             )
+        answers.append(answer)
+    return answers
+
+
+def given_answers(
+    model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, answers: Sequence[str]
+) -> list[Group]:
+    """`answers`, one a row, scored as if each had been sampled `config.num_samples` times; `model`'s tokenizer gives
+    their ids."""
+    groups = []
+    for prompt in _prompts(model, rows, config)[0]:
+        text = answers[prompt.index]
         ids = model.facts.tokenizer(text, add_special_tokens=False)["input_ids"]
-        completion = Completion(ids, [], "stop", text)
-        groups.append(Group(prompt, [completion] * config.num_samples, policy_version=0))
+        groups.append(Group(prompt, [Completion(ids, [], "stop", text)] * config.num_samples, policy_version=0))
     scorer.score(groups)
+    return groups
 
 
 def _prompts(model: EvalModel, rows: Sequence[Row], config: EvalConfig) -> tuple[list[Prompt], DataReport]:

@@ -9,7 +9,7 @@ from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
 
 # Last parts of keys of evaluation figures.
-_BETTER_LOW = {"truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time"}
+_BETTER_LOW = {"truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds"}
 
 
 class Verdict(Enum):
