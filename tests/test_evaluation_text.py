@@ -146,6 +146,21 @@ def test_the_label_is_the_answer_or_the_only_one_named(text, label):
     assert find_label(text, ["positive", "negative", "very positive", "正面", "负面"]) == label
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("b", "b"),
+        ("(B)", "b"),
+        ("It is a good one: B.", "b"),
+        ("it is a good one", None),
+        ("A or B", None),
+        ("5 stars", "5"),
+    ],
+)
+def test_a_single_letter_is_a_label_in_a_text_only_as_a_capital(text, label):
+    assert find_label(text, ["a", "b", "5"]) == label
+
+
 def test_label_figures_by_hand():
     found = label_figures(["a", "a", "b", None], ["a", "b", "b", "b"])
     assert found.accuracy == 1 / 2

@@ -1,6 +1,7 @@
 """Accuracy and F1 of completions that name one label of a few."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from rlqwen.errors import DataError
 from rlqwen.metrics.answers import after_reasoning, marked_answer, normalise_answer
 
 _MAX_LABELS = 100
+# A letter or digit, but for kana and Chinese characters.
+_SPACED = r"[^\W\u3040-\u9fff]"
 
 
 @dataclass(frozen=True)
@@ -51,27 +54,30 @@ def find_label(text: str, labels: Sequence[str]) -> str | None:
     """The label (one of `labels`, which are normalised) that a text comes to; None where that can't be told.
 
     It is what the text marks as its answer, or all of the text after the thoughts, where that is a label; else the
-    only label that stands in it as a word of its own. A label inside a longer one that stands there doesn't count.
+    only label that stands in it as a word of its own, a single letter only as a capital. A label inside a longer one
+    that stands there doesn't count.
     """
     text = after_reasoning(text)
     marked = marked_answer(text)
-    answer = normalise_answer(text if marked is None else marked)
-    if answer in labels:
-        return answer
+    answer = text if marked is None else marked
+    if normalise_answer(answer) in labels:
+        return normalise_answer(answer)
+    answer = " ".join(unicodedata.normalize("NFKC", answer).split())
     found = set()
     for label in sorted(labels, key=len, reverse=True):
-        pattern = _as_word(label)
-        if pattern.search(answer):
+        answer, count = _as_word(label).subn("\0", answer)
+        if count:
             found.add(label)
-            answer = pattern.sub("\0", answer)
     return found.pop() if len(found) == 1 else None
 
 
 def _as_word(label: str) -> re.Pattern[str]:
     """The label with no letter or digit of a spaced script beside it; Chinese has no spaces to look for."""
-    before = r"(?<![^\W\u3040-\u9fff])" if re.match(r"[^\W\u3040-\u9fff]", label) else ""
-    after = r"(?![^\W\u3040-\u9fff])" if re.search(r"[^\W\u3040-\u9fff]\Z", label) else ""
-    return re.compile(f"{before}{re.escape(label)}{after}")
+    before = rf"(?<!{_SPACED})" if re.match(_SPACED, label) else ""
+    after = rf"(?!{_SPACED})" if re.match(_SPACED, label[-1]) else ""
+    if len(label) == 1:
+        return re.compile(f"{before}{re.escape(label.upper())}{after}")  # "a" is an article, "A" rather a choice
+    return re.compile(f"{before}{re.escape(label)}{after}", re.IGNORECASE)
 
 
 def label_figures(found: Sequence[str | None], expected: Sequence[str]) -> LabelFigures:
