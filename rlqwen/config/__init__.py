@@ -4,6 +4,7 @@ from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
 from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
@@ -21,6 +22,7 @@ __all__ = [
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "EvalGenerationConfig",
     "GRPOConfig",
     "LoraSettings",
     "ModelConfig",

@@ -80,7 +80,12 @@ def sample_lines(row: Mapping[str, Any]) -> RenderableType:
         f"{name} {'missing' if value is None else format(value, '.2f')}" for name, value in row["rewards"].items()
     )
     return Text.assemble(
-        "  ", (_one_line(prompt), "dim"), " → ", _one_line(row["completion"]), "   ", (f"[{rewards}]", "cyan")
+        "  ",
+        (_one_line(prompt), "dim"),
+        " → ",
+        _one_line(row["completion"]),
+        "   ",
+        (f"[{rewards}]" if rewards else "", "cyan"),
     )
 
 

@@ -134,6 +134,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         try:
             if self.args.eval_on_start and self.eval_rows:
                 initial = self.evaluate()
+                self.best.find_key(initial)  # sooner than after the first updates
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._one_step()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
