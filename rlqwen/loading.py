@@ -15,17 +15,26 @@ from transformers import (
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.parallel import pick_device
+from rlqwen.quantization import require_bitsandbytes
 
 Args = TypeVar("Args", bound=TrainerConfig)
+_LOADING_ARGUMENTS = ("dtype", "quantization_config")
+"""What `from_pretrained` must see of a built-in model's arguments."""
 
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
     """AutoModelForCausalLM.from_pretrained with our errors."""
+    arguments = dict(args.model_init_kwargs)
+    if arguments.get("quantization_config") is not None:
+        require_bitsandbytes("quantization_config")
+        # Quantised weights are laid out for the device that they are loaded on.
+        arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=args.trust_remote_code, **args.model_init_kwargs
+            name_or_path, trust_remote_code=args.trust_remote_code, **arguments
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
 
 
@@ -33,9 +42,9 @@ def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Arg
     """The shape of a built-in model, and the config without it: `from_pretrained` must not see it."""
     if not model.startswith("builtin:"):
         return {}, args
-    shape = {key: value for key, value in args.model_init_kwargs.items() if key != "dtype"}
-    rest = {key: value for key, value in args.model_init_kwargs.items() if key == "dtype"}
-    return shape, args.model_copy(update={"model_init_kwargs": rest})
+    loading = {key: value for key, value in args.model_init_kwargs.items() if key in _LOADING_ARGUMENTS}
+    shape = {key: value for key, value in args.model_init_kwargs.items() if key not in _LOADING_ARGUMENTS}
+    return shape, args.model_copy(update={"model_init_kwargs": loading})
 
 
 def local_folder(name_or_path: str, revision: str | None = None) -> str:

@@ -6,7 +6,8 @@
     names_and_tensors = policy.export_weights()
 
 Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
-rounding without a sign. With `bf16` the forward runs under autocast.
+rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
+whatever they hold. With `bf16` the forward runs under autocast.
 """
 
 import contextlib
@@ -16,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
+from rlqwen.adapters import add_adapter, changes_base, check_adapter, checkpoint_weights, head_weight
 from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.logprobs import chunked_logprobs
+from rlqwen.model_files import write_model
+from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 
 # Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
 PACKABLE_LAYERS = {"full_attention", "attention"}
@@ -47,7 +49,7 @@ class Policy:
         """Take over `model`; it is changed in place.
 
         Args:
-            model: a transformers causal language model, or a PeftModel around one.
+            model: a transformers causal language model, its weights plain or bitsandbytes', or a PeftModel around one.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
             reference: whether `reference_logprobs` will be asked for. With adapters it is the model with the adapter
                 off, else a frozen copy of the weights as given.
@@ -61,11 +63,15 @@ class Policy:
             self._reference = copy.deepcopy(model).to(self.device, self.compute_dtype).eval().requires_grad_(False)
             _set_attention(self._reference)
         if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
-            model = get_peft_model(model, peft_config)
+            model = add_adapter(model, peft_config)
+        self.quantized_bits = quantized_bits(model)
+        """4 or 8 with bitsandbytes weights; None with plain ones."""
+        if self.quantized_bits:
+            prepare_quantized(model)
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
+        if self.has_adapter:
+            check_adapter(self.model, reference=reference)
         self.has_reference = reference
         self._prepare_training(args)
 
@@ -97,6 +103,20 @@ class Policy:
         return self.model.get_base_model() if self.has_adapter else self.model
 
     @property
+    def has_checkpoint_base(self) -> bool:
+        """Whether the weights under the adapter are still those of the folder that the model was loaded from."""
+        changed = self.has_adapter and any(changes_base(config) for config in self.model.peft_config.values())
+        return not self.quantized_bits and not changed
+
+    def check_trainable(self) -> None:
+        """ModelError if the weights are quantised and there is no adapter to train."""
+        if self.quantized_bits and not self.has_adapter:
+            raise ModelError(
+                f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
+                "recipe) to train an adapter on them, or load the model without quantization"
+            )
+
+    @property
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -120,6 +140,8 @@ class Policy:
         """No gradients and no dropout inside."""
         was_training = self.model.training
         self.model.eval()
+        if self.quantized_bits == 8:
+            use_training_products(self.model)
         try:
             with torch.no_grad():
                 yield
@@ -133,7 +155,7 @@ class Policy:
             hidden_NC = _packed_hidden(model, batch) if self.packs_prefixes else _sequential_hidden(model, batch)
         return chunked_logprobs(
             hidden_NC.to(self.compute_dtype),
-            _head_weight(model),
+            head_weight(model),
             batch.target_N,
             temperature=temperature,
             chunk_size=self.chunk_size,
@@ -170,54 +192,25 @@ class Policy:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             _set_attention(model)
 
-    @torch.no_grad()
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its checkpoint name, adapters merged, tied heads included, in the compute dtype.
 
         These are the names that vLLM loads: mixture-of-experts weights go back from transformers' fused form, and
         `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
         """
-        with self._merged():
-            for name, tensor in revert_weight_conversion(self.base_model, self._plain_weights()).items():
-                yield name, tensor.detach().to(self.compute_dtype)
+        return checkpoint_weights(self.base_model, dtype=self.compute_dtype)
 
-    def _plain_weights(self) -> dict[str, Tensor]:
-        """The base model's state under the names it had before PEFT wrapped its modules."""
-        return {
-            _plain_name(name): tensor
-            for name, tensor in self.base_model.state_dict().items()
-            if ".lora_" not in name and ".original_module." not in name
-        }
+    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
+        """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
 
-    @contextlib.contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Adapters added into the base weights; the base weights come back bit for bit, as saved, not subtracted."""
-        if not self.has_adapter:
-            yield
-            return
-        layers = [module for module in self.base_model.modules() if hasattr(module, "get_delta_weight")]
-        saved = [layer.get_base_layer().weight.data for layer in layers]
-        try:
-            for layer in layers:
-                weight = layer.get_base_layer().weight
-                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
-            yield
-        finally:
-            for layer, weight in zip(layers, saved, strict=True):
-                layer.get_base_layer().weight.data = weight
-
-    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `from_pretrained` loads, adapters merged; `dtype` None keeps each weight's own."""
-        with self._merged():
-            weights = {
-                name: tensor if dtype is None else tensor.to(dtype) for name, tensor in self._plain_weights().items()
-            }
-            self.base_model.save_pretrained(folder, state_dict=weights)
+        `dtype` None keeps each weight's own.
+        """
+        with contextlib.nullcontext() if adapter or not self.has_adapter else self._adapter_off():
+            write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
 
     def save_adapter(self, folder: Path | str) -> None:
-        """Write the adapter alone, as PEFT loads it."""
-        self.model.save_pretrained(folder)
+        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
     def restore(self, folder: Path | str) -> None:
         """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
@@ -260,23 +253,3 @@ def _sequential_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         inside = source - span.start + prefix.shape[1]
         hidden.append(output.last_hidden_state[0][torch.where(source < span.start, prefix.shape[1] - 1, inside)])
     return torch.cat(hidden)
-
-
-def _head_weight(model: PreTrainedModel) -> Tensor:
-    """(V, C) weight of the head, with its adapter where it has one."""
-    head = model.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
-    if hasattr(head, "get_delta_weight"):
-        weight = head.get_base_layer().weight
-        if head.disable_adapters:
-            return weight
-        return weight + sum(head.get_delta_weight(adapter) for adapter in head.active_adapters)
-    return head.weight
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name as it was before PEFT wrapped its module."""
-    name = name.replace(".base_layer.", ".")
-    parts = name.split(".modules_to_save.")
-    return parts[0] + "." + parts[1].split(".", 1)[1] if len(parts) == 2 else name

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 LAYERS = [
     {"errors", "types"},
     {"config", "entry_points", "registry", "attention", "batch", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"trainers"},
     {"evaluate", "pipeline"},

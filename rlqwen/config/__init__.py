@@ -7,7 +7,7 @@ from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import PPOConfig
 from rlqwen.config.preference import PreferenceConfig
-from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe, RewardSpec
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
@@ -23,6 +23,7 @@ __all__ = [
     "OnlineConfig",
     "PPOConfig",
     "PreferenceConfig",
+    "QuantizationSettings",
     "Recipe",
     "RewardConfig",
     "RewardSpec",

@@ -82,6 +82,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             reference=reference,
             device=pick_device(args.use_cpu),
         )
+        self.policy.check_trainable()
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self.control = TrainerControl()
