@@ -22,6 +22,7 @@ from rlqwen.errors import ModelError
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
 
 VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+"""Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
 VLLM_MAX_RANK = 512
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
@@ -122,6 +123,42 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     """(V, C) weight of the head, with its adapter where it has one; differentiable."""
     head = _active(model.get_output_embeddings())
     return adapted_weight(head) if isinstance(head, LoraLayer) else head.weight
+
+
+def lora_obstacle(model: PeftModel) -> str | None:
+    """Why vLLM cannot apply the adapter itself, so that merged weights must be sent; None if it can."""
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    misplaced = sorted({name.rpartition(".")[2] for name in layers} - VLLM_PROJECTIONS)
+    if len(model.active_adapters) != 1:
+        return "not exactly one adapter is active"
+    if any(layer.lora_variant for layer in layers.values()):
+        return "vLLM has no DoRA"
+    if any(isinstance(module, ModulesToSaveWrapper) for module in base.modules()):
+        return "modules_to_save trains whole modules beside the adapter"
+    if model.active_peft_config.bias != "none":
+        return "biases are trained beside the adapter"
+    if getattr(base.config, "num_experts", None):
+        return "the model is a mixture of experts"
+    if misplaced:
+        return f"vLLM puts no adapter on {', '.join(misplaced)}"
+    rank = adapter_rank(model)
+    return None if rank <= VLLM_MAX_RANK else f"its rank {rank} is above vLLM's largest, {VLLM_MAX_RANK}"
+
+
+def adapter_rank(model: PeftModel) -> int:
+    """The largest rank among the layers of the active adapter."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return max(layer.r[model.active_adapter] for layer in layers)
+
+
+def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """The active adapter's A and B under PEFT's names, the scaling folded into B: as of alpha = r."""
+    adapter = model.active_adapter
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            yield f"base_model.model.{name}.lora_A.weight", layer.lora_A[adapter].weight.detach()
+            yield f"base_model.model.{name}.lora_B.weight", layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
 
 
 @torch.no_grad()

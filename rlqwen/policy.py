@@ -21,11 +21,21 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlqwen.adapters import add_adapter, changes_base, check_adapter, checkpoint_weights, head_weight
+from rlqwen.adapters import (
+    adapter_rank,
+    adapter_weights,
+    add_adapter,
+    changes_base,
+    check_adapter,
+    checkpoint_weights,
+    head_weight,
+    lora_obstacle,
+)
 from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.loading import saved_dtype
 from rlqwen.logprobs import chunked_logprobs
 from rlqwen.model_files import write_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
@@ -102,11 +112,12 @@ class Policy:
         """The transformers model, adapters inside it where there are any."""
         return self.model.get_base_model() if self.has_adapter else self.model
 
-    @property
-    def has_checkpoint_base(self) -> bool:
-        """Whether the weights under the adapter are still those of the folder that the model was loaded from."""
-        changed = self.has_adapter and any(changes_base(config) for config in self.model.peft_config.values())
-        return not self.quantized_bits and not changed
+    def has_base_of(self, folder: str) -> bool:
+        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
+        if not self.has_adapter:
+            return not self.quantized_bits
+        changed = any(changes_base(config) for config in self.model.peft_config.values())
+        return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
 
     def check_trainable(self) -> None:
         """ModelError if the weights are quantised and there is no adapter to train."""
@@ -199,6 +210,20 @@ class Policy:
         `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
         """
         return checkpoint_weights(self.base_model, dtype=self.compute_dtype)
+
+    @property
+    def lora_obstacle(self) -> str | None:
+        """Why rollout workers cannot be sent the adapter alone; None if they can."""
+        return lora_obstacle(self.model) if self.has_adapter else "there is no adapter"
+
+    @property
+    def lora_rank(self) -> int:
+        """The largest rank of the adapter."""
+        return adapter_rank(self.model)
+
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's weights under PEFT's names, scaling folded in."""
+        return adapter_weights(self.model)
 
     def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
