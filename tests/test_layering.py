@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 LAYERS = [
     {"errors", "types"},
     {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "policy", "critic", "reference", "likelihood", "parallel", "scoring", "checkpoint"}
-    | {"metrics", "rollout"},
+    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "critic", "reference"}
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"trainers"},
     {"evaluation", "pipeline"},

@@ -15,13 +15,14 @@ from rich.text import Text
 from rlqwen.check.arithmetic import plan_batch, prompt_room
 from rlqwen.check.model import ModelFacts, check_model_path, read_model
 from rlqwen.check.resources import check_resources
-from rlqwen.config import DPOConfig, OnlineConfig, Recipe, SFTConfig
+from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, Recipe, SFTConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import (
     DataReport,
     clean_recipe_data,
     load_rows,
     tokenize_comparisons,
+    tokenize_preferences,
     tokenize_prompts,
     tokenize_sft,
 )

@@ -9,7 +9,7 @@ from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
-from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe, RewardSpec
 from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
@@ -31,6 +31,7 @@ __all__ = [
     "PPOConfig",
     "PatternConfig",
     "PreferenceConfig",
+    "QuantizationSettings",
     "Recipe",
     "RewardConfig",
     "RewardSpec",

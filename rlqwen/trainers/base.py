@@ -78,6 +78,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
+        self.policy.check_trainable()
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self.control = TrainerControl()

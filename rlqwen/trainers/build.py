@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 from rlqwen.config import LoraSettings, ModelConfig, Recipe
 from rlqwen.data import RecipeData, load_recipe_data
+from rlqwen.quantization import bitsandbytes_config
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dpo import DPOTrainer
@@ -60,6 +61,8 @@ def model_arguments(model: ModelConfig) -> dict[str, Any]:
         arguments["dtype"] = model.dtype
     if model.revision is not None:
         arguments["revision"] = model.revision
+    if model.quantization is not None:
+        arguments["quantization_config"] = bitsandbytes_config(model.quantization)
     return arguments
 
 
