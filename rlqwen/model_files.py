@@ -45,7 +45,7 @@ def write_model(
     if model._auto_class is not None:
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     return num_bytes
 

@@ -15,15 +15,15 @@ from rich.text import Text
 from rlqwen.check.arithmetic import plan_batch, prompt_room
 from rlqwen.check.model import ModelFacts, check_model_path, read_model
 from rlqwen.check.resources import check_resources
-from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, Recipe, SFTConfig
+from rlqwen.config import DPOConfig, OnlineConfig, Recipe, RewardConfig, SFTConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import (
     DataReport,
     clean_recipe_data,
     load_rows,
     tokenize_comparisons,
-    tokenize_preferences,
     tokenize_prompts,
+    tokenize_scored,
     tokenize_sft,
 )
 from rlqwen.data.formats import to_prompt_row
@@ -228,8 +228,8 @@ def _tokenize(recipe: Recipe, rows: list[Row], model: ModelFacts) -> DataReport:
         return data
     if isinstance(config, DPOConfig):
         return tokenize_comparisons(rows, model.tokenizer, config)[1]
-    if isinstance(config, PreferenceConfig):
-        return tokenize_preferences(rows, model.tokenizer, config)[1]
+    if isinstance(config, RewardConfig):
+        return tokenize_scored(rows, model.tokenizer, config)[1]
     assert isinstance(config, OnlineConfig)
     _, data = tokenize_prompts(
         rows,
