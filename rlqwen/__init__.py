@@ -1,4 +1,4 @@
-"""Post-train Qwen models: SFT and GRPO over one policy wrapper, vLLM rollouts managed by Ray, rewards as plugins.
+"""Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO on one policy wrapper, with vLLM rollouts managed by Ray.
 
 The public names are imported on first use, so `import rlqwen` is quick and needs no torch.
 """
@@ -7,22 +7,53 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlqwen.config import GRPOConfig, RolloutConfig, ScoringConfig, SFTConfig
+    from rlqwen.config import (
+        DPOConfig,
+        GRPOConfig,
+        PPOConfig,
+        RewardConfig,
+        RolloutConfig,
+        ScoringConfig,
+        SFTConfig,
+    )
+    from rlqwen.trainers.dpo import DPOTrainer
     from rlqwen.trainers.grpo import GRPOTrainer
+    from rlqwen.trainers.ppo import PPOTrainer
+    from rlqwen.trainers.reward import RewardTrainer
     from rlqwen.trainers.sft import SFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPOConfig": "rlqwen.config",
+    "DPOTrainer": "rlqwen.trainers.dpo",
     "GRPOConfig": "rlqwen.config",
     "GRPOTrainer": "rlqwen.trainers.grpo",
+    "PPOConfig": "rlqwen.config",
+    "PPOTrainer": "rlqwen.trainers.ppo",
+    "RewardConfig": "rlqwen.config",
+    "RewardTrainer": "rlqwen.trainers.reward",
     "RolloutConfig": "rlqwen.config",
     "SFTConfig": "rlqwen.config",
     "SFTTrainer": "rlqwen.trainers.sft",
     "ScoringConfig": "rlqwen.config",
 }
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RolloutConfig", "SFTConfig", "SFTTrainer", "ScoringConfig", "__version__"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "RolloutConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "ScoringConfig",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

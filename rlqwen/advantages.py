@@ -71,3 +71,59 @@ def soft_overlong_penalty(length: int, max_length: int, cache: int) -> float:
     0 up to `max_length - cache` tokens, then linear down to -1 at `max_length`.
     """
     return -min(1.0, max(0.0, (length - (max_length - cache)) / cache))
+
+
+def token_rewards(scores_S: Tensor, kl_N: Tensor, lengths_S: Tensor, *, kl_coef: float) -> Tensor:
+    """(N,) rewards token by token: -kl_coef * KL everywhere, and a sequence's score on its last token.
+
+    Ziegler et al., arXiv 1909.08593, eq. 2.
+
+    Args:
+        scores_S: (S,) one a sequence.
+        kl_N: (N,) estimates of the KL to the reference, sequence after sequence.
+        lengths_S: (S,) tokens of each sequence, at least 1.
+    """
+    rewards_N = -kl_coef * kl_N.float()
+    last_S = lengths_S.long().cumsum(0) - 1
+    return rewards_N.index_add(0, last_S, scores_S.float())
+
+
+def gae(rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438), each sequence by itself.
+
+    With delta_t = r_t + gamma V_{t+1} - V_t, where V is 0 after the last token:
+    A_t = delta_t + gamma lam A_{t+1}, and the return is A_t + V_t.
+
+    Args:
+        rewards_N, values_N: (N,) token by token, sequence after sequence; the value is of what stands before the token.
+        lengths_S: (S,) tokens of each sequence.
+
+    Returns:
+        (N,) advantages and (N,) returns, float32.
+    """
+    lengths = lengths_S.long()
+    width = int(lengths.max()) if len(lengths) else 0
+    is_token_SL = torch.arange(width, device=lengths.device) < lengths[:, None]
+    rewards_SL = values_N.new_zeros(is_token_SL.shape, dtype=torch.float32).masked_scatter(
+        is_token_SL, rewards_N.float()
+    )
+    values_SL = torch.zeros_like(rewards_SL).masked_scatter(is_token_SL, values_N.float())
+    next_values_SL = torch.cat([values_SL[:, 1:], torch.zeros_like(values_SL[:, :1])], dim=1)
+    delta_SL = rewards_SL + gamma * next_values_SL - values_SL
+    advantages_SL = torch.zeros_like(delta_SL)
+    running_S = torch.zeros_like(delta_SL[:, 0])
+    for t in reversed(range(width)):
+        # Padding comes after a sequence's end and is all zero, so nothing flows back from it.
+        running_S = delta_SL[:, t] + gamma * lam * running_S
+        advantages_SL[:, t] = running_S
+    advantages_N = advantages_SL[is_token_SL]
+    return advantages_N, advantages_N + values_N.float()
+
+
+def whiten(values_N: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Values of unit variance and, with `shift_mean`, mean 0; fewer than two stay as they are."""
+    if len(values_N) < 2:
+        return values_N
+    mean = values_N.mean()
+    whitened_N = (values_N - mean) * torch.rsqrt(values_N.var() + 1e-8)
+    return whitened_N if shift_mean else whitened_N + mean

@@ -7,6 +7,7 @@ it, the tokenizer, the adapter where there is one, and `trainer_state.json`.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,18 @@ def save_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase)
     return _write(folder, policy, tokenizer, dtype=policy.original_dtype)
 
 
-def save_checkpoint(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> Path:
-    """Write a checkpoint to `folder`, replacing one that is there; trained weights keep their full precision."""
-    return _write(folder, policy, tokenizer, state=state)
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    save_beside: Callable[[Path], None],
+) -> Path:
+    """Write a checkpoint to `folder`, replacing one that is there; trained weights keep their full precision.
+
+    `save_beside` writes what else belongs to it into the folder that it is given.
+    """
+    return _write(folder, policy, tokenizer, state=state, save_beside=save_beside)
 
 
 def _write(
@@ -69,6 +79,7 @@ def _write(
     *,
     dtype: torch.dtype | None = None,
     state: dict[str, Any] | None = None,
+    save_beside: Callable[[Path], None] | None = None,
 ) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -78,6 +89,8 @@ def _write(
     tokenizer.save_pretrained(partial)
     if policy.has_adapter:
         policy.save_adapter(partial / "adapter")
+    if save_beside is not None:
+        save_beside(partial)
     if state is not None:
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
     for path in [*partial.rglob("*"), partial]:

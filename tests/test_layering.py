@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 # From the ground up; a module may import from its own row (but for the trainers and the command line) and those below.
 LAYERS = [
     {"errors", "types"},
-    {"config", "entry_points", "registry", "attention", "batch", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
+    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "critic", "reference"}
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluate", "pipeline"},
+    {"evaluation", "pipeline"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

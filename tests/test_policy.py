@@ -20,6 +20,7 @@ from transformers import (
 from rlqwen.batch import Branch, Tree, pack
 from rlqwen.config import SFTConfig
 from rlqwen.errors import ModelError
+from rlqwen.hidden import packs_prefixes
 from rlqwen.loading import load_model
 from rlqwen.policy import Policy
 
@@ -83,7 +84,7 @@ def test_packed_equals_padded(kind, checkpointing):
     model = make_model(kind)
     plain = copy.deepcopy(model)
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing))
-    assert policy.packs_prefixes == (kind != "qwen3_next")
+    assert packs_prefixes(policy.base_model.config) == (kind != "qwen3_next")
     trees = skewed_trees()
     weights = torch.randn(pack(trees).num_targets)
 

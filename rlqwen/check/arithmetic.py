@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlqwen.config import GRPOConfig, OnlineConfig, SFTConfig, TrainerConfig
+from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, SFTConfig, TrainerConfig
 from rlqwen.errors import ConfigError
 
 
@@ -28,24 +28,23 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
     split = f"{size} a micro-batch x {accumulation} accumulated x {num_ranks} rank{'s' if num_ranks > 1 else ''}"
     if config.max_tokens_per_micro_batch is not None:
         split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {num_ranks} rank"
-    if isinstance(config, GRPOConfig):
-        completions = config.completions_per_rollout
-        rows = completions // config.num_generations
+    if isinstance(config, OnlineConfig):
+        completions, generations = config.completions_per_rollout, config.num_generations
+        rows = completions // generations
         shares = completions // config.completions_per_update
-        updates = shares * config.num_iterations
+        updates = shares * config.passes_per_rollout
         line = (
-            f"{_count(rows, 'prompt')} x {config.num_generations} generations = {completions} completions a rollout = "
+            f"{_count(rows, 'prompt')} x {_count(generations, 'generation')} = {completions} completions a rollout = "
         )
         line += f"{shares} x {config.completions_per_update} = " if shares > 1 else ""
         line += f"{split}; {_count(updates, 'update')} a rollout"
-        line += f" ({config.num_iterations} passes)" if config.num_iterations > 1 else ""
+        line += f" ({config.passes_per_rollout} passes)" if config.passes_per_rollout > 1 else ""
     else:
         rows, updates = size * accumulation * num_ranks, 1
-        what = "packed rows" if isinstance(config, SFTConfig) and config.packing else "sequences"
-        line = f"{rows} {what} an update = {split}"
+        line = f"{_count(rows, _row_name(config))} an update = {split}"
     total = config.max_steps
     if total < 0:
-        total = math.ceil(config.num_train_epochs * num_rows / rows) * updates
+        total = math.ceil(_rows_in_all(config, num_rows) / rows) * updates
     epochs = total / updates * rows / max(num_rows, 1)
     return BatchPlan(rows, updates, total, f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs")
 
@@ -70,6 +69,22 @@ def prompt_room(context: int, config: OnlineConfig) -> int:
             f"to the completion, but max_completion_length={completion}; lower one: max_prompt_length={room} fits"
         )
     return prompt
+
+
+def _row_name(config: TrainerConfig) -> str:
+    """What one row of the batch is."""
+    if isinstance(config, SFTConfig) and config.packing:
+        return "packed row"
+    if isinstance(config, PreferenceConfig):
+        return "pair" if not isinstance(config, DPOConfig) or config.needs_pairs else "row"
+    return "sequence"
+
+
+def _rows_in_all(config: TrainerConfig, num_rows: int) -> float:
+    """Rows of the data that the run takes, those of later epochs counted again."""
+    if isinstance(config, OnlineConfig) and config.total_completions is not None:
+        return config.total_completions / config.num_generations
+    return config.num_train_epochs * num_rows
 
 
 def _count(number: int, what: str) -> str:

@@ -1,28 +1,37 @@
 """Every config model: pydantic, unknown keys forbidden, no torch."""
 
 from rlqwen.config.base import Config
+from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
 from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
-from rlqwen.config.ppo import PPOConfig
+from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
-from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe, RewardSpec
+from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 
 __all__ = [
+    "CleaningConfig",
     "Config",
+    "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "EvalGenerationConfig",
     "GRPOConfig",
     "LoraSettings",
     "ModelConfig",
+    "NearDuplicatesConfig",
     "OnlineConfig",
     "PPOConfig",
+    "PatternConfig",
     "PreferenceConfig",
+    "QuantizationSettings",
     "Recipe",
     "RewardConfig",
     "RewardSpec",
@@ -30,5 +39,6 @@ __all__ = [
     "SFTConfig",
     "ScoringConfig",
     "SourceConfig",
+    "SyncedReference",
     "TrainerConfig",
 ]

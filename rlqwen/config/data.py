@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from rlqwen.config.base import Config
+from rlqwen.config.cleaning import CleaningConfig
 
 
 class SourceConfig(Config):
@@ -54,3 +55,11 @@ class DataConfig(Config):
     """Rows that evaluation uses; never trained on."""
     mixing_seed: int = 42
     """Seed of the order in which mixed sources are interleaved."""
+    cleaning: CleaningConfig | None = None
+    """What is dropped from the training rows and masked in all rows; None for nothing."""
+
+    @model_validator(mode="after")
+    def _overlap_needs_eval(self) -> "DataConfig":
+        if self.cleaning and self.cleaning.drop_eval_overlap and self.eval is None:
+            raise ValueError("cleaning.drop_eval_overlap: there is no data.eval that training rows could overlap with")
+        return self

@@ -5,11 +5,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlqwen.config.online import OnlineConfig
+from rlqwen.config.reference import SyncedReference
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
 
-class GRPOConfig(OnlineConfig):
+class GRPOConfig(OnlineConfig, SyncedReference):
     """Arguments of GRPOTrainer; TRL's names, meanings and defaults unless said otherwise."""
 
     num_generations: int = Field(default=8, ge=2)
@@ -54,12 +55,6 @@ class GRPOConfig(OnlineConfig):
     max_sampling_rounds: int = Field(default=4, ge=1)
     """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
 
-    sync_ref_model: bool = False
-    """Mix the policy into the reference every `ref_model_sync_steps` updates."""
-    ref_model_mixup_alpha: float = Field(default=0.6, ge=0, le=1)
-    """Share of the policy in the new reference."""
-    ref_model_sync_steps: int = Field(default=512, ge=1)
-
     @model_validator(mode="after")
     def _divisible(self) -> "GRPOConfig":
         if isinstance(self.scale_rewards, bool):
@@ -90,3 +85,7 @@ class GRPOConfig(OnlineConfig):
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def passes_per_rollout(self) -> int:
+        return self.num_iterations

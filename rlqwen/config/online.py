@@ -31,6 +31,8 @@ class OnlineConfig(TrainerConfig):
     }
 
     learning_rate: float = Field(default=1e-6, ge=0)
+    num_generations: int = Field(default=1, ge=1)
+    """G: completions a prompt."""
     num_generations_eval: int | None = Field(default=None, ge=1)
     """Completions a prompt in evaluation. None: 1 (TRL: `num_generations`)."""
     max_completion_length: int = Field(default=512, ge=1)
@@ -82,3 +84,18 @@ class OnlineConfig(TrainerConfig):
     def completions_per_update(self) -> int:
         """Completions that one optimizer update trains on."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def completions_per_rollout(self) -> int:
+        """Completions that are sampled at a time, for one or more updates."""
+        return self.completions_per_update
+
+    @property
+    def passes_per_rollout(self) -> int:
+        """How often each completion of a rollout is trained on."""
+        return 1
+
+    @property
+    def total_completions(self) -> int | None:
+        """Completions of the whole run, where it is limited by them."""
+        return None

@@ -1,7 +1,132 @@
 """Proximal policy optimisation."""
 
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.online import OnlineConfig
+
+# TRL's names for what every sampling trainer here calls by one name.
+_TRL_NAMES = {"response_length": "max_completion_length", "local_rollout_forward_batch_size": None}
+
+
+class CriticConfig(ArgumentsConfig):
+    """The value model."""
+
+    kind: Literal["model", "head"] = "model"
+    """`model`: a model of its own. `head`: one matrix on the policy's trunk, half the memory and compute."""
+    path: str | None = None
+    """Where a critic of its own starts from, such as a reward model. None: the policy's weights, with values of 0."""
+    learning_rate: float | None = Field(default=None, ge=0)
+    """None: the policy's."""
+    train_trunk: bool = True
+    """Whether the value loss of a `head` also trains the policy's trunk, weighed by `vf_coef`."""
+    warmup_rollouts: int = Field(default=0, ge=0)
+    """Rollouts at the start in which the critic learns and the policy stays as it is."""
 
 
 class PPOConfig(OnlineConfig):
-    """Arguments of PPOTrainer."""
+    """Arguments of PPOTrainer; names, meanings and defaults of TRL 1.9's, the last that had one, unless said otherwise.
+
+    A rollout has per_device_train_batch_size x gradient_accumulation_steps x `num_mini_batches` completions, and gives
+    `num_mini_batches` x `num_ppo_epochs` updates. `max_steps`, `save_steps` and the like count updates (TRL: rollouts).
+    """
+
+    refused: ClassVar[dict[str, str]] = OnlineConfig.refused | {
+        "sft_model_path": "give the policy as `model`; its frozen copy is the reference",
+        "reward_model_path": "give the reward model's path in reward_funcs, or under `rewards:` in a recipe",
+        "stop_token": "leave it out: completions end at the chat template's end of turn and at the EOS token",
+        "stop_token_id": "leave it out: completions end at the chat template's end of turn and at the EOS token",
+        "num_sample_generations": "leave it out: completions are always written to the run folder",
+        "batch_size": "it follows: per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches",
+        "mini_batch_size": "it follows: per_device_train_batch_size x gradient_accumulation_steps",
+        "ds3_gather_for_generation": "leave it out: rollout workers hold whole weights",
+    }
+
+    learning_rate: float = Field(default=3e-6, ge=0)
+    temperature: float = Field(default=0.7, gt=0)
+    num_generations: int = Field(default=1, ge=1)
+    """Ours: completions a prompt, which share the prompt's forward."""
+    total_episodes: int | None = Field(default=None, ge=1)
+    """Completions to sample over the run; instead of `max_steps` or `num_train_epochs`."""
+    num_mini_batches: int = Field(default=1, ge=1)
+    """Updates that one pass over a rollout is split into. They are drawn once a rollout, and visited in a new order
+    each pass."""
+    num_ppo_epochs: int = Field(default=4, ge=1)
+    """Passes over a rollout."""
+
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount a token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """Lambda of generalised advantage estimation."""
+    whiten_rewards: bool = False
+    """Divide token rewards by their deviation over the rollout."""
+    whiten_advantages: bool = True
+    """Ours: bring advantages to mean 0 and deviation 1 over the rollout, as TRL always does."""
+    missing_eos_penalty: float | None = Field(default=None, ge=0)
+    """Taken off the reward of a completion that was cut off at `max_completion_length`."""
+
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Weight of the KL to the reference; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """http://joschu.net/blog/kl-approx.html"""
+    kl_penalty: Literal["reward", "loss"] = "reward"
+    """Ours: whether the KL is taken off each token's reward, or added to the loss."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """Ours: adapt `kl_coef` so that the KL of a completion, in nats, comes near this (arXiv 1909.08593, section 2.2).
+    None: it stays as it is."""
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Ours: completions over which the adaptive coefficient moves."""
+
+    cliprange: float = Field(default=0.2, gt=0)
+    """How far a token's probability ratio may leave 1 before its gradient is cut."""
+    vf_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss."""
+    cliprange_value: float = Field(default=0.2, ge=0)
+    """How far a value may leave the one before the update; 0 (ours): as far as it likes."""
+    entropy_coef: float = 0.0
+    """Ours: entropy bonus, per token."""
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_names_of_trl(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for theirs, ours in _TRL_NAMES.items():
+            value = values.pop(theirs, None)
+            if ours is not None and value is not None:
+                values.setdefault(ours, value)
+        return values
+
+    @model_validator(mode="after")
+    def _coherent_ppo(self) -> "PPOConfig":
+        if self.completions_per_rollout % self.num_generations:
+            raise ValueError(
+                f"{self.completions_per_rollout} completions a rollout (per_device_train_batch_size x "
+                f"gradient_accumulation_steps x num_mini_batches) don't divide into groups of "
+                f"num_generations={self.num_generations}"
+            )
+        if self.kl_estimator == "k1" and self.kl_penalty == "loss":
+            raise ValueError("kl_penalty='loss' needs kl_estimator 'k2' or 'k3': the gradient of k1 is 0 on average")
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_target adapts kl_coef, which is 0: give it a start above 0, such as 0.05")
+        if self.critic.kind == "head" and self.critic.path is not None:
+            raise ValueError(
+                "critic.path is for a critic of its own (critic.kind='model'); a head has no weights to load"
+            )
+        return self
+
+    @property
+    def completions_per_rollout(self) -> int:
+        return self.completions_per_update * self.num_mini_batches
+
+    @property
+    def passes_per_rollout(self) -> int:
+        return self.num_ppo_epochs
+
+    @property
+    def total_completions(self) -> int | None:
+        return self.total_episodes

@@ -7,7 +7,7 @@ all answers to it, whatever is cut.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.data.chat import Piece
@@ -64,7 +64,18 @@ def tokenize_preferences(
     cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left; given a list of
     `faults`, puts them there instead.
     """
-    kept, report = _Reader(tokenizer, config, to_pair_rows).read(rows, faults)
+    return read_pairs(rows, tokenizer, config, PreferenceWriter(tokenizer, config), faults)
+
+
+def read_pairs(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: PreferenceConfig,
+    writer: "PairWriter",
+    faults: list[DataError] | None,
+) -> tuple[list[PreferenceRow], DataReport]:
+    """As `tokenize_preferences`, with the text that `writer` makes of them."""
+    kept, report = _Reader(tokenizer, config, to_pair_rows, writer).read(rows, faults)
     negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
     if negative:
         report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
@@ -80,7 +91,8 @@ def tokenize_labelled(
     faults: list[DataError] | None = None,
 ) -> tuple[list[LabelledRow], DataReport]:
     """Labelled answers of all rows, in order; a pair gives two. Counts and errors as `tokenize_preferences`."""
-    kept, report = _Reader(tokenizer, config, to_labelled_rows).read(rows, faults)
+    writer = PreferenceWriter(tokenizer, config)
+    kept, report = _Reader(tokenizer, config, to_labelled_rows, writer).read(rows, faults)
     labelled = [
         LabelledRow(one.index, one.prompt_ids, answer, columns["label"])
         for one in kept
@@ -122,9 +134,9 @@ class _Reader:
         tokenizer: "PreTrainedTokenizerBase",
         config: PreferenceConfig,
         split: Callable[[Row, str], list[Row]],
+        writer: "PairWriter",
     ) -> None:
-        self.tokenizer, self.config, self.split = tokenizer, config, split
-        self.writer = _PreferenceWriter(tokenizer, config)
+        self.tokenizer, self.config, self.split, self.writer = tokenizer, config, split, writer
         self.found: dict[int, list[Row]] = {}
 
     def read(self, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[_Answers], DataReport]:
@@ -199,7 +211,20 @@ class _Reader:
         return f"none of {report.num_rows} rows has anything to learn from: {said} (lengths {report.lengths})"
 
 
-class _PreferenceWriter(Writer):
+class PairWriter(Protocol):
+    """What a reader of answers asks of a Writer."""
+
+    end_token: str
+    stop_ids: list[int]
+
+    def pieces(
+        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
+    ) -> list[list[Piece]]: ...
+
+    def warnings(self) -> list[str]: ...
+
+
+class PreferenceWriter(Writer):
     """Writes a prompt and its answers as SFT writes a prompt and a completion."""
 
     def pieces(

@@ -5,18 +5,25 @@ any split into micro-batches add up to the same loss. Metrics are sums; whoever 
 totals. Everything is float32.
 """
 
+from rlqwen.losses.clipping import clipped_surrogate
 from rlqwen.losses.correction import rollout_correction
 from rlqwen.losses.grpo import grpo_loss, token_weights
 from rlqwen.losses.kl import kl_divergence
+from rlqwen.losses.ppo import ppo_policy_loss, ppo_value_loss
 from rlqwen.losses.reduction import Metrics, Totals, required, sequence_mean, sequence_sum
+from rlqwen.losses.reward import reward_loss
 from rlqwen.losses.sft import sft_loss
 
 __all__ = [
     "Metrics",
     "Totals",
+    "clipped_surrogate",
     "grpo_loss",
     "kl_divergence",
+    "ppo_policy_loss",
+    "ppo_value_loss",
     "required",
+    "reward_loss",
     "rollout_correction",
     "sequence_mean",
     "sequence_sum",

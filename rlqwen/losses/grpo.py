@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rlqwen.batch import PackedBatch
 from rlqwen.config import GRPOConfig
+from rlqwen.losses.clipping import clipped_surrogate
 from rlqwen.losses.correction import rollout_correction
 from rlqwen.losses.kl import kl_divergence
 from rlqwen.losses.reduction import Metrics, Totals, required, sequence_mean
@@ -52,9 +53,7 @@ def grpo_loss(
         loss_N = -ratio_N.detach().clamp(max=high) * advantage_N * logp_N
         clipped_N = (ratio_N > high) & (advantage_N > 0)
     else:
-        capped_N = ratio_N if config.delta is None else ratio_N.clamp(max=config.delta)
-        loss_N = -torch.min(capped_N * advantage_N, ratio_N.clamp(1 - low, 1 + high) * advantage_N)
-        clipped_N = ((ratio_N < 1 - low) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
+        loss_N, clipped_N = clipped_surrogate(ratio_N, advantage_N, low=low, high=high, delta=config.delta)
     metrics: Metrics = {"clip_ratio": clipped_N.float().sum()}
 
     if batch.sampler_logp_N is not None:

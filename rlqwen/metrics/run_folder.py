@@ -15,6 +15,8 @@ RUN_FILES = (
     "summary.json",
     "nonfinite",
     "reward_failures",
+    "data_cleaning.json",
+    "data_dropped.jsonl",
 )
 """What only a run that began leaves behind."""
 

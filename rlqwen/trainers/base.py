@@ -30,8 +30,8 @@ from rlqwen.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from rlqwen.config import TrainerConfig
-from rlqwen.data import DataReport
+from rlqwen.config import SyncedReference, TrainerConfig
+from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import MetricLogger, plot_curves, write_summary
@@ -60,7 +60,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
-        reference: bool = False,
+        reference: bool | nn.Module = False,
     ) -> None:
         set_seed(args.seed)
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -75,13 +75,10 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
-        self.policy = Policy(
-            load_model(model_name, args) if isinstance(model, str) else model,
-            args,
-            peft_config=peft_config,
-            reference=reference,
-            device=pick_device(args.use_cpu),
+        self.policy = self.load_policy(
+            model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
+        self.policy.check_trainable()
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self.control = TrainerControl()
@@ -92,6 +89,20 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """Open while training."""
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
+        self._held_notes: list[str] = []
+        """Notes from before the logger was open."""
+        self.cleaning: CleaningReport | None = None
+        """What cleaning did to the rows before that, where a recipe asked for it."""
+
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> Policy:
+        """The model that is trained, from its folder or hub id or from what was given."""
+        return Policy(
+            load_model(model, self.args) if isinstance(model, str) else model,
+            self.args,
+            peft_config=peft_config,
+            reference=reference,
+            device=pick_device(self.args.use_cpu),
+        )
 
     # What a trainer supplies
 
@@ -124,6 +135,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         try:
             if self.args.eval_on_start and self.eval_rows:
                 initial = self.evaluate()
+                self.best.find_key(initial)  # sooner than after the first updates
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._one_step()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -181,7 +193,10 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps)
         self._open_logger(self.state.max_steps)
-        for name, report in self.reports.items():
+        if self.cleaning:
+            self.cleaning.write(self.output_dir)
+        cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
+        for name, report in (cleaning | self.reports).items():
             self._note(f"{name}: {report.summary()}")
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
@@ -197,6 +212,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             total_steps=total_steps,
             algorithm=self.algorithm,
         )
+        for text in self._held_notes:
+            self.logger.note(text)
+        self._held_notes.clear()
 
     def _close_logger(self) -> None:
         if self.logger is not None:
@@ -282,16 +300,24 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._note(f"stopped early at update {self.state.global_step}: {self.best}")
             self.control.should_training_stop = True
 
+    def refresh_reference(self, args: SyncedReference, before: int) -> None:
+        """Mix the policy into the reference where that fell due since update `before`."""
+        if args.sync_ref_model and self._scheduled("steps", args.ref_model_sync_steps, before):
+            self.policy.refresh_reference(args.ref_model_mixup_alpha)
+
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
         if not folder.exists():
-            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state))
+            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state), self.save_beside)
             self._notify("on_save")
         if best:
             self.state.best_model_checkpoint = str(folder)
         kept = self.state.best_model_checkpoint
         drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write into a checkpoint's folder what the trainer trains beside the policy."""
 
     def after_restore(self) -> None:
         """Called when the weights have been replaced by a checkpoint's."""
@@ -305,7 +331,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self._notify("on_log", logs=metrics)
 
     def _note(self, text: str) -> None:
-        if self.logger is not None:
+        if self.logger is None:
+            self._held_notes.append(text)
+        else:
             self.logger.note(text)
 
     def _notify(self, event: str, **kwargs: Any) -> None:

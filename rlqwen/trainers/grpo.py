@@ -24,7 +24,7 @@ from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
 from rlqwen.trainers.base import Metrics
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, mean_over_tokens
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
 from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
@@ -90,7 +90,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             for update in updates:
                 total_loss += self._update(update)
         self.require_rollouts().policy_changed()
-        self._refresh_reference()
+        self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
         self.completions.write(self.state.global_step, groups_P)
         return (
             metrics
@@ -164,14 +164,9 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     # From groups to batches
 
     def _shares(self, groups_P: list[Group]) -> Iterator[list[tuple[Group, list[int]]]]:
-        """Deal completions out to updates, in order: a share names groups and which of their completions it holds."""
+        """Deal completions out to updates, in order."""
         flat = [(group, index) for group in groups_P for index in range(len(group))]
-        size = self.args.completions_per_update
-        for start in range(0, len(flat), size):
-            share: dict[int, tuple[Group, list[int]]] = {}
-            for group, index in flat[start : start + size]:
-                share.setdefault(id(group), (group, []))[1].append(index)
-            yield list(share.values())
+        return deal(flat, self.args.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
         """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals."""
@@ -211,9 +206,3 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                 if self.plan.updates_per_step > 1:
                     with self.policy.inference():
                         micro.old_logp_N = self.policy.logprobs(moved, temperature=temperature)[0].cpu()
-
-    def _refresh_reference(self) -> None:
-        if self.args.sync_ref_model and self._due(
-            self.args.ref_model_sync_steps, self.state.global_step - self.plan.updates_per_step
-        ):
-            self.policy.refresh_reference(self.args.ref_model_mixup_alpha)

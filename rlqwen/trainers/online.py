@@ -3,7 +3,7 @@
 Shapes: P prompts a rollout, G completions a prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
-from rlqwen.types import Prompt
+from rlqwen.types import Group, Prompt
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
@@ -144,20 +144,22 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                 self.processing_class,
                 self.scorer,
                 self.args,
-                model_path=self._folder_for_workers(),
+                model_path=self.folder_for_workers(),
                 longest_prompt=max(len(prompt.token_ids) for prompt in rows),
                 end_of_turn=self.reports["train"].end_of_turn,
             )
+            if self.rollouts.note is not None:
+                self._note(self.rollouts.note)
         return self.rollouts
 
-    def _folder_for_workers(self) -> str:
-        """Where rollout workers find config, tokenizer and the weights that they start with."""
-        if self.model_folder is not None:
-            return self.model_folder
-        folder = self.output_dir / "base_model" / "given"
-        self.policy.save(folder)
-        self.processing_class.save_pretrained(folder)
-        return str(folder)
+    def folder_for_workers(self) -> str:
+        """Where rollout workers, and a critic, find config, tokenizer and the weights that they start with."""
+        if self.model_folder is None or not self.policy.has_base_of(self.model_folder):
+            folder = self.output_dir / "base_model" / "given"
+            self.policy.save(folder, adapter=False)
+            self.processing_class.save_pretrained(folder)
+            self.model_folder = str(folder)
+        return self.model_folder
 
     def after_restore(self) -> None:
         if self.rollouts is not None:
@@ -170,6 +172,15 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         if self.scorer is not None:
             self.scorer.close()
             self.scorer = None
+
+
+def deal(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[tuple[Group, list[int]]]]:
+    """Deal completions out in shares of `size`, in order: a share names groups and which of their completions it holds."""
+    for start in range(0, len(completions), size):
+        share: dict[int, tuple[Group, list[int]]] = {}
+        for group, index in completions[start : start + size]:
+            share.setdefault(id(group), (group, []))[1].append(index)
+        yield list(share.values())
 
 
 def mean_over_tokens(updates: Sequence[Update], num_passes: int) -> Metrics:

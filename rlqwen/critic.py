@@ -1,0 +1,106 @@
+"""Models that answer with one number: the reward model, and the critic of PPO, on the same packed forward as the policy.
+
+    reward = ScalarModel(load_scalar_model("models/rm", args), args)
+    scores_S = reward.scores(batch)                  # one a sequence, read off its last token
+
+Shapes: N target tokens, S sequences, C hidden size.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlqwen.batch import PackedBatch
+from rlqwen.config import TrainerConfig
+from rlqwen.hidden import hidden_states, last_tokens
+from rlqwen.policy import Policy
+
+HEAD_FILE = "value_head.safetensors"
+
+
+class Critic(Protocol):
+    """Says what the rest of a completion is worth, at each of its tokens."""
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]: ...
+
+    def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
+        """(N,) float32 values of what stands before each target token.
+
+        `hidden_NC`: the policy's hidden states there, which a critic of its own does not read.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the critic's weights into `folder`."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Load what `save` wrote."""
+        ...
+
+
+class ScalarModel(Policy):
+    """A transformers sequence-classification model with one label, or a PeftModel around one."""
+
+    def __init__(self, model: nn.Module, args: TrainerConfig, *, peft_config: Any = None, **options: Any) -> None:
+        super().__init__(model, args, peft_config=scalar_peft_config(peft_config), **options)
+
+    def scores(self, batch: PackedBatch) -> Tensor:
+        """(S,) float32: the model's answer at each sequence's last token, which is what transformers reads too."""
+        sequence_S = torch.arange(batch.num_sequences, device=batch.input_ids.device)
+        return self._numbers(batch, last_tokens(batch), sequence_S)
+
+    def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
+        """See Critic."""
+        return self._numbers(batch, batch.source_N, batch.sequence_N)
+
+    def zero_head(self) -> None:
+        """Begin with an answer of 0 to everything."""
+        nn.init.zeros_(self.base_model.score.weight)
+
+    def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+        with self.autocast():
+            hidden_RC = hidden_states(self.base_model, batch, index_R, sequence_R)
+        return self.base_model.score(hidden_RC.float())[:, 0]
+
+
+class ValueHead:
+    """A critic that reads the policy's own hidden states: one matrix, which begins at 0."""
+
+    def __init__(self, hidden_size: int, *, train_trunk: bool, device: torch.device) -> None:
+        self.head = nn.Linear(hidden_size, 1, bias=False, device=device)
+        nn.init.zeros_(self.head.weight)
+        self.train_trunk = train_trunk
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [self.head.weight]
+
+    def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
+        """See Critic; with gradient into the trunk where `train_trunk` says so."""
+        return self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
+
+    def save(self, folder: Path) -> None:
+        """See Critic."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
+
+    def restore(self, folder: Path) -> None:
+        """See Critic."""
+        self.head.load_state_dict(load_file(folder / HEAD_FILE))
+
+
+def scalar_peft_config(peft_config: Any) -> Any:
+    """The same adapter for a model with a classification head, which is trained whole: it begins at random or 0."""
+    if peft_config is None:
+        return None
+    config = copy.deepcopy(peft_config)
+    config.task_type = "SEQ_CLS"
+    kept = [module for module in config.modules_to_save or () if module != "lm_head"]
+    config.modules_to_save = list(dict.fromkeys([*kept, "score"]))
+    return config

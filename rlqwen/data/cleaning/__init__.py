@@ -1,0 +1,70 @@
+"""Cleaning of training rows: masks, filters, de-duplication, each step counted, and the outcome cached."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlqwen.config.cleaning import CleaningConfig
+from rlqwen.data.cleaning.cache import cache_folder, load_outcome, store_outcome
+from rlqwen.data.cleaning.outcome import Outcome
+from rlqwen.data.cleaning.report import CleaningReport, make_report
+from rlqwen.data.cleaning.steps import find_outcome
+from rlqwen.data.cleaning.texts import Row
+from rlqwen.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["CleanedRows", "CleaningReport", "clean_rows"]
+
+
+@dataclass(slots=True)
+class CleanedRows:
+    """What came out of cleaning."""
+
+    train: list[Row]
+    eval: list[Row] | None
+    report: CleaningReport
+
+
+def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[Row] | None = None) -> CleanedRows:
+    """Clean normalised training rows, and mask the eval rows; the steps are those of CleaningConfig, in that order.
+
+    The same rows and config give the same result, from the cache where it was made before. The rows given stay as
+    they are. Raises ConfigError for a filter that applies to no row, DataError if no row is left.
+    """
+    folder = cache_folder(rows, eval_rows, config)
+    outcome = load_outcome(folder)
+    from_cache = outcome is not None
+    if outcome is None:
+        outcome = find_outcome(rows, eval_rows, config)
+    masked = outcome.apply(rows, "train")
+    report = make_report(outcome, masked, eval_rows, folder=folder, from_cache=from_cache)
+    if not from_cache:
+        _keep(folder, outcome, report)
+    if not report.num_kept:
+        reasons = ", ".join(f"{count} by {reason}" for reason, count in report.dropped.items())
+        raise DataError(
+            f"data.cleaning left none of {len(rows)} training rows: {reasons}; loosen these keys, or look at what they "
+            f"dropped in {report.folder or 'the data'}"
+        )
+    return CleanedRows(
+        train=[masked[number] for number in outcome.survivors(len(rows))],
+        eval=None if eval_rows is None else outcome.apply(eval_rows, "eval"),
+        report=report,
+    )
+
+
+def _keep(folder: Path, outcome: Outcome, report: CleaningReport) -> None:
+    """The cache saves time and is no reason to fail."""
+    try:
+        store_outcome(folder, outcome)
+        report.write(folder)
+    except OSError as error:
+        report.folder = None
+        logger.warning(
+            "the outcome of cleaning cannot be cached in %s (%s); set data.cleaning.cache_dir or the environment "
+            "variable RLQWEN_CACHE to a folder that can be written to",
+            folder.parent,
+            error.strerror,
+        )

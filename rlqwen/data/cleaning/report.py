@@ -1,0 +1,103 @@
+"""What cleaning did, for people: a line of counts, and files with every dropped row."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlqwen.data.cleaning.outcome import Outcome, Side
+from rlqwen.data.cleaning.texts import Row, part_texts
+
+CLEANING_FILE = "data_cleaning.json"
+DROPPED_FILE = "data_dropped.jsonl"
+
+_MAX_NAMED = 1000
+"""Dropped rows of one reason that are written out."""
+_EXCERPT = 300
+_MUCH = 0.5
+
+
+@dataclass(slots=True)
+class CleaningReport:
+    """Counts, and what was dropped."""
+
+    num_rows: int
+    num_kept: int
+    dropped: dict[str, int]
+    """The config's key that dropped rows -> how many, in the order of the steps."""
+    masked: dict[Side, dict[str, int]]
+    """Kind -> replacements."""
+    num_masked_rows: dict[Side, int]
+    from_cache: bool
+    folder: Path | None
+    """Where the outcome is cached, with the dropped rows beside it; None if it could not be written."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """The dropped rows, at most a thousand for each reason: `row`, `reason`, `duplicate_of`, beginning of the text."""
+
+    def summary(self) -> str:
+        """One line for people."""
+        parts = [f"{self.num_kept} of {self.num_rows} rows kept"]
+        parts += [f"{count} dropped by {reason}" for reason, count in self.dropped.items()]
+        for side, counts in self.masked.items():
+            if counts:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+                parts.append(f"{kinds} masked in {self.num_masked_rows[side]} {side} rows")
+        return "; ".join(parts) + (" (from the cache)" if self.from_cache else "")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What people should look at."""
+        if self.num_kept >= _MUCH * self.num_rows:
+            return []
+        most = max(self.dropped, key=self.dropped.__getitem__)
+        return [f"cleaning dropped {1 - self.num_kept / self.num_rows:.0%} of the training rows, most by {most}"]
+
+    def write(self, folder: Path) -> None:
+        """Write the counts to `data_cleaning.json` and the dropped rows to `data_dropped.jsonl`."""
+        counts = {
+            "num_rows": self.num_rows,
+            "num_kept": self.num_kept,
+            "dropped": self.dropped,
+            "masked": {
+                side: {"rows": self.num_masked_rows[side], "replacements": kinds} for side, kinds in self.masked.items()
+            },
+            "cache": str(self.folder) if self.folder else None,
+        }
+        (folder / CLEANING_FILE).write_text(json.dumps(counts, indent=2) + "\n", "utf-8")
+        with (folder / DROPPED_FILE).open("w", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
+
+
+def make_report(
+    outcome: Outcome, rows: Sequence[Row], eval_rows: Sequence[Row] | None, *, folder: Path, from_cache: bool
+) -> CleaningReport:
+    """`rows` are masked already, and none is left out: no file of ours holds what was masked."""
+    sides: tuple[Side, ...] = ("train",) if eval_rows is None else ("train", "eval")
+    masked_rows = Counter(masked.side for masked in outcome.masked)
+    dropped = outcome.dropped_by_reason()
+    return CleaningReport(
+        num_rows=len(rows),
+        num_kept=len(rows) - len(outcome.dropped),
+        dropped=dropped,
+        masked={side: outcome.masked_by_kind(side) for side in sides},
+        num_masked_rows={side: masked_rows[side] for side in sides},
+        from_cache=from_cache,
+        folder=folder,
+        examples=_examples(outcome, rows),
+    )
+
+
+def _examples(outcome: Outcome, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    named: Counter[str] = Counter()
+    examples = []
+    for one in outcome.dropped:
+        named[one.reason] += 1
+        if named[one.reason] <= _MAX_NAMED:
+            example: dict[str, Any] = {"row": one.row, "reason": one.reason}
+            if one.other_side is not None:
+                example["duplicate_of"] = {"data": one.other_side, "row": one.other_row}
+            text = "\n".join(part_texts(rows[one.row], "row"))
+            examples.append(example | {"text": text if len(text) <= _EXCERPT else text[:_EXCERPT] + "..."})
+    return examples

@@ -1,0 +1,104 @@
+"""The steps of cleaning, in their order. Each sees what the steps before it left."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlqwen.config.cleaning import CleaningConfig, MaskKind
+from rlqwen.data.cleaning.filters import RowFilter
+from rlqwen.data.cleaning.masking import mask_text
+from rlqwen.data.cleaning.outcome import DroppedRow, MaskedRow, Outcome, Side
+from rlqwen.data.cleaning.texts import TRAINED, Row, compared_text, identity, question, verdict
+from rlqwen.data.duplicates import find_exact_duplicates, find_near_duplicates, find_near_matches
+
+_PROGRESS_AFTER_S = 3.0
+
+
+def find_outcome(rows: Sequence[Row], eval_rows: Sequence[Row] | None, config: CleaningConfig) -> Outcome:
+    """What the config does to these rows; the rows themselves stay as they are."""
+    outcome = Outcome()
+    outcome.masked += _mask(rows, "train", config.mask)
+    outcome.masked += _mask(eval_rows or (), "eval", config.mask)
+    rows = outcome.apply(rows, "train")
+    row_filter = RowFilter(config)
+    row_filter.refuse_idle(rows)
+    reasons = ((number, row_filter.reason(row)) for number, row in enumerate(rows))
+    outcome.dropped += [DroppedRow(number, reason) for number, reason in reasons if reason]
+    if config.exact_duplicates:
+        outcome.dropped += _exact(rows, outcome.survivors(len(rows)))
+    if config.near_duplicates:
+        outcome.dropped += _near(rows, outcome.survivors(len(rows)), config)
+    if config.drop_eval_overlap and eval_rows:
+        masked_eval = outcome.apply(eval_rows, "eval")
+        outcome.dropped += _overlap(rows, outcome.survivors(len(rows)), masked_eval, config)
+    return outcome
+
+
+def _mask(rows: Sequence[Row], side: Side, kinds: Sequence[MaskKind]) -> list[MaskedRow]:
+    from tqdm import tqdm
+
+    if not kinds:
+        return []
+    found = []
+    for number, row in enumerate(tqdm(rows, desc="Masking", unit="row", delay=_PROGRESS_AFTER_S, disable=None)):
+        counts: Counter[str] = Counter()
+        columns = {column: _mask_strings(row[column], kinds, counts) for column in TRAINED if column in row}
+        if counts:
+            changed = {column: value for column, value in columns.items() if value != row[column]}
+            found.append(MaskedRow(side, number, changed, dict(counts)))
+    return found
+
+
+def _mask_strings(value: Any, kinds: Sequence[MaskKind], counts: Counter[str]) -> Any:
+    """The value with every string in it masked, however deep; keys of mappings stay."""
+    if isinstance(value, str):
+        text, found = mask_text(value, kinds)
+        counts.update(found)
+        return text
+    if isinstance(value, dict):
+        return {key: _mask_strings(inner, kinds, counts) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mask_strings(inner, kinds, counts) for inner in value]
+    return value
+
+
+def _exact(rows: Sequence[Row], survivors: Iterable[int]) -> list[DroppedRow]:
+    numbers = list(survivors)
+    groups = find_exact_duplicates([identity(rows[number]) for number in numbers])
+    return _all_but_first(groups, numbers, "exact_duplicates")
+
+
+def _near(rows: Sequence[Row], survivors: Iterable[int], config: CleaningConfig) -> list[DroppedRow]:
+    assert config.near_duplicates is not None
+    numbers = list(survivors)
+    groups = find_near_duplicates(
+        [compared_text(rows[number]) for number in numbers],
+        **config.near_duplicates.model_dump(),
+        apart=[verdict(rows[number]) for number in numbers],
+    )
+    return _all_but_first(groups, numbers, "near_duplicates")
+
+
+def _all_but_first(groups: list[list[int]], numbers: list[int], reason: str) -> list[DroppedRow]:
+    dropped = [
+        DroppedRow(numbers[place], reason, "train", numbers[first]) for first, *others in groups for place in others
+    ]
+    return sorted(dropped, key=lambda one: one.row)
+
+
+def _overlap(
+    rows: Sequence[Row], survivors: Iterable[int], eval_rows: Sequence[Row], config: CleaningConfig
+) -> list[DroppedRow]:
+    """Rows that ask what an eval row asks, whatever the answer: having seen the question is advantage enough."""
+    asked = {number: text for number in survivors if (text := question(rows[number])) is not None}
+    held_out = {number: text for number, text in enumerate(map(question, eval_rows)) if text is not None}
+    first_of = {text: number for number, text in reversed(held_out.items())}
+    matches = {number: first_of[text] for number, text in asked.items() if text in first_of}
+    if config.near_duplicates:
+        left = [number for number in asked if number not in matches]
+        places = list(held_out)
+        near = find_near_matches(
+            [asked[number] for number in left], list(held_out.values()), **config.near_duplicates.model_dump()
+        )
+        matches |= {left[place]: places[match] for place, match in near.items()}
+    return [DroppedRow(number, "drop_eval_overlap", "eval", matches[number]) for number in sorted(matches)]

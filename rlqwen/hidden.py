@@ -1,0 +1,66 @@
+"""Hidden states at chosen places of a packed row, for any transformers model: what every packed forward begins with.
+
+Shapes: T tokens in the row, R places asked for, S sequences, C hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlqwen.attention import PACKED_ATTENTION
+from rlqwen.batch import PackedBatch
+
+# Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
+PACKABLE_LAYERS = {"full_attention", "attention"}
+
+
+def packs_prefixes(config: Any) -> bool:
+    """Whether a model of this configuration can share a prefix; linear, recurrent or sliding layers cannot."""
+    layers = getattr(config, "layer_types", None)
+    return layers is None or set(layers) <= PACKABLE_LAYERS
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Have the model attend as packed rows need it, where it can share prefixes."""
+    if packs_prefixes(model.config):
+        model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def hidden_states(model: PreTrainedModel, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+    """(R, C) last hidden states at `index_R` of the row, each as its sequence, `sequence_R` (ascending), sees it.
+
+    One forward over the row where the model can share prefixes, else one over each sequence.
+    """
+    if packs_prefixes(model.config):
+        return _packed(model, batch)[index_R]
+    return _sequential(model, batch, index_R, sequence_R)
+
+
+def last_tokens(batch: PackedBatch) -> Tensor:
+    """(S,) index in the row of each sequence's last token."""
+    ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in batch.layout.spans]
+    return torch.tensor(ends, device=batch.input_ids.device)
+
+
+def _packed(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    output = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
+    )
+    return output.last_hidden_state[0]
+
+
+def _sequential(model: PreTrainedModel, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+    """Prefix and branch forwarded again for each sequence: for layers that carry a state along."""
+    hidden = []
+    for sequence, span in enumerate(batch.layout.spans):
+        prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
+        branch = batch.input_ids[:, span.start : span.end]
+        index = index_R[sequence_R == sequence]
+        if not len(index):
+            continue
+        output = model.base_model(input_ids=torch.cat([prefix, branch], dim=1), use_cache=False)
+        inside = index - span.start + prefix.shape[1]
+        hidden.append(output.last_hidden_state[0][torch.where(index < span.start, prefix.shape[1] - 1, inside)])
+    return torch.cat(hidden)

@@ -1,0 +1,25 @@
+"""The clipped surrogate that PPO and GRPO share."""
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(
+    ratio_N: Tensor, advantage_N: Tensor, *, low: float, high: float, delta: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip took the gradient away.
+
+    PPO, arXiv 1707.06347, eq. 7; an upper clip of its own is DAPO's, arXiv 2503.14476; r capped at `delta` first is dual
+    clip, arXiv 1912.09729.
+
+    Args:
+        ratio_N: (N,) probability of each token under the policy over that under the policy which sampled it.
+        advantage_N: (N,).
+
+    Returns:
+        (N,) losses and (N,) bool.
+    """
+    capped_N = ratio_N if delta is None else ratio_N.clamp(max=delta)
+    loss_N = -torch.min(capped_N * advantage_N, ratio_N.clamp(1 - low, 1 + high) * advantage_N)
+    clipped_N = ((ratio_N < 1 - low) & (advantage_N < 0)) | ((ratio_N > 1 + high) & (advantage_N > 0))
+    return loss_N, clipped_N

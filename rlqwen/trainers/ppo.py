@@ -1,0 +1,249 @@
+"""Proximal policy optimisation with a critic, rewards from functions, models or both, and rollouts from vLLM workers.
+
+Example:
+    trainer = PPOTrainer(
+        model="runs/sft/final", reward_funcs=["accuracy", "models/reward"], train_dataset=dataset, args=PPOConfig()
+    )
+    trainer.train()
+
+Shapes: P prompts a rollout, N tokens and S completions of a micro-batch.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.advantages import gae, token_rewards, whiten
+from rlqwen.batch import Branch, PackedBatch, Tree
+from rlqwen.config import PPOConfig
+from rlqwen.critic import Critic, ScalarModel, ValueHead
+from rlqwen.errors import ConfigError
+from rlqwen.loading import load_scalar_model
+from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
+from rlqwen.parallel import Part
+from rlqwen.trainers.base import Metrics
+from rlqwen.trainers.kl_control import KLController
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
+from rlqwen.trainers.rollouts import describe_groups
+from rlqwen.types import Group, Prompt
+
+CRITIC_FOLDER = "critic"
+
+
+class PPOTrainer(OnlineTrainer[PPOConfig]):
+    """Sample completions, say with a critic which of their tokens did better than expected, and make those likelier."""
+
+    algorithm = "ppo"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        reward_processing_classes: Any = None,
+        reward_model: str | nn.Module | None = None,
+        value_model: str | nn.Module | None = None,
+    ) -> None:
+        """GRPOTrainer's arguments, and those of TRL's PPOTrainer by keyword.
+
+        Args:
+            model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
+            reward_funcs: one or several, as for GRPOTrainer: callables, names, reward models or their paths.
+            peft_config: a peft.LoraConfig; a critic of its own gets the same adapter, its head trained whole.
+            reward_model: one more reward, under the name that TRL has for it.
+            value_model: a sequence-classification model of one label, or its path; None: as `args.critic` says.
+        """
+        args = args or PPOConfig()
+        several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        rewards = several + ([] if reward_model is None else [reward_model])
+        if not rewards:
+            raise ConfigError("PPO needs something to learn from: give reward_funcs, or reward_model")
+        super().__init__(
+            model,
+            rewards,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            reward_processing_classes=reward_processing_classes,
+            reference=args.kl_coef > 0,
+        )
+        self.critic = self._build_critic(value_model, peft_config)
+        self.kl = KLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+        self.num_rollouts = 0
+
+    def _build_critic(self, model: str | nn.Module | None, peft_config: Any) -> Critic:
+        config = self.args.critic
+        if config.kind == "head":
+            if model is not None:
+                raise ConfigError("value_model is for a critic of its own: leave it out, or set critic.kind to 'model'")
+            size = self.policy.base_model.config.hidden_size
+            return ValueHead(size, train_trunk=config.train_trunk, device=self.policy.device)
+        has_head = True
+        if not isinstance(model, nn.Module):
+            model, has_head = load_scalar_model(model or config.path or self.folder_for_workers(), self.args)
+        critic = ScalarModel(model, self.args, peft_config=peft_config, device=self.policy.device)
+        if not has_head:
+            critic.zero_head()
+        return critic
+
+    def trained_parts(self) -> list[Part]:
+        rate = self.args.learning_rate if self.args.critic.learning_rate is None else self.args.critic.learning_rate
+        return [*super().trained_parts(), Part("critic", self.critic.trained_parameters, rate)]
+
+    # The algorithm
+
+    def step(self, prompts_P: list[Prompt]) -> Metrics:
+        """Sample and score, give every token its advantage and return, and make the clipped updates."""
+        groups_P, metrics = self.require_rollouts().sample(
+            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw()
+        )
+        metrics |= self.scoring_metrics()
+        started = time.monotonic()
+        self.num_rollouts += 1
+        order = random.Random(f"{self.args.seed}/{self.num_rollouts}")
+        updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
+        self._add_fixed_estimates(updates)
+        metrics |= self._assign_advantages([micro for update in updates for micro in update.micro_batches])
+        total_loss = 0.0
+        for _ in range(self.args.num_ppo_epochs):
+            for update in order.sample(updates, len(updates)):
+                total_loss += self._update(update)
+        self.require_rollouts().policy_changed()
+        self.completions.write(self.state.global_step, groups_P)
+        return (
+            metrics
+            | describe_groups(groups_P)
+            | mean_over_tokens(updates, self.args.num_ppo_epochs)
+            | {
+                "loss": total_loss / self.plan.updates_per_step,
+                "critic/grad_norm": self.updates[-1].grad_norms["critic"],
+                "time/train": time.monotonic() - started,
+            }
+        )
+
+    @torch.no_grad()
+    def _add_fixed_estimates(self, updates: Sequence[Update]) -> None:
+        """What is said of the rollout before it is trained on: by the policy, the reference and the critic."""
+        temperature = self.args.temperature
+        for micro in (micro for update in updates for micro in update.micro_batches):
+            moved = micro.to(self.policy.device)
+            with self.policy.inference():
+                logp_N, _, hidden_NC = self.policy.logprobs_and_hidden(moved, temperature=temperature)
+                micro.old_logp_N = logp_N.cpu()
+                micro.old_value_N = self.critic.values(moved, hidden_NC).cpu()
+            if self.args.kl_coef:
+                micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
+
+    def _assign_advantages(self, micros: Sequence[PackedBatch]) -> Metrics:
+        """Fill in advantages and returns of the whole rollout, and say what they came from."""
+        if not micros:
+            return {"kl_coef": self.kl.coef}
+        joined = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in ("old_value_N", "old_logp_N")}
+        lengths_S = torch.cat([micro.lengths_S for micro in micros])
+        values_N = joined["old_value_N"]
+        kl_N = torch.zeros_like(values_N)
+        if self.args.kl_coef:
+            ref_logp_N = torch.cat([micro.ref_logp_N for micro in micros])
+            kl_N = kl_divergence(joined["old_logp_N"], ref_logp_N, self.args.kl_estimator)
+        in_reward = self.kl.coef if self.args.kl_penalty == "reward" else 0.0
+        scores_S = torch.cat([micro.rewards_S for micro in micros])
+        rewards_N = token_rewards(scores_S, kl_N, lengths_S, kl_coef=in_reward)
+        if self.args.whiten_rewards:
+            rewards_N = whiten(rewards_N, shift_mean=False)
+        advantages_N, returns_N = gae(rewards_N, values_N, lengths_S, gamma=self.args.gamma, lam=self.args.lam)
+        metrics = {
+            "kl": kl_N.mean().item(),
+            "kl/completion": kl_N.sum().item() / len(lengths_S),
+            "kl_coef": self.kl.coef,
+            "advantage/std": advantages_N.std(correction=0).item(),
+            "critic/value_mean": values_N.mean().item(),
+            "critic/return_mean": returns_N.mean().item(),
+            "critic/explained_variance": explained_variance(values_N, returns_N),
+        }
+        if self.args.whiten_advantages:
+            advantages_N = whiten(advantages_N)
+        sizes = [micro.num_targets for micro in micros]
+        for micro, advantage_N, return_N in zip(micros, advantages_N.split(sizes), returns_N.split(sizes), strict=True):
+            micro.advantage_N, micro.return_N = advantage_N, return_N
+        self.kl.observe(metrics["kl/completion"], len(lengths_S))
+        return metrics
+
+    def _update(self, update: Update) -> float:
+        """One optimiser update; returns its loss. While the critic warms up, the policy has no part in it."""
+        critic_only = self.num_rollouts <= self.args.critic.warmup_rollouts
+        total_loss = 0.0
+        for micro in update.micro_batches:
+            micro = micro.to(self.policy.device)
+            logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
+                micro, temperature=self.args.temperature, entropy=True
+            )
+            values_N = self.critic.values(micro, hidden_NC.detach() if critic_only else hidden_NC)
+            value_loss, sums = ppo_value_loss(values_N, micro, self.args, update.totals)
+            policy_loss, policy_sums = ppo_policy_loss(
+                logp_N, entropy_N, micro, self.args, update.totals, kl_coef=self.kl.coef
+            )
+            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss)
+            self.updater.backward(loss)
+            total_loss += loss.item()
+            weight = update.totals.tokens  # `add` gathers sums over tokens
+            update.add(
+                sums
+                | policy_sums
+                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight}
+            )
+        self.update(update.micro_batches)
+        return total_loss
+
+    # From groups to batches
+
+    def _mini_batches(self, groups_P: Sequence[Group], order: random.Random) -> Iterator[list[tuple[Group, list[int]]]]:
+        flat = [(group, index) for group in groups_P for index in range(len(group))]
+        if self.args.num_mini_batches > 1:
+            order.shuffle(flat)
+        return deal(flat, self.args.completions_per_update)
+
+    def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
+        """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""
+        trees = []
+        for group, indices in share:
+            branches = [
+                Branch(
+                    group.completions[index].token_ids,
+                    sampler_logprobs=group.completions[index].logprobs,
+                    reward=self._score(group, index),
+                )
+                for index in indices
+                if group.total_rewards_G[index] is not None
+            ]
+            if branches:
+                trees.append(Tree(group.prompt.token_ids, branches))
+        tokens = sum(len(branch.token_ids) for tree in trees for branch in tree.branches)
+        sequences = sum(len(tree.branches) for tree in trees)
+        return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
+
+    def _score(self, group: Group, index: int) -> float:
+        penalty = self.args.missing_eos_penalty or 0.0
+        return (group.total_rewards_G[index] or 0.0) - (penalty if group.completions[index].is_truncated else 0.0)
+
+    def save_beside(self, folder: Path) -> None:
+        self.critic.save(folder / CRITIC_FOLDER)
+
+
+def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:
+    """Share of the returns' variance that the values foretell: 1 is perfect, 0 no better than their mean."""
+    variance = returns_N.var(correction=0)
+    return (1 - (returns_N - values_N).var(correction=0) / variance.clamp(min=1e-12)).item()

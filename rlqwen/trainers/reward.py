@@ -1,0 +1,145 @@
+"""Reward modelling: a model learns to give the better of two answers the higher number.
+
+Example:
+    trainer = RewardTrainer(model="Qwen/Qwen3-0.6B", train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"))
+    trainer.train()
+
+The model that it leaves loads with AutoModelForSequenceClassification, and its folder can be named as a reward.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.config import RewardConfig
+from rlqwen.critic import ScalarModel
+from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_scored
+from rlqwen.errors import ModelError
+from rlqwen.loading import load_scalar_model
+from rlqwen.losses import Totals, reward_loss
+from rlqwen.parallel import pick_device
+from rlqwen.trainers.base import BaseTrainer, Metrics
+
+
+class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
+    """Learn a reward from chosen and rejected answers (Bradley-Terry)."""
+
+    algorithm = "reward"
+    default_best_metric = "eval/rewards/accuracies"
+    policy: ScalarModel
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        """TRL's signature and meaning.
+
+        Args:
+            model: hub id, folder, `builtin:tiny-qwen3`, or a sequence-classification model of one label, which is
+                trained in place. A causal language model given by name gets a new head.
+            train_dataset: a datasets.Dataset or a list of rows with `chosen` and `rejected`, and perhaps `prompt` and
+                `margin`; see rlqwen.data.formats for the forms.
+            eval_dataset: the same, never trained on.
+            processing_class: the tokenizer; None loads the model's.
+            peft_config: a peft.LoraConfig; the head is trained whole beside the adapter. None trains all weights.
+        """
+        super().__init__(
+            model,
+            args or RewardConfig(),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        if self.args.chat_template_path is not None:
+            self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
+        # The saved model finds a sequence's last token by looking for padding.
+        self.policy.base_model.config.pad_token_id = self.processing_class.pad_token_id
+        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> ScalarModel:
+        if isinstance(model, str):
+            model, _ = load_scalar_model(model, self.args)
+        elif model.config.num_labels != 1:
+            raise ModelError(f"a reward model has one label, but this one has num_labels={model.config.num_labels}")
+        return ScalarModel(model, self.args, peft_config=peft_config, device=pick_device(self.args.use_cpu))
+
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[PreferenceRow]:
+        rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)
+        self.reports["eval" if evaluation else "train"] = report
+        return rows
+
+    def step(self, rows: list[PreferenceRow]) -> Metrics:
+        """One update on the mean loss of the pairs in `rows`."""
+        started = time.monotonic()
+        parts = self._micro_batches(rows, self.args.per_device_train_batch_size)
+        totals = Totals(tokens=0, sequences=len(rows))
+        sums: Metrics = {}
+        for micro, margin_S in parts:
+            loss, figures = self._loss(micro, margin_S, totals)
+            self.updater.backward(loss)
+            for key, value in {**figures, "loss": loss.detach() * len(rows)}.items():
+                sums[key] = sums.get(key, 0.0) + value.item()
+        micro_batches = [micro for micro, _ in parts]
+        self.update(micro_batches)
+        return {key: value / len(rows) for key, value in sums.items()} | {
+            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
+            "time/train": time.monotonic() - started,
+        }
+
+    def compute_evaluation(self, rows: list[PreferenceRow]) -> Metrics:
+        """Mean loss, share of pairs that are ranked right, and mean rewards of either side."""
+        totals = Totals(tokens=0, sequences=len(rows))
+        sums: Metrics = {}
+        for micro, margin_S in self._micro_batches(rows, self.args.per_device_eval_batch_size):
+            loss, figures = self._loss(micro, margin_S, totals)
+            for key, value in {**figures, "loss": loss * len(rows)}.items():
+                sums[key] = sums.get(key, 0.0) + value.item()
+        return {key: value / len(rows) for key, value in sums.items()}
+
+    def _loss(self, micro: PackedBatch, margin_S: Tensor, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        scores_SK = self.policy.scores(micro.to(self.policy.device)).view(-1, 2)
+        return reward_loss(
+            scores_SK[:, 0],
+            scores_SK[:, 1],
+            margin_S.to(scores_SK.device),
+            totals,
+            center_coefficient=self.args.center_rewards_coefficient,
+        )
+
+    def _micro_batches(self, rows: list[PreferenceRow], size: int) -> list[tuple[PackedBatch, Tensor]]:
+        """Packed pairs, chosen before rejected, each micro-batch with its pairs' margins."""
+        limit = self.args.max_tokens_per_micro_batch
+        parts = split_trees(
+            [self._tree(row) for row in rows],
+            max_tokens=limit,
+            max_branches=2 * size if limit is None else None,
+            divisible=False,
+        )
+        margins = iter([row.margin or 0.0 for row in rows])
+        return [(pack(part), torch.tensor(list(islice(margins, len(part))))) for part in parts]
+
+    def _tree(self, row: PreferenceRow) -> Tree:
+        """Both sides without padding tokens at their end: transformers reads the score off the last other token."""
+        pad = self.processing_class.pad_token_id
+        return Tree(row.prompt_ids, [Branch(_without_tail(side.token_ids, pad)) for side in (row.chosen, row.rejected)])
+
+
+def _without_tail(token_ids: list[int], token_id: int | None) -> list[int]:
+    end = len(token_ids)
+    while end and token_ids[end - 1] == token_id:
+        end -= 1
+    return token_ids[:end]
