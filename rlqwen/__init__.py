@@ -1,4 +1,4 @@
-"""Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO over one policy wrapper, vLLM rollouts managed by Ray, rewards as plugins.
+"""Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO on one policy wrapper, with vLLM rollouts managed by Ray.
 
 The public names are imported on first use, so `import rlqwen` is quick and needs no torch.
 """
@@ -7,7 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlqwen.config import GRPOConfig, PPOConfig, RewardConfig, RolloutConfig, ScoringConfig, SFTConfig
+    from rlqwen.config import (
+        DPOConfig,
+        GRPOConfig,
+        PPOConfig,
+        RewardConfig,
+        RolloutConfig,
+        ScoringConfig,
+        SFTConfig,
+    )
+    from rlqwen.trainers.dpo import DPOTrainer
     from rlqwen.trainers.grpo import GRPOTrainer
     from rlqwen.trainers.ppo import PPOTrainer
     from rlqwen.trainers.reward import RewardTrainer
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DPOConfig": "rlqwen.config",
+    "DPOTrainer": "rlqwen.trainers.dpo",
     "GRPOConfig": "rlqwen.config",
     "GRPOTrainer": "rlqwen.trainers.grpo",
     "PPOConfig": "rlqwen.config",
@@ -29,6 +40,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "PPOConfig",

@@ -30,6 +30,10 @@ class Branch:
     advantage: float = 0.0
     reward: float = 0.0
     """Of the whole branch, where advantages are yet to be estimated from it."""
+    label: bool = True
+    """Whether it is a good answer: of a pair, the chosen one is, the rejected one is not."""
+    ref_logprob: float | None = None
+    """The reference's log-probability of the whole branch, where it was computed before."""
 
 
 @dataclass(slots=True)
@@ -66,12 +70,16 @@ class PackedBatch:
     """(S,) float."""
     rewards_S: Tensor
     """(S,) float."""
+    labels_S: Tensor
+    """(S,) bool: which sequences are good answers."""
     sampler_logp_N: Tensor | None = None
     """(N,) float: the sampler's logprobs; None where nothing was sampled."""
     old_logp_N: Tensor | None = None
     """(N,) float: the policy's logprobs before the first update on this rollout; None: the forward's own."""
     ref_logp_N: Tensor | None = None
     """(N,) float: the reference's logprobs."""
+    ref_logp_S: Tensor | None = None
+    """(S,) float: the reference's log-probability of each sequence."""
     old_value_N: Tensor | None = None
     """(N,) float: the critic's value of what stands before each target, before the first update on this rollout."""
     advantage_N: Tensor | None = None
@@ -111,7 +119,9 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
             row.add(tree)
     if not row.spans:
         raise ValueError("nothing to pack: no tree has a branch")
+    branches = [branch for tree in trees for branch in tree.branches]
     sampled = all(values is not None for values in row.sampler_logprobs)
+    referred = all(branch.ref_logprob is not None for branch in branches)
     return PackedBatch(
         input_ids=torch.tensor([row.token_ids]),
         position_ids=torch.tensor([row.positions]),
@@ -120,9 +130,11 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         target_N=torch.tensor(row.targets, dtype=torch.long),
         sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
         lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
-        advantages_S=torch.tensor(row.advantages, dtype=torch.float32),
-        rewards_S=torch.tensor(row.rewards, dtype=torch.float32),
+        advantages_S=torch.tensor([branch.advantage for branch in branches], dtype=torch.float32),
+        rewards_S=torch.tensor([branch.reward for branch in branches], dtype=torch.float32),
+        labels_S=torch.tensor([branch.label for branch in branches]),
         sampler_logp_N=torch.tensor([x for values in row.sampler_logprobs for x in values or ()]) if sampled else None,
+        ref_logp_S=torch.tensor([branch.ref_logprob for branch in branches]) if referred else None,
     )
 
 
@@ -136,8 +148,6 @@ class _Row:
     sources: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
     sampler_logprobs: list[list[float] | None] = field(default_factory=list)
 
     def add(self, tree: Tree) -> None:
@@ -162,25 +172,23 @@ class _Row:
         self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
         self.targets += [branch.token_ids[i] for i in kept]
         self.lengths.append(len(kept))
-        self.advantages.append(branch.advantage)
-        self.rewards.append(branch.reward)
         logprobs = branch.sampler_logprobs
         self.sampler_logprobs.append(None if logprobs is None else [logprobs[i] for i in kept])
 
 
 def split_trees(
-    trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None, divide: bool = True
+    trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None, divisible: bool = True
 ) -> Iterator[list[Tree]]:
     """Cut a run of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
 
     A tree is kept whole where it fits a micro-batch of its own; otherwise its branches are dealt out, and each
-    micro-batch that gets some holds the prefix again. What cannot be divided further and is larger than a micro-batch
-    stands alone: a single sequence, or any tree with `divide=False`, whose loss compares its branches.
+    micro-batch that gets some holds the prefix again. A single sequence longer than `max_tokens` stands alone, and so
+    does a larger tree that is not `divisible`, because its branches are compared with each other.
     """
     current: list[Tree] = []
     branches = tokens = 0
     for tree in trees:
-        whole = not divide or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
+        whole = not divisible or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
         pieces = [tree] if whole else [Tree(tree.prefix, [branch]) for branch in tree.branches]
         for piece in pieces:
             joins = not whole and bool(current) and current[-1].prefix is piece.prefix

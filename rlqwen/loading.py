@@ -1,10 +1,12 @@
 """Models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import (
@@ -19,17 +21,24 @@ from transformers.utils import logging
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.parallel import pick_device
+from rlqwen.quantization import require_bitsandbytes
 
 Args = TypeVar("Args", bound=TrainerConfig)
+_LOADING_ARGUMENTS = ("dtype", "quantization_config")
+"""What `from_pretrained` must see of a built-in model's arguments."""
 
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
     """AutoModelForCausalLM.from_pretrained with our errors."""
+    arguments = dict(args.model_init_kwargs)
+    if arguments.get("quantization_config") is not None:
+        require_bitsandbytes("quantization_config")
+        # Quantised weights are laid out for the device that they are loaded on.
+        arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=args.trust_remote_code, **args.model_init_kwargs
-        )
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
 
 
@@ -71,9 +80,9 @@ def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Arg
     """The shape of a built-in model, and the config without it: `from_pretrained` must not see it."""
     if not model.startswith("builtin:"):
         return {}, args
-    shape = {key: value for key, value in args.model_init_kwargs.items() if key != "dtype"}
-    rest = {key: value for key, value in args.model_init_kwargs.items() if key == "dtype"}
-    return shape, args.model_copy(update={"model_init_kwargs": rest})
+    loading = {key: value for key, value in args.model_init_kwargs.items() if key in _LOADING_ARGUMENTS}
+    shape = {key: value for key, value in args.model_init_kwargs.items() if key not in _LOADING_ARGUMENTS}
+    return shape, args.model_copy(update={"model_init_kwargs": loading})
 
 
 def local_folder(name_or_path: str, revision: str | None = None) -> str:
@@ -87,6 +96,13 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(f"model {name_or_path!r} is no folder here and cannot be downloaded: {error}") from error
+
+
+def saved_dtype(folder: str) -> torch.dtype | None:
+    """The dtype that the folder's config gives its weights; None where it doesn't say."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype")
+    return getattr(torch, name) if name else None
 
 
 def load_generation_config(folder: str) -> GenerationConfig | None:

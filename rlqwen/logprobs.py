@@ -36,6 +36,20 @@ def chunked_logprobs(
     return logp_N, entropy_N if entropy else None
 
 
+@torch.no_grad()
+def chunked_log_collision(hidden_NC: Tensor, head_VC: Tensor, *, chunk_size: int = 1024) -> Tensor:
+    """(N,) log of the sum over the vocabulary of p^2, p the softmax of hidden @ head.T; float32, no gradient.
+
+    It is the log-probability that two draws from the same distribution agree.
+    """
+    weight = head_VC.to(hidden_NC.dtype)
+    parts = []
+    for hidden in hidden_NC.split(chunk_size):
+        logits = _logits(hidden, weight, 1.0)
+        parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(

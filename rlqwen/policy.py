@@ -6,7 +6,8 @@
     names_and_tensors = policy.export_weights()
 
 Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
-rounding without a sign. With `bf16` the forward runs under autocast.
+rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
+whatever they hold. With `bf16` the forward runs under autocast.
 """
 
 import contextlib
@@ -16,17 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlqwen.adapters import (
+    adapter_rank,
+    adapter_weights,
+    add_adapter,
+    changes_base,
+    check_adapter,
+    checkpoint_weights,
+    head_weight,
+    lora_obstacle,
+)
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.hidden import hidden_states, use_packed_attention
-from rlqwen.logprobs import chunked_logprobs
+from rlqwen.loading import saved_dtype
+from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
+from rlqwen.model_files import write_model
+from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 
 
 class Policy:
@@ -38,38 +50,49 @@ class Policy:
         args: TrainerConfig,
         *,
         peft_config: Any = None,
-        reference: bool = False,
+        reference: bool | nn.Module = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """Take over `model`; it is changed in place.
 
         Args:
-            model: a transformers causal language model, or a PeftModel around one.
+            model: a transformers causal language model, its weights plain or bitsandbytes', or a PeftModel around one.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
-            reference: whether `reference_logprobs` will be asked for. With adapters it is the model with the adapter
-                off, else a frozen copy of the weights as given.
+            reference: whether `reference_logprobs` will be asked for, or the model to ask, which is frozen. True is the
+                model as given: with a new adapter that is the model with the adapter off, else a frozen copy.
         """
         self.device = torch.device(device)
         self.chunk_size = args.logprob_chunk_size
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
-        self._reference: nn.Module | None = None
-        if reference and peft_config is None and not isinstance(model, PeftModel):
-            self._reference = copy.deepcopy(model).to(self.device, self.compute_dtype).eval().requires_grad_(False)
-            use_packed_attention(self._reference)
+        self._reference: PreTrainedModel | None = None
+        if reference is True and peft_config is None and not _has_new_adapter(model):
+            reference = copy.deepcopy(model)
+        if isinstance(reference, nn.Module):
+            self._reference = self._freeze(reference)
         if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
-            model = get_peft_model(model, peft_config)
+            model = add_adapter(model, peft_config)
+        self.quantized_bits = quantized_bits(model)
+        """4 or 8 with bitsandbytes weights; None with plain ones."""
+        if self.quantized_bits:
+            prepare_quantized(model)
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
-        self.has_reference = reference
+        if self.has_adapter:
+            check_adapter(self.model, reference=self._reference is None and bool(reference))
+        self.has_reference = bool(reference)
         self._prepare_training(args)
 
     def _wants_bf16(self, args: TrainerConfig) -> bool:
         if args.bf16 is not None:
             return args.bf16
         return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def _freeze(self, model: nn.Module) -> PreTrainedModel:
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
+        use_packed_attention(model)
+        return model
 
     def _prepare_training(self, args: TrainerConfig) -> None:
         for parameter in self.model.parameters():
@@ -92,6 +115,21 @@ class Policy:
         """The transformers model, adapters inside it where there are any."""
         return self.model.get_base_model() if self.has_adapter else self.model
 
+    def has_base_of(self, folder: str) -> bool:
+        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
+        if not self.has_adapter:
+            return not self.quantized_bits
+        changed = any(changes_base(config) for config in self.model.peft_config.values())
+        return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
+
+    def check_trainable(self) -> None:
+        """ModelError if the weights are quantised and there is no adapter to train."""
+        if self.quantized_bits and not self.has_adapter:
+            raise ModelError(
+                f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
+                "recipe) to train an adapter on them, or load the model without quantization"
+            )
+
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -108,6 +146,13 @@ class Policy:
         """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk."""
         return self._logprobs(self.base_model, batch, temperature, entropy)
 
+    def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
+        hidden_NC = self._hidden(self.base_model, batch)
+        head_VC = head_weight(self.base_model)
+        logp_N, _ = chunked_logprobs(hidden_NC, head_VC, batch.target_N, chunk_size=self.chunk_size)
+        return logp_N, chunked_log_collision(hidden_NC, head_VC, chunk_size=self.chunk_size)
+
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """(N,) float32 logprobs under the reference, without gradient."""
@@ -122,6 +167,8 @@ class Policy:
         """No gradients and no dropout inside."""
         was_training = self.model.training
         self.model.eval()
+        if self.quantized_bits == 8:
+            use_training_products(self.model)
         try:
             with torch.no_grad():
                 yield
@@ -131,11 +178,10 @@ class Policy:
     def _logprobs(
         self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        with self.autocast():
-            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        hidden_NC = self._hidden(model, batch)
         logp_N, entropy_N = chunked_logprobs(
-            hidden_NC.to(self.compute_dtype),
-            _head_weight(model),
+            hidden_NC,
+            head_weight(model),
             batch.target_N,
             temperature=temperature,
             chunk_size=self.chunk_size,
@@ -147,8 +193,35 @@ class Policy:
         """The forward's precision."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
+    def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        """(N, C) hidden states that predict the batch's targets."""
+        with self.autocast():
+            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        return hidden_NC.to(self.compute_dtype)
+
     def _adapter_off(self) -> contextlib.AbstractContextManager[None]:
         return self.model.disable_adapter()
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """What the reference computes with, by name; without a reference, what the policy itself does."""
+        if self._reference is not None:
+            return self._reference.state_dict()
+        if not self.has_reference:
+            return self.model.state_dict()
+        return {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            for name, tensor in self.base_model.state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name
+        }
+
+    @property
+    def reference_config(self) -> PreTrainedConfig:
+        return (self.base_model if self._reference is None else self._reference).config
+
+    def drop_reference(self) -> None:
+        """Free the reference, where it is a model of its own."""
+        if self._reference is not None:
+            self._reference, self.has_reference = None, False
 
     @torch.no_grad()
     def refresh_reference(self, alpha: float) -> None:
@@ -174,54 +247,39 @@ class Policy:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             use_packed_attention(model)
 
-    @torch.no_grad()
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its checkpoint name, adapters merged, tied heads included, in the compute dtype.
 
         These are the names that vLLM loads: mixture-of-experts weights go back from transformers' fused form, and
         `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
         """
-        with self._merged():
-            for name, tensor in revert_weight_conversion(self.base_model, self._plain_weights()).items():
-                yield name, tensor.detach().to(self.compute_dtype)
+        return checkpoint_weights(self.base_model, dtype=self.compute_dtype)
 
-    def _plain_weights(self) -> dict[str, Tensor]:
-        """The base model's state under the names it had before PEFT wrapped its modules."""
-        return {
-            _plain_name(name): tensor
-            for name, tensor in self.base_model.state_dict().items()
-            if ".lora_" not in name and ".original_module." not in name
-        }
+    @property
+    def lora_obstacle(self) -> str | None:
+        """Why rollout workers cannot be sent the adapter alone; None if they can."""
+        return lora_obstacle(self.model) if self.has_adapter else "there is no adapter"
 
-    @contextlib.contextmanager
-    def _merged(self) -> Iterator[None]:
-        """Adapters added into the base weights; the base weights come back bit for bit, as saved, not subtracted."""
-        if not self.has_adapter:
-            yield
-            return
-        layers = [module for module in self.base_model.modules() if hasattr(module, "get_delta_weight")]
-        saved = [layer.get_base_layer().weight.data for layer in layers]
-        try:
-            for layer in layers:
-                weight = layer.get_base_layer().weight
-                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                weight.data = (weight.data.float() + delta.float()).to(weight.dtype)
-            yield
-        finally:
-            for layer, weight in zip(layers, saved, strict=True):
-                layer.get_base_layer().weight.data = weight
+    @property
+    def lora_rank(self) -> int:
+        """The largest rank of the adapter."""
+        return adapter_rank(self.model)
 
-    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that `from_pretrained` loads, adapters merged; `dtype` None keeps each weight's own."""
-        with self._merged():
-            weights = {
-                name: tensor if dtype is None else tensor.to(dtype) for name, tensor in self._plain_weights().items()
-            }
-            self.base_model.save_pretrained(folder, state_dict=weights)
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's weights under PEFT's names, scaling folded in."""
+        return adapter_weights(self.model)
+
+    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
+        """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
+
+        `dtype` None keeps each weight's own.
+        """
+        with contextlib.nullcontext() if adapter or not self.has_adapter else self._adapter_off():
+            write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
 
     def save_adapter(self, folder: Path | str) -> None:
-        """Write the adapter alone, as PEFT loads it."""
-        self.model.save_pretrained(folder)
+        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
+        self.model.save_pretrained(folder, save_embedding_layers=False)
 
     def restore(self, folder: Path | str) -> None:
         """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
@@ -232,21 +290,11 @@ class Policy:
         self.base_model.load_state_dict(saved.state_dict())
 
 
-def _head_weight(model: PreTrainedModel) -> Tensor:
-    """(V, C) weight of the head, with its adapter where it has one."""
-    head = model.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
-    if hasattr(head, "get_delta_weight"):
-        weight = head.get_base_layer().weight
-        if head.disable_adapters:
-            return weight
-        return weight + sum(head.get_delta_weight(adapter) for adapter in head.active_adapters)
-    return head.weight
-
-
-def _plain_name(name: str) -> str:
-    """A parameter's name as it was before PEFT wrapped its module."""
-    name = name.replace(".base_layer.", ".")
-    parts = name.split(".modules_to_save.")
-    return parts[0] + "." + parts[1].split(".", 1)[1] if len(parts) == 2 else name
+def _has_new_adapter(model: nn.Module) -> bool:
+    """Whether the model has an adapter that adds nothing yet, so that taking it off gives the model itself."""
+    if not isinstance(model, PeftModel):
+        return False
+    weights = dict(model.named_parameters())
+    return not any(".modules_to_save." in name for name in weights) and not any(
+        weight.any() for name, weight in weights.items() if ".lora_B." in name or ".lora_embedding_A." in name
+    )

@@ -14,7 +14,7 @@ from rlqwen import __version__, pipeline
 from rlqwen.cli import main
 from rlqwen.config import RewardSpec
 from rlqwen.errors import ConfigError, RewardFailure, RewardSpecError
-from rlqwen.evaluate import EvalConfig, evaluation_config
+from rlqwen.evaluation import EvalConfig, evaluation_config
 from rlqwen.metrics import MetricLogger, read_summary, write_summary
 from rlqwen.recipe import load_recipe, load_recipes
 

@@ -315,7 +315,7 @@ def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
     assert [pair.index for pair in pairs] == [1]
     assert report.num_equal_sides == 2
     assert "2 dropped for equal answers" in report.summary()
-    assert report.warnings == ["2 pairs whose answers are equal, hence teach nothing, were left out: row 0, row 2"]
+    assert report.warnings == ["pairs whose answers are equal, hence teach nothing, were left out: row 0, row 2"]
     # Answers that differ only in what is cut away.
     _, report = tokenize_preferences([TEXTS, TEXTS | {"chosen": " 2"}], tokenizer, DPOConfig(max_length=5))
     assert (report.num_kept, report.num_equal_sides) == (1, 1)

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 LAYERS = [
     {"errors", "types"},
     {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "policy", "critic", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "critic", "reference"}
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"trainers"},
-    {"evaluate", "pipeline"},
+    {"evaluation", "pipeline"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

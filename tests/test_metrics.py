@@ -24,6 +24,7 @@ from rlqwen.metrics import (
     write_pipeline_summary,
     write_summary,
 )
+from rlqwen.metrics.answers import final_answer
 from rlqwen.metrics.curves import choose_panels
 from rlqwen.metrics.display import (
     LiveDisplay,
@@ -36,7 +37,7 @@ from rlqwen.metrics.display import (
     sparkline,
     speed,
 )
-from rlqwen.metrics.figures import final_answer, majority_right, pass_at_k, reward_figures, sample_counts
+from rlqwen.metrics.figures import majority_right, pass_at_k, reward_figures, sample_counts
 from rlqwen.metrics.report import next_command, pick_samples, show_report
 from rlqwen.types import Completion, Group, Prompt
 

@@ -23,7 +23,7 @@ SMALL = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128, "num_head
 TEMPERATURE = 0.7
 
 
-def start(folder: Path, **config: object) -> RolloutPool:
+def start(folder: Path, *, lora_rank: int | None = None, **config: object) -> RolloutPool:
     settings = {"engine": "vllm", "num_cpus_per_worker": 0.5, "max_num_seqs": 64, "max_restarts": 20} | config
     engine = build_engine(
         RolloutConfig(**settings),
@@ -32,6 +32,7 @@ def start(folder: Path, **config: object) -> RolloutPool:
         compute_dtype="float32",
         max_model_length=64,
         seed=0,
+        lora_rank=lora_rank,
     )
     assert isinstance(engine, RolloutPool)
     return engine

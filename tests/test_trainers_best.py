@@ -27,5 +27,24 @@ def test_names_as_transformers_spells_them_are_understood():
 
 
 def test_an_unknown_metric_names_those_there_are():
-    with pytest.raises(ConfigError, match="'acuracy' is not among the evaluation's figures: eval/loss"):
-        BestMetric(SFTConfig(metric_for_best_model="acuracy"), "eval/loss").judge({"eval/loss": 1.0})
+    with pytest.raises(
+        ConfigError, match=r"'acuracy' is not among .* did you mean 'eval/accuracy'\? there are: eval/acc"
+    ):
+        BestMetric(SFTConfig(metric_for_best_model="acuracy"), "eval/loss").judge({"eval/accuracy": 1.0})
+
+
+@pytest.mark.parametrize("name", ["eval/reward/len/mean", "reward/len/mean", "eval_reward_len_mean", "reward_len_mean"])
+def test_every_spelling_of_a_key_is_understood(name):
+    best = BestMetric(SFTConfig(metric_for_best_model=name), "eval/loss")
+    assert best.find_key(["eval/loss", "eval/reward/len/mean", "eval/reward/mean"]) == "eval/reward/len/mean"
+
+
+@pytest.mark.parametrize(
+    "key", ["eval/label/unparsable", "eval/completions/truncated", "eval/reward/missing", "eval/time"]
+)
+def test_what_should_be_rare_or_short_is_better_when_lower(key):
+    assert follow([0.5, 0.25, 0.75], key) == ["BEST", "BEST", "WORSE"]
+
+
+def test_what_is_not_a_number_is_never_the_best():
+    assert follow([float("nan"), 0.1, float("nan"), 0.2], "eval/reward/mean") == ["WORSE", "BEST", "WORSE", "BEST"]

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlqwen.config import OnlineConfig, PreferenceConfig, SFTConfig, TrainerConfig
+from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, SFTConfig, TrainerConfig
 from rlqwen.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
         line += f" ({config.passes_per_rollout} passes)" if config.passes_per_rollout > 1 else ""
     else:
         rows, updates = size * accumulation * num_ranks, 1
-        line = f"{rows} {_unit(config)} an update = {split}"
+        line = f"{_count(rows, _row_name(config))} an update = {split}"
     total = config.max_steps
     if total < 0:
         total = math.ceil(_rows_in_all(config, num_rows) / rows) * updates
@@ -71,11 +71,13 @@ def prompt_room(context: int, config: OnlineConfig) -> int:
     return prompt
 
 
-def _unit(config: TrainerConfig) -> str:
-    """What a row of the batch is."""
+def _row_name(config: TrainerConfig) -> str:
+    """What one row of the batch is."""
+    if isinstance(config, SFTConfig) and config.packing:
+        return "packed row"
     if isinstance(config, PreferenceConfig):
-        return "pairs"
-    return "packed rows" if isinstance(config, SFTConfig) and config.packing else "sequences"
+        return "pair" if not isinstance(config, DPOConfig) or config.needs_pairs else "row"
+    return "sequence"
 
 
 def _rows_in_all(config: TrainerConfig, num_rows: int) -> float:

@@ -33,17 +33,18 @@ class ModelFacts:
     """Of the weight files; 0 where unknown."""
 
 
-def check_model_path(path: str) -> None:
-    """Raise ModelError unless `path` is a complete model folder, a built-in model, or may be a hub id."""
+def check_model_path(path: str, key: str = "model.path") -> None:
+    """Raise ModelError unless `path`, the value of `key`, is a complete model folder, a built-in model, or may be a
+    hub id."""
     if path.startswith("builtin:"):
         return
     folder = Path(path).expanduser()
     if folder.is_dir():
-        _check_folder(folder)
+        _check_folder(folder, key)
     elif folder.exists():
-        raise ModelError(f"model.path {path!r} is a file; give the folder that holds config, weights and tokenizer")
+        raise ModelError(f"{key} {path!r} is a file; give the folder that holds config, weights and tokenizer")
     elif not _may_be_hub_id(path):
-        raise ModelError(f"model.path {path!r}: there is no such folder{_near_folder(folder)}, and it is no hub id")
+        raise ModelError(f"{key} {path!r}: there is no such folder{_near_folder(folder)}, and it is no hub id")
 
 
 def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
@@ -90,10 +91,10 @@ def _is_on_hub(model_id: str, revision: str | None) -> bool:
     return True
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, key: str) -> None:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
-            f"model.path {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
+            f"{key} {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
             "or merge the adapter into it first"
         )
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -104,7 +105,7 @@ def _check_folder(folder: Path) -> None:
     missing += _missing_shards(folder)
     if missing:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-        raise ModelError(f"model.path {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
+        raise ModelError(f"{key} {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
 
 
 def _missing_shards(folder: Path) -> list[str]:

@@ -15,9 +15,17 @@ from rich.text import Text
 from rlqwen.check.arithmetic import plan_batch, prompt_room
 from rlqwen.check.model import ModelFacts, check_model_path, read_model
 from rlqwen.check.resources import check_resources
-from rlqwen.config import GRPOConfig, Recipe, SFTConfig
+from rlqwen.config import DPOConfig, OnlineConfig, Recipe, RewardConfig, SFTConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import DataReport, clean_recipe_data, load_rows, tokenize_prompts, tokenize_sft
+from rlqwen.data import (
+    DataReport,
+    clean_recipe_data,
+    load_rows,
+    tokenize_comparisons,
+    tokenize_prompts,
+    tokenize_scored,
+    tokenize_sft,
+)
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import DataError, InputError
 from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
@@ -63,7 +71,13 @@ class CheckReport:
 
 def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
     """Check recipes that run one after the other: a later one may start from what an earlier one is yet to train."""
-    return [check_recipe(recipe, starting_model(recipe, recipes[:place])) for place, recipe in enumerate(recipes)]
+    reports = []
+    for place, recipe in enumerate(recipes):
+        report = check_recipe(recipe, starting_model(recipe, recipes[:place]))
+        with report.collecting():
+            _check_reference(recipe, recipes[:place])
+        reports.append(report)
+    return reports
 
 
 def starting_model(recipe: Recipe, earlier: Sequence[Recipe]) -> Recipe:
@@ -95,7 +109,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None) -> CheckReport:
                     _describe_batch(report, recipe, tokenized)
     if not model:
         _describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
-    if isinstance(recipe.train, GRPOConfig):
+    if isinstance(recipe.train, OnlineConfig):
         with report.collecting():
             report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report
@@ -111,7 +125,8 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         refuse_used_folder(recipe.output_dir, overwrite=recipe.train.overwrite_output_dir)
         if starting_model(recipe, recipes[:place]) is recipe:
             check_model_path(recipe.model.path)
-        if isinstance(recipe.train, GRPOConfig):
+        _check_reference(recipe, recipes[:place])
+        if isinstance(recipe.train, OnlineConfig):
             check_resources(recipe.train.rollout)
         if place and recipe.rewards:
             rewards = resolve_rewards(recipe)
@@ -152,6 +167,13 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFac
         report.facts.append(("model", f"{recipe.model.path}{yet_to_train}, context {model.context:,}{size}"))
         return model
     return None
+
+
+def _check_reference(recipe: Recipe, earlier: Sequence[Recipe]) -> None:
+    """Raise ModelError for a reference that is neither there nor what an earlier recipe is yet to train."""
+    path = recipe.train.ref_model if isinstance(recipe.train, DPOConfig) else None
+    if path is not None and Path(path) not in [Path(before.output_dir) / FINAL_FOLDER for before in earlier]:
+        check_model_path(path, "train.ref_model")
 
 
 def _load(report: CheckReport, recipe: Recipe, part: str) -> list[Row] | None:
@@ -204,7 +226,11 @@ def _tokenize(recipe: Recipe, rows: list[Row], model: ModelFacts) -> DataReport:
                 f"to stop; {data.num_truncated} of {data.num_rows} rows are cut at train.max_length={config.max_length}"
             )
         return data
-    assert isinstance(config, GRPOConfig)
+    if isinstance(config, DPOConfig):
+        return tokenize_comparisons(rows, model.tokenizer, config)[1]
+    if isinstance(config, RewardConfig):
+        return tokenize_scored(rows, model.tokenizer, config)[1]
+    assert isinstance(config, OnlineConfig)
     _, data = tokenize_prompts(
         rows,
         model.tokenizer,

@@ -1,5 +1,6 @@
 """What commands do before and after their own work: read recipes, quieten libraries, end cleanly, print."""
 
+import logging
 import os
 import signal
 import sys
@@ -26,9 +27,10 @@ def prepare() -> None:
     """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about."""
     signal.signal(signal.SIGTERM, _terminate)
     import torch
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that could be downloaded
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
 

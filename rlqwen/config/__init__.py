@@ -4,11 +4,13 @@ from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
 from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
-from rlqwen.config.recipe import LoraSettings, ModelConfig, Recipe, RewardSpec
+from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe, RewardSpec
+from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
@@ -20,6 +22,7 @@ __all__ = [
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "EvalGenerationConfig",
     "GRPOConfig",
     "LoraSettings",
     "ModelConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "PPOConfig",
     "PatternConfig",
     "PreferenceConfig",
+    "QuantizationSettings",
     "Recipe",
     "RewardConfig",
     "RewardSpec",
@@ -35,5 +39,6 @@ __all__ = [
     "SFTConfig",
     "ScoringConfig",
     "SourceConfig",
+    "SyncedReference",
     "TrainerConfig",
 ]

@@ -5,11 +5,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlqwen.config.online import OnlineConfig
+from rlqwen.config.reference import SyncedReference
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
 
-class GRPOConfig(OnlineConfig):
+class GRPOConfig(OnlineConfig, SyncedReference):
     """Arguments of GRPOTrainer; TRL's names, meanings and defaults unless said otherwise."""
 
     num_generations: int = Field(default=8, ge=2)
@@ -53,12 +54,6 @@ class GRPOConfig(OnlineConfig):
     """Ours: draw more prompts until the batch is full of groups whose rewards differ (DAPO)."""
     max_sampling_rounds: int = Field(default=4, ge=1)
     """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
-
-    sync_ref_model: bool = False
-    """Mix the policy into the reference every `ref_model_sync_steps` updates."""
-    ref_model_mixup_alpha: float = Field(default=0.6, ge=0, le=1)
-    """Share of the policy in the new reference."""
-    ref_model_sync_steps: int = Field(default=512, ge=1)
 
     @model_validator(mode="after")
     def _divisible(self) -> "GRPOConfig":

@@ -37,9 +37,45 @@ class LoraSettings(Config):
     """None: twice `r`."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    """Names, or a regular expression, of modules that get no adapter."""
+    target_parameters: list[str] | None = None
+    """Parameters that are no module's `weight`, such as fused experts: `mlp.experts.gate_up_proj`."""
+    layers_to_transform: int | list[int] | None = None
+    """Only these decoder layers, from 0; `target_modules` must then be a list of names."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Module name or regular expression -> another `r`."""
+    alpha_pattern: dict[str, int] = Field(default_factory=dict)
+    """Module name or regular expression -> another `lora_alpha`."""
     modules_to_save: list[str] | None = None
-    """Modules trained fully beside the adapters, such as `embed_tokens`."""
+    """Modules trained fully beside the adapters, such as `embed_tokens`; a tied head stays tied."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA, arXiv 2402.09353)."""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora"] = True
+    """True: B is zero. `pissa` and `olora` take the adapter out of the base weights, and leave no reference."""
+
+    @model_validator(mode="after")
+    def _names_for_layers(self) -> "LoraSettings":
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"layers_to_transform needs target_modules as a list, such as [q_proj, v_proj] "
+                f"(value given: {self.target_modules!r})"
+            )
+        return self
+
+
+class QuantizationSettings(Config):
+    """Frozen base weights in 4 or 8 bits, by bitsandbytes."""
+
+    bits: Literal[4, 8] = 4
+    type: Literal["nf4", "fp4"] = "nf4"
+    """4 bits only: the levels; `nf4` are those of a normal distribution (arXiv 2305.14314)."""
+    double: bool = True
+    """4 bits only: quantise the scales too."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """4 bits only: what the products are taken in. `auto`: bfloat16 on a GPU, float32 on CPU. 8 bits: float16."""
 
 
 class ModelConfig(Config):
@@ -50,11 +86,19 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights that are not trained; trained weights are float32."""
     lora: LoraSettings | None = None
+    quantization: QuantizationSettings | None = None
+    """Quantise the base weights on loading; needs `lora`."""
     revision: str | None = None
     """Hub revision, to pin the weights."""
     trust_remote_code: bool = False
     init_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `from_pretrained`, or of the built-in model."""
+
+    @model_validator(mode="after")
+    def _quantized_weights_need_an_adapter(self) -> "ModelConfig":
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantization: quantised weights cannot be trained themselves; set lora, such as {r: 16}")
+        return self
 
 
 class RewardSpec(Config):

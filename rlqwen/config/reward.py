@@ -1,6 +1,6 @@
 """Reward modelling."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -13,5 +13,7 @@ class RewardConfig(PreferenceConfig):
     learning_rate: float = Field(default=1e-4, ge=0)
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
     """What becomes of a longer pair: as in TRL it is left out, since an answer without its end is another answer."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)
+    """Must stay empty: whoever asks the reward model renders conversations without."""
     center_rewards_coefficient: float | None = Field(default=None, ge=0)
     """Weight of a penalty on (r_chosen + r_rejected)^2 that keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""

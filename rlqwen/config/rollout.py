@@ -33,6 +33,9 @@ class RolloutConfig(ArgumentsConfig):
     """What the engines compute in. `auto`: what the trainer's forward computes in."""
     enforce_eager: bool | None = None
     """Skip compilation and CUDA graphs. None: only on CPU."""
+    lora: bool | None = None
+    """Send the workers only the policy's adapter, which the engines apply to the base that they start with. None: where
+    vLLM can (LoRA and rsLoRA on the projections of dense models), else weights with the adapter merged."""
     start_timeout: float = Field(default=300.0, gt=0)
     """Seconds for Ray and all engines to come up."""
     generate_timeout: float = Field(default=600.0, gt=0)

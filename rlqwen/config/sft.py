@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.trainer import TrainerConfig
 
 
@@ -31,3 +32,6 @@ class SFTConfig(TrainerConfig):
     """Token that ends a turn. None: the tokenizer's."""
     pad_token: str | None = None
     """Accepted for TRL's sake: nothing is padded here."""
+    eval_generation: EvalGenerationConfig | None = None
+    """Ours: evaluate by what the model writes too, for example `{metrics: [exact_match, rouge], max_tokens: 64}`; its
+    figures, such as `eval/rouge_l`, may be the `metric_for_best_model`."""

@@ -91,7 +91,8 @@ class TrainerConfig(ArgumentsConfig):
     metric_for_best_model: str | None = None
     """A key of the evaluation metrics, with or without `eval/`. None: the loss (SFT), the reward (GRPO)."""
     greater_is_better: bool | None = None
-    """None: unless the metric's name ends in `loss` or `perplexity`."""
+    """None: unless the metric's name ends in `loss` or `perplexity`, or counts what should be rare or short, such as
+    `completions/truncated`, `reward/missing`, `label/unparsable` or `time`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Ours: stop after so many evaluations without an improvement of `metric_for_best_model`."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)

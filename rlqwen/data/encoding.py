@@ -27,11 +27,15 @@ class TokenizedRow:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", write: Callable[[int, Row], list[list[Piece]]]
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    write: Callable[[int, Row], list[list[Piece]]],
+    faults: list[DataError] | None = None,
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
     """(row number, its sequences) in order, a batch of rows at a time; a bar appears when it takes long on a terminal.
 
-    `write` gives the pieces of each sequence that a row becomes.
+    `write` gives the pieces of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
+    such a list, ends it all.
     """
     from tqdm import tqdm
 
@@ -40,11 +44,23 @@ def tokenize_rows(
     with tqdm(total=len(rows), desc="Tokenising", unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
         for start in range(0, len(rows), _BATCH):
             numbers = range(start, min(start + _BATCH, len(rows)))
-            batch = [write(number, rows[number]) for number in numbers]
-            encoded = iter(encode(tokenizer, [pieces for sequences in batch for pieces in sequences]))
-            for number, sequences in zip(numbers, batch, strict=True):
+            batch: dict[int, list[list[Piece]]] = {}
+            for number in numbers:
+                try:
+                    batch[number] = write(number, rows[number])
+                except DataError as fault:
+                    refuse(fault, faults)
+            encoded = iter(encode(tokenizer, [pieces for sequences in batch.values() for pieces in sequences]))
+            for number, sequences in batch.items():
                 yield number, list(islice(encoded, len(sequences)))
             bar.update(len(numbers))
+
+
+def refuse(fault: DataError, faults: list[DataError] | None) -> None:
+    """Raise the fault, or note it where faults are being collected."""
+    if faults is None:
+        raise fault
+    faults.append(fault)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> list[TokenizedRow]:

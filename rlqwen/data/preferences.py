@@ -6,15 +6,15 @@ all answers to it, whatever is cut.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.data.chat import Piece
-from rlqwen.data.encoding import TokenizedRow, tokenize_rows, trim
+from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.preference_formats import to_labelled_rows, to_pair_rows
-from rlqwen.data.report import DataReport, first_of, percentiles
+from rlqwen.data.report import DataReport, Fate, first_of, percentiles
 from rlqwen.data.turns import to_turns
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
@@ -52,14 +52,30 @@ class LabelledRow:
 
 
 def tokenize_preferences(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: PreferenceConfig,
+    *,
+    faults: list[DataError] | None = None,
 ) -> tuple[list[PreferenceRow], DataReport]:
     """Pairs of all rows, in order.
 
     Pairs that are too long, have an answer without a token in the loss, or two equal answers (as they are, or once
-    cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left.
+    cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left; given a list of
+    `faults`, puts them there instead.
     """
-    kept, report = _Reader(tokenizer, config, to_pair_rows).read(rows)
+    return read_pairs(rows, tokenizer, config, PreferenceWriter(tokenizer, config), faults)
+
+
+def read_pairs(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: PreferenceConfig,
+    writer: "PairWriter",
+    faults: list[DataError] | None,
+) -> tuple[list[PreferenceRow], DataReport]:
+    """As `tokenize_preferences`, with the text that `writer` makes of them."""
+    kept, report = _Reader(tokenizer, config, to_pair_rows, writer).read(rows, faults)
     negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
     if negative:
         report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
@@ -68,10 +84,15 @@ def tokenize_preferences(
 
 
 def tokenize_labelled(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: PreferenceConfig,
+    *,
+    faults: list[DataError] | None = None,
 ) -> tuple[list[LabelledRow], DataReport]:
     """Labelled answers of all rows, in order; a pair gives two. Counts and errors as `tokenize_preferences`."""
-    kept, report = _Reader(tokenizer, config, to_labelled_rows).read(rows)
+    writer = PreferenceWriter(tokenizer, config)
+    kept, report = _Reader(tokenizer, config, to_labelled_rows, writer).read(rows, faults)
     labelled = [
         LabelledRow(one.index, one.prompt_ids, answer, columns["label"])
         for one in kept
@@ -92,6 +113,15 @@ class _Answers:
     answers: list[TokenizedRow]
     columns: list[Row]
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the longest answer: what `max_length` bounds."""
+        return len(self.prompt_ids) + max(len(answer.token_ids) for answer in self.answers)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + sum(len(answer.token_ids) for answer in self.answers)
+
 
 class _Reader:
     """Tokenises rows of answers, cuts them to length, and counts what is left out and why.
@@ -104,28 +134,33 @@ class _Reader:
         tokenizer: "PreTrainedTokenizerBase",
         config: PreferenceConfig,
         split: Callable[[Row, str], list[Row]],
+        writer: "PairWriter",
     ) -> None:
-        self.tokenizer, self.config, self.split = tokenizer, config, split
-        self.writer = _PreferenceWriter(tokenizer, config)
+        self.tokenizer, self.config, self.split, self.writer = tokenizer, config, split, writer
         self.found: dict[int, list[Row]] = {}
-        self.equal: list[str] = []
-        self.silent: list[str] = []
 
-    def read(self, rows: Sequence[Row]) -> tuple[list[_Answers], DataReport]:
+    def read(self, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[_Answers], DataReport]:
         report = DataReport(num_rows=len(rows))
         kept: list[_Answers] = []
         lengths: list[int] = []
-        for number, (prompt, *sequences) in tokenize_rows(rows, self.tokenizer, self._write):
-            columns = self.found.pop(number)
+        for number, (prompt, *sequences) in tokenize_rows(rows, self.tokenizer, self._write, faults):
             answers = [_after(prompt, sequence) for sequence in sequences]
-            lengths.append(_length(prompt.token_ids, answers))
-            row = self._fit(_Answers(number, prompt.token_ids, answers, columns), report)
-            if row is not None:
-                kept.append(row)
-        self._count(kept, report)
+            whole = _Answers(number, prompt.token_ids, answers, self.found.pop(number))
+            lengths.append(whole.length)
+            row = _cut(whole, self.config)
+            fate = self._reason_to_leave_out(row)
+            if fate is not None:
+                report.note(fate, number)
+                report.num_dropped_tokens += whole.num_tokens
+                continue
+            if row.num_tokens < whole.num_tokens:
+                report.note("truncated", number)
+                report.num_cut_tokens += whole.num_tokens - row.num_tokens
+            kept.append(row)
+        self._describe(kept, report)
         report.lengths = percentiles(lengths)
-        if not kept:
-            raise DataError(self._nothing_left(report))
+        if not kept and not faults:
+            refuse(DataError(self._nothing_left(report)), faults)
         return kept, report
 
     def _write(self, number: int, row: Row) -> list[list[Piece]]:
@@ -134,42 +169,36 @@ class _Reader:
         first = answers[0]
         return self.writer.pieces(first["prompt"], [one["completion"] for one in answers], first.get("tools"), where)
 
-    def _fit(self, row: _Answers, report: DataReport) -> _Answers | None:
-        """The row cut to length, or None, counted, if it must be left out."""
-        prompt_ids, answers = _cut(row.prompt_ids, row.answers, self.config)
-        is_cut = _length(prompt_ids, answers) < _length(row.prompt_ids, row.answers)
-        if _length(prompt_ids, answers) > (self.config.max_length or float("inf")):
-            report.num_overlong += 1
-            return None
-        if not all(True in answer.loss_mask for answer in answers):
-            report.num_empty_mask += 1
-            return None
-        answers = [trim(answer) for answer in answers]
-        if len(answers) == 2 and answers[0].token_ids == answers[1].token_ids:
-            self.equal.append(f"row {row.index}")
-            return None
-        report.num_truncated += is_cut
-        stop_ids = self.writer.stop_ids
-        if any(sum(answer.loss_mask) == 1 and answer.token_ids[-1] in stop_ids for answer in answers):
-            self.silent.append(f"row {row.index}")
-        return _Answers(row.index, prompt_ids, answers, row.columns)
+    def _reason_to_leave_out(self, row: _Answers) -> Fate | None:
+        if self.config.max_length is not None and row.length > self.config.max_length:
+            return "overlong"
+        if not all(True in answer.loss_mask for answer in row.answers):
+            return "empty_mask"
+        if len(row.answers) == 2 and row.answers[0].token_ids == row.answers[1].token_ids:
+            return "equal_sides"
+        return None
 
-    def _count(self, kept: list[_Answers], report: DataReport) -> None:
-        report.num_kept, report.num_equal_sides = len(kept), len(self.equal)
-        report.end_of_turn = self.writer.end_token
-        report.warnings = self.writer.warnings()
-        if self.equal:
-            report.warnings.append(
-                f"{len(self.equal)} pairs whose answers are equal, hence teach nothing, were left out: "
-                f"{first_of(self.equal)}"
-            )
-        if self.silent:
-            report.warnings.append(f"empty answers, which teach to end the turn at once: {first_of(self.silent)}")
+    def _describe(self, kept: list[_Answers], report: DataReport) -> None:
+        report.num_kept, report.end_of_turn = len(kept), self.writer.end_token
         answers = [answer for row in kept for answer in row.answers]
-        report.num_tokens = sum(len(row.prompt_ids) for row in kept) + sum(len(one.token_ids) for one in answers)
-        report.num_loss_tokens = sum(sum(one.loss_mask) for one in answers)
-        ended = sum(one.token_ids[-1] in self.writer.stop_ids for one in answers)
-        report.eos_in_loss = ended / len(answers) if answers else 0.0
+        report.num_tokens = sum(row.num_tokens for row in kept)
+        report.num_loss_tokens = sum(sum(answer.loss_mask) for answer in answers)
+        stop_ids, num_ended = self.writer.stop_ids, 0
+        for row in kept:
+            ended = [answer.token_ids[-1] in stop_ids for answer in row.answers]
+            num_ended += sum(ended)
+            if not all(ended):
+                report.note("no_end", row.index)
+            if any(sum(answer.loss_mask) == 1 and end for answer, end in zip(row.answers, ended, strict=True)):
+                report.note("empty_answer", row.index)
+        report.eos_in_loss = num_ended / len(answers) if answers else 0.0
+        report.warnings = self.writer.warnings()
+        for fate, text in (
+            ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
+            ("empty_answer", "empty answers, which teach to end the turn at once"),
+        ):
+            if numbers := report.rows.get(fate):
+                report.warnings.append(f"{text}: {first_of([f'row {number}' for number in numbers])}")
 
     def _nothing_left(self, report: DataReport) -> str:
         limit = self.config.max_length
@@ -182,7 +211,20 @@ class _Reader:
         return f"none of {report.num_rows} rows has anything to learn from: {said} (lengths {report.lengths})"
 
 
-class _PreferenceWriter(Writer):
+class PairWriter(Protocol):
+    """What a reader of answers asks of a Writer."""
+
+    end_token: str
+    stop_ids: list[int]
+
+    def pieces(
+        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
+    ) -> list[list[Piece]]: ...
+
+    def warnings(self) -> list[str]: ...
+
+
+class PreferenceWriter(Writer):
     """Writes a prompt and its answers as SFT writes a prompt and a completion."""
 
     def pieces(
@@ -216,26 +258,23 @@ def _after(prompt: TokenizedRow, sequence: TokenizedRow) -> TokenizedRow:
     return trim(answer) if True in answer.loss_mask else answer
 
 
-def _length(prompt_ids: list[int], answers: list[TokenizedRow]) -> int:
-    return len(prompt_ids) + max(len(answer.token_ids) for answer in answers)
-
-
-def _cut(
-    prompt_ids: list[int], answers: list[TokenizedRow], config: PreferenceConfig
-) -> tuple[list[int], list[TokenizedRow]]:
+def _cut(row: _Answers, config: PreferenceConfig) -> _Answers:
     """Cut to `max_prompt_length`, then to `max_length`; what the mode doesn't allow to cut comes back as long as it is.
 
     With `keep_start` a prompt that fills `max_length` leaves nothing of the answers.
     """
     if config.max_prompt_length is not None:
-        prompt_ids = prompt_ids[-config.max_prompt_length :]
-    excess = _length(prompt_ids, answers) - config.max_length if config.max_length is not None else 0
+        row = replace(row, prompt_ids=row.prompt_ids[-config.max_prompt_length :])
+    excess = row.length - config.max_length if config.max_length is not None else 0
     if excess <= 0 or config.truncation_mode == "drop":
-        return prompt_ids, answers
+        return row
     if config.truncation_mode == "keep_end":
         # The answers stay whole and share what is left of the prompt; without any, they would answer nothing.
-        return (prompt_ids[excess:] if excess < len(prompt_ids) else prompt_ids), answers
-    room = max(max(len(one.token_ids) for one in answers) - excess, 0)
-    return prompt_ids[: config.max_length], [
-        TokenizedRow(one.token_ids[:room], one.loss_mask[:room]) for one in answers
-    ]
+        return replace(row, prompt_ids=row.prompt_ids[excess:]) if excess < len(row.prompt_ids) else row
+    room = max(row.length - excess - len(row.prompt_ids), 0)
+    answers = [TokenizedRow(answer.token_ids[:room], answer.loss_mask[:room]) for answer in row.answers]
+    return replace(
+        row,
+        prompt_ids=row.prompt_ids[: config.max_length],
+        answers=[trim(answer) if True in answer.loss_mask else answer for answer in answers],
+    )

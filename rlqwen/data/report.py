@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+Fate = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "empty_answer"]
+"""What may become of a row. `no_end`: kept, but the token that ends generation is not in the loss of all its answers.
+`empty_answer`: kept, but nothing but that token is in the loss of one of them."""
 
 _NAMED = 5
 
@@ -12,14 +17,12 @@ class DataReport:
 
     num_rows: int = 0
     num_kept: int = 0
-    num_truncated: int = 0
-    """Rows cut to max_length and kept."""
-    num_overlong: int = 0
-    """Rows left out because they are too long."""
-    num_empty_mask: int = 0
-    """Rows left out because no token of them, or of one of their answers, is in the loss."""
-    num_equal_sides: int = 0
-    """Pairs left out because both answers are the same."""
+    rows: dict[Fate, list[int]] = field(default_factory=dict)
+    """Numbers of the rows that something became of."""
+    num_cut_tokens: int = 0
+    """Tokens cut off rows that are kept."""
+    num_dropped_tokens: int = 0
+    """Tokens of the rows left out."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
     eos_in_loss: float = 0.0
@@ -29,6 +32,33 @@ class DataReport:
     end_of_turn: str | None = None
     """The token that ends what the model writes; generation must stop at it."""
     warnings: list[str] = field(default_factory=list)
+
+    def note(self, fate: Fate, number: int) -> None:
+        """Count row `number` under what became of it."""
+        self.rows.setdefault(fate, []).append(number)
+
+    def count(self, fate: Fate) -> int:
+        return len(self.rows.get(fate, ()))
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows cut to max_length and kept."""
+        return self.count("truncated")
+
+    @property
+    def num_overlong(self) -> int:
+        """Rows left out because they are too long."""
+        return self.count("overlong")
+
+    @property
+    def num_empty_mask(self) -> int:
+        """Rows left out because no token of them, or of one of their answers, is in the loss."""
+        return self.count("empty_mask")
+
+    @property
+    def num_equal_sides(self) -> int:
+        """Pairs left out because both answers are the same."""
+        return self.count("equal_sides")
 
     def summary(self) -> str:
         """One line for people."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat, Piece
-from rlqwen.data.encoding import TokenizedRow, encode, tokenize_rows, trim
+from rlqwen.data.encoding import TokenizedRow, encode, refuse, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row, to_prompt_row
 from rlqwen.data.report import DataReport, first_of, percentiles
 from rlqwen.data.sft import SFTWriter, all_in_loss
@@ -39,41 +39,51 @@ def tokenize_conversation(
 
 
 def tokenize_sft(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: SFTConfig
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: SFTConfig,
+    *,
+    faults: list[DataError] | None = None,
 ) -> tuple[list[TokenizedRow], DataReport]:
     """Sequences and loss masks of all rows, in order; rows that are too long or have no loss are left out and counted.
 
     Conversations are written by the chat template (`config.chat_template_path`, else the tokenizer's). Text, and
     prompts and completions that are text, are taken as they are: special tokens in them act, and the EOS token is
-    added at their end; prompt and completion are tokenised apart, as in generation. Raises DataError if nothing is
-    left to learn from, naming the reason.
+    added at their end; prompt and completion are tokenised apart, as in generation. Raises DataError for a row that
+    can't be learned from, and if nothing is left, naming the reason; given a list of `faults`, puts them there instead.
     """
     report = DataReport(num_rows=len(rows))
     writer = SFTWriter(tokenizer, config)
     kept: list[TokenizedRow] = []
     lengths: list[int] = []
-    for _, (row,) in tokenize_rows(rows, tokenizer, writer.write):
-        lengths.append(len(row.token_ids))
-        is_long = config.max_length is not None and len(row.token_ids) > config.max_length
-        if is_long and config.truncation_mode == "drop":
-            report.num_overlong += 1
+    for number, (row,) in tokenize_rows(rows, tokenizer, writer.write, faults):
+        length = len(row.token_ids)
+        lengths.append(length)
+        is_long = config.max_length is not None and length > config.max_length
+        if is_long and config.truncation_mode != "drop":
+            row = _truncate(row, config)
+        is_dropped = is_long and config.truncation_mode == "drop"
+        if is_dropped or True not in row.loss_mask:
+            report.note("overlong" if is_dropped else "empty_mask", number)
+            report.num_dropped_tokens += length
             continue
         if is_long:
-            row = _truncate(row, config)
-        if True not in row.loss_mask:
-            report.num_empty_mask += 1
-            continue
-        report.num_truncated += is_long
-        kept.append(trim(row))
+            report.note("truncated", number)
+            report.num_cut_tokens += length - len(row.token_ids)
+        row = trim(row)
+        if row.token_ids[-1] not in writer.stop_ids:
+            report.note("no_end", number)
+        kept.append(row)
     report.num_kept = len(kept)
     report.lengths = percentiles(lengths)
     report.end_of_turn = writer.end_token
     report.warnings = writer.warnings()
-    if not kept:
-        raise DataError(_nothing_to_learn(report, config))
     report.num_tokens = sum(len(row.token_ids) for row in kept)
     report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
-    report.eos_in_loss = sum(row.token_ids[-1] in writer.stop_ids for row in kept) / len(kept)
+    if kept:
+        report.eos_in_loss = 1 - report.count("no_end") / len(kept)
+    elif not faults:
+        refuse(DataError(_nothing_to_learn(report, config)), faults)
     return kept, report
 
 
@@ -85,11 +95,13 @@ def tokenize_prompts(
     overlong: Literal["drop", "refuse"] = "drop",
     chat_template: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    faults: list[DataError] | None = None,
 ) -> tuple[list[Prompt], DataReport]:
     """Prompts ready to sample from, with the rows' other columns for the rewards; `index` is the row's number.
 
     Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
     more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
+    Given a list of `faults`, errors are put there instead of being raised.
     """
     report = DataReport(num_rows=len(rows))
     found: dict[int, Row] = {}
@@ -107,22 +119,23 @@ def tokenize_prompts(
     prompts: list[Prompt] = []
     overlong_rows: list[str] = []
     lengths: list[int] = []
-    for number, (tokenized,) in tokenize_rows(rows, tokenizer, write):
+    for number, (tokenized,) in tokenize_rows(rows, tokenizer, write, faults):
         length = len(tokenized.token_ids)
         lengths.append(length)
         row = found.pop(number)
         content = row.pop("prompt")
         if not length:
-            raise DataError(f"row {number}: the prompt is empty")
+            refuse(DataError(f"row {number}: the prompt is empty"), faults)
+            continue
         if max_prompt_length is not None and length > max_prompt_length:
             overlong_rows.append(f"row {number} has {length}")
+            report.note("overlong", number)
+            report.num_dropped_tokens += length
             continue
         prompts.append(Prompt(index=number, token_ids=tokenized.token_ids, content=content, columns=row))
     if overlong_rows and (overlong == "refuse" or not prompts):
-        raise DataError(_too_long(overlong_rows, len(rows), max_prompt_length))
-    if not prompts:
-        raise DataError("the dataset is empty")
-    report.num_kept, report.num_overlong = len(prompts), len(overlong_rows)
+        refuse(DataError(_too_long(overlong_rows, len(rows), max_prompt_length)), faults)
+    report.num_kept = len(prompts)
     report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     report.lengths = percentiles(lengths)
     report.end_of_turn = chat.end_of_turn if chat else tokenizer.eos_token

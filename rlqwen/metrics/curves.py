@@ -26,7 +26,7 @@ class Panel:
 
 
 def plot_curves(run_dir: str | Path) -> Path:
-    """Draw reward and accuracy (SFT: the loss) against steps into `curves.png` of the run folder; returns its path.
+    """Draw reward and accuracy (SFT: the loss; DPO: loss, accuracy and margin) against steps into `curves.png` of the run folder; returns its path.
 
     Raises DataError if the run has logged nothing.
     """
@@ -65,6 +65,8 @@ def choose_panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
     panels = []
     if "reward/mean" in keys:
         panels.append(Panel("reward", "weighted reward", ("reward/mean",), _known(keys, "eval/reward/mean")))
+    elif "rewards/margins" in keys or "eval/rewards/margins" in keys:
+        panels += _preference_panels(keys)
     elif "loss" in keys or "eval/loss" in keys:
         panels.append(Panel("loss", "nats a token", _known(keys, "loss"), _known(keys, "eval/loss")))
     accuracy = _known(keys, "reward/accuracy/mean")
@@ -75,6 +77,15 @@ def choose_panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
     if others:
         panels.append(Panel("other rewards", "unweighted reward", others, ()))
     return panels or [Panel("metrics", "value", tuple(key for key in keys if key not in ("step", "nonfinite"))[:1], ())]
+
+
+def _preference_panels(keys: dict[str, None]) -> list[Panel]:
+    """Loss, how many pairs are ranked rightly, and by how much."""
+    panels = [Panel("loss", "mean over pairs", _known(keys, "loss"), _known(keys, "eval/loss"))]
+    ranked, evaluated = _known(keys, "rewards/accuracies"), _known(keys, "eval/rewards/accuracies")
+    if ranked or evaluated:
+        panels.append(Panel("accuracy", "share of pairs ranked rightly", ranked, evaluated))
+    return [*panels, Panel("margin", "reward", _known(keys, "rewards/margins"), _known(keys, "eval/rewards/margins"))]
 
 
 def _known(keys: dict[str, None], *wanted: str) -> tuple[str, ...]:

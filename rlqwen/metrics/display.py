@@ -17,7 +17,19 @@ _EVALUATION_NAMES = {
     "reward/mean": "reward",
     "accuracy": "accuracy",
     "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
     "perplexity": "perplexity",
+    "bleu": "bleu",
+    "chrf": "chrf",
+    "rouge_1": "rouge-1",
+    "rouge_2": "rouge-2",
+    "rouge_l": "rouge-L",
+    "exact_match": "exact match",
+    "label/accuracy": "label accuracy",
+    "label/macro_f1": "macro F1",
+    "label/micro_f1": "micro F1",
+    "label/unparsable": "no label",
     "completions/mean_length": "len",
     "completions/truncated": "cut off",
 }
@@ -167,9 +179,10 @@ class Progress:
 
 
 def headline(metrics: Mapping[str, float]) -> list[str]:
-    """What the run is about: reward and each reward's mean, or the loss."""
+    """What the run is about: reward and each reward's mean, or the loss and how well pairs are ranked."""
     if "reward/mean" not in metrics:
-        return [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        figures = {"loss": ".4f", "rewards/accuracies": ".3f", "rewards/margins": ".4f"}
+        return [f"{_EVALUATION_NAMES[key]} {metrics[key]:{form}}" for key, form in figures.items() if key in metrics]
     parts = [f"reward {metrics['reward/mean']:.3f}"]
     for key, value in metrics.items():
         if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean":

@@ -3,12 +3,12 @@
 Shapes: K samples of one prompt.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
+from rlqwen.metrics.answers import final_answer
 from rlqwen.types import Completion, Group
 
 
@@ -43,39 +43,6 @@ def majority_right(answers_K: Sequence[str], values_K: Sequence[float]) -> float
     winner = max(counts, key=lambda answer: counts[answer])
     votes = [value for answer, value in zip(answers_K, values_K, strict=True) if answer == winner]
     return sum(votes) / len(votes)
-
-
-def final_answer(text: str) -> str:
-    r"""The answer that a completion comes to, for counting votes: the last `\boxed{}`, else the last `<answer>`, else
-    what follows the last `####`, else the last number, else all of the text. Numbers lose commas and trailing zeros."""
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return _normalise(boxed)
-    tagged = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if tagged:
-        return _normalise(tagged[-1])
-    if "####" in text:
-        return _normalise(text.rpartition("####")[2])
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return _normalise(numbers[-1] if numbers else text)
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len(r"\boxed")
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin + 1 : position]
-    return text[begin + 1 :]
-
-
-def _normalise(answer: str) -> str:
-    answer = " ".join(answer.split()).strip("$ ").rstrip(".")
-    plain = answer.replace(",", "")
-    return f"{float(plain):.12g}" if re.fullmatch(r"[-+]?\d+(?:\.\d+)?", plain) else answer.lower()
 
 
 def reward_figures(groups: Sequence[Group], name: str) -> RewardFigures:

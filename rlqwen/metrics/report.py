@@ -80,7 +80,12 @@ def sample_lines(row: Mapping[str, Any]) -> RenderableType:
         f"{name} {'missing' if value is None else format(value, '.2f')}" for name, value in row["rewards"].items()
     )
     return Text.assemble(
-        "  ", (_one_line(prompt), "dim"), " → ", _one_line(row["completion"]), "   ", (f"[{rewards}]", "cyan")
+        "  ",
+        (_one_line(prompt), "dim"),
+        " → ",
+        _one_line(row["completion"]),
+        "   ",
+        (f"[{rewards}]" if rewards else "", "cyan"),
     )
 
 
@@ -100,8 +105,10 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
 
 
 def next_command(run_dir: Path, algorithm: str) -> str:
-    """A command that makes sense after the run: reinforce what was imitated, or measure with several samples a prompt."""
+    """A command that makes sense after the run: reinforce what was imitated, or measure what was learned."""
     final = run_dir / FINAL_FOLDER
+    if algorithm == "dpo":
+        return f"rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
     if algorithm == "sft":
         return f"rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
     return f"rlqwen eval {final} --data {run_dir / RECIPE_FILE} -k 8"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.config import RolloutConfig
-from rlqwen.errors import ResourceError
+from rlqwen.errors import ResourceError, RolloutError, WorkerDied
 from rlqwen.rollout import guard
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_workers
 
@@ -131,6 +131,18 @@ def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
                 f"only {free.get(what, 0.0):g} of the Ray cluster's are free; is another trainer still open?"
             )
     return resources
+
+
+def answer(reference: Any) -> Any:
+    """What an actor answered, or the error; WorkerDied if it is the actor that failed and not the call."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, RolloutError) else RolloutError(str(error))
+    except ray.exceptions.RayError as error:
+        return WorkerDied(str(error))
 
 
 def log_tail(folder: Path | None, pid: int | None, lines: int = 15) -> str:

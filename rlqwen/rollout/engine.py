@@ -34,8 +34,9 @@ class RolloutEngine(Protocol):
     ) -> dict[str, float]:
         """Draw from `weights` from now on; returns `sync/...` metrics. Groups still in flight are dropped.
 
-        `weights`: every weight under its name in the checkpoint. WeightSyncError if they are not those of the model,
-        or if a worker's logprobs of the canary differ by more than its tolerance.
+        `weights`: every weight under its name in the checkpoint; in an engine built with `lora_rank`, those of the
+        adapter under PEFT's names, its scaling folded in. WeightSyncError if they are not those of the model, or if a
+        worker's logprobs of the canary differ by more than its tolerance.
         """
         ...
 
@@ -53,12 +54,14 @@ def build_engine(
     compute_dtype: str,
     max_model_length: int,
     seed: int,
+    lora_rank: int | None = None,
 ) -> RolloutEngine:
     """The engine that `config` asks for. vLLM's workers start in the background; their first use waits for them.
 
     `model_path`: a folder with config and weights to start from. `policy`: with the transformers engine, the policy
     to sample from. `compute_dtype`: `float32`, `bfloat16` or `float16`; `config.dtype` comes before it.
-    `max_model_length`: tokens of prompt and completion; the model's own context caps it. Raises ResourceError.
+    `max_model_length`: tokens of prompt and completion; the model's own context caps it. `lora_rank`: vLLM's workers
+    are sent adapters of up to this rank, and keep the weights of `model_path` under them. Raises ResourceError.
     """
     dtype = compute_dtype if config.dtype == "auto" else config.dtype
     length = min(max_model_length, _context_length(model_path) or max_model_length)
@@ -71,7 +74,13 @@ def build_engine(
     from rlqwen.rollout.pool import RolloutPool
 
     return RolloutPool(
-        config, model_path=model_path, tokenizer=tokenizer, dtype=dtype, max_model_length=length, seed=seed
+        config,
+        model_path=model_path,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_model_length=length,
+        seed=seed,
+        lora_rank=lora_rank,
     )
 
 

@@ -23,6 +23,8 @@ class EngineSettings:
     kv_cache_gib: int
     num_threads: int
     """OpenMP threads on CPU."""
+    lora_rank: int | None = None
+    """Largest rank of the adapters that are loaded as weights; None: whole weights are."""
 
 
 @dataclass(frozen=True)

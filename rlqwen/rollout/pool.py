@@ -74,13 +74,14 @@ class RolloutPool:
         dtype: str,
         max_model_length: int,
         seed: int,
+        lora_rank: int | None = None,
     ) -> None:
         self.config = config
         self.version = 0
         self.num_restarts = 0
         self._tokenizer = tokenizer
         self._dtype = dtype
-        self._expected = ExpectedWeights(model_path)
+        self._expected = ExpectedWeights(model_path if lora_rank is None else None)
         self._bundle: WeightBundle | None = None
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
@@ -99,6 +100,7 @@ class RolloutPool:
             enforce_eager=config.enforce_eager,
             kv_cache_gib=config.kv_cache_gib,
             num_threads=self._cluster.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
+            lora_rank=lora_rank,
         )
         self._slots: list[Slot] = []
         # Also runs when the pool is forgotten, and at the interpreter's exit.
@@ -233,7 +235,7 @@ class RolloutPool:
     def _collect(self, reference: Any, pending: deque[GroupRequest]) -> Group | None:
         """The group behind `reference`; None if its worker died, which puts the group back into `pending`."""
         flight = self._flights[reference]
-        answer = _answer(reference)
+        answer = cluster.answer(reference)
         if isinstance(answer, WorkerDied):
             self._replace(flight.slot, answer, pending)
             return None
@@ -253,7 +255,7 @@ class RolloutPool:
         slot = next((slot for slot in self._slots if slot.waiting is reference), None)
         if slot is None:
             return
-        answer = _answer(reference)
+        answer = cluster.answer(reference)
         if isinstance(answer, Exception):
             if slot.deadline_key == START_KEY and not isinstance(answer, WorkerDied):
                 # Another process would meet the same exception.
@@ -313,20 +315,8 @@ class RolloutPool:
         import ray
 
         answered, _ = ray.wait([slot.process], timeout=0)
-        answer = _answer(slot.process) if answered else None
+        answer = cluster.answer(slot.process) if answered else None
         return answer if isinstance(answer, int) else None
-
-
-def _answer(reference: Any) -> Any:
-    """What a worker answered, or the error; WorkerDied if it is the worker that failed and not the call."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        return error.cause if isinstance(error.cause, RolloutError) else RolloutError(str(error))
-    except ray.exceptions.RayError as error:
-        return WorkerDied(str(error))
 
 
 def _end(slots: list[Slot], disconnect: Any) -> None:

@@ -1,5 +1,6 @@
 """The one module that speaks to vLLM: requests in, sampled completions out, weights replaced in place."""
 
+import json
 import shutil
 import tempfile
 import time
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
@@ -21,6 +23,9 @@ from rlqwen.types import Canary, Sampling
 # vLLM's CPU kernels take multiples of 32; its default of 128 would share no prefix of a short prompt.
 CPU_BLOCK_SIZE = 32
 _CANARY_ID = "canary"
+_ADAPTER_FILE = "adapter_model.safetensors"
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM's kernels are laid out for."""
 
 
 class VllmEngine:
@@ -31,6 +36,8 @@ class VllmEngine:
         self._llm = _build(settings, settings.model_path)
         self._must_rebuild = False
         """Set once the weights were wrong after a reload in place and right after a rebuild."""
+        self._adapter: LoRARequest | None = None
+        """What every request is drawn with."""
 
     def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
         """Queue one completion. Each is a request of its own, so that its seed alone decides it; the prefix cache
@@ -51,7 +58,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params)
+        self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter)
 
     def step(self) -> Iterator[tuple[str, Sampled]]:
         """Decode one token of every running request; yields those that finished."""
@@ -75,6 +82,9 @@ class VllmEngine:
         """
         started = time.monotonic()
         weights = bundle.tensors()
+        if self._settings.lora_rank is not None:
+            self._replace_adapter(weights, bundle.version)
+            return LoadReport(bundle.version, self._canary_gap(bundle.canary), False, time.monotonic() - started)
         rebuilt = self._must_rebuild
         if not rebuilt:
             self._reload(weights)
@@ -85,6 +95,22 @@ class VllmEngine:
             gap = self._canary_gap(bundle.canary)
             self._must_rebuild = bundle.accepts(gap)
         return LoadReport(bundle.version, gap, rebuilt, time.monotonic() - started)
+
+    def _replace_adapter(self, weights: dict[str, torch.Tensor], version: int) -> None:
+        """Load an adapter under a name and id of its own, for vLLM's caches go by these; the one before is removed."""
+        if self._adapter is not None:
+            self._llm.remove_lora(self._adapter.lora_int_id)
+        # The scaling is folded into the weights.
+        rank = self._settings.lora_rank
+        modules = sorted({name.rsplit(".", 3)[1] for name in weights})
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
+        number = self._adapter.lora_int_id + 1 if self._adapter else 1
+        with tempfile.TemporaryDirectory(prefix="rlqwen-adapter-") as folder:
+            (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+            save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / _ADAPTER_FILE)
+            self._adapter = LoRARequest(f"version-{version}-{number}", number, folder)
+            self._llm.add_lora(self._adapter)
+        self._llm.reset_prefix_cache()
 
     def _reload(self, weights: dict[str, torch.Tensor]) -> None:
         stream: Any = list(weights.items())
@@ -110,7 +136,8 @@ class VllmEngine:
         params = SamplingParams(
             max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        self._llm.add_request(_CANARY_ID, {"prompt_token_ids": list(canary.token_ids)}, params)
+        prompt: Any = {"prompt_token_ids": list(canary.token_ids)}
+        self._llm.add_request(_CANARY_ID, prompt, params, lora_request=self._adapter)
         prompt_logprobs: Any = None
         while self._llm.has_unfinished_requests():
             for output in self._llm.step():
@@ -124,6 +151,10 @@ class VllmEngine:
 
 def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
     on_cpu = current_platform.is_cpu()
+    more: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE} if on_cpu else {}
+    if settings.lora_rank is not None:
+        rank = next(rank for rank in _LORA_RANKS if rank >= settings.lora_rank)
+        more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     arguments = EngineArgs(
         model=model_path,
         skip_tokenizer_init=True,
@@ -139,7 +170,7 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         enable_prefix_caching=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
-        **({"block_size": CPU_BLOCK_SIZE} if on_cpu else {}),
+        **more,
     )
     return LLMEngine.from_engine_args(arguments)
 

@@ -28,7 +28,7 @@ _BIT_VIEWS = {"torch.bfloat16": "int16"}
 
 @dataclass(frozen=True)
 class WeightBundle:
-    """One version of all weights, in the object store."""
+    """One version of all weights, or of the adapter's, in the object store."""
 
     version: int
     chunks: tuple[Any, ...]
@@ -105,11 +105,11 @@ def publish(
 
 
 class ExpectedWeights:
-    """Names and shapes that every sync must have: the starting checkpoint's, or else the first sync's."""
+    """Names and shapes that every sync must have: the starting checkpoint's, or else (an adapter's) the first sync's."""
 
-    def __init__(self, model_path: str) -> None:
-        self._shapes = _checkpoint_shapes(Path(model_path))
-        self.is_tied = _is_tied(Path(model_path))
+    def __init__(self, model_path: str | None) -> None:
+        self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
+        self.is_tied = model_path is not None and _is_tied(Path(model_path))
 
     def check(self, shapes: Shapes) -> dict[str, str]:
         """WeightSyncError unless `shapes` fits; returns the aliases, which is the head of a tied model."""
@@ -138,10 +138,10 @@ class ExpectedWeights:
 def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
     """What to tell the user when a worker's canary is off."""
     tolerance = bundle.canary.tolerance if bundle.canary else 0.0
+    rebuilt = ", even in an engine built anew from these weights" if report.rebuilt else ""
     return (
         f"{worker}: after loading weights version {report.version}, its logprobs of the canary differ from the "
-        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}), even in an engine built anew from these "
-        f"weights. Likely causes: the worker computes in another dtype than the trainer (rollout.dtype), NaN in the "
+        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}){rebuilt}. Likely causes: the worker computes in another dtype than the trainer (rollout.dtype), NaN in the "
         f"weights, or a vLLM model whose forward differs from transformers'. If the gap is rounding, raise "
         f"rollout.canary_tolerance"
     )

@@ -58,10 +58,10 @@ class RewardModel:
         """One reward for each completion."""
         import torch
 
+        from rlqwen.data.scored import scored_text
+
         texts = [
-            self._tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-            if isinstance(completion, list)
-            else prompt + completion
+            scored_text(self._tokenizer, prompt, completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         device = next(self._model.parameters()).device

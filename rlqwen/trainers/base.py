@@ -30,7 +30,7 @@ from rlqwen.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from rlqwen.config import TrainerConfig
+from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
@@ -60,7 +60,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: Sequence[TrainerCallback] | None = None,
-        reference: bool = False,
+        reference: bool | nn.Module = False,
     ) -> None:
         set_seed(args.seed)
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -78,6 +78,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
+        self.policy.check_trainable()
         self.callbacks = list(callbacks or ())
         self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self.control = TrainerControl()
@@ -88,6 +89,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         """Open while training."""
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
+        self._held_notes: list[str] = []
+        """Notes from before the logger was open."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
 
@@ -132,6 +135,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         try:
             if self.args.eval_on_start and self.eval_rows:
                 initial = self.evaluate()
+                self.best.find_key(initial)  # sooner than after the first updates
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._one_step()
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -208,6 +212,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             total_steps=total_steps,
             algorithm=self.algorithm,
         )
+        for text in self._held_notes:
+            self.logger.note(text)
+        self._held_notes.clear()
 
     def _close_logger(self) -> None:
         if self.logger is not None:
@@ -293,6 +300,11 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             self._note(f"stopped early at update {self.state.global_step}: {self.best}")
             self.control.should_training_stop = True
 
+    def refresh_reference(self, args: SyncedReference, before: int) -> None:
+        """Mix the policy into the reference where that fell due since update `before`."""
+        if args.sync_ref_model and self._scheduled("steps", args.ref_model_sync_steps, before):
+            self.policy.refresh_reference(args.ref_model_mixup_alpha)
+
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
@@ -319,7 +331,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self._notify("on_log", logs=metrics)
 
     def _note(self, text: str) -> None:
-        if self.logger is not None:
+        if self.logger is None:
+            self._held_notes.append(text)
+        else:
             self.logger.note(text)
 
     def _notify(self, event: str, **kwargs: Any) -> None:

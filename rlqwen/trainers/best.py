@@ -1,10 +1,15 @@
 """Which evaluation was the best, and when to stop looking for a better one."""
 
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from enum import Enum
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
+
+# Last parts of keys of evaluation figures.
+_BETTER_LOW = {"truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds"}
 
 
 class Verdict(Enum):
@@ -29,14 +34,28 @@ class BestMetric:
         value = "nothing" if self.value is None else f"{self.value:.4g}"
         return f"{self.name} has not improved on {value} for {self.num_worse} evaluations"
 
+    def find_key(self, keys: Iterable[str]) -> str:
+        """The key of an evaluation's figures that is meant; `eval/` may be left out, and transformers' spelling with
+        `_` for `/` is understood. Raises ConfigError if there is none."""
+        spelled = {key.removeprefix("eval/").replace("/", "_"): key for key in keys}
+        name = self.name.removeprefix("eval/").removeprefix("eval_").replace("/", "_")
+        if name not in spelled:
+            near = difflib.get_close_matches(name, spelled, n=1)
+            hint = f"did you mean {spelled[near[0]]!r}? " if near else ""
+            raise ConfigError(
+                f"metric_for_best_model={self.name!r} is not among the evaluation's figures; "
+                f"{hint}there are: {', '.join(sorted(spelled.values()))}"
+            )
+        return spelled[name]
+
     def judge(self, metrics: Mapping[str, float]) -> Verdict:
-        """Take in an evaluation; raises ConfigError if it lacks the metric."""
-        key = self.name if self.name in metrics else f"eval/{self.name.removeprefix('eval_')}"
-        if key not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise ConfigError(f"metric_for_best_model={self.name!r} is not among the evaluation's figures: {known}")
-        if self.value is None or self._gain(key, metrics[key]) > self.args.early_stopping_threshold:
-            self.value, self.num_worse = metrics[key], 0
+        """Take in an evaluation; raises ConfigError if it lacks the metric. What is not a number is never better."""
+        key = self.find_key(metrics)
+        value = metrics[key]
+        if not math.isnan(value) and (
+            self.value is None or self._gain(key, value) > self.args.early_stopping_threshold
+        ):
+            self.value, self.num_worse = value, 0
             return Verdict.BEST
         self.num_worse += 1
         patience = self.args.early_stopping_patience
@@ -46,5 +65,5 @@ class BestMetric:
         assert self.value is not None
         greater = self.args.greater_is_better
         if greater is None:
-            greater = not key.endswith(("loss", "perplexity"))
+            greater = not key.endswith(("loss", "perplexity")) and key.rpartition("/")[2] not in _BETTER_LOW
         return value - self.value if greater else self.value - value

@@ -7,8 +7,10 @@ from peft import LoraConfig
 
 from rlqwen.config import LoraSettings, ModelConfig, Recipe
 from rlqwen.data import RecipeData, load_recipe_data
+from rlqwen.quantization import bitsandbytes_config
 from rlqwen.scoring import build_rewards
 from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.dpo import DPOTrainer
 from rlqwen.trainers.grpo import GRPOTrainer
 from rlqwen.trainers.ppo import PPOTrainer
 from rlqwen.trainers.reward import RewardTrainer
@@ -40,12 +42,13 @@ def _build(recipe: Recipe, data: RecipeData) -> BaseTrainer[Any, Any]:
         shared["reward_funcs"] = build_rewards(
             [spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards]
         )
-    return _TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
+    return TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
 
 
-_TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
+TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
     "sft": SFTTrainer,
     "reward": RewardTrainer,
+    "dpo": DPOTrainer,
     "ppo": PPOTrainer,
     "grpo": GRPOTrainer,
 }
@@ -58,6 +61,8 @@ def model_arguments(model: ModelConfig) -> dict[str, Any]:
         arguments["dtype"] = model.dtype
     if model.revision is not None:
         arguments["revision"] = model.revision
+    if model.quantization is not None:
+        arguments["quantization_config"] = bitsandbytes_config(model.quantization)
     return arguments
 
 

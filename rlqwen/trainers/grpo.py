@@ -90,7 +90,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             for update in updates:
                 total_loss += self._update(update)
         self.require_rollouts().policy_changed()
-        self._refresh_reference()
+        self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
         self.completions.write(self.state.global_step, groups_P)
         return (
             metrics
@@ -206,9 +206,3 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                 if self.plan.updates_per_step > 1:
                     with self.policy.inference():
                         micro.old_logp_N = self.policy.logprobs(moved, temperature=temperature)[0].cpu()
-
-    def _refresh_reference(self) -> None:
-        if self.args.sync_ref_model and self._due(
-            self.args.ref_model_sync_steps, self.state.global_step - self.plan.updates_per_step
-        ):
-            self.policy.refresh_reference(self.args.ref_model_mixup_alpha)

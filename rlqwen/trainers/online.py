@@ -148,13 +148,15 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                 longest_prompt=max(len(prompt.token_ids) for prompt in rows),
                 end_of_turn=self.reports["train"].end_of_turn,
             )
+            if self.rollouts.note is not None:
+                self._note(self.rollouts.note)
         return self.rollouts
 
     def folder_for_workers(self) -> str:
         """Where rollout workers, and a critic, find config, tokenizer and the weights that they start with."""
-        if self.model_folder is None:
+        if self.model_folder is None or not self.policy.has_base_of(self.model_folder):
             folder = self.output_dir / "base_model" / "given"
-            self.policy.save(folder)
+            self.policy.save(folder, adapter=False)
             self.processing_class.save_pretrained(folder)
             self.model_folder = str(folder)
         return self.model_folder

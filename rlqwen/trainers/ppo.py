@@ -200,7 +200,11 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             self.updater.backward(loss)
             total_loss += loss.item()
             weight = update.totals.tokens  # `add` gathers sums over tokens
-            update.add(sums | policy_sums | {"loss/policy": policy_loss * weight, "loss/value": value_loss * weight})
+            update.add(
+                sums
+                | policy_sums
+                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight}
+            )
         self.update(update.micro_batches)
         return total_loss
 

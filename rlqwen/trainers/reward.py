@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
 from rlqwen.config import RewardConfig
 from rlqwen.critic import ScalarModel
-from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_preferences
+from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_scored
 from rlqwen.errors import ModelError
 from rlqwen.loading import load_scalar_model
 from rlqwen.losses import Totals, reward_loss
@@ -78,7 +78,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         return ScalarModel(model, self.args, peft_config=peft_config, device=pick_device(self.args.use_cpu))
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[PreferenceRow]:
-        rows, report = tokenize_preferences(as_rows(dataset), self.processing_class, self.args)
+        rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
         return rows
 
@@ -127,7 +127,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             [self._tree(row) for row in rows],
             max_tokens=limit,
             max_branches=2 * size if limit is None else None,
-            divide=False,
+            divisible=False,
         )
         margins = iter([row.margin or 0.0 for row in rows])
         return [(pack(part), torch.tensor(list(islice(margins, len(part))))) for part in parts]

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.batch import Branch, Tree, pack
-from rlqwen.config import OnlineConfig
+from rlqwen.check.resources import uses_vllm
+from rlqwen.config import OnlineConfig, RolloutConfig
+from rlqwen.errors import ConfigError
 from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
@@ -43,8 +45,8 @@ class Rollouts:
         """Start the engine.
 
         Args:
-            model_path: folder whose config and tokenizer the engine starts with; its weights are replaced before the
-                first sample.
+            model_path: folder whose config and tokenizer the engine starts with; its weights are the policy's base
+                where only the adapter is sent, else they are replaced before the first sample.
             longest_prompt: in tokens.
             end_of_turn: the token with which the chat template ends a turn, where that is not the tokenizer's EOS.
         """
@@ -55,6 +57,7 @@ class Rollouts:
         if args.rollout.dtype != "auto":
             self.compute_dtype = args.rollout.dtype
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
+        self.lora_rank, self.note = choose_sync(policy, args.rollout)
         self.engine = build_engine(
             args.rollout,
             model_path=model_path,
@@ -63,6 +66,7 @@ class Rollouts:
             compute_dtype=self.compute_dtype,
             max_model_length=self.max_model_length,
             seed=args.seed,
+            lora_rank=self.lora_rank,
         )
         self.sampling = Sampling(
             max_tokens=args.max_completion_length,
@@ -111,7 +115,8 @@ class Rollouts:
         if self._synced_version == self.version:
             return {"time/sync": 0.0}
         started = time.monotonic()
-        metrics = self.engine.load_weights(self.version, self.policy.export_weights(), self._canary(prompts_P[0]))
+        weights = self.policy.export_weights() if self.lora_rank is None else self.policy.export_adapter()
+        metrics = self.engine.load_weights(self.version, weights, self._canary(prompts_P[0]))
         self._synced_version = self.version
         return metrics | {"time/sync": time.monotonic() - started}
 
@@ -130,6 +135,24 @@ class Rollouts:
     def close(self) -> None:
         """End the engine."""
         self.engine.close()
+
+
+def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:
+    """The rank of the adapters that workers are sent (None: they are sent whole weights), and what to say of it.
+
+    ConfigError if `rollout.lora` asks for what vLLM cannot do.
+    """
+    if (not policy.has_adapter and not config.lora) or not uses_vllm(config):
+        return None, None
+    obstacle = policy.lora_obstacle
+    if config.lora and obstacle:
+        raise ConfigError(
+            f"rollout.lora is true, but the workers cannot apply the policy's adapter: {obstacle}; leave rollout.lora "
+            "out to send weights with the adapter merged"
+        )
+    if obstacle is None and config.lora is not False:
+        return policy.lora_rank, f"rollout workers are sent the adapter alone, of rank {policy.lora_rank}"
+    return None, f"rollout workers are sent weights with the adapter merged: {obstacle or 'rollout.lora is false'}"
 
 
 def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:

@@ -6,7 +6,6 @@ Example:
 """
 
 import bisect
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,14 +13,26 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
+from rlqwen.errors import ConfigError
+from rlqwen.likelihood import measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
+from rlqwen.metrics import CompletionLog
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.generation import GenerationEvaluation
 
 Bin = list[TokenizedRow]
 """Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
+
+
+class EvalBins(list[Bin]):
+    """An evaluation set, and what to let the policy write for it."""
+
+    def __init__(self, bins: list[Bin], generation: GenerationEvaluation) -> None:
+        super().__init__(bins)
+        self.generation = generation
 
 
 class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
@@ -62,13 +73,21 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+            written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalBins) else []
+            self.best.find_key([f"eval/{key}" for key in ("loss", "perplexity", "tokens", "time", *written)])
+        elif self.args.eval_generation is not None:
+            raise ConfigError("eval_generation needs rows to write for: give eval_dataset, or data.eval in a recipe")
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Bin]:
-        rows, report = tokenize_sft(as_rows(dataset), self.processing_class, self.args)
+        rows = as_rows(dataset)
+        tokenized, report = tokenize_sft(rows, self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
+        bins = [[row] for row in tokenized]
         if self.args.packing and self.args.max_length is not None:
-            return fill_bins(rows, self.args.max_length)
-        return [[row] for row in rows]
+            bins = fill_bins(tokenized, self.args.max_length)
+        if not evaluation or self.args.eval_generation is None:
+            return bins
+        return EvalBins(bins, GenerationEvaluation(rows, self.policy, self.processing_class, self.args))
 
     def step(self, rows: list[Bin]) -> Metrics:
         """One update on the mean loss of all target tokens of `rows`."""
@@ -93,15 +112,16 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         }
 
     def compute_evaluation(self, rows: list[Bin]) -> Metrics:
-        """Mean loss a target token in nats, and its exponential."""
-        negative, tokens = 0.0, 0
-        for part in _batches_of(rows, self.args.per_device_eval_batch_size):
-            micro = pack(_trees(part))
-            logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
-            negative -= logp_N.sum().item()
-            tokens += micro.num_targets
-        loss = negative / max(tokens, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+        """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
+        writes, which goes to `completions/` of the run folder."""
+        batches = _batches_of(rows, self.args.per_device_eval_batch_size)
+        likelihood = measure_likelihood(self.policy, (_trees(batch) for batch in batches))
+        figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
+        if isinstance(rows, EvalBins):
+            groups = rows.generation.sample()
+            CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
+            figures |= rows.generation.figures(groups)
+        return figures
 
     def _micro_batches(self, rows: list[Bin]) -> list[PackedBatch]:
         if self.args.max_tokens_per_micro_batch is not None:
@@ -117,7 +137,7 @@ def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:
 
 
 def _trees(bins: list[Bin]) -> list[Tree]:
-    return [Tree([], [Branch(row.token_ids, row.loss_mask)]) for sequences in bins for row in sequences]
+    return [sequence_tree(row) for sequences in bins for row in sequences]
 
 
 def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> list[Bin]:

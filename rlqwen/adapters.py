@@ -1,0 +1,207 @@
+"""LoRA and its variants on a model: put on, merged into plain weights by name, or taken alone for vLLM.
+
+Nothing here changes a weight: merged weights are computed beside the base, one decoder layer at a time.
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as lora_layers
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlqwen.errors import ModelError
+from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
+
+VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+"""Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
+VLLM_MAX_RANK = 512
+_LAYER = re.compile(r"(.*\blayers\.\d+)\.")
+
+
+def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
+    """`model` with an adapter of `config`; a fully trained embedding stays tied to the head where it was."""
+    if isinstance(model, PeftModel):
+        raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
+    config = copy.deepcopy(config)  # PEFT writes into it
+    if model.config.tie_word_embeddings and getattr(config, "modules_to_save", None):
+        touched = {name.rpartition(".")[2] for name in config.modules_to_save}
+        config.ensure_weight_tying |= bool(touched & {"embed_tokens", "lm_head"})
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the adapter cannot be put on this model: {error}") from error
+
+
+def check_adapter(model: PeftModel, *, reference: bool) -> None:
+    """ModelError for an adapter that cannot be merged into weights, or whose absence is not the starting model."""
+    for config in model.peft_config.values():
+        if not isinstance(config, LoraConfig):
+            raise ModelError(f"rlqwen trains LoRA, rsLoRA and DoRA adapters, not {type(config).__name__}'s")
+        if reference and changes_base(config):
+            raise ModelError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so that the model with its "
+                "adapter off is not the reference: use true, 'gaussian' or 'orthogonal', or do without a reference"
+            )
+        if reference and config.bias != "none":
+            raise ModelError(f"bias={config.bias!r} trains biases that the reference would share: use bias='none'")
+    base = model.get_base_model()
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            variants = {type(variant).__name__ for variant in module.lora_variant.values()}
+            unknown = {variant for variant in variants if not variant.startswith("Dora")}
+            if unknown or any(module.lora_bias.values()):
+                raise ModelError(f"{name}: an adapter with {', '.join(unknown) or 'lora_bias'} has no merged weights")
+            if variants and is_8bit(module.get_base_layer()) and module.get_base_layer().weight.device.type == "cpu":
+                # It moves the weight at each forward, and the scales are not moved with it (PEFT 0.21).
+                raise ModelError(f"{name}: PEFT cannot train DoRA on 8-bit weights on CPU; use 4 bits, or plain LoRA")
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or not base.config.tie_word_embeddings:
+        return
+    if isinstance(embedding, LoraLayer) or isinstance(head, LoraLayer):
+        raise ModelError(
+            "embed_tokens and lm_head of this model are one weight, which low-rank adapters on them would make two: "
+            "put embed_tokens into modules_to_save, or leave both out of target_modules"
+        )
+    if _active(embedding).weight is not _active(head).weight:
+        raise ModelError(
+            "embed_tokens and lm_head of this model are one weight, and its adapter trains only one of them: "
+            "set ensure_weight_tying=True in the LoraConfig"
+        )
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether putting the adapter on changes the weights under it, as PiSSA (arXiv 2404.02948) and OLoRA do."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.lower() not in ("gaussian", "orthogonal", "eva")
+
+
+def adapted_weight(layer: Any) -> Tensor:
+    """The weight that a layer with adapters amounts to; float32, differentiable.
+
+    LoRA (arXiv 2106.09685) adds B A scaled. DoRA (arXiv 2402.09353) scales each output's row of that sum to a trained
+    magnitude, with the norm taken as a constant in the gradient. Dropout has no part in it.
+    """
+    base = _base_weight(layer).float()
+    total = base
+    for adapter in layer.active_adapters if not layer.disable_adapters else ():
+        if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
+            delta = layer.get_delta_weight(adapter).to(base.device, torch.float32)
+            total = total + (_dora(layer, adapter, base, delta) - base if layer.use_dora.get(adapter) else delta)
+    return total
+
+
+def _base_weight(layer: Any) -> Tensor:
+    """The weight under the adapters, in its own dtype; plain where it is quantised."""
+    base = layer.get_base_layer()
+    return dequantized_weight(base) if is_quantized(base) else getattr(base, _adapted_name(layer))
+
+
+def _adapted_name(layer: Any) -> str:
+    """Name of the parameter that the layer's adapters act on: fused experts have others than `weight`."""
+    return getattr(layer, "parameter_name", "weight")
+
+
+def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
+    """magnitude * (base + delta) / norm; an embedding is the transpose of a linear layer."""
+    transposed = isinstance(layer, lora_layers.Embedding)
+    whole = base + delta
+    norm = torch.linalg.norm(whole, dim=0 if transposed else 1).detach()
+    factor = layer.lora_magnitude_vector[adapter].weight / norm
+    return whole * (factor[None, :] if transposed else factor[:, None])
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """(V, C) weight of the head, with its adapter where it has one; differentiable."""
+    head = _active(model.get_output_embeddings())
+    return adapted_weight(head) if isinstance(head, LoraLayer) else head.weight
+
+
+def lora_obstacle(model: PeftModel) -> str | None:
+    """Why vLLM cannot apply the adapter itself, so that merged weights must be sent; None if it can."""
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    misplaced = sorted({name.rpartition(".")[2] for name in layers} - VLLM_PROJECTIONS)
+    if len(model.active_adapters) != 1:
+        return "not exactly one adapter is active"
+    if any(layer.lora_variant for layer in layers.values()):
+        return "vLLM has no DoRA"
+    if any(isinstance(module, ModulesToSaveWrapper) for module in base.modules()):
+        return "modules_to_save trains whole modules beside the adapter"
+    if model.active_peft_config.bias != "none":
+        return "biases are trained beside the adapter"
+    if getattr(base.config, "num_experts", None):
+        return "the model is a mixture of experts"
+    if misplaced:
+        return f"vLLM puts no adapter on {', '.join(misplaced)}"
+    rank = adapter_rank(model)
+    return None if rank <= VLLM_MAX_RANK else f"its rank {rank} is above vLLM's largest, {VLLM_MAX_RANK}"
+
+
+def adapter_rank(model: PeftModel) -> int:
+    """The largest rank among the layers of the active adapter."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return max(layer.r[model.active_adapter] for layer in layers)
+
+
+def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """The active adapter's A and B under PEFT's names, the scaling folded into B: as of alpha = r."""
+    adapter = model.active_adapter
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            yield f"base_model.model.{name}.lora_A.weight", layer.lora_A[adapter].weight.detach()
+            yield (
+                f"base_model.model.{name}.lora_B.weight",
+                layer.lora_B[adapter].weight.detach() * layer.scaling[adapter],
+            )
+
+
+@torch.no_grad()
+def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its checkpoint name, active adapters merged, quantised weights plain, a tied head included.
+
+    Mixture-of-experts weights go back from transformers' fused form. `dtype` None keeps each weight's own: what it was
+    quantised from, and the base's for a merged one.
+    """
+    named = _plain_weights(model, "", dtype)
+    for _, group in itertools.groupby(named, key=_layer_of):
+        yield from revert_weight_conversion(model, dict(group)).items()
+
+
+def _layer_of(entry: tuple[str, Tensor]) -> str:
+    """What must be converted together: fused experts lie within one decoder layer."""
+    match = _LAYER.match(entry[0])
+    return match[1] if match else ""
+
+
+def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
+    module = _active(module)
+    replaced: dict[str, Tensor] = {}
+    while isinstance(module, LoraLayer):
+        replaced[_adapted_name(module)] = adapted_weight(module).to(dtype or _base_weight(module).dtype)
+        module = module.base_layer
+    if is_quantized(module):
+        replaced.setdefault("weight", dequantized_weight(module))
+    state = {**module._parameters, **module._buffers}
+    for name, tensor in state.items():
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            tensor = replaced.get(name, tensor).detach()
+            yield prefix + name, tensor.to(dtype if tensor.is_floating_point() else None)
+    for name, child in module.named_children():
+        yield from _plain_weights(child, f"{prefix}{name}.", dtype)
+
+
+def _active(module: Any) -> Any:
+    """The module that is in use where PEFT holds a trained copy beside the original."""
+    if not isinstance(module, ModulesToSaveWrapper):
+        return module
+    return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]

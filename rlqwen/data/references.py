@@ -1,0 +1,37 @@
+"""The right answers that rows give, for metrics that compare texts."""
+
+from typing import Any
+
+from rlqwen.data.formats import to_prompt_row
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+
+
+def own_answer(row: Row, where: str) -> str | None:
+    """Text of a normalised row's `completion`, or of its last assistant turn where `messages` end in one."""
+    answer = to_prompt_row({column: value for column, value in row.items() if column != "solution"}, where)
+    return answer.get("solution")
+
+
+def references_of(row: Row, column: str | None, where: str) -> list[str]:
+    """The answers of a normalised row that are equally right, at least one.
+
+    `column`: where they stand, `completion` for the row's own answer; None takes `solution`, else the row's own
+    answer, else `answer`. Raises DataError where there is none.
+    """
+    if column is None:
+        prompt_row = to_prompt_row(row, where)
+        value = prompt_row.get("solution", prompt_row.get("answer"))
+    elif column == "completion":
+        value = own_answer(row, where)
+    else:
+        value = row.get(column)
+    texts = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
+    if value is None or not any(text.strip() for text in texts):
+        wanted = "'solution', 'completion' or 'answer'" if column is None else repr(column)
+        raise DataError(
+            f"{where}: there is no right answer to compare with in column {wanted}; the row has "
+            f"{', '.join(map(str, row))}: name the column as the reference"
+        )
+    return texts

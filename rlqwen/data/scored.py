@@ -1,0 +1,85 @@
+"""Conversations as a reward model reads them: whole, as the tokenizer's own chat template writes them.
+
+The policy is trained on pieces that its generation must reproduce (rlqwen.data.chat); a reward model is asked by whoever
+holds a conversation and a tokenizer, so it is trained on what `apply_chat_template` gives, and scored on the same.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.config.reward import RewardConfig
+from rlqwen.data.chat import Piece
+from rlqwen.data.preferences import PreferenceRow, read_pairs
+from rlqwen.data.report import DataReport
+from rlqwen.data.turns import to_turns
+from rlqwen.data.writer import Writer
+from rlqwen.errors import DataError
+from rlqwen.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def scored_text(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str | list[Message],
+    completion: str | list[Message],
+    tools: Any = None,
+) -> str:
+    """What a reward model reads of a prompt and an answer to it; text is put together as it is, without an EOS token."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    conversation = [*to_turns(prompt, "user"), *to_turns(completion, "assistant")]
+    return str(tokenizer.apply_chat_template(conversation, tools=tools or None, tokenize=False))
+
+
+def tokenize_scored(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    config: RewardConfig,
+    *,
+    faults: list[DataError] | None = None,
+) -> tuple[list[PreferenceRow], DataReport]:
+    """Pairs of all rows, in order, as `tokenize_preferences` gives them, but written whole.
+
+    The prompt is what the tokens of both sides have in common at their beginning.
+    """
+    pairs, report = read_pairs(rows, tokenizer, config, _ScoredWriter(tokenizer, config), faults)
+    # Nothing is generated from a reward model, so where its sequences end is of no account.
+    report.num_loss_tokens, report.eos_in_loss = 0, 0.0
+    report.rows.pop("no_end", None)
+    for pair in pairs:
+        _share_beginning(pair)
+    report.num_tokens = sum(
+        len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs
+    )
+    return pairs, report
+
+
+class _ScoredWriter(Writer):
+    """Writes each side whole, with nothing before it."""
+
+    def pieces(
+        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
+    ) -> list[list[Piece]]:
+        if any(not isinstance(one, str) for one in (prompt, *completions)):
+            _ = self.format  # refuses a template that cannot be trained with, and loads the one of chat_template_path
+        return [
+            [],
+            *([Piece(scored_text(self._tokenizer, prompt, one, tools), True, in_loss=True)] for one in completions),
+        ]
+
+    def warnings(self) -> list[str]:
+        return []
+
+
+def _share_beginning(pair: PreferenceRow) -> None:
+    """Move what both sides begin with into the prompt; each keeps a token at least."""
+    chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids
+    limit = min(len(chosen), len(rejected)) - 1
+    common = next((place for place in range(limit) if chosen[place] != rejected[place]), max(limit, 0))
+    pair.prompt_ids = chosen[:common]
+    for side in (pair.chosen, pair.rejected):
+        side.token_ids, side.loss_mask = side.token_ids[common:], side.loss_mask[common:]

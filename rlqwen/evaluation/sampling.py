@@ -1,0 +1,107 @@
+"""Completions of a model, scored as they arrive; and answers that the data gives, in the same form."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from rlqwen.check import prompt_room
+from rlqwen.check.resources import uses_vllm
+from rlqwen.config import OnlineConfig
+from rlqwen.data import DataReport, tokenize_prompts
+from rlqwen.data.references import own_answer
+from rlqwen.errors import DataError
+from rlqwen.evaluation.config import EvalConfig
+from rlqwen.evaluation.loading import EvalModel, policy_of
+from rlqwen.loading import load_generation_config, stop_token_ids
+from rlqwen.rollout import RolloutEngine, build_engine
+from rlqwen.scoring import Scorer
+from rlqwen.trainers.rollouts import sampling_seed
+from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling
+
+Row = dict[str, Any]
+
+
+def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, groups: list[Group]) -> None:
+    """Fill `groups` with a group for each prompt, in the order of the rows; what was sampled before a failure stays.
+
+    The same config gives the same completions, and two models get the same seeds. The engine is closed at the end.
+    """
+    prompts, report = _prompts(model, rows, config)
+    sampling = Sampling(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        stop_token_ids=stop_token_ids(model.facts.tokenizer, load_generation_config(model.folder), report.end_of_turn),
+    )
+    requests = [
+        GroupRequest(
+            prompt,
+            tuple(sampling_seed(config.seed, "eval", prompt.index, k) for k in range(config.num_samples)),
+            sampling,
+        )
+        for prompt in prompts
+    ]
+    console = Console(stderr=True)
+    with _engine(model, prompts, config) as engine:
+        arriving = engine.generate(requests)
+        for group in track(arriving, "sampling", len(requests), console=console, disable=not console.is_terminal):
+            scorer.submit(group)
+            groups.append(group)
+        scorer.wait()
+    groups.sort(key=lambda group: group.prompt.index)
+
+
+def own_answers(rows: Sequence[Row]) -> list[str]:
+    """The answer of each row. Raises DataError for a row without one."""
+    answers = []
+    for number, row in enumerate(rows):
+        answer = own_answer(row, f"row {number}")
+        if answer is None:
+            raise DataError(
+                f"row {number} has no answer of its own to compare with: --against data needs a column 'completion', or "
+                "messages that end in an assistant turn; map one with --column completion=NAME"
+            )
+        answers.append(answer)
+    return answers
+
+
+def given_answers(
+    model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, answers: Sequence[str]
+) -> list[Group]:
+    """`answers`, one a row, scored as if each had been sampled `config.num_samples` times; `model`'s tokenizer gives
+    their ids."""
+    groups = []
+    for prompt in _prompts(model, rows, config)[0]:
+        text = answers[prompt.index]
+        ids = model.facts.tokenizer(text, add_special_tokens=False)["input_ids"]
+        groups.append(Group(prompt, [Completion(ids, [], "stop", text)] * config.num_samples, policy_version=0))
+    scorer.score(groups)
+    return groups
+
+
+def _prompts(model: EvalModel, rows: Sequence[Row], config: EvalConfig) -> tuple[list[Prompt], DataReport]:
+    return tokenize_prompts(
+        rows,
+        model.facts.tokenizer,
+        max_prompt_length=prompt_room(model.facts.context, OnlineConfig(max_completion_length=config.max_tokens)),
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+
+
+@contextmanager
+def _engine(model: EvalModel, prompts: Sequence[Prompt], config: EvalConfig) -> Iterator[RolloutEngine]:
+    with ExitStack() as stack:
+        policy = None if uses_vllm(config.rollout) else stack.enter_context(policy_of(model.folder))
+        engine = build_engine(
+            config.rollout,
+            model_path=model.folder,
+            tokenizer=model.facts.tokenizer,
+            policy=policy,
+            compute_dtype=model.facts.dtype,
+            max_model_length=max(len(prompt.token_ids) for prompt in prompts) + config.max_tokens,
+            seed=config.seed,
+        )
+        stack.callback(engine.close)
+        yield engine

@@ -1,0 +1,95 @@
+"""A model folder written from a stream of weights, a shard at a time, so that the weights need not be there twice."""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+MAX_SHARD_BYTES = 5 * 1000**3
+_HEAD = "lm_head.weight"
+
+
+def write_model(
+    folder: Path | str,
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
+
+    `weights` come under their checkpoint names; a tied head is left out. Returns the bytes of all weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    shards = _ShardWriter(folder, max_shard_bytes)
+    dtypes: dict[torch.dtype, int] = {}
+    for name, tensor in weights:
+        if name == _HEAD and config.tie_word_embeddings:
+            continue
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
+        shards.add(name, tensor)
+    num_bytes = shards.close()
+    config.dtype = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtypes[dtype])
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    return num_bytes
+
+
+class _ShardWriter:
+    """Safetensors files of at most so many bytes, and their index; one file alone needs none."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.names: list[list[str]] = []
+        """Names of the weights in each file."""
+        self.total = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
+            self._flush()
+        # A copy: safetensors refuses tensors that share memory, and a view would keep the whole of what it views.
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._pending_bytes += num_bytes
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._path(len(self.names)), metadata={"format": "pt"})
+        self.names.append(list(self._pending))
+        self.total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"model-{number + 1:05d}.safetensors"
+
+    def close(self) -> int:
+        """Name the files as transformers does; returns the bytes of all weights."""
+        self._flush()
+        count = len(self.names)
+        if count == 1:
+            self._path(0).rename(self.folder / "model.safetensors")
+            return self.total
+        places = {}
+        for number, names in enumerate(self.names):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._path(number).rename(self.folder / file)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(places.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return self.total

@@ -1,0 +1,97 @@
+"""4- and 8-bit base weights through bitsandbytes: loading them, and what they stand for as plain weights.
+
+Quantised weights are frozen; adapters on top of them are trained (QLoRA, arXiv 2305.14314). bitsandbytes has kernels
+for the CPU too. It is an optional extra, and imported only where a model needs it.
+"""
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from rlqwen.config import QuantizationSettings
+from rlqwen.errors import ModelError
+
+
+def require_bitsandbytes(what: str) -> None:
+    """ModelError that says how to install bitsandbytes, which `what` needs, where it is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(f"{what} needs bitsandbytes, which is not installed: pip install 'rlqwen[quantization]'")
+
+
+def bitsandbytes_config(settings: QuantizationSettings) -> BitsAndBytesConfig:
+    """transformers' config of a recipe's `model.quantization`."""
+    require_bitsandbytes("model.quantization")
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = settings.compute_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.type,
+        bnb_4bit_use_double_quant=settings.double,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def quantized_bits(model: nn.Module) -> int | None:
+    """4 or 8 for a model with bitsandbytes weights, None for plain ones; ModelError for another method's."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    method = getattr(method, "value", method)
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"the model's weights are quantised by {method!r}; rlqwen works on plain weights or those of bitsandbytes: "
+            "start from the unquantised model, with model.quantization where memory is short"
+        )
+    return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
+
+
+def prepare_quantized(model: nn.Module) -> None:
+    """Keep the weights in the one layout that training, merging and saving read, and bitsandbytes quiet."""
+    # It says at every product of 8-bit weights that the input is cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else the first forward in eval mode repacks the weights for inference, in place.
+            module.support_avx512bf16_for_cpu = False
+
+
+def use_training_products(model: nn.Module) -> None:
+    """Have 8-bit layers in eval mode take their products as in training.
+
+    On CPU they would round the activations to 8 bits too, and logprobs would depend on the mode.
+    """
+    for module in model.modules():
+        if is_8bit(module):
+            module.training = True
+
+
+def is_8bit(module: nn.Module) -> bool:
+    """Whether the module's weight is bitsandbytes' in 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ == "Int8Params"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module's weight is bitsandbytes'."""
+    return is_8bit(module) or type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
+def dequantized_weight(module: Any) -> Tensor:
+    """(out, in) plain weight of a quantised linear layer; float16 or float32 from 8 bits, else the original dtype."""
+    from bitsandbytes import functional
+
+    weight = module.weight
+    if not is_8bit(module):
+        plain: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return plain
+    # The scales move from the weight to the layer's state at the first forward.
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    plain = functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return plain

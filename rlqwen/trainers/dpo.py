@@ -1,0 +1,310 @@
+"""Direct preference optimisation and its relatives.
+
+Example:
+    trainer = DPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=DPOConfig(beta=0.1),
+        train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    )
+    trainer.train()
+
+Shapes: N target tokens, S answers.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.config import DPOConfig
+from rlqwen.data import LabelledRow, PreferenceRow, as_rows, load_chat_template, tokenize_comparisons
+from rlqwen.errors import ConfigError, DataError, ModelError
+from rlqwen.loading import load_model, split_builtin_arguments
+from rlqwen.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, preference_loss, read_answers
+from rlqwen.reference import (
+    ReferenceKey,
+    digest_config,
+    digest_trees,
+    digest_weights,
+    read_logprobs,
+    write_logprobs,
+)
+from rlqwen.trainers.base import BaseTrainer, Metrics
+
+_PROGRESS_AFTER_S = 3.0
+
+
+@dataclass(slots=True)
+class Comparison:
+    """One row: a prompt with a chosen and a rejected answer, in this order, or with one answer that has a label."""
+
+    answers: Tree
+    mismatched: Tree | None = None
+    """For `kto`: the prompt with another row's answers."""
+
+
+class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
+    """Make good answers likelier than bad ones, measured against a reference."""
+
+    algorithm = "dpo"
+    default_best_metric = "eval/loss"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: str | nn.Module | None = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+    ) -> None:
+        """TRL's signature and meaning.
+
+        Args:
+            model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
+            ref_model: the reference, which is frozen; None: the model as it is before training.
+            train_dataset: a datasets.Dataset or a list of rows: `prompt` (or none, where both answers begin with it),
+                `chosen` and `rejected`; for `kto` also `prompt`, `completion` and `label`.
+            eval_dataset: the same, never trained on.
+            processing_class: the tokenizer; None loads the model's.
+            peft_config: a peft.LoraConfig; None trains all weights.
+        """
+        args = args or DPOConfig()
+        if args.sync_ref_model and peft_config is not None and ref_model is None and args.ref_model is None:
+            raise ConfigError("sync_ref_model needs a reference that is a copy, and with an adapter there is none")
+        super().__init__(
+            model,
+            args,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            reference=_reference(model, ref_model, args, has_adapter=peft_config is not None),
+        )
+        self._check_vocabularies()
+        if self.args.chat_template_path is not None:
+            self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
+        self._reference_digests: tuple[str, str] | None = None
+        if self.args.precompute_ref_log_probs:
+            config = self.policy.reference_config
+            self._reference_digests = digest_weights(self.policy.reference_weights()), digest_config(config)
+        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        if self.args.precompute_ref_log_probs:
+            self.policy.drop_reference()
+
+    def _check_vocabularies(self) -> None:
+        ours, theirs = self.policy.base_model.config.vocab_size, self.policy.reference_config.vocab_size
+        if ours != theirs:
+            raise ModelError(
+                f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: they must agree"
+            )
+
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Comparison]:
+        tokenized, report = tokenize_comparisons(as_rows(dataset), self.processing_class, self.args)
+        name = "eval" if evaluation else "train"
+        self.reports[name] = report
+        rows = [Comparison(_tree(row)) for row in tokenized]
+        if "kto" in self.args.loss_type:
+            _add_mismatched(rows)
+            report.warnings += _balance_warnings(rows, self.args)
+        if self.args.precompute_ref_log_probs:
+            self._precompute_reference(rows, name)
+        return rows
+
+    # The algorithm
+
+    def step(self, rows: list[Comparison]) -> Metrics:
+        """One update on the mean loss of `rows`."""
+        started = time.monotonic()
+        micro_batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
+        totals = AnswerTotals.of(micro_batches, paired=_are_pairs(rows))
+        kl = self._kl(rows, self.args.per_device_train_batch_size)
+        if self.args.ranks_pairs and len(micro_batches) > 1:
+            metrics = self._backward_in_two_passes(micro_batches, totals)
+        else:
+            metrics = {}
+            for micro in micro_batches:
+                loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
+                self.updater.backward(loss)
+                for key, value in {"loss": loss, **part}.items():
+                    metrics[key] = metrics.get(key, 0.0) + value.item()
+        self.update(micro_batches)
+        self.refresh_reference(self.args, self.state.global_step - 1)
+        return metrics | {
+            **({} if kl is None else {"kl": kl.item()}),
+            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
+            "tokens/targets": float(sum(micro.num_targets for micro in micro_batches)),
+            "time/train": time.monotonic() - started,
+        }
+
+    def _backward_in_two_passes(self, micro_batches: list[PackedBatch], totals: AnswerTotals) -> Metrics:
+        """For losses that rank all pairs of the update: find d loss / d logprobs first, keeping no activations, and then
+        send it back through one micro-batch after the other."""
+        with self.policy.inference():
+            logps = [self.policy.logprobs(micro)[0] for micro in micro_batches]
+        for logp_N in logps:
+            logp_N.requires_grad_()
+        answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
+        loss, metrics = preference_loss(Answers.join(answers), self.args, totals)
+        for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
+            self.updater.backward((self.policy.logprobs(micro)[0] * grad_N).sum())
+        return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+
+    def _answers(self, micro: PackedBatch) -> Answers:
+        """The policy's answers, with gradient, beside the reference's."""
+        if self.args.use_weighting:
+            logp_N, log_collision_N = self.policy.logprobs_and_collision(micro)
+            return self._read(logp_N, micro, log_collision_N)
+        return self._read(self.policy.logprobs(micro)[0], micro)
+
+    def _read(self, logp_N: Tensor, micro: PackedBatch, log_collision_N: Tensor | None = None) -> Answers:
+        ref_logp_S = micro.ref_logp_S
+        if self.args.needs_reference and ref_logp_S is None:
+            ref_logp_S = answer_logps(self.policy.reference_logprobs(micro), micro, self.args.ld_alpha)
+        return read_answers(
+            logp_N, micro, ref_logp_S=ref_logp_S, ld_alpha=self.args.ld_alpha, log_collision_N=log_collision_N
+        )
+
+    def _kl(self, rows: list[Comparison], batch_size: int) -> Tensor | None:
+        """KTO's estimate over all `rows`; None where no loss asks for it."""
+        trees = [row.mismatched for row in rows if row.mismatched is not None]
+        if not trees:
+            return None
+        with self.policy.inference():
+            return kto_kl(Answers.join([self._answers(micro) for micro in self._batches(trees, batch_size)]))
+
+    def compute_evaluation(self, rows: list[Comparison]) -> Metrics:
+        """The loss and what it is made of, over all `rows` as one batch."""
+        size = self.args.per_device_eval_batch_size
+        answers = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
+        totals = AnswerTotals.of([answers], paired=_are_pairs(rows))
+        loss, metrics = preference_loss(answers, self.args, totals, kl=self._kl(rows, size))
+        return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+
+    def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
+        """Micro-batches of `size` whole trees, or of as many as the token budget allows where there is one."""
+        budget = self.args.max_tokens_per_micro_batch
+        parts = (
+            split_trees(trees, max_tokens=budget, divisible=False)
+            if budget is not None
+            else (trees[start : start + size] for start in range(0, len(trees), size))
+        )
+        for part in parts:
+            yield pack(part).to(self.policy.device)
+
+    # The reference, computed once
+
+    def _precompute_reference(self, rows: list[Comparison], name: str) -> None:
+        """Fill in the reference's log-probability of every answer, from disk where it is kept there."""
+        assert self._reference_digests is not None
+        trees = [tree for row in rows for tree in (row.answers, row.mismatched) if tree is not None]
+        key = ReferenceKey(
+            *self._reference_digests,
+            answers=digest_trees(trees),
+            dtype=str(self.policy.compute_dtype),
+            ld_alpha=self.args.ld_alpha,
+        )
+        logp_A, note = read_logprobs(key)
+        if logp_A is None:
+            self._note(f"{name}: log-probabilities of the reference: {note}; computing them")
+            logp_A = self._reference_logps(trees, name)
+            note = write_logprobs(key, logp_A)
+        self._note(f"{name}: log-probabilities of the reference: {note}")
+        branches = (branch for tree in trees for branch in tree.branches)
+        for branch, logp in zip(branches, logp_A.tolist(), strict=True):
+            branch.ref_logprob = logp
+
+    @torch.no_grad()
+    def _reference_logps(self, trees: list[Tree], name: str) -> Tensor:
+        """(A,) the reference's log-probability of each of the trees' branches, in order."""
+        if not self.policy.has_reference and self.state.global_step > 0:
+            raise ConfigError(
+                "precompute_ref_log_probs has freed the reference, and these rows were not there then: give them as "
+                "eval_dataset to the trainer, or leave precompute_ref_log_probs out"
+            )
+        size = self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
+        logps = []
+        with (
+            self.policy.inference(),
+            tqdm(
+                total=sum(len(tree.branches) for tree in trees),
+                desc=f"Reference over {name}",
+                unit="answer",
+                delay=_PROGRESS_AFTER_S,
+                disable=None,
+            ) as bar,
+        ):
+            for micro in self._batches(trees, self.args.precompute_ref_batch_size or size):
+                # Before training the policy is its own reference.
+                logp_N = (
+                    self.policy.reference_logprobs(micro)
+                    if self.policy.has_reference
+                    else self.policy.logprobs(micro)[0]
+                )
+                logps.append(answer_logps(logp_N, micro, self.args.ld_alpha).cpu())
+                bar.update(micro.num_sequences)
+        return torch.cat(logps)
+
+
+def _reference(
+    model: str | nn.Module, ref_model: str | nn.Module | None, args: DPOConfig, *, has_adapter: bool
+) -> bool | nn.Module:
+    """The reference as Policy takes it: a model, or whether the policy's own start is one."""
+    if ref_model is not None and args.ref_model is not None:
+        raise ConfigError(f"the reference is given twice, as ref_model and as args.ref_model={args.ref_model!r}")
+    ref_model = args.ref_model if ref_model is None else ref_model
+    if ref_model is None:
+        # Without an adapter to take off, a reference is a copy of all weights, which precomputing does without.
+        return args.needs_reference and (has_adapter or not args.precompute_ref_log_probs)
+    if not args.needs_reference:
+        raise ConfigError(f"ref_model is given, but loss_type {', '.join(args.loss_type)} is to use no reference")
+    if ref_model is model and isinstance(model, nn.Module):
+        raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
+    if isinstance(ref_model, nn.Module):
+        return ref_model
+    if isinstance(model, str):
+        _, args = split_builtin_arguments(model, args)
+    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
+    return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
+
+
+def _tree(row: PreferenceRow | LabelledRow) -> Tree:
+    if isinstance(row, LabelledRow):
+        return Tree(row.prompt_ids, [Branch(row.completion.token_ids, row.completion.loss_mask, label=row.label)])
+    chosen = Branch(row.chosen.token_ids, row.chosen.loss_mask)
+    return Tree(row.prompt_ids, [chosen, Branch(row.rejected.token_ids, row.rejected.loss_mask, label=False)])
+
+
+def _add_mismatched(rows: list[Comparison]) -> None:
+    """Give each row the answers of the nearest row before it, in a circle, that has another prompt."""
+    for place, row in enumerate(rows):
+        prompt = row.answers.prefix
+        before = (rows[place - back].answers for back in range(1, len(rows)))
+        other = next((answers for answers in before if answers.prefix != prompt), None)
+        if other is None:
+            raise DataError("kto compares answers with those to other prompts, but all rows have the same prompt")
+        row.mismatched = Tree(prompt, [Branch(branch.token_ids, branch.loss_mask) for branch in other.branches])
+
+
+def _are_pairs(rows: Sequence[Comparison]) -> bool:
+    return len(rows[0].answers.branches) == 2
+
+
+def _balance_warnings(rows: Sequence[Comparison], args: DPOConfig) -> list[str]:
+    """KTO wants the weighted numbers of good and bad answers to be about equal (arXiv 2402.01306, eq. 8)."""
+    labels = [branch.label for row in rows for branch in row.answers.branches]
+    good, bad = labels.count(True), labels.count(False)
+    ratio = good * args.desirable_weight / max(bad * args.undesirable_weight, 1e-9)
+    if good == bad or 0.99 <= ratio <= 1.34:
+        return []
+    asked = "kto asks for desirable_weight * good / (undesirable_weight * bad) between 1 and 4/3"
+    return [f"{good} good and {bad} bad answers: {asked}, and it is {ratio:.3g}"]
