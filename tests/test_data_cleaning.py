@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from rlqwen.check import check_recipe
-from rlqwen.config import CleaningConfig, DataConfig, Recipe
-from rlqwen.data import clean_rows, load_recipe_data
+from rlqwen.config import CleaningConfig, DataConfig, Recipe, SourceConfig
+from rlqwen.data import clean_rows, load_recipe_data, load_rows
 from rlqwen.data.cleaning import steps
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.recipe import load_recipe
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 Row = dict[str, Any]
 
@@ -46,7 +48,11 @@ def dropped(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any) 
     return [(e["row"], e["reason"], e["duplicate_of"]["row"] if "duplicate_of" in e else None) for e in report.examples]
 
 
-STORY = "Once upon a time there was an old miller who had three sons, and nothing to leave them but his mill and a cat."
+STORY = (
+    "Once upon a time there was an old miller who had three sons, and nothing to leave them but his mill and a cat. "
+    "The eldest took the mill, the second took the ass, and the youngest was left with the cat, which could not so much "
+    "as carry a sack of flour for him."
+)
 
 
 # Filters
@@ -160,7 +166,7 @@ def test_exact_duplicates_equal_an_earlier_row_in_all_that_is_learned():
 def test_near_duplicates_name_the_row_that_they_resemble():
     near = STORY.replace("old", "aged")
     rows = [{"text": "Something else entirely, of about the same length as the others are, with no part shared."}]
-    rows += [{"text": STORY}, {"text": near}, {"text": STORY.upper() + " "}, {"text": STORY[:40]}]
+    rows += [{"text": STORY}, {"text": near}, {"text": STORY.upper() + " "}, {"text": STORY[:80]}]
     assert dropped(rows, near_duplicates=True) == [(2, "near_duplicates", 1), (3, "near_duplicates", 1)]
     assert dropped(rows, near_duplicates={"threshold": 1.0}) == [(3, "near_duplicates", 1)]
 
@@ -175,8 +181,10 @@ def test_a_shared_system_prompt_makes_nothing_near_and_another_one_nothing_diffe
 
 
 def test_sums_that_differ_by_a_digit_are_not_near_duplicates():
-    long = "A baker bakes {} loaves on each day of the week and sells all of them. How many does she sell in a week?"
-    rows = [{"prompt": long.format(n), "solution": str(7 * n)} for n in (10, 11, 12)]
+    rows = [
+        {"prompt": f"{STORY} The mill grinds {n} sacks a day. How many in a week?", "solution": str(7 * n)}
+        for n in (10, 11, 12)
+    ]
     assert dropped(rows, near_duplicates=True) == []
     alike = [row | {"solution": "70"} for row in rows]
     assert dropped(alike, near_duplicates=True) == [(1, "near_duplicates", 0), (2, "near_duplicates", 0)]
@@ -445,12 +453,6 @@ output_dir: {folder}/run
     return load_recipe(folder / "recipe.yaml")
 
 
-EXPECTED = (
-    "15 of 25 rows kept; 2 dropped by drop_patterns.seven; 5 dropped by exact_duplicates; "
-    "3 dropped by drop_eval_overlap; 25 email masked in 25 train rows; 3 email masked in 3 eval rows"
-)
-
-
 def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
     from rlqwen.pipeline import run_recipe
     from rlqwen.trainers.build import build_trainer
@@ -460,8 +462,11 @@ def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
     assert checked.faults == []
     facts = dict(checked.facts)
     (file,) = outcome_files(cache)
-    expected = EXPECTED.replace("15 of", "16 of").replace("2 dropped by drop", "1 dropped by drop")
-    assert facts["cleaning"] == f"{expected}; listed in {file.parent}"
+    assert facts["cleaning"] == (
+        "16 of 25 rows kept; 1 dropped by drop_patterns.seven; 5 dropped by exact_duplicates; "
+        "3 dropped by drop_eval_overlap; 25 email masked in 25 train rows; 3 email masked in 3 eval rows; "
+        f"listed in {file.parent}"
+    )
     assert facts["data.train"].startswith("16 of 16 rows")
     assert "data.eval" in facts
     assert len(build_trainer(recipe).train_rows) == 16
@@ -472,6 +477,27 @@ def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
     assert len(reasons) == 9
     assert load_recipe(run_dir / "recipe.yaml") == recipe
     assert len(outcome_files(cache)) == 1
+
+
+def test_keys_are_reached_by_overrides_and_faults_are_located():
+    overrides = ["data.cleaning.mask=[email]", "data.cleaning.near_duplicates=true", "data.cleaning.max_chars=90"]
+    cleaning = load_recipe("quickstart_sft", overrides).data.cleaning
+    assert cleaning == CleaningConfig(mask=["email"], near_duplicates={"threshold": 0.8}, max_chars=90)
+    with pytest.raises(ConfigError, match=r"override 'data\.cleaning\.min_chars=0' of .*: data\.cleaning\.min_chars: "):
+        load_recipe("quickstart_sft", ["data.cleaning.min_chars=0"])
+    pattern = "data.cleaning.drop_patterns=[{name: a, pattern: '(['}]"
+    with pytest.raises(ConfigError, match=r"data\.cleaning\.drop_patterns\.0\.pattern: not a regular expression"):
+        load_recipe("quickstart_sft", [pattern])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
+@pytest.mark.parametrize(("name", "count"), [("alpaca_zh_demo.json", 8), ("dpo_en_demo.json", 5)])
+def test_repeated_rows_of_real_data_are_found(name, count):
+    raw = json.loads((SHARED / name).read_text("utf-8"))
+    assert len(raw) - len({json.dumps(row) for row in raw}) == count
+    rows = load_rows(SourceConfig(path=str(SHARED / name)), seed=0)
+    cleaned = clean(rows, rows[:3], exact_duplicates=True, near_duplicates=True, drop_eval_overlap=True)
+    assert cleaned.report.dropped == {"exact_duplicates": count, "drop_eval_overlap": 3}
 
 
 def test_without_the_section_nothing_is_touched(tiny_model_path, tmp_path, cache):

@@ -68,7 +68,7 @@ def test_what_identifies_is_masked(text, expected):
         "500-100-2000=-1600 and 100-200-3000 * 2",
         "5551234567 is a plain number, 12345678901 too",
         "version 10.2.33.1, v1.22.3.4, Chrome/91.0.44.124, 1.2.3.4, section 10.11.12.13",
-        "127.0.0.1, 0.0.0.0, 255.255.255.0, 1.2.3, 300.1.2.3, 1.2.3.4.5",
+        "127.0.0.1, 0.0.0.0, 255.255.255.0, 10.02.03.04, 1.2.3, 300.1.2.3, 1.2.3.4.5",
         "12:30:45, 1:2:3:4:5:6:7:8, a[1::2], std::vector, ab:cd:ef:01:23:45",
         "4111111111111112 (wrong check digit), 1234567812345670 (no issuer), 4212883012996",
         "@app.route('/x'), W@x, user@localhost, a @ b.com, @someone",
@@ -133,6 +133,31 @@ def test_masking_goes_into_tool_calls_and_answers_and_leaves_other_columns():
     assert found.columns["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"to": ["[EMAIL]"]}
     assert found.columns["solution"] == "[EMAIL]"
     assert "source" not in found.columns
+
+
+def test_any_text_can_be_masked_and_what_is_masked_is_not_masked_again():
+    rng = random.Random(0)
+    parts = [
+        "+",
+        "86",
+        "13812345678",
+        "0",
+        "10.",
+        "255.",
+        ":",
+        "fe80",
+        "-",
+        " ",
+        "a@b.com",
+        "@",
+        "x",
+        "=",
+        "(555)",
+        "4111",
+    ]
+    for _ in range(5000):
+        once = masked("".join(rng.choices(parts, k=rng.randint(1, 12))))
+        assert masked(once) == once
 
 
 def test_hostile_text_takes_no_longer_than_its_length():

@@ -15,11 +15,7 @@ class NearDuplicatesConfig(Config):
     """When two rows count as nearly the same."""
 
     threshold: float = Field(default=0.8, gt=0, le=1)
-    """Jaccard similarity of two rows' shingles from which on they are near duplicates."""
-    num_perm: int = Field(default=128, ge=16, le=1024)
-    """Permutations of MinHash: more find pairs close to the threshold more surely, and cost more time."""
-    shingle: int = Field(default=5, ge=1, le=50)
-    """Characters in a shingle."""
+    """Similarity from which on they do: shared runs of three words, of all that either has (rlqwen.data.duplicates)."""
 
 
 class PatternConfig(Config):

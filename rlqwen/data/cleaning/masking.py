@@ -122,7 +122,7 @@ def _is_ipv6(match: re.Match[str]) -> bool:
 
 
 def _is_international(match: re.Match[str]) -> bool:
-    """8 to 13 digits (E.164 allows 15, no country uses them); after +1 ten, of which the first is 2 or more."""
+    """8 to 13 digits (E.164 allows 15, but those are sums as a rule); after +1 ten, the first of them 2 or more."""
     digits = re.sub(r"\D", "", match.group())
     if digits.startswith("1"):
         return re.fullmatch(r"1[2-9]\d{9}", digits) is not None
@@ -216,7 +216,7 @@ DETECTORS: dict[MaskKind, list[Detector]] = {
     "ip": [
         _detector(
             _has_dotted_numbers,
-            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\w|\.\d)",
+            r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)\.){3}(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?!\w|\.\d)",
             _is_ipv4,
         ),
         _detector(_has(":"), r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:]|\.\d)", _is_ipv6),

@@ -27,7 +27,7 @@ def find_outcome(rows: Sequence[Row], eval_rows: Sequence[Row] | None, config: C
     if config.exact_duplicates:
         outcome.dropped += _exact(rows, outcome.survivors(len(rows)))
     if config.near_duplicates:
-        outcome.dropped += _near(rows, outcome.survivors(len(rows)), config)
+        outcome.dropped += _near(rows, outcome.survivors(len(rows)), config.near_duplicates.threshold)
     if config.drop_eval_overlap and eval_rows:
         masked_eval = outcome.apply(eval_rows, "eval")
         outcome.dropped += _overlap(rows, outcome.survivors(len(rows)), masked_eval, config)
@@ -68,15 +68,16 @@ def _exact(rows: Sequence[Row], survivors: Iterable[int]) -> list[DroppedRow]:
     return _all_but_first(groups, numbers, "exact_duplicates")
 
 
-def _near(rows: Sequence[Row], survivors: Iterable[int], config: CleaningConfig) -> list[DroppedRow]:
-    assert config.near_duplicates is not None
-    numbers = list(survivors)
-    groups = find_near_duplicates(
-        [compared_text(rows[number]) for number in numbers],
-        **config.near_duplicates.model_dump(),
-        apart=[verdict(rows[number]) for number in numbers],
-    )
-    return _all_but_first(groups, numbers, "near_duplicates")
+def _near(rows: Sequence[Row], survivors: Iterable[int], threshold: float) -> list[DroppedRow]:
+    """Only rows of the same verdict are compared: a sum with another solution is another sum."""
+    alike: dict[str, list[int]] = {}
+    for number in survivors:
+        alike.setdefault(verdict(rows[number]), []).append(number)
+    dropped = []
+    for numbers in alike.values():
+        groups = find_near_duplicates([compared_text(rows[number]) for number in numbers], threshold)
+        dropped += _all_but_first(groups, numbers, "near_duplicates")
+    return sorted(dropped, key=lambda one: one.row)
 
 
 def _all_but_first(groups: list[list[int]], numbers: list[int], reason: str) -> list[DroppedRow]:
@@ -97,8 +98,7 @@ def _overlap(
     if config.near_duplicates:
         left = [number for number in asked if number not in matches]
         places = list(held_out)
-        near = find_near_matches(
-            [asked[number] for number in left], list(held_out.values()), **config.near_duplicates.model_dump()
-        )
-        matches |= {left[place]: places[match] for place, match in near.items()}
+        threshold = config.near_duplicates.threshold
+        near = find_near_matches([asked[number] for number in left], list(held_out.values()), threshold)
+        matches |= {left[place]: places[match] for place, match in near}
     return [DroppedRow(number, "drop_eval_overlap", "eval", matches[number]) for number in sorted(matches)]
