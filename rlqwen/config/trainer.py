@@ -89,7 +89,7 @@ class TrainerConfig(ArgumentsConfig):
     load_best_model_at_end: bool = False
     """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
     metric_for_best_model: str | None = None
-    """A key of the evaluation metrics, with or without `eval/`. None: the loss (SFT), the reward (GRPO)."""
+    """A key of the evaluation metrics, with or without `eval/`. None: the loss (SFT, DPO), the reward (GRPO)."""
     greater_is_better: bool | None = None
     """None: unless the metric's name ends in `loss` or `perplexity`, or counts what should be rare or short, such as
     `completions/truncated`, `reward/missing`, `label/unparsable` or `time`."""

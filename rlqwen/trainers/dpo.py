@@ -13,7 +13,6 @@ Shapes: N target tokens, S answers.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.config import DPOConfig
-from rlqwen.data import LabelledRow, PreferenceRow, as_rows, load_chat_template, tokenize_comparisons
-from rlqwen.errors import ConfigError, DataError, ModelError
+from rlqwen.data import as_rows, load_chat_template, tokenize_comparisons
+from rlqwen.errors import ConfigError, ModelError
 from rlqwen.loading import load_model, split_builtin_arguments
 from rlqwen.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, preference_loss, read_answers
 from rlqwen.reference import (
@@ -36,17 +35,9 @@ from rlqwen.reference import (
     write_logprobs,
 )
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.comparisons import Comparison, add_mismatched, are_pairs, balance_warnings, to_comparison
 
 _PROGRESS_AFTER_S = 3.0
-
-
-@dataclass(slots=True)
-class Comparison:
-    """One row: a prompt with a chosen and a rejected answer, in this order, or with one answer that has a label."""
-
-    answers: Tree
-    mismatched: Tree | None = None
-    """For `kto`: the prompt with another row's answers."""
 
 
 class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
@@ -78,19 +69,19 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             peft_config: a peft.LoraConfig; None trains all weights.
         """
         args = args or DPOConfig()
-        if args.sync_ref_model and peft_config is not None and ref_model is None and args.ref_model is None:
-            raise ConfigError("sync_ref_model needs a reference that is a copy, and with an adapter there is none")
+        reference = _reference(model, ref_model, args, has_adapter=peft_config is not None)
         super().__init__(
             model,
             args,
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
-            reference=_reference(model, ref_model, args, has_adapter=peft_config is not None),
+            reference=reference,
         )
-        self._check_vocabularies()
+        self._check_reference()
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
+        self._starts_from_reference = not isinstance(reference, nn.Module)
         self._reference_digests: tuple[str, str] | None = None
         if self.args.precompute_ref_log_probs:
             config = self.policy.reference_config
@@ -101,7 +92,9 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         if self.args.precompute_ref_log_probs:
             self.policy.drop_reference()
 
-    def _check_vocabularies(self) -> None:
+    def _check_reference(self) -> None:
+        if self.args.sync_ref_model and self.policy.has_adapter:
+            raise ConfigError("sync_ref_model mixes whole weights, of which a model with an adapter trains none")
         ours, theirs = self.policy.base_model.config.vocab_size, self.policy.reference_config.vocab_size
         if ours != theirs:
             raise ModelError(
@@ -112,10 +105,10 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         tokenized, report = tokenize_comparisons(as_rows(dataset), self.processing_class, self.args)
         name = "eval" if evaluation else "train"
         self.reports[name] = report
-        rows = [Comparison(_tree(row)) for row in tokenized]
+        rows = [to_comparison(row) for row in tokenized]
         if "kto" in self.args.loss_type:
-            _add_mismatched(rows)
-            report.warnings += _balance_warnings(rows, self.args)
+            add_mismatched(rows)
+            report.warnings += balance_warnings(rows, self.args)
         if self.args.precompute_ref_log_probs:
             self._precompute_reference(rows, name)
         return rows
@@ -126,7 +119,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         """One update on the mean loss of `rows`."""
         started = time.monotonic()
         micro_batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
-        totals = AnswerTotals.of(micro_batches, paired=_are_pairs(rows))
+        totals = AnswerTotals.of(micro_batches, paired=are_pairs(rows))
         kl = self._kl(rows, self.args.per_device_train_batch_size)
         if self.args.ranks_pairs and len(micro_batches) > 1:
             metrics = self._backward_in_two_passes(micro_batches, totals)
@@ -186,8 +179,10 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         """The loss and what it is made of, over all `rows` as one batch."""
         size = self.args.per_device_eval_batch_size
         answers = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
-        totals = AnswerTotals.of([answers], paired=_are_pairs(rows))
-        loss, metrics = preference_loss(answers, self.args, totals, kl=self._kl(rows, size))
+        totals = AnswerTotals.of([answers], paired=are_pairs(rows))
+        kl = self._kl(rows, size)
+        loss, metrics = preference_loss(answers, self.args, totals, kl=kl)
+        metrics |= {} if kl is None else {"kl": kl}
         return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
 
     def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
@@ -226,7 +221,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
     @torch.no_grad()
     def _reference_logps(self, trees: list[Tree], name: str) -> Tensor:
         """(A,) the reference's log-probability of each of the trees' branches, in order."""
-        if not self.policy.has_reference and self.state.global_step > 0:
+        if not self.policy.has_reference and (self.state.global_step > 0 or not self._starts_from_reference):
             raise ConfigError(
                 "precompute_ref_log_probs has freed the reference, and these rows were not there then: give them as "
                 "eval_dataset to the trainer, or leave precompute_ref_log_probs out"
@@ -244,12 +239,9 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             ) as bar,
         ):
             for micro in self._batches(trees, self.args.precompute_ref_batch_size or size):
-                # Before training the policy is its own reference.
-                logp_N = (
-                    self.policy.reference_logprobs(micro)
-                    if self.policy.has_reference
-                    else self.policy.logprobs(micro)[0]
-                )
+                # Without a reference of its own, the policy as it is before training is the reference.
+                has_own = self.policy.has_reference
+                logp_N = self.policy.reference_logprobs(micro) if has_own else self.policy.logprobs(micro)[0]
                 logps.append(answer_logps(logp_N, micro, self.args.ld_alpha).cpu())
                 bar.update(micro.num_sequences)
         return torch.cat(logps)
@@ -275,36 +267,3 @@ def _reference(
         _, args = split_builtin_arguments(model, args)
     arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
     return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
-
-
-def _tree(row: PreferenceRow | LabelledRow) -> Tree:
-    if isinstance(row, LabelledRow):
-        return Tree(row.prompt_ids, [Branch(row.completion.token_ids, row.completion.loss_mask, label=row.label)])
-    chosen = Branch(row.chosen.token_ids, row.chosen.loss_mask)
-    return Tree(row.prompt_ids, [chosen, Branch(row.rejected.token_ids, row.rejected.loss_mask, label=False)])
-
-
-def _add_mismatched(rows: list[Comparison]) -> None:
-    """Give each row the answers of the nearest row before it, in a circle, that has another prompt."""
-    for place, row in enumerate(rows):
-        prompt = row.answers.prefix
-        before = (rows[place - back].answers for back in range(1, len(rows)))
-        other = next((answers for answers in before if answers.prefix != prompt), None)
-        if other is None:
-            raise DataError("kto compares answers with those to other prompts, but all rows have the same prompt")
-        row.mismatched = Tree(prompt, [Branch(branch.token_ids, branch.loss_mask) for branch in other.branches])
-
-
-def _are_pairs(rows: Sequence[Comparison]) -> bool:
-    return len(rows[0].answers.branches) == 2
-
-
-def _balance_warnings(rows: Sequence[Comparison], args: DPOConfig) -> list[str]:
-    """KTO wants the weighted numbers of good and bad answers to be about equal (arXiv 2402.01306, eq. 8)."""
-    labels = [branch.label for row in rows for branch in row.answers.branches]
-    good, bad = labels.count(True), labels.count(False)
-    ratio = good * args.desirable_weight / max(bad * args.undesirable_weight, 1e-9)
-    if good == bad or 0.99 <= ratio <= 1.34:
-        return []
-    asked = "kto asks for desirable_weight * good / (undesirable_weight * bad) between 1 and 4/3"
-    return [f"{good} good and {bad} bad answers: {asked}, and it is {ratio:.3g}"]
