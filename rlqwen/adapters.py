@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -158,7 +158,10 @@ def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             yield f"base_model.model.{name}.lora_A.weight", layer.lora_A[adapter].weight.detach()
-            yield f"base_model.model.{name}.lora_B.weight", layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+            yield (
+                f"base_model.model.{name}.lora_B.weight",
+                layer.lora_B[adapter].weight.detach() * layer.scaling[adapter],
+            )
 
 
 @torch.no_grad()

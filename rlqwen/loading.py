@@ -33,9 +33,7 @@ def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
         # Quantised weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=args.trust_remote_code, **arguments
-        )
+        return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
 

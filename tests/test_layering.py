@@ -13,10 +13,23 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 LAYERS = [
     {"errors", "types"},
     {"config", "entry_points", "registry", "attention", "batch", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    {
+        "recipe",
+        "data",
+        "loading",
+        "model_files",
+        "quantization",
+        "adapters",
+        "policy",
+        "parallel",
+        "scoring",
+        "checkpoint",
+        "metrics",
+        "rollout",
+    },
     {"check"},
     {"trainers"},
-    {"evaluate", "pipeline"},
+    {"evaluate", "pipeline", "export", "model_card"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ import click
 
 from rlqwen import __version__
 from rlqwen.cli.evaluation import evaluate
+from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
 from rlqwen.cli.training import check, run
 from rlqwen.errors import RlqwenError
@@ -48,5 +49,5 @@ def cli() -> None:
     """
 
 
-for command in (run, check, evaluate, rewards, recipes):
+for command in (run, check, evaluate, export, rewards, recipes):
     cli.add_command(command)
