@@ -22,10 +22,12 @@ def write_model(
     weights: Iterable[tuple[str, Tensor]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantization: dict[str, Any] | None = None,
 ) -> int:
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
-    `weights` come under their checkpoint names; a tied head is left out. Returns the bytes of all weights.
+    `weights` come under their checkpoint names; a tied head is left out. `quantization`: what the config says of how
+    they are quantised. Returns the bytes of all weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,6 +35,8 @@ def write_model(
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if quantization is not None:
+        config.quantization_config = quantization
     shards = _ShardWriter(folder, max_shard_bytes)
     dtypes: dict[torch.dtype, int] = {}
     for name, tensor in weights:
@@ -45,7 +49,7 @@ def write_model(
     if model._auto_class is not None:
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     return num_bytes
 

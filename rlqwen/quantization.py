@@ -61,6 +61,15 @@ def prepare_quantized(model: nn.Module) -> None:
         if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first forward in eval mode repacks the weights for inference, in place.
             module.support_avx512bf16_for_cpu = False
+        conversions = module.__dict__.get("_weight_conversions")
+        if conversions:
+            # Those from a quantised checkpoint have no way back, and plain weights need none.
+            module._weight_conversions = [step for step in conversions if not _reads_quantized(step)]
+
+
+def _reads_quantized(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    return any(type(operation).__name__ in ("Bnb4bitDeserialize", "Bnb8bitDeserialize") for operation in operations)
 
 
 def use_training_products(model: nn.Module) -> None:
@@ -89,9 +98,7 @@ def dequantized_weight(module: Any) -> Tensor:
 
     weight = module.weight
     if not is_8bit(module):
-        plain: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
-        return plain
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
     # The scales move from the weight to the layer's state at the first forward.
     scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    plain = functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
-    return plain
+    return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))

@@ -18,7 +18,7 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pipeline"},
+    {"evaluation", "pipeline", "export", "model_card"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -170,24 +170,22 @@ def test_a_model_is_written_in_shards_that_load(tmp_path):
     assert all(torch.equal(tensor, exported[name].bfloat16()) for name, tensor in loaded.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
 def test_what_cannot_be_trained_or_merged_is_refused():
+    with pytest.raises(ModelError, match="put embed_tokens into modules_to_save"):
+        adapted("lora on embedding and head", tied=True)
+    with pytest.raises(ModelError, match=r"q_proj: .*lora_bias has no merged weights"):
+        Policy(make_model(), SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"], lora_bias=True))
     with pytest.raises(ModelError, match="changes the base weights"):
         adapted("lora", init_lora_weights="pissa")
-    with pytest.raises(ModelError, match="put embed_tokens into modules_to_save"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted("lora on embedding and head", tied=True)
     with pytest.raises(ModelError, match="trains LoRA, rsLoRA and DoRA adapters, not IA3Config"):
         Policy(make_model(), SFTConfig(), peft_config=IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
-    with pytest.raises(ModelError, match="cannot be put on this model.*no_such"):
+    with pytest.raises(ModelError, match=r"cannot be put on this model.*no_such"):
         Policy(make_model(), SFTConfig(), peft_config=LoraConfig(target_modules=["no_such"]))
     with pytest.raises(ModelError, match="bias='all' trains biases"):
         adapted("lora", bias="all")
-    with pytest.raises(ModelError, match=r"q_proj: .*lora_bias has no merged weights"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Policy(make_model(), SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"], lora_bias=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        untied = get_peft_model(make_model(tie_word_embeddings=True), LoraConfig(modules_to_save=["lm_head"]))
+    untied = get_peft_model(make_model(tie_word_embeddings=True), LoraConfig(modules_to_save=["lm_head"]))
     with pytest.raises(ModelError, match="ensure_weight_tying=True"):
         Policy(untied, SFTConfig())
     with pytest.raises(ModelError, match="has an adapter already"):

@@ -68,7 +68,7 @@ def test_workers_sample_from_the_adapted_policy(pool: RolloutPool, folder: Path)
         assert_drawn_from(again, model)
         with pytest.raises(WeightSyncError, match=r"version 3, .* by 0\.05.* \(tolerance 0\.001\)\. Likely"):
             pool.load_weights(3, policy.export_adapter(), canary(model, offset=0.05))
-        with pytest.raises(WeightSyncError, match="missing: base_model.*lora_A"):
+        with pytest.raises(WeightSyncError, match=r"missing: base_model.*lora_A"):
             pool.load_weights(4, list(policy.export_adapter())[1:], canary(model))
 
 
@@ -100,10 +100,16 @@ def test_the_adapter_alone_is_sent_where_vllm_can_apply_it(folder: Path, options
     untied.config.tie_word_embeddings = False
     policy = Policy(untied, SFTConfig(), peft_config=LoraConfig(**{"target_modules": "all-linear"} | options))
     if reason is None:
-        assert choose_sync(policy, RolloutConfig()) == (8, "rollout workers are sent the adapter alone, of rank 8")
-        rank, note = choose_sync(policy, RolloutConfig(lora=False))
-        assert rank is None
-        assert "rollout.lora is false" in note
+        alone = (8, "rollout workers are sent the adapter alone, of rank 8")
+        assert choose_sync(policy, RolloutConfig(lora=True)) == alone
+        assert choose_sync(policy, RolloutConfig(num_gpus_per_worker=1)) == alone
+        for config, why in (
+            (RolloutConfig(lora=False), "lora is false"),
+            (RolloutConfig(num_gpus_per_worker=0), "CPU"),
+        ):
+            rank, note = choose_sync(policy, config)
+            assert rank is None
+            assert why in note
         return
     rank, note = choose_sync(policy, RolloutConfig())
     assert rank is None

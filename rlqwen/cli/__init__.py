@@ -9,6 +9,7 @@ import click
 from rlqwen import __version__
 from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
+from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
 from rlqwen.cli.training import check, run
 from rlqwen.errors import RlqwenError
@@ -49,5 +50,5 @@ def cli() -> None:
     """
 
 
-for command in (run, check, evaluate, data, rewards, recipes):
+for command in (run, check, evaluate, export, data, rewards, recipes):
     cli.add_command(command)

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.batch import Branch, Tree, pack
@@ -145,14 +146,17 @@ def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str 
     if (not policy.has_adapter and not config.lora) or not uses_vllm(config):
         return None, None
     obstacle = policy.lora_obstacle
+    gpus = config.num_gpus_per_worker
+    on_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
     if config.lora and obstacle:
         raise ConfigError(
             f"rollout.lora is true, but the workers cannot apply the policy's adapter: {obstacle}; leave rollout.lora "
             "out to send weights with the adapter merged"
         )
-    if obstacle is None and config.lora is not False:
+    if obstacle is None and (on_gpu if config.lora is None else config.lora):
         return policy.lora_rank, f"rollout workers are sent the adapter alone, of rank {policy.lora_rank}"
-    return None, f"rollout workers are sent weights with the adapter merged: {obstacle or 'rollout.lora is false'}"
+    reason = obstacle or ("rollout.lora is false" if config.lora is False else "with it apart, vLLM on CPU is slower")
+    return None, f"rollout workers are sent weights with the adapter merged: {reason}"
 
 
 def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
