@@ -166,6 +166,8 @@ for _class in (_Loader, _Dumper):
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, which flatten_mapping resolves
+            continue
         key = loader.construct_object(key_node)
         line = key_node.start_mark.line + 1
         if not isinstance(key, Hashable):
