@@ -102,16 +102,10 @@ def _find_subject(
 ) -> Any:
     prepare()
     from rlqwen.audit import find_subject
+    from rlqwen.recipe import parse_column
 
     source: dict[str, Any] = {"system_prompt": system_prompt, "split": split}
     source = {key: value for key, value in source.items() if value is not None}
     if columns:
-        source["columns"] = dict(_split_column(column) for column in columns)
+        source["columns"] = dict(parse_column(column) for column in columns)
     return find_subject(target, source=source, **options)
-
-
-def _split_column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise ConfigError(f"--column {text!r} is not of the form ours=theirs, such as prompt=question")
-    return ours, theirs

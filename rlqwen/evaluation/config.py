@@ -11,7 +11,7 @@ from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.data import Sources
 from rlqwen.config.evaluation import TextMetric
 from rlqwen.errors import ConfigError
-from rlqwen.recipe import list_recipes, load_recipe
+from rlqwen.recipe import is_recipe, load_recipe, parse_column
 
 AGAINST_DATA = "data"
 
@@ -90,11 +90,11 @@ def evaluation_config(
         source: more fields of SourceConfig.
         options: fields of EvalConfig; None means not given.
     """
-    mapping = dict(_split_column(column) for column in columns)
+    mapping = dict(parse_column(column) for column in columns)
     source = {key: value for key, value in (source or {}).items() if value is not None}
     if mapping:
         source["columns"] = mapping
-    if _is_recipe(data):
+    if is_recipe(data):
         if source:
             raise ConfigError(
                 f"--data {data!r} is a recipe, which says itself how its data is read; leave {_list(source)}"
@@ -120,10 +120,6 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _is_recipe(data: str) -> bool:
-    return Path(data).suffix in {".yaml", ".yml"} or data in {recipe.name for recipe in list_recipes()}
-
-
 def _from_recipe(name: str) -> dict[str, Any]:
     recipe = load_recipe(name)
     source = recipe.data.train if recipe.data.eval is None else recipe.data.eval
@@ -140,13 +136,6 @@ def _from_recipe(name: str) -> dict[str, Any]:
     elif isinstance(train, SFTConfig):
         values |= {"sft": train, "chat_template_kwargs": train.chat_template_kwargs}
     return values
-
-
-def _split_column(text: str) -> tuple[str, str]:
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise ConfigError(f"--column {text!r} is not of the form ours=theirs, such as prompt=question")
-    return ours, theirs
 
 
 def _list(source: Mapping[str, Any]) -> str:
