@@ -118,14 +118,6 @@ def copy_recipe(name: str, target: str | Path = ".") -> Path:
     return destination
 
 
-def parse_column(text: str) -> tuple[str, str]:
-    """(ours, theirs) of a column map of the command line; ConfigError for what isn't one."""
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise ConfigError(f"--column {text!r} is not of the form ours=theirs, such as prompt=question")
-    return ours, theirs
-
-
 def write_resolved(recipe: Recipe, path: str | Path) -> None:
     """Write the recipe with every default filled in; `load_recipe` reads it back as an equal recipe."""
     values = recipe.model_dump(mode="json")

@@ -18,7 +18,7 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pipeline", "export", "model_card"},
+    {"evaluation", "pairs", "pipeline", "export", "model_card"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -81,7 +81,7 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
     audit = DataAudit(subject.title, subject.kind, subject.model, [], near_threshold=near)
     audit.warnings = subject.warnings
     parts = [read_part(name, sources) for name, sources in subject.parts.items()]
-    if subject.cleaning is not None:
+    if subject.cleaning is not None and parts[0].rows:
         audit.cleaning = clean_parts(parts, subject.cleaning)
     audit.parts = [_audit_part(part, subject, near) for part in parts]
     if len(parts) == 2:
@@ -97,7 +97,7 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
 def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
     audit = PartAudit(
         part.name,
-        [str(source.path or source.generator) for source in subject.parts[part.name]],
+        [str(source.path or source.generator or "sampled") for source in subject.parts[part.name]],
         len(part.rows) + len(part.faults),
         _count_turns(part.rows, subject.text_field),
         list(part.faults),

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlqwen.audit.audit import DataAudit, PartAudit
-from rlqwen.check.recipe import CheckReport
+from rlqwen.check.report import CheckReport
 from rlqwen.data import DataReport
 from rlqwen.data.report import Fate, first_of
 from rlqwen.errors import DataError

@@ -2,7 +2,9 @@
 
 from rlqwen.check.arithmetic import BatchPlan, plan_batch, prompt_room
 from rlqwen.check.model import check_model_path
-from rlqwen.check.recipe import CheckReport, check_before_run, check_pipeline, check_recipe
+from rlqwen.check.pipeline import check_before_run, check_pipeline
+from rlqwen.check.recipe import check_recipe
+from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
 
 __all__ = [

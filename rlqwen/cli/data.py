@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import click
@@ -102,10 +103,42 @@ def _find_subject(
 ) -> Any:
     prepare()
     from rlqwen.audit import find_subject
-    from rlqwen.recipe import parse_column
+    from rlqwen.evaluation.config import split_column
 
     source: dict[str, Any] = {"system_prompt": system_prompt, "split": split}
     source = {key: value for key, value in source.items() if value is not None}
     if columns:
-        source["columns"] = dict(parse_column(column) for column in columns)
+        source["columns"] = dict(split_column(column) for column in columns)
     return find_subject(target, source=source, **options)
+
+
+@data.command()
+@click.argument("model")
+@click.option("--data", "prompts", required=True, help="Prompts: a file, folder or hub id, or a generator's name.")
+@click.option("--rewards", "reward_names", required=True, help="What says which answer is better, by commas.")
+@click.option("--output", required=True, metavar="FILE", help="The JSONL file to write; must not be there yet.")
+@click.option("-k", "--num-samples", type=click.IntRange(min=2), default=8, show_default=True, help="Per prompt.")
+@click.option("--pairs-per-prompt", type=click.IntRange(min=1), default=1, show_default=True, help="At most.")
+@click.option("--min-gap", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of a pair's rewards.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many prompts.")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: vllm where it imports.")
+@click.option("--seed", type=int, default=42, show_default=True)
+def pairs(model: str, prompts: str, output: str, **options: Any) -> None:
+    """Sample answers from MODEL and write pairs of a better and a worse one, for DPO and reward modelling.
+
+    \b
+    rlqwen data pairs runs/sft/final --data prompts.jsonl --rewards accuracy --output pairs.jsonl
+    """
+    path = Path(output)
+    if path.exists():
+        raise ConfigError(f"--output {output} is there already; remove it, or give another file")
+    prepare()
+    from rlqwen.pairs import draw_pairs, sampled_config, write_pairs
+
+    with redirect_stdout(sys.stderr):
+        rows, summary = draw_pairs(model, sampled_config(prompts, **options))
+    write_pairs(path, rows)
+    click.echo(f"{summary} in {path}")

@@ -2,17 +2,17 @@
 
 from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
-from rlqwen.config.data import DataConfig, SourceConfig
+from rlqwen.config.data import DataConfig, SampledPairsConfig, SourceConfig
 from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
-from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe, RewardSpec
+from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe
 from rlqwen.config.reference import SyncedReference
 from rlqwen.config.reward import RewardConfig
-from rlqwen.config.rollout import RolloutConfig, ScoringConfig
+from rlqwen.config.rollout import RewardSpec, RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 
@@ -37,6 +37,7 @@ __all__ = [
     "RewardSpec",
     "RolloutConfig",
     "SFTConfig",
+    "SampledPairsConfig",
     "ScoringConfig",
     "SourceConfig",
     "SyncedReference",

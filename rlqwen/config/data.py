@@ -2,10 +2,42 @@
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig
+from rlqwen.config.rollout import RewardSpec, RolloutConfig, ScoringConfig
+
+
+class SampledPairsConfig(Config):
+    """Pairs of a model's own answers, the better against the worse, drawn when the recipe is run."""
+
+    prompts: "SourceConfig"
+    """Where the prompts come from; their other columns go to the rewards."""
+    rewards: list[RewardSpec] = Field(min_length=1)
+    """What says which answer is better; several are added up by weight."""
+    model: str | None = None
+    """Whose answers. None: those of the model that the recipe starts from."""
+    num_samples: int = Field(default=8, ge=2)
+    """Answers to each prompt."""
+    pairs_per_prompt: int = Field(default=1, ge=1)
+    """At most; the best against the worst first."""
+    min_gap: float = Field(default=0.0, ge=0)
+    """Rewards of a pair differ by more than this."""
+    temperature: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=512, ge=1)
+    """Of one answer."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 42
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _accept_bare_names(cls, rewards: Any) -> Any:
+        if isinstance(rewards, list):
+            return [{"name": reward} if isinstance(reward, str) else reward for reward in rewards]
+        return rewards
 
 
 class SourceConfig(Config):
@@ -15,6 +47,8 @@ class SourceConfig(Config):
     """A file (.json, .jsonl, .parquet, .csv), a folder of such files, or a hub dataset id."""
     generator: str | None = None
     """Instead of `path`: a built-in generator, such as `arithmetic`."""
+    sampled: SampledPairsConfig | None = None
+    """Instead of `path`: preference pairs that a model is to sample."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the generator."""
     name: str | None = None
@@ -34,8 +68,14 @@ class SourceConfig(Config):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceConfig":
-        if (self.path is None) == (self.generator is None):
-            raise ValueError("give either 'path' (a file, folder or hub id) or 'generator' (a built-in one)")
+        origins = [self.path, self.generator, self.sampled]
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError(
+                "give one of 'path' (a file, folder or hub id), 'generator' (a built-in one) and 'sampled' (pairs of a "
+                "model's own answers)"
+            )
+        if self.sampled is not None and self.sampled.prompts.sampled is not None:
+            raise ValueError("sampled.prompts must be prompts that are there, not pairs to be sampled")
         return self
 
 
@@ -57,6 +97,12 @@ class DataConfig(Config):
     """Seed of the order in which mixed sources are interleaved."""
     cleaning: CleaningConfig | None = None
     """What is dropped from the training rows and masked in all rows; None for nothing."""
+
+    def sampled_sources(self) -> list[SampledPairsConfig]:
+        """What a model is to sample before training can begin."""
+        parts = [self.train, *([self.eval] if self.eval else [])]
+        sources = [source for part in parts for source in (part if isinstance(part, list) else [part])]
+        return [source.sampled for source in sources if source.sampled is not None]
 
     @model_validator(mode="after")
     def _overlap_needs_eval(self) -> "DataConfig":

@@ -11,6 +11,7 @@ from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import PPOConfig
 from rlqwen.config.reward import RewardConfig
+from rlqwen.config.rollout import RewardSpec
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
@@ -99,16 +100,6 @@ class ModelConfig(Config):
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization: quantised weights cannot be trained themselves; set lora, such as {r: 16}")
         return self
-
-
-class RewardSpec(Config):
-    """One reward of a run."""
-
-    name: str
-    """A registered name, `package.module:function`, or `path/to/file.py:function`."""
-    weight: float = 1.0
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Bound to the function by keyword, or given to its factory."""
 
 
 def _key_path(fault: str, algorithm: str) -> str:

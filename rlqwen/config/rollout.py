@@ -1,10 +1,10 @@
 """How completions are generated and scored."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.base import ArgumentsConfig, Config
 
 
 class RolloutConfig(ArgumentsConfig):
@@ -50,6 +50,16 @@ class RolloutConfig(ArgumentsConfig):
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Mean logprob gap a token allowed after a sync. None: 1e-3 in float32, 0.1 in bfloat16 and float16, whose rounding
     alone moves an unlikely token by more than that, but not the mean."""
+
+
+class RewardSpec(Config):
+    """One reward of a run."""
+
+    name: str
+    """A registered name, `package.module:function`, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Bound to the function by keyword, or given to its factory."""
 
 
 class ScoringConfig(ArgumentsConfig):

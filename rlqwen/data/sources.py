@@ -82,7 +82,11 @@ def _load_source(source: SourceConfig) -> list[Row]:
 def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     if source.generator is not None:
         return _numbered(generate(source.generator, source.args), f"generator {source.generator}")
-    assert source.path is not None  # SourceConfig holds exactly one of the two
+    if source.sampled is not None:
+        raise DataError(
+            "these pairs are yet to be sampled, which `rlqwen run` does: `rlqwen data pairs` writes such pairs to a file"
+        )
+    assert source.path is not None  # SourceConfig holds exactly one of the three
     if source.args:
         raise DataError(f"{source.path}: 'args' are for a generator; a file or hub dataset takes none")
     path = Path(source.path).expanduser()

@@ -6,12 +6,20 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config import OnlineConfig, RewardSpec, RolloutConfig, ScoringConfig, SFTConfig
+from rlqwen.config import (
+    OnlineConfig,
+    RewardSpec,
+    RolloutConfig,
+    SampledPairsConfig,
+    ScoringConfig,
+    SFTConfig,
+    SourceConfig,
+)
 from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.data import Sources
 from rlqwen.config.evaluation import TextMetric
 from rlqwen.errors import ConfigError
-from rlqwen.recipe import is_recipe, load_recipe, parse_column
+from rlqwen.recipe import is_recipe, load_recipe
 
 AGAINST_DATA = "data"
 
@@ -90,7 +98,7 @@ def evaluation_config(
         source: more fields of SourceConfig.
         options: fields of EvalConfig; None means not given.
     """
-    mapping = dict(parse_column(column) for column in columns)
+    mapping = dict(split_column(column) for column in columns)
     source = {key: value for key, value in (source or {}).items() if value is not None}
     if mapping:
         source["columns"] = mapping
@@ -123,6 +131,9 @@ def split_names(text: str) -> list[str]:
 def _from_recipe(name: str) -> dict[str, Any]:
     recipe = load_recipe(name)
     source = recipe.data.train if recipe.data.eval is None else recipe.data.eval
+    if isinstance(source, SourceConfig) and source.sampled is not None:
+        # The pairs are answers to prompts, and it is those that a model can be measured by.
+        return _from_sampled(source.sampled)
     values: dict[str, Any] = {"data": source, "rewards": recipe.rewards}
     train = recipe.train
     if isinstance(train, OnlineConfig):
@@ -136,6 +147,25 @@ def _from_recipe(name: str) -> dict[str, Any]:
     elif isinstance(train, SFTConfig):
         values |= {"sft": train, "chat_template_kwargs": train.chat_template_kwargs}
     return values
+
+
+def _from_sampled(sampled: SampledPairsConfig) -> dict[str, Any]:
+    return {
+        "data": sampled.prompts,
+        "rewards": sampled.rewards,
+        "temperature": sampled.temperature,
+        "max_tokens": sampled.max_tokens,
+        "chat_template_kwargs": sampled.chat_template_kwargs,
+        "rollout": sampled.rollout.model_dump(exclude_unset=True),
+        "scoring": sampled.scoring,
+    }
+
+
+def split_column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise ConfigError(f"--column {text!r} is not of the form ours=theirs, such as prompt=question")
+    return ours, theirs
 
 
 def _list(source: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlqwen.check.recipe import check_reward_columns
+from rlqwen.check.rewards import check_reward_columns
 from rlqwen.data import load_rows
 from rlqwen.evaluation.config import AGAINST_DATA, EvalConfig
 from rlqwen.evaluation.loading import EvalModel, find_model

@@ -1,0 +1,45 @@
+"""What a check found, and how it is shown."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlqwen.errors import InputError
+
+
+@dataclass
+class CheckReport:
+    """What a check found."""
+
+    title: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    """(area, what was found), in the order of the checks."""
+    warnings: list[str] = field(default_factory=list)
+    faults: list[InputError] = field(default_factory=list)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """A fault inside ends that check, not the others."""
+        try:
+            yield
+        except InputError as fault:
+            self.faults.append(fault)
+
+    def show(self, console: Console) -> None:
+        """Print facts, warnings and faults."""
+        verdict = ("ok", "green") if not self.faults else (f"{len(self.faults)} wrong", "bold red")
+        console.print(Text.assemble((self.title, "bold"), "  ", verdict))
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for area, found in self.facts:
+            table.add_row(area, Text(found))
+        for warning in self.warnings:
+            table.add_row(Text("warning", style="yellow"), Text(warning))
+        for fault in self.faults:
+            table.add_row(Text("wrong", style="bold red"), Text(str(fault)))
+        console.print(table)

@@ -1,0 +1,52 @@
+"""Whether a recipe's rewards can be had, and whether the data has what they ask for."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from rlqwen.check.report import CheckReport
+from rlqwen.config import RewardSpec
+from rlqwen.data.formats import to_prompt_row
+from rlqwen.registry import Reward, check_columns
+from rlqwen.scoring import build_rewards
+
+Row = dict[str, Any]
+
+
+def resolve_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
+    """The rewards, imported."""
+    return build_rewards([spec.name for spec in specs], [spec.args for spec in specs])
+
+
+def check_reward_columns(reward: Reward, rows: Sequence[Row], where: str) -> None:
+    """Raise RewardSpecError unless every row has the columns that the reward cannot do without."""
+    seen: set[frozenset[str]] = set()
+    for number, row in enumerate(rows):
+        columns = frozenset(row)
+        if columns not in seen:
+            seen.add(columns)
+            prompt_row = to_prompt_row(row, f"{where}, row {number}")
+            check_columns(
+                reward, sorted(set(prompt_row) - {"prompt"}), where if number == 0 else f"{where}, row {number}"
+            )
+
+
+def check_rewards(
+    report: CheckReport,
+    specs: Sequence[RewardSpec],
+    parts: Mapping[str, list[Row] | None],
+    *,
+    to_train: Collection[str],
+) -> None:
+    """Look at the rewards of a recipe; those named in `to_train` are models that an earlier recipe is yet to train."""
+    there = [spec for spec in specs if spec.name not in to_train]
+    with report.collecting():
+        rewards = resolve_rewards(there)
+        named = [
+            f"{reward.name} x {spec.weight:g} ({reward.origin})" for reward, spec in zip(rewards, there, strict=True)
+        ]
+        named += [f"{spec.name} x {spec.weight:g} (to be trained)" for spec in specs if spec.name in to_train]
+        report.facts.append(("rewards", ", ".join(named)))
+        for reward in rewards:
+            for where, rows in parts.items():
+                with report.collecting():
+                    check_reward_columns(reward, rows or [], where)

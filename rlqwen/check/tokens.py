@@ -1,0 +1,68 @@
+"""What a recipe's rows become: tokenised as its trainer does it, and the batches that come of them."""
+
+import math
+from typing import Any
+
+from rlqwen.check.arithmetic import plan_batch, prompt_room
+from rlqwen.check.model import ModelFacts
+from rlqwen.check.report import CheckReport
+from rlqwen.config import DPOConfig, OnlineConfig, Recipe, RewardConfig, SFTConfig
+from rlqwen.data import DataReport, tokenize_comparisons, tokenize_prompts, tokenize_scored, tokenize_sft
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+
+
+def tokenize(recipe: Recipe, rows: list[Row], model: ModelFacts) -> DataReport:
+    config = recipe.train
+    if isinstance(config, SFTConfig):
+        _, data = tokenize_sft(rows, model.tokenizer, config)
+        if not data.eos_in_loss:
+            raise DataError(
+                f"no sequence has its end-of-turn token {data.end_of_turn!r} in the loss, so the model would never learn "
+                f"to stop; {data.num_truncated} of {data.num_rows} rows are cut at train.max_length={config.max_length}"
+            )
+        return data
+    if isinstance(config, DPOConfig):
+        return tokenize_comparisons(rows, model.tokenizer, config)[1]
+    if isinstance(config, RewardConfig):
+        return tokenize_scored(rows, model.tokenizer, config)[1]
+    assert isinstance(config, OnlineConfig)
+    _, data = tokenize_prompts(
+        rows,
+        model.tokenizer,
+        max_prompt_length=prompt_room(model.context, config),
+        overlong=config.overlong_prompts,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    return data
+
+
+def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
+    report.facts.append((name, data.summary()))
+    if name == "data.train":
+        report.facts.append(("template", f"the model's turn ends with {data.end_of_turn!r}"))
+    for warning in data.warnings:
+        if warning not in report.warnings:
+            report.warnings.append(warning)
+
+
+def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, list[Row] | None]) -> None:
+    for name, rows in parts.items():
+        if rows:
+            report.facts.append((name, f"{len(rows)} rows"))
+    packs = isinstance(recipe.train, SFTConfig) and recipe.train.packing
+    if parts["data.train"] and not packs:
+        report.facts.append(("batch", plan_batch(recipe.train, len(parts["data.train"])).text))
+
+
+def describe_batch(report: CheckReport, recipe: Recipe, data: DataReport) -> None:
+    num_rows, config = data.num_kept, recipe.train
+    if isinstance(config, SFTConfig) and config.packing and config.max_length:
+        num_rows = math.ceil(data.num_tokens / config.max_length)
+    plan = plan_batch(config, num_rows)
+    report.facts.append(("batch", plan.text))
+    if plan.rows_per_step > num_rows:
+        report.warnings.append(
+            f"one step takes {plan.rows_per_step} rows and there are {num_rows}: rows repeat within it"
+        )
