@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlqwen.audit.repeats import find_overlap, find_repeats
-from rlqwen.audit.subject import Kind, Part, Subject, read_part
+from rlqwen.audit.subject import Kind, Part, Subject, clean_parts, read_part
 from rlqwen.audit.tokens import Segment, tokenize_subject
 from rlqwen.data import DataReport
 from rlqwen.data.report import Fate, percentiles
@@ -56,6 +56,8 @@ class DataAudit:
     """(eval row, training row) with the same prompt."""
     near_overlap: list[tuple[str, str]] = field(default_factory=list)
     near_threshold: float | None = None
+    cleaning: str | None = None
+    """What the recipe's cleaning did, before all else was looked at."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -66,11 +68,8 @@ class DataAudit:
         """Plain values for JSON."""
         values = asdict(self) | {"num_faults": self.num_faults}
         for part in values["parts"]:
-            if part["tokens"]:
-                del (
-                    part["tokens"]["rows"],
-                    part["tokens"]["warnings"],
-                )  # both by their places, in `fates` and `warnings`
+            for twice in ("rows", "warnings"):  # the part has both, by places instead of numbers
+                (part["tokens"] or {}).pop(twice, None)
         return values
 
 
@@ -82,11 +81,13 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
     audit = DataAudit(subject.title, subject.kind, subject.model, [], near_threshold=near)
     audit.warnings = subject.warnings
     parts = [read_part(name, sources) for name, sources in subject.parts.items()]
+    if subject.cleaning is not None and parts[0].rows:
+        audit.cleaning = clean_parts(parts, subject.cleaning)
     audit.parts = [_audit_part(part, subject, near) for part in parts]
     if len(parts) == 2:
         train, evaluation = parts
         places, known = evaluation.short_places(), train.short_places()
-        exact, near_pairs = find_overlap(evaluation.rows, train.rows, subject.text_field, near)
+        exact, near_pairs = find_overlap(*(_with_text(part.rows, subject) for part in (evaluation, train)), near)
         audit.exact_overlap, audit.near_overlap = (
             [(places[mine], known[theirs]) for mine, theirs in pairs] for pairs in (exact, near_pairs)
         )
@@ -96,7 +97,7 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
 def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
     audit = PartAudit(
         part.name,
-        [str(source.path or source.generator) for source in subject.parts[part.name]],
+        [str(source.path or source.generator or "sampled") for source in subject.parts[part.name]],
         len(part.rows) + len(part.faults),
         _count_turns(part.rows, subject.text_field),
         list(part.faults),
@@ -112,13 +113,13 @@ def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
     audit.faults += [_placed(str(fault), part.places) for fault in faults]
     audit.warnings = [_placed(warning, places) for warning in report.warnings]
     audit.lengths = _measure(rows)
-    if subject.kind != "prompts" and rows and not report.eos_in_loss:
+    if report.num_loss_tokens and not report.eos_in_loss:
         audit.faults.append(
             f"no row has its end token {report.end_of_turn!r} in the loss, so the model would never learn to stop"
         )
-    repeats = find_repeats(part.rows, subject.text_field, near)
+    repeats = find_repeats(_with_text(part.rows, subject), near)
     audit.exact_duplicates, audit.near_duplicates = (
-        [[places[number] for number in group] for group in groups] for groups in (repeats.exact, repeats.near)
+        [[places[number] for number in group] for group in groups] for groups in repeats
     )
     return audit
 
@@ -132,6 +133,12 @@ def _count_turns(rows: list[Row], text_field: str) -> dict[str, int]:
             counts.update(["text"] if isinstance(content, str) else [turn["role"] for turn in to_turns(content, "")])
         counts["text"] += text_field in row and "messages" not in row and "prompt" not in row
     return {role: count for role, count in counts.most_common() if count}
+
+
+def _with_text(rows: list[Row], subject: Subject) -> list[Row]:
+    """The rows with their plain text in the column where it is looked for."""
+    name = subject.text_field
+    return rows if name == "text" else [row | {"text": row[name]} if name in row else row for row in rows]
 
 
 def _measure(rows: list[list[Segment]]) -> dict[str, dict[str, int]]:

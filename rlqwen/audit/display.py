@@ -30,6 +30,8 @@ def show_audit(audit: DataAudit, console: Console) -> None:
         _part_report(part, audit).show(console)
     if len(audit.parts) == 2:
         _overlap_report(audit).show(console)
+    if audit.cleaning:
+        console.print(Text.assemble(("cleaned", "bold"), "  ", audit.cleaning))
     for warning in audit.warnings:
         console.print(Text.assemble(("note", "yellow"), "  ", warning))
 

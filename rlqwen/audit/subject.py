@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from rlqwen.check.model import ModelFacts, read_model
 from rlqwen.config import DPOConfig, GRPOConfig, ModelConfig, OnlineConfig, PreferenceConfig, SFTConfig, SourceConfig
+from rlqwen.config.cleaning import CleaningConfig
+from rlqwen.data.cleaning.report import make_report
+from rlqwen.data.cleaning.steps import find_outcome
 from rlqwen.data.preference_formats import is_labelled, is_pair
 from rlqwen.data.sources import Row, prepare_row, read_source
 from rlqwen.errors import ConfigError, DataError, ModelError, PromptMismatch
@@ -58,6 +61,7 @@ class Subject:
     parts: dict[str, list[SourceConfig]]
     """`train` and, where there is one, `eval`."""
     warnings: list[str]
+    cleaning: CleaningConfig | None = None
 
     @property
     def text_field(self) -> str:
@@ -118,7 +122,8 @@ def _of_recipe(name: str, model: str | None) -> Subject:
     path, facts = _read_tokenizer(settings, warnings)
     context = facts.context if path == recipe.model.path else None
     assert isinstance(config, SFTConfig | PreferenceConfig | OnlineConfig)
-    return Subject(f"{name} ({recipe.algorithm})", kind, config, path, facts.tokenizer, context, parts, warnings)
+    title, cleaning = f"{name} ({recipe.algorithm})", recipe.data.cleaning
+    return Subject(title, kind, config, path, facts.tokenizer, context, parts, warnings, cleaning)
 
 
 def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, ModelFacts]:
@@ -169,6 +174,19 @@ def read_part(name: str, sources: Sequence[SourceConfig]) -> Part:
             part.rows.append(row)
             part.places.append(place)
     return part
+
+
+def clean_parts(parts: list[Part], config: CleaningConfig) -> str:
+    """Clean the rows as a run would, save for the order that mixing gives them; what it did, in a line."""
+    train, *evaluation = parts
+    given = evaluation[0].rows if evaluation else None
+    outcome = find_outcome(train.rows, given, config)
+    masked, stay = outcome.apply(train.rows, "train"), list(outcome.survivors(len(train.rows)))
+    report = make_report(outcome, masked, given, folder=Path(), from_cache=False)
+    train.rows, train.places = [masked[number] for number in stay], [train.places[number] for number in stay]
+    for part in evaluation:
+        part.rows = outcome.apply(part.rows, "eval")
+    return report.summary()
 
 
 def prepared_rows(sources: Sequence[SourceConfig]) -> Iterator[tuple[str, Row | DataError]]:

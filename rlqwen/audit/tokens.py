@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from rlqwen.audit.subject import Subject
 from rlqwen.check.arithmetic import prompt_room
-from rlqwen.config import OnlineConfig, PreferenceConfig, SFTConfig
+from rlqwen.config import OnlineConfig, PreferenceConfig, RewardConfig, SFTConfig
 from rlqwen.data import (
     DataReport,
     TokenizedRow,
     tokenize_labelled,
     tokenize_preferences,
     tokenize_prompts,
+    tokenize_scored,
     tokenize_sft,
 )
 from rlqwen.data.sources import Row
@@ -51,7 +52,10 @@ def tokenize_subject(
         return [
             [_prompt(row.prompt_ids), Segment("good" if row.label else "bad", row.completion)] for row in labelled
         ], report
-    pairs, report = tokenize_preferences(rows, tokenizer, config, faults=faults)
+    if isinstance(config, RewardConfig):
+        pairs, report = tokenize_scored(rows, tokenizer, config, faults=faults)
+    else:
+        pairs, report = tokenize_preferences(rows, tokenizer, config, faults=faults)
     return [
         [_prompt(pair.prompt_ids), Segment("chosen", pair.chosen), Segment("rejected", pair.rejected)] for pair in pairs
     ], report

@@ -50,7 +50,7 @@ def find_near_matches(texts: Sequence[str], others: Sequence[str], threshold: fl
     Of others that are near each other, the first stands for all.
     """
     index = NearIndex(threshold)
-    for number, text in enumerate(others):
+    for number, text in enumerate(_progress(others, "Reading what to compare with")):
         index.find_or_add(text, number)
     matches = [(number, index.find(text)) for number, text in enumerate(_progress(texts, "Looking for overlap"))]
     return [(number, match) for number, match in matches if match is not None]

@@ -19,7 +19,7 @@ from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.data import Sources
 from rlqwen.config.evaluation import TextMetric
 from rlqwen.errors import ConfigError
-from rlqwen.recipe import list_recipes, load_recipe
+from rlqwen.recipe import is_recipe, load_recipe
 
 AGAINST_DATA = "data"
 
@@ -102,7 +102,7 @@ def evaluation_config(
     source = {key: value for key, value in (source or {}).items() if value is not None}
     if mapping:
         source["columns"] = mapping
-    if _is_recipe(data):
+    if is_recipe(data):
         if source:
             raise ConfigError(
                 f"--data {data!r} is a recipe, which says itself how its data is read; leave {_list(source)}"
@@ -126,10 +126,6 @@ def evaluation_config(
 def split_names(text: str) -> list[str]:
     """Names between commas, without white space or empty ones."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _is_recipe(data: str) -> bool:
-    return Path(data).suffix in {".yaml", ".yml"} or data in {recipe.name for recipe in list_recipes()}
 
 
 def _from_recipe(name: str) -> dict[str, Any]:
