@@ -90,7 +90,12 @@ class Policy:
 
     def _freeze(self, model: nn.Module) -> PreTrainedModel:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
+        if quantized_bits(model):
+            prepare_quantized(model)
+            model = model.to(self.device).eval().requires_grad_(False)
+            use_training_products(model)
+        else:
+            model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
         return model
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -76,13 +77,16 @@ def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
     return f"kept in {data_file}"
 
 
-def digest_weights(weights: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes."""
+def digest_weights(weights: Mapping[str, Any]) -> str:
+    """Digest of names, dtypes, shapes and bytes; quantised layers keep other values than tensors beside them."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        tensor = weights[name].detach()
+        tensor = weights[name]
+        if not isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor!r}".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

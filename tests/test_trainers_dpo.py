@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 from rlqwen import DPOConfig, DPOTrainer
 from rlqwen.batch import pack
 from rlqwen.cli import main
+from rlqwen.config import QuantizationSettings
 from rlqwen.config.dpo import PreferenceLoss
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.metrics.curves import choose_panels
 from rlqwen.metrics.sinks import read_metrics
+from rlqwen.quantization import bitsandbytes_config
 from rlqwen.reference import CACHE_VARIABLE, digest_weights
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -201,6 +203,22 @@ def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_mode
         answers = start._answers(pack([row.answers for row in start.train_rows]))
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(references(start), answers.ref_logp_S)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_references_of_quantised_weights(tiny_model_path, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional extra")
+    quantized = {"quantization_config": bitsandbytes_config(QuantizationSettings(bits=bits, compute_dtype="float32"))}
+    off = make_trainer(
+        tiny_model_path, tmp_path / "off", model_init_kwargs=quantized, peft_config=LORA, precompute_ref_log_probs=True
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path, **quantized), LORA)
+    new = make_trainer(model, tmp_path / "new")
+    torch.testing.assert_close(references(off), references(new), atol=1e-4, rtol=1e-5)
+    moved = make_trainer(new.model, tmp_path / "moved")  # its adapter adds something by now
+    with torch.no_grad():
+        answers = moved._answers(pack([row.answers for row in moved.train_rows]))
+    torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
 
 
 def notes(trainer):
