@@ -29,6 +29,7 @@ from rlqwen.data import (
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import DataError, InputError
 from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
+from rlqwen.quantization import require_bitsandbytes
 from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import build_rewards
 
@@ -154,6 +155,9 @@ def check_reward_columns(reward: Reward, rows: Sequence[Row], where: str) -> Non
 
 
 def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFacts | None:
+    if recipe.model.quantization is not None:
+        with report.collecting():
+            require_bitsandbytes("model.quantization")
     with report.collecting(), tempfile.TemporaryDirectory() as scratch:
         model = read_model(start.model, Path(scratch))
         if model is None:
