@@ -197,7 +197,9 @@ def test_pissa_is_merged_with_what_it_left_of_the_base():
     policy = Policy(
         copy.deepcopy(start), SFTConfig(), peft_config=LoraConfig(target_modules=ALL, init_lora_weights="pissa")
     )
-    assert not policy.has_checkpoint_base
+    with policy.model.disable_adapter():
+        residual = dict(policy.export_weights())["model.layers.0.mlp.up_proj.weight"]
+    assert (residual - start.model.layers[0].mlp.up_proj.weight).abs().max() > 1e-3
     for name, tensor in policy.export_weights():
         torch.testing.assert_close(tensor, start.state_dict()[name], atol=1e-5, rtol=1e-4)
 

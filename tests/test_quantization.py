@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from rlqwen import quantization
 from rlqwen.batch import pack
-from rlqwen.config import ModelConfig, QuantizationSettings, SFTConfig
+from rlqwen.check import check_recipe
+from rlqwen.config import ModelConfig, QuantizationSettings, Recipe, SFTConfig
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.loading import load_model
 from rlqwen.policy import Policy
@@ -168,7 +169,7 @@ def test_the_recipe_s_section():
         ModelConfig.parse(model | {"quantization": {"bits": 3}})
 
 
-def test_what_is_missing_is_said(folder, monkeypatch):
+def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="PEFT cannot train DoRA on 8-bit weights on CPU"):
         quantized(folder, QuantizationSettings(bits=8), use_dora=True)
     model = make_model()
@@ -178,5 +179,10 @@ def test_what_is_missing_is_said(folder, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'rlqwen\[quantization\]'"):
         bitsandbytes_config(NF4)
+    model = {"path": "builtin:tiny-qwen3", "lora": {}, "quantization": {}}
+    data = {"train": {"generator": "arithmetic", "args": {"size": 4}}}
+    recipe = {"algorithm": "sft", "model": model, "data": data, "output_dir": str(tmp_path)}
+    faults = [str(fault) for fault in check_recipe(Recipe.parse(recipe)).faults]
+    assert any("model.quantization needs bitsandbytes" in fault for fault in faults)
     with pytest.raises(ModelError, match="quantization_config needs bitsandbytes"):
         load_model(str(folder), SFTConfig(model_init_kwargs={"quantization_config": object()}))

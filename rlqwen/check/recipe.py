@@ -15,6 +15,7 @@ from rlqwen.config.data import SourceConfig
 from rlqwen.data import clean_recipe_data, load_rows
 from rlqwen.errors import DataError
 from rlqwen.metrics.run_folder import refuse_used_folder
+from rlqwen.quantization import require_bitsandbytes
 
 Row = dict[str, Any]
 
@@ -51,6 +52,9 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
 
 
 def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFacts | None:
+    if recipe.model.quantization is not None:
+        with report.collecting():
+            require_bitsandbytes("model.quantization")
     with report.collecting(), tempfile.TemporaryDirectory() as scratch:
         model = read_model(start.model, Path(scratch))
         if model is None:
