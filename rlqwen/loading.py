@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -63,6 +64,18 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
     if unexpected:
         raise ModelError(f"model {name_or_path!r} lacks weights: {', '.join(sorted(unexpected)[:5])}")
     return model, not missing
+
+
+def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:
+    """The model that a policy is held against: as given, or loaded as `model` is; ModelError if they are one object."""
+    if ref_model is model and isinstance(model, nn.Module):
+        raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
+    if isinstance(ref_model, nn.Module):
+        return ref_model
+    if isinstance(model, str):
+        _, args = split_builtin_arguments(model, args)
+    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
+    return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
 
 
 @contextlib.contextmanager

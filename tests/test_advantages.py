@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from rlqwen.advantages import carries_signal, group_advantages, nan_std, soft_overlong_penalty
+from rlqwen.advantages import (
+    carries_signal,
+    gae,
+    group_advantages,
+    nan_std,
+    soft_overlong_penalty,
+    token_rewards,
+    whiten,
+)
 
 NAN = math.nan
 
@@ -66,3 +74,53 @@ def test_carries_signal():
 def test_soft_overlong_penalty_by_hand():
     penalties = [soft_overlong_penalty(length, 100, 20) for length in (50, 80, 90, 100, 120)]
     assert penalties == [0, 0, -0.5, -1, -1]
+
+
+def test_token_rewards_by_hand():
+    rewards = token_rewards(
+        torch.tensor([1.0, -2.0]), torch.tensor([0.1, 0.2, 0.4, -0.5]), torch.tensor([3.0, 1.0]), kl_coef=0.5
+    )
+    torch.testing.assert_close(rewards, torch.tensor([-0.05, -0.1, 0.8, -1.75]))
+
+
+def test_gae_by_hand():
+    """Two sequences of three and one tokens; gamma 0.5, lambda 0.5.
+
+    delta = [0 + 0.5*2 - 1, 0 + 0.5*4 - 2, 1 + 0 - 4] = [0, 0, -3]; A3 = -3, A2 = 0.25 * -3, A1 = 0.25 * A2.
+    """
+    advantages, returns = gae(
+        torch.tensor([0.0, 0.0, 1.0, 3.0]),
+        torch.tensor([1.0, 2.0, 4.0, 1.0]),
+        torch.tensor([3.0, 1.0]),
+        gamma=0.5,
+        lam=0.5,
+    )
+    torch.testing.assert_close(advantages, torch.tensor([-0.1875, -0.75, -3.0, 2.0]))
+    torch.testing.assert_close(returns, torch.tensor([0.8125, 1.25, 1.0, 3.0]))
+
+
+def test_gae_with_lambda_1_is_the_return_less_the_value():
+    torch.manual_seed(0)
+    rewards, values = torch.randn(9), torch.randn(9)
+    advantages, returns = gae(rewards, values, torch.tensor([4.0, 5.0]), gamma=1.0, lam=1.0)
+    to_go = torch.cat([rewards[:4].flip(0).cumsum(0).flip(0), rewards[4:].flip(0).cumsum(0).flip(0)])
+    torch.testing.assert_close(advantages, to_go - values)
+    torch.testing.assert_close(returns, to_go)
+
+
+def test_gae_of_a_sequence_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    rewards, values = torch.randn(12), torch.randn(12)
+    together, _ = gae(rewards, values, torch.tensor([2.0, 7.0, 3.0]), gamma=0.9, lam=0.8)
+    alone, _ = gae(rewards[2:9], values[2:9], torch.tensor([7.0]), gamma=0.9, lam=0.8)
+    torch.testing.assert_close(together[2:9], alone)
+
+
+def test_whitening():
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    whitened = whiten(values)
+    assert whitened.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert whitened.std().item() == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(whiten(values, shift_mean=False), whitened + 3.0)
+    assert whiten(torch.tensor([5.0])).tolist() == [5.0]
+    assert whiten(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]

@@ -94,7 +94,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
 
-    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> Policy:
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
         return Policy(
             load_model(model, self.args) if isinstance(model, str) else model,

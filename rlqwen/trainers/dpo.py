@@ -24,7 +24,7 @@ from rlqwen.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.config import DPOConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_comparisons
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.loading import load_model, split_builtin_arguments
+from rlqwen.loading import load_reference
 from rlqwen.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, preference_loss, read_answers
 from rlqwen.reference import (
     ReferenceKey,
@@ -259,11 +259,4 @@ def _reference(
         return args.needs_reference and (has_adapter or not args.precompute_ref_log_probs)
     if not args.needs_reference:
         raise ConfigError(f"ref_model is given, but loss_type {', '.join(args.loss_type)} is to use no reference")
-    if ref_model is model and isinstance(model, nn.Module):
-        raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
-    if isinstance(ref_model, nn.Module):
-        return ref_model
-    if isinstance(model, str):
-        _, args = split_builtin_arguments(model, args)
-    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
-    return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
+    return load_reference(ref_model, model, args)

@@ -59,7 +59,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         callbacks: Sequence[TrainerCallback] | None,
         peft_config: Any,
         reward_processing_classes: Any,
-        reference: bool,
+        reference: bool | nn.Module,
     ) -> None:
         super().__init__(
             model,

@@ -24,7 +24,7 @@ from rlqwen.batch import Branch, PackedBatch, Tree
 from rlqwen.config import PPOConfig
 from rlqwen.critic import Critic, ScalarModel, ValueHead
 from rlqwen.errors import ConfigError
-from rlqwen.loading import load_scalar_model
+from rlqwen.loading import load_reference, load_scalar_model
 from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.parallel import Part
 from rlqwen.trainers.base import Metrics
@@ -52,6 +52,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: Any = None,
         reward_processing_classes: Any = None,
+        ref_model: str | nn.Module | None = None,
         reward_model: str | nn.Module | None = None,
         value_model: str | nn.Module | None = None,
     ) -> None:
@@ -61,12 +62,15 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
             reward_funcs: one or several, as for GRPOTrainer: callables, names, reward models or their paths.
             peft_config: a peft.LoraConfig; a critic of its own gets the same adapter, its head trained whole.
+            ref_model: what the KL is measured against, and is frozen; None: the model as it is before training.
             reward_model: one more reward, under the name that TRL has for it.
             value_model: a sequence-classification model of one label, or its path; None: as `args.critic` says.
         """
         args = args or PPOConfig()
         several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         rewards = several + ([] if reward_model is None else [reward_model])
+        if ref_model is not None and not args.kl_coef:
+            raise ConfigError("ref_model is given, but kl_coef is 0, so nothing would be measured against it")
         if not rewards:
             raise ConfigError("PPO needs something to learn from: give reward_funcs, or reward_model")
         super().__init__(
@@ -79,7 +83,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             callbacks=callbacks,
             peft_config=peft_config,
             reward_processing_classes=reward_processing_classes,
-            reference=args.kl_coef > 0,
+            reference=args.kl_coef > 0 if ref_model is None else load_reference(ref_model, model, args),
         )
         self.critic = self._build_critic(value_model, peft_config)
         self.kl = KLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)

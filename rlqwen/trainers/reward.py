@@ -70,7 +70,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
 
-    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool) -> ScalarModel:
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> ScalarModel:
         if isinstance(model, str):
             model, _ = load_scalar_model(model, self.args)
         elif model.config.num_labels != 1:
