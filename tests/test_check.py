@@ -263,6 +263,12 @@ def test_faults_of_a_later_stage_are_found_before_the_first_is_trained(tiny_mode
     check_before_run([first, recipe_of(tiny_model_path, [SUM], tmp_path, **GRPO)])
 
 
+BEFORE = dict.fromkeys(
+    ("quickstart_grpo", "quickstart_ppo", "quickstart_dpo", "quickstart_reward"), ("quickstart_sft",)
+) | {"quickstart_ppo_reward": ("quickstart_sft", "quickstart_reward")}
+"""Recipes that go on from what others leave."""
+
+
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
 def test_every_shipped_recipe_passes(recipe, tmp_path, monkeypatch):
     loaded = load_recipe(recipe.name)
@@ -273,6 +279,5 @@ def test_every_shipped_recipe_passes(recipe, tmp_path, monkeypatch):
         source.path = str(SHARED / Path(source.path).relative_to("../shared/data"))
         source.limit = 200
     monkeypatch.chdir(tmp_path)
-    first = load_recipes(["quickstart_sft"])
-    before = first if recipe.name == "quickstart_grpo" else []
+    before = load_recipes(BEFORE.get(recipe.name, ()))
     assert check_pipeline([*before, loaded])[-1].faults == []

@@ -470,7 +470,7 @@ def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
     assert facts["data.train"].startswith("16 of 16 rows")
     assert "data.eval" in facts
     assert len(build_trainer(recipe).train_rows) == 16
-    run_dir = run_recipe(recipe)
+    run_dir = run_recipe(recipe, print)
     counts = json.loads((run_dir / "data_cleaning.json").read_text())
     assert (counts["num_rows"], counts["num_kept"]) == (25, 16)
     reasons = [json.loads(line)["reason"] for line in (run_dir / "data_dropped.jsonl").read_text().splitlines()]

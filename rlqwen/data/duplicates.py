@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 _NUM_PERM = 128
 _SEED = 1
-_MISSED = 1e-3
+_MISSED = 1e-2
 """Largest chance that a pair as similar as the threshold is not found; a candidate too many costs a comparison."""
 _SHINGLE = 3
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
