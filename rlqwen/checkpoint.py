@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlqwen.errors import ConfigError
 from rlqwen.metrics.run_folder import RUN_FILES, refuse_used_folder
-from rlqwen.policy import Policy
+from rlqwen.packed_model import PackedModel
 
 STATE_FILE = "trainer_state.json"
 
@@ -53,14 +53,14 @@ def clear_run_folder(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def save_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Path:
+def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in."""
     return _write(folder, policy, tokenizer, dtype=policy.original_dtype)
 
 
 def save_checkpoint(
     folder: Path,
-    policy: Policy,
+    policy: PackedModel,
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     save_beside: Callable[[Path], None],
@@ -74,7 +74,7 @@ def save_checkpoint(
 
 def _write(
     folder: Path,
-    policy: Policy,
+    policy: PackedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: torch.dtype | None = None,
@@ -109,7 +109,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def restore_weights(folder: Path, policy: Policy) -> None:
+def restore_weights(folder: Path, policy: PackedModel) -> None:
     """Load the trained weights of a checkpoint back into `policy`."""
     policy.restore(folder / "adapter" if policy.has_adapter else folder)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.hidden import hidden_states, last_tokens
-from rlqwen.policy import Policy
+from rlqwen.packed_model import PackedModel
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -44,7 +44,7 @@ class Critic(Protocol):
         ...
 
 
-class ScalarModel(Policy):
+class ScalarModel(PackedModel):
     """A transformers sequence-classification model with one label, or a PeftModel around one."""
 
     def __init__(self, model: nn.Module, args: TrainerConfig, *, peft_config: Any = None, **options: Any) -> None:

@@ -1,47 +1,31 @@
 """The policy and its reference: one wrapper for every trainer.
 
-    policy = Policy(load_model("Qwen/Qwen3-0.6B", args), args, peft_config=LoraConfig(...), reference=True)
-    logp_N, entropy_N = policy.logprobs(batch, temperature=1.0)
-    ref_logp_N = policy.reference_logprobs(batch)
-    names_and_tensors = policy.export_weights()
-
-Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
-rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
-whatever they hold. With `bf16` the forward runs under autocast.
+policy = Policy(load_model("Qwen/Qwen3-0.6B", args), args, peft_config=LoraConfig(...), reference=True)
+logp_N, entropy_N = policy.logprobs(batch, temperature=1.0)
+ref_logp_N = policy.reference_logprobs(batch)
+names_and_tensors = policy.export_weights()
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlqwen.adapters import (
-    adapter_rank,
-    adapter_weights,
-    add_adapter,
-    changes_base,
-    check_adapter,
-    checkpoint_weights,
-    head_weight,
-    lora_obstacle,
-)
+from rlqwen.adapters import adapter_rank, adapter_weights, check_adapter, checkpoint_weights, head_weight, lora_obstacle
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
-from rlqwen.errors import ModelError
 from rlqwen.hidden import hidden_states, use_packed_attention
-from rlqwen.loading import saved_dtype
 from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
-from rlqwen.model_files import write_model
+from rlqwen.packed_model import PackedModel
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 
 
-class Policy:
+class Policy(PackedModel):
     """A causal language model, its frozen reference, and the packed forward that both share."""
 
     def __init__(
@@ -56,37 +40,21 @@ class Policy:
         """Take over `model`; it is changed in place.
 
         Args:
-            model: a transformers causal language model, its weights plain or bitsandbytes', or a PeftModel around one.
+            model: a causal language model, or a PeftModel around one.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
             reference: whether `reference_logprobs` will be asked for, or the model to ask, which is frozen. True is the
                 model as given: with a new adapter that is the model with the adapter off, else a frozen copy.
         """
-        self.device = torch.device(device)
-        self.chunk_size = args.logprob_chunk_size
-        self.original_dtype: torch.dtype = model.dtype
-        self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
-        self._reference: PreTrainedModel | None = None
         if reference is True and peft_config is None and not _has_new_adapter(model):
-            reference = copy.deepcopy(model)
+            reference = copy.deepcopy(model)  # as it is now: what follows changes it in place
+        super().__init__(model, args, peft_config=peft_config, device=device)
+        self.chunk_size = args.logprob_chunk_size
+        self.has_reference = bool(reference)
+        self._reference: PreTrainedModel | None = None
         if isinstance(reference, nn.Module):
             self._reference = self._freeze(reference)
-        if peft_config is not None:
-            model = add_adapter(model, peft_config)
-        self.quantized_bits = quantized_bits(model)
-        """4 or 8 with bitsandbytes weights; None with plain ones."""
-        if self.quantized_bits:
-            prepare_quantized(model)
-        self.model: Any = model.to(self.device)
-        self.has_adapter = isinstance(model, PeftModel)
         if self.has_adapter:
-            check_adapter(self.model, reference=self._reference is None and bool(reference))
-        self.has_reference = bool(reference)
-        self._prepare_training(args)
-
-    def _wants_bf16(self, args: TrainerConfig) -> bool:
-        if args.bf16 is not None:
-            return args.bf16
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+            check_adapter(self.model, reference=self.has_reference and self._reference is None)
 
     def _freeze(self, model: nn.Module) -> PreTrainedModel:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -98,46 +66,6 @@ class Policy:
             model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
         return model
-
-    def _prepare_training(self, args: TrainerConfig) -> None:
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        checkpointing = args.gradient_checkpointing
-        if checkpointing if checkpointing is not None else self.device.type == "cuda":
-            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if self.has_adapter:
-                self.base_model.enable_input_require_grads()
-        if args.disable_dropout:
-            for module in self.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-        use_packed_attention(self.base_model)
-        self.model.train()
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        """The transformers model, adapters inside it where there are any."""
-        return self.model.get_base_model() if self.has_adapter else self.model
-
-    def has_base_of(self, folder: str) -> bool:
-        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
-        if not self.has_adapter:
-            return not self.quantized_bits
-        changed = any(changes_base(config) for config in self.model.peft_config.values())
-        return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
-
-    def check_trainable(self) -> None:
-        """ModelError if the weights are quantised and there is no adapter to train."""
-        if self.quantized_bits and not self.has_adapter:
-            raise ModelError(
-                f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
-                "recipe) to train an adapter on them, or load the model without quantization"
-            )
-
-    @property
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def logprobs(
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
@@ -164,21 +92,8 @@ class Policy:
         if not self.has_reference:
             raise ValueError("this policy was made without a reference")
         model = self.base_model if self._reference is None else self._reference
-        with self.inference(), self._adapter_off() if self._reference is None else contextlib.nullcontext():
+        with self.inference(), self.model.disable_adapter() if self._reference is None else contextlib.nullcontext():
             return self._logprobs(model, batch, temperature, False)[0]
-
-    @contextlib.contextmanager
-    def inference(self) -> Iterator[None]:
-        """No gradients and no dropout inside."""
-        was_training = self.model.training
-        self.model.eval()
-        if self.quantized_bits == 8:
-            use_training_products(self.model)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.model.train(was_training)
 
     def _logprobs(
         self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
@@ -194,18 +109,11 @@ class Policy:
         )
         return logp_N, entropy_N, hidden_NC
 
-    def autocast(self) -> torch.autocast:
-        """The forward's precision."""
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
-
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         """(N, C) hidden states that predict the batch's targets."""
         with self.autocast():
             hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
         return hidden_NC.to(self.compute_dtype)
-
-    def _adapter_off(self) -> contextlib.AbstractContextManager[None]:
-        return self.model.disable_adapter()
 
     def reference_weights(self) -> dict[str, Tensor]:
         """What the reference computes with, by name; without a reference, what the policy itself does."""
@@ -273,26 +181,6 @@ class Policy:
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """The adapter's weights under PEFT's names, scaling folded in."""
         return adapter_weights(self.model)
-
-    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
-        """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
-
-        `dtype` None keeps each weight's own.
-        """
-        with contextlib.nullcontext() if adapter or not self.has_adapter else self._adapter_off():
-            write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
-
-    def save_adapter(self, folder: Path | str) -> None:
-        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
-        self.model.save_pretrained(folder, save_embedding_layers=False)
-
-    def restore(self, folder: Path | str) -> None:
-        """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
-        if self.has_adapter:
-            set_peft_model_state_dict(self.model, load_peft_weights(str(folder)))
-            return
-        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32)
-        self.base_model.load_state_dict(saved.state_dict())
 
 
 def _has_new_adapter(model: nn.Module) -> bool:

@@ -13,7 +13,18 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 LAYERS = [
     {"errors", "types"},
     {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
-    {"recipe", "data", "loading", "model_files", "quantization", "adapters", "policy", "critic", "reference"}
+    {
+        "recipe",
+        "data",
+        "loading",
+        "model_files",
+        "quantization",
+        "adapters",
+        "packed_model",
+        "policy",
+        "critic",
+        "reference",
+    }
     | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
     {"check"},
     {"audit"},

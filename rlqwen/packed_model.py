@@ -1,0 +1,137 @@
+"""A transformers model in training: packed attention, adapters, precision, and the folders that it is written to.
+
+Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
+rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
+whatever they hold. With `bf16` the forward runs under autocast.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlqwen.adapters import add_adapter, changes_base, checkpoint_weights
+from rlqwen.config import TrainerConfig
+from rlqwen.errors import ModelError
+from rlqwen.hidden import use_packed_attention
+from rlqwen.loading import saved_dtype
+from rlqwen.model_files import write_model
+from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
+
+
+class PackedModel:
+    """What a policy, a reward model and a critic have in common; see Policy and ScalarModel."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainerConfig,
+        *,
+        peft_config: Any = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take over `model`; it is changed in place.
+
+        Args:
+            model: a transformers model, its weights plain or bitsandbytes', or a PeftModel around one.
+            peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
+        """
+        self.device = torch.device(device)
+        self.original_dtype: torch.dtype = model.dtype
+        self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        self.quantized_bits = quantized_bits(model)
+        """4 or 8 with bitsandbytes weights; None with plain ones."""
+        if self.quantized_bits:
+            prepare_quantized(model)
+        self.model: Any = model.to(self.device)
+        self.has_adapter = isinstance(model, PeftModel)
+        self._prepare_training(args)
+
+    def _wants_bf16(self, args: TrainerConfig) -> bool:
+        if args.bf16 is not None:
+            return args.bf16
+        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+    def _prepare_training(self, args: TrainerConfig) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        checkpointing = args.gradient_checkpointing
+        if checkpointing if checkpointing is not None else self.device.type == "cuda":
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.has_adapter:
+                self.base_model.enable_input_require_grads()
+        if args.disable_dropout:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        use_packed_attention(self.base_model)
+        self.model.train()
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The transformers model, adapters inside it where there are any."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    def has_base_of(self, folder: str) -> bool:
+        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
+        if not self.has_adapter:
+            return not self.quantized_bits
+        changed = any(changes_base(config) for config in self.model.peft_config.values())
+        return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
+
+    def check_trainable(self) -> None:
+        """ModelError if the weights are quantised and there is no adapter to train."""
+        if self.quantized_bits and not self.has_adapter:
+            raise ModelError(
+                f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
+                "recipe) to train an adapter on them, or load the model without quantization"
+            )
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients and no dropout inside."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.quantized_bits == 8:
+            use_training_products(self.model)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def autocast(self) -> torch.autocast:
+        """The forward's precision."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
+        """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
+
+        `dtype` None keeps each weight's own.
+        """
+        with contextlib.nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
+            write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
+
+    def save_adapter(self, folder: Path | str) -> None:
+        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
+        self.model.save_pretrained(folder, save_embedding_layers=False)
+
+    def restore(self, folder: Path | str) -> None:
+        """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
+        if self.has_adapter:
+            set_peft_model_state_dict(self.model, load_peft_weights(str(folder)))
+            return
+        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32)
+        self.base_model.load_state_dict(saved.state_dict())
