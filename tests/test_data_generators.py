@@ -73,3 +73,21 @@ def test_wrong_arguments_are_refused_by_name():
         generate("arithmetics", {})
     with pytest.raises(DataError, match=r"size=5000, but split 'eval' has only 8\d\d sums"):
         generate("arithmetic", {"split": "eval", "size": 5000})
+
+
+def test_fewer_digits_make_fewer_sums_and_as_honest_a_split():
+    train = {operands(row) for row in generate("arithmetic", {"max_digit": 3})}
+    held_out = {operands(row) for row in generate("arithmetic", {"max_digit": 3, "split": "eval"})}
+    numbers = {number for pair in train | held_out for number in pair}
+    assert numbers == {10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33}
+    assert len(train | held_out) == 12 * 12
+    assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in held_out}
+
+
+def test_a_slip_of_copying_leaves_the_working_right():
+    rows = generate(
+        "arithmetic", {"kind": "sft", "style": "think", "slip_in": "answer", "teacher_error": 1.0, "size": 50}
+    )
+    for row in rows:
+        result = re.search(r" = (\d+)\n</think>", row["messages"][1]["content"])[1]
+        assert result == row["solution"] != str(answer(row))

@@ -27,12 +27,16 @@ class ArithmeticArgs(ArgumentsConfig):
     """A sum a+b and its mirror b+a are on the same side; a tenth of the pairs are for `eval`."""
     size: int | None = Field(default=None, gt=0)
     """Rows. None: each sum of the split once. More: further passes in another order, for `train` only."""
+    max_digit: int = Field(default=9, ge=1, le=9)
+    """Only numbers of digits up to this one: fewer sums, sooner learned."""
     seed: int = 0
     """Seed of order and slips; never of the split."""
     teacher_error: float = Field(default=0.4, ge=0, le=1)
     """Share of `sft` answers that are wrong, by 1 or by 10, up or down with equal chances."""
     style: Literal["boxed", "think"] = "boxed"
-    r"""`boxed`: `\boxed{46}`. `think`: a short working in think tags before it; a slip then begins in the working."""
+    r"""`boxed`: `\boxed{46}`. `think`: a short working in think tags before it."""
+    slip_in: Literal["working", "answer"] = "working"
+    """Where a slip of `style: think` begins: in the working, or only when its result is copied into the box."""
 
 
 def generate(name: str, args: dict[str, Any]) -> list[Row]:
@@ -51,7 +55,7 @@ def arithmetic(**args: Any) -> list[Row]:
     `prompt` for `kind: sft`. `solution` is always the true sum.
     """
     options = ArithmeticArgs.parse(args, where="generator arithmetic")
-    sums = _sums(options.split)
+    sums = _sums(options.split, options.max_digit)
     size = options.size or len(sums)
     if options.split == "eval" and size > len(sums):
         raise DataError(f"generator arithmetic: size={size}, but split 'eval' has only {len(sums)} sums")
@@ -63,8 +67,9 @@ def arithmetic(**args: Any) -> list[Row]:
 
 
 @cache
-def _sums(split: str) -> tuple[tuple[int, int], ...]:
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+def _sums(split: str, max_digit: int) -> tuple[tuple[int, int], ...]:
+    numbers = [number for number in range(10, 100) if max(divmod(number, 10)) <= max_digit]
+    pairs = [(a, b) for a in numbers for b in numbers if a <= b]
     random.Random(_SPLIT_SEED).shuffle(pairs)
     num_eval = round(_EVAL_SHARE * len(pairs))
     chosen = pairs[:num_eval] if split == "eval" else pairs[num_eval:]
@@ -78,7 +83,8 @@ def _row(a: int, b: int, options: ArithmeticArgs, rng: random.Random) -> Row:
     slip = rng.choice((-10, -1, 1, 10)) if rng.random() < options.teacher_error else 0
     answer = f"\\boxed{{{a + b + slip}}}"
     if options.style == "think":
-        answer = f"<think>\n{_working(a, b, slip)}\n</think>\n\n{answer}"
+        working = _working(a, b, slip if options.slip_in == "working" else 0)
+        answer = f"<think>\n{working}\n</think>\n\n{answer}"
     return {"messages": [question, {"role": "assistant", "content": answer}], "solution": str(a + b)}
 
 
