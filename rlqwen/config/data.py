@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig
-from rlqwen.config.rollout import RewardSpec, RolloutConfig, ScoringConfig
+from rlqwen.config.rollout import RewardSpecs, RolloutConfig, ScoringConfig
 
 
 class SampledPairsConfig(Config):
@@ -14,7 +14,7 @@ class SampledPairsConfig(Config):
 
     prompts: "SourceConfig"
     """Where the prompts come from; their other columns go to the rewards."""
-    rewards: list[RewardSpec] = Field(min_length=1)
+    rewards: RewardSpecs = Field(min_length=1)
     """What says which answer is better; several are added up by weight."""
     model: str | None = None
     """Whose answers. None: those of the model that the recipe starts from."""
@@ -31,13 +31,6 @@ class SampledPairsConfig(Config):
     seed: int = 42
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
-
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _accept_bare_names(cls, rewards: Any) -> Any:
-        if isinstance(rewards, list):
-            return [{"name": reward} if isinstance(reward, str) else reward for reward in rewards]
-        return rewards
 
 
 class SourceConfig(Config):

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from rlqwen.config.base import Config
 from rlqwen.config.data import DataConfig
@@ -11,7 +11,7 @@ from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.ppo import PPOConfig
 from rlqwen.config.reward import RewardConfig
-from rlqwen.config.rollout import RewardSpec
+from rlqwen.config.rollout import RewardSpecs
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
@@ -116,7 +116,7 @@ class Recipe(Config):
     algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
     model: ModelConfig
     data: DataConfig
-    rewards: list[RewardSpec] = Field(default_factory=list)
+    rewards: RewardSpecs = Field(default_factory=list)
     train: SerializeAsAny[TrainerConfig]
     """The algorithm's own config: SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig."""
     output_dir: str
@@ -149,13 +149,6 @@ class Recipe(Config):
         except ConfigError as error:
             raise ConfigError("\n".join(_key_path(line, algorithm) for line in str(error).splitlines())) from None
         return values
-
-    @field_validator("rewards", mode="before")
-    @classmethod
-    def _accept_bare_names(cls, rewards: Any) -> Any:
-        if isinstance(rewards, list):
-            return [{"name": reward} if isinstance(reward, str) else reward for reward in rewards]
-        return rewards
 
     @model_validator(mode="after")
     def _rewards_fit_algorithm(self) -> "Recipe":

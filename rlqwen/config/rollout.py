@@ -1,8 +1,8 @@
 """How completions are generated and scored."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlqwen.config.base import ArgumentsConfig, Config
 
@@ -60,6 +60,16 @@ class RewardSpec(Config):
     weight: float = 1.0
     args: dict[str, Any] = Field(default_factory=dict)
     """Bound to the function by keyword, or given to its factory."""
+
+
+def _accept_bare_names(rewards: Any) -> Any:
+    if isinstance(rewards, list):
+        return [{"name": reward} if isinstance(reward, str) else reward for reward in rewards]
+    return rewards
+
+
+RewardSpecs = Annotated[list[RewardSpec], BeforeValidator(_accept_bare_names)]
+"""Rewards, of which one may be its bare name."""
 
 
 class ScoringConfig(ArgumentsConfig):

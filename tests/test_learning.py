@@ -1,0 +1,161 @@
+"""Evidence that the algorithms learn: from one tiny model of sums, on sums that no stage was trained on.
+
+The model imitates the quickstart's teacher, who works each sum out and then miscopies 40% of the results: it adds well and
+answers right about half the time. What is left to learn is to say what it has worked out. The quickstart's recipes do
+the same at full length, through vLLM; here the transformers engine samples, in this process.
+"""
+
+import pytest
+import torch
+
+from rlqwen import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from rlqwen.config import SampledPairsConfig
+from rlqwen.data.generators import generate
+from rlqwen.pairs import draw_pairs
+
+pytestmark = pytest.mark.slow
+
+ENGINE = {"engine": "transformers"}
+HELD_OUT = generate("arithmetic", {"split": "eval", "size": 128, "seed": 2})
+PROMPTS = generate("arithmetic", {"seed": 3})
+ONLINE = {
+    "per_device_train_batch_size": 128, "num_generations": 8, "max_completion_length": 32, "temperature": 1.0,
+    "lr_scheduler_type": "constant", "eval_on_start": True, "save_strategy": "no", "rollout": ENGINE,
+}  # fmt: skip
+PPO = {"num_ppo_epochs": 2, "lam": 1.0, "vf_coef": 0.5, "critic": {"learning_rate": 1e-3, "warmup_rollouts": 1}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("learning")
+
+
+@pytest.fixture(scope="module")
+def sums_model(folder):
+    """The quickstart's SFT model, after half its steps."""
+    rows = generate("arithmetic", {"kind": "sft", "style": "think", "slip_in": "answer", "seed": 1})
+    config = SFTConfig(
+        output_dir=str(folder / "sft"), learning_rate=2e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
+        adam_beta2=0.98, per_device_train_batch_size=32, max_steps=300, save_strategy="no",
+    )  # fmt: skip
+    SFTTrainer("builtin:tiny-qwen3", config, rows).train()
+    return str(folder / "sft" / "final")
+
+
+def pairs_of(model, split, seed, **options):
+    prompts = {"generator": "arithmetic", "args": {"split": split, "seed": seed}, "limit": options.pop("limit")}
+    config = {"prompts": prompts, "rewards": ["accuracy"], "max_tokens": 32, "rollout": ENGINE, **options}
+    return draw_pairs(model, SampledPairsConfig.parse(config))[0]
+
+
+@pytest.fixture(scope="module")
+def pairs(sums_model):
+    """Pairs of the model's own right and wrong answers."""
+    return pairs_of(sums_model, "train", 3, limit=1200, num_samples=4, pairs_per_prompt=2)
+
+
+@pytest.fixture(scope="module")
+def held_out_pairs(sums_model):
+    return pairs_of(sums_model, "eval", 2, limit=128, num_samples=4)
+
+
+@pytest.fixture(scope="module")
+def reward_model(sums_model, pairs, held_out_pairs, folder):
+    """A reward model of those pairs, and its last evaluation."""
+    config = RewardConfig(
+        output_dir=str(folder / "reward"), learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=20,
+        adam_beta2=0.98, per_device_train_batch_size=32, max_steps=600, center_rewards_coefficient=0.01,
+        save_strategy="no", eval_strategy="steps", eval_steps=100,
+    )  # fmt: skip
+    trainer = RewardTrainer(sums_model, config, pairs, held_out_pairs)
+    trainer.train()
+    return str(folder / "reward" / "final"), trainer.evaluate()
+
+
+def accuracies(trainer):
+    return [entry[key] for entry in trainer.state.log_history if (key := "eval/reward/accuracy/mean") in entry]
+
+
+def test_ppo_reaches_what_grpo_reaches(sums_model, folder):
+    rows = {"train_dataset": PROMPTS, "eval_dataset": HELD_OUT}
+    grpo = GRPOTrainer(
+        sums_model, "accuracy", GRPOConfig(output_dir=str(folder / "grpo"), max_steps=16, learning_rate=2e-4, **ONLINE), **rows
+    )  # fmt: skip
+    ppo = PPOTrainer(
+        sums_model, "accuracy",
+        PPOConfig(output_dir=str(folder / "ppo"), max_steps=34, learning_rate=2e-4, kl_coef=0.0, **ONLINE | PPO), **rows,
+    )  # fmt: skip
+    for trainer in (grpo, ppo):
+        trainer.train()
+    before, bar = accuracies(grpo)
+    assert bar > before + 0.2
+    assert accuracies(ppo)[0] == before  # the same model, the same seeds
+    assert accuracies(ppo)[-1] >= bar - 0.03
+
+
+def test_dpo_on_its_own_answers_raises_margin_and_accuracy(sums_model, pairs, held_out_pairs, folder):
+    config = DPOConfig(
+        output_dir=str(folder / "dpo"), learning_rate=1e-4, per_device_train_batch_size=32, max_steps=60,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=5, save_strategy="no", eval_on_start=True,
+    )  # fmt: skip
+    trainer = DPOTrainer(sums_model, args=config, train_dataset=pairs, eval_dataset=held_out_pairs)
+    trainer.train()
+    margins = [entry["eval/rewards/margins"] for entry in trainer.state.log_history if "eval/rewards/margins" in entry]
+    ranked = [
+        entry["eval/rewards/accuracies"] for entry in trainer.state.log_history if "eval/rewards/accuracies" in entry
+    ]
+    assert margins[0] == pytest.approx(0.0, abs=1e-5)
+    assert margins[-1] > 0.3
+    assert ranked[-1] > 0.9
+    assert share_right(str(folder / "dpo" / "final")) > share_right(sums_model) + 0.15
+
+
+def share_right(model):
+    """Of one answer to each held-out sum."""
+    from rlqwen.evaluation import evaluate_model
+    from rlqwen.evaluation.config import EvalConfig
+
+    config = EvalConfig(
+        model=model,
+        data={"generator": "arithmetic", "args": {"split": "eval", "size": 128, "seed": 2}},
+        rewards=[{"name": "accuracy"}],
+        max_tokens=32,
+        rollout=ENGINE,
+    )
+    return evaluate_model(config).rewards["accuracy"].mean
+
+
+def test_a_reward_model_ranks_held_out_pairs(reward_model):
+    assert reward_model[1]["eval/rewards/accuracies"] >= 0.95
+
+
+def test_ppo_on_the_reward_model_alone_raises_true_accuracy(sums_model, reward_model, folder):
+    """Accuracy is watched with weight 0."""
+    config = PPOConfig(
+        output_dir=str(folder / "ppo_reward"), max_steps=34, learning_rate=2e-4, kl_coef=0.02, missing_eos_penalty=1.0,
+        reward_weights=[1.0, 0.0], **ONLINE | PPO,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        sums_model, [reward_model[0], "accuracy"], config, train_dataset=PROMPTS, eval_dataset=HELD_OUT
+    )
+    trainer.train()
+    assert accuracies(trainer)[-1] > accuracies(trainer)[0] + 0.15
