@@ -27,8 +27,10 @@ from rlqwen.pairs import draw_pairs
 pytestmark = pytest.mark.slow
 
 ENGINE = {"engine": "transformers"}
-HELD_OUT = generate("arithmetic", {"split": "eval", "size": 128, "seed": 2})
-PROMPTS = generate("arithmetic", {"seed": 3})
+SUMS = {"max_digit": 5}
+"""900 sums, of which a tenth is held out."""
+HELD_OUT = generate("arithmetic", SUMS | {"split": "eval", "seed": 2})
+PROMPTS = generate("arithmetic", SUMS | {"seed": 3})
 ONLINE = {
     "per_device_train_batch_size": 128, "num_generations": 8, "max_completion_length": 32, "temperature": 1.0,
     "lr_scheduler_type": "constant", "eval_on_start": True, "save_strategy": "no", "rollout": ENGINE,
@@ -51,8 +53,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sums_model(folder):
-    """The quickstart's SFT model, after half its steps."""
-    rows = generate("arithmetic", {"kind": "sft", "style": "think", "slip_in": "answer", "seed": 1})
+    """The quickstart's SFT model, of fewer sums and steps."""
+    rows = generate(
+        "arithmetic", SUMS | {"kind": "sft", "style": "think", "slip_in": "answer", "size": 8000, "seed": 1}
+    )
     config = SFTConfig(
         output_dir=str(folder / "sft"), learning_rate=2e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
         adam_beta2=0.98, per_device_train_batch_size=32, max_steps=300, save_strategy="no",
@@ -62,7 +66,7 @@ def sums_model(folder):
 
 
 def pairs_of(model, split, seed, **options):
-    prompts = {"generator": "arithmetic", "args": {"split": split, "seed": seed}, "limit": options.pop("limit")}
+    prompts = {"generator": "arithmetic", "args": SUMS | {"split": split, "seed": seed}}
     config = {"prompts": prompts, "rewards": ["accuracy"], "max_tokens": 32, "rollout": ENGINE, **options}
     return draw_pairs(model, SampledPairsConfig.parse(config))[0]
 
@@ -70,12 +74,12 @@ def pairs_of(model, split, seed, **options):
 @pytest.fixture(scope="module")
 def pairs(sums_model):
     """Pairs of the model's own right and wrong answers."""
-    return pairs_of(sums_model, "train", 3, limit=1200, num_samples=4, pairs_per_prompt=2)
+    return pairs_of(sums_model, "train", 3, num_samples=4, pairs_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
 def held_out_pairs(sums_model):
-    return pairs_of(sums_model, "eval", 2, limit=128, num_samples=4)
+    return pairs_of(sums_model, "eval", 2, num_samples=4, pairs_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,7 @@ def share_right(model):
 
     config = EvalConfig(
         model=model,
-        data={"generator": "arithmetic", "args": {"split": "eval", "size": 128, "seed": 2}},
+        data={"generator": "arithmetic", "args": SUMS | {"split": "eval", "seed": 2}},
         rewards=[{"name": "accuracy"}],
         max_tokens=32,
         rollout=ENGINE,
