@@ -87,7 +87,7 @@ def reward_model(sums_model, pairs, held_out_pairs, folder):
     """A reward model of those pairs, and its last evaluation."""
     config = RewardConfig(
         output_dir=str(folder / "reward"), learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=20,
-        adam_beta2=0.98, per_device_train_batch_size=32, max_steps=400, center_rewards_coefficient=0.01,
+        adam_beta2=0.98, per_device_train_batch_size=32, max_steps=300, center_rewards_coefficient=0.01,
         save_strategy="no", eval_strategy="steps", eval_steps=100,
     )  # fmt: skip
     trainer = RewardTrainer(sums_model, config, pairs, held_out_pairs)
