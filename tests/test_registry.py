@@ -181,10 +181,11 @@ def test_a_file_s_function(tmp_path):
 def test_a_file_that_fails_to_import_tells_the_cause(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("raise RuntimeError('no licence')\n")
+    before = set(sys.modules)
     with pytest.raises(RewardSpecError, match="cannot be imported: RuntimeError: no licence") as caught:
         resolve(f"{file}:reward")
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert not [name for name in sys.modules if name.startswith("broken_")]
+    assert not [name for name in set(sys.modules) - before if name.startswith("broken_")]
 
 
 def test_callables_of_every_kind_have_a_name():
