@@ -153,9 +153,10 @@ def test_a_reward_model_ranks_held_out_pairs(reward_model):
 
 
 def test_ppo_on_the_reward_model_alone_raises_true_accuracy(sums_model, reward_model, folder):
-    """Accuracy is watched with weight 0."""
+    """Accuracy is watched with weight 0. The KL holds the policy near answers that the reward model has learned to judge:
+    with a tenth of it, accuracy rose to 0.82 in nine rollouts and fell back to 0.6, the reward model as content as before."""
     config = PPOConfig(
-        output_dir=str(folder / "ppo_reward"), max_steps=40, learning_rate=2e-4, kl_coef=0.02, missing_eos_penalty=1.0,
+        output_dir=str(folder / "ppo_reward"), max_steps=20, learning_rate=2e-4, kl_coef=0.2, missing_eos_penalty=1.0,
         reward_weights=[1.0, 0.0], **ONLINE | PPO,
     )  # fmt: skip
     trainer = PPOTrainer(
