@@ -21,7 +21,7 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
-from rlqwen.parallel import Part, Updater, UpdateResult, pick_device
+from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
@@ -51,6 +51,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
     ) -> None:
         super().__init__(callbacks)
         set_seed(args.seed)
+        self.ranks = Ranks()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
         self.output_dir = open_run_folder(
             args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
@@ -162,7 +163,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         self.plan = plan_batch(self.args, len(self.train_rows))
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps)
+        self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
         self._open_logger(self.state.max_steps)
         if self.cleaning:
             self.cleaning.write(self.output_dir)

@@ -1,7 +1,6 @@
-"""How an update is carried out: the only module that knows on how many processes. Today that is one.
+"""How an update is carried out: gradients added up over the ranks, clipped, applied.
 
-Trainers call `backward` on each micro-batch's share of the loss and `step` once an update; whether gradients are
-summed over ranks or sharded is decided here.
+Trainers call `backward` on each micro-batch's share of the loss and `step` once an update.
 """
 
 import math
@@ -10,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
+from rlqwen.parallel.ranks import Ranks
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,15 +56,18 @@ class UpdateResult:
 
 
 class Updater:
-    """Optimiser, schedule and clipping for one process; one schedule scales the learning rates of all parts."""
+    """Optimiser, schedule and clipping; one schedule scales the learning rates of all parts.
 
-    rank = 0
-    world_size = 1
+    On several ranks each holds all weights, and gradients are added up once an update.
+    """
 
-    def __init__(self, parts: Sequence[Part], args: TrainerConfig, *, total_updates: int) -> None:
+    def __init__(
+        self, parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
+    ) -> None:
         if not all(part.parameters for part in parts):
             raise ConfigError("nothing to train: every weight of the model is frozen")
         self.parts = list(parts)
+        self.ranks = ranks or Ranks()
         self.max_grad_norm = args.max_grad_norm
         self.max_nonfinite_steps = args.max_nonfinite_steps
         self.optimizer = torch.optim.AdamW(
@@ -97,9 +101,8 @@ class Updater:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
         if not self._touched:
             # The gradient is exactly zero, yet momentum and weight decay still move the weights.
-            for part in self.parts:
-                for parameter in part.parameters:
-                    parameter.grad = torch.zeros_like(parameter)
+            self._fill_in_zeros()
+        self._add_up_gradients()
         lr = self.scheduler.get_last_lr()[0]
         limit = self.max_grad_norm or math.inf
         norms = {part.name: float(nn.utils.clip_grad_norm_(part.parameters, limit)) for part in self.parts}
@@ -118,14 +121,25 @@ class Updater:
             )
         return UpdateResult(norms, lr, skipped)
 
+    def _fill_in_zeros(self) -> None:
+        for part in self.parts:
+            for parameter in part.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def _add_up_gradients(self) -> None:
+        """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one."""
+        if self.ranks.world_size == 1:
+            return
+        self._fill_in_zeros()
+        for part in self.parts:
+            for parameter in part.parameters:
+                dist.all_reduce(parameter.grad)
+        self._finite = all(self.ranks.gather(self._finite))
+
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:
     """Warm-up in updates, from `warmup_steps` (a count, or a share below 1) or `warmup_ratio`."""
     if args.warmup_steps >= 1:
         return int(args.warmup_steps)
     return math.ceil((args.warmup_steps or args.warmup_ratio) * total_updates)
-
-
-def pick_device(use_cpu: bool) -> torch.device:
-    """The device that this process trains on."""
-    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")

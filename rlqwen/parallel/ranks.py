@@ -1,0 +1,85 @@
+"""The processes that train together, and what they tell one another.
+
+Every rank holds every row and every group of completions (tokens are small), and takes its share of them by the same
+rule. So counts over the whole update, which losses are divided by, need no communication, and every rank knows how
+many forwards the others will make: a rank with fewer makes idle ones, and none waits for ever.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those of the run; one process needs no launcher and communicates nothing.
+
+    Messages between ranks go over gloo, through CPU memory, so that they never mix with the gradients' own traffic.
+    """
+
+    def __init__(self, *, timeout_s: float = 600.0) -> None:
+        """Join the processes that torchrun (or `rlqwen run --nproc-per-node`) has started; alone without it."""
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self._group: Any = None
+        if self.world_size > 1:
+            timeout = timedelta(seconds=timeout_s)
+            if not dist.is_initialized():
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that samples, logs and writes what all share."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's part of what all hold: every `world_size`-th, so that shares differ by one at most."""
+        return list(items[self.rank :: self.world_size])
+
+    def shares(self, items: Sequence[T]) -> list[list[T]]:
+        """Every rank's part."""
+        return [list(items[rank :: self.world_size]) for rank in range(self.world_size)]
+
+    def from_main(self, value: T) -> T:
+        """The main rank's value, on every rank; anything that pickles."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; anything that pickles."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._group)
+        return box
+
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """Every rank's rows, in the order of the ranks; without gradient. Numbers of rows may differ."""
+        if self.world_size == 1:
+            return tensor
+        return torch.cat(self.gather(tensor.detach().cpu())).to(tensor.device)
+
+    def sum(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures added up over the ranks; a rank may lack some."""
+        total: dict[str, float] = {}
+        for part in self.gather(dict(figures)):
+            for key, value in part.items():
+                total[key] = total.get(key, 0.0) + value
+        return total
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier(group=self._group)
