@@ -17,7 +17,7 @@ quickstart: install
 	@echo "To have rlqwen on your path: source $(BIN)/activate"
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
