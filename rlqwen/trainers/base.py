@@ -123,16 +123,11 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         one; None: as the config says. Raises Preempted, all saved, when SIGTERM or SIGUSR1 came.
         """
         self._started = self._last_save = time.monotonic()
-        final = None
         try:
             with self.stop:
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
-                restored = self._go_back_to_best()
-                if self.eval_rows:
-                    final = self._final_evaluation(restored)
-                self.save_model(self.output_dir / "final")
-                self._notify("on_train_end")
+                self._finish()
         except OSError as error:
             if isinstance(error, SaveError) or not is_storage_error(error):
                 raise
@@ -141,6 +136,14 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             self.close()
             self._close_logger()
             unlock_run_folder(self.output_dir)
+        return self.state
+
+    def _finish(self) -> None:
+        """Leave the run folder complete; the summary comes last, and says that it is."""
+        restored = self._go_back_to_best()
+        final = self._final_evaluation(restored) if self.eval_rows else None
+        self.save_model(self.output_dir / "final")
+        self._notify("on_train_end")
         plot_curves(self.output_dir)
         write_summary(
             self.output_dir,
@@ -152,7 +155,6 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             seed=self.args.seed,
             **({"resumed": self._resumed} if self._resumed else {}),
         )
-        return self.state
 
     def evaluate(self, eval_dataset: Any = None) -> Metrics:
         """Figures on `eval_dataset`, or on the eval set of the constructor, under keys that begin with `eval/`."""
