@@ -122,7 +122,7 @@ def answer_logps(logp_N: Tensor, batch: PackedBatch, ld_alpha: float | None) -> 
     if ld_alpha is None:
         return sequence_sum(logp_N, batch)
     lengths_S = batch.lengths_S.long()
-    shared_S = lengths_S.view(-1, 2).amin(dim=1).repeat_interleave(2)
+    shared_S = lengths_S.view(len(lengths_S) // 2, 2).amin(dim=1).repeat_interleave(2)
     start_S = lengths_S.cumsum(0) - lengths_S
     place_N = torch.arange(len(logp_N), device=logp_N.device) - start_S[batch.sequence_N]
     return sequence_sum(torch.where(place_N < shared_S[batch.sequence_N], logp_N, ld_alpha * logp_N), batch)
