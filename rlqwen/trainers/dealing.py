@@ -4,7 +4,9 @@ Every rank holds the whole update and works out all shares by the same rule, so 
 many micro-batches the others have, and makes up the difference with idle ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
 
 from rlqwen.batch import PackedBatch, Tree, idle_batch, pack, split_trees
 from rlqwen.parallel import Ranks
@@ -17,7 +19,7 @@ def micro_batches(
     max_branches: int | None = None,
     max_tokens: int | None = None,
     divisible: bool = True,
-) -> list[PackedBatch]:
+) -> Iterator[PackedBatch]:
     """This rank's micro-batches of `trees`; on every rank there are equally many, the last of them idle where it has
     less to do than others. The limits are those of `split_trees`; a budget of tokens also has ranks share by tokens.
     """
@@ -27,8 +29,9 @@ def micro_batches(
         for share in shares
     ]
     own = parts[ranks.rank]
-    num_idle = max(map(len, parts)) - len(own)
-    return [pack(part) for part in own] + [idle_batch(trees[0]) for _ in range(num_idle)]
+    yield from map(pack, own)
+    for _ in range(max(map(len, parts)) - len(own)):
+        yield idle_batch(trees[0])
 
 
 def share_trees(
@@ -57,6 +60,17 @@ def share_trees(
         else:
             shares[rank][place] = piece
     return [list(share.values()) for share in shares]
+
+
+def count_tokens(batches: Sequence[PackedBatch]) -> float:
+    """Tokens of the rows that have something to train on."""
+    return float(sum(batch.num_tokens for batch in batches if batch.num_sequences))
+
+
+def add_up(sums: dict[str, float], more: Mapping[str, Tensor | float]) -> None:
+    """Add to figures by name."""
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0.0) + float(value)
 
 
 def _pieces(tree: Tree) -> list[Tree]:

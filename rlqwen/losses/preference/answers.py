@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rlqwen.batch import PackedBatch
+from rlqwen.batch import PackedBatch, Tree
 from rlqwen.losses.reduction import sequence_mean, sequence_sum
 
 
@@ -51,6 +51,10 @@ class Answers:
     def _where(self, mask_S: Tensor) -> "Answers":
         return Answers(*(getattr(self, field.name)[mask_S] for field in fields(self)))
 
+    def detached(self, device: torch.device | str) -> "Answers":
+        """The same numbers without gradient, elsewhere."""
+        return Answers(*(getattr(self, field.name).detach().to(device) for field in fields(self)))
+
     @staticmethod
     def join(parts: Sequence["Answers"]) -> "Answers":
         """Answers of several batches as those of one."""
@@ -78,6 +82,18 @@ class AnswerTotals:
             bad += int((~batch.labels_S).sum())
             tokens += int(batch.lengths_S[batch.labels_S].sum())
         return cls(good, bad, tokens, pairs=good if paired else 0)
+
+    @classmethod
+    def of_trees(cls, trees: Iterable[Tree], *, paired: bool) -> "AnswerTotals":
+        """Counts over `trees`, before they are packed."""
+        counts = [
+            (branch.label, count)
+            for tree in trees
+            for branch, count in zip(tree.branches, tree.target_counts, strict=True)
+        ]
+        good = sum(label for label, _ in counts)
+        tokens = sum(count for label, count in counts if label)
+        return cls(good, len(counts) - good, tokens, pairs=good if paired else 0)
 
 
 def read_answers(
