@@ -1,5 +1,6 @@
 """What every trainer's config has: names, meanings and defaults of transformers.TrainingArguments unless said here."""
 
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,11 @@ from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
+
+
+def launched_ranks() -> int:
+    """How many processes a launcher has started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TrainerConfig(ArgumentsConfig):

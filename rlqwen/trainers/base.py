@@ -22,11 +22,12 @@ from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, Sa
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
-from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
+from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.resuming import Resuming
+from rlqwen.trainers.scheduling import Scheduling
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
@@ -37,7 +38,7 @@ Args = TypeVar("Args", bound=TrainerConfig)
 _GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
-class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
+class BaseTrainer(Scheduling, Resuming, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -55,24 +56,20 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
     ) -> None:
         super().__init__(callbacks)
         set_seed(args.seed)
-        self.ranks = Ranks()
         self.stop = StopRequest()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        self.output_dir = open_run_folder(
-            args.output_dir,
-            f"{self.algorithm}-{Path(model_name).name}",
-            overwrite=args.overwrite_output_dir,
-            resume=bool(args.resume_from_checkpoint),
-        )
-        if self.ranks.is_main:
-            lock_run_folder(self.output_dir)
+        self.args: Args = args
+        default_name = f"{self.algorithm}-{Path(model_name).name}"
+        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name))
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
-            model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
+            model_name = Lead(self.ranks).run(
+                lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
+            )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
-        self.args: Args = args
+        self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
@@ -85,6 +82,17 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         """What tokenising the data did, by `train` and `eval`."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
+
+    def _open_run_folder(self, default_name: str) -> Path:
+        """Make the run folder this process's own, or refuse it."""
+        folder = open_run_folder(
+            self.args.output_dir,
+            default_name,
+            overwrite=self.args.overwrite_output_dir,
+            resume=bool(self.args.resume_from_checkpoint),
+        )
+        lock_run_folder(folder)
+        return folder
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
@@ -144,6 +152,8 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         final = self._final_evaluation(restored) if self.eval_rows else None
         self.save_model(self.output_dir / "final")
         self._notify("on_train_end")
+        if not self.ranks.is_main:
+            return
         plot_curves(self.output_dir)
         write_summary(
             self.output_dir,
@@ -166,6 +176,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             figures = self.compute_evaluation(rows)
         metrics = {f"eval/{key}": value for key, value in figures.items()}
         metrics["eval/time"] = time.monotonic() - started
+        metrics = self.ranks.from_main(metrics)  # what is decided by them is then decided alike everywhere
         self._log(metrics)
         # transformers' own callbacks look for `eval_loss`, ours for `eval/loss`.
         self._notify("on_evaluate", metrics=metrics | {key.replace("/", "_"): v for key, v in metrics.items()})
@@ -178,20 +189,19 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
     # The loop
 
     def _begin(self, resume: bool | str | Path | None) -> None:
-        if self.ranks.is_main:
-            lock_run_folder(self.output_dir)
-        checkpoint = self._choose_checkpoint(resume)
+        Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
+        checkpoint = Lead(self.ranks).run(lambda: self._choose_checkpoint(resume))
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)
-        self.plan = plan_batch(self.args, len(self.train_rows))
+        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.world_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
         self._open_logger(self.state.max_steps)
-        if self.cleaning:
+        if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
         cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
         for name, report in (cleaning | self.reports).items():
@@ -234,15 +244,15 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
         }
+        metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
-        if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
+        if self._scheduled(self.args.save_strategy, self.args.save_steps, before) or self._minutes_have_passed():
             self.control.should_save = True
-        if self._minutes_have_passed():
-            self.control.should_save = True
+        self._agree()
         if self.control.should_evaluate and self.eval_rows:
             metrics = self.evaluate()
             if self.args.load_best_model_at_end or self.args.early_stopping_patience is not None:
@@ -267,25 +277,9 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"
         folder.mkdir(exist_ok=True)
+        name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
         for number, batch in enumerate(micro_batches):
-            save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
-
-    def _due(self, every: int, before: int) -> bool:
-        """Whether the step passed a multiple of `every`, or was the last."""
-        now = self.state.global_step
-        return now // every > before // every or now >= self.state.max_steps
-
-    def _minutes_have_passed(self) -> bool:
-        """Whether a checkpoint is due by the main rank's clock."""
-        minutes = self.args.save_minutes
-        return minutes is not None and self.ranks.from_main(time.monotonic() - self._last_save >= 60 * minutes)
-
-    def _scheduled(self, strategy: str, every: int, before: int) -> bool:
-        if strategy == "steps":
-            return self.state.global_step // every > before // every
-        if strategy == "epoch":
-            return self.stream.ended_epoch(self.plan.rows_per_step)
-        return False
+            save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
 
     def _final_evaluation(self, restored: bool) -> Metrics:
         """The last evaluation, unless the last step made it already of the same weights."""
