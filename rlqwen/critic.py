@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
-from rlqwen.hidden import hidden_states, last_tokens
+from rlqwen.hidden import last_tokens
 from rlqwen.packed_model import PackedModel
 
 HEAD_FILE = "value_head.safetensors"
@@ -33,6 +33,10 @@ class Critic(Protocol):
 
         `hidden_NC`: the policy's hidden states there, which a critic of its own does not read.
         """
+        ...
+
+    def router_loss(self, weight: float) -> Tensor | float:
+        """See PackedModel; 0 for a critic without experts of its own."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -64,9 +68,7 @@ class ScalarModel(PackedModel):
         nn.init.zeros_(self.base_model.score.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
-        with self.autocast():
-            hidden_RC = hidden_states(self.base_model, batch, index_R, sequence_R)
-        return self.base_model.score(hidden_RC.float())[:, 0]
+        return self.base_model.score(self.hidden_states(batch, index_R, sequence_R).float())[:, 0]
 
 
 class ValueHead:
@@ -84,6 +86,10 @@ class ValueHead:
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         return self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
+
+    def router_loss(self, weight: float) -> float:
+        """See Critic."""
+        return 0.0
 
     def save(self, folder: Path) -> None:
         """See Critic."""

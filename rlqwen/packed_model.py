@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.adapters import add_adapter, changes_base, checkpoint_weights
+from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
-from rlqwen.hidden import use_packed_attention
+from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.routing import RouterBalance
 
 
 class PackedModel:
@@ -53,6 +55,8 @@ class PackedModel:
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
         self._prepare_training(args)
+        self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
+        self._router_logits: list[Tensor] = []
 
     def _wants_bf16(self, args: TrainerConfig) -> bool:
         if args.bf16 is not None:
@@ -115,6 +119,24 @@ class PackedModel:
     def autocast(self) -> torch.autocast:
         """The forward's precision."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def hidden_states(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+        """(R, C) hidden states of the trained model, see rlqwen.hidden; what its routers said is kept for their loss."""
+        watches = self.routers.coefficient > 0 and torch.is_grad_enabled()
+        router_logits: list[Tensor] | None = [] if watches else None
+        with self.autocast():
+            hidden_RC = hidden_states(self.base_model, batch, index_R, sequence_R, router_logits=router_logits)
+        if router_logits is not None:
+            self._router_logits = router_logits
+        return hidden_RC
+
+    def router_loss(self, weight: float) -> Tensor | float:
+        """Load-balancing loss of the forward just made with gradient, weighted; 0 where there is none to add.
+
+        `weight`: the forward's share of the update, by tokens of the packed row.
+        """
+        logits, self._router_logits = self._router_logits, []
+        return self.routers.loss(logits, weight) if logits else 0.0
 
     def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.

@@ -111,8 +111,11 @@ class Policy(PackedModel):
 
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         """(N, C) hidden states that predict the batch's targets."""
-        with self.autocast():
-            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        if model is self.base_model:
+            hidden_NC = self.hidden_states(batch, batch.source_N, batch.sequence_N)
+        else:
+            with self.autocast():
+                hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
         return hidden_NC.to(self.compute_dtype)
 
     def reference_weights(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -202,6 +202,8 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
+        if self.policy.routers.note:
+            self._note(self.policy.routers.note)
         self._notify("on_train_begin")
 
     def _open_logger(self, total_steps: int) -> None:
@@ -235,6 +237,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             "updates/skipped": float(sum(update.skipped for update in self.updates)),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
+            **self.policy.routers.metrics(self.ranks.gather),
         }
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
@@ -263,6 +266,19 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         if result.skipped:
             self._keep_nonfinite(micro_batches)
         return result
+
+    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+
+        Each micro-batch's loss counts by its share of the tokens of the update, `micro_batches` of all ranks. The load
+        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        """
+        return self.policy.router_loss(self.token_share(micro, micro_batches))
+
+    @staticmethod
+    def token_share(micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
+        """What share of the update's tokens, prefixes once each, the micro-batch has."""
+        return micro.num_tokens / sum(each.num_tokens for each in micro_batches)
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"

@@ -88,12 +88,13 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         parts = self._micro_batches(rows, self.args.per_device_train_batch_size)
         totals = Totals(tokens=0, sequences=len(rows))
         sums: Metrics = {}
+        micro_batches = [micro for micro, _ in parts]
         for micro, margin_S in parts:
             loss, figures = self._loss(micro, margin_S, totals)
+            loss = loss + self.router_loss(micro, micro_batches)
             self.updater.backward(loss)
             for key, value in {**figures, "loss": loss.detach() * len(rows)}.items():
                 sums[key] = sums.get(key, 0.0) + value.item()
-        micro_batches = [micro for micro, _ in parts]
         self.update(micro_batches)
         return {key: value / len(rows) for key, value in sums.items()} | {
             "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
