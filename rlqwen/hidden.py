@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
+from rlqwen.sequence import SequenceGroup
 
 # Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
 PACKABLE_LAYERS = {"full_attention", "attention"}
@@ -34,15 +35,17 @@ def hidden_states(
     index_R: Tensor,
     sequence_R: Tensor,
     *,
+    sequence: SequenceGroup,
     router_logits: list[Tensor] | None = None,
 ) -> Tensor:
     """(R, C) last hidden states at `index_R` of the row, each as its sequence, `sequence_R` (ascending), sees it.
 
-    One forward over the row where the model can share prefixes, else one over each sequence. `router_logits`, where
-    given, is filled with each mixture-of-experts layer's (T, E), each token of the row once.
+    One forward over the row where the model can share prefixes, else one over each sequence. With a `sequence` group,
+    of this rank's slice of the row alone: the places that are in it. `router_logits`, where given, is filled with each
+    mixture-of-experts layer's (T, E), each token of the row, or of the slice, once.
     """
     if packs_prefixes(model.config):
-        return _packed(model, batch, router_logits)[index_R]
+        return _packed(model, batch, sequence, router_logits)[sequence.own(index_R, batch.num_tokens)[1]]
     return _sequential(model, batch, index_R, sequence_R, router_logits)
 
 
@@ -52,16 +55,20 @@ def last_tokens(batch: PackedBatch) -> Tensor:
     return torch.tensor(ends, device=batch.input_ids.device)
 
 
-def _packed(model: PreTrainedModel, batch: PackedBatch, router_logits: list[Tensor] | None) -> Tensor:
+def _packed(
+    model: PreTrainedModel, batch: PackedBatch, sequence: SequenceGroup, router_logits: list[Tensor] | None
+) -> Tensor:
     output = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
+        input_ids=sequence.cut(batch.input_ids),
+        position_ids=sequence.cut(batch.position_ids),
         layout=batch.layout,
+        sequence=sequence if sequence.size > 1 else None,
         use_cache=False,
         **_recording(router_logits),
     )
     if router_logits is not None:
-        router_logits += output.router_logits
+        real = sequence.num_real(batch.num_tokens)
+        router_logits += [logits_TE[:real] for logits_TE in output.router_logits]
     return output.last_hidden_state[0]
 
 

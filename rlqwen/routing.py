@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.errors import ConfigError
+from rlqwen.sequence import SequenceGroup
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], top_k: int, sequence: SequenceGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) as transformers has it: E * sum over experts of f P.
 
     f is how many of each token's `top_k` experts an expert is, P its probability, both means over the tokens of all
@@ -21,9 +24,10 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> tuple[Te
 
     Args:
         router_logits: L tensors (T, E).
+        sequence: the ranks whose slices of the row, of which T is this one's, count together.
 
     Returns:
-        The scalar loss in float32, whose gradient goes through P alone, and (L, E) counts of tokens.
+        The scalar loss in float32, whose gradient goes through P alone, and (L, E) counts of this rank's tokens.
     """
     probs_LTE = torch.stack([logits.float().softmax(-1) for logits in router_logits])
     num_layers, num_tokens, num_experts = probs_LTE.shape
@@ -31,8 +35,11 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> tuple[Te
     counts_LE = probs_LTE.new_zeros(num_layers, num_experts).scatter_add_(
         1, chosen_LTK.flatten(1), probs_LTE.new_ones(num_layers, num_tokens * top_k)
     )
-    share_E = counts_LE.sum(0) / (num_layers * num_tokens)
-    return num_experts * (share_E * probs_LTE.mean((0, 1))).sum(), counts_LE
+    sums_2E = torch.stack([counts_LE.sum(0), probs_LTE.sum((0, 1))])
+    if sequence is not None:
+        sums_2E = sequence.add_up(sums_2E)
+    share_E, prob_E = sums_2E / (sums_2E[0].sum() / top_k)  # by the tokens of all layers
+    return num_experts * (share_E * prob_E).sum(), counts_LE
 
 
 class RouterBalance:
@@ -64,9 +71,9 @@ class RouterBalance:
         self._counts_LE: Tensor | None = None
         self._loss, self._weight = 0.0, 0.0
 
-    def loss(self, router_logits: Sequence[Tensor], weight: float) -> Tensor:
+    def loss(self, router_logits: Sequence[Tensor], weight: float, sequence: SequenceGroup) -> Tensor:
         """The loss of one micro-batch times the coefficient and the micro-batch's share of the update, `weight`."""
-        loss, counts_LE = load_balancing_loss(router_logits, self.top_k)
+        loss, counts_LE = load_balancing_loss(router_logits, self.top_k, sequence)
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
         self._loss += weight * loss.item()
         self._weight += weight

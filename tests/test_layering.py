@@ -20,6 +20,7 @@ LAYERS = [
         "batch",
         "hidden",
         "routing",
+        "sequence",
         "advantages",
         "logprobs",
         "losses",
