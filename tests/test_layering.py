@@ -12,7 +12,20 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 # From the ground up; a module may import from its own row (but for the trainers and the command line) and those below.
 LAYERS = [
     {"errors", "types"},
-    {"config", "entry_points", "registry", "attention", "batch", "hidden", "advantages", "logprobs", "losses", "tiny"},
+    {
+        "config",
+        "entry_points",
+        "registry",
+        "attention",
+        "batch",
+        "hidden",
+        "routing",
+        "sequence",
+        "advantages",
+        "logprobs",
+        "losses",
+        "tiny",
+    },
     {
         "recipe",
         "data",

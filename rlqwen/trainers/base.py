@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
@@ -26,6 +26,7 @@ from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
+from rlqwen.trainers.dealing import count_tokens
 from rlqwen.trainers.resuming import Resuming
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
@@ -205,6 +206,8 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
+        if self.policy.routers.note:
+            self._note(self.policy.routers.note)
         self._notify("on_train_begin")
         if checkpoint is not None:
             self._restore_random_state(checkpoint)
@@ -239,6 +242,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             "updates/skipped": float(sum(update.skipped for update in self.updates)),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
+            **self.policy.routers.metrics(self.ranks.gather),
         }
         metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")
@@ -278,6 +282,21 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         if result.skipped:
             self._keep_nonfinite(micro_batches)
         return result
+
+    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+
+        Each micro-batch's loss counts by its share of the tokens of the update, of which `micro_batches` is this rank's part. The load
+        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        """
+        if not self.policy.routers.coefficient:
+            return 0.0
+        return self.policy.router_loss(self.token_share(micro, micro_batches))
+
+    def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
+        """What share of all ranks' tokens of the update, prefixes once each, the micro-batch has."""
+        total = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / max(total, 1.0)
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"

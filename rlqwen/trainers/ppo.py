@@ -206,7 +206,9 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             policy_loss, policy_sums = ppo_policy_loss(
                 logp_N, entropy_N, micro, self.args, update.totals, kl_coef=self.kl.coef
             )
-            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss)
+            balance = self.router_loss(micro, update.micro_batches)
+            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
+            loss = loss + self.critic.router_loss(self.token_share(micro, update.micro_batches))
             self.updater.backward(loss)
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(
