@@ -117,8 +117,8 @@ def _excess(max_bytes: float) -> str | None:
             _, resident, shared, *_ = map(int, (folder / "statm").read_text().split())
             count += 1
             num_bytes += (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-    if count > MAX_PROCESSES:
-        return f"an isolated reward may have {MAX_PROCESSES} processes, and had {count}"
+        if count > MAX_PROCESSES:
+            return f"an isolated reward may have {MAX_PROCESSES} processes, and had more"
     if num_bytes > max_bytes:
         return f"the processes of an isolated reward took {num_bytes / 2**30:.1f} GiB together"
     return None

@@ -20,6 +20,7 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _AF_UNIX, _SOCK_STREAM, _SOCK_KIND = 1, 1, 0xF
 _NEW_NAMESPACES = 0x7E020080
+_CLONE_VFORK, _CLONE_THREAD = 0x4000, 0x10000
 _O_ACCMODE, _O_TRUNC = 0o3, 0o1000
 _TERMINAL_INJECTION = (0x5412, 0x541C)
 """TIOCSTI and TIOCLINUX, which type into a terminal."""
@@ -28,13 +29,17 @@ Instruction = tuple[int, int, int, int]
 
 
 def isolating_filter(protected: Iterable[int]) -> bytes:
-    """No network, no signals to the processes `protected` nor to whole groups, nothing else that `DENIED` lists."""
+    """No network, no forks (only threads and programs), no signals to the processes `protected` nor to whole groups, nothing else that `DENIED` lists."""
     rules = [*_refuse("clone3", errno.ENOSYS), *_refuse("openat2", errno.ENOSYS)]  # both have an older sister
     for name in DENIED:
         rules += _refuse(name)
     rules += _where("socketpair", 0, [(_JUMP_EQ, _AF_UNIX, False)])
     rules += _where("socketpair", 1, [(_JUMP_EQ, _SOCK_STREAM, False)], mask=_SOCK_KIND)
     rules += _where("clone", 0, [(_JUMP_SET, _NEW_NAMESPACES, True)])
+    # Threads, and programs as subprocess starts them, whose starter waits until they run: of either a guard can keep
+    # count. A process that forks at full speed outruns it, and RLIMIT_NPROC does not hold for root.
+    rules += _refuse("fork")
+    rules += _where("clone", 0, [(_JUMP_SET, _CLONE_VFORK | _CLONE_THREAD, False)])
     rules += _where("prlimit64", 0, [(_JUMP_EQ, 0, False)])
     rules += _where("ioctl", 1, [(_JUMP_EQ, request, True) for request in _TERMINAL_INJECTION])
     # Landlock before its third version lets a file be emptied by opening it for reading.
