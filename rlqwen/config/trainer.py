@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
 
@@ -104,6 +105,8 @@ class TrainerConfig(ArgumentsConfig):
     """Metric sinks beside the JSONL file that is always written: tensorboard, wandb, trackio, or none."""
     disable_tqdm: bool = False
     """No live display, plain lines only."""
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+    """Ours: what to look out for while training, and what to do then. `off`: nothing."""
     seed: int = 42
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
@@ -111,6 +114,11 @@ class TrainerConfig(ArgumentsConfig):
     def _read_bare_no(cls, value: Any) -> Any:
         """An unquoted `no` is False in YAML."""
         return "no" if value is False else value
+
+    @field_validator("watch", mode="before")
+    @classmethod
+    def _read_watch(cls, value: Any) -> Any:
+        return read_watch(value)
 
     @model_validator(mode="after")
     def _coherent(self) -> "TrainerConfig":

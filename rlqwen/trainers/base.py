@@ -6,47 +6,34 @@ A trainer supplies `step` (one batch of rows to one or more updates) and `evalua
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
 from rlqwen.check import plan_batch
-from rlqwen.checkpoint import (
-    clear_run_folder,
-    drop_old_checkpoints,
-    open_run_folder,
-    restore_weights,
-    save_checkpoint,
-    save_model,
-)
+from rlqwen.checkpoint import clear_run_folder, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
-from rlqwen.metrics import MetricLogger, plot_curves, write_summary
+from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
-from rlqwen.trainers.best import BestMetric, Verdict
+from rlqwen.trainers.best import BestMetric
+from rlqwen.trainers.saving import Saving
 from rlqwen.trainers.stream import RowStream
+from rlqwen.trainers.telling import Metrics
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
-Metrics = dict[str, float]
 
 
-class BaseTrainer(ABC, Generic[Row, Args]):
+class BaseTrainer(Saving, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -62,6 +49,7 @@ class BaseTrainer(ABC, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool | nn.Module = False,
     ) -> None:
+        super().__init__(callbacks)
         set_seed(args.seed)
         self.ranks = Ranks()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -74,24 +62,17 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             shape, args = split_builtin_arguments(model, args)
             model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
-        self.args = args
+        self.args: Args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
-        self.callbacks = list(callbacks or ())
-        self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
-        self.control = TrainerControl()
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)
-        self.logger: MetricLogger | None = None
-        """Open while training."""
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
-        self._held_notes: list[str] = []
-        """Notes from before the logger was open."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
 
@@ -124,10 +105,6 @@ class BaseTrainer(ABC, Generic[Row, Args]):
 
     # What users call
 
-    @property
-    def model(self) -> nn.Module:
-        return self.policy.model
-
     def train(self) -> TrainerState:
         """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included."""
         started = time.monotonic()
@@ -139,11 +116,9 @@ class BaseTrainer(ABC, Generic[Row, Args]):
                 self.best.find_key(initial)  # sooner than after the first updates
             while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
                 self._one_step()
-            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-                restore_weights(Path(self.state.best_model_checkpoint), self.policy)
-                self.after_restore()
+            restored = self._go_back_to_best()
             if self.eval_rows:
-                final = self._final_evaluation()
+                final = self._final_evaluation(restored)
             self.save_model(self.output_dir / "final")
             self._notify("on_train_end")
         finally:
@@ -180,10 +155,6 @@ class BaseTrainer(ABC, Generic[Row, Args]):
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Row]:
         """Tokenise a dataset."""
 
-    def save_model(self, path: str | Path | None = None) -> Path:
-        """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
-        return save_model(Path(path or self.output_dir / "final"), self.policy, self.processing_class)
-
     # The loop
 
     def _begin(self) -> None:
@@ -203,24 +174,6 @@ class BaseTrainer(ABC, Generic[Row, Args]):
                 self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
         self._notify("on_train_begin")
-
-    def _open_logger(self, total_steps: int) -> None:
-        self.logger = MetricLogger(
-            self.output_dir,
-            report_to=self.args.report_to,
-            run_name=self.args.run_name,
-            display=False if self.args.disable_tqdm else None,
-            total_steps=total_steps,
-            algorithm=self.algorithm,
-        )
-        for text in self._held_notes:
-            self.logger.note(text)
-        self._held_notes.clear()
-
-    def _close_logger(self) -> None:
-        if self.logger is not None:
-            self.logger.close()
-            self.logger = None
 
     def _one_step(self) -> None:
         before = self.state.global_step
@@ -282,69 +235,14 @@ class BaseTrainer(ABC, Generic[Row, Args]):
             return self.stream.ended_epoch(self.plan.rows_per_step)
         return False
 
-    def _final_evaluation(self) -> Metrics:
-        """The last evaluation, unless the last step made it already."""
+    def _final_evaluation(self, restored: bool) -> Metrics:
+        """The last evaluation, unless the last step made it already of the same weights."""
         last = next((entry for entry in reversed(self.state.log_history) if "eval/time" in entry), None)
-        restored = self.args.load_best_model_at_end and self.state.best_model_checkpoint
         if last is not None and last["step"] == self.state.global_step and not restored:
             return {key: value for key, value in last.items() if key.startswith("eval/")}
         return self.evaluate()
-
-    def _judge(self, metrics: Metrics) -> None:
-        """Keep the checkpoint of the best evaluation, and stop where there has been no better one for too long."""
-        verdict = self.best.judge(metrics)
-        if verdict is Verdict.BEST:
-            self.state.best_metric, self.state.best_global_step = self.best.value, self.state.global_step
-            if self.args.load_best_model_at_end:
-                self.save_checkpoint(best=True)
-        elif verdict is Verdict.STOP:
-            self._note(f"stopped early at update {self.state.global_step}: {self.best}")
-            self.control.should_training_stop = True
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference where that fell due since update `before`."""
         if args.sync_ref_model and self._scheduled("steps", args.ref_model_sync_steps, before):
             self.policy.refresh_reference(args.ref_model_mixup_alpha)
-
-    def save_checkpoint(self, *, best: bool = False) -> None:
-        """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
-        folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
-        if not folder.exists():
-            save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state), self.save_beside)
-            self._notify("on_save")
-        if best:
-            self.state.best_model_checkpoint = str(folder)
-        kept = self.state.best_model_checkpoint
-        drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
-
-    def save_beside(self, folder: Path) -> None:
-        """Write into a checkpoint's folder what the trainer trains beside the policy."""
-
-    def after_restore(self) -> None:
-        """Called when the weights have been replaced by a checkpoint's."""
-
-    # Telling
-
-    def _log(self, metrics: Metrics) -> None:
-        if self.logger is not None:
-            self.logger.log(self.state.global_step, metrics)
-        self.state.log_history.append({"step": self.state.global_step, **metrics})
-        self._notify("on_log", logs=metrics)
-
-    def _note(self, text: str) -> None:
-        if self.logger is None:
-            self._held_notes.append(text)
-        else:
-            self.logger.note(text)
-
-    def _notify(self, event: str, **kwargs: Any) -> None:
-        for callback in self.callbacks:
-            answer = getattr(callback, event)(
-                self.args,
-                self.state,
-                self.control,
-                model=self.model,
-                processing_class=self.processing_class,
-                **kwargs,
-            )
-            self.control = answer or self.control
