@@ -11,6 +11,7 @@ from rlqwen.metrics.report import pipeline_folder
 from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
 from rlqwen.pairs import sample_pairs
 from rlqwen.recipe import write_resolved
+from rlqwen.secrets import redact
 
 
 def run_pipeline(recipes: Sequence[Recipe], announce: Callable[[str], None]) -> list[Path]:
@@ -48,6 +49,6 @@ def run_recipe(recipe: Recipe, announce: Callable[[str], None]) -> Path:
     except Exception:
         folder = Path(recipe.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        (folder / ERROR_FILE).write_text(redact(traceback.format_exc()), encoding="utf-8")
         raise
     return Path(trainer.output_dir)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH", re.IGNORECASE)
@@ -27,19 +27,25 @@ def without_secrets(environment: Mapping[str, str], allowed: Collection[str] = (
 
 def redact(text: str) -> str:
     """`text` with the values of this process's secrets replaced by `[redacted: NAME]`."""
-    for name, value in _values():
-        text = text.replace(value, f"[redacted: {name}]")
-    return text
+    redacted: str = _replace(text, _values())
+    return redacted
 
 
 def redact_values(content: Any) -> Any:
     """Lists, tuples and dicts of plain values with every string in them, keys too, redacted."""
+    secrets = _values()
+    return _replace(content, secrets) if secrets else content
+
+
+def _replace(content: Any, secrets: Sequence[tuple[str, str]]) -> Any:
     if isinstance(content, str):
-        return redact(content)
+        for name, value in secrets:
+            content = content.replace(value, f"[redacted: {name}]")
+        return content
     if isinstance(content, dict):
-        return {redact_values(key): redact_values(value) for key, value in content.items()}
+        return {_replace(key, secrets): _replace(value, secrets) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [redact_values(value) for value in content]
+        return [_replace(value, secrets) for value in content]
     return content
 
 
