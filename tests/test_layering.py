@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 
 # From the ground up; a module may import from its own row (but for the trainers and the command line) and those below.
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "types", "secrets"},
     {
         "config",
         "entry_points",
@@ -38,7 +38,7 @@ LAYERS = [
         "critic",
         "reference",
     }
-    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout", "watch"},
     {"check"},
     {"audit"},
     {"trainers"},
@@ -46,7 +46,7 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-NO_TORCH = {"errors", "types", "config", "entry_points", "registry", "recipe", "cli"}
+NO_TORCH = {"errors", "types", "secrets", "config", "entry_points", "registry", "recipe", "cli"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -13,6 +13,7 @@ from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
+from rlqwen.secrets import redact
 
 INTERRUPTED = 130
 
@@ -30,11 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo("rlqwen: interrupted", err=True)
         return INTERRUPTED
     except RlqwenError as error:
-        for line in str(error).splitlines():
+        for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)
         return error.exit_code
     except Exception:  # noqa: BLE001 - the outermost boundary
-        traceback.print_exc()
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
         return 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlqwen.errors import ConfigError
+from rlqwen.secrets import redact_values
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,7 +38,7 @@ class JsonlSink:
         nonfinite = {key: str(value) for key, value in metrics.items() if not math.isfinite(value)}
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(redact_values(line), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
