@@ -25,7 +25,7 @@ LAYERS = [
         "critic",
         "reference",
     }
-    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout", "watch"},
     {"check"},
     {"audit"},
     {"trainers"},

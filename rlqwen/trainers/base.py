@@ -25,15 +25,15 @@ from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
-from rlqwen.trainers.saving import Saving
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.watching import Watching
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
 
 
-class BaseTrainer(Saving, ABC, Generic[Row, Args]):
+class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -121,6 +121,10 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
                 final = self._final_evaluation(restored)
             self.save_model(self.output_dir / "final")
             self._notify("on_train_end")
+            self._close_watch(None)
+        except BaseException as error:
+            self._close_watch(error)
+            raise
         finally:
             self.close()
             self._close_logger()
@@ -133,6 +137,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             initial_eval=initial,
             final_eval=final,
             seed=self.args.seed,
+            watch=self.watch_summary(),
         )
         return self.state
 
@@ -165,6 +170,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
         self._open_logger(self.state.max_steps)
+        self._open_watch()
         if self.cleaning:
             self.cleaning.write(self.output_dir)
         cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
@@ -192,6 +198,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
+        self._watch(metrics)
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):

@@ -185,12 +185,15 @@ def deal(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[t
 
 def mean_over_tokens(updates: Sequence[Update], num_passes: int) -> Metrics:
     """Means over all trained tokens, and how many there were."""
-    targets = sum(micro.num_targets for update in updates for micro in update.micro_batches)
+    micros = [micro for update in updates for micro in update.micro_batches]
+    targets = sum(micro.num_targets for micro in micros)
     sums: dict[str, float] = {}
     for update in updates:
         for key, value in update.sums.items():
             sums[key] = sums.get(key, 0.0) + value
-    trained = sum(micro.num_tokens for update in updates for micro in update.micro_batches) * num_passes
+    trained = sum(micro.num_tokens for micro in micros) * num_passes
+    unsampled = sum(micro.num_targets for micro in micros if micro.sampler_logp_N is None)
     return {key: value / max(targets * num_passes, 1) for key, value in sums.items()} | {
-        "tokens/trained": float(trained)
+        "sampling/logp_missing": unsampled / max(targets, 1),
+        "tokens/trained": float(trained),
     }
