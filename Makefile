@@ -18,7 +18,7 @@ quickstart: install
 	@echo "To have rlqwen on your path: source $(BIN)/activate"
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: install
 	$(BIN)/python -m pytest -m fault --fault-table FAULTS.md
