@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from rlqwen.errors import WatchStop
 from rlqwen.metrics import read_metrics
@@ -49,6 +49,16 @@ def is_supervised() -> bool:
     return os.environ.get(SUPERVISED) == str(os.getppid())
 
 
+def supervise_command_line(arguments: Sequence[str], run_dirs: Sequence[str | Path], policy: Policy) -> int:
+    """Supervise rlqwen with the arguments that it was started with; returns the exit code as a shell would give it."""
+
+    def announce(text: str) -> None:
+        print(f"rlqwen: {text}", file=sys.stderr, flush=True)
+
+    code = supervise([sys.executable, "-P", "-m", "rlqwen", *arguments], run_dirs, policy, announce)
+    return code if code >= 0 else 128 - code
+
+
 def supervise(
     command: Sequence[str], run_dirs: Sequence[str | Path], policy: Policy, announce: Callable[[str], None]
 ) -> int:
@@ -78,7 +88,7 @@ def supervise(
             _write_down(folders, {"restart": restart + 1, "of": policy.max_restarts, "died": describe_exit(code),
                                   "last_step": now[1], "start": start})  # fmt: skip
             if not child.wait(delay):
-                return 75
+                return 130 if child.asked_to_stop == signal.SIGINT else 75
     raise AssertionError("the last attempt returns")
 
 
@@ -86,12 +96,13 @@ class _Child:
     """One process at a time, in a process group of its own, so that it gets each signal once: from here."""
 
     def __init__(self) -> None:
-        self.asked_to_stop = False
+        self.asked_to_stop = 0
+        """The last signal that was passed on."""
         self.started = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Child":
+    def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._pass_on) for number in _PASSED_ON}
         return self
 
@@ -103,7 +114,7 @@ class _Child:
         """Run it to its end; the exit code, negative where a signal ended it."""
         self.started = time.time()
         environment = os.environ | {SUPERVISED: str(os.getpid())}
-        self._process = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_die_with_parent)
+        self._process = subprocess.Popen(command, env=environment, process_group=0)
         try:
             return self._process.wait()
         finally:
@@ -117,15 +128,13 @@ class _Child:
         return not self.asked_to_stop
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop = True
+        self.asked_to_stop = number
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
-def _die_with_parent() -> None:
-    """A supervisor that is killed outright takes the run with it, by the signal on which a run saves and leaves."""
-    # An interrupt that the shell ignores for jobs in the background is meant for us as well.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def end_with_supervisor() -> None:
+    """In the child: where the supervisor is killed outright, get the signal on which a run saves and leaves."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -139,12 +148,16 @@ def describe_exit(code: int) -> str:
         return f"exit code {code}"
 
 
-def _reason_to_give_up(folders: Sequence[Path], policy: Policy, restart: int, stalls: int, started: float) -> str | None:
+def _reason_to_give_up(
+    folders: Sequence[Path], policy: Policy, restart: int, stalls: int, started: float
+) -> str | None:
     if any(_guard_stopped(folder, started) for folder in folders):
         return "its guard (train.watch) stopped it, and would again"
     if stalls >= policy.max_stalls:
         return f"it died {stalls} times in a row at the same step; mend the cause, then --resume"
-    return f"it has been restarted as often as --max-restarts={restart} allows" if restart == policy.max_restarts else None
+    return (
+        f"it has been restarted as often as --max-restarts={restart} allows" if restart == policy.max_restarts else None
+    )
 
 
 def _guard_stopped(folder: Path, started: float) -> bool:

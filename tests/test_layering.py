@@ -29,8 +29,8 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "pipeline", "export", "model_card"},
-    {"cli"},
+    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "export", "model_card"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NO_TORCH = {"errors", "types", "config", "entry_points", "registry", "recipe", "cli"}

@@ -7,12 +7,15 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from rlqwen.errors import ConfigError, WatchStop
 from rlqwen.metrics import MetricLogger, read_metrics, read_summary
 from rlqwen.metrics.report import watch_lines
 from rlqwen.trainers.sft import SFTTrainer
+from rlqwen.trainers.stream import RowStream
 from rlqwen.watch import Guard, Webhook, worst_action
 
 # A GRPO step of the quickstart in good health.
@@ -330,3 +333,73 @@ def test_sinks_of_numbers_get_the_numbers_of_an_event(tmp_path):
     assert read_metrics(tmp_path) == [
         {"step": 1, "watch/symptom": "kl", "watch/value": 2.0, "watch/advice": ["a -> b"]}
     ]
+
+
+def poison(trainer, updates):
+    """Blow the weights up after those updates, counted over the whole run; the next gradient is far off. Returns the
+    steps as they are made."""
+    done = []
+    update = trainer.update
+
+    def poisoned(micro_batches):
+        result = update(micro_batches)
+        done.append(trainer.state.global_step)
+        if len(done) in updates:
+            with torch.no_grad():
+                trainer.policy.base_model.model.norm.weight.mul_(1000.0)
+        return result
+
+    trainer.update = poisoned
+    return done
+
+
+ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "threshold": 5}}
+
+
+@pytest.mark.fault("weights blown up between two checkpoints", "rolled back to the last one, on with the rows after it")
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
+    done = poison(trainer, {5})
+    rows, step, put_back, restored = [], trainer.step, trainer._put_back, {}
+
+    def spy_on_put_back(checkpoint):
+        progress = put_back(checkpoint)
+        restored[checkpoint.name] = trainer.policy.base_model.model.norm.weight.detach().clone()
+        return progress
+
+    trainer.step = lambda batch: step(rows.append(batch) or batch)
+    trainer._put_back = spy_on_put_back
+    trainer.train()
+    assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
+    order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)
+    assert [row for batch in rows for row in batch] == order  # none twice, none left out
+    (name, weight) = restored.popitem()
+    assert name == "step-000004"
+    assert torch.equal(weight, load_file(tmp_path / "checkpoints" / name / "model.safetensors")["model.norm.weight"])
+    told, undone = (line for line in read_metrics(tmp_path) if "watch/action" in line)
+    assert (told["step"], told["watch/symptom"], told["watch/action"]) == (6, "grad_norm", "rollback")
+    assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)
+    assert [trip["symptom"] for trip in read_summary(tmp_path)["watch"]] == ["grad_norm"]
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 7
+    assert max(norms) < 5 * min(norms)
+
+
+@pytest.mark.fault(
+    "weights blown up again and again", "rolled back max_rollbacks times, then stopped with the state saved"
+)
+def test_rollbacks_are_counted(tiny_model_path, tmp_path):
+    watch = ROLLBACK | {"max_rollbacks": 1}
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, save_strategy="steps", save_steps=2, watch=watch)
+    poison(trainer, {5, 7})
+    with pytest.raises(WatchStop, match="rolled back 1 times already") as caught:
+        trainer.train()
+    assert "grad_norm at step 6" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-000006").is_dir()
+
+
+def test_a_rollback_without_a_checkpoint_stops(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, watch=ROLLBACK)
+    poison(trainer, {4})
+    with pytest.raises(WatchStop, match="there is no checkpoint to roll back to"):
+        trainer.train()

@@ -8,7 +8,18 @@ from rlqwen.errors import ConfigError
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
-def run(words: tuple[str, ...]) -> None:
+@click.option(
+    "--resume", is_flag=True, help="Go on from the newest complete checkpoint; skip recipes that are finished."
+)
+@click.option("--allow-changes", is_flag=True, help="Go on although data, model, versions or keys have changed.")
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Start again from the last checkpoint, so many times at most, when the run dies.",
+)
+@click.pass_context
+def run(context: click.Context, words: tuple[str, ...], resume: bool, allow_changes: bool, max_restarts: int) -> None:
     """Train recipes, one after the other.
 
     RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE changes a key by its dotted
@@ -18,15 +29,29 @@ def run(words: tuple[str, ...]) -> None:
     rlqwen run quickstart_sft quickstart_grpo
     rlqwen run my.yaml train.learning_rate=1e-5 rewards.0.weight=2 data.eval=null
     rlqwen run sft.yaml grpo.yaml sft.train.max_steps=100 grpo.train.num_generations=4
+    rlqwen run my.yaml --resume
+    rlqwen run my.yaml --max-restarts 3
+
+    On SIGTERM or SIGUSR1 the update in progress is finished and saved, and the exit code is 75: run it again with
+    --resume. A second signal ends it at once.
     """
     recipes = read_recipes(words)
+    from rlqwen.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
+
+    if is_supervised():
+        end_with_supervisor()
+    elif max_restarts:
+        folders = [recipe.output_dir for recipe in recipes]
+        context.exit(supervise_command_line(context.find_root().obj, folders, Policy(max_restarts)))
     prepare()
     from rlqwen.check import check_before_run
     from rlqwen.metrics.report import show_report
     from rlqwen.pipeline import run_pipeline
+    from rlqwen.stages import plan_stages
 
-    check_before_run(recipes)
-    run_dirs = run_pipeline(recipes, click.echo)
+    stages = plan_stages(recipes, resume=resume, allow_changes=allow_changes)
+    check_before_run([stage.recipe for stage in stages if not stage.finished])
+    run_dirs = run_pipeline(stages, click.echo)
     show_report(run_dirs, console())
 
 

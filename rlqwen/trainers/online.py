@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.check import prompt_room
+from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
@@ -77,6 +78,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.rollouts: Rollouts | None = None
         self.completions = CompletionLog(self.output_dir)
         self._draws = 0
+        self._policy_version = 1
+        """Of the weights, where the engine has not been started yet."""
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
         room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
@@ -139,15 +142,18 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             if self.scorer is None:
                 self.scorer = self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
-            self.rollouts = Rollouts(
-                self.policy,
-                self.processing_class,
-                self.scorer,
-                self.args,
-                model_path=self.folder_for_workers(),
-                longest_prompt=max(len(prompt.token_ids) for prompt in rows),
-                end_of_turn=self.reports["train"].end_of_turn,
-            )
+            with same_random_state():  # a run that goes on starts its engine later
+                self.rollouts = Rollouts(
+                    self.policy,
+                    self.processing_class,
+                    self.scorer,
+                    self.args,
+                    model_path=self.folder_for_workers(),
+                    longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+                    end_of_turn=self.reports["train"].end_of_turn,
+                )
+            self.rollouts.version = self._policy_version
+            self.stop.listen()  # Ray takes SIGTERM for itself
             if self.rollouts.note is not None:
                 self._note(self.rollouts.note)
         return self.rollouts
@@ -160,6 +166,14 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             self.processing_class.save_pretrained(folder)
             self.model_folder = str(folder)
         return self.model_folder
+
+    def progress(self) -> dict[str, Any]:
+        version = self._policy_version if self.rollouts is None else self.rollouts.version
+        return super().progress() | {"draws": self._draws, "policy_version": version}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        super().restore_progress(progress)
+        self._draws, self._policy_version = progress["draws"], progress["policy_version"]
 
     def after_restore(self) -> None:
         if self.rollouts is not None:
