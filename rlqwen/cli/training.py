@@ -3,7 +3,7 @@
 import click
 
 from rlqwen.cli.session import console, prepare, read_recipes
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, RlqwenError
 
 
 @click.command()
@@ -72,3 +72,27 @@ def check(context: click.Context, words: tuple[str, ...]) -> None:
         report.show(console())
     if any(report.faults for report in reports):
         context.exit(ConfigError.exit_code)
+
+
+@click.command("verify-resume")
+@click.argument("words", nargs=-1, required=True, metavar="RECIPE [KEY=VALUE]...")
+@click.option(
+    "--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Steps of the loop; killed half way."
+)
+@click.pass_context
+def verify_resume_command(context: click.Context, words: tuple[str, ...], steps: int) -> None:
+    """Find out whether RECIPE, killed and resumed, comes to the same as without a break, to the bit.
+
+    Trains it three times for a few steps, in a temporary folder: its own run folder is left alone. Ends with exit code
+    1, and the largest difference and where it began, if it is not exact.
+    """
+    recipes = read_recipes(words)
+    if len(recipes) > 1:
+        raise click.UsageError("verify-resume takes one recipe at a time")
+    prepare()
+    from rlqwen.verification import verify_resume
+
+    comparison = verify_resume(recipes[0], steps=steps, announce=click.echo)
+    click.echo(str(comparison))
+    if not comparison.is_exact:
+        context.exit(RlqwenError.exit_code)

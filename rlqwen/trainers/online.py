@@ -78,8 +78,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.rollouts: Rollouts | None = None
         self.completions = CompletionLog(self.output_dir)
         self._draws = 0
-        self._policy_version = 1
-        """Of the weights, where the engine has not been started yet."""
+        self._rollout_progress: dict[str, Any] | None = None
+        """Of the engine, where a run that goes on has not started it yet."""
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
         room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
@@ -152,7 +152,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                     longest_prompt=max(len(prompt.token_ids) for prompt in rows),
                     end_of_turn=self.reports["train"].end_of_turn,
                 )
-            self.rollouts.version = self._policy_version
+            if self._rollout_progress is not None:
+                self.rollouts.restore_progress(self._rollout_progress, self.train_rows)
             self.stop.listen()  # Ray takes SIGTERM for itself
             if self.rollouts.note is not None:
                 self._note(self.rollouts.note)
@@ -168,12 +169,12 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         return self.model_folder
 
     def progress(self) -> dict[str, Any]:
-        version = self._policy_version if self.rollouts is None else self.rollouts.version
-        return super().progress() | {"draws": self._draws, "policy_version": version}
+        rollouts = self._rollout_progress if self.rollouts is None else self.rollouts.progress()
+        return super().progress() | {"draws": self._draws, "rollouts": rollouts}
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
         super().restore_progress(progress)
-        self._draws, self._policy_version = progress["draws"], progress["policy_version"]
+        self._draws, self._rollout_progress = progress["draws"], progress["rollouts"]
 
     def after_restore(self) -> None:
         if self.rollouts is not None:
