@@ -42,8 +42,8 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "stages", "pipeline", "verification", "export", "model_card"},
-    {"cli"},
+    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "verification", "export", "model_card"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NO_TORCH = {"errors", "types", "secrets", "config", "entry_points", "registry", "recipe", "cli"}

@@ -23,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
     try:
-        return cli.main(args=arguments, prog_name="rlqwen", standalone_mode=False) or 0
+        given = sys.argv[1:] if arguments is None else arguments
+        return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code

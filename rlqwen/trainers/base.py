@@ -27,10 +27,10 @@ from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.dealing import count_tokens
-from rlqwen.trainers.resuming import Resuming
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.watching import Watching
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
@@ -38,7 +38,7 @@ Args = TypeVar("Args", bound=TrainerConfig)
 _GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
-class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
+class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -133,7 +133,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         self._started = self._last_save = time.monotonic()
         final = None
         try:
-            with self.stop:
+            with self.stop, self.watched():
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
                 restored = self._go_back_to_best()
@@ -159,6 +159,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
                 initial_eval=self._initial_eval,
                 final_eval=final,
                 seed=self.args.seed,
+                watch=self.watch_summary(),
                 **({"resumed": self._resumed} if self._resumed else {}),
             )
         return self.state
@@ -195,6 +196,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
+        self._open_watch()
         if checkpoint is not None:
             self._restore(checkpoint)
         self._open_logger(self.state.max_steps)
@@ -248,6 +250,8 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
+        if self._watch(metrics):
+            return  # the step is undone
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):

@@ -228,7 +228,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""
+        """Micro-batches of a share; what says nothing to the critic, a completion without a reward or tokens, is left out."""
         trees = []
         for group, indices in share:
             branches = [
@@ -238,7 +238,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                     reward=self._score(group, index),
                 )
                 for index in indices
-                if group.total_rewards_G[index] is not None
+                if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches))
