@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -18,9 +19,11 @@ import safetensors.torch
 from forked import run_forked
 from transformers import TrainerCallback
 
-from rlqwen import SFTConfig, SFTTrainer
+from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.checkpoint import complete_checkpoints, find_fault
+from rlqwen.config import Recipe
 from rlqwen.errors import ConfigError, SaveError
+from rlqwen.verification import compare_runs, verify_resume
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}" * 3}]}
@@ -341,3 +344,61 @@ def test_pickles_in_a_checkpoint_are_never_read(run, tiny_model_path, tmp_path):
     with pytest.raises(OSError, match=r"model\.safetensors"):
         trainer.policy.restore(checkpoint)
     assert not sprung.exists()
+
+
+def prefers_even(completion_ids, **kwargs):
+    return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def make_grpo(model, folder):
+    args = GRPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=4, max_steps=12,
+        save_steps=1, save_total_limit=2, learning_rate=3e-3, rollout={"engine": "transformers"},
+        scoring={"in_process": ["prefers_even"]}, resume_from_checkpoint="auto",
+    )  # fmt: skip
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(9)]
+    return GRPOTrainer(str(model), prefers_even, args, rows)
+
+
+@pytest.mark.fault(
+    "SIGKILL of the trainer at random moments, again and again, with resume: auto",
+    "metrics, completions and final weights are those of a run without a break, to the bit",
+)
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow_fault)])
+def test_killed_at_random_moments(tiny_model_path, tmp_path, kills):
+    assert run_forked(lambda: make_grpo(tiny_model_path, tmp_path / "straight").train()) == 0
+    draw = random.Random(kills)
+    outcomes = [
+        run_forked(lambda: make_grpo(tiny_model_path, tmp_path / "run").train(), kill_after_s=draw.uniform(0.1, 1.2))
+        for _ in range(kills)
+    ]
+    assert -signal.SIGKILL in outcomes
+    assert run_forked(lambda: make_grpo(tiny_model_path, tmp_path / "run").train()) == 0
+    comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
+    assert comparison.is_exact, str(comparison)
+    assert comparison.num_completions == 12 * 8
+
+
+@pytest.mark.fault(
+    "SIGKILL of the trainer with vLLM rollouts, for GRPO and PPO",
+    "metrics, completions and final weights are those of a run without a break, to the bit",
+)
+@pytest.mark.slow_fault
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_killed_with_vllm_rollouts(tiny_model_path, tmp_path, algorithm):
+    pytest.importorskip("vllm")
+    recipe = Recipe.parse(
+        {
+            "algorithm": algorithm,
+            "model": {"path": str(tiny_model_path)},
+            "data": {"train": {"generator": "arithmetic", "args": {"kind": "prompts", "size": 32}}},
+            "rewards": [{"name": "length", "args": {"budget": 6}}],
+            "rollout": {"engine": "vllm", "num_cpus_per_worker": 0.5},
+            "train": {"per_device_train_batch_size": 32, "max_completion_length": 12, "learning_rate": 1e-3},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    comparison = verify_resume(recipe, steps=4, announce=print)
+    assert comparison.is_exact, str(comparison)
+    assert comparison.num_completions == 4 * 32
+    assert not (tmp_path / "run").exists()
