@@ -180,38 +180,39 @@ def test_ctrl_c(start, moment):
     run.expect(130, "rlqwen: interrupted")
 
 
-ROLLOUT_MOMENTS = {
-    "starts Ray": (lambda run: run.has_started("gcs_server"), 0.0),
-    "starts the engine": (lambda run: run.has_started("ray::"), 0.0),
-    "samples": (is_scoring, 0.0),  # groups are scored while others are still sampled
-    "scores": (is_scoring, 20.0),
-    "is some steps on": (lambda run: has_logged(run, 1), 0.0),
-}
+ROLLOUT_MOMENTS = [
+    # A terminal interrupts the whole group, `kill` and most schedulers the process alone.
+    ("starts Ray", "group", lambda run: run.has_started("gcs_server"), 0.0),
+    ("starts the engine", "group", lambda run: run.has_started("ray::"), 0.0),
+    ("starts the engine", "process", lambda run: run.has_started("ray::"), 0.0),
+    ("samples", "group", is_scoring, 0.0),  # groups are scored while others are still sampled
+    ("scores", "group", is_scoring, 20.0),
+    ("scores", "process", is_scoring, 20.0),
+]
 
 
 @pytest.mark.slow_fault
 @pytest.mark.parametrize(
-    "moment",
+    ("to", "reached", "pause"),
     [
         pytest.param(
-            moment,
+            *case,
+            id=f"{moment}-{case[0]}",
             marks=pytest.mark.fault(
-                f"Ctrl-C while the run {moment}",
+                f"Ctrl-C while a run with rollouts {moment}",
                 "exit code 130, one line, no process of Ray, vLLM or the rewards left, no broken checkpoint",
             ),
         )
-        for moment in ROLLOUT_MOMENTS
+        for moment, *case in ROLLOUT_MOMENTS
     ],
 )
-@pytest.mark.parametrize("to", ["group", "process"])
-def test_ctrl_c_with_rollouts(start, moment, to):
-    if to == "process" and moment not in ("starts the engine", "scores"):
-        pytest.skip("once from a terminal is enough for this moment")
-    reached, pause = ROLLOUT_MOMENTS[moment]
+def test_ctrl_c_with_rollouts(start, to, reached, pause):
     run = start(GRPO, pause=pause)
     run.wait_for(reached)
-    # A terminal interrupts the whole group, `kill` and most schedulers the process alone.
-    os.killpg(run.process.pid, signal.SIGINT) if to == "group" else run.process.send_signal(signal.SIGINT)
+    if to == "group":
+        os.killpg(run.process.pid, signal.SIGINT)
+    else:
+        run.process.send_signal(signal.SIGINT)
     run.expect(130, "rlqwen: interrupted")
 
 
