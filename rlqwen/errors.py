@@ -12,6 +12,7 @@
     ├── SaveError (OSError)              a checkpoint or a file of the run cannot be written
     ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
+    ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
     ├── WatchStop (RuntimeError)         the guard found a symptom whose action is to stop
     └── RolloutError (RuntimeError)      the rollout workers cannot go on
         ├── WorkerDied                   a worker died more often than it may be restarted
@@ -75,6 +76,10 @@ class Preempted(RlqwenError):
 
 class NonFiniteError(RlqwenError, RuntimeError):
     """Loss or gradient was NaN or infinite in too many steps in a row."""
+
+
+class MainRankFailed(RlqwenError, RuntimeError):
+    """The main rank met an error while the others waited for it; it shows that error itself."""
 
 
 class WatchStop(RlqwenError, RuntimeError):

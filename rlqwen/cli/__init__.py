@@ -14,6 +14,7 @@ from rlqwen.cli.listing import recipes, rewards
 from rlqwen.cli.session import Interrupts
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
+from rlqwen.secrets import redact
 
 INTERRUPTED = 130
 
@@ -45,10 +46,10 @@ def _tell(error: Exception) -> int:
         error.show()
         return error.exit_code
     if isinstance(error, RlqwenError):
-        for line in str(error).splitlines():
+        for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)
         return error.exit_code
-    traceback.print_exception(error)
+    click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
     return 1
 
 

@@ -1,5 +1,6 @@
 """What every trainer's config has: names, meanings and defaults of transformers.TrainingArguments unless said here."""
 
+import os
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,6 +9,11 @@ from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
+
+
+def launched_ranks() -> int:
+    """How many processes a launcher has started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TrainerConfig(ArgumentsConfig):
@@ -74,6 +80,9 @@ class TrainerConfig(ArgumentsConfig):
     """Passed to `from_pretrained` when the model is given as a name or folder; `dtype` is that of frozen weights."""
     trust_remote_code: bool = False
     disable_dropout: bool = False
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts. None: the model config's own, but 0 where the routers
+    are frozen, as they are under LoRA; 0: off."""
     logprob_chunk_size: int = Field(default=1024, ge=1)
     """Ours: tokens whose logits exist at the same time."""
 

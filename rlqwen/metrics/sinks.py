@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlqwen.errors import ConfigError
+from rlqwen.secrets import redact_values
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -45,7 +46,7 @@ class JsonlSink(Sink):
         line: dict[str, Any] = {"step": step, **fields, **dict.fromkeys(nonfinite)}
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(redact_values(line), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
@@ -22,10 +22,11 @@ from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, Sa
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
-from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
+from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
+from rlqwen.trainers.dealing import count_tokens
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
@@ -55,24 +56,20 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     ) -> None:
         super().__init__(callbacks)
         set_seed(args.seed)
-        self.ranks = Ranks()
         self.stop = StopRequest()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        self.output_dir = open_run_folder(
-            args.output_dir,
-            f"{self.algorithm}-{Path(model_name).name}",
-            overwrite=args.overwrite_output_dir,
-            resume=bool(args.resume_from_checkpoint),
-        )
-        if self.ranks.is_main:
-            lock_run_folder(self.output_dir)
+        self.args: Args = args
+        default_name = f"{self.algorithm}-{Path(model_name).name}"
+        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name))
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
-            model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
+            model_name = Lead(self.ranks).run(
+                lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
+            )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
-        self.args: Args = args
+        self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
@@ -85,6 +82,17 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         """What tokenising the data did, by `train` and `eval`."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
+
+    def _open_run_folder(self, default_name: str) -> Path:
+        """Make the run folder this process's own, or refuse it."""
+        folder = open_run_folder(
+            self.args.output_dir,
+            default_name,
+            overwrite=self.args.overwrite_output_dir,
+            resume=bool(self.args.resume_from_checkpoint),
+        )
+        lock_run_folder(folder)
+        return folder
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
@@ -141,18 +149,19 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             self.close()
             self._close_logger()
             unlock_run_folder(self.output_dir)
-        plot_curves(self.output_dir)
-        write_summary(
-            self.output_dir,
-            algorithm=self.algorithm,
-            steps=self.state.global_step,
-            wall_time_s=self.wall_time_s,
-            initial_eval=self._initial_eval,
-            final_eval=final,
-            seed=self.args.seed,
-            watch=self.watch_summary(),
-            **({"resumed": self._resumed} if self._resumed else {}),
-        )
+        if self.ranks.is_main:
+            plot_curves(self.output_dir)
+            write_summary(
+                self.output_dir,
+                algorithm=self.algorithm,
+                steps=self.state.global_step,
+                wall_time_s=self.wall_time_s,
+                initial_eval=self._initial_eval,
+                final_eval=final,
+                seed=self.args.seed,
+                watch=self.watch_summary(),
+                **({"resumed": self._resumed} if self._resumed else {}),
+            )
         return self.state
 
     def evaluate(self, eval_dataset: Any = None) -> Metrics:
@@ -165,6 +174,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             figures = self.compute_evaluation(rows)
         metrics = {f"eval/{key}": value for key, value in figures.items()}
         metrics["eval/time"] = time.monotonic() - started
+        metrics = self.ranks.from_main(metrics)  # what is decided by them is then decided alike everywhere
         self._log(metrics)
         # transformers' own callbacks look for `eval_loss`, ours for `eval/loss`.
         self._notify("on_evaluate", metrics=metrics | {key.replace("/", "_"): v for key, v in metrics.items()})
@@ -177,13 +187,12 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     # The loop
 
     def _begin(self, resume: bool | str | Path | None) -> None:
-        if self.ranks.is_main:
-            lock_run_folder(self.output_dir)
+        Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
         checkpoint = self._choose_checkpoint(resume)
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)
-        self.plan = plan_batch(self.args, len(self.train_rows))
+        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.world_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
@@ -191,7 +200,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         if checkpoint is not None:
             self._restore(checkpoint)
         self._open_logger(self.state.max_steps)
-        if self.cleaning:
+        if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
         cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
         for name, report in (cleaning | self.reports).items():
@@ -199,6 +208,8 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
+        if self.policy.routers.note:
+            self._note(self.policy.routers.note)
         self._notify("on_train_begin")
         if checkpoint is not None:
             self._restore_random_state(checkpoint)
@@ -233,7 +244,9 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             "updates/skipped": float(sum(update.skipped for update in self.updates)),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
+            **self.policy.routers.metrics(self.ranks.gather),
         }
+        metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
@@ -245,6 +258,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             self.control.should_save = True
         if self._minutes_have_passed():
             self.control.should_save = True
+        self._agree()
         if self.control.should_evaluate and self.eval_rows:
             metrics = self.evaluate()
             if self.args.load_best_model_at_end or self.args.early_stopping_patience is not None:
@@ -252,6 +266,13 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         if self.control.should_save:
             self.save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    def _agree(self) -> None:
+        """What one rank has been asked to do, by a callback or a signal, all ranks do."""
+        names = ("should_evaluate", "should_save", "should_training_stop")
+        asked = self.ranks.gather([getattr(self.control, name) for name in names])
+        for name, values in zip(names, zip(*asked, strict=True), strict=True):
+            setattr(self.control, name, any(values))
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
@@ -266,11 +287,27 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             self._keep_nonfinite(micro_batches)
         return result
 
+    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+
+        Each micro-batch's loss counts by its share of the tokens of the update, of which `micro_batches` is this rank's part. The load
+        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        """
+        if not self.policy.routers.coefficient:
+            return 0.0
+        return self.policy.router_loss(self.token_share(micro, micro_batches))
+
+    def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
+        """What share of all ranks' tokens of the update, prefixes once each, the micro-batch has."""
+        total = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / max(total, 1.0)
+
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"
         folder.mkdir(exist_ok=True)
+        name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
         for number, batch in enumerate(micro_batches):
-            save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
+            save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
 
     def _due(self, every: int, before: int) -> bool:
         """Whether the step passed a multiple of `every`, or was the last."""

@@ -68,7 +68,11 @@ class Saving(Telling):
 
     def save_model(self, path: str | Path | None = None) -> Path:
         """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
-        return save_model(Path(path or self.output_dir / "final"), self.policy, self.processing_class)
+        folder = Path(path or self.output_dir / "final")
+        if self.ranks.is_main:
+            save_model(folder, self.policy, self.processing_class)
+        self.ranks.barrier()
+        return folder
 
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones as `save_total_limit` says, never the best."""
