@@ -4,8 +4,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 import click
 
@@ -33,6 +35,28 @@ def prepare() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+
+
+class Interrupts:
+    """Remembers whether Ctrl-C came, which Python turns into a KeyboardInterrupt that libraries may turn into others."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        if on_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.came = True
+        raise KeyboardInterrupt
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:

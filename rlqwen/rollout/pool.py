@@ -136,11 +136,9 @@ class RolloutPool:
         self, version: int, weights: "Iterable[tuple[str, torch.Tensor]]", canary: Canary | None
     ) -> dict[str, float]:
         """See RolloutEngine."""
-        import ray
-
         self._drop_flights()
         self._call += 1
-        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=ray.put)
+        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=cluster.put)
         self._bundle, self.version, self._reports = bundle, version, []
         self._failure = "it is not finished"
         try:
