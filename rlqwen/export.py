@@ -25,6 +25,7 @@ from rlqwen.loading import local_folder
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.model_card import write_card
 from rlqwen.model_files import write_model
+from rlqwen.model_sources import SAFE, refuse_pickles
 from rlqwen.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -143,10 +144,11 @@ def _load(source: Source) -> Any:
             require_bitsandbytes(f"the quantised model {source.model!r}")
         scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        model = auto.from_pretrained(source.model, dtype="auto")
+        model = auto.from_pretrained(source.model, dtype="auto", **SAFE)
         if quantized_bits(model):
             prepare_quantized(model)
         if source.adapter is not None:
+            refuse_pickles(source.adapter)
             model = PeftModel.from_pretrained(model, str(source.adapter))
             check_adapter(model, reference=False)
     except ModelError:

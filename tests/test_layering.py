@@ -17,6 +17,7 @@ LAYERS = [
         "recipe",
         "data",
         "loading",
+        "model_sources",
         "model_files",
         "quantization",
         "adapters",

@@ -21,6 +21,7 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
+from rlqwen.model_sources import commits
 from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
@@ -133,6 +134,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             initial_eval=initial,
             final_eval=final,
             seed=self.args.seed,
+            hub_commits=commits(),
         )
         return self.state
 

@@ -254,10 +254,13 @@ def idle(config: limits.IdleConfig, step: Step) -> Finding | None:
     if step.get("groups/no_signal") >= 1 or tokens_trained(step.metrics) == 0:
         return None  # said by symptoms of their own
     if rate == 0:
-        cause, advice = "the learning rate is 0", [
-            step.change("train.learning_rate", "above 0"),
-            step.change("train.lr_scheduler_type", "one that does not end at 0 so early"),
-        ]
+        cause, advice = (
+            "the learning rate is 0",
+            [
+                step.change("train.learning_rate", "above 0"),
+                step.change("train.lr_scheduler_type", "one that does not end at 0 so early"),
+            ],
+        )
     elif norms and max(norms.values()) <= config.threshold:
         cause = "every gradient is 0: the loss does not depend on what is trained"
         advice = ["model.lora: -> adapters on layers that the loss sees", "train: -> a loss whose terms are not all 0"]
