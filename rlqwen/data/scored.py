@@ -28,15 +28,18 @@ def scored_pieces(
     prompt: str | list[Message],
     completion: str | list[Message],
     tools: Any = None,
+    *,
+    is_sampled: bool = False,
 ) -> list[Piece]:
     """What a reward model reads of a prompt and an answer to it; text is put together as it is, without an EOS token.
 
-    It is one piece, but for special tokens that someone wrote: in turns, and in an answer that is text, they are text.
-    Else a policy could end its turn in the judge's eyes, and praise itself in the next.
+    It is one piece, but for special tokens that someone wrote: in turns they are text, and in an answer that is text
+    too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
+    next. In texts of a dataset they act, as everywhere.
     """
     special = special_texts(tokenizer)
     if isinstance(prompt, str) and isinstance(completion, str):
-        first = special.search(completion)
+        first = special.search(completion) if is_sampled else None
         if first is None:
             return [Piece(prompt + completion, True, in_loss=True)]
         pieces = [Piece(prompt + completion[: first.start()], True, in_loss=True)]

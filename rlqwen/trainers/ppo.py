@@ -29,7 +29,7 @@ from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.parallel import Part
 from rlqwen.trainers.base import Metrics
 from rlqwen.trainers.kl_control import KLController
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
@@ -98,7 +98,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             return ValueHead(size, train_trunk=config.train_trunk, device=self.policy.device)
         has_head = True
         if not isinstance(model, nn.Module):
-            model, has_head = load_scalar_model(model or config.path or self.folder_for_workers(), self.args)
+            model, has_head = load_scalar_model(model or config.path or self.workers_folder, self.args)
         critic = ScalarModel(model, self.args, peft_config=peft_config, device=self.policy.device)
         if not has_head:
             critic.zero_head()
@@ -106,14 +106,17 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def trained_parts(self) -> list[Part]:
         rate = self.args.learning_rate if self.args.critic.learning_rate is None else self.args.critic.learning_rate
-        return [*super().trained_parts(), Part("critic", self.critic.trained_parameters, rate)]
+        return [
+            *super().trained_parts(),
+            Part("critic", self.critic.trained_parameters, rate, self.critic.trained_names),
+        ]
 
     # The algorithm
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
-        groups_P, metrics = self.require_rollouts().sample(
-            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw()
+        groups_P, metrics = self.sample(
+            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
         )
         metrics |= self.scoring_metrics()
         started = time.monotonic()
@@ -122,18 +125,16 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
         self._add_fixed_estimates(updates)
         metrics |= self._assign_advantages([micro for update in updates for micro in update.micro_batches])
-        total_loss = 0.0
         for _ in range(self.args.num_ppo_epochs):
             for update in order.sample(updates, len(updates)):
-                total_loss += self._update(update)
-        self.require_rollouts().policy_changed()
-        self.completions.write(self.state.global_step, groups_P)
+                self._update(update)
+        self.policy_changed()
+        self.write_completions(groups_P)
         return (
             metrics
             | describe_groups(groups_P)
-            | mean_over_tokens(updates, self.args.num_ppo_epochs)
+            | self.summarise(updates, self.args.num_ppo_epochs)
             | {
-                "loss": total_loss / self.plan.updates_per_step,
                 "critic/grad_norm": self.updates[-1].grad_norms["critic"],
                 "time/train": time.monotonic() - started,
             }
@@ -153,19 +154,22 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                 micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
 
     def _assign_advantages(self, micros: Sequence[PackedBatch]) -> Metrics:
-        """Fill in advantages and returns of the whole rollout, and say what they came from."""
+        """Fill in advantages and returns of the whole rollout, and say what they came from.
+
+        Every rank computes those of all ranks, and takes its own.
+        """
         if not micros:
             return {"kl_coef": self.kl.coef}
-        joined = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in ("old_value_N", "old_logp_N")}
-        lengths_S = torch.cat([micro.lengths_S for micro in micros])
-        values_N = joined["old_value_N"]
+        names = ["lengths_S", "rewards_S", "old_value_N", "old_logp_N", *(["ref_logp_N"] if self.args.kl_coef else [])]
+        own = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in names}
+        by_rank = self.ranks.gather(own)
+        joined = {name: torch.cat([part[name] for part in by_rank]) for name in names}
+        lengths_S, values_N = joined["lengths_S"], joined["old_value_N"]
         kl_N = torch.zeros_like(values_N)
         if self.args.kl_coef:
-            ref_logp_N = torch.cat([micro.ref_logp_N for micro in micros])
-            kl_N = kl_divergence(joined["old_logp_N"], ref_logp_N, self.args.kl_estimator)
+            kl_N = kl_divergence(joined["old_logp_N"], joined["ref_logp_N"], self.args.kl_estimator)
         in_reward = self.kl.coef if self.args.kl_penalty == "reward" else 0.0
-        scores_S = torch.cat([micro.rewards_S for micro in micros])
-        rewards_N = token_rewards(scores_S, kl_N, lengths_S, kl_coef=in_reward)
+        rewards_N = token_rewards(joined["rewards_S"], kl_N, lengths_S, kl_coef=in_reward)
         if self.args.whiten_rewards:
             rewards_N = whiten(rewards_N, shift_mean=False)
         advantages_N, returns_N = gae(rewards_N, values_N, lengths_S, gamma=self.args.gamma, lam=self.args.lam)
@@ -180,16 +184,18 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         }
         if self.args.whiten_advantages:
             advantages_N = whiten(advantages_N)
+        before = sum(len(part["old_value_N"]) for part in by_rank[: self.ranks.rank])
+        mine = slice(before, before + len(own["old_value_N"]))
         sizes = [micro.num_targets for micro in micros]
-        for micro, advantage_N, return_N in zip(micros, advantages_N.split(sizes), returns_N.split(sizes), strict=True):
+        parts = zip(micros, advantages_N[mine].split(sizes), returns_N[mine].split(sizes), strict=True)
+        for micro, advantage_N, return_N in parts:
             micro.advantage_N, micro.return_N = advantage_N, return_N
         self.kl.observe(metrics["kl/completion"], len(lengths_S))
         return metrics
 
-    def _update(self, update: Update) -> float:
-        """One optimiser update; returns its loss. While the critic warms up, the policy has no part in it."""
+    def _update(self, update: Update) -> None:
+        """One optimiser update. While the critic warms up, the policy has no part in it."""
         critic_only = self.num_rollouts <= self.args.critic.warmup_rollouts
-        total_loss = 0.0
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
             logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
@@ -200,17 +206,18 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             policy_loss, policy_sums = ppo_policy_loss(
                 logp_N, entropy_N, micro, self.args, update.totals, kl_coef=self.kl.coef
             )
-            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss)
+            balance = self.router_loss(micro, update.micro_batches)
+            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
+            loss = loss + self.critic.router_loss(self.token_share(micro, update.micro_batches))
             self.updater.backward(loss)
-            total_loss += loss.item()
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(
+                loss,
                 sums
                 | policy_sums
-                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight}
+                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight},
             )
         self.update(update.micro_batches)
-        return total_loss
 
     # From groups to batches
 
@@ -218,10 +225,10 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         flat = [(group, index) for group in groups_P for index in range(len(group))]
         if self.args.num_mini_batches > 1:
             order.shuffle(flat)
-        return deal(flat, self.args.completions_per_update)
+        return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""
+        """Micro-batches of a share; what says nothing to the critic, a completion without a reward or tokens, is left out."""
         trees = []
         for group, indices in share:
             branches = [
@@ -231,7 +238,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                     reward=self._score(group, index),
                 )
                 for index in indices
-                if group.total_rewards_G[index] is not None
+                if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches))
@@ -244,7 +251,20 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return (group.total_rewards_G[index] or 0.0) - (penalty if group.completions[index].is_truncated else 0.0)
 
     def save_beside(self, folder: Path) -> None:
-        self.critic.save(folder / CRITIC_FOLDER)
+        super().save_beside(folder)
+        self.critic.save_trained(folder / CRITIC_FOLDER)
+
+    def restore_beside(self, folder: Path) -> None:
+        super().restore_beside(folder)
+        self.critic.restore(folder / CRITIC_FOLDER)
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {"kl": self.kl.progress(), "num_rollouts": self.num_rollouts}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        super().restore_progress(progress)
+        self.kl.restore_progress(progress["kl"])
+        self.num_rollouts = progress["num_rollouts"]
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:
