@@ -181,6 +181,7 @@ HANGS = {
 }
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault("a completion that loops, takes 5 GB, crashes, forks without end, floods its output", "0 in time")
 def test_hostile_code_costs_only_itself(scorer: Scorer) -> None:
     started = time.monotonic()

@@ -174,6 +174,7 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault("a reward worker stops in the middle of its answer", "its call failed, the trainer goes on")
 def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_MESSAGE_WAIT_S", 1)

@@ -257,7 +257,7 @@ def load_chat_template(path: str) -> str:
 
     name, revision = split_revision(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"chat_template_path: {path} is neither a file nor a model with a tokenizer: {error}"

@@ -41,7 +41,9 @@ class RewardModel:
             if path:
                 try:
                     name, revision = split_revision(path)
-                    self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+                    self._tokenizer = AutoTokenizer.from_pretrained(
+                        name, revision=revision or "main", trust_remote_code=False
+                    )
                 except (OSError, ValueError) as error:
                     raise ModelError(f"reward model {path!r}: its tokenizer cannot be loaded: {error}") from error
             elif default_tokenizer is not None:
@@ -94,7 +96,7 @@ def _load_model(path: str) -> Any:
     name, arguments = pinned(path)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, **arguments
+            name, num_labels=1, output_loading_info=True, trust_remote_code=False, **arguments
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"reward model {path!r} cannot be loaded as sequence classification: {error}") from error
