@@ -93,7 +93,7 @@ def test_a_secret_is_in_no_file_of_the_run_folder_nor_on_the_terminal(
         "rollout": {"engine": "transformers"},
         "train": {
             "max_steps": 1, "per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 4,
-            "save_strategy": "no",
+            "save_steps": 1,
         },
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
@@ -109,4 +109,5 @@ def test_a_secret_is_in_no_file_of_the_run_folder_nor_on_the_terminal(
         assert "could not log in with [redacted: CANARY_TOKEN]" in (tmp_path / "run" / "error.log").read_text()
     else:
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert any(path.name == "trainer_state.json" for path in files)
         assert any("leak/[redacted: CANARY_TOKEN]" in json.loads(line) for line in lines)
