@@ -30,6 +30,7 @@ LAYERS = [
         "recipe",
         "data",
         "loading",
+        "model_sources",
         "model_files",
         "quantization",
         "adapters",

@@ -10,7 +10,7 @@ from rlqwen.errors import RewardFailure
 from rlqwen.registry import Reward
 from rlqwen.scoring.failures import FailureLog
 from rlqwen.scoring.outcomes import CallResult
-from rlqwen.secrets import redact
+from rlqwen.secrets import redact, redact_values
 from rlqwen.types import Group
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,10 @@ class Ledger:
         """The final word on the samples of a job."""
         name, group = self._rewards[job.reward].name, job.group
         for metric, value in result.metrics:
-            self._logged[metric].append(value)
+            self._logged[redact(metric)].append(value)
+        extras = redact_values(result.extras)
         for position, sample in enumerate(job.samples):
-            for column, values in result.extras.items():
+            for column, values in extras.items():
                 group.extras.setdefault(column, [None] * len(group))[sample] = values[position]
             group.rewards[name][sample] = result.rewards[position]
             outcome = group.outcomes[name][sample] = result.outcomes[position]

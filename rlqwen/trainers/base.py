@@ -22,6 +22,7 @@ from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, Sa
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
+from rlqwen.model_sources import commits
 from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
@@ -165,6 +166,7 @@ class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
             final_eval=final,
             seed=self.args.seed,
             watch=self.watch_summary(),
+            hub_commits=commits(),
             **({"resumed": self._resumed} if self._resumed else {}),
         )
 
