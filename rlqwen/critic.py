@@ -28,6 +28,9 @@ class Critic(Protocol):
     @property
     def trained_parameters(self) -> list[nn.Parameter]: ...
 
+    @property
+    def trained_names(self) -> list[str]: ...
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """(N,) float32 values of what stands before each target token.
 
@@ -35,12 +38,12 @@ class Critic(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
+    def save_trained(self, folder: Path) -> None:
         """Write the critic's weights into `folder`."""
         ...
 
     def restore(self, folder: Path) -> None:
-        """Load what `save` wrote."""
+        """Load what `save_trained` wrote."""
         ...
 
 
@@ -81,11 +84,15 @@ class ValueHead:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [self.head.weight]
 
+    @property
+    def trained_names(self) -> list[str]:
+        return ["weight"]
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         return self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
 
-    def save(self, folder: Path) -> None:
+    def save_trained(self, folder: Path) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)

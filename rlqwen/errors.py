@@ -9,6 +9,8 @@
     │   ├── RewardSpecError              an unknown, ambiguous or ill-fitting reward
     │   └── ResourceError                more CPUs, GPUs or memory asked than there are
     ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
+    ├── SaveError (OSError)              a checkpoint or a file of the run cannot be written
+    ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
     ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
     └── RolloutError (RuntimeError)      the rollout workers cannot go on
@@ -59,6 +61,16 @@ class ResourceError(InputError):
 
 class RewardFailure(RlqwenError, RuntimeError):
     """A reward failed on too large a share of a batch; carries the reward's own traceback in its message."""
+
+
+class SaveError(RlqwenError, OSError):
+    """A checkpoint or a file of the run cannot be written: the disk is full, or not writable."""
+
+
+class Preempted(RlqwenError):
+    """The run was told to stop (SIGTERM, SIGUSR1), and can go on from its last checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL: a scheduler may start the job again
 
 
 class NonFiniteError(RlqwenError, RuntimeError):

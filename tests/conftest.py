@@ -12,6 +12,8 @@ import pytest
 
 from rlqwen.tiny import build_tiny_qwen3
 
+pytest_plugins = ["fault_table", "pytester"]
+
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -29,7 +29,7 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "pipeline", "export", "model_card"},
+    {"evaluation", "pairs", "stages", "pipeline", "verification", "export", "model_card"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -42,6 +42,7 @@ def test_gradients_of_micro_batches_add_up():
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
+@pytest.mark.fault("NaN or infinity in a loss", "the update is skipped: weights and moments bit-unchanged")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_update_leaves_every_bit_as_it_was(bad):
     updater, parameters = make_updater()
@@ -56,6 +57,7 @@ def test_a_non_finite_update_leaves_every_bit_as_it_was(bad):
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
+@pytest.mark.fault("a non-finite loss, update after update", "the run stops after max_nonfinite_steps of them")
 def test_too_many_non_finite_updates_in_a_row_stop_the_run():
     updater, (weight, _) = make_updater(max_nonfinite_steps=2)
     updater.backward(weight.sum() * float("nan"))

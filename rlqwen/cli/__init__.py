@@ -11,7 +11,7 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
-from rlqwen.cli.training import check, run
+from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 
 INTERRUPTED = 130
@@ -50,5 +50,5 @@ def cli() -> None:
     """
 
 
-for command in (run, check, evaluate, export, data, rewards, recipes):
+for command in (run, check, verify_resume_command, evaluate, export, data, rewards, recipes):
     cli.add_command(command)

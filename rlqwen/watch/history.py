@@ -1,0 +1,46 @@
+"""What the guard remembers of a run's metrics: how they began, and how they went of late."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+
+class History:
+    """Medians of metrics: of the run's first `start_steps` values, and of the last `window`."""
+
+    def __init__(self, start_steps: int, window: int) -> None:
+        self._start_steps = start_steps
+        self._window = window
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, deque[float]] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Take in a step's values; those that are not finite say nothing."""
+        for key, value in metrics.items():
+            if not math.isfinite(value):
+                continue
+            first = self._first.setdefault(key, [])
+            if len(first) < self._start_steps:
+                first.append(value)
+            self._last.setdefault(key, deque(maxlen=self._window)).append(value)
+
+    def start(self, key: str) -> float | None:
+        """Median of the first values; None until there are `start_steps`."""
+        first = self._first.get(key, [])
+        return statistics.median(first) if len(first) == self._start_steps else None
+
+    def recent(self, key: str, min_values: int) -> float | None:
+        """Median of the last values, zeros left out; None where there are fewer than `min_values`."""
+        values = [value for value in self._last.get(key, ()) if value]
+        return statistics.median(values) if len(values) >= min_values else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"first": self._first, "last": {key: list(values) for key, values in self._last.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._first = {key: list(values) for key, values in state["first"].items()}
+        self._last = {key: deque(values, maxlen=self._window) for key, values in state["last"].items()}
