@@ -63,6 +63,15 @@ def _dpo(model, folder, rows=PAIRS, **options):
     return DPOTrainer(model, args=DPOConfig(**defaults | options), train_dataset=train, eval_dataset=held_out)
 
 
+def _sft(model, folder, **options):
+    from rlqwen import SFTConfig, SFTTrainer
+
+    size = options.pop("size", 6) // launched()
+    defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:])
+
+
 def _reward(model, folder, **options):
     from rlqwen import RewardConfig, RewardTrainer
 
@@ -90,6 +99,9 @@ COMMON = {
 """An epsilon of 1 makes an update as large as its gradient, and not the sign of what rounding left of 0."""
 
 CASES = {
+    "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
+    "sft_tokens": lambda model, folder: _sft(model, folder, max_tokens_per_micro_batch=60),
+    "sft_packed": lambda model, folder: _sft(model, folder, packing=True, max_length=60, size=2),
     "dpo": lambda model, folder: _dpo(model, folder),
     "dpo_tokens": lambda model, folder: _dpo(model, folder, max_tokens_per_micro_batch=60, use_weighting=True),
     "dpo_ranking": lambda model, folder: _dpo(model, folder, loss_type=["aot", "sft"]),

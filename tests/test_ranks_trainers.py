@@ -1,4 +1,4 @@
-"""Two ranks do what one does: every trainer but SFT, on the same batches, against a run of one process."""
+"""Two ranks do what one does: every trainer, on the same batches, against a run of one process."""
 
 import json
 
