@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rlqwen.sequence import SequenceGroup
+
 PACKED_ATTENTION = "rlqwen_packed"
 
 
@@ -119,16 +121,20 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
+    sequence: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers' interface; query (1, H, T, D), key and value (1, H_kv, T, D).
 
-    Returns (1, T, H, D). Raises ValueError without a layout: the model was called outside rlqwen's packed forward.
+    With a `sequence` group, T is this rank's slice of the row, and the layout is the whole row's. Returns (1, T, H, D).
+    Raises ValueError without a layout: the model was called outside rlqwen's packed forward.
     """
     if layout is None:
         raise ValueError(f"the attention {PACKED_ATTENTION!r} needs `layout`: call the model through Policy")
     query_T, key_T, value_T = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
+    if sequence is not None:
+        query_T, key_T, value_T = sequence.to_heads(query_T, key_T, value_T)
+    grouped = query_T.shape[1] != key_T.shape[1]
     outputs = []
     for block in layout.blocks:
         attended = F.scaled_dot_product_attention(
@@ -142,7 +148,8 @@ def packed_attention(
             enable_gqa=grouped,
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1)[block.real_R])
-    return torch.cat(outputs)[layout.order_T][None], None
+    attended_T = torch.cat(outputs)[layout.order_T]
+    return (attended_T if sequence is None else sequence.to_slice(attended_T))[None], None
 
 
 def _gather(tensor_T: Tensor, index_BL: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
-from rlqwen.hidden import hidden_states, last_tokens
+from rlqwen.hidden import last_tokens
 from rlqwen.packed_model import PackedModel
+from rlqwen.sequence import SequenceGroup
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -34,8 +35,12 @@ class Critic(Protocol):
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """(N,) float32 values of what stands before each target token.
 
-        `hidden_NC`: the policy's hidden states there, which a critic of its own does not read.
+        `hidden_NC`: what the policy's `logprobs_and_hidden` gave, which a critic of its own does not read.
         """
+        ...
+
+    def router_loss(self, weight: float) -> Tensor | float:
+        """See PackedModel; 0 for a critic without experts of its own."""
         ...
 
     def save_trained(self, folder: Path) -> None:
@@ -67,15 +72,18 @@ class ScalarModel(PackedModel):
         nn.init.zeros_(self.base_model.score.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
-        with self.autocast():
-            hidden_RC = hidden_states(self.base_model, batch, index_R, sequence_R)
-        return self.base_model.score(hidden_RC.float())[:, 0]
+        numbers = self.base_model.score(self.hidden_states(batch, index_R, sequence_R).float())[:, 0]
+        own, _ = self.sequence.own(index_R, batch.num_tokens)
+        return self.sequence.whole(numbers, own, len(index_R))
 
 
 class ValueHead:
     """A critic that reads the policy's own hidden states: one matrix, which begins at 0."""
 
-    def __init__(self, hidden_size: int, *, train_trunk: bool, device: torch.device) -> None:
+    def __init__(
+        self, hidden_size: int, *, train_trunk: bool, device: torch.device, sequence: SequenceGroup | None = None
+    ) -> None:
+        self.sequence = sequence or SequenceGroup()
         self.head = nn.Linear(hidden_size, 1, bias=False, device=device)
         nn.init.zeros_(self.head.weight)
         self.train_trunk = train_trunk
@@ -90,7 +98,13 @@ class ValueHead:
 
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
-        return self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
+        values = self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
+        return self.sequence.whole(values, own, batch.num_targets)
+
+    def router_loss(self, weight: float) -> float:
+        """See Critic."""
+        return 0.0
 
     def save_trained(self, folder: Path) -> None:
         """See Critic."""

@@ -13,6 +13,7 @@
     ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
     ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
+    ├── WatchStop (RuntimeError)         the guard found a symptom whose action is to stop
     └── RolloutError (RuntimeError)      the rollout workers cannot go on
         ├── WorkerDied                   a worker died more often than it may be restarted
         ├── WeightSyncError              a worker's weights differ from the trainer's after a sync
@@ -79,6 +80,10 @@ class NonFiniteError(RlqwenError, RuntimeError):
 
 class MainRankFailed(RlqwenError, RuntimeError):
     """The main rank met an error while the others waited for it; it shows that error itself."""
+
+
+class WatchStop(RlqwenError, RuntimeError):
+    """The guard of the run (`train.watch`) found a symptom that is to stop it; a checkpoint was saved first."""
 
 
 class RolloutError(RlqwenError, RuntimeError):

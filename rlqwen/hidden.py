@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
+from rlqwen.sequence import SequenceGroup
 
 # Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
 PACKABLE_LAYERS = {"full_attention", "attention"}
@@ -28,14 +29,24 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(PACKED_ATTENTION)
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    index_R: Tensor,
+    sequence_R: Tensor,
+    *,
+    sequence: SequenceGroup,
+    router_logits: list[Tensor] | None = None,
+) -> Tensor:
     """(R, C) last hidden states at `index_R` of the row, each as its sequence, `sequence_R` (ascending), sees it.
 
-    One forward over the row where the model can share prefixes, else one over each sequence.
+    One forward over the row where the model can share prefixes, else one over each sequence. With a `sequence` group,
+    of this rank's slice of the row alone: the places that are in it. `router_logits`, where given, is filled with each
+    mixture-of-experts layer's (T, E), each token of the row, or of the slice, once.
     """
     if packs_prefixes(model.config):
-        return _packed(model, batch)[index_R]
-    return _sequential(model, batch, index_R, sequence_R)
+        return _packed(model, batch, sequence, router_logits)[sequence.own(index_R, batch.num_tokens)[1]]
+    return _sequential(model, batch, index_R, sequence_R, router_logits)
 
 
 def last_tokens(batch: PackedBatch) -> Tensor:
@@ -45,23 +56,52 @@ def last_tokens(batch: PackedBatch) -> Tensor:
     return torch.tensor(ends, dtype=torch.long, device=batch.input_ids.device)
 
 
-def _packed(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def _packed(
+    model: PreTrainedModel, batch: PackedBatch, sequence: SequenceGroup, router_logits: list[Tensor] | None
+) -> Tensor:
     output = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
+        input_ids=sequence.cut(batch.input_ids),
+        position_ids=sequence.cut(batch.position_ids),
+        layout=batch.layout,
+        sequence=sequence if sequence.size > 1 else None,
+        use_cache=False,
+        **_recording(router_logits),
     )
+    if router_logits is not None:
+        real = sequence.num_real(batch.num_tokens)
+        router_logits += [logits_TE[:real] for logits_TE in output.router_logits]
     return output.last_hidden_state[0]
 
 
-def _sequential(model: PreTrainedModel, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+def _sequential(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    index_R: Tensor,
+    sequence_R: Tensor,
+    router_logits: list[Tensor] | None,
+) -> Tensor:
     """Prefix and branch forwarded again for each sequence: for layers that carry a state along."""
-    hidden = []
+    hidden, recorded, seen = [], [], set()
     for sequence, span in enumerate(batch.layout.spans):
         prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
         branch = batch.input_ids[:, span.start : span.end]
         index = index_R[sequence_R == sequence]
         if not len(index) and len(index_R):
             continue
-        output = model.base_model(input_ids=torch.cat([prefix, branch], dim=1), use_cache=False)
+        output = model.base_model(
+            input_ids=torch.cat([prefix, branch], dim=1), use_cache=False, **_recording(router_logits)
+        )
         inside = index - span.start + prefix.shape[1]
         hidden.append(output.last_hidden_state[0][torch.where(index < span.start, prefix.shape[1] - 1, inside)])
+        if router_logits is not None:
+            known = prefix.shape[1] if span.prefix_start in seen else 0
+            recorded.append([logits_TE[known:] for logits_TE in output.router_logits])
+            seen.add(span.prefix_start)
+    if router_logits is not None:
+        router_logits += [torch.cat(layer) for layer in zip(*recorded, strict=True)]
     return torch.cat(hidden)
+
+
+def _recording(router_logits: list[Tensor] | None) -> dict[str, Any]:
+    """Arguments of the forward: a model without routers does not know this one."""
+    return {} if router_logits is None else {"output_router_logits": True}

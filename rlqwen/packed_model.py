@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.adapters import add_adapter, changes_base, checkpoint_weights
+from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
-from rlqwen.hidden import use_packed_attention
+from rlqwen.hidden import hidden_states, packs_prefixes, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.routing import RouterBalance
+from rlqwen.sequence import SequenceGroup
 
 ADAPTER_FOLDER = "adapter"
 
@@ -37,14 +40,23 @@ class PackedModel:
         *,
         peft_config: Any = None,
         device: torch.device | str = "cpu",
+        sequence: SequenceGroup | None = None,
     ) -> None:
         """Take over `model`; it is changed in place.
 
         Args:
             model: a transformers model, its weights plain or bitsandbytes', or a PeftModel around one.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
+            sequence: the ranks that forward a row together, each a slice of it; ModelError if this model cannot.
         """
         self.device = torch.device(device)
+        self.sequence = sequence or SequenceGroup()
+        self.sequence.check(model.config)
+        if self.sequence.size > 1 and not packs_prefixes(model.config):
+            raise ModelError(
+                f"parallel.sequence_parallel_size={self.sequence.size}: {model.config.model_type} has layers that carry "
+                "a state along the sequence, so that it cannot be cut; leave it at 1"
+            )
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
         if peft_config is not None:
@@ -56,6 +68,8 @@ class PackedModel:
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
         self._prepare_training(args)
+        self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
+        self._router_logits: list[Tensor] = []
 
     def _wants_bf16(self, args: TrainerConfig) -> bool:
         if args.bf16 is not None:
@@ -123,6 +137,26 @@ class PackedModel:
     def autocast(self) -> torch.autocast:
         """The forward's precision."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def hidden_states(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+        """Hidden states of the trained model, see rlqwen.hidden; what its routers said is kept for their loss."""
+        watches = self.routers.coefficient > 0 and torch.is_grad_enabled()
+        router_logits: list[Tensor] | None = [] if watches else None
+        with self.autocast():
+            hidden_RC = hidden_states(
+                self.base_model, batch, index_R, sequence_R, sequence=self.sequence, router_logits=router_logits
+            )
+        if router_logits is not None:
+            self._router_logits = router_logits
+        return hidden_RC
+
+    def router_loss(self, weight: float) -> Tensor | float:
+        """Load-balancing loss of the forward just made with gradient, weighted; 0 where there is none to add.
+
+        `weight`: the forward's share of the update, by tokens of the packed row.
+        """
+        logits, self._router_logits = self._router_logits, []
+        return self.routers.loss(logits, weight, self.sequence) if logits else 0.0
 
     def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.

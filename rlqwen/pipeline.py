@@ -14,6 +14,7 @@ from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.pairs import sample_pairs
 from rlqwen.recipe import write_resolved
+from rlqwen.secrets import redact
 from rlqwen.stages import Stage
 
 
@@ -63,7 +64,7 @@ def run_recipe(recipe: Recipe, announce: Callable[[str], None]) -> Path:
     except Exception:
         name = ERROR_FILE if ranks.is_main else f"rank-{ranks.rank}-{ERROR_FILE}"
         with contextlib.suppress(OSError):  # the disk may be what failed
-            (folder / name).write_text(traceback.format_exc(), encoding="utf-8")
+            (folder / name).write_text(redact(traceback.format_exc()), encoding="utf-8")
         raise
     finally:
         unlock_run_folder(folder)

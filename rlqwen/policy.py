@@ -26,6 +26,7 @@ from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 from rlqwen.packed_model import PackedModel
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.sequence import SequenceGroup
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -41,6 +42,7 @@ class Policy(PackedModel):
         peft_config: Any = None,
         reference: bool | nn.Module = False,
         device: torch.device | str = "cpu",
+        sequence: SequenceGroup | None = None,
     ) -> None:
         """Take over `model`; it is changed in place.
 
@@ -52,7 +54,7 @@ class Policy(PackedModel):
         """
         if reference is True and peft_config is None and not _has_new_adapter(model):
             reference = copy.deepcopy(model)  # as it is now: what follows changes it in place
-        super().__init__(model, args, peft_config=peft_config, device=device)
+        super().__init__(model, args, peft_config=peft_config, device=device, sequence=sequence)
         self.chunk_size = args.logprob_chunk_size
         self.has_reference = bool(reference)
         self._reference: PreTrainedModel | None = None
@@ -81,15 +83,16 @@ class Policy(PackedModel):
     def logprobs_and_hidden(
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk."""
+        """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk: with a sequence
+        group, those of this rank's own targets."""
         return self._logprobs(self.base_model, batch, temperature, entropy)
 
     def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
-        hidden_NC = self._hidden(self.base_model, batch)
-        head_VC = head_weight(self.base_model)
-        logp_N, _ = chunked_logprobs(hidden_NC, head_VC, batch.target_N, chunk_size=self.chunk_size)
-        return logp_N, chunked_log_collision(hidden_NC, head_VC, chunk_size=self.chunk_size)
+        logp_N, _, hidden_NC = self._logprobs(self.base_model, batch, 1.0, False)
+        collision = chunked_log_collision(hidden_NC, head_weight(self.base_model), chunk_size=self.chunk_size)
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
+        return logp_N, self.sequence.whole(collision, own, batch.num_targets)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
@@ -104,20 +107,27 @@ class Policy(PackedModel):
         self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         hidden_NC = self._hidden(model, batch)
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         logp_N, entropy_N = chunked_logprobs(
             hidden_NC,
             head_weight(model),
-            batch.target_N,
+            batch.target_N[own],
             temperature=temperature,
             chunk_size=self.chunk_size,
             entropy=entropy,
         )
+        logp_N = self.sequence.whole(logp_N, own, batch.num_targets)
+        if entropy_N is not None:
+            entropy_N = self.sequence.whole(entropy_N, own, batch.num_targets)
         return logp_N, entropy_N, hidden_NC
 
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        """(N, C) hidden states that predict the batch's targets."""
-        with self.autocast():
-            hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N)
+        """(N, C) hidden states that predict the batch's targets; with a sequence group, this rank's own."""
+        if model is self.base_model:
+            hidden_NC = self.hidden_states(batch, batch.source_N, batch.sequence_N)
+        else:
+            with self.autocast():
+                hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N, sequence=self.sequence)
         return hidden_NC.to(self.compute_dtype)
 
     def reference_weights(self) -> dict[str, Tensor]:

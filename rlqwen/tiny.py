@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 PREFIX = "builtin:"
-BUILTIN_MODELS = ("tiny-qwen2", "tiny-qwen3")
+BUILTIN_MODELS = ("tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe")
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 # Ids rise in this order from the end of the byte-level vocabulary, as in Qwen3.
@@ -48,10 +48,11 @@ _TRAINING_TEXT = (
 class TinyModelConfig(ArgumentsConfig):
     """Shape of the tiny model; the defaults give about a million parameters."""
 
-    model_type: Literal["qwen2", "qwen3"] = "qwen3"
+    model_type: Literal["qwen2", "qwen3", "qwen3_moe"] = "qwen3"
     hidden_size: int = Field(default=128, ge=32)
     num_layers: int = Field(default=4, ge=1)
     intermediate_size: int = Field(default=512, ge=32)
+    """Of a dense layer; the experts of a qwen3_moe model have `moe_intermediate_size`."""
     num_heads: int = Field(default=4, ge=1)
     num_kv_heads: int = Field(default=2, ge=1)
     head_dim: int = Field(default=32, multiple_of=32)
@@ -59,6 +60,10 @@ class TinyModelConfig(ArgumentsConfig):
     max_length: int = Field(default=1024, ge=32)
     """Tokens of context."""
     tie_word_embeddings: bool = True
+    num_experts: int = Field(default=8, ge=2)
+    """This and the next two: qwen3_moe only, experts in every layer."""
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    moe_intermediate_size: int = Field(default=64, ge=32)
     initializer_range: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
@@ -69,6 +74,10 @@ class TinyModelConfig(ArgumentsConfig):
             raise ValueError(
                 f"a qwen2 model needs num_heads x head_dim = hidden_size "
                 f"({self.num_heads} x {self.head_dim} is not {self.hidden_size})"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
             )
         return self
 
@@ -148,7 +157,7 @@ def resolve_model_path(path: str, cache_dir: str | Path, **init_kwargs: Any) -> 
         known = ", ".join(PREFIX + model for model in BUILTIN_MODELS)
         raise ModelError(f"there is no built-in model {path!r}; there are: {known}")
     seed = init_kwargs.pop("seed", 0)
-    shape = TinyModelConfig(**({"model_type": name.removeprefix("tiny-")} | init_kwargs))
+    shape = TinyModelConfig(**({"model_type": name.removeprefix("tiny-").replace("-", "_")} | init_kwargs))
     key = f"{shape.model_dump_json()} {seed} {_TRAINING_TEXT}"
     folder = Path(cache_dir) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     if not folder.is_dir():
@@ -165,7 +174,7 @@ def resolve_model_path(path: str, cache_dir: str | Path, **init_kwargs: Any) -> 
 
 
 def _model_config(shape: TinyModelConfig, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedConfig":
-    from transformers import Qwen2Config, Qwen3Config
+    from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     fields: dict[str, Any] = {
         # Rounded up, as Qwen's own, so that the head's matrix has a friendly width.
@@ -184,4 +193,8 @@ def _model_config(shape: TinyModelConfig, tokenizer: "PreTrainedTokenizerBase") 
     }
     if shape.model_type == "qwen2":
         return Qwen2Config(**fields)
+    if shape.model_type == "qwen3_moe":
+        experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        fields |= {name: getattr(shape, name) for name in experts} | {"norm_topk_prob": True}
+        return Qwen3MoeConfig(head_dim=shape.head_dim, **fields)
     return Qwen3Config(head_dim=shape.head_dim, **fields)

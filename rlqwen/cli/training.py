@@ -12,7 +12,14 @@ from rlqwen.errors import ConfigError, RlqwenError
     "--resume", is_flag=True, help="Go on from the newest complete checkpoint; skip recipes that are finished."
 )
 @click.option("--allow-changes", is_flag=True, help="Go on although data, model, versions or keys have changed.")
-def run(words: tuple[str, ...], resume: bool, allow_changes: bool) -> None:
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Start again from the last checkpoint, so many times at most, when the run dies.",
+)
+@click.pass_context
+def run(context: click.Context, words: tuple[str, ...], resume: bool, allow_changes: bool, max_restarts: int) -> None:
     """Train recipes, one after the other.
 
     RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE changes a key by its dotted
@@ -23,11 +30,19 @@ def run(words: tuple[str, ...], resume: bool, allow_changes: bool) -> None:
     rlqwen run my.yaml train.learning_rate=1e-5 rewards.0.weight=2 data.eval=null
     rlqwen run sft.yaml grpo.yaml sft.train.max_steps=100 grpo.train.num_generations=4
     rlqwen run my.yaml --resume
+    rlqwen run my.yaml --max-restarts 3
 
     On SIGTERM or SIGUSR1 the update in progress is finished and saved, and the exit code is 75: run it again with
     --resume. A second signal ends it at once.
     """
     recipes = read_recipes(words)
+    from rlqwen.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
+
+    if is_supervised():
+        end_with_supervisor()
+    elif max_restarts:
+        folders = [recipe.output_dir for recipe in recipes]
+        context.exit(supervise_command_line(context.find_root().obj, folders, Policy(max_restarts)))
     prepare()
     from rlqwen.check import check_before_run
     from rlqwen.metrics.report import show_report

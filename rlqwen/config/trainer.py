@@ -80,6 +80,9 @@ class TrainerConfig(ArgumentsConfig):
     """Passed to `from_pretrained` when the model is given as a name or folder; `dtype` is that of frozen weights."""
     trust_remote_code: bool = False
     disable_dropout: bool = False
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts. None: the model config's own, but 0 where the routers
+    are frozen, as they are under LoRA; 0: off."""
     logprob_chunk_size: int = Field(default=1024, ge=1)
     """Ours: tokens whose logits exist at the same time."""
 

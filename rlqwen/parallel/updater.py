@@ -15,6 +15,7 @@ from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
+from rlqwen.parallel.moments import moments_are_finite
 from rlqwen.parallel.optimizer_state import restore_optimizer, save_optimizer
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
@@ -29,7 +30,7 @@ class UpdateResult:
     lr: float
     """Learning rate of the first part."""
     skipped: bool
-    """Loss or gradient was not finite: weights and optimiser are as before, to the bit."""
+    """Loss, gradient or a moment was not finite: weights and optimiser are as before, to the bit."""
 
     @property
     def grad_norm(self) -> float:
@@ -81,6 +82,8 @@ class Updater:
 
     def step(self) -> UpdateResult:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
+        sound = moments_are_finite(self.optimizer)
+        self._finite = self._finite and sound
         self._add_up_gradients()
         lr = self.scheduler.get_last_lr()[0]
         limit = self.max_grad_norm or math.inf
@@ -93,8 +96,9 @@ class Updater:
         self._finite, self._touched = True, False
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            culprit = "loss or gradient was" if sound else "a moment of the optimizer was"
             raise NonFiniteError(
-                f"loss or gradient was not finite in {self._nonfinite_in_a_row} updates in a row "
+                f"{culprit} not finite in {self._nonfinite_in_a_row} updates in a row "
                 f"(max_nonfinite_steps); no weight was changed by them. Lower learning_rate (now {lr:.3g}), or look at "
                 "the batches saved under nonfinite/ in the run folder"
             )

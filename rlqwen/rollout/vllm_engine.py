@@ -77,8 +77,7 @@ class VllmEngine:
     def load(self, bundle: WeightBundle) -> LoadReport:
         """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
 
-        Reloading in place leaves some models stale (mixtures of experts on CPU, in vLLM 0.32); an engine that was
-        caught at it once is always rebuilt.
+        An engine that was caught once with other weights than it was sent is always rebuilt.
         """
         started = time.monotonic()
         weights = bundle.tensors()
@@ -116,6 +115,8 @@ class VllmEngine:
         stream: Any = list(weights.items())
         if self._settings.tensor_parallel_size == 1:
             stream = iter(stream)
+        if current_platform.is_cpu():
+            self._llm.collective_rpc(_forget_expert_layout)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         self._llm.reset_prefix_cache()
 
@@ -173,6 +174,15 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         **more,
     )
     return LLMEngine.from_engine_args(arguments)
+
+
+def _forget_expert_layout(worker: Any) -> None:
+    """Have experts packed for the CPU's kernels again at the next reload, which vLLM 0.32 does only where no kernel is
+    there yet (UnquantizedFusedMoEMethod._setup_kernel): it would read plain weights as packed ones."""
+    for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _reason(completion: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
@@ -26,10 +26,11 @@ from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
-from rlqwen.trainers.resuming import Resuming
+from rlqwen.trainers.dealing import count_tokens
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.watching import Watching
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
@@ -37,7 +38,7 @@ Args = TypeVar("Args", bound=TrainerConfig)
 _GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
-class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
+class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -133,7 +134,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         self._started = self._last_save = time.monotonic()
         final = None
         try:
-            with self.stop:
+            with self.stop, self.watched():
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
                 restored = self._go_back_to_best()
@@ -159,6 +160,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
                 initial_eval=self._initial_eval,
                 final_eval=final,
                 seed=self.args.seed,
+                watch=self.watch_summary(),
                 **({"resumed": self._resumed} if self._resumed else {}),
             )
         return self.state
@@ -195,6 +197,7 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
+        self._open_watch()
         if checkpoint is not None:
             self._restore(checkpoint)
         self._open_logger(self.state.max_steps)
@@ -206,6 +209,8 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
         self._note(self.plan.text)
+        if self.policy.routers.note:
+            self._note(self.policy.routers.note)
         self._notify("on_train_begin")
         if checkpoint is not None:
             self._restore_random_state(checkpoint)
@@ -240,11 +245,14 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
             "updates/skipped": float(sum(update.skipped for update in self.updates)),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
+            **self.policy.routers.metrics(self.ranks.gather),
         }
         metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
+        if self._watch(metrics):
+            return  # the step is undone
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
@@ -279,6 +287,21 @@ class BaseTrainer(Resuming, ABC, Generic[Row, Args]):
         if result.skipped:
             self._keep_nonfinite(micro_batches)
         return result
+
+    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+
+        Each micro-batch's loss counts by its share of the tokens of the update, of which `micro_batches` is this rank's part. The load
+        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        """
+        if not self.policy.routers.coefficient:
+            return 0.0
+        return self.policy.router_loss(self.token_share(micro, micro_batches))
+
+    def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
+        """What share of all ranks' tokens of the update, prefixes once each, the micro-batch has."""
+        total = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / max(total, 1.0)
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"

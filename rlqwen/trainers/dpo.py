@@ -128,6 +128,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             sums: Metrics = {}
             for micro in batches:
                 loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
+                loss = loss + self.router_loss(micro, micro_batches)
                 self.updater.backward(loss)
                 add_up(sums, {"loss": loss.detach(), **part})
             metrics = self.ranks.sum(sums)
@@ -152,7 +153,10 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
         loss, metrics = preference_loss(self._of_all_ranks(Answers.join(answers)), self.args, totals)
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
-            self.updater.backward((self.policy.logprobs(micro)[0] * grad_N).sum())
+            share = (self.policy.logprobs(micro)[0] * grad_N).sum()
+            balance = self.router_loss(micro, micro_batches)
+            self.updater.backward(share + balance)
+            loss = loss + balance
         return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
 
     def _of_all_ranks(self, own: Answers) -> Answers:

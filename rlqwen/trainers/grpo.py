@@ -152,6 +152,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             micro = micro.to(self.policy.device)
             logp_N, entropy_N = self.policy.logprobs(micro, temperature=self.args.temperature, entropy=True)
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
+            loss = loss + self.router_loss(micro, update.micro_batches)
             self.updater.backward(loss)
             update.add(loss, sums)
         self.update(update.micro_batches)
@@ -185,7 +186,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     @property
     def _trains_without_advantage(self) -> bool:
         """Whether the loss has terms that act on a completion whose advantage is 0."""
-        return bool(self.args.beta or self.args.entropy_coef)
+        return bool(self.args.beta or self.args.entropy_coef or self.policy.routers.coefficient)
 
     def _add_fixed_logprobs(self, updates: list[Update]) -> None:
         """What the loss compares with: logprobs of the reference, and of the policy before the first update.

@@ -29,6 +29,7 @@ RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
 
 _LOSS, _TOKENS, _TARGETS = "loss", "tokens/trained", "targets"
+_UNSAMPLED = "sampling/logp_missing"
 
 
 @dataclass(slots=True)
@@ -139,6 +140,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         micros = [micro for update in updates for micro in update.micro_batches]
         own[_TARGETS] = float(sum(micro.num_targets for micro in micros) * num_passes)
         own[_TOKENS] = count_tokens(micros) * num_passes
+        # A mean over targets like the rest: those that came without the sampler's logprob.
+        own[_UNSAMPLED] = float(sum(micro.num_targets for micro in micros if micro.sampler_logp_N is None) * num_passes)
         sums = {_LOSS: 0.0} | self.ranks.sum(own)
         loss, tokens, targets = (sums.pop(key) for key in (_LOSS, _TOKENS, _TARGETS))
         means = {key: value / max(targets, 1.0) for key, value in sums.items()}

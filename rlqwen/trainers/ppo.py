@@ -206,7 +206,9 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             policy_loss, policy_sums = ppo_policy_loss(
                 logp_N, entropy_N, micro, self.args, update.totals, kl_coef=self.kl.coef
             )
-            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss)
+            balance = self.router_loss(micro, update.micro_batches)
+            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
+            loss = loss + self.critic.router_loss(self.token_share(micro, update.micro_batches))
             self.updater.backward(loss)
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(
@@ -226,7 +228,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""
+        """Micro-batches of a share; what says nothing to the critic, a completion without a reward or tokens, is left out."""
         trees = []
         for group, indices in share:
             branches = [
@@ -236,7 +238,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                     reward=self._score(group, index),
                 )
                 for index in indices
-                if group.total_rewards_G[index] is not None
+                if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches))

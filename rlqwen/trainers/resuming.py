@@ -80,6 +80,16 @@ class Resuming(Saving):
 
     def _restore(self, checkpoint: Path) -> None:
         """Put back everything but the random states, which come last, and cut the run folder back."""
+        progress = self._put_back(checkpoint)
+        step = self.state.global_step
+        self._resumed = [*self._resumed, {"from": str(checkpoint), "step": step}]
+        self._note(f"going on after update {step}, from {checkpoint}")
+        if self.ranks.is_main and self._is_own(checkpoint):
+            cut_back(self.output_dir, step=step, metrics_bytes=progress["metrics_bytes"])
+        self.ranks.barrier()
+
+    def _put_back(self, checkpoint: Path) -> dict[str, Any]:
+        """Put weights, optimizer and progress back, and set aside what the run saved after that; returns the progress."""
         self._restore_state(json.loads((checkpoint / STATE_FILE).read_text("utf-8")))
         progress = read_values(checkpoint, PROGRESS)
         restore_weights(checkpoint, self.policy)
@@ -87,14 +97,16 @@ class Resuming(Saving):
         self.updater.restore(checkpoint)
         self.restore_progress(progress)
         self.after_restore()
-        step = self._saved_step = self.state.global_step
-        self._resumed = [*self._resumed, {"from": str(checkpoint), "step": step}]
-        self._note(f"going on after update {step}, from {checkpoint}")
-        if self.ranks.is_main and checkpoint.resolve().is_relative_to(self.output_dir.resolve()):
-            for later in set_aside(self.output_dir, after=step):
+        self._saved_step = self.state.global_step
+        if self.ranks.is_main and self._is_own(checkpoint):
+            for later in set_aside(self.output_dir, after=self._saved_step):
                 self._note(f"{later.name} was not gone on from; it is in {later.parent / 'set-aside'} now")
-            cut_back(self.output_dir, step=step, metrics_bytes=progress["metrics_bytes"])
         self.ranks.barrier()
+        return progress
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether it lies in the run folder."""
+        return checkpoint.resolve().is_relative_to(self.output_dir.resolve())
 
     def _restore_state(self, saved: dict[str, Any]) -> None:
         """Into the state that there is, which others hold on to."""

@@ -89,6 +89,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         sums: Metrics = {}
         for micro in batches:
             loss, figures = self._loss(micro, totals)
+            loss = loss + self.router_loss(micro, batches)
             self.updater.backward(loss)
             add_up(sums, {**figures, "loss": loss.detach() * len(rows)})
         self.update(batches)

@@ -100,6 +100,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         for micro in micro_batches:
             logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
             loss, _ = sft_loss(logp_N, totals)
+            loss = loss + self.router_loss(micro, micro_batches)
             self.updater.backward(loss)
             add_up(sums, {"loss": loss.detach()})
         self.update(micro_batches)

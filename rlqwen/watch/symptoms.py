@@ -99,14 +99,13 @@ def skipped(config: limits.SkippedConfig, step: Step) -> Finding | None:
 
 
 def mismatch(config: limits.MismatchConfig, step: Step) -> Finding | None:
-    if not step.samples or not step.get("tokens/trained") > 0:
-        return None
-    gap = step.metrics.get("sampling/logp_gap")
-    if gap is None:
+    missing, gap = step.get("sampling/logp_missing"), step.get("sampling/logp_gap")
+    if missing > 0:
         return Finding(
-            math.nan,
-            config.threshold,
-            "the sampler gave no logprobs with its completions, so nothing corrects for its distribution",
+            missing,
+            0.0,
+            f"{missing:.0%} of the trained tokens came without the sampler's logprobs, so nothing corrects for its "
+            "distribution",
             [step.change("rollout.engine", "an engine that returns logprobs")],
         )
     if not gap > config.threshold:

@@ -1,0 +1,111 @@
+"""A packed row held by several ranks, a slice each: sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509).
+
+Each rank forwards a contiguous slice of the row's tokens. Only attention needs the others' tokens: before it, an
+all-to-all turns slices of the row into slices of the heads, and after it back, so that every rank attends over the
+whole row with its share of the heads. What is computed of the targets is gathered in the end: each rank has all values,
+and the gradient of its own, so that gradients of a loss on all of them add up over the ranks to the whole one.
+
+Shapes: T tokens of a rank's slice, W ranks, H query heads and K key-value heads of width D, R places in the row.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlqwen.errors import ModelError
+
+
+class SequenceGroup:
+    """The ranks that hold one row together; alone, everything is as it was."""
+
+    def __init__(self, group: Any = None) -> None:
+        """`group`: a torch.distributed process group, or None."""
+        self._group = group
+        self.size: int = 1 if group is None else dist.get_world_size(group)
+        self.rank: int = 0 if group is None else dist.get_rank(group)
+
+    def check(self, config: Any) -> None:
+        """ModelError where the model's query heads cannot be dealt out evenly."""
+        heads = config.get_text_config().num_attention_heads
+        if heads % self.size:
+            fitting = [size for size in range(2, heads + 1) if heads % size == 0]
+            raise ModelError(
+                f"parallel.sequence_parallel_size={self.size} does not divide the model's {heads} attention heads "
+                f"({heads} / {self.size} is {heads / self.size:.3g}); it can be {', '.join(map(str, fitting))}"
+            )
+
+    def cut(self, row_1T: Tensor) -> Tensor:
+        """This rank's slice of a row (1, anything), which is padded with zeros to a multiple of the ranks."""
+        if self.size == 1:
+            return row_1T
+        length = -(-row_1T.shape[1] // self.size)
+        padded = F.pad(row_1T, (0, length * self.size - row_1T.shape[1]))
+        return padded[:, self.rank * length : (self.rank + 1) * length]
+
+    def num_real(self, num_tokens: int) -> int:
+        """How many tokens of this rank's slice of a row of `num_tokens` are not padding."""
+        length = -(-num_tokens // self.size)
+        return min(max(num_tokens - self.rank * length, 0), length)
+
+    def own(self, index_R: Tensor, num_tokens: int) -> tuple[Tensor | slice, Tensor]:
+        """Which of the places `index_R` of a row of `num_tokens` are in this rank's slice, and where in the slice."""
+        if self.size == 1:
+            return slice(None), index_R
+        length = -(-num_tokens // self.size)
+        own = (index_R // length == self.rank).nonzero()[:, 0]
+        return own, index_R[own] - self.rank * length
+
+    def whole(self, values: Tensor, own: Tensor | slice, count: int) -> Tensor:
+        """(count,) values of all ranks, from this rank's at its places `own`; only these have a gradient."""
+        if isinstance(own, slice):
+            return values
+        known = values.detach().new_zeros(count).index_copy(0, own, values.detach())
+        dist.all_reduce(known, group=self._group)
+        return known.index_copy(0, own, values)
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum over the ranks; the gradient is that of this rank's own values."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self._group)
+        return values + (total - values.detach())
+
+    def to_heads(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this slice with all heads, the whole row with this rank's heads: (W T, H / W, D), keys and values alike.
+
+        Key-value heads that the ranks cannot deal out evenly are repeated, each for the query heads that share it.
+        """
+        num_heads, num_kv = query_THD.shape[1], key_TKD.shape[1]
+        if num_kv % self.size:
+            copies = self.size // num_kv if self.size % num_kv == 0 else num_heads // num_kv
+            key_TKD, value_TKD = (x.repeat_interleave(copies, dim=1) for x in (key_TKD, value_TKD))
+        parts = [x.unflatten(1, (self.size, -1)) for x in (query_THD, key_TKD, value_TKD)]
+        mixed = _AllToAll.apply(torch.cat(parts, dim=2).transpose(0, 1), self._group)
+        query, key, value = mixed.flatten(0, 1).split([part.shape[2] for part in parts], dim=1)
+        return query, key, value
+
+    def to_slice(self, attended: Tensor) -> Tensor:
+        """Back from (at most W T, H / W, D) to this rank's slice with all heads, (T, H, D)."""
+        length = -(-attended.shape[0] // self.size)
+        padded = F.pad(attended, (0, 0, 0, 0, 0, length * self.size - attended.shape[0]))
+        mixed = _AllToAll.apply(padded.unflatten(0, (self.size, -1)), self._group)
+        return mixed.transpose(0, 1).flatten(1, 2)
+
+
+class _AllToAll(torch.autograd.Function):
+    """(W, ...): part w goes to rank w; its gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _AllToAll.apply(grad, ctx.group), None
