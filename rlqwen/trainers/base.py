@@ -77,6 +77,7 @@ class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
+        self.lead = Lead(self.ranks, self.policy)
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)
