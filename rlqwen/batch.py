@@ -48,6 +48,11 @@ class Tree:
         """Tokens the tree takes in a packed row."""
         return len(self.prefix) + sum(len(branch.token_ids) for branch in self.branches)
 
+    @property
+    def target_counts(self) -> list[int]:
+        """Target tokens of each branch."""
+        return [len(_targets(branch, has_prefix=bool(self.prefix))) for branch in self.branches]
+
 
 @dataclass(slots=True)
 class PackedBatch:
@@ -164,16 +169,32 @@ class _Row:
 
     def _add_targets(self, branch: Branch, start: int, before: int | None) -> None:
         """`before`: row index of the token that predicts the branch's first; None where there is none."""
-        kept = [
-            i
-            for i in range(len(branch.token_ids))
-            if (branch.loss_mask is None or branch.loss_mask[i]) and (i > 0 or before is not None)
-        ]
+        kept = _targets(branch, has_prefix=before is not None)
         self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
         self.targets += [branch.token_ids[i] for i in kept]
         self.lengths.append(len(kept))
         logprobs = branch.sampler_logprobs
         self.sampler_logprobs.append(None if logprobs is None else [logprobs[i] for i in kept])
+
+
+def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
+    """Which of the branch's tokens are targets."""
+    mask = branch.loss_mask
+    return [i for i in range(0 if has_prefix else 1, len(branch.token_ids)) if mask is None or mask[i]]
+
+
+def idle_batch(tree: Tree) -> PackedBatch:
+    """A micro-batch like those of `tree`, with tokens in its row but neither targets nor sequences.
+
+    Any loss of it is 0, with a gradient of 0 for every weight: what a rank does while others still have work, because
+    ranks that hold weights in shards must all make the same forwards.
+    """
+    branch = replace(tree.branches[0], token_ids=tree.branches[0].token_ids[:1], loss_mask=None)
+    if branch.sampler_logprobs is not None:
+        branch.sampler_logprobs = branch.sampler_logprobs[:1]
+    batch = pack([Tree(tree.prefix[:1], [branch])])
+    empty: dict[str, Any] = {name: value[:0] for name, value in batch.tensors().items() if name.endswith(("_N", "_S"))}
+    return replace(batch, **empty)
 
 
 def split_trees(

@@ -10,6 +10,7 @@
     │   └── ResourceError                more CPUs, GPUs or memory asked than there are
     ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
+    ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
     └── RolloutError (RuntimeError)      the rollout workers cannot go on
         ├── WorkerDied                   a worker died more often than it may be restarted
         ├── WeightSyncError              a worker's weights differ from the trainer's after a sync
@@ -62,6 +63,10 @@ class RewardFailure(RlqwenError, RuntimeError):
 
 class NonFiniteError(RlqwenError, RuntimeError):
     """Loss or gradient was NaN or infinite in too many steps in a row."""
+
+
+class MainRankFailed(RlqwenError, RuntimeError):
+    """The main rank met an error while the others waited for it; it shows that error itself."""
 
 
 class RolloutError(RlqwenError, RuntimeError):

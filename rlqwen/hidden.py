@@ -51,8 +51,9 @@ def hidden_states(
 
 def last_tokens(batch: PackedBatch) -> Tensor:
     """(S,) index in the row of each sequence's last token."""
-    ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in batch.layout.spans]
-    return torch.tensor(ends, device=batch.input_ids.device)
+    spans = batch.layout.spans[: batch.num_sequences]
+    ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in spans]
+    return torch.tensor(ends, dtype=torch.long, device=batch.input_ids.device)
 
 
 def _packed(
@@ -85,7 +86,7 @@ def _sequential(
         prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
         branch = batch.input_ids[:, span.start : span.end]
         index = index_R[sequence_R == sequence]
-        if not len(index):
+        if not len(index) and len(index_R):
             continue
         output = model.base_model(
             input_ids=torch.cat([prefix, branch], dim=1), use_cache=False, **_recording(router_logits)

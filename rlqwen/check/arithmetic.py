@@ -15,6 +15,8 @@ class BatchPlan:
     """Rows of the data that one step takes."""
     updates_per_step: int
     total_updates: int
+    completions_per_update: int
+    """Completions that one update trains on, on all ranks together; without sampling, rows."""
     text: str
     """All of it in one line."""
 
@@ -22,31 +24,35 @@ class BatchPlan:
 def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> BatchPlan:
     """Prompts x generations = completions = micro-batch x accumulation x ranks, and the updates that come of it.
 
-    `num_rows`: rows that are left after tokenising and packing.
+    `num_rows`: rows that are left after tokenising and packing. Raises ConfigError if the batch doesn't come out even.
     """
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    split = f"{size} a micro-batch x {accumulation} accumulated x {num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    split = f"{size} a micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
     if config.max_tokens_per_micro_batch is not None:
-        split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {num_ranks} rank"
+        split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {_count(num_ranks, 'rank')}"
     if isinstance(config, OnlineConfig):
-        completions, generations = config.completions_per_rollout, config.num_generations
+        config.check_batch(num_ranks)
+        completions, generations = config.completions_per_rollout(num_ranks), config.num_generations
+        per_update = config.completions_per_update(num_ranks)
         rows = completions // generations
-        shares = completions // config.completions_per_update
+        shares = completions // per_update
         updates = shares * config.passes_per_rollout
         line = (
             f"{_count(rows, 'prompt')} x {_count(generations, 'generation')} = {completions} completions a rollout = "
         )
-        line += f"{shares} x {config.completions_per_update} = " if shares > 1 else ""
+        line += f"{shares} x {per_update} = " if shares > 1 else ""
         line += f"{split}; {_count(updates, 'update')} a rollout"
         line += f" ({config.passes_per_rollout} passes)" if config.passes_per_rollout > 1 else ""
     else:
-        rows, updates = size * accumulation * num_ranks, 1
+        rows = per_update = size * accumulation * num_ranks
+        updates = 1
         line = f"{_count(rows, _row_name(config))} an update = {split}"
     total = config.max_steps
     if total < 0:
         total = math.ceil(_rows_in_all(config, num_rows) / rows) * updates
     epochs = total / updates * rows / max(num_rows, 1)
-    return BatchPlan(rows, updates, total, f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs")
+    text = f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs"
+    return BatchPlan(rows, updates, total, per_update, text)
 
 
 def prompt_room(context: int, config: OnlineConfig) -> int:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.reference import SyncedReference
+from rlqwen.errors import ConfigError
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
@@ -61,18 +62,6 @@ class GRPOConfig(OnlineConfig, SyncedReference):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("give generation_batch_size or steps_per_generation, not both: one follows from the other")
-        batch, update = self.completions_per_rollout, self.completions_per_update
-        if batch % self.num_generations:
-            raise ValueError(
-                f"{batch} completions a rollout (generation_batch_size, or per_device_train_batch_size x "
-                f"steps_per_generation) don't divide into groups of num_generations={self.num_generations}; "
-                f"nearest: {max(1, round(batch / self.num_generations)) * self.num_generations}"
-            )
-        if batch % update:
-            raise ValueError(
-                f"{batch} completions a rollout don't divide into updates of {update} (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps})"
-            )
         if self.soft_overlong_cache is not None and self.soft_overlong_cache >= self.max_completion_length:
             raise ValueError(
                 f"soft_overlong_cache={self.soft_overlong_cache} must be below "
@@ -80,11 +69,27 @@ class GRPOConfig(OnlineConfig, SyncedReference):
             )
         return self
 
-    @property
-    def completions_per_rollout(self) -> int:
+    def completions_per_rollout(self, num_ranks: int) -> int:
         if self.generation_batch_size is not None:
             return self.generation_batch_size
-        return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * steps * num_ranks
+
+    def check_batch(self, num_ranks: int) -> None:
+        """ConfigError if the completions of a rollout don't make whole groups and whole updates."""
+        super().check_batch(num_ranks)
+        batch, update = self.completions_per_rollout(num_ranks), self.completions_per_update(num_ranks)
+        if batch % update:
+            ranks = f" x {num_ranks} ranks" if num_ranks > 1 else ""
+            raise ConfigError(
+                f"{batch} completions a rollout don't divide into updates of {update} (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}"
+                f"{ranks})"
+            )
+
+    def _rollout_terms(self, num_ranks: int) -> str:
+        ranks = f" x {num_ranks} ranks" if num_ranks > 1 else ""
+        return f"generation_batch_size, or per_device_train_batch_size x steps_per_generation{ranks}"
 
     @property
     def passes_per_rollout(self) -> int:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
-from rlqwen.config.trainer import TrainerConfig
+from rlqwen.config.trainer import TrainerConfig, launched_ranks
+from rlqwen.errors import ConfigError
 
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -80,15 +81,34 @@ class OnlineConfig(TrainerConfig):
             values["rollout"] = rollout
         return values
 
-    @property
-    def completions_per_update(self) -> int:
-        """Completions that one optimizer update trains on."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    @model_validator(mode="after")
+    def _divides(self) -> "OnlineConfig":
+        self.check_batch(launched_ranks())
+        return self
 
-    @property
-    def completions_per_rollout(self) -> int:
+    def completions_per_update(self, num_ranks: int) -> int:
+        """Completions that one optimizer update trains on."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+    def completions_per_rollout(self, num_ranks: int) -> int:
         """Completions that are sampled at a time, for one or more updates."""
-        return self.completions_per_update
+        return self.completions_per_update(num_ranks)
+
+    def check_batch(self, num_ranks: int) -> None:
+        """ConfigError if the completions of a rollout don't make whole groups."""
+        batch = self.completions_per_rollout(num_ranks)
+        if batch % self.num_generations:
+            raise ConfigError(
+                f"{batch} completions a rollout ({self._rollout_terms(num_ranks)}) don't divide into groups of "
+                f"num_generations={self.num_generations}; "
+                f"nearest: {max(1, round(batch / self.num_generations)) * self.num_generations}"
+            )
+
+    def _rollout_terms(self, num_ranks: int) -> str:
+        """What multiplies to the completions of a rollout."""
+        return "per_device_train_batch_size x gradient_accumulation_steps" + (
+            f" x {num_ranks} ranks" if num_ranks > 1 else ""
+        )
 
     @property
     def passes_per_rollout(self) -> int:

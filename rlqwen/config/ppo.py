@@ -103,12 +103,6 @@ class PPOConfig(OnlineConfig):
 
     @model_validator(mode="after")
     def _coherent_ppo(self) -> "PPOConfig":
-        if self.completions_per_rollout % self.num_generations:
-            raise ValueError(
-                f"{self.completions_per_rollout} completions a rollout (per_device_train_batch_size x "
-                f"gradient_accumulation_steps x num_mini_batches) don't divide into groups of "
-                f"num_generations={self.num_generations}"
-            )
         if self.kl_estimator == "k1" and self.kl_penalty == "loss":
             raise ValueError("kl_penalty='loss' needs kl_estimator 'k2' or 'k3': the gradient of k1 is 0 on average")
         if self.kl_target is not None and not self.kl_coef:
@@ -119,9 +113,11 @@ class PPOConfig(OnlineConfig):
             )
         return self
 
-    @property
-    def completions_per_rollout(self) -> int:
-        return self.completions_per_update * self.num_mini_batches
+    def completions_per_rollout(self, num_ranks: int) -> int:
+        return self.completions_per_update(num_ranks) * self.num_mini_batches
+
+    def _rollout_terms(self, num_ranks: int) -> str:
+        return f"{super()._rollout_terms(num_ranks)} x num_mini_batches"
 
     @property
     def passes_per_rollout(self) -> int:

@@ -1,7 +1,8 @@
 """On how many processes an update is carried out, and how: the only package that knows."""
 
 from rlqwen.parallel.device import pick_device
+from rlqwen.parallel.lead import Lead
 from rlqwen.parallel.ranks import Ranks
 from rlqwen.parallel.updater import Part, Updater, UpdateResult, warmup_updates
 
-__all__ = ["Part", "Ranks", "UpdateResult", "Updater", "pick_device", "warmup_updates"]
+__all__ = ["Lead", "Part", "Ranks", "UpdateResult", "Updater", "pick_device", "warmup_updates"]

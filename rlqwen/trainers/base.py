@@ -21,10 +21,12 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import DataError, NonFiniteError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
-from rlqwen.parallel import Part, Ranks, Updater, UpdateResult, pick_device
+from rlqwen.packed_model import PackedModel
+from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
+from rlqwen.trainers.dealing import count_tokens
 from rlqwen.trainers.saving import Saving
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
@@ -49,18 +51,21 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool | nn.Module = False,
     ) -> None:
-        super().__init__(callbacks)
+        super().__init__(args, callbacks)
         set_seed(args.seed)
-        self.ranks = Ranks()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        self.output_dir = open_run_folder(
-            args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
+        self.output_dir = Lead(self.ranks).run(
+            lambda: open_run_folder(
+                args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
+            )
         )
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
-            model_name = resolve_model_path(model, self.output_dir / "base_model", **shape)
+            model_name = Lead(self.ranks).run(
+                lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
+            )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args: Args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
@@ -68,6 +73,9 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
+        self._counted: Sequence[PackedBatch] | None = None
+        """The micro-batches that `_tokens_per_update` is of."""
+        self._tokens_per_update = 0.0
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)
@@ -84,6 +92,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             peft_config=peft_config,
             reference=reference,
             device=pick_device(self.args.use_cpu),
+            sequence=self.ranks.sequence,
         )
 
     # What a trainer supplies
@@ -124,16 +133,17 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         finally:
             self.close()
             self._close_logger()
-        plot_curves(self.output_dir)
-        write_summary(
-            self.output_dir,
-            algorithm=self.algorithm,
-            steps=self.state.global_step,
-            wall_time_s=time.monotonic() - started,
-            initial_eval=initial,
-            final_eval=final,
-            seed=self.args.seed,
-        )
+        if self.ranks.is_main:
+            plot_curves(self.output_dir)
+            write_summary(
+                self.output_dir,
+                algorithm=self.algorithm,
+                steps=self.state.global_step,
+                wall_time_s=time.monotonic() - started,
+                initial_eval=initial,
+                final_eval=final,
+                seed=self.args.seed,
+            )
         return self.state
 
     def evaluate(self, eval_dataset: Any = None) -> Metrics:
@@ -146,6 +156,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             figures = self.compute_evaluation(rows)
         metrics = {f"eval/{key}": value for key, value in figures.items()}
         metrics["eval/time"] = time.monotonic() - started
+        metrics = self.ranks.from_main(metrics)  # what is decided by them is then decided alike everywhere
         self._log(metrics)
         # transformers' own callbacks look for `eval_loss`, ours for `eval/loss`.
         self._notify("on_evaluate", metrics=metrics | {key.replace("/", "_"): v for key, v in metrics.items()})
@@ -158,14 +169,14 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
     # The loop
 
     def _begin(self) -> None:
-        if self.args.overwrite_output_dir:
+        if self.args.overwrite_output_dir and self.ranks.is_main:
             clear_run_folder(self.output_dir)
-        self.plan = plan_batch(self.args, len(self.train_rows))
+        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
         self._open_logger(self.state.max_steps)
-        if self.cleaning:
+        if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
         cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
         for name, report in (cleaning | self.reports).items():
@@ -192,6 +203,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             "time/step": time.monotonic() - started,
             **self.policy.routers.metrics(self.ranks.gather),
         }
+        metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
@@ -199,6 +211,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             self.control.should_evaluate = True
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
             self.control.should_save = True
+        self._agree()
         if self.control.should_evaluate and self.eval_rows:
             metrics = self.evaluate()
             if self.args.load_best_model_at_end or self.args.early_stopping_patience is not None:
@@ -206,6 +219,13 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         if self.control.should_save:
             self.save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+
+    def _agree(self) -> None:
+        """What one rank has been asked to do, by a callback or a signal, all ranks do."""
+        names = ("should_evaluate", "should_save", "should_training_stop")
+        asked = self.ranks.gather([getattr(self.control, name) for name in names])
+        for name, values in zip(names, zip(*asked, strict=True), strict=True):
+            setattr(self.control, name, any(values))
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
@@ -220,24 +240,32 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
             self._keep_nonfinite(micro_batches)
         return result
 
-    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
-        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+    def router_loss(
+        self, micro: PackedBatch, micro_batches: Sequence[PackedBatch], model: PackedModel | None = None
+    ) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any; `model` None: policy.
 
-        Each micro-batch's loss counts by its share of the tokens of the update, `micro_batches` of all ranks. The load
-        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        Each micro-batch's loss counts by its share of the update's tokens. The load is the micro-batch's own, so unlike
+        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update.
         """
-        return self.policy.router_loss(self.token_share(micro, micro_batches))
+        model = model or self.policy
+        if not model.routers.coefficient:
+            return 0.0
+        return model.router_loss(self.token_share(micro, micro_batches))
 
-    @staticmethod
-    def token_share(micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
-        """What share of the update's tokens, prefixes once each, the micro-batch has."""
-        return micro.num_tokens / sum(each.num_tokens for each in micro_batches)
+    def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
+        """What share of the tokens that the update has on all ranks, prefixes once each, the micro-batch has."""
+        if self._counted is not micro_batches:
+            self._counted = micro_batches
+            self._tokens_per_update = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / self._tokens_per_update
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"
         folder.mkdir(exist_ok=True)
+        name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
         for number, batch in enumerate(micro_batches):
-            save_file(batch.tensors(), folder / f"step-{self.state.global_step:06d}-{number}.safetensors")
+            save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
 
     def _due(self, every: int, before: int) -> bool:
         """Whether the step passed a multiple of `every`, or was the last."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree
 from rlqwen.config import DPOConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_comparisons
 from rlqwen.errors import ConfigError, ModelError
@@ -36,6 +36,7 @@ from rlqwen.reference import (
 )
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.comparisons import Comparison, add_mismatched, are_pairs, balance_warnings, to_comparison
+from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 
 _PROGRESS_AFTER_S = 3.0
 
@@ -118,43 +119,58 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
     def step(self, rows: list[Comparison]) -> Metrics:
         """One update on the mean loss of `rows`."""
         started = time.monotonic()
-        micro_batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
-        totals = AnswerTotals.of(micro_batches, paired=are_pairs(rows))
+        batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
+        totals = AnswerTotals.of_trees((row.answers for row in rows), paired=are_pairs(rows))
         kl = self._kl(rows, self.args.per_device_train_batch_size)
-        if self.args.ranks_pairs and len(micro_batches) > 1:
-            metrics = self._backward_in_two_passes(micro_batches, totals)
+        if self.args.ranks_pairs and (len(batches) > 1 or self.ranks.data_size > 1):
+            metrics = self._backward_in_two_passes(batches, totals)
         else:
-            metrics = {}
-            for micro in micro_batches:
+            sums: Metrics = {}
+            for micro in batches:
                 loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
-                loss = loss + self.router_loss(micro, micro_batches)
+                loss = loss + self.router_loss(micro, batches)
                 self.updater.backward(loss)
-                for key, value in {"loss": loss, **part}.items():
-                    metrics[key] = metrics.get(key, 0.0) + value.item()
-        self.update(micro_batches)
+                add_up(sums, {"loss": loss.detach(), **part})
+            metrics = self.ranks.sum(sums)
+        self.update(batches)
         self.refresh_reference(self.args, self.state.global_step - 1)
-        return metrics | {
-            **({} if kl is None else {"kl": kl.item()}),
-            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
-            "tokens/targets": float(sum(micro.num_targets for micro in micro_batches)),
-            "time/train": time.monotonic() - started,
-        }
+        targets = sum(micro.num_targets for micro in batches)
+        tokens = {"tokens/trained": count_tokens(batches), "tokens/targets": float(targets)}
+        return (
+            metrics
+            | ({} if kl is None else {"kl": kl.item()})
+            | self.ranks.sum(tokens)
+            | {"time/train": time.monotonic() - started}
+        )
 
     def _backward_in_two_passes(self, micro_batches: list[PackedBatch], totals: AnswerTotals) -> Metrics:
         """For losses that rank all pairs of the update: find d loss / d logprobs first, keeping no activations, and then
-        send it back through one micro-batch after the other."""
+        send it back through one micro-batch after the other. The other ranks' answers are numbers without gradient."""
         with self.policy.inference():
             logps = [self.policy.logprobs(micro)[0] for micro in micro_batches]
         for logp_N in logps:
             logp_N.requires_grad_()
         answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
-        loss, metrics = preference_loss(Answers.join(answers), self.args, totals)
+        loss, metrics = preference_loss(self._of_all_ranks(Answers.join(answers)), self.args, totals)
+        added: Metrics = {}
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
             share = (self.policy.logprobs(micro)[0] * grad_N).sum()
             balance = self.router_loss(micro, micro_batches)
             self.updater.backward(share + balance)
-            loss = loss + balance
-        return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+            add_up(added, {"loss": float(balance)})
+        figures = {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+        add_up(figures, self.ranks.sum(added))
+        return figures
+
+    def _of_all_ranks(self, own: Answers) -> Answers:
+        """This rank's answers, with their gradient, among those of all shares, in their order."""
+        if self.ranks.data_size == 1:
+            return own
+        parts = self.ranks.gather_shares(own.detached("cpu"))
+        mine = self.ranks.data_rank
+        return Answers.join(
+            [own if share == mine else part.detached(own.logp_S.device) for share, part in enumerate(parts)]
+        )
 
     def _answers(self, micro: PackedBatch) -> Answers:
         """The policy's answers, with gradient, beside the reference's."""
@@ -177,12 +193,14 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         if not trees:
             return None
         with self.policy.inference():
-            return kto_kl(Answers.join([self._answers(micro) for micro in self._batches(trees, batch_size)]))
+            own = Answers.join([self._answers(micro) for micro in self._batches(trees, batch_size)])
+        return kto_kl(self._of_all_ranks(own))
 
     def compute_evaluation(self, rows: list[Comparison]) -> Metrics:
         """The loss and what it is made of, over all `rows` as one batch."""
         size = self.args.per_device_eval_batch_size
-        answers = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
+        own = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
+        answers = self._of_all_ranks(own)
         totals = AnswerTotals.of([answers], paired=are_pairs(rows))
         kl = self._kl(rows, size)
         loss, metrics = preference_loss(answers, self.args, totals, kl=kl)
@@ -190,15 +208,12 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
 
     def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
-        """Micro-batches of `size` whole trees, or of as many as the token budget allows where there is one."""
+        """This rank's micro-batches, of `size` whole trees, or of as many as the token budget allows where there is
+        one."""
         budget = self.args.max_tokens_per_micro_batch
-        parts = (
-            split_trees(trees, max_tokens=budget, divisible=False)
-            if budget is not None
-            else (trees[start : start + size] for start in range(0, len(trees), size))
-        )
-        for part in parts:
-            yield pack(part).to(self.policy.device)
+        limit = size * len(trees[0].branches) if budget is None else None  # all rows have one answer, or all have two
+        parts = micro_batches(trees, self.ranks, max_tokens=budget, max_branches=limit, divisible=False)
+        return (part.to(self.policy.device) for part in parts)
 
     # The reference, computed once
 
@@ -212,11 +227,11 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             dtype=str(self.policy.compute_dtype),
             ld_alpha=self.args.ld_alpha,
         )
-        logp_A, note = read_logprobs(key)
+        logp_A, note = self.ranks.from_main(read_logprobs(key) if self.ranks.is_main else (None, ""))
         if logp_A is None:
             self._note(f"{name}: log-probabilities of the reference: {note}; computing them")
             logp_A = self._reference_logps(trees, name)
-            note = write_logprobs(key, logp_A)
+            note = write_logprobs(key, logp_A) if self.ranks.is_main else ""
         self._note(f"{name}: log-probabilities of the reference: {note}")
         branches = (branch for tree in trees for branch in tree.branches)
         for branch, logp in zip(branches, logp_A.tolist(), strict=True):
@@ -235,11 +250,11 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         with (
             self.policy.inference(),
             tqdm(
-                total=sum(len(tree.branches) for tree in trees),
+                total=sum(len(tree.branches) for tree in trees) // self.ranks.data_size,
                 desc=f"Reference over {name}",
                 unit="answer",
                 delay=_PROGRESS_AFTER_S,
-                disable=None,
+                disable=None if self.ranks.is_main else True,
             ) as bar,
         ):
             for micro in self._batches(trees, self.args.precompute_ref_batch_size or size):
@@ -248,7 +263,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
                 logp_N = self.policy.reference_logprobs(micro) if has_own else self.policy.logprobs(micro)[0]
                 logps.append(answer_logps(logp_N, micro, self.args.ld_alpha).cpu())
                 bar.update(micro.num_sequences)
-        return torch.cat(logps)
+        return self.ranks.concatenate(torch.cat(logps))
 
 
 def _reference(

@@ -24,7 +24,7 @@ from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
 from rlqwen.trainers.base import Metrics
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
@@ -85,30 +85,28 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         started = time.monotonic()
         updates = [self._pack(share) for share in self._shares(groups_P)]
         self._add_fixed_logprobs(updates)
-        total_loss = 0.0
         for _ in range(self.args.num_iterations):
             for update in updates:
-                total_loss += self._update(update)
-        self.require_rollouts().policy_changed()
+                self._update(update)
+        self.policy_changed()
         self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
-        self.completions.write(self.state.global_step, groups_P)
+        self.write_completions(groups_P)
         return (
             metrics
             | describe_groups(groups_P)
-            | mean_over_tokens(updates, self.args.num_iterations)
-            | {"loss": total_loss / self.plan.updates_per_step, "time/train": time.monotonic() - started}
+            | self.summarise(updates, self.args.num_iterations)
+            | {"time/train": time.monotonic() - started}
         )
 
     def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
         """Scored groups; under dynamic sampling, of more prompts, until enough of them carry signal."""
-        rollouts = self.require_rollouts()
         wanted = len(prompts_P)
         kept: list[Group] = []
         spare: list[Group] = []
         metrics: Metrics = {}
         for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
-            groups, figures = rollouts.sample(
-                prompts_P, num_generations=self.args.num_generations, draw=self.next_draw()
+            groups, figures = self.sample(
+                prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
             )
             metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
             signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
@@ -148,26 +146,23 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             )
         return rewards_PG
 
-    def _update(self, update: Update) -> float:
-        """One optimiser update; returns its loss."""
-        total_loss = 0.0
+    def _update(self, update: Update) -> None:
+        """One optimiser update."""
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
             logp_N, entropy_N = self.policy.logprobs(micro, temperature=self.args.temperature, entropy=True)
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
             loss = loss + self.router_loss(micro, update.micro_batches)
             self.updater.backward(loss)
-            total_loss += loss.item()
-            update.add(sums)
+            update.add(loss, sums)
         self.update(update.micro_batches)
-        return total_loss
 
     # From groups to batches
 
     def _shares(self, groups_P: list[Group]) -> Iterator[list[tuple[Group, list[int]]]]:
         """Deal completions out to updates, in order."""
         flat = [(group, index) for group in groups_P for index in range(len(group))]
-        return deal(flat, self.args.completions_per_update)
+        return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
         """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals."""

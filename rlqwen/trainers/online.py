@@ -3,27 +3,32 @@
 Shapes: P prompts a rollout, G completions a prompt.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree
 from rlqwen.check import prompt_room
 from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
+from rlqwen.parallel import Lead
 from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
+from rlqwen.trainers.group_wire import pack_groups, unpack_groups
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
 from rlqwen.types import Group, Prompt
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
+
+_LOSS, _TOKENS, _TARGETS = "loss", "tokens/trained", "targets"
 
 
 @dataclass(slots=True)
@@ -31,19 +36,22 @@ class Update:
     """One update's share of a rollout."""
 
     micro_batches: list[PackedBatch]
+    """This rank's."""
     totals: Totals
-    """Counts of all its completions, those without a gradient included."""
+    """Counts of all its completions on all ranks, those without a gradient included."""
     sums: dict[str, float] = field(default_factory=dict)
-    """Metrics of the forward passes, summed over tokens."""
+    """This rank's shares of the loss, and metrics of its forward passes, summed over tokens."""
 
-    def add(self, sums: Metrics) -> None:
-        """Add the sums of one forward pass."""
-        for key, value in sums.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+    def add(self, loss: Tensor, sums: Mapping[str, Tensor | float]) -> None:
+        """Add a micro-batch's share of the loss, and the sums of its forward pass."""
+        add_up(self.sums, {_LOSS: loss.detach(), **sums})
 
 
 class OnlineTrainer(BaseTrainer[Prompt, Args]):
-    """Samples completions, scores them, and learns from the scores; see GRPOTrainer and PPOTrainer."""
+    """Samples completions, scores them, and learns from the scores; see GRPOTrainer and PPOTrainer.
+
+    Of several ranks the main one samples and scores, and hands the groups to all.
+    """
 
     default_best_metric = "eval/reward/mean"
 
@@ -69,12 +77,16 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             callbacks=callbacks,
             reference=reference,
         )
+        self.lead = Lead(self.ranks, self.policy)
         self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
-        self.scorer: Scorer | None = self._start_scorer()
+        self.scorer: Scorer | None = None
+        self.lead.run(self._start_scorer)
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.workers_folder = self._folder_for_workers()
         self.rollouts: Rollouts | None = None
+        """On the main rank, once something has been sampled."""
         self.completions = CompletionLog(self.output_dir)
         self._draws = 0
 
@@ -99,27 +111,62 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         return f"train/{self._draws}"
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
-        """Packed micro-batches of trees of completions, as large as the config allows."""
+        """This rank's packed micro-batches of trees of completions, as large as the config allows."""
         limit = self.args.max_tokens_per_micro_batch
-        parts = split_trees(
-            trees, max_tokens=limit, max_branches=self.args.per_device_train_batch_size if limit is None else None
-        )
-        return [pack(part) for part in parts]
+        size = self.args.per_device_train_batch_size if limit is None else None
+        return list(micro_batches(trees, self.ranks, max_tokens=limit, max_branches=size))
 
-    def _start_scorer(self) -> Scorer:
-        scorer = Scorer(
+    def sample(
+        self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str, among: Sequence[Prompt]
+    ) -> tuple[list[Group], Metrics]:
+        """Scored groups, and figures of how they came about, on every rank; `among`: the rows that prompts are from."""
+        sampled: list[Group] = []
+
+        def work() -> tuple[Any, Metrics]:
+            groups, metrics = self.require_rollouts().sample(prompts_P, num_generations=num_generations, draw=draw)
+            sampled.extend(groups)
+            return pack_groups(groups) if self.ranks.world_size > 1 else None, metrics
+
+        packed, metrics = self.lead.run(work)
+        return sampled if self.ranks.is_main else unpack_groups(packed, among), metrics
+
+    def summarise(self, updates: Sequence[Update], num_passes: int) -> Metrics:
+        """Of all ranks: the mean loss of an update, means over all trained tokens, and how many there were."""
+        own: Metrics = {}
+        for update in updates:
+            add_up(own, update.sums)
+        micros = [micro for update in updates for micro in update.micro_batches]
+        own[_TARGETS] = float(sum(micro.num_targets for micro in micros) * num_passes)
+        own[_TOKENS] = count_tokens(micros) * num_passes
+        sums = {_LOSS: 0.0} | self.ranks.sum(own)
+        loss, tokens, targets = (sums.pop(key) for key in (_LOSS, _TOKENS, _TARGETS))
+        means = {key: value / max(targets, 1.0) for key, value in sums.items()}
+        return means | {_TOKENS: tokens, _LOSS: loss / (len(updates) * num_passes)}
+
+    def policy_changed(self) -> None:
+        """The policy's weights are new; whoever samples next must sample from them."""
+        if self.rollouts is not None:
+            self.rollouts.policy_changed()
+
+    def write_completions(self, groups: Sequence[Group], *, evaluation: bool = False) -> None:
+        """Keep them beside the metrics."""
+        if self.ranks.is_main:
+            self.completions.write(self.state.global_step, groups, evaluation=evaluation)
+
+    def _start_scorer(self) -> None:
+        self.scorer = Scorer(
             self.rewards,
             self.args.scoring,
             weights=self.args.reward_weights,
             failures_dir=self.output_dir / "reward_failures",
             tokenizer=self.processing_class,
         )
-        scorer.trainer_state = self.state
-        return scorer
+        self.scorer.trainer_state = self.state
 
     def scoring_metrics(self) -> Metrics:
-        """What the reward workers counted since the last call."""
-        assert self.scorer is not None
+        """What the reward workers counted since the last call; nothing where there are none, off the main rank."""
+        if self.scorer is None:
+            return {}
         metrics = self.scorer.metrics()
         self.scorer.reset_metrics()
         return metrics
@@ -127,24 +174,24 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
     def compute_evaluation(self, rows: list[Prompt]) -> Metrics:
         """Mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
         count = self.args.num_generations_eval or 1
-        groups, _ = self.require_rollouts().sample(rows, num_generations=count, draw="eval")
-        self.completions.write(self.state.global_step, groups, evaluation=True)
+        groups, _ = self.sample(rows, num_generations=count, draw="eval", among=rows)
+        self.write_completions(groups, evaluation=True)
         figures = describe_groups(groups) | self.scoring_metrics()
         del figures["tokens/generated"]
         return figures
 
     def require_rollouts(self) -> Rollouts:
-        """The engine, started at its first use, so that a wrong argument is found before."""
+        """The engine of the main rank, started at its first use, so that a wrong argument is found before."""
         if self.rollouts is None:
             if self.scorer is None:
-                self.scorer = self._start_scorer()
+                self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
             self.rollouts = Rollouts(
-                self.policy,
+                self.lead.policy,
                 self.processing_class,
                 self.scorer,
                 self.args,
-                model_path=self.folder_for_workers(),
+                model_path=self.workers_folder,
                 longest_prompt=max(len(prompt.token_ids) for prompt in rows),
                 end_of_turn=self.reports["train"].end_of_turn,
             )
@@ -152,18 +199,19 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                 self._note(self.rollouts.note)
         return self.rollouts
 
-    def folder_for_workers(self) -> str:
+    def _folder_for_workers(self) -> str:
         """Where rollout workers, and a critic, find config, tokenizer and the weights that they start with."""
-        if self.model_folder is None or not self.policy.has_base_of(self.model_folder):
-            folder = self.output_dir / "base_model" / "given"
+        if self.model_folder is not None and self.policy.has_base_of(self.model_folder):
+            return self.model_folder
+        folder = self.output_dir / "base_model" / "given"
+        if self.ranks.is_main:
             self.policy.save(folder, adapter=False)
             self.processing_class.save_pretrained(folder)
-            self.model_folder = str(folder)
-        return self.model_folder
+        self.ranks.barrier()
+        return str(folder)
 
     def after_restore(self) -> None:
-        if self.rollouts is not None:
-            self.rollouts.policy_changed()
+        self.policy_changed()
 
     def close(self) -> None:
         if self.rollouts is not None:
@@ -181,16 +229,3 @@ def deal(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[t
         for group, index in completions[start : start + size]:
             share.setdefault(id(group), (group, []))[1].append(index)
         yield list(share.values())
-
-
-def mean_over_tokens(updates: Sequence[Update], num_passes: int) -> Metrics:
-    """Means over all trained tokens, and how many there were."""
-    targets = sum(micro.num_targets for update in updates for micro in update.micro_batches)
-    sums: dict[str, float] = {}
-    for update in updates:
-        for key, value in update.sums.items():
-            sums[key] = sums.get(key, 0.0) + value
-    trained = sum(micro.num_tokens for update in updates for micro in update.micro_batches) * num_passes
-    return {key: value / max(targets * num_passes, 1) for key, value in sums.items()} | {
-        "tokens/trained": float(trained)
-    }

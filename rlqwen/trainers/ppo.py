@@ -29,7 +29,7 @@ from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.parallel import Part
 from rlqwen.trainers.base import Metrics
 from rlqwen.trainers.kl_control import KLController
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal, mean_over_tokens
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.types import Group, Prompt
 
@@ -95,11 +95,15 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             if model is not None:
                 raise ConfigError("value_model is for a critic of its own: leave it out, or set critic.kind to 'model'")
             size = self.policy.base_model.config.hidden_size
-            return ValueHead(size, train_trunk=config.train_trunk, device=self.policy.device)
+            return ValueHead(
+                size, train_trunk=config.train_trunk, device=self.policy.device, sequence=self.ranks.sequence
+            )
         has_head = True
         if not isinstance(model, nn.Module):
-            model, has_head = load_scalar_model(model or config.path or self.folder_for_workers(), self.args)
-        critic = ScalarModel(model, self.args, peft_config=peft_config, device=self.policy.device)
+            model, has_head = load_scalar_model(model or config.path or self.workers_folder, self.args)
+        critic = ScalarModel(
+            model, self.args, peft_config=peft_config, device=self.policy.device, sequence=self.ranks.sequence
+        )
         if not has_head:
             critic.zero_head()
         return critic
@@ -112,8 +116,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
-        groups_P, metrics = self.require_rollouts().sample(
-            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw()
+        groups_P, metrics = self.sample(
+            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
         )
         metrics |= self.scoring_metrics()
         started = time.monotonic()
@@ -122,18 +126,16 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
         self._add_fixed_estimates(updates)
         metrics |= self._assign_advantages([micro for update in updates for micro in update.micro_batches])
-        total_loss = 0.0
         for _ in range(self.args.num_ppo_epochs):
             for update in order.sample(updates, len(updates)):
-                total_loss += self._update(update)
-        self.require_rollouts().policy_changed()
-        self.completions.write(self.state.global_step, groups_P)
+                self._update(update)
+        self.policy_changed()
+        self.write_completions(groups_P)
         return (
             metrics
             | describe_groups(groups_P)
-            | mean_over_tokens(updates, self.args.num_ppo_epochs)
+            | self.summarise(updates, self.args.num_ppo_epochs)
             | {
-                "loss": total_loss / self.plan.updates_per_step,
                 "critic/grad_norm": self.updates[-1].grad_norms["critic"],
                 "time/train": time.monotonic() - started,
             }
@@ -153,19 +155,22 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                 micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
 
     def _assign_advantages(self, micros: Sequence[PackedBatch]) -> Metrics:
-        """Fill in advantages and returns of the whole rollout, and say what they came from."""
+        """Fill in advantages and returns of the whole rollout, and say what they came from.
+
+        Every rank computes those of all ranks, and takes its own.
+        """
         if not micros:
             return {"kl_coef": self.kl.coef}
-        joined = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in ("old_value_N", "old_logp_N")}
-        lengths_S = torch.cat([micro.lengths_S for micro in micros])
-        values_N = joined["old_value_N"]
+        names = ["lengths_S", "rewards_S", "old_value_N", "old_logp_N", *(["ref_logp_N"] if self.args.kl_coef else [])]
+        own = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in names}
+        by_share = self.ranks.gather_shares(own)
+        joined = {name: torch.cat([part[name] for part in by_share]) for name in names}
+        lengths_S, values_N = joined["lengths_S"], joined["old_value_N"]
         kl_N = torch.zeros_like(values_N)
         if self.args.kl_coef:
-            ref_logp_N = torch.cat([micro.ref_logp_N for micro in micros])
-            kl_N = kl_divergence(joined["old_logp_N"], ref_logp_N, self.args.kl_estimator)
+            kl_N = kl_divergence(joined["old_logp_N"], joined["ref_logp_N"], self.args.kl_estimator)
         in_reward = self.kl.coef if self.args.kl_penalty == "reward" else 0.0
-        scores_S = torch.cat([micro.rewards_S for micro in micros])
-        rewards_N = token_rewards(scores_S, kl_N, lengths_S, kl_coef=in_reward)
+        rewards_N = token_rewards(joined["rewards_S"], kl_N, lengths_S, kl_coef=in_reward)
         if self.args.whiten_rewards:
             rewards_N = whiten(rewards_N, shift_mean=False)
         advantages_N, returns_N = gae(rewards_N, values_N, lengths_S, gamma=self.args.gamma, lam=self.args.lam)
@@ -180,16 +185,18 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         }
         if self.args.whiten_advantages:
             advantages_N = whiten(advantages_N)
+        before = sum(len(part["old_value_N"]) for part in by_share[: self.ranks.data_rank])
+        mine = slice(before, before + len(own["old_value_N"]))
         sizes = [micro.num_targets for micro in micros]
-        for micro, advantage_N, return_N in zip(micros, advantages_N.split(sizes), returns_N.split(sizes), strict=True):
+        parts = zip(micros, advantages_N[mine].split(sizes), returns_N[mine].split(sizes), strict=True)
+        for micro, advantage_N, return_N in parts:
             micro.advantage_N, micro.return_N = advantage_N, return_N
         self.kl.observe(metrics["kl/completion"], len(lengths_S))
         return metrics
 
-    def _update(self, update: Update) -> float:
-        """One optimiser update; returns its loss. While the critic warms up, the policy has no part in it."""
+    def _update(self, update: Update) -> None:
+        """One optimiser update. While the critic warms up, the policy has no part in it."""
         critic_only = self.num_rollouts <= self.args.critic.warmup_rollouts
-        total_loss = 0.0
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
             logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
@@ -202,17 +209,17 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             )
             balance = self.router_loss(micro, update.micro_batches)
             loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
-            loss = loss + self.critic.router_loss(self.token_share(micro, update.micro_batches))
+            if isinstance(self.critic, ScalarModel):
+                loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
             self.updater.backward(loss)
-            total_loss += loss.item()
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(
+                loss,
                 sums
                 | policy_sums
-                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight}
+                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight},
             )
         self.update(update.micro_batches)
-        return total_loss
 
     # From groups to batches
 
@@ -220,7 +227,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         flat = [(group, index) for group in groups_P for index in range(len(group))]
         if self.args.num_mini_batches > 1:
             order.shuffle(flat)
-        return deal(flat, self.args.completions_per_update)
+        return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
         """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""

@@ -8,15 +8,13 @@ The model that it leaves loads with AutoModelForSequenceClassification, and its 
 """
 
 import time
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import Branch, PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import Branch, PackedBatch, Tree
 from rlqwen.config import RewardConfig
 from rlqwen.critic import ScalarModel
 from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_scored
@@ -25,6 +23,7 @@ from rlqwen.loading import load_scalar_model
 from rlqwen.losses import Totals, reward_loss
 from rlqwen.parallel import pick_device
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 
 
 class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
@@ -75,7 +74,13 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             model, _ = load_scalar_model(model, self.args)
         elif model.config.num_labels != 1:
             raise ModelError(f"a reward model has one label, but this one has num_labels={model.config.num_labels}")
-        return ScalarModel(model, self.args, peft_config=peft_config, device=pick_device(self.args.use_cpu))
+        return ScalarModel(
+            model,
+            self.args,
+            peft_config=peft_config,
+            device=pick_device(self.args.use_cpu),
+            sequence=self.ranks.sequence,
+        )
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[PreferenceRow]:
         rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)
@@ -85,58 +90,61 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
     def step(self, rows: list[PreferenceRow]) -> Metrics:
         """One update on the mean loss of the pairs in `rows`."""
         started = time.monotonic()
-        parts = self._micro_batches(rows, self.args.per_device_train_batch_size)
+        batches = list(self._micro_batches(rows, self.args.per_device_train_batch_size))
         totals = Totals(tokens=0, sequences=len(rows))
         sums: Metrics = {}
-        micro_batches = [micro for micro, _ in parts]
-        for micro, margin_S in parts:
-            loss, figures = self._loss(micro, margin_S, totals)
-            loss = loss + self.router_loss(micro, micro_batches)
+        for micro in batches:
+            loss, figures = self._loss(micro, totals)
+            loss = loss + self.router_loss(micro, batches)
             self.updater.backward(loss)
-            for key, value in {**figures, "loss": loss.detach() * len(rows)}.items():
-                sums[key] = sums.get(key, 0.0) + value.item()
-        self.update(micro_batches)
-        return {key: value / len(rows) for key, value in sums.items()} | {
-            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
-            "time/train": time.monotonic() - started,
-        }
+            add_up(sums, {**figures, "loss": loss.detach() * len(rows)})
+        self.update(batches)
+        tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})
+        return self._means(sums, rows) | tokens | {"time/train": time.monotonic() - started}
 
     def compute_evaluation(self, rows: list[PreferenceRow]) -> Metrics:
         """Mean loss, share of pairs that are ranked right, and mean rewards of either side."""
         totals = Totals(tokens=0, sequences=len(rows))
         sums: Metrics = {}
-        for micro, margin_S in self._micro_batches(rows, self.args.per_device_eval_batch_size):
-            loss, figures = self._loss(micro, margin_S, totals)
-            for key, value in {**figures, "loss": loss * len(rows)}.items():
-                sums[key] = sums.get(key, 0.0) + value.item()
-        return {key: value / len(rows) for key, value in sums.items()}
+        for micro in self._micro_batches(rows, self.args.per_device_eval_batch_size):
+            loss, figures = self._loss(micro, totals)
+            add_up(sums, {**figures, "loss": loss * len(rows)})
+        return self._means(sums, rows)
 
-    def _loss(self, micro: PackedBatch, margin_S: Tensor, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        scores_SK = self.policy.scores(micro.to(self.policy.device)).view(-1, 2)
+    def _means(self, sums: Metrics, rows: list[PreferenceRow]) -> Metrics:
+        """Over the pairs of all ranks."""
+        return {key: value / len(rows) for key, value in self.ranks.sum(sums).items()}
+
+    def _loss(self, micro: PackedBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        micro = micro.to(self.policy.device)
+        scores_S = self.policy.scores(micro)
         return reward_loss(
-            scores_SK[:, 0],
-            scores_SK[:, 1],
-            margin_S.to(scores_SK.device),
+            scores_S[::2],
+            scores_S[1::2],
+            micro.rewards_S[::2],
             totals,
             center_coefficient=self.args.center_rewards_coefficient,
         )
 
-    def _micro_batches(self, rows: list[PreferenceRow], size: int) -> list[tuple[PackedBatch, Tensor]]:
-        """Packed pairs, chosen before rejected, each micro-batch with its pairs' margins."""
+    def _micro_batches(self, rows: list[PreferenceRow], size: int) -> Iterator[PackedBatch]:
+        """This rank's packed pairs, chosen before rejected."""
         limit = self.args.max_tokens_per_micro_batch
-        parts = split_trees(
+        return micro_batches(
             [self._tree(row) for row in rows],
+            self.ranks,
             max_tokens=limit,
             max_branches=2 * size if limit is None else None,
             divisible=False,
         )
-        margins = iter([row.margin or 0.0 for row in rows])
-        return [(pack(part), torch.tensor(list(islice(margins, len(part))))) for part in parts]
 
     def _tree(self, row: PreferenceRow) -> Tree:
-        """Both sides without padding tokens at their end: transformers reads the score off the last other token."""
+        """Both sides without padding tokens at their end: transformers reads the score off the last other token.
+
+        The margin stands as the reward of the chosen side.
+        """
         pad = self.processing_class.pad_token_id
-        return Tree(row.prompt_ids, [Branch(_without_tail(side.token_ids, pad)) for side in (row.chosen, row.rejected)])
+        chosen, rejected = (_without_tail(side.token_ids, pad) for side in (row.chosen, row.rejected))
+        return Tree(row.prompt_ids, [Branch(chosen, reward=row.margin or 0.0), Branch(rejected)])
 
 
 def _without_tail(token_ids: list[int], token_id: int | None) -> list[int]:

@@ -15,18 +15,24 @@ class Saving(Telling):
 
     def save_model(self, path: str | Path | None = None) -> Path:
         """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
-        return save_model(Path(path or self.output_dir / "final"), self.policy, self.processing_class)
+        folder = Path(path or self.output_dir / "final")
+        if self.ranks.is_main:
+            save_model(folder, self.policy, self.processing_class)
+        self.ranks.barrier()
+        return folder
 
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones beyond `save_total_limit`, never the best."""
         folder = self.output_dir / "checkpoints" / f"step-{self.state.global_step:06d}"
-        if not folder.exists():
+        if self.ranks.is_main and not folder.exists():
             save_checkpoint(folder, self.policy, self.processing_class, asdict(self.state), self.save_beside)
             self._notify("on_save")
         if best:
             self.state.best_model_checkpoint = str(folder)
         kept = self.state.best_model_checkpoint
-        drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
+        if self.ranks.is_main:
+            drop_old_checkpoints(folder.parent, limit=self.args.save_total_limit, keep=Path(kept) if kept else None)
+        self.ranks.barrier()
 
     def save_beside(self, folder: Path) -> None:
         """Write into a checkpoint's folder what the trainer trains beside the policy."""

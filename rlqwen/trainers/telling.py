@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from rlqwen.config import TrainerConfig
 from rlqwen.metrics import MetricLogger
+from rlqwen.parallel import Ranks
 from rlqwen.policy import Policy
 
 Metrics = dict[str, float]
@@ -21,11 +22,15 @@ class Telling:
     args: TrainerConfig
     output_dir: Path
     policy: Policy
+    ranks: Ranks
     processing_class: PreTrainedTokenizerBase
 
-    def __init__(self, callbacks: Sequence[TrainerCallback] | None) -> None:
+    def __init__(self, args: TrainerConfig, callbacks: Sequence[TrainerCallback] | None) -> None:
         self.callbacks = list(callbacks or ())
-        self.state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
+        self.ranks = Ranks(args.parallel)
+        self.state = TrainerState(
+            is_world_process_zero=self.ranks.is_main, is_local_process_zero=self.ranks.local_rank == 0
+        )
         self.control = TrainerControl()
         self.logger: MetricLogger | None = None
         """Open while training."""
@@ -37,6 +42,8 @@ class Telling:
         return self.policy.model
 
     def _open_logger(self, total_steps: int) -> None:
+        if not self.ranks.is_main:
+            return
         self.logger = MetricLogger(
             self.output_dir,
             report_to=self.args.report_to,
@@ -61,6 +68,8 @@ class Telling:
         self._notify("on_log", logs=metrics)
 
     def _note(self, text: str) -> None:
+        if not self.ranks.is_main:
+            return
         if self.logger is None:
             self._held_notes.append(text)
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rlqwen.batch import PackedBatch
+from rlqwen.batch import PackedBatch, Tree
 from rlqwen.losses.reduction import sequence_mean, sequence_sum
 
 
@@ -51,6 +51,10 @@ class Answers:
     def _where(self, mask_S: Tensor) -> "Answers":
         return Answers(*(getattr(self, field.name)[mask_S] for field in fields(self)))
 
+    def detached(self, device: torch.device | str) -> "Answers":
+        """The same numbers without gradient, elsewhere."""
+        return Answers(*(getattr(self, field.name).detach().to(device) for field in fields(self)))
+
     @staticmethod
     def join(parts: Sequence["Answers"]) -> "Answers":
         """Answers of several batches as those of one."""
@@ -78,6 +82,18 @@ class AnswerTotals:
             bad += int((~batch.labels_S).sum())
             tokens += int(batch.lengths_S[batch.labels_S].sum())
         return cls(good, bad, tokens, pairs=good if paired else 0)
+
+    @classmethod
+    def of_trees(cls, trees: Iterable[Tree], *, paired: bool) -> "AnswerTotals":
+        """Counts over `trees`, before they are packed."""
+        counts = [
+            (branch.label, count)
+            for tree in trees
+            for branch, count in zip(tree.branches, tree.target_counts, strict=True)
+        ]
+        good = sum(label for label, _ in counts)
+        tokens = sum(count for label, count in counts if label)
+        return cls(good, len(counts) - good, tokens, pairs=good if paired else 0)
 
 
 def read_answers(
@@ -122,7 +138,7 @@ def answer_logps(logp_N: Tensor, batch: PackedBatch, ld_alpha: float | None) -> 
     if ld_alpha is None:
         return sequence_sum(logp_N, batch)
     lengths_S = batch.lengths_S.long()
-    shared_S = lengths_S.view(-1, 2).amin(dim=1).repeat_interleave(2)
+    shared_S = lengths_S.view(len(lengths_S) // 2, 2).amin(dim=1).repeat_interleave(2)
     start_S = lengths_S.cumsum(0) - lengths_S
     place_N = torch.arange(len(logp_N), device=logp_N.device) - start_S[batch.sequence_N]
     return sequence_sum(torch.where(place_N < shared_S[batch.sequence_N], logp_N, ld_alpha * logp_N), batch)

@@ -1,0 +1,70 @@
+"""Scored groups on their way from the main rank to the others: what training reads of them, in a few arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlqwen.types import Completion, Group, Outcome, Prompt
+
+
+@dataclass(slots=True)
+class PackedGroups:
+    """Groups without their prompts' rows and their completions' texts; what is of all completions lies end to end."""
+
+    prompt_indices: list[int]
+    sizes: list[int]
+    """Completions of each group."""
+    versions: list[int]
+    lengths: list[int]
+    """Tokens of each completion."""
+    token_ids: np.ndarray
+    """int32."""
+    logprobs: np.ndarray
+    """float32, which is what samplers compute in."""
+    truncated: list[bool]
+    rewards: list[dict[str, list[float | None]]]
+    outcomes: list[dict[str, list[Outcome]]]
+    total_rewards: list[list[float | None]]
+
+
+def pack_groups(groups: Sequence[Group]) -> PackedGroups:
+    """For the other ranks."""
+    completions = [completion for group in groups for completion in group.completions]
+    return PackedGroups(
+        prompt_indices=[group.prompt.index for group in groups],
+        sizes=[len(group) for group in groups],
+        versions=[group.policy_version for group in groups],
+        lengths=[len(completion.token_ids) for completion in completions],
+        token_ids=np.array([token for completion in completions for token in completion.token_ids], dtype=np.int32),
+        logprobs=np.array([logp for completion in completions for logp in completion.logprobs], dtype=np.float32),
+        truncated=[completion.is_truncated for completion in completions],
+        rewards=[group.rewards for group in groups],
+        outcomes=[group.outcomes for group in groups],
+        total_rewards=[group.total_rewards_G for group in groups],
+    )
+
+
+def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group]:
+    """The groups again, with the prompts that this rank holds, and without texts."""
+    by_index = {prompt.index: prompt for prompt in prompts}
+    token_ids, logprobs = packed.token_ids.tolist(), packed.logprobs.tolist()
+    completions, start = [], 0
+    for length, truncated in zip(packed.lengths, packed.truncated, strict=True):
+        part = slice(start, start + length)
+        completions.append(Completion(token_ids[part], logprobs[part], "length" if truncated else "stop", text=""))
+        start += length
+    groups, start = [], 0
+    for place, size in enumerate(packed.sizes):
+        groups.append(
+            Group(
+                by_index[packed.prompt_indices[place]],
+                completions[start : start + size],
+                packed.versions[place],
+                rewards=packed.rewards[place],
+                outcomes=packed.outcomes[place],
+                total_rewards_G=packed.total_rewards[place],
+            )
+        )
+        start += size
+    return groups
