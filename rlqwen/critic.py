@@ -29,6 +29,9 @@ class Critic(Protocol):
     @property
     def trained_parameters(self) -> list[nn.Parameter]: ...
 
+    @property
+    def trained_names(self) -> list[str]: ...
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """(N,) float32 values of what stands before each target token.
 
@@ -36,12 +39,12 @@ class Critic(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
+    def save_trained(self, folder: Path) -> None:
         """Write the critic's weights into `folder`."""
         ...
 
     def restore(self, folder: Path) -> None:
-        """Load what `save` wrote."""
+        """Load what `save_trained` wrote."""
         ...
 
 
@@ -85,13 +88,17 @@ class ValueHead:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [self.head.weight]
 
+    @property
+    def trained_names(self) -> list[str]:
+        return ["weight"]
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         values = self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         return self.sequence.whole(values, own, batch.num_targets)
 
-    def save(self, folder: Path) -> None:
+    def save_trained(self, folder: Path) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)

@@ -9,8 +9,11 @@
     │   ├── RewardSpecError              an unknown, ambiguous or ill-fitting reward
     │   └── ResourceError                more CPUs, GPUs or memory asked than there are
     ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
+    ├── SaveError (OSError)              a checkpoint or a file of the run cannot be written
+    ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
     ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
+    ├── WatchStop (RuntimeError)         the guard found a symptom whose action is to stop
     └── RolloutError (RuntimeError)      the rollout workers cannot go on
         ├── WorkerDied                   a worker died more often than it may be restarted
         ├── WeightSyncError              a worker's weights differ from the trainer's after a sync
@@ -61,12 +64,26 @@ class RewardFailure(RlqwenError, RuntimeError):
     """A reward failed on too large a share of a batch; carries the reward's own traceback in its message."""
 
 
+class SaveError(RlqwenError, OSError):
+    """A checkpoint or a file of the run cannot be written: the disk is full, or not writable."""
+
+
+class Preempted(RlqwenError):
+    """The run was told to stop (SIGTERM, SIGUSR1), and can go on from its last checkpoint."""
+
+    exit_code = 75  # EX_TEMPFAIL: a scheduler may start the job again
+
+
 class NonFiniteError(RlqwenError, RuntimeError):
     """Loss or gradient was NaN or infinite in too many steps in a row."""
 
 
 class MainRankFailed(RlqwenError, RuntimeError):
     """The main rank met an error while the others waited for it; it shows that error itself."""
+
+
+class WatchStop(RlqwenError, RuntimeError):
+    """The guard of the run (`train.watch`) found a symptom that is to stop it; a checkpoint was saved first."""
 
 
 class RolloutError(RlqwenError, RuntimeError):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,8 @@ from rlqwen.model_files import write_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import SequenceGroup
+
+ADAPTER_FOLDER = "adapter"
 
 
 class PackedModel:
@@ -113,6 +116,11 @@ class PackedModel:
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of `trained_parameters`, in the same order."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """No gradients and no dropout inside."""
@@ -162,10 +170,18 @@ class PackedModel:
         """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
         self.model.save_pretrained(folder, save_embedding_layers=False)
 
-    def restore(self, folder: Path | str) -> None:
-        """Load what `save` (or, with an adapter, `save_adapter`) wrote back into the trained weights."""
+    def save_trained(self, folder: Path) -> None:
+        """Write what `restore` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
+        self.save(folder)
         if self.has_adapter:
-            set_peft_model_state_dict(self.model, load_peft_weights(str(folder)))
+            self.save_adapter(folder / ADAPTER_FOLDER)
+
+    def restore(self, folder: Path | str) -> None:
+        """Load what `save_trained`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
+        if self.has_adapter:
+            inner = Path(folder) / ADAPTER_FOLDER
+            weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.model, weights)
             return
-        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32)
+        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         self.base_model.load_state_dict(saved.state_dict())

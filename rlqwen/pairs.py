@@ -51,6 +51,9 @@ def _drawn(
     config = source.sampled
     model = config.model or recipe.model.path
     path = Path(recipe.output_dir) / PAIRS_FOLDER / (f"{part}.jsonl" if number == 0 else f"{part}-{number}.jsonl")
+    if recipe.train.resume_from_checkpoint and path.is_file():
+        announce(f"{part}: pairs that were sampled before are in {path}")
+        return source.model_copy(update={"sampled": None, "path": str(path)})
     announce(f"{part}: sampling {config.num_samples} answers to each prompt from {model}, for pairs")
     rows, summary = draw_pairs(model, config)
     write_pairs(path, rows)
@@ -132,6 +135,8 @@ def _answer(group: Group, completion: Completion) -> Any:
 
 
 def write_pairs(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSONL, the folder made if need be."""
+    """Write rows as JSONL, whole or not at all, the folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")  # a run that goes on reads it as it is
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

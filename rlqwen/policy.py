@@ -9,10 +9,13 @@ names_and_tensors = policy.export_weights()
 import contextlib
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -24,6 +27,8 @@ from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 from rlqwen.packed_model import PackedModel
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.sequence import SequenceGroup
+
+REFERENCE_FILE = "reference.safetensors"
 
 
 class Policy(PackedModel):
@@ -153,6 +158,16 @@ class Policy(PackedModel):
             raise ValueError("only a reference that is a copy of the weights can be refreshed")
         for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
             theirs.lerp_(ours.to(theirs.dtype), alpha)
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the reference, where training has changed it, to `folder`."""
+        if self._reference is not None:
+            save_safetensors(self._reference, str(folder / REFERENCE_FILE))
+
+    def restore_reference(self, folder: Path) -> None:
+        """Read back what `save_reference` wrote."""
+        if self._reference is not None:
+            load_safetensors(self._reference, str(folder / REFERENCE_FILE))
 
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from rlqwen.config import Recipe
 from rlqwen.config.recipe import TRAINER_CONFIGS
 from rlqwen.errors import ConfigError
+from rlqwen.secrets import redact_values
 
 _SECTIONS_OF_TRAIN = ("rollout", "scoring")
 """Parts of the trainer's config that stand at the top of a recipe."""
@@ -119,7 +120,8 @@ def copy_recipe(name: str, target: str | Path = ".") -> Path:
 
 
 def write_resolved(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe with every default filled in; `load_recipe` reads it back as an equal recipe."""
+    """Write the recipe with every default filled in; `load_recipe` reads it back as an equal recipe, unless it holds a
+    secret of the environment, which is not written."""
     values = recipe.model_dump(mode="json")
     train = values.pop("train")
     output_dir = values.pop("output_dir")
@@ -129,7 +131,7 @@ def write_resolved(recipe: Recipe, path: str | Path) -> None:
             values[section] = train.pop(section)
     values |= {"train": train, "output_dir": output_dir}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.dump(redact_values(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,18 @@ def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
 
 def digest_weights(weights: Mapping[str, Any]) -> str:
     """Digest of names, dtypes, shapes and bytes; quantised layers keep other values than tensors beside them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        tensor = weights[name]
-        if not isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor!r}".encode())
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    names = sorted(weights)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing lets other threads run
+        digests = pool.map(lambda name: _digest_weight(name, weights[name]), names)
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _digest_weight(name: str, value: Any) -> bytes:
+    if not isinstance(value, Tensor):
+        return hashlib.blake2b(f"{name} {value!r}".encode()).digest()
+    digest = hashlib.blake2b(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def digest_config(config: PreTrainedConfig) -> str:

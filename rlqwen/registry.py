@@ -6,7 +6,8 @@ callable that takes none of `prompts`, `completions`, `completion_ids` and no `*
 in a recipe are bound to a function, or given to a factory.
 
 A function may carry an attribute `required_columns`: tuples of column names, of each of which the data must have one.
-Parameters without a default are required in any case. Reward models (a torch module, a model folder) are not resolved
+Parameters without a default are required in any case. With an attribute `isolated` that is true, it runs untrusted code
+and is called in an isolated worker only. Reward models (a torch module, a model folder) are not resolved
 here.
 
 Example:
@@ -61,6 +62,8 @@ class Reward:
     """Names that arguments are bound to; columns of these names are kept from it."""
     column_choices: tuple[tuple[str, ...], ...] = ()
     """The data must have one column of each tuple."""
+    isolated: bool = False
+    """It asks for an isolated worker."""
 
 
 def resolve(reward: str | Callable[..., Any], args: Mapping[str, Any] | None = None) -> Reward:
@@ -147,6 +150,7 @@ def _describe(function: Callable[..., Any], name: str, origin: str) -> Reward:
         ),
         bound=tuple(sorted(bound)),
         column_choices=tuple(tuple(choice) for choice in getattr(inner, "required_columns", ())),
+        isolated=bool(getattr(inner, "isolated", False)),
     )
 
 

@@ -57,7 +57,7 @@ class FakeTrainer:
     def __init__(self, recipe):
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
-        self.output_dir.mkdir(parents=True)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     def train(self):
         with MetricLogger(self.output_dir, total_steps=2, algorithm=self.recipe.algorithm) as logger:

@@ -116,7 +116,7 @@ def test_a_value_head_reads_the_policys_hidden_states(tmp_path, train_trunk):
     values.sum().backward()
     assert (hidden.grad is not None) == train_trunk
     assert head.head.weight.grad is not None
-    head.save(tmp_path / "critic")
+    head.save_trained(tmp_path / "critic")
     assert load_file(tmp_path / "critic" / HEAD_FILE)["weight"].tolist() == [[0.5] * 4]
     other = ValueHead(4, train_trunk=True, device=torch.device("cpu"))
     other.restore(tmp_path / "critic")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 
 # From the ground up; a module may import from its own row (but for the trainers and the command line) and those below.
 LAYERS = [
-    {"errors", "types"},
+    {"errors", "types", "secrets"},
     {
         "config",
         "entry_points",
@@ -38,15 +38,15 @@ LAYERS = [
         "critic",
         "reference",
     }
-    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout"},
+    | {"likelihood", "parallel", "scoring", "checkpoint", "metrics", "rollout", "watch"},
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "pipeline", "export", "model_card"},
-    {"cli"},
+    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "verification", "export", "model_card"},
+    {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-NO_TORCH = {"errors", "types", "config", "entry_points", "registry", "recipe", "cli"}
+NO_TORCH = {"errors", "types", "secrets", "config", "entry_points", "registry", "recipe", "cli"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -46,7 +46,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
     """
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
-        refuse_used_folder(recipe.output_dir, overwrite=recipe.train.overwrite_output_dir)
+        refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
         _check_reference(recipe, earlier)

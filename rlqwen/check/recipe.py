@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
     start = start or recipe
     with report.collecting():
-        refuse_used_folder(recipe.output_dir, overwrite=recipe.train.overwrite_output_dir)
+        refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
     model = _check_model(report, recipe, start)
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")

@@ -11,8 +11,9 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
-from rlqwen.cli.training import check, run
+from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
+from rlqwen.secrets import redact
 
 INTERRUPTED = 130
 
@@ -22,7 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
     try:
-        return cli.main(args=arguments, prog_name="rlqwen", standalone_mode=False) or 0
+        given = sys.argv[1:] if arguments is None else arguments
+        return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -30,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo("rlqwen: interrupted", err=True)
         return INTERRUPTED
     except RlqwenError as error:
-        for line in str(error).splitlines():
+        for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)
         return error.exit_code
     except Exception:  # noqa: BLE001 - the outermost boundary
-        traceback.print_exc()
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
         return 1
 
 
@@ -50,5 +52,5 @@ def cli() -> None:
     """
 
 
-for command in (run, check, evaluate, export, data, rewards, recipes):
+for command in (run, check, verify_resume_command, evaluate, export, data, rewards, recipes):
     cli.add_command(command)

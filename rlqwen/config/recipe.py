@@ -121,6 +121,13 @@ class Recipe(Config):
     """The algorithm's own config: SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig."""
     output_dir: str
     """The run folder."""
+    resume: Literal["auto"] | None = None
+    """`auto`: go on from the newest complete checkpoint of `output_dir` where there is one, else begin."""
+
+    @property
+    def reuses_folder(self) -> bool:
+        """Whether `output_dir` may hold a run already: one to be deleted, or to go on with."""
+        return bool(self.train.overwrite_output_dir or self.train.resume_from_checkpoint or self.resume)
 
     @model_validator(mode="before")
     @classmethod

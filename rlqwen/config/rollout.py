@@ -83,6 +83,17 @@ class ScoringConfig(ArgumentsConfig):
     """Seconds for a worker to import the rewards."""
     memory_gib: float | None = Field(default=4.0, gt=0)
     """Memory that a worker may take; a reward that asks for more gets MemoryError. None: no limit."""
+    cpu_seconds: float | None = Field(default=None, gt=0)
+    """Processor time that one call may take, of all its threads together; past it the worker is killed and replaced.
+    None: what fits into `timeout`."""
+    env: list[str] = Field(default_factory=list)
+    """Variables of the environment to pass to rewards although their names look like secrets, such as
+    `OPENAI_API_KEY` for a judge. Isolated rewards get none."""
+    isolated: list[str] = Field(default_factory=list)
+    """Names of rewards to call in isolated workers, beside those that ask for it themselves: no network, no file
+    written, no environment, none read but Python's own. SECURITY.md says how far that goes."""
+    isolation: Literal["required", "off"] = "required"
+    """`off`: where this machine can't isolate, call rewards that ask for it in ordinary workers all the same."""
     max_failure_share: float = Field(default=0.5, ge=0, le=1)
     """Stop the run when a reward fails on more than this share of a batch."""
     in_process: list[str] = Field(default_factory=list)

@@ -29,7 +29,6 @@ class TrainerConfig(ArgumentsConfig):
         "deepspeed": "leave it out: this version trains in one process",
         "fsdp": "leave it out: this version trains in one process",
         "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
-        "resume_from_checkpoint": "exact resume is not there yet",
         "dataloader_num_workers": "leave it out: rows are tokenised once, before training",
         "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
         "logging_strategy": "use logging_steps",
@@ -99,6 +98,17 @@ class TrainerConfig(ArgumentsConfig):
     save_steps: int = Field(default=500, ge=1)
     save_total_limit: int | None = Field(default=None, ge=1)
     """Keep only so many checkpoints, the newest and the best."""
+    save_keep_every: int | None = Field(default=None, ge=1)
+    """Ours: keep the checkpoints of updates that this divides for good, not counted in `save_total_limit`."""
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Ours: save whenever so many minutes have passed since the last checkpoint, too."""
+    save_only_model: bool = False
+    """Leave optimiser and random states out of checkpoints, from which a run then cannot go on."""
+    resume_from_checkpoint: bool | str | None = None
+    """Go on from a checkpoint: true: the newest complete one of the run folder; or the path of one.
+    `auto`: true where there is one, else begin."""
+    resume_allow_changes: bool = False
+    """Ours: go on although data, model, versions or keys that change the result are not those of the checkpoint."""
     load_best_model_at_end: bool = False
     """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
     metric_for_best_model: str | None = None

@@ -10,6 +10,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.evaluation.win_rate import WinRate
 from rlqwen.metrics.completions import completion_rows
 from rlqwen.metrics.figures import RewardFigures
+from rlqwen.secrets import redact_values
 from rlqwen.types import Group
 
 RESULT_FILE = "eval.json"
@@ -58,11 +59,11 @@ def write_groups(path: Path, groups: Sequence[Group], references: Sequence[Seque
         for group in groups:
             compared = {} if references is None else {"references": references[group.prompt.index]}
             for row in completion_rows(group):
-                file.write(json.dumps(row | compared, ensure_ascii=False) + "\n")
+                file.write(json.dumps(redact_values(row | compared), ensure_ascii=False) + "\n")
 
 
 def write_result(folder: Path, result: EvalResult) -> None:
     """Write `eval.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result.as_dict(), ensure_ascii=False, indent=2)
+    text = json.dumps(redact_values(result.as_dict()), ensure_ascii=False, indent=2)
     (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlqwen.secrets import redact_values
 from rlqwen.types import Group
 
 COMPLETIONS_FOLDER = "completions"
@@ -23,7 +24,7 @@ class CompletionLog:
         with path.open("w", encoding="utf-8") as file:
             for group in groups:
                 for row in completion_rows(group):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(redact_values(row), ensure_ascii=False) + "\n")
         return path
 
 

@@ -62,6 +62,11 @@ class MetricLogger:
         if evaluation:
             self._display.show_evaluation(step, evaluation)
 
+    def event(self, step: int, fields: Mapping[str, str | float | list[str]]) -> None:
+        """Write a line of its own that is no step's metrics; sinks that take numbers alone get the numbers."""
+        for sink in self._sinks:
+            sink.event(step, fields)
+
     def note(self, text: str) -> None:
         """Show a line of text beside the display."""
         if self._display:

@@ -37,6 +37,8 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
         )
         figures = figures_table(summary)
         console.print(figures if figures else "No evaluation was asked for (train.eval_strategy).")
+        if summary.get("watch"):
+            console.print(Group(Text("\nThe guard noticed", style="bold yellow"), *watch_lines(summary["watch"])))
     last = Path(run_dirs[-1])
     samples = pick_samples(read_completions(last), num_samples)
     if samples:
@@ -61,6 +63,17 @@ def figures_table(summary: Mapping[str, Any]) -> Table | None:
         change = f"{new - old:+.3f}" if old is not None and new is not None else ""
         table.add_row(name, _figure(old), _figure(new), change)
     return table
+
+
+def watch_lines(trips: Sequence[Mapping[str, Any]], count: int = 8) -> list[Text]:
+    """What the guard told while the run went on: symptom, cause, and the recipe line to change."""
+    lines = []
+    for trip in trips[:count]:
+        lines.append(Text(f"  step {trip['step']}: {trip['symptom']} ({trip['action']}): {trip['cause']}"))
+        lines += [Text(f"      {advice}", style="cyan") for advice in trip["advice"]]
+    if len(trips) > count:
+        lines.append(Text(f"  and {len(trips) - count} more, in {METRICS_FILE}"))
+    return lines
 
 
 def pick_samples(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from rlqwen.errors import ConfigError
+from rlqwen.metrics.run_lock import refuse_running
 
 RECIPE_FILE = "recipe.yaml"
 FINAL_FOLDER = "final"
+CHECKPOINTS_FOLDER = "checkpoints"
 ERROR_FILE = "error.log"
 RUN_FILES = (
     "metrics.jsonl",
     "completions",
-    "checkpoints",
+    CHECKPOINTS_FOLDER,
     FINAL_FOLDER,
     "summary.json",
     "nonfinite",
@@ -22,10 +24,17 @@ RUN_FILES = (
 
 
 def refuse_used_folder(path: str | Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if the folder holds a run and may not be overwritten."""
-    found = [name for name in RUN_FILES if (Path(path) / name).exists()]
+    """Raises ConfigError if the folder holds a run and may not be overwritten, or one that is still going on."""
+    refuse_running(path)
+    found = find_run_files(path)
     if found and not overwrite:
         raise ConfigError(
             f"output_dir {str(path)!r} holds a run already (found {', '.join(found)}): choose another folder, "
-            "or set train.overwrite_output_dir=true to delete that run and start anew"
+            "go on from its last checkpoint with --resume, or set train.overwrite_output_dir=true to delete that run and "
+            "start anew"
         )
+
+
+def find_run_files(path: str | Path) -> list[str]:
+    """What a run left in the folder."""
+    return [name for name in RUN_FILES if (Path(path) / name).exists()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlqwen.errors import ConfigError
+from rlqwen.secrets import redact_values
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,10 +18,16 @@ class Sink(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def event(self, step: int, fields: Mapping[str, Any]) -> None:
+        """What is said once, texts among it."""
+        numbers = {key: float(value) for key, value in fields.items() if isinstance(value, int | float)}
+        if numbers:
+            self.log(step, numbers)
+
     def close(self) -> None: ...
 
 
-class JsonlSink:
+class JsonlSink(Sink):
     """One JSON object a logged step, flushed at once, so that a killed run keeps what it had.
 
     JSON has no NaN: a value that is not finite is null, and `nonfinite` says what it was:
@@ -32,19 +39,21 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        line: dict[str, Any] = {"step": step}
-        line |= {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        nonfinite = {key: str(value) for key, value in metrics.items() if not math.isfinite(value)}
+        self.event(step, metrics)
+
+    def event(self, step: int, fields: Mapping[str, Any]) -> None:
+        nonfinite = {k: str(v) for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+        line: dict[str, Any] = {"step": step, **fields, **dict.fromkeys(nonfinite)}
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(redact_values(line), ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Event files in `tensorboard/` of the run folder."""
 
     def __init__(self, output_dir: Path, run_name: str) -> None:
@@ -58,7 +67,7 @@ class TensorBoardSink:
         self._writer.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A Weights & Biases run; project and entity come from W&B's own environment variables."""
 
     def __init__(self, output_dir: Path, run_name: str) -> None:
@@ -71,7 +80,7 @@ class WandbSink:
         self._run.finish()
 
 
-class TrackioSink:
+class TrackioSink(Sink):
     """A trackio run in project `rlqwen`."""
 
     def __init__(self, output_dir: Path, run_name: str) -> None:

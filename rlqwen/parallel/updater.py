@@ -6,7 +6,7 @@ Trainers call `backward` on each micro-batch's share of the loss and `step` once
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,27 +15,10 @@ from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
+from rlqwen.parallel.moments import moments_are_finite
+from rlqwen.parallel.optimizer_state import restore_optimizer, save_optimizer
+from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
-
-
-@dataclass(slots=True, frozen=True)
-class Part:
-    """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
-
-    name: str
-    parameters: list[nn.Parameter]
-    learning_rate: float
-
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser: matrices decay, vectors don't."""
-        return [
-            {
-                "params": [p for p in self.parameters if p.ndim >= 2],
-                "weight_decay": weight_decay,
-                "lr": self.learning_rate,
-            },
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0, "lr": self.learning_rate},
-        ]
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,7 +30,7 @@ class UpdateResult:
     lr: float
     """Learning rate of the first part."""
     skipped: bool
-    """Loss or gradient was not finite: weights and optimiser are as before, to the bit."""
+    """Loss, gradient or a moment was not finite: weights and optimiser are as before, to the bit."""
 
     @property
     def grad_norm(self) -> float:
@@ -102,6 +85,8 @@ class Updater:
         if not self._touched:
             # The gradient is exactly zero, yet momentum and weight decay still move the weights.
             self._fill_in_zeros()
+        sound = moments_are_finite(self.optimizer)
+        self._finite = self._finite and sound
         self._add_up_gradients()
         lr = self.scheduler.get_last_lr()[0]
         limit = self.max_grad_norm or math.inf
@@ -114,12 +99,22 @@ class Updater:
         self._finite, self._touched = True, False
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            culprit = "loss or gradient was" if sound else "a moment of the optimizer was"
             raise NonFiniteError(
-                f"loss or gradient was not finite in {self._nonfinite_in_a_row} updates in a row "
+                f"{culprit} not finite in {self._nonfinite_in_a_row} updates in a row "
                 f"(max_nonfinite_steps); no weight was changed by them. Lower learning_rate (now {lr:.3g}), or look at "
                 "the batches saved under nonfinite/ in the run folder"
             )
         return UpdateResult(norms, lr, skipped)
+
+    def save(self, folder: Path) -> None:
+        """Write what the optimiser and the schedule remember into `folder`; on every rank."""
+        if self.ranks.is_main:
+            save_optimizer(folder, self.optimizer, self.scheduler, self.parts, nonfinite=self._nonfinite_in_a_row)
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save` wrote; on every rank."""
+        self._nonfinite_in_a_row = restore_optimizer(folder, self.optimizer, self.scheduler, self.parts)
 
     def _fill_in_zeros(self) -> None:
         for part in self.parts:

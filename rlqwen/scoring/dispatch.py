@@ -15,9 +15,12 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError
+from rlqwen.scoring.isolation.boundary import minimal_environment
 from rlqwen.scoring.outcomes import CallResult, describe
 from rlqwen.scoring.process import RewardWorker
 from rlqwen.scoring.worker import Setup
+from rlqwen.secrets import without_secrets
+from rlqwen.types import Outcome
 
 _MAX_IDLE_DEATHS = 5
 _RETIRE_WAIT = 1.0
@@ -32,8 +35,8 @@ class Call:
     count: int
     """Samples; `arguments` has so many of each."""
     arguments: dict[str, Any]
-    loggers: tuple[str, ...]
-    """Those of rlqwen.scoring.journal.LOGGERS that the reward takes."""
+    services: tuple[str, ...]
+    """Names that the reward takes beside its arguments: of rlqwen.scoring.journal.LOGGERS, and CONFINED_PYTHON."""
     finish: Callable[[CallResult], None]
     """Called in the dispatcher's thread."""
 
@@ -54,14 +57,24 @@ class Dispatcher:
     """A pool of reward workers and the one thread that talks to them.
 
     `functions` are pickled rewards and `labels` what to call them in messages. `changed` is notified when `error`
-    is set: from then on nothing is served any more.
+    is set: from then on nothing is served any more. `isolate`: all its workers are isolated.
     """
 
     def __init__(
-        self, functions: Sequence[bytes], labels: Sequence[str], config: ScoringConfig, changed: threading.Condition
+        self,
+        functions: Sequence[bytes],
+        labels: Sequence[str],
+        config: ScoringConfig,
+        changed: threading.Condition,
+        *,
+        isolate: bool = False,
     ) -> None:
         memory_bytes = None if config.memory_gib is None else int(config.memory_gib * 2**30)
-        self._setup = pickle.dumps(Setup(tuple(functions), memory_bytes))
+        self._setup = pickle.dumps(Setup(tuple(functions), memory_bytes, config.cpu_seconds, isolate))
+        self._isolate = isolate
+        self._environment = (
+            minimal_environment(os.environ) if isolate else without_secrets(os.environ, allowed=config.env)
+        )
         self._labels = labels
         self._config = config
         self._changed = changed
@@ -125,7 +138,7 @@ class Dispatcher:
 
     def _start_worker(self) -> None:
         deadline = time.monotonic() + self._config.start_timeout
-        self._seats.append(_Seat(RewardWorker(self._setup), deadline))
+        self._seats.append(_Seat(RewardWorker(self._setup, self._environment, is_silent=self._isolate), deadline))
 
     def _hand_out(self) -> None:
         for seat in self._seats:
@@ -138,7 +151,7 @@ class Dispatcher:
 
     def _begin(self, seat: _Seat, call: Call) -> None:
         try:
-            message = pickle.dumps((call.index, call.count, call.loggers, cloudpickle.dumps(call.arguments)))
+            message = pickle.dumps((call.index, call.count, call.services, cloudpickle.dumps(call.arguments)))
         except Exception as error:  # noqa: BLE001  picklers raise anything
             trace = f"the arguments cannot be sent to a worker:\n{describe(error)}"
             call.finish(CallResult.failed("error", trace, call.count, 0.0))
@@ -167,6 +180,12 @@ class Dispatcher:
             self._bury(seat)
             return
         kind, content = message
+        if kind == "unsafe":
+            raise RewardSpecError(
+                f"{', '.join(self._labels)} must run isolated, which this machine does not allow: {content}. It takes "
+                "Linux on x86-64 or aarch64 with seccomp and Landlock (5.13 or newer; in a container, a profile that "
+                "allows them). To run it all the same with nothing but limits around it: scoring.isolation: off"
+            )
         if kind == "unloadable":
             index, trace = content
             raise RewardSpecError(
@@ -179,8 +198,12 @@ class Dispatcher:
             with self._changed:
                 self.num_ready += 1
                 self._changed.notify_all()
-        else:
-            self._finish(seat, content)
+        elif seat.call is not None:
+            try:
+                result = CallResult.from_plain(content, seat.call.count)
+            except ValueError as error:
+                result = CallResult.failed("invalid", str(error), seat.call.count, time.monotonic() - seat.started)
+            self._finish(seat, result)
 
     def _finish(self, seat: _Seat, result: CallResult) -> None:
         call, seat.call, seat.deadline = seat.call, None, None
@@ -210,7 +233,8 @@ class Dispatcher:
         self._replace(seat)
         if seat.call is not None:
             seconds = time.monotonic() - seat.started
-            self._finish(seat, CallResult.failed("error", death, seat.call.count, seconds))
+            outcome: Outcome = "timeout" if "SIGXCPU" in death else "error"
+            self._finish(seat, CallResult.failed(outcome, death, seat.call.count, seconds))
 
     def _replace(self, seat: _Seat) -> None:
         self._seats.remove(seat)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from rlqwen.secrets import redact_values
 from rlqwen.types import Group, Outcome
 
 MAX_RECORDS = 200
@@ -38,4 +39,4 @@ class FailureLog:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, default=repr) + "\n")
+            file.write(json.dumps(redact_values(record), ensure_ascii=False, default=repr) + "\n")

@@ -10,6 +10,7 @@ from rlqwen.errors import RewardFailure
 from rlqwen.registry import Reward
 from rlqwen.scoring.failures import FailureLog
 from rlqwen.scoring.outcomes import CallResult
+from rlqwen.secrets import redact
 from rlqwen.types import Group
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Ledger:
             self._counts[name, outcome] += 1
             if outcome == "ok":
                 continue
-            trace = result.traces[position] or ""
+            trace = redact(result.traces[position] or "")
             counts = job.batch.failures.setdefault(job.reward, Counter())
             counts[outcome] += 1
             job.batch.traces.setdefault(job.reward, trace)

@@ -1,6 +1,7 @@
 """What became of a reward call: the judge of returned values, shared by workers and the trainer's process."""
 
 import asyncio
+import dataclasses
 import inspect
 import math
 import numbers
@@ -39,6 +40,32 @@ class CallResult:
     def failed(cls, outcome: Outcome, trace: str, count: int, seconds: float) -> Self:
         """The call as a whole gave nothing."""
         return cls([None] * count, [outcome] * count, [trace[-MAX_TRACE_LENGTH:]] * count, seconds, is_settled=False)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, content: Any, count: int) -> Self:
+        """What a worker sent for `count` samples; raises ValueError unless it is well-formed, since what ran there
+        may have written it."""
+        try:
+            result = cls(**content)
+            values = [*result.rewards, result.seconds, *(value for _, value in result.metrics)]
+            lists = [result.rewards, result.outcomes, result.traces, *result.extras.values()]
+            is_sound = (
+                all(isinstance(one, list) and len(one) == count for one in lists)
+                and all(isinstance(name, str) for name in (*result.extras, *(name for name, _ in result.metrics)))
+                and all(value is None or isinstance(value, int | float) for value in values)
+                and all(value is None or math.isfinite(value) for value in result.rewards)
+                and set(result.outcomes) <= {"ok", "timeout", "error", "invalid"}
+                and all(trace is None or isinstance(trace, str) for trace in result.traces)
+            )
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the worker's reply is malformed: {error}") from None
+        if not is_sound:
+            raise ValueError(f"the worker's reply is malformed: {_brief(content)}")
+        return result
 
 
 def call(

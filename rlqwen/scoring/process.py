@@ -1,14 +1,16 @@
 """The trainer's end of one reward worker."""
 
 import contextlib
+import json
 import os
-import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,26 +22,38 @@ _BOOTSTRAP = (
 _STDERR_FD = 2
 _TRACE_WAIT = 0.3
 _REAP_WAIT = 2.0
+_MESSAGE_WAIT_S = 10
+_MAX_REPLY_BYTES = 1 << 28
 
 
 class RewardWorker:
     """A worker process, in a process group of its own so that what its rewards start ends with it.
 
     Not started by multiprocessing: that would import the user's `__main__` again, which in most training scripts
-    starts the training. `setup` is a pickled rlqwen.scoring.worker.Setup.
+    starts the training. `setup` is a pickled rlqwen.scoring.worker.Setup, `environment` all that the worker has of
+    one. What a silent worker prints is discarded: it has no descriptor of the trainer's then.
     """
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: bytes, environment: Mapping[str, str], *, is_silent: bool = False) -> None:
         ours, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         fds = (theirs.fileno(), self._trace.fileno())
         # A reward's prints must not mix with the trainer's own output on stdout.
-        sink = _STDERR_FD if _is_open(_STDERR_FD) else subprocess.DEVNULL
+        sink = _STDERR_FD if _is_open(_STDERR_FD) and not is_silent else subprocess.DEVNULL
         arguments = [sys.executable, "-c", _BOOTSTRAP, *map(str, (*fds, os.getpid())), *map(str, sys.path)]
         self._process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, pass_fds=fds, start_new_session=True
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            pass_fds=fds,
+            start_new_session=True,
+            env=dict(environment),
         )
         theirs.close()
+        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            # A worker that stops in the middle of a message must not keep the trainer waiting.
+            ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", _MESSAGE_WAIT_S, 0))
         self.connection = Connection(ours.detach())
         self.pid: int | None = None
         """Of the process that calls the rewards; None until it is ready."""
@@ -53,11 +67,11 @@ class RewardWorker:
     def receive(self) -> tuple[str, Any] | None:
         """The next message, or None if the worker is gone."""
         try:
-            kind, content = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            return None
-        if kind == "ready":
-            self.pid = content
+            kind, content = json.loads(self.connection.recv_bytes(_MAX_REPLY_BYTES))
+            if kind == "ready":
+                self.pid = int(content)
+        except (EOFError, OSError, ValueError, TypeError, RecursionError):
+            return None  # also for what no worker of ours would write
         return kind, content
 
     def where(self) -> str:

@@ -20,6 +20,7 @@ from rlqwen.scoring.ledger import Batch, Job, Ledger
 from rlqwen.scoring.outcomes import CallResult, call
 from rlqwen.scoring.reward_model import RewardModel
 from rlqwen.scoring.travel import pack, state_of
+from rlqwen.scoring.worker import CONFINED_PYTHON
 from rlqwen.types import Group
 
 
@@ -57,13 +58,20 @@ class Scorer:
         self._local_jobs: deque[Job] = deque()
         self._restarts_before = 0
         packed = _pack_travellers(self.rewards, config)
-        self._worker_index = {reward: index for index, reward in enumerate(packed)}
-        self._dispatcher: Dispatcher | None = None
-        if packed:
-            labels = [f"{self.rewards[index].name!r} ({self.rewards[index].origin})" for index in packed]
-            self._dispatcher = Dispatcher(list(packed.values()), labels, config, self._changed)
+        self._dispatchers: list[Dispatcher] = []
+        self._places: dict[int, tuple[Dispatcher, int]] = {}
+        """Number of a reward -> who calls it, and its number there; not in it: called in this process."""
+        for isolate in (False, True):
+            chosen = [index for index in packed if _must_isolate(self.rewards[index], config) is isolate]
+            if not chosen:
+                continue
+            labels = [f"{self.rewards[index].name!r} ({self.rewards[index].origin})" for index in chosen]
+            functions = [packed[index] for index in chosen]
+            dispatcher = Dispatcher(functions, labels, config, self._changed, isolate=isolate)
+            self._dispatchers.append(dispatcher)
+            self._places |= {index: (dispatcher, place) for place, index in enumerate(chosen)}
             # Ends the workers when the scorer is garbage, or the interpreter exits, without a close.
-            self._finalizer = weakref.finalize(self, self._dispatcher.close)
+            weakref.finalize(self, dispatcher.close)
 
     def check(self, columns: Collection[str], where: str) -> None:
         """Raise RewardSpecError if a reward asks for a column that the data, called `where`, lacks."""
@@ -76,7 +84,7 @@ class Scorer:
             if isinstance(reward.function, RewardModel):
                 reward.function.load(self._tokenizer)
         with self._changed:
-            while self._dispatcher is not None and self._dispatcher.num_ready < self._config.num_workers:
+            while any(dispatcher.num_ready < self._config.num_workers for dispatcher in self._dispatchers):
                 self._raise_dispatcher_error()
                 self._changed.wait()
 
@@ -138,8 +146,8 @@ class Scorer:
 
     def close(self) -> None:
         """End the workers; idempotent. What is still being scored is lost."""
-        if self._dispatcher is not None:
-            self._finalizer()
+        for dispatcher in self._dispatchers:
+            dispatcher.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,13 +158,14 @@ class Scorer:
         self.close()
 
     def _begin(self, job: Job) -> None:
-        index = self._worker_index.get(job.reward)
-        if index is None or self._dispatcher is None:
+        if job.reward not in self._places:
             self._local_jobs.append(job)
             return
-        finish = partial(self._finish, job)
-        call = Call(index, len(job.samples), self._arguments(job), self._loggers(job), finish)
-        self._dispatcher.submit(call)
+        dispatcher, index = self._places[job.reward]
+        services = self._loggers(job)
+        if CONFINED_PYTHON in self.rewards[job.reward].parameters:
+            services += (CONFINED_PYTHON,)
+        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, partial(self._finish, job)))
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         prompt = job.group.prompt
@@ -218,18 +227,19 @@ class Scorer:
         return totals
 
     def _raise_dispatcher_error(self) -> None:
-        if self._dispatcher is not None and self._dispatcher.error is not None:
-            raise self._dispatcher.error
+        for dispatcher in self._dispatchers:
+            if dispatcher.error is not None:
+                raise dispatcher.error
 
     def _num_restarts(self) -> int:
-        return self._dispatcher.num_restarts if self._dispatcher is not None else 0
+        return sum(dispatcher.num_restarts for dispatcher in self._dispatchers)
 
     def _forget_batch(self) -> None:
         with self._changed:
             self._batch = Batch()
             self._local_jobs.clear()
-            if self._dispatcher is not None:
-                self._dispatcher.drop_queued()
+            for dispatcher in self._dispatchers:
+                dispatcher.drop_queued()
 
 
 def _plain_state(state: Any) -> SimpleNamespace:
@@ -246,9 +256,26 @@ def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config
         raise RewardSpecError(f"two rewards of this run are called {repeated[0]!r}; give each a name of its own")
     if len(weights) != len(rewards):
         raise ConfigError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards: {', '.join(names)}")
-    for name in config.in_process:
-        if name not in names:
-            raise ConfigError(f"scoring.in_process names {name!r}, which is no reward here: {', '.join(names)}")
+    for key in ("in_process", "isolated"):
+        for name in getattr(config, key):
+            if name not in names:
+                raise ConfigError(f"scoring.{key} names {name!r}, which is no reward here: {', '.join(names)}")
+    for reward in rewards:
+        if not _must_isolate(reward, config):
+            continue
+        if reward.name in config.in_process:
+            raise ConfigError(
+                f"scoring.in_process names {reward.name!r}, which must run isolated: take it out there, or set "
+                "scoring.isolation: off"
+            )
+        if isinstance(reward.function, RewardModel):
+            raise ConfigError(
+                f"scoring.isolated names {reward.name!r}, a reward model, which has the trainer's process"
+            )
+
+
+def _must_isolate(reward: Reward, config: ScoringConfig) -> bool:
+    return config.isolation == "required" and (reward.isolated or reward.name in config.isolated)
 
 
 def _pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int, bytes]:
@@ -264,6 +291,10 @@ def _pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[i
                 continue
             except Exception as error:  # noqa: BLE001  picklers raise anything
                 reason = f"it cannot be pickled: {type(error).__name__}: {error}"
+        if _must_isolate(reward, config):
+            raise RewardSpecError(
+                f"reward {reward.name!r} must run isolated, and cannot go to a worker process, because {reason}"
+            )
         warnings.warn(
             f"reward {reward.name!r} is called in the trainer's process, without a deadline, because {reason}; "
             f"make it a plain function, or accept this by scoring.in_process=[{reward.name!r}]",

@@ -15,27 +15,31 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 
 from rlqwen.batch import PackedBatch
 from rlqwen.check import plan_batch
-from rlqwen.checkpoint import clear_run_folder, open_run_folder
+from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
-from rlqwen.errors import DataError, NonFiniteError
+from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
+from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.dealing import count_tokens
-from rlqwen.trainers.saving import Saving
+from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.watching import Watching
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
 
+_GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
-class BaseTrainer(Saving, ABC, Generic[Row, Args]):
+
+class BaseTrainer(Watching, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -53,12 +57,11 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
     ) -> None:
         super().__init__(args, callbacks)
         set_seed(args.seed)
+        self.stop = StopRequest()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
-        self.output_dir = Lead(self.ranks).run(
-            lambda: open_run_folder(
-                args.output_dir, f"{self.algorithm}-{Path(model_name).name}", overwrite=args.overwrite_output_dir
-            )
-        )
+        self.args: Args = args
+        default_name = f"{self.algorithm}-{Path(model_name).name}"
+        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name))
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
@@ -67,7 +70,7 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
                 lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
             )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
-        self.args: Args = args
+        self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
@@ -83,6 +86,17 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         """What tokenising the data did, by `train` and `eval`."""
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
+
+    def _open_run_folder(self, default_name: str) -> Path:
+        """Make the run folder this process's own, or refuse it."""
+        folder = open_run_folder(
+            self.args.output_dir,
+            default_name,
+            overwrite=self.args.overwrite_output_dir,
+            resume=bool(self.args.resume_from_checkpoint),
+        )
+        lock_run_folder(folder)
+        return folder
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Policy:
         """The model that is trained, from its folder or hub id or from what was given."""
@@ -110,39 +124,48 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
 
     def trained_parts(self) -> list[Part]:
         """What the updates change."""
-        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate)]
+        names = self.policy.trained_names
+        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate, names)]
 
     # What users call
 
-    def train(self) -> TrainerState:
-        """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included."""
-        started = time.monotonic()
-        self._begin()
-        initial = final = None
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainerState:
+        """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included.
+
+        `resume_from_checkpoint`: True goes on from the newest complete checkpoint of the run folder, a path from that
+        one; None: as the config says. Raises Preempted, all saved, when SIGTERM or SIGUSR1 came.
+        """
+        self._started = self._last_save = time.monotonic()
+        final = None
         try:
-            if self.args.eval_on_start and self.eval_rows:
-                initial = self.evaluate()
-                self.best.find_key(initial)  # sooner than after the first updates
-            while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-                self._one_step()
-            restored = self._go_back_to_best()
-            if self.eval_rows:
-                final = self._final_evaluation(restored)
-            self.save_model(self.output_dir / "final")
-            self._notify("on_train_end")
+            with self.stop, self.watched():
+                self._begin(resume_from_checkpoint)
+                self._train_to_the_end()
+                restored = self._go_back_to_best()
+                if self.eval_rows:
+                    final = self._final_evaluation(restored)
+                self.save_model(self.output_dir / "final")
+                self._notify("on_train_end")
+        except OSError as error:
+            if isinstance(error, SaveError) or not is_storage_error(error):
+                raise
+            raise SaveError(f"the run folder {self.output_dir} cannot be written to: {error}") from error
         finally:
             self.close()
             self._close_logger()
+            unlock_run_folder(self.output_dir)
         if self.ranks.is_main:
             plot_curves(self.output_dir)
             write_summary(
                 self.output_dir,
                 algorithm=self.algorithm,
                 steps=self.state.global_step,
-                wall_time_s=time.monotonic() - started,
-                initial_eval=initial,
+                wall_time_s=self.wall_time_s,
+                initial_eval=self._initial_eval,
                 final_eval=final,
                 seed=self.args.seed,
+                watch=self.watch_summary(),
+                **({"resumed": self._resumed} if self._resumed else {}),
             )
         return self.state
 
@@ -168,13 +191,19 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
 
     # The loop
 
-    def _begin(self) -> None:
-        if self.args.overwrite_output_dir and self.ranks.is_main:
-            clear_run_folder(self.output_dir)
+    def _begin(self, resume: bool | str | Path | None) -> None:
+        Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
+        checkpoint = self._choose_checkpoint(resume)
+        self.origin()
+        if checkpoint is not None:
+            self._refuse_changes(checkpoint)
         self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
+        self._open_watch()
+        if checkpoint is not None:
+            self._restore(checkpoint)
         self._open_logger(self.state.max_steps)
         if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
@@ -187,6 +216,25 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         if self.policy.routers.note:
             self._note(self.policy.routers.note)
         self._notify("on_train_begin")
+        if checkpoint is not None:
+            self._restore_random_state(checkpoint)
+
+    def _train_to_the_end(self) -> None:
+        if self.args.eval_on_start and self.eval_rows and not self._resumed:
+            self._initial_eval = self.evaluate()
+            self.best.find_key(self._initial_eval)  # sooner than after the first updates
+        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            self.stop.listen()
+            try:
+                self._one_step()
+            except RolloutError as error:
+                # A scheduler's signal may reach the workers too, and end them before the update is done.
+                if self.stop.name is None:
+                    raise
+                raise Preempted(f"{self.stop.name}: the update in progress was lost; {_GO_ON}") from error
+            if any(self.ranks.gather(self.stop.name is not None)):
+                self.save_checkpoint()
+                raise Preempted(f"{self.stop.name or 'stopped'}: saved after update {self.state.global_step}; {_GO_ON}")
 
     def _one_step(self) -> None:
         before = self.state.global_step
@@ -207,9 +255,13 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         self._notify("on_step_end")
         if self._due(self.args.logging_steps, before) or self.control.should_log:
             self._log(metrics)
+        if self._watch(metrics):
+            return  # the step is undone
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
         if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
+            self.control.should_save = True
+        if self._minutes_have_passed():
             self.control.should_save = True
         self._agree()
         if self.control.should_evaluate and self.eval_rows:
@@ -271,6 +323,11 @@ class BaseTrainer(Saving, ABC, Generic[Row, Args]):
         """Whether the step passed a multiple of `every`, or was the last."""
         now = self.state.global_step
         return now // every > before // every or now >= self.state.max_steps
+
+    def _minutes_have_passed(self) -> bool:
+        """Whether a checkpoint is due by the main rank's clock."""
+        minutes = self.args.save_minutes
+        return minutes is not None and self.ranks.from_main(time.monotonic() - self._last_save >= 60 * minutes)
 
     def _scheduled(self, strategy: str, every: int, before: int) -> bool:
         if strategy == "steps":

@@ -22,6 +22,7 @@ def build_trainer(recipe: Recipe) -> BaseTrainer[Any, Any]:
     data = load_recipe_data(recipe.data)
     trainer = _build(recipe, data)
     trainer.cleaning = data.cleaning
+    trainer.recipe = recipe
     return trainer
 
 

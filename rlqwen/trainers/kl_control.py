@@ -15,6 +15,14 @@ class KLController:
         self.target = target
         self.horizon = horizon
 
+    def progress(self) -> dict[str, float]:
+        """Where the coefficient is."""
+        return {"coef": self.coef}
+
+    def restore_progress(self, progress: dict[str, float]) -> None:
+        """Go on from there."""
+        self.coef = progress["coef"]
+
     def observe(self, kl: float, num_completions: int) -> None:
         """Take in the mean KL of a completion, in nats, over a rollout."""
         if self.target is None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import PackedBatch, Tree
 from rlqwen.check import prompt_room
+from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
@@ -29,6 +30,7 @@ RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
 
 _LOSS, _TOKENS, _TARGETS = "loss", "tokens/trained", "targets"
+_UNSAMPLED = "sampling/logp_missing"
 
 
 @dataclass(slots=True)
@@ -89,6 +91,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         """On the main rank, once something has been sampled."""
         self.completions = CompletionLog(self.output_dir)
         self._draws = 0
+        self._rollout_progress: dict[str, Any] | None = None
+        """Of the engine, where a run that goes on has not started it yet."""
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
         room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
@@ -138,6 +142,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         micros = [micro for update in updates for micro in update.micro_batches]
         own[_TARGETS] = float(sum(micro.num_targets for micro in micros) * num_passes)
         own[_TOKENS] = count_tokens(micros) * num_passes
+        # A mean over targets like the rest: those that came without the sampler's logprob.
+        own[_UNSAMPLED] = float(sum(micro.num_targets for micro in micros if micro.sampler_logp_N is None) * num_passes)
         sums = {_LOSS: 0.0} | self.ranks.sum(own)
         loss, tokens, targets = (sums.pop(key) for key in (_LOSS, _TOKENS, _TARGETS))
         means = {key: value / max(targets, 1.0) for key, value in sums.items()}
@@ -186,15 +192,19 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             if self.scorer is None:
                 self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
-            self.rollouts = Rollouts(
-                self.lead.policy,
-                self.processing_class,
-                self.scorer,
-                self.args,
-                model_path=self.workers_folder,
-                longest_prompt=max(len(prompt.token_ids) for prompt in rows),
-                end_of_turn=self.reports["train"].end_of_turn,
-            )
+            with same_random_state():  # a run that goes on starts its engine later
+                self.rollouts = Rollouts(
+                    self.lead.policy,
+                    self.processing_class,
+                    self.scorer,
+                    self.args,
+                    model_path=self.workers_folder,
+                    longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+                    end_of_turn=self.reports["train"].end_of_turn,
+                )
+            if self._rollout_progress is not None:
+                self.rollouts.restore_progress(self._rollout_progress, self.train_rows)
+            self.stop.listen()  # Ray takes SIGTERM for itself
             if self.rollouts.note is not None:
                 self._note(self.rollouts.note)
         return self.rollouts
@@ -209,6 +219,14 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             self.processing_class.save_pretrained(folder)
         self.ranks.barrier()
         return str(folder)
+
+    def progress(self) -> dict[str, Any]:
+        rollouts = self._rollout_progress if self.rollouts is None else self.rollouts.progress()
+        return super().progress() | {"draws": self._draws, "rollouts": rollouts}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        super().restore_progress(progress)
+        self._draws, self._rollout_progress = progress["draws"], progress["rollouts"]
 
     def after_restore(self) -> None:
         self.policy_changed()

@@ -110,7 +110,10 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def trained_parts(self) -> list[Part]:
         rate = self.args.learning_rate if self.args.critic.learning_rate is None else self.args.critic.learning_rate
-        return [*super().trained_parts(), Part("critic", self.critic.trained_parameters, rate)]
+        return [
+            *super().trained_parts(),
+            Part("critic", self.critic.trained_parameters, rate, self.critic.trained_names),
+        ]
 
     # The algorithm
 
@@ -230,7 +233,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share; a completion without a reward says nothing to the critic, and is left out."""
+        """Micro-batches of a share; what says nothing to the critic, a completion without a reward or tokens, is left out."""
         trees = []
         for group, indices in share:
             branches = [
@@ -240,7 +243,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                     reward=self._score(group, index),
                 )
                 for index in indices
-                if group.total_rewards_G[index] is not None
+                if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches))
@@ -253,7 +256,20 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return (group.total_rewards_G[index] or 0.0) - (penalty if group.completions[index].is_truncated else 0.0)
 
     def save_beside(self, folder: Path) -> None:
-        self.critic.save(folder / CRITIC_FOLDER)
+        super().save_beside(folder)
+        self.critic.save_trained(folder / CRITIC_FOLDER)
+
+    def restore_beside(self, folder: Path) -> None:
+        super().restore_beside(folder)
+        self.critic.restore(folder / CRITIC_FOLDER)
+
+    def progress(self) -> dict[str, Any]:
+        return super().progress() | {"kl": self.kl.progress(), "num_rollouts": self.num_rollouts}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        super().restore_progress(progress)
+        self.kl.restore_progress(progress["kl"])
+        self.num_rollouts = progress["num_rollouts"]
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:

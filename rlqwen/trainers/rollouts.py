@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,16 @@ class Rollouts:
         )
         self.version = 1
         self._synced_version = 0
+
+    def progress(self) -> dict[str, Any]:
+        """Which weights the engine samples from."""
+        return {"version": self.version, "synced": self._synced_version == self.version}
+
+    def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
+        """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
+        self.version = progress["version"]
+        if progress["synced"]:
+            self._sync(prompts_P)
 
     def policy_changed(self) -> None:
         """The policy's weights are new; whoever samples next must sample from them."""

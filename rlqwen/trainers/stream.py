@@ -31,6 +31,14 @@ class RowStream(Generic[Row]):
         """The next `count` rows."""
         return [self._next() for _ in range(count)]
 
+    def progress(self) -> dict[str, int]:
+        """How far the stream has come."""
+        return {"position": self.position}
+
+    def restore_progress(self, progress: dict[str, int]) -> None:
+        """Go on from there."""
+        self.position = progress["position"]
+
     def ended_epoch(self, count: int) -> bool:
         """Whether the last `count` rows taken held the last one of an epoch."""
         return self.position // len(self.rows) > (self.position - count) // len(self.rows)

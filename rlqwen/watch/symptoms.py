@@ -99,14 +99,13 @@ def skipped(config: limits.SkippedConfig, step: Step) -> Finding | None:
 
 
 def mismatch(config: limits.MismatchConfig, step: Step) -> Finding | None:
-    if not step.samples or not step.get("tokens/trained") > 0:
-        return None
-    gap = step.metrics.get("sampling/logp_gap")
-    if gap is None:
+    missing, gap = step.get("sampling/logp_missing"), step.get("sampling/logp_gap")
+    if missing > 0:
         return Finding(
-            math.nan,
-            config.threshold,
-            "the sampler gave no logprobs with its completions, so nothing corrects for its distribution",
+            missing,
+            0.0,
+            f"{missing:.0%} of the trained tokens came without the sampler's logprobs, so nothing corrects for its "
+            "distribution",
             [step.change("rollout.engine", "an engine that returns logprobs")],
         )
     if not gap > config.threshold:
@@ -254,10 +253,13 @@ def idle(config: limits.IdleConfig, step: Step) -> Finding | None:
     if step.get("groups/no_signal") >= 1 or tokens_trained(step.metrics) == 0:
         return None  # said by symptoms of their own
     if rate == 0:
-        cause, advice = "the learning rate is 0", [
-            step.change("train.learning_rate", "above 0"),
-            step.change("train.lr_scheduler_type", "one that does not end at 0 so early"),
-        ]
+        cause, advice = (
+            "the learning rate is 0",
+            [
+                step.change("train.learning_rate", "above 0"),
+                step.change("train.lr_scheduler_type", "one that does not end at 0 so early"),
+            ],
+        )
     elif norms and max(norms.values()) <= config.threshold:
         cause = "every gradient is 0: the loss does not depend on what is trained"
         advice = ["model.lora: -> adapters on layers that the loss sees", "train: -> a loss whose terms are not all 0"]

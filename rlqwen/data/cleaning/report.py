@@ -9,6 +9,7 @@ from typing import Any
 
 from rlqwen.data.cleaning.outcome import Outcome, Side
 from rlqwen.data.cleaning.texts import Row, part_texts
+from rlqwen.secrets import redact_values
 
 CLEANING_FILE = "data_cleaning.json"
 DROPPED_FILE = "data_dropped.jsonl"
@@ -67,7 +68,7 @@ class CleaningReport:
         }
         (folder / CLEANING_FILE).write_text(json.dumps(counts, indent=2) + "\n", "utf-8")
         with (folder / DROPPED_FILE).open("w", encoding="utf-8", errors="replace") as file:
-            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
+            file.writelines(json.dumps(redact_values(example), ensure_ascii=False) + "\n" for example in self.examples)
 
 
 def make_report(

@@ -1,0 +1,37 @@
+"""The run folder and its checkpoints: what is written, how it is kept whole, and how a run goes on from it."""
+
+from rlqwen.checkpoint.checkpoints import (
+    Retention,
+    checkpoint_folder,
+    complete_checkpoints,
+    require_complete,
+    restore_weights,
+    save_model,
+    set_aside,
+    write_checkpoint,
+)
+from rlqwen.checkpoint.folder import find_fault, is_storage_error
+from rlqwen.checkpoint.random_state import random_state, restore_random_state, same_random_state
+from rlqwen.checkpoint.run_folder import clear_run_folder, cut_back, open_run_folder
+from rlqwen.checkpoint.values import read_values, write_values
+
+__all__ = [
+    "Retention",
+    "checkpoint_folder",
+    "clear_run_folder",
+    "complete_checkpoints",
+    "cut_back",
+    "find_fault",
+    "is_storage_error",
+    "open_run_folder",
+    "random_state",
+    "read_values",
+    "require_complete",
+    "restore_random_state",
+    "restore_weights",
+    "same_random_state",
+    "save_model",
+    "set_aside",
+    "write_checkpoint",
+    "write_values",
+]

@@ -1,0 +1,128 @@
+"""The checkpoints of a run, `checkpoints/step-NNNNNN`: written, found, verified, dropped.
+
+A checkpoint is a model folder for `from_pretrained` (trained weights in float32), with the tokenizer, the adapter under
+`adapter/` where there is one, and what the trainer needs to go on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from rlqwen.checkpoint.folder import find_fault, partial_of, put_in_place, remove, total_bytes, write_complete
+from rlqwen.errors import ConfigError
+from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER
+from rlqwen.packed_model import ADAPTER_FOLDER, PackedModel
+from rlqwen.parallel import Ranks
+
+_ASIDE = "set-aside"
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after update `step` lies."""
+    return run_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
+
+
+def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in."""
+
+    def fill(partial: Path) -> None:
+        policy.save(partial, dtype=policy.original_dtype)
+        if policy.has_adapter:
+            policy.save_adapter(partial / ADAPTER_FOLDER)
+        tokenizer.save_pretrained(partial)
+
+    return write_complete(folder, fill)
+
+
+def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -> None:
+    """Write a checkpoint whole or not at all, replacing one that is there.
+
+    Every rank calls `fill`, which on each writes files that no other rank writes; the main rank makes it complete.
+    """
+
+    def fill_together(partial: Path) -> None:
+        ranks.barrier()
+        fill(partial)
+        ranks.barrier()
+
+    if ranks.is_main:
+        before = _folders(folder.parent)
+        write_complete(folder, fill_together, last_size=total_bytes(before[-1]) if before else None)
+    else:
+        fill_together(partial_of(folder))
+    ranks.barrier()
+
+
+def restore_weights(folder: Path, policy: PackedModel) -> None:
+    """Load the trained weights of a checkpoint back into `policy`."""
+    policy.restore(folder)
+
+
+def complete_checkpoints(run_dir: Path, note: Callable[[str], None]) -> Iterator[Path]:
+    """Complete checkpoints of a run, newest first, each verified when it is asked for; `note` is told of the others."""
+    for folder in reversed(_folders(run_dir / CHECKPOINTS_FOLDER)):
+        fault = find_fault(folder)
+        if fault is None:
+            yield folder
+        else:
+            note(f"checkpoint {folder} is not used: {fault}")
+
+
+def require_complete(folder: Path) -> Path:
+    """The checkpoint that a user named; ConfigError if it isn't one, or not whole."""
+    if not folder.is_dir():
+        raise ConfigError(f"resume_from_checkpoint: there is no checkpoint {str(folder)!r}")
+    fault = find_fault(folder)
+    if fault is not None:
+        raise ConfigError(
+            f"resume_from_checkpoint: checkpoint {str(folder)!r} cannot be used: {fault}; name another, or set true for "
+            "the newest that is complete"
+        )
+    return folder
+
+
+def set_aside(run_dir: Path, *, after: int) -> list[Path]:
+    """Move checkpoints of later updates than `after`, which a run that goes on from there writes anew, to
+    `checkpoints/set-aside`, and delete what a killed save left; returns those moved."""
+    parent = run_dir / CHECKPOINTS_FOLDER
+    for partial in parent.glob(".step-*"):
+        remove(partial)
+    later = [folder for folder in _folders(parent) if _step(folder) > after]
+    for folder in later:
+        (parent / _ASIDE).mkdir(exist_ok=True)
+        put_in_place(folder, parent / _ASIDE / folder.name)
+    return later
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted((folder for folder in parent.glob("step-*") if folder.name[5:].isdigit()), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept."""
+
+    limit: int | None
+    """So many of the newest; None: all."""
+    keep_every: int | None
+    """Those of updates that this divides are kept for good, and not counted."""
+
+    def drop_old(self, parent: Path, *, best: Path | None) -> None:
+        """Delete what need not be kept; never `best`. A checkpoint is gone at once, or still whole."""
+        if self.limit is None:
+            return
+        passing = [
+            folder for folder in _folders(parent) if not (self.keep_every and _step(folder) % self.keep_every == 0)
+        ]
+        for folder in passing[: -self.limit]:
+            if folder != best:
+                dropped = folder.with_name(f".{folder.name}.dropped")
+                remove(dropped)
+                folder.rename(dropped)
+                remove(dropped)

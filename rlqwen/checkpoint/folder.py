@@ -1,0 +1,149 @@
+"""A folder that is complete or is not there: written aside, listed with digests, synced to disk, renamed.
+
+`manifest.json` holds the sha256 and the size of every other file. Before a checkpoint is used all of it is verified;
+files that the manifest does not list are never read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import SaveError
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = 1
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_STORAGE_WORDS = ("no space left", "disk quota", "read-only file system", "file too large", "input/output error")
+
+
+def write_complete(folder: Path, fill: Callable[[Path], None], *, last_size: int | None = None) -> Path:
+    """Have `fill` write a folder aside, and put it in the place of `folder` when it is whole and on disk.
+
+    `last_size`: bytes of the folder's predecessor, for the message where there is no room. Raises SaveError where the
+    disk is full or cannot be written to; what was written is then removed.
+    """
+    partial = partial_of(folder)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        partial.mkdir()
+        fill(partial)
+        write_manifest(partial)
+        sync_tree(partial)
+        put_in_place(partial, folder)
+    except BaseException as error:
+        if isinstance(error, Exception) and is_storage_error(error):
+            message = describe_storage_error(error, partial, last_size)
+            remove(partial)
+            raise SaveError(f"{folder} cannot be saved: {message}") from error
+        remove(partial)
+        raise
+    return folder
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it is complete."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename a whole folder to its place; one that is there is moved aside first, and deleted last."""
+    old = folder.with_name(f".{folder.name}.old")
+    remove(old)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    remove(old)
+
+
+def write_manifest(folder: Path) -> None:
+    """List the folder's files with their digests."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": _digest(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", "utf-8")
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_complete` wrote, naming the file; None if nothing is."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+        files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST_FILE}, so it was never completed"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
+    if manifest.get("format") != _FORMAT:
+        return f"{MANIFEST_FILE} is of format {manifest.get('format')!r}, and this version reads {_FORMAT}"
+    for name, (digest, size) in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return f"{MANIFEST_FILE} names {name!r}, which is outside of it"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, and had {size:,}"
+        if _digest(path) != digest:
+            return f"{name} has changed since it was saved (its sha256 differs)"
+    return None
+
+
+def total_bytes(folder: Path) -> int:
+    """Of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file and folder on disk before this returns."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether the disk is full or not writable; safetensors and tokenizers say so in words alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _STORAGE_ERRORS
+    return any(word in str(error).lower() for word in _STORAGE_WORDS)
+
+
+def describe_storage_error(error: BaseException, partial: Path, last_size: int | None) -> str:
+    """What the system says, how much was written and needed, and how much is free."""
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    written = 0
+    with contextlib.suppress(OSError):
+        written = total_bytes(partial)
+    place = next((path for path in [partial, *partial.parents] if path.exists()), Path("/"))
+    free = shutil.disk_usage(place).free
+    needed = f"; the last one took {last_size / 1e6:,.1f} MB" if last_size else ""
+    return (
+        f"{reason}. {written / 1e6:,.1f} MB of it were written, {free / 1e6:,.1f} MB are free{needed}. "
+        "The part is removed and earlier checkpoints are kept: make room (save_total_limit keeps fewer), "
+        "and go on with `rlqwen run RECIPE --resume`"
+    )

@@ -1,0 +1,58 @@
+"""The run folder: made, cleared, and cut back to the checkpoint that a run goes on from."""
+
+import shutil
+from pathlib import Path
+
+from rlqwen.errors import ConfigError
+from rlqwen.metrics.completions import COMPLETIONS_FOLDER
+from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER, RUN_FILES, refuse_used_folder
+from rlqwen.metrics.sinks import METRICS_FILE
+
+
+def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool, resume: bool) -> Path:
+    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`.
+
+    One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is deleted
+    here: that waits until training begins, after everything else has been found right.
+    """
+    if output_dir is None:
+        folder, number = Path("runs") / default_name, 1
+        while folder.exists() and not resume:
+            number += 1
+            folder = Path("runs") / f"{default_name}-{number}"
+    else:
+        folder = Path(output_dir)
+        can_go_on = (folder / CHECKPOINTS_FOLDER).is_dir()
+        refuse_used_folder(folder, overwrite=overwrite or resume or can_go_on)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Delete what a run left there."""
+    for path in (folder / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def cut_back(folder: Path, *, step: int, metrics_bytes: int) -> None:
+    """Delete what was written after the checkpoint of update `step`, so that nothing appears twice.
+
+    `metrics_bytes`: the size of `metrics.jsonl` then.
+    """
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size > metrics_bytes:
+        with metrics.open("r+b") as file:
+            file.truncate(metrics_bytes)
+    for path in (folder / COMPLETIONS_FOLDER).glob("*-*.jsonl"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdigit() and int(number) > step:
+            path.unlink()

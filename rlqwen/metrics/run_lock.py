@@ -1,0 +1,73 @@
+"""One run at a time in a run folder."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import ConfigError
+
+LOCK_FILE = ".run.lock"
+_held: dict[tuple[int, Path], int] = {}
+"""(process, folder) -> file descriptor: a process may take its own lock again."""
+
+
+def lock_run_folder(folder: str | Path) -> None:
+    """Hold the folder until `unlock_run_folder` or the end of this process, however it ends.
+
+    The operating system lets go of the lock of a process that died, so nothing is ever left over. Raises ConfigError
+    that names process and host of the run that holds it.
+    """
+    path = Path(folder).resolve() / LOCK_FILE
+    if (os.getpid(), path) in _held:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"output_dir {str(folder)!r} {_in_use(path)}") from None
+    except OSError:
+        os.close(descriptor)  # a file system without locks: better to train than not to
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    _held[os.getpid(), path] = descriptor
+
+
+def unlock_run_folder(folder: str | Path) -> None:
+    """Let go; does nothing where this process holds no lock."""
+    descriptor = _held.pop((os.getpid(), Path(folder).resolve() / LOCK_FILE), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def refuse_running(folder: str | Path) -> None:
+    """Raises ConfigError if another process trains in the folder."""
+    path = Path(folder).resolve() / LOCK_FILE
+    if not path.is_file() or (os.getpid(), path) in _held:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"output_dir {str(folder)!r} {_in_use(path)}") from None
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(path: Path) -> str:
+    try:
+        owner: Any = json.loads(path.read_text("utf-8"))
+        who = f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return f"is in use: {who} is training there; wait for it, stop it, or choose another output_dir"

@@ -1,0 +1,35 @@
+"""Weights that are trained together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(slots=True, frozen=True)
+class Part:
+    """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    learning_rate: float
+    names: list[str] = field(default_factory=list)
+    """Of the parameters, in order, by which an optimiser's state finds them again; numbers where none are given."""
+
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser: matrices decay, vectors don't."""
+        return [
+            {
+                "params": [p for p in self.parameters if p.ndim >= 2],
+                "weight_decay": weight_decay,
+                "lr": self.learning_rate,
+            },
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0, "lr": self.learning_rate},
+        ]
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by names that are unique among all parts."""
+        names = self.names or [str(number) for number in range(len(self.parameters))]
+        for name, parameter in zip(names, self.parameters, strict=True):
+            yield f"{self.name}/{name}", parameter

@@ -1,0 +1,32 @@
+"""Runs a function in a child process of its own that may be killed, without importing everything again."""
+
+import os
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+
+
+def run_forked(function: Callable[[], object], *, deadline_s: float = 60.0) -> int:
+    """Call `function` in a forked child; returns its exit code, the negative number of the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
+            function()
+            code = 0
+        except BaseException:  # noqa: BLE001 - the child must never return into pytest
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + deadline_s
+    while time.monotonic() < until:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"the child was not done after {deadline_s} s")
