@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlqwen.config import Recipe
-from rlqwen.errors import InputError, Preempted
+from rlqwen.errors import InputError, MainRankFailed, Preempted
 from rlqwen.metrics import plot_pipeline, refuse_used_folder, write_pipeline_summary
 from rlqwen.metrics.report import pipeline_folder
 from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
@@ -38,7 +38,7 @@ def run_pipeline(recipes: Sequence[Recipe | Stage], announce: Callable[[str], No
             announce(f"stage {place + 1} of {len(stages)}: {recipe.algorithm} in {recipe.output_dir}{done}")
         run_dirs.append(Path(recipe.output_dir) if done else run_recipe(recipe, announce))
     parent = pipeline_folder(run_dirs)
-    if parent:
+    if parent and int(os.environ.get("RANK", "0")) == 0:
         write_pipeline_summary(parent, run_dirs)
         plot_pipeline(parent, run_dirs)
     return run_dirs
@@ -46,21 +46,25 @@ def run_pipeline(recipes: Sequence[Recipe | Stage], announce: Callable[[str], No
 
 def run_recipe(recipe: Recipe, announce: Callable[[str], None]) -> Path:
     """Train one recipe; returns its run folder, which holds `error.log` if it failed for no fault of the input."""
+    from rlqwen.parallel import Lead, Ranks
     from rlqwen.trainers.build import build_trainer
 
     folder = Path(recipe.output_dir)
-    if os.environ.get("RANK", "0") == "0":
+    ranks = Ranks()
+    if ranks.is_main:
         lock_run_folder(folder)
     try:
-        trainer = build_trainer(sample_pairs(recipe, announce))
-        if not (trainer.output_dir / RECIPE_FILE).is_file() or not recipe.train.resume_from_checkpoint:
+        trainer = build_trainer(Lead(ranks).run(lambda: sample_pairs(recipe, announce)))
+        written = (trainer.output_dir / RECIPE_FILE).is_file() and recipe.train.resume_from_checkpoint
+        if ranks.is_main and not written:
             write_resolved(recipe, trainer.output_dir / RECIPE_FILE)
         trainer.train()
-    except (InputError, Preempted):
+    except (InputError, Preempted, MainRankFailed):
         raise
     except Exception:
+        name = ERROR_FILE if ranks.is_main else f"rank-{ranks.rank}-{ERROR_FILE}"
         with contextlib.suppress(OSError):  # the disk may be what failed
-            (folder / ERROR_FILE).write_text(redact(traceback.format_exc()), encoding="utf-8")
+            (folder / name).write_text(redact(traceback.format_exc()), encoding="utf-8")
         raise
     finally:
         unlock_run_folder(folder)

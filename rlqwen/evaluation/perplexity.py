@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from rlqwen.batch import split_trees
+from rlqwen.batch import pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import tokenize_sft
 from rlqwen.evaluation.loading import EvalModel, policy_of
@@ -34,7 +34,7 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     console = Console(stderr=True)
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:
-        likelihood = measure_likelihood(policy, shown)
+        likelihood = measure_likelihood(policy, map(pack, shown))
     return PerplexityFigures(
         {"perplexity": likelihood.perplexity, "nats_per_token": likelihood.loss, "tokens": float(likelihood.tokens)},
         report.summary(),

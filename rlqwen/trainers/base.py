@@ -79,6 +79,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         self._counted: Sequence[PackedBatch] | None = None
         """The micro-batches that `_tokens_per_update` is of."""
         self._tokens_per_update = 0.0
+        self.lead = Lead(self.ranks, self.policy)
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)

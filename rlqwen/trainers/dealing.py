@@ -28,10 +28,15 @@ def micro_batches(
         list(split_trees(share, max_branches=max_branches, max_tokens=max_tokens, divisible=divisible))
         for share in shares
     ]
-    own = parts[ranks.data_rank]
+    return pack_share(parts, ranks)
+
+
+def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's share of every rank's micro-batches, packed, and idle ones up to the number of the longest share."""
+    own, longest = parts[ranks.data_rank], max(parts, key=len)
     yield from map(pack, own)
-    for _ in range(max(map(len, parts)) - len(own)):
-        yield idle_batch(trees[0])
+    for part in longest[len(own) :]:
+        yield idle_batch(part[0])
 
 
 def share_trees(

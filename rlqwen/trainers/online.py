@@ -17,7 +17,6 @@ from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
-from rlqwen.parallel import Lead
 from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
@@ -79,7 +78,6 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             callbacks=callbacks,
             reference=reference,
         )
-        self.lead = Lead(self.ranks, self.policy)
         self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
         self.scorer: Scorer | None = None
         self.lead.run(self._start_scorer)
