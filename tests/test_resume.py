@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +22,17 @@ from rlqwen import (
     SFTConfig,
     SFTTrainer,
 )
-from rlqwen.errors import ConfigError, Preempted
 from rlqwen.metrics import read_metrics
 from rlqwen.verification import compare_runs
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(9)]
 CHATS = [
-    {"messages": [{"role": "user", "content": f"say {i} {'x' * (i % 7)}"}, {"role": "assistant", "content": f"{i}" * 3}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"say {i} {'x' * (i % 7)}"},
+            {"role": "assistant", "content": f"{i}" * 3},
+        ]
+    }
     for i in range(11)
 ]
 PAIRS = [
@@ -41,7 +44,11 @@ PAIRS = [
     for i in range(9)
 ]
 SHARED = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 2, "learning_rate": 3e-3}
-ONLINE = {"max_completion_length": 5, "rollout": {"engine": "transformers"}, "scoring": {"in_process": ["prefers_even"]}}
+ONLINE = {
+    "max_completion_length": 5,
+    "rollout": {"engine": "transformers"},
+    "scoring": {"in_process": ["prefers_even"]},
+}
 
 
 def prefers_even(completion_ids, **kwargs):
@@ -100,7 +107,10 @@ CASES = {
     "grpo": (grpo, EVALUATING),
     "grpo: a reference, two passes": (grpo, {"beta": 0.1, "num_iterations": 2, "max_steps": 8, "save_steps": 4}),
     "grpo: dynamic sampling, LoRA": (grpo, {"dynamic_sampling": True, "peft_config": lora()}),
-    "ppo: a steered KL": (ppo, {"kl_target": 0.1, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 12, "save_steps": 4}),
+    "ppo: a steered KL": (
+        ppo,
+        {"kl_target": 0.1, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 12, "save_steps": 4},
+    ),
     "ppo: LoRA on policy and critic": (ppo, {"peft_config": lora(), "max_steps": 8, "num_ppo_epochs": 1}),
     "ppo: a head, the policy later": (ppo, {"critic": {"kind": "head", "warmup_rollouts": 2}, "num_ppo_epochs": 1}),
 }

@@ -11,6 +11,7 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
+from rlqwen.cli.session import wait_for_cause
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
@@ -32,10 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         click.echo("rlqwen: interrupted", err=True)
         return INTERRUPTED
     except RlqwenError as error:
+        wait_for_cause(error)
         for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)
         return error.exit_code
-    except Exception:  # noqa: BLE001 - the outermost boundary
+    except Exception as error:  # noqa: BLE001 - the outermost boundary
+        wait_for_cause(error)
         click.echo(redact(traceback.format_exc()), err=True, nl=False)
         return 1
 

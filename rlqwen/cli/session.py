@@ -4,12 +4,15 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 TERMINATED = 143
+_CAUSE_S = 15.0
+"""For a launcher to see which rank ended first."""
 
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
@@ -38,6 +41,17 @@ def prepare() -> None:
 def _terminate(signum: int, frame: Any) -> NoReturn:
     """End by way of every `finally`, so that no worker outlives the run."""
     sys.exit(TERMINATED)
+
+
+def wait_for_cause(error: Exception) -> None:
+    """Let another rank's error be shown before this one, which only says that the other is gone: the launcher ends this
+    process meanwhile."""
+    if "RANK" not in os.environ or "torch" not in sys.modules:
+        return
+    from rlqwen.parallel import is_loss_of_rank
+
+    if is_loss_of_rank(error):
+        time.sleep(_CAUSE_S)
 
 
 def console() -> Any:

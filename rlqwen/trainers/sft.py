@@ -13,14 +13,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree, idle_batch, pack
 from rlqwen.config import SFTConfig
 from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
 from rlqwen.errors import ConfigError
-from rlqwen.likelihood import measure_likelihood, sequence_tree
+from rlqwen.likelihood import Likelihood, measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.metrics import CompletionLog
+from rlqwen.parallel import Lead, Ranks
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.dealing import count_tokens, micro_batches
 from rlqwen.trainers.generation import GenerationEvaluation
 
 Bin = list[TokenizedRow]
@@ -68,6 +70,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        self.lead = Lead(self.ranks, self.policy)
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
@@ -87,49 +90,70 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             bins = fill_bins(tokenized, self.args.max_length)
         if not evaluation or self.args.eval_generation is None:
             return bins
-        return EvalBins(bins, GenerationEvaluation(rows, self.policy, self.processing_class, self.args))
+        return EvalBins(bins, GenerationEvaluation(rows, self.lead.policy, self.processing_class, self.args))
 
     def step(self, rows: list[Bin]) -> Metrics:
         """One update on the mean loss of all target tokens of `rows`."""
         started = time.monotonic()
-        micro_batches = self._micro_batches(rows)
-        totals = Totals(
-            tokens=sum(micro.num_targets for micro in micro_batches),
-            sequences=sum(micro.num_sequences for micro in micro_batches),
-        )
-        total_loss = 0.0
-        for micro in micro_batches:
+        batches = self._micro_batches(rows)
+        sizes = {
+            "tokens": float(sum(micro.num_targets for micro in batches)),
+            "sequences": float(sum(micro.num_sequences for micro in batches)),
+            "trained": count_tokens(batches),
+        }
+        sizes = self.ranks.sum(sizes)
+        totals = Totals(tokens=int(sizes["tokens"]), sequences=int(sizes["sequences"]))
+        own_loss = 0.0
+        for micro in batches:
             logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
             loss, _ = sft_loss(logp_N, totals)
-            loss = loss + self.router_loss(micro, micro_batches)
+            loss = loss + self.router_loss(micro, batches)
             self.updater.backward(loss)
-            total_loss += loss.item()
-        self.update(micro_batches)
+            own_loss += loss.item()
+        self.update(batches)
         return {
-            "loss": total_loss,
-            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
-            "tokens/targets": totals.tokens,
+            **self.ranks.sum({"loss": own_loss}),
+            "tokens/trained": sizes["trained"],
+            "tokens/targets": sizes["tokens"],
             "time/train": time.monotonic() - started,
         }
 
     def compute_evaluation(self, rows: list[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
         writes, which goes to `completions/` of the run folder."""
-        batches = _batches_of(rows, self.args.per_device_eval_batch_size)
-        likelihood = measure_likelihood(self.policy, (_trees(batch) for batch in batches))
+        likelihood = self._likelihood(rows)
         figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
         if isinstance(rows, EvalBins):
-            groups = rows.generation.sample()
-            CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
-            figures |= rows.generation.figures(groups)
+            figures |= self.lead.run(lambda: self._written(rows.generation))
         return figures
 
+    def _written(self, generation: GenerationEvaluation) -> Metrics:
+        groups = generation.sample()
+        CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
+        return generation.figures(groups)
+
+    def _likelihood(self, rows: list[Bin]) -> Likelihood:
+        """Of all rows, each rank measuring its share; on every rank there are equally many forwards."""
+        parts = _parts_of(rows, self.args.per_device_eval_batch_size, self.ranks)
+        own = measure_likelihood(self.policy, parts)
+        total = self.ranks.sum({"nats": own.nats, "tokens": float(own.tokens)})
+        return Likelihood(total["nats"], int(total["tokens"]))
+
     def _micro_batches(self, rows: list[Bin]) -> list[PackedBatch]:
-        if self.args.max_tokens_per_micro_batch is not None:
-            parts = split_trees(_trees(rows), max_tokens=self.args.max_tokens_per_micro_batch)
-        else:
-            parts = (_trees(part) for part in _batches_of(rows, self.args.per_device_train_batch_size))
-        return [pack(part) for part in parts]
+        budget = self.args.max_tokens_per_micro_batch
+        if budget is not None:
+            return list(micro_batches(_trees(rows), self.ranks, max_tokens=budget))
+        return list(_parts_of(rows, self.args.per_device_train_batch_size, self.ranks))
+
+
+def _parts_of(bins: list[Bin], size: int, ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of `size` bins, equally many on every rank: bins are dealt out as they come, one that
+    is packed full to a rank like one that is not."""
+    own = [_trees(part) for part in _batches_of(ranks.share(bins), size)]
+    longest = -(-len(ranks.shares(bins)[0]) // size)
+    yield from map(pack, own)
+    for _ in range(longest - len(own)):
+        yield idle_batch(_trees(bins[:1])[0])
 
 
 def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:
