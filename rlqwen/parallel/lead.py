@@ -113,7 +113,7 @@ class _Announced:
     def _export(self, name: str) -> Iterator[tuple[str, Any]]:
         self._tell(name)
         self._walk = getattr(self._policy, name)()
-        for item in self._walk:  # `yield from` would close it with this generator
+        for item in self._walk:  # noqa: UP028  `yield from` would close it with this generator
             yield item
 
     def logprobs(self, batch: PackedBatch, **options: Any) -> Any:
