@@ -34,7 +34,7 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     console = Console(stderr=True)
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:
-        likelihood = measure_likelihood(policy, map(pack, shown))
+        likelihood = measure_likelihood(policy, shown)
     return PerplexityFigures(
         {"perplexity": likelihood.perplexity, "nats_per_token": likelihood.loss, "tokens": float(likelihood.tokens)},
         report.summary(),

@@ -119,9 +119,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
-        groups_P, metrics = self.sample(
-            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
-        )
+        groups_P, metrics = self.next_groups(prompts_P)
         metrics |= self.scoring_metrics()
         started = time.monotonic()
         self.num_rollouts += 1
