@@ -125,6 +125,12 @@ CASES = {
     "grpo_idle": lambda model, folder: _online(
         "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
     ),
+    **{f"sft_zero{stage}": lambda model, folder, stage=stage: _sft(model, folder, parallel={"zero_stage": stage})
+       for stage in (1, 2, 3)},
+    "sft_offload": lambda model, folder: _sft(
+        model, folder, parallel={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        max_tokens_per_micro_batch=60,
+    ),
     "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
 }  # fmt: skip
 
