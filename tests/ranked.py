@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/ranked.py MODEL FOLDER CASE [CASE ...]
 """
 
+import faulthandler
 import json
 import os
 import subprocess
@@ -10,7 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-DEADLINE_S = 150
+import pytest
+from safetensors.torch import load_file
+
+DEADLINE_S = int(os.environ.get('RANKED_DEADLINE_S', '150'))
 NUM_RANKS = 2
 
 SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
@@ -69,7 +73,14 @@ def _sft(model, folder, **options):
     size = options.pop("size", 6) // launched()
     defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
-    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:])
+    peft_config = options.pop("peft_config", None)
+    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:], peft_config=peft_config)
+
+
+def _lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
 
 
 def _reward(model, folder, **options):
@@ -125,14 +136,28 @@ CASES = {
     "grpo_idle": lambda model, folder: _online(
         "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
     ),
-    **{f"sft_zero{stage}": lambda model, folder, stage=stage: _sft(model, folder, parallel={"zero_stage": stage})
-       for stage in (1, 2, 3)},
-    "sft_offload": lambda model, folder: _sft(
-        model, folder, parallel={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
-        max_tokens_per_micro_batch=60,
-    ),
+    "sft_lora": lambda model, folder: _sft(model, folder, peft_config=_lora()),
     "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
 }  # fmt: skip
+
+
+WAYS = {
+    "zero1": {"parallel": {"zero_stage": 1}},
+    "zero2": {"parallel": {"zero_stage": 2}},
+    "zero3": {"parallel": {"zero_stage": 3}},
+    "offload2": {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
+    "offload3": {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
+    "bf16": {"parallel": {"zero_stage": 2}, "bf16": True},
+    "bf16_3": {"parallel": {"zero_stage": 3}, "bf16": True},
+    "fp16": {"parallel": {"zero_stage": 2}, "fp16": True},
+    "auto": {
+        "deepspeed": {
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True},
+        },
+    },
+}  # fmt: skip
+"""Ways to carry a case out: `case@way` is `case` with these arguments."""
 
 
 def launched() -> int:
@@ -145,12 +170,17 @@ def run_case(name: str, model: str, folder: Path) -> dict:
     from rlqwen.reference import digest_weights
 
     started = time.monotonic()
+    print(name, file=sys.stderr, flush=True)
     try:
-        trainer = CASES[name](model, folder / name)
+        case, _, way = name.partition("@")
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in WAYS.get(way, {}).items():
+                patch.setitem(COMMON, key, value)
+            trainer = CASES[case](model, folder / name)
         trainer.train()
     except RlqwenError as error:
         return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
-    state = trainer.model.state_dict()
+    state = load_file(folder / name / "final" / "model.safetensors")  # the model's own may lie in shards
     return {
         "history": trainer.state.log_history,
         "digest": digest_weights(state),
@@ -173,6 +203,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(DEADLINE_S - 10, exit=True)  # a rank that waits for ever says where
     model, folder, *names = sys.argv[1:]
     results = {name: run_case(name, model, Path(folder)) for name in names}
     Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
