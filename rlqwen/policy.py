@@ -25,7 +25,7 @@ from rlqwen.config import TrainerConfig
 from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 from rlqwen.packed_model import PackedModel
-from rlqwen.parallel import gathered
+from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.sequence import SequenceGroup
 
@@ -185,7 +185,7 @@ class Policy(PackedModel):
         if checkpointing:
             model.gradient_checkpointing_disable()
         try:
-            with self.inference(), self.autocast(), gathered(self.model.parameters()):
+            with self.inference(), self.autocast(), whole_model(self.model):
                 yield model
         finally:
             if checkpointing:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-DEADLINE_S = int(os.environ.get('RANKED_DEADLINE_S', '150'))
+DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "150"))
 NUM_RANKS = 2
 
 SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
@@ -141,14 +141,16 @@ CASES = {
 }  # fmt: skip
 
 
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Else ranks would keep weights as small as these whole."""
 WAYS = {
     "zero1": {"parallel": {"zero_stage": 1}},
     "zero2": {"parallel": {"zero_stage": 2}},
-    "zero3": {"parallel": {"zero_stage": 3}},
+    "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},
     "offload2": {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
-    "offload3": {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}},
+    "offload3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL, "offload_optimizer": True, "offload_parameters": True}},
     "bf16": {"parallel": {"zero_stage": 2}, "bf16": True},
-    "bf16_3": {"parallel": {"zero_stage": 3}, "bf16": True},
+    "bf16_3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "bf16": True},
     "fp16": {"parallel": {"zero_stage": 2}, "fp16": True},
     "auto": {
         "deepspeed": {
@@ -205,8 +207,10 @@ def main() -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(DEADLINE_S - 10, exit=True)  # a rank that waits for ever says where
     model, folder, *names = sys.argv[1:]
-    results = {name: run_case(name, model, Path(folder)) for name in names}
-    Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    results = {}
+    for name in names:
+        results[name] = run_case(name, model, Path(folder))
+        Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from rlqwen.parallel.lead import Lead
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks, is_loss_of_rank
 from rlqwen.parallel.sharded_updater import build_updater
-from rlqwen.parallel.shards import gathered, is_sharded
+from rlqwen.parallel.shards import gathered, is_sharded, whole_model
 from rlqwen.parallel.updater import Updater, UpdateResult, warmup_updates
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "is_sharded",
     "pick_device",
     "warmup_updates",
+    "whole_model",
 ]

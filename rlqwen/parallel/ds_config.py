@@ -64,11 +64,13 @@ def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int,
 
 
 def _fill_in_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    """Buffers in numbers of elements, as transformers fills them in."""
+    """Buffers in numbers of elements, as transformers fills them in; but nothing is fetched ahead, for evaluations and
+    exports go other ways through the weights than an update does, and DeepSpeed fetches what the last way needed."""
+    zero.setdefault("stage3_prefetch_bucket_size", 0)
     square = hidden_size * hidden_size
     sizes = {
         "reduce_bucket_size": square,
-        "stage3_prefetch_bucket_size": int(0.9 * square),
+        "stage3_prefetch_bucket_size": 0,
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     for key, value in sizes.items():

@@ -35,6 +35,8 @@ class Engine:
         self.norm = 0.0
         """Of the gradient that is about to be applied; infinite where it must not be."""
         if self.stage == 3:
+            for weight in part.module.parameters():
+                weight.sharding = self.zero  # type: ignore[attr-defined]
             self._true_norm = lambda: _joined(measure())
             measure, self.zero._get_norm_groups = self.zero._get_norm_groups, lambda: [torch.tensor(self._scaled_norm)]
         else:
