@@ -151,7 +151,15 @@ WAYS = {
     "offload3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL, "offload_optimizer": True, "offload_parameters": True}},
     "bf16": {"parallel": {"zero_stage": 2}, "bf16": True},
     "bf16_3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "bf16": True},
-    "fp16": {"parallel": {"zero_stage": 2}, "fp16": True},
+    "overflow": {"deepspeed": {"fp16": {"enabled": True, "initial_scale_power": 30}}, "parallel": {"zero_stage": 2}},
+    "saved": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "save_strategy": "steps", "save_steps": 2},
+    "given": {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1,
+            "fp16": {"enabled": True},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        },
+    },
     "auto": {
         "deepspeed": {
             "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",

@@ -30,10 +30,12 @@ class Engine:
         self.optimizer = optimizer
         self.touched = False
         """Whether a gradient has come since the last update."""
+        self._came = False
+        """Whether one has in this backward pass."""
         for parameter in part.parameters:
             parameter.register_post_accumulate_grad_hook(self._touch)
-        self.norm = 0.0
-        """Of the gradient that is about to be applied; infinite where it must not be."""
+        self._scaled_norm = 0.0
+        """Of the gradient that is about to be applied, times the loss's scale; infinite where it must not be."""
         if self.stage == 3:
             for weight in part.module.parameters():
                 weight.sharding = self.zero  # type: ignore[attr-defined]
@@ -44,10 +46,9 @@ class Engine:
             self.zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._scaled_norm)
             self.zero.check_grad_overflow = True
             self.zero.check_overflow = lambda partition_gradients=True: None  # an infinite norm says it
-        self._scaled_norm = 0.0
 
     def _touch(self, parameter: Tensor) -> None:
-        self.touched = True
+        self.touched = self._came = True
 
     @property
     def averages_over(self) -> int:
@@ -60,13 +61,17 @@ class Engine:
 
     def before_backward(self, loss: Tensor) -> None:
         """Before `loss.backward()`, each time."""
+        self._came = False
         self.zero.clear_backward_seen_flag()
         self.engine._running_engine_backward = True
         loss.register_hook(lambda grad: self.engine._backward_prologue())
 
     def after_backward(self) -> None:
         """After it: reduce what the stage reduces at every micro-batch."""
-        self.engine._backward_epilogue()
+        if self._came:
+            self.engine._backward_epilogue()
+        else:
+            self.zero.exit_backward()
         self.engine._running_engine_backward = False
 
     def finish_gradient(self) -> float:

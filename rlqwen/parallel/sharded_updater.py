@@ -22,7 +22,7 @@ class ShardedUpdater(Updater):
 
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
         _join_alone()
-        dtype = "fp16" if args.fp16 else "bf16" if _computes_in_bf16(self.parts, args) else "fp32"
+        dtype = _engine_dtype(self.parts, args)
         self.engines: list[Engine] = []
         for part in self.parts:
             hidden = max(parameter.shape[-1] for parameter in part.parameters)
@@ -79,10 +79,15 @@ def build_updater(parts: Sequence[Part], args: TrainerConfig, *, total_updates: 
     return kind(parts, args, total_updates=total_updates, ranks=ranks)
 
 
-def _computes_in_bf16(parts: Sequence[Part], args: TrainerConfig) -> bool:
-    if args.bf16 is not None:
-        return args.bf16
-    return parts[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
+def _engine_dtype(parts: Sequence[Part], args: TrainerConfig) -> str:
+    """Of the weights that a forward reads. Where DeepSpeed finds no float16 instructions, as on most CPUs, they stay
+    float32, and the forward's products alone are float16, as without DeepSpeed."""
+    if args.fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        return "fp16" if get_accelerator().is_fp16_supported() else "fp32"
+    on_gpu = parts[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if (on_gpu if args.bf16 is None else args.bf16) else "fp32"
 
 
 def _join_alone() -> None:
