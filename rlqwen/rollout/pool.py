@@ -105,8 +105,9 @@ class RolloutPool:
             lora_rank=lora_rank,
         )
         self._slots: list[Slot] = []
+        self._places = cluster.reserve(config, self._cluster.resources)
         # Also runs when the pool is forgotten, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _end, self._slots, self._cluster.disconnect)
+        self._finalizer = weakref.finalize(self, _end, self._slots, self._places, self._cluster.disconnect)
         for index in range(config.num_workers):
             self._slots.append(self._spawn(index))
 
@@ -199,10 +200,16 @@ class RolloutPool:
 
     def _spawn(self, index: int) -> Slot:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         wanted = self._cluster.resources
+        place = PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=index)
         actor_class: Any = ray.remote(
-            num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=wanted.num_cpus,
+            num_gpus=wanted.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=place,
         )(RolloutWorker)
         actor = actor_class.remote(self._settings)
         deadline = time.monotonic() + self.config.start_timeout
@@ -330,11 +337,13 @@ class RolloutPool:
         return answer if isinstance(answer, int) else None
 
 
-def _end(slots: list[Slot], disconnect: Any) -> None:
+def _end(slots: list[Slot], places: Any, disconnect: Any) -> None:
     import ray
+    from ray.util.placement_group import remove_placement_group
 
     # At the interpreter's exit Ray may have shut down before this.
     if ray.is_initialized():
         for slot in slots:
             ray.kill(slot.actor)
+        remove_placement_group(places)
     disconnect()
