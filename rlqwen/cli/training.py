@@ -43,7 +43,7 @@ def run(context: click.Context, words: tuple[str, ...], resume: bool, allow_chan
     elif max_restarts:
         folders = [recipe.output_dir for recipe in recipes]
         context.exit(supervise_command_line(context.find_root().obj, folders, Policy(max_restarts)))
-    prepare()
+    prepare(resumable=True)
     from rlqwen.check import check_before_run
     from rlqwen.metrics.report import show_report
     from rlqwen.pipeline import run_pipeline

@@ -17,6 +17,7 @@ from rlqwen.checkpoint import (
     restore_weights,
     same_random_state,
     save_model,
+    sync_file,
     write_checkpoint,
     write_values,
 )
@@ -80,6 +81,10 @@ class Saving(Telling):
         if best:
             self.state.best_model_checkpoint = str(folder)
         if self._saved_step != self.state.global_step:
+            if self.ranks.is_main:
+                sync_file(
+                    self.output_dir / METRICS_FILE
+                )  # what the checkpoint counts on must be there after a power cut
             with same_random_state():
                 write_checkpoint(folder, self._fill, self.ranks)
             self._saved_step = self.state.global_step
