@@ -22,6 +22,8 @@ from rlqwen.errors import NonFiniteError, Preempted, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
+from rlqwen.model_sources import commits
+from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
@@ -56,7 +58,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool | nn.Module = False,
     ) -> None:
-        super().__init__(callbacks)
+        super().__init__(args, callbacks)
         set_seed(args.seed)
         self.stop = StopRequest()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -77,6 +79,10 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
+        self._counted: Sequence[PackedBatch] | None = None
+        """The micro-batches that `_tokens_per_update` is of."""
+        self._tokens_per_update = 0.0
+        self.lead = Lead(self.ranks, self.policy)
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)
@@ -104,6 +110,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             peft_config=peft_config,
             reference=reference,
             device=pick_device(self.args.use_cpu),
+            sequence=self.ranks.sequence,
         )
 
     # What a trainer supplies
@@ -162,6 +169,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             final_eval=final,
             seed=self.args.seed,
             watch=self.watch_summary(),
+            hub_commits=commits(),
             **({"resumed": self._resumed} if self._resumed else {}),
         )
 
@@ -173,7 +181,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)
-        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.world_size)
+        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
@@ -259,20 +267,25 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._keep_nonfinite(micro_batches)
         return result
 
-    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
-        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+    def router_loss(
+        self, micro: PackedBatch, micro_batches: Sequence[PackedBatch], model: PackedModel | None = None
+    ) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any; `model` None: policy.
 
-        Each micro-batch's loss counts by its share of the tokens of the update, of which `micro_batches` is this rank's part. The load
-        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        Each micro-batch's loss counts by its share of the update's tokens. The load is the micro-batch's own, so unlike
+        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update.
         """
-        if not self.policy.routers.coefficient:
+        model = model or self.policy
+        if not model.routers.coefficient:
             return 0.0
-        return self.policy.router_loss(self.token_share(micro, micro_batches))
+        return model.router_loss(self.token_share(micro, micro_batches))
 
     def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
-        """What share of all ranks' tokens of the update, prefixes once each, the micro-batch has."""
-        total = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
-        return count_tokens([micro]) / max(total, 1.0)
+        """What share of the tokens that the update has on all ranks, prefixes once each, the micro-batch has."""
+        if self._counted is not micro_batches:
+            self._counted = micro_batches
+            self._tokens_per_update = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / self._tokens_per_update
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"

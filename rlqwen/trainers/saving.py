@@ -82,9 +82,7 @@ class Saving(Telling):
             self.state.best_model_checkpoint = str(folder)
         if self._saved_step != self.state.global_step:
             if self.ranks.is_main:
-                sync_file(
-                    self.output_dir / METRICS_FILE
-                )  # what the checkpoint counts on must be there after a power cut
+                sync_file(self.output_dir / METRICS_FILE)  # the checkpoint counts on it, after a power cut too
             with same_random_state():
                 write_checkpoint(folder, self._fill, self.ranks)
             self._saved_step = self.state.global_step
