@@ -173,6 +173,8 @@ class Saving(Telling):
                 **reward_origin(self.rewards),
                 **config_origin(self.args.model_dump(mode="json")),
             }
+            if self.recipe is not None:
+                self._origin |= flatten([spec.model_dump(mode="json") for spec in self.recipe.rewards], "rewards")
             if isinstance(policy.model, PeftModel):
                 for name, config in policy.model.peft_config.items():
                     self._origin |= flatten(config.to_dict(), f"adapter.{name}")
