@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -12,6 +13,8 @@ from typing import Any, NoReturn, Self
 import click
 
 TERMINATED = 143
+_CAUSE_S = 15.0
+"""For a launcher to see which rank ended first."""
 
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
@@ -62,6 +65,17 @@ class Interrupts:
 def _terminate(signum: int, frame: Any) -> NoReturn:
     """End by way of every `finally`, so that no worker outlives the run."""
     sys.exit(TERMINATED)
+
+
+def wait_for_cause(error: Exception) -> None:
+    """Let another rank's error be shown before this one, which only says that the other is gone: the launcher ends this
+    process meanwhile."""
+    if "RANK" not in os.environ or "torch" not in sys.modules:
+        return
+    from rlqwen.parallel import is_loss_of_rank
+
+    if is_loss_of_rank(error):
+        time.sleep(_CAUSE_S)
 
 
 def console() -> Any:
