@@ -62,7 +62,7 @@ class Scorer:
         self._places: dict[int, tuple[Dispatcher, int]] = {}
         """Number of a reward -> who calls it, and its number there; not in it: called in this process."""
         for isolate in (False, True):
-            chosen = [index for index in packed if _must_isolate(self.rewards[index], config) is isolate]
+            chosen = [index for index in packed if must_isolate(self.rewards[index], config) is isolate]
             if not chosen:
                 continue
             labels = [f"{self.rewards[index].name!r} ({self.rewards[index].origin})" for index in chosen]
@@ -261,7 +261,7 @@ def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config
             if name not in names:
                 raise ConfigError(f"scoring.{key} names {name!r}, which is no reward here: {', '.join(names)}")
     for reward in rewards:
-        if not _must_isolate(reward, config):
+        if not must_isolate(reward, config):
             continue
         if reward.name in config.in_process:
             raise ConfigError(
@@ -274,7 +274,8 @@ def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config
             )
 
 
-def _must_isolate(reward: Reward, config: ScoringConfig) -> bool:
+def must_isolate(reward: Reward, config: ScoringConfig) -> bool:
+    """Whether a reward is called in isolated workers only."""
     return config.isolation == "required" and (reward.isolated or reward.name in config.isolated)
 
 
@@ -291,7 +292,7 @@ def _pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[i
                 continue
             except Exception as error:  # noqa: BLE001  picklers raise anything
                 reason = f"it cannot be pickled: {type(error).__name__}: {error}"
-        if _must_isolate(reward, config):
+        if must_isolate(reward, config):
             raise RewardSpecError(
                 f"reward {reward.name!r} must run isolated, and cannot go to a worker process, because {reason}"
             )
