@@ -1,10 +1,10 @@
 """How likely a model finds given texts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlqwen.batch import Branch, Tree, pack
+from rlqwen.batch import Branch, PackedBatch, Tree
 from rlqwen.data import TokenizedRow
 from rlqwen.policy import Policy
 
@@ -32,12 +32,11 @@ class Likelihood:
         return math.exp(min(self.loss, _LARGEST_EXPONENT))
 
 
-def measure_likelihood(policy: Policy, batches: Iterable[Sequence[Tree]]) -> Likelihood:
-    """Of the target tokens of all batches, each of which is one packed forward."""
+def measure_likelihood(policy: Policy, batches: Iterable[PackedBatch]) -> Likelihood:
+    """Of the target tokens of all batches."""
     nats, tokens = 0.0, 0
     with policy.inference():
-        for trees in batches:
-            batch = pack(trees)
+        for batch in batches:
             logp_N, _ = policy.logprobs(batch.to(policy.device))
             nats -= logp_N.sum().item()
             tokens += batch.num_targets

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from rlqwen.batch import split_trees
+from rlqwen.batch import pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import tokenize_sft
 from rlqwen.evaluation.loading import EvalModel, policy_of
@@ -30,7 +30,7 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     length = context if config.max_length is None else min(config.max_length, context)
     tokenized, report = tokenize_sft(rows, model.facts.tokenizer, config.model_copy(update={"max_length": length}))
     trees = map(sequence_tree, tokenized)
-    batches = list(split_trees(trees, max_branches=config.per_device_eval_batch_size))
+    batches = [pack(part) for part in split_trees(trees, max_branches=config.per_device_eval_batch_size)]
     console = Console(stderr=True)
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:

@@ -47,6 +47,7 @@ class Lead:
         try:
             result = work()
         except BaseException as error:
+            self.policy.finish()
             self._tell_of(error)
             raise
         self._tell("done", result)
@@ -93,6 +94,12 @@ class _Announced:
     def __init__(self, policy: Any, tell: Callable[..., None]) -> None:
         self._policy = policy
         self._tell = tell
+        self._walk: Iterator[Any] = iter(())
+
+    def finish(self) -> None:
+        """Walk on to the end of weights that whoever asked for them left off: the others are on their way through."""
+        for _ in self._walk:
+            pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
@@ -104,14 +111,10 @@ class _Announced:
         return self._export("export_adapter")
 
     def _export(self, name: str) -> Iterator[tuple[str, Any]]:
-        """To the end, though the one who asked may leave off: the others are on their way through all of it."""
         self._tell(name)
-        weights = getattr(self._policy, name)()
-        try:
-            yield from weights
-        finally:
-            for _ in weights:
-                pass
+        self._walk = getattr(self._policy, name)()
+        for item in self._walk:  # noqa: UP028  `yield from` would close it with this generator
+            yield item
 
     def logprobs(self, batch: PackedBatch, **options: Any) -> Any:
         self._tell("logprobs", batch.to("cpu"))

@@ -82,9 +82,6 @@ class Updater:
 
     def step(self) -> UpdateResult:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
-        if not self._touched:
-            # The gradient is exactly zero, yet momentum and weight decay still move the weights.
-            self._fill_in_zeros()
         sound = moments_are_finite(self.optimizer)
         self._finite = self._finite and sound
         self._add_up_gradients()
@@ -116,21 +113,23 @@ class Updater:
         """Read back what `save` wrote; on every rank."""
         self._nonfinite_in_a_row = restore_optimizer(folder, self.optimizer, self.scheduler, self.parts)
 
-    def _fill_in_zeros(self) -> None:
-        for part in self.parts:
-            for parameter in part.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-
     def _add_up_gradients(self) -> None:
-        """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one."""
-        if self.ranks.world_size == 1:
-            return
-        self._fill_in_zeros()
-        for part in self.parts:
-            for parameter in part.parameters:
+        """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one.
+
+        A weight without a gradient on any rank rests. Where nothing was to be trained on at all the gradient is exactly
+        0, which is another thing: momentum and weight decay still move the weights.
+        """
+        parameters = [parameter for part in self.parts for parameter in part.parameters]
+        by_rank = self.ranks.gather((self._finite, self._touched, [weight.grad is not None for weight in parameters]))
+        finite, touched, given = zip(*by_rank, strict=True)
+        self._finite = all(finite)
+        for parameter, given_by in zip(parameters, zip(*given, strict=True), strict=True):
+            if any(touched) and not any(given_by):
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.ranks.world_size > 1:
                 dist.all_reduce(parameter.grad)
-        self._finite = all(self.ranks.gather(self._finite))
 
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:

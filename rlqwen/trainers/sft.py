@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree, pack, split_trees
+from rlqwen.batch import PackedBatch, Tree
 from rlqwen.config import SFTConfig
 from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
 from rlqwen.errors import ConfigError
-from rlqwen.likelihood import measure_likelihood, sequence_tree
+from rlqwen.likelihood import Likelihood, measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.metrics import CompletionLog
 from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches, pack_share
 from rlqwen.trainers.generation import GenerationEvaluation
 
 Bin = list[TokenizedRow]
@@ -87,49 +88,52 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             bins = fill_bins(tokenized, self.args.max_length)
         if not evaluation or self.args.eval_generation is None:
             return bins
-        return EvalBins(bins, GenerationEvaluation(rows, self.policy, self.processing_class, self.args))
+        return EvalBins(bins, GenerationEvaluation(rows, self.lead.policy, self.processing_class, self.args))
 
     def step(self, rows: list[Bin]) -> Metrics:
         """One update on the mean loss of all target tokens of `rows`."""
         started = time.monotonic()
-        micro_batches = self._micro_batches(rows)
-        totals = Totals(
-            tokens=sum(micro.num_targets for micro in micro_batches),
-            sequences=sum(micro.num_sequences for micro in micro_batches),
-        )
-        total_loss = 0.0
+        micro_batches = list(self._micro_batches(rows))
+        counts = [count for tree in _trees(rows) for count in tree.target_counts]
+        totals = Totals(tokens=sum(counts), sequences=len(counts))
+        sums: Metrics = {}
         for micro in micro_batches:
             logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
             loss, _ = sft_loss(logp_N, totals)
             loss = loss + self.router_loss(micro, micro_batches)
             self.updater.backward(loss)
-            total_loss += loss.item()
+            add_up(sums, {"loss": loss.detach()})
         self.update(micro_batches)
-        return {
-            "loss": total_loss,
-            "tokens/trained": float(sum(micro.num_tokens for micro in micro_batches)),
-            "tokens/targets": totals.tokens,
-            "time/train": time.monotonic() - started,
-        }
+        add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
+        return self.ranks.sum(sums) | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
 
     def compute_evaluation(self, rows: list[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
         writes, which goes to `completions/` of the run folder."""
-        batches = _batches_of(rows, self.args.per_device_eval_batch_size)
-        likelihood = measure_likelihood(self.policy, (_trees(batch) for batch in batches))
+        own = measure_likelihood(self.policy, self._shared(rows, self.args.per_device_eval_batch_size))
+        likelihood = Likelihood(
+            nats=sum(self.ranks.gather_shares(own.nats)),
+            tokens=sum(self.ranks.gather_shares(own.tokens)),
+        )
         figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
         if isinstance(rows, EvalBins):
-            groups = rows.generation.sample()
-            CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
+            groups = self.lead.run(rows.generation.sample)
+            if self.ranks.is_main:
+                CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
             figures |= rows.generation.figures(groups)
         return figures
 
-    def _micro_batches(self, rows: list[Bin]) -> list[PackedBatch]:
-        if self.args.max_tokens_per_micro_batch is not None:
-            parts = split_trees(_trees(rows), max_tokens=self.args.max_tokens_per_micro_batch)
-        else:
-            parts = (_trees(part) for part in _batches_of(rows, self.args.per_device_train_batch_size))
-        return [pack(part) for part in parts]
+    def _micro_batches(self, rows: list[Bin]) -> Iterator[PackedBatch]:
+        """This rank's."""
+        budget = self.args.max_tokens_per_micro_batch
+        if budget is not None:
+            return micro_batches(_trees(rows), self.ranks, max_tokens=budget)
+        return self._shared(rows, self.args.per_device_train_batch_size)
+
+    def _shared(self, rows: list[Bin], size: int) -> Iterator[PackedBatch]:
+        """This rank's part of `rows`, in micro-batches of `size` rows."""
+        shares = self.ranks.shares(rows)
+        return pack_share([[_trees(part) for part in _batches_of(share, size)] for share in shares], self.ranks)
 
 
 def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:

@@ -1,0 +1,176 @@
+"""Trainers that tests run on one rank, in their own process, and on two, by torchrun; what each leaves is compared.
+
+torchrun --nproc-per-node 2 tests/ranked.py MODEL FOLDER CASE [CASE ...]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DEADLINE_S = 150
+NUM_RANKS = 2
+
+SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"{i}{'x' * (i % 5)}"}],
+        "chosen": [{"role": "assistant", "content": f"{i}b" * (1 + i % 2)}],
+        "rejected": [{"role": "assistant", "content": f"{i}a" * (1 + i % 3)}],
+        "margin": 0.1 * (i % 3),
+    }
+    for i in range(15)
+]
+LABELLED = [
+    {"prompt": f"say {i}{'!' * (i % 7)}:", "completion": " yes" if i % 3 else " no, no", "label": bool(i % 3)}
+    for i in range(15)
+]
+
+
+def prefers_even(completion_ids, **kwargs):
+    return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def by_prompt(prompts, completion_ids, **kwargs):
+    """Groups of one prompt in three carry a signal."""
+    signal = [int(prompt[0]["content"].split()[0]) % 3 == 0 for prompt in prompts]
+    return [s * float(sum(ids) % 3) for s, ids in zip(signal, completion_ids, strict=True)]
+
+
+def first_only(prompts, completion_ids, **kwargs):
+    """At most one group of a rollout carries a signal, and often none."""
+    return [
+        float(sum(ids) % 2) if prompt[0]["content"].startswith("7 ") else 0.0
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
+    ]
+
+
+def fails(completion_ids, **kwargs):
+    raise ValueError("this reward fails")
+
+
+def _dpo(model, folder, rows=PAIRS, **options):
+    from rlqwen import DPOConfig, DPOTrainer
+
+    size = options.pop("size", 6) // launched()
+    defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
+    train, held_out = [
+        [{key: value for key, value in row.items() if key != "margin"} for row in part]
+        for part in (rows[:12], rows[8:])
+    ]
+    return DPOTrainer(model, args=DPOConfig(**defaults | options), train_dataset=train, eval_dataset=held_out)
+
+
+def _sft(model, folder, **options):
+    from rlqwen import SFTConfig, SFTTrainer
+
+    size = options.pop("size", 6) // launched()
+    defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:])
+
+
+def _reward(model, folder, **options):
+    from rlqwen import RewardConfig, RewardTrainer
+
+    defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": 6 // launched(), "max_steps": 3}
+    return RewardTrainer(model, RewardConfig(**defaults | options), PAIRS[:12], PAIRS[8:])
+
+
+def _online(algorithm, model, folder, reward=prefers_even, **options):
+    import rlqwen
+
+    size = options.pop("size", 8) // launched()
+    defaults = {
+        **COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_completion_length": 6,
+        "rollout": {"engine": "transformers"}, "scoring": {"in_process": [reward.__name__]}, "temperature": 1.0,
+        "num_generations": 4, "vllm_importance_sampling_mode": "token_truncate",
+    }  # fmt: skip
+    trainer, config = getattr(rlqwen, f"{algorithm}Trainer"), getattr(rlqwen, f"{algorithm}Config")
+    return trainer(model, reward, config(**defaults | options), SUMS, SUMS[:3])
+
+
+COMMON = {
+    "learning_rate": 0.1, "adam_epsilon": 1.0, "optim": "adamw_torch", "save_strategy": "no", "max_grad_norm": 0.5,
+    "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "per_device_eval_batch_size": 3,
+}  # fmt: skip
+"""An epsilon of 1 makes an update as large as its gradient, and not the sign of what rounding left of 0."""
+
+CASES = {
+    "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
+    "sft_tokens": lambda model, folder: _sft(model, folder, max_tokens_per_micro_batch=60),
+    "sft_packed": lambda model, folder: _sft(model, folder, packing=True, max_length=60, size=2),
+    "dpo": lambda model, folder: _dpo(model, folder),
+    "dpo_tokens": lambda model, folder: _dpo(model, folder, max_tokens_per_micro_batch=60, use_weighting=True),
+    "dpo_ranking": lambda model, folder: _dpo(model, folder, loss_type=["aot", "sft"]),
+    "dpo_precomputed": lambda model, folder: _dpo(model, folder, precompute_ref_log_probs=True, ld_alpha=0.5),
+    "kto": lambda model, folder: _dpo(model, folder, LABELLED, loss_type="kto", max_tokens_per_micro_batch=60),
+    "reward": lambda model, folder: _reward(model, folder, center_rewards_coefficient=0.1),
+    "ppo": lambda model, folder: _online(
+        "PPO", model, folder, num_generations=1, num_mini_batches=2, num_ppo_epochs=2, max_steps=8, kl_target=1.0,
+        whiten_rewards=True, entropy_coef=0.01,
+    ),
+    "ppo_head": lambda model, folder: _online(
+        "PPO", model, folder, critic={"kind": "head", "warmup_rollouts": 1}, num_ppo_epochs=1, max_steps=3,
+        max_tokens_per_micro_batch=60,
+    ),
+    "grpo": lambda model, folder: _online(
+        "GRPO", model, folder, beta=0.1, generation_batch_size=16, num_iterations=2, max_steps=8,
+    ),
+    "grpo_dynamic": lambda model, folder: _online(
+        "GRPO", model, folder, by_prompt, dynamic_sampling=True, max_steps=3, max_tokens_per_micro_batch=60,
+    ),
+    "grpo_idle": lambda model, folder: _online(
+        "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
+    ),
+    "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
+}  # fmt: skip
+
+
+def launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_case(name: str, model: str, folder: Path) -> dict:
+    """What a case leaves on this rank: its history, and digests and sums of its weights; or its error."""
+    from rlqwen.errors import RlqwenError
+    from rlqwen.reference import digest_weights
+
+    started = time.monotonic()
+    try:
+        trainer = CASES[name](model, folder / name)
+        trainer.train()
+    except RlqwenError as error:
+        return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
+    state = trainer.model.state_dict()
+    return {
+        "history": trainer.state.log_history,
+        "digest": digest_weights(state),
+        "position": trainer.stream.position,
+    }
+
+
+def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict]:
+    """By rank: what each case left, by name."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}",
+        str(Path(__file__)), str(model), str(folder), *names,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    model, folder, *names = sys.argv[1:]
+    results = {name: run_case(name, model, Path(folder)) for name in names}
+    Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
