@@ -10,7 +10,7 @@ from rlqwen.errors import RewardSpecError
 from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import build_rewards
 from rlqwen.scoring.isolation.boundary import refusal, why_not
-from rlqwen.scoring.scorer import must_isolate
+from rlqwen.scoring.placement import must_isolate
 
 Row = dict[str, Any]
 
