@@ -132,9 +132,9 @@ def many_that_take_memory(text: str) -> None:
     ("act", "sign"),
     [
         (fork, "Operation not permitted"),
-        (bomb, "may have 32 processes"),
-        (shared_memory, "Error"),
-        (many_that_take_memory, "GiB together"),
+        pytest.param(bomb, "may have 32 processes", marks=pytest.mark.slow_fault),
+        pytest.param(shared_memory, "Error", marks=pytest.mark.slow_fault),
+        pytest.param(many_that_take_memory, "GiB together", marks=pytest.mark.slow_fault),
     ],
 )
 def test_limits_count_all_that_an_isolated_reward_starts(act: Callable[[str], None], sign: str, tmp_path: Path) -> None:
