@@ -39,10 +39,6 @@ class Critic(Protocol):
         """
         ...
 
-    def router_loss(self, weight: float) -> Tensor | float:
-        """See PackedModel; 0 for a critic without experts of its own."""
-        ...
-
     def save_trained(self, folder: Path) -> None:
         """Write the critic's weights into `folder`."""
         ...
@@ -101,10 +97,6 @@ class ValueHead:
         values = self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         return self.sequence.whole(values, own, batch.num_targets)
-
-    def router_loss(self, weight: float) -> float:
-        """See Critic."""
-        return 0.0
 
     def save_trained(self, folder: Path) -> None:
         """See Critic."""

@@ -25,6 +25,7 @@ from rlqwen.loading import local_folder
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.model_card import write_card
 from rlqwen.model_files import write_model
+from rlqwen.model_sources import SAFE, refuse_pickles
 from rlqwen.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -84,7 +85,7 @@ def export_model(options: ExportOptions) -> int:
             max_shard_bytes=shard_bytes,
             quantization=_int8_config(base) if options.int8 else None,
         )
-        AutoTokenizer.from_pretrained(source.tokenizer).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False).save_pretrained(partial)
         write_card(partial, run=source.run, base=source.model, int8=options.int8)
         if destination.exists():
             destination.rmdir()
@@ -138,15 +139,16 @@ def _run_of(folder: Path) -> Path | None:
 
 def _load(source: Source) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source.model)
+        config = AutoConfig.from_pretrained(source.model, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             require_bitsandbytes(f"the quantised model {source.model!r}")
         scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        model = auto.from_pretrained(source.model, dtype="auto")
+        model = auto.from_pretrained(source.model, dtype="auto", trust_remote_code=False, **SAFE)
         if quantized_bits(model):
             prepare_quantized(model)
         if source.adapter is not None:
+            refuse_pickles(source.adapter)
             model = PeftModel.from_pretrained(model, str(source.adapter))
             check_adapter(model, reference=False)
     except ModelError:

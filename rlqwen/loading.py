@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.model_sources import note_commit, pinned, refuse_pickles, split_revision
 from rlqwen.parallel import pick_device
 from rlqwen.quantization import require_bitsandbytes
 
@@ -32,15 +33,19 @@ _LOADING_ARGUMENTS = ("dtype", "quantization_config")
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
     """AutoModelForCausalLM.from_pretrained with our errors."""
-    arguments = dict(args.model_init_kwargs)
+    name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     if arguments.get("quantization_config") is not None:
         require_bitsandbytes("quantization_config")
         # Quantised weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=args.trust_remote_code, **arguments
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
+    note_commit(name_or_path, model)
+    return model
 
 
 def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
@@ -48,6 +53,7 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
 
     Raises ModelError, also where the folder has a head of several labels.
     """
+    name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     try:
         with _quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -55,7 +61,7 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
                 num_labels=1,
                 trust_remote_code=args.trust_remote_code,
                 output_loading_info=True,
-                **args.model_init_kwargs,
+                **arguments,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {name_or_path!r} cannot be loaded as one with a scalar head: {error}") from error
@@ -63,6 +69,7 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
     unexpected = missing - {"score.weight"}
     if unexpected:
         raise ModelError(f"model {name_or_path!r} lacks weights: {', '.join(sorted(unexpected)[:5])}")
+    note_commit(name_or_path, model)
     return model, not missing
 
 
@@ -102,7 +109,10 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
     """The folder itself, or where the hub's snapshot of a model lies on this machine, downloaded if need be."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
+        refuse_pickles(folder)
         return str(folder)
+    name_or_path, named = split_revision(name_or_path)
+    revision = named or revision
     try:
         return snapshot_download(
             name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -136,11 +146,12 @@ def stop_token_ids(
 
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
     """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
+    name_or_path, revision = split_revision(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path,
             trust_remote_code=args.trust_remote_code,
-            revision=args.model_init_kwargs.get("revision", "main"),
+            revision=revision or args.model_init_kwargs.get("revision", "main"),
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {error}") from error

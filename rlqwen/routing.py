@@ -74,6 +74,8 @@ class RouterBalance:
     def loss(self, router_logits: Sequence[Tensor], weight: float, sequence: SequenceGroup) -> Tensor:
         """The loss of one micro-batch times the coefficient and the micro-batch's share of the update, `weight`."""
         loss, counts_LE = load_balancing_loss(router_logits, self.top_k, sequence)
+        if not weight:
+            return 0.0 * loss  # an idle row, which says nothing of the load
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
         self._loss += weight * loss.item()
         self._weight += weight

@@ -70,13 +70,13 @@ class Comparison:
         if self.is_exact:
             return f"exact: {compared} are the same, to the bit"
         first = min(self.differences, key=lambda one: one.step)
-        largest = max(
-            (one for one in self.differences if math.isfinite(one.size)), key=lambda one: one.size, default=None
-        )
         lines = [f"not exact: {len(self.differences)} differences in {compared}", f"  it begins with {first}"]
-        if largest is not None:
-            lines.append(f"  the largest: {largest}")
-        return "\n".join(lines + [f"  {one}" for one in self.differences[:_MAX_LISTED]])
+        sized = [one for one in self.differences if math.isfinite(one.size)]
+        for what, at_end in (("figure", False), ("weight", True)):
+            own = [one for one in sized if math.isinf(one.step) == at_end]
+            if own:
+                lines.append(f"  the largest of a {what}: {max(own, key=lambda one: one.size)}")
+        return "\n".join(lines + [f"  {one}" for one in self.differences if one not in sized][: _MAX_LISTED + 2])
 
 
 def compare_runs(ours: Path, theirs: Path) -> Comparison:

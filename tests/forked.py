@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 
-def run_forked(function: Callable[[], object], *, deadline_s: float = 60.0) -> int:
-    """Call `function` in a forked child; returns its exit code, the negative number of the signal that ended it."""
+def run_forked(function: Callable[[], object], *, kill_after_s: float | None = None, deadline_s: float = 60.0) -> int:
+    """Call `function` in a forked child, killed after `kill_after_s`; returns its exit code, the negative number of the
+    signal that ended it."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -21,12 +22,15 @@ def run_forked(function: Callable[[], object], *, deadline_s: float = 60.0) -> i
             traceback.print_exc()
         finally:
             os._exit(code)
-    until = time.monotonic() + deadline_s
+    started = time.monotonic()
+    until = started + deadline_s
     while time.monotonic() < until:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+        if kill_after_s is not None and time.monotonic() > started + kill_after_s:
+            os.kill(pid, 9)
+        time.sleep(0.005)
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     raise AssertionError(f"the child was not done after {deadline_s} s")

@@ -75,7 +75,10 @@ def test_a_dataset_saved_to_disk_loads(tmp_path):
             r"a\.jsonl, line 3: not valid JSON .*'\{\"prompt\": oops\}'",
         ),
         ("a.jsonl", b'{"prompt": "1"}\n[1, 2]\n', r"a\.jsonl, line 2: a row must be a JSON object, this is a list"),
-        ("a.jsonl", b'{"prompt": "1"}\n{"prompt": "\xff"}\n', r"a\.jsonl, line 2: not valid UTF-8 \(byte 0xff"),
+        pytest.param(
+            *("a.jsonl", b'{"prompt": "1"}\n{"prompt": "\xff"}\n', r"a\.jsonl, line 2: not valid UTF-8 \(byte 0xff"),
+            marks=pytest.mark.fault("broken UTF-8 in a data file", "refused, with file, line, byte and what to do"),
+        ),
         ("a.jsonl", b"\n\n", r"a\.jsonl holds no rows"),
         ("a.json", b'[\n{"prompt": "1"},\n{"prompt": }\n]', r"a\.json, line 3: not valid JSON"),
         ("a.json", b'{\n"prompt": "1"}', r"must hold a list of objects, this one holds an object"),

@@ -30,6 +30,7 @@ LAYERS = [
         "recipe",
         "data",
         "loading",
+        "model_sources",
         "model_files",
         "quantization",
         "adapters",
@@ -42,7 +43,7 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "verification", "export", "model_card"},
+    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "launch", "verification", "export", "model_card"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from forked import run_forked
+from forked_ranks import run_ranks
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -23,13 +26,19 @@ from rlqwen import (
     SFTConfig,
     SFTTrainer,
 )
-from rlqwen.errors import ConfigError, Preempted
+from rlqwen.cli import main
+from rlqwen.errors import ConfigError
 from rlqwen.metrics import read_metrics
 from rlqwen.verification import compare_runs
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(9)]
 CHATS = [
-    {"messages": [{"role": "user", "content": f"say {i} {'x' * (i % 7)}"}, {"role": "assistant", "content": f"{i}" * 3}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"say {i} {'x' * (i % 7)}"},
+            {"role": "assistant", "content": f"{i}" * 3},
+        ]
+    }
     for i in range(11)
 ]
 PAIRS = [
@@ -41,7 +50,11 @@ PAIRS = [
     for i in range(9)
 ]
 SHARED = {"per_device_train_batch_size": 4, "max_steps": 6, "save_steps": 2, "learning_rate": 3e-3}
-ONLINE = {"max_completion_length": 5, "rollout": {"engine": "transformers"}, "scoring": {"in_process": ["prefers_even"]}}
+ONLINE = {
+    "max_completion_length": 5,
+    "rollout": {"engine": "transformers"},
+    "scoring": {"in_process": ["prefers_even"]},
+}
 
 
 def prefers_even(completion_ids, **kwargs):
@@ -100,7 +113,10 @@ CASES = {
     "grpo": (grpo, EVALUATING),
     "grpo: a reference, two passes": (grpo, {"beta": 0.1, "num_iterations": 2, "max_steps": 8, "save_steps": 4}),
     "grpo: dynamic sampling, LoRA": (grpo, {"dynamic_sampling": True, "peft_config": lora()}),
-    "ppo: a steered KL": (ppo, {"kl_target": 0.1, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 12, "save_steps": 4}),
+    "ppo: a steered KL": (
+        ppo,
+        {"kl_target": 0.1, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 12, "save_steps": 4},
+    ),
     "ppo: LoRA on policy and critic": (ppo, {"peft_config": lora(), "max_steps": 8, "num_ppo_epochs": 1}),
     "ppo: a head, the policy later": (ppo, {"critic": {"kind": "head", "warmup_rollouts": 2}, "num_ppo_epochs": 1}),
 }
@@ -152,3 +168,102 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tiny_model_path, tmp_path, na
     assert summary["initial_eval"] == pytest.approx(
         json.loads((tmp_path / "straight" / "summary.json").read_text())["initial_eval"], abs=60
     )
+
+
+def test_two_ranks_write_a_checkpoint_that_two_and_one_can_use(tiny_model_path, tmp_path):
+    options = {"per_device_train_batch_size": 2, "peft_config": lora()}
+
+    def train(folder, **more):
+        sft(tiny_model_path, folder, **options, **more).train()
+
+    run_ranks(lambda: train(tmp_path / "straight"))
+    run_ranks(lambda: train(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
+    assert (checkpoint / "random-0.json").is_file()
+    assert (checkpoint / "random-1.json").is_file()
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    run_ranks(lambda: train(tmp_path / "run", resume_from_checkpoint=str(checkpoint)))
+    comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
+    assert comparison.is_exact, str(comparison)
+    with pytest.raises(ConfigError, match="world_size: was 2, is 1"):
+        train(tmp_path / "alone", resume_from_checkpoint=True)
+    alone = sft(tiny_model_path, tmp_path / "alone", **options, resume_allow_changes=True)
+    alone.train(resume_from_checkpoint=tmp_path / "alone" / "checkpoints" / "step-000004")
+    assert alone.state.global_step == 6
+
+
+# The command line
+
+
+def cli_recipes(folder: Path, model: Path) -> list[str]:
+    """Two stages, the second from the first's model, as files."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    first = {
+        "algorithm": "sft", "model": {"path": str(model)}, "data": {"train": {"path": str(folder / "rows.jsonl")}},
+        "train": SHARED, "output_dir": str(folder / "sft"),
+    }  # fmt: skip
+    second = {
+        "algorithm": "dpo", "model": {"path": str(folder / "sft" / "final")},
+        "data": {"train": {"path": str(folder / "pairs.jsonl")}}, "train": SHARED, "output_dir": str(folder / "dpo"),
+    }  # fmt: skip
+    for name, values in (("first.yaml", first), ("second.yaml", second)):
+        (folder / name).write_text(yaml.safe_dump(values))
+    return [str(folder / "first.yaml"), str(folder / "second.yaml")]
+
+
+def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKILL) -> int:
+    """`rlqwen` with these words in a child of its own; `kill_at`: after so many updates of DPO it gets a signal."""
+
+    def child() -> int:
+        if kill_at is not None:
+            step = DPOTrainer.step
+
+            def step_and_kill(self, rows):
+                if self.state.global_step == kill_at:
+                    os.kill(os.getpid(), number)
+                return step(self, rows)
+
+            DPOTrainer.step = step_and_kill
+        os._exit(main(list(words)))
+
+    return run_forked(child)
+
+
+def test_a_pipeline_goes_on_where_it_was_interrupted(tiny_model_path, tmp_path, capfd):
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    straight = cli_recipes(tmp_path / "straight", tiny_model_path)
+    words = cli_recipes(tmp_path / "killed", tiny_model_path)
+    assert run_cli("run", *words, "--resume") == 2
+    assert "there is no checkpoint to go on from" in capfd.readouterr().err
+    assert run_cli("run", *straight) == 0
+    assert run_cli("run", *words, kill_at=3) == -signal.SIGKILL
+    finished = (tmp_path / "killed" / "sft" / "summary.json").stat().st_mtime_ns
+    assert run_cli("run", *words) == 2
+    assert run_cli("run", *words, "--resume", "dpo.train.learning_rate=1e-3") == 2
+    assert "train.learning_rate: was 0.003, is 0.001" in capfd.readouterr().err
+    assert run_cli("run", *words, "--resume", kill_at=4, number=signal.SIGTERM) == 75
+    assert "SIGTERM: saved after update 5" in capfd.readouterr().err
+    assert run_cli("run", *words, "--resume") == 0
+    assert (tmp_path / "killed" / "sft" / "summary.json").stat().st_mtime_ns == finished
+    assert not (tmp_path / "killed" / "dpo" / "error.log").exists()
+    for stage in ("sft", "dpo"):
+        comparison = compare_runs(tmp_path / "straight" / stage, tmp_path / "killed" / stage)
+        assert comparison.is_exact, str(comparison)
+    resumed = json.loads((tmp_path / "killed" / "dpo" / "summary.json").read_text())["resumed"]
+    assert [one["step"] for one in resumed] == [2, 5]
+    assert run_cli("run", *words, "--resume") == 0
+    assert "finished already" in capfd.readouterr().out
+
+
+def test_comparing_runs_finds_what_differs(tiny_model_path, tmp_path):
+    sft(tiny_model_path, tmp_path / "one").train()
+    sft(tiny_model_path, tmp_path / "other", learning_rate=2.9e-3).train()
+    comparison = compare_runs(tmp_path / "one", tmp_path / "other")
+    assert not comparison.is_exact
+    text = str(comparison)
+    assert "it begins with update 1: " in text
+    assert "the largest of a weight: weight model." in text
+    shutil.rmtree(tmp_path / "other" / "final")
+    assert "final/model.safetensors is in one run only" in str(compare_runs(tmp_path / "one", tmp_path / "other"))

@@ -181,12 +181,23 @@ HANGS = {
 }
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault("a completion that loops, takes 5 GB, crashes, forks without end, floods its output", "0 in time")
 def test_hostile_code_costs_only_itself(scorer: Scorer) -> None:
     started = time.monotonic()
     assert score(scorer, HONEST, *HANGS.values(), HONEST, test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(HANGS) + [1.0]
     assert time.monotonic() - started < 20
     assert scorer.metrics()["scoring/restarts"] == 0
+
+
+def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(scorer: Scorer) -> None:
+    tests = ["try:\n    double(1)\nexcept:\n    pass", "assert True"]
+    assert score(scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
+
+
+def test_isolation_can_be_given_up() -> None:
+    with Scorer(build_rewards([REWARD]), ScoringConfig(isolation="off")) as scorer:
+        assert score(scorer, HONEST, "def double(x): return x", test_list=ASSERTS) == [1.0, 0.0]
 
 
 def test_without_isolation_it_refuses_to_run() -> None:

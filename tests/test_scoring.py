@@ -136,6 +136,7 @@ def loop_in_a_regular_expression(text: str) -> bool:
     return re.fullmatch("(a+)+b", "a" * 60) is not None
 
 
+@pytest.mark.fault("a reward loops in Python, in C, in a regular expression", "only its sample is missing")
 @pytest.mark.parametrize("loop", [loop_in_python, loop_in_big_integers, loop_in_a_regular_expression])
 def test_a_call_that_does_not_end_costs_only_its_own_sample(loop: Callable[[str], Any], tmp_path: Path) -> None:
     group, later = make_group("one", "bad", "three"), make_group("last")
@@ -188,6 +189,10 @@ def take_memory_bit_by_bit(text: str) -> float:
         taken.append(bytearray(2**26))
 
 
+@pytest.mark.fault(
+    "a reward raises, leaves, calls os._exit, segfaults, takes 5 GB",
+    "only its sample is missing, and its input is kept",
+)
 @pytest.mark.parametrize(
     ("sabotage", "sign"),
     [
@@ -228,6 +233,7 @@ def test_a_call_that_fails_costs_only_its_own_sample(sabotage: Callable[[str], A
     }
 
 
+@pytest.mark.fault("a reward returns NaN, inf, a string, a list, an integer beyond floats", "only these are missing")
 def test_values_that_are_no_finite_numbers_are_invalid() -> None:
     values = {"bad1": float("nan"), "bad2": float("inf"), "bad3": "1.0", "bad4": [1.0], "bad5": 10**400}
     group = make_group(*values, "good")
@@ -237,6 +243,7 @@ def test_values_that_are_no_finite_numbers_are_invalid() -> None:
     assert group.rewards["letters"] == [None] * 5 + [4.0]
 
 
+@pytest.mark.fault("a reward returns too few values", "only the samples that it leaves out are missing")
 def test_too_few_values_cost_only_the_samples_that_are_left_out() -> None:
     def forgetful(completions: list[str]) -> list[float]:
         return [float(len(text)) for text in completions if text != "bad"]
@@ -258,6 +265,7 @@ def test_a_number_for_a_whole_group_is_invalid() -> None:
     assert group.outcomes["scalar"] == ["invalid", "invalid"]
 
 
+@pytest.mark.fault("a reward fails on most of a batch", "the run stops with the reward's own traceback")
 def test_too_many_failures_stop_with_the_reward_s_own_traceback(tmp_path: Path) -> None:
     group = make_group("bad", "bad2", "good", "fine")
     with scoring(score_letters(raise_error), max_failure_share=0.5, failures_dir=tmp_path) as scorer:

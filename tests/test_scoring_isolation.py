@@ -1,6 +1,7 @@
 """Isolated reward workers, tried from inside."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.scoring import Scorer, build_rewards, process
 from rlqwen.scoring.failures import FILE_NAME
 from rlqwen.scoring.isolation import boundary
+from rlqwen.scoring.isolation.system_calls import CALLS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -174,6 +176,7 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.slow_fault
 @pytest.mark.fault("a reward worker stops in the middle of its answer", "its call failed, the trainer goes on")
 def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_MESSAGE_WAIT_S", 1)
@@ -265,3 +268,48 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
     assert "scoring.isolation: off" in result.stdout
     assert "Landlock: " in result.stdout
     assert result.stdout.endswith("off is ready\n")
+
+
+OLD_KERNEL = """
+import os, sys
+from rlqwen.scoring.isolation import boundary, landlock
+landlock.version = lambda: int(sys.argv[1])
+trainer = os.getpid()
+if os.fork() == 0:
+    boundary.isolate(trainer)
+    for flags in (os.O_RDONLY | os.O_TRUNC, os.O_WRONLY, os.O_RDWR):
+        for path in (sys.argv[2], sys.executable):
+            try: os.open(path, flags)
+            except OSError: continue
+            os._exit(1)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
+def test_the_boundary_holds_by_what_older_kernels_have(version: int, tmp_path: Path) -> None:
+    """Asked of Landlock no more than an older one gives; seccomp must do the rest."""
+    file = tmp_path / "precious"
+    file.write_text("kept")
+    command = [sys.executable, "-c", OLD_KERNEL, str(version), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert file.read_text() == "kept"
+
+
+HEADERS = {0: "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", 1: "/usr/include/asm-generic/unistd.h"}
+
+
+@pytest.mark.parametrize("column", HEADERS, ids=["x86_64", "aarch64"])
+def test_numbers_of_system_calls_are_the_kernel_s(column: int) -> None:
+    header = Path(HEADERS[column])
+    if not header.is_file():
+        pytest.skip(f"the kernel's headers are not installed ({header})")
+    defined = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text())
+    numbers = {name: int(number) for name, number in defined}
+    ours = {name: pair[column] for name, pair in CALLS.items()}
+    known = {name: number for name, number in ours.items() if name in numbers}
+    assert len(known) > 90
+    assert {name: number for name, number in known.items() if number != numbers[name]} == {}
+    assert [name for name in numbers if name in ours and ours[name] is None] == []

@@ -1,18 +1,31 @@
 """Sequence parallelism on two real ranks: a row in two slices gives the values and gradients of the whole row."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import run_ranks
 from test_policy import QWEN3, make_model, skewed_trees
+from test_routing import TINY_MOE
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
 
+from rlqwen import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTTrainer,
+)
 from rlqwen.batch import Branch, PackedBatch, Tree, pack
 from rlqwen.config import SFTConfig
 from rlqwen.critic import ScalarModel, ValueHead
-from rlqwen.errors import ModelError
+from rlqwen.errors import ConfigError, ModelError
 from rlqwen.policy import Policy
 from rlqwen.sequence import SequenceGroup
 
@@ -140,3 +153,66 @@ def test_what_cannot_be_cut_is_refused_with_the_arithmetic():
     two.size = 2
     with pytest.raises(ModelError, match="carry a state"):
         Policy(make_model("qwen3_next"), SFTConfig(), sequence=two)
+
+
+def length_reward(completions, **kwargs):
+    return [float(len(completion[0]["content"]) % 5) for completion in completions]
+
+
+CHAT = [{"role": "user", "content": "1 + 2 = ?"}]
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"{number} + 2 = ?" + "!" * (number % 3)}],
+        "chosen": [{"role": "assistant", "content": "\\boxed{3}" * (1 + number % 2)}],
+        "rejected": [{"role": "assistant", "content": "no idea"}],
+    }
+    for number in range(8)
+]
+ONLINE = {
+    "num_generations": 4, "max_completion_length": 12, "rollout": {"engine": "transformers"}, "temperature": 1.0,
+    "scoring": {"in_process": ["length_reward"]},
+}  # fmt: skip
+RUNS = {
+    "sft": (SFTTrainer, SFTConfig, {}, [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]),
+    "dpo": (DPOTrainer, DPOConfig, {}, PAIRS),
+    "reward": (RewardTrainer, RewardConfig, {}, PAIRS),
+    "ppo": (PPOTrainer, PPOConfig, ONLINE | {"critic": {"kind": "head"}}, [{"prompt": row["prompt"]} for row in PAIRS]),
+    "grpo": (GRPOTrainer, GRPOConfig, ONLINE | {"beta": 0.1}, [{"prompt": row["prompt"]} for row in PAIRS]),
+}
+
+
+def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses, norms of gradients and the rest of what is logged, and the weights in the end."""
+    trainer_class, config_class, options, rows = RUNS[algorithm]
+    args = config_class(
+        output_dir=str(folder), max_steps=2, save_strategy="no", learning_rate=1e-3, parallel=parallel,
+        per_device_train_batch_size=batch_size, model_init_kwargs=TINY_MOE | {"seed": 1},
+        eval_strategy="steps", eval_steps=2, **options,
+    )  # fmt: skip
+    more = {"reward_funcs": length_reward} if algorithm in ("ppo", "grpo") else {}
+    trainer = trainer_class("builtin:tiny-qwen3-moe", args=args, train_dataset=rows, eval_dataset=rows[:3], **more)
+    trainer.train()
+    keys = ("loss", "grad_norm", "tokens/trained", "eval/loss", "eval/reward/mean")
+    figures = [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
+    return figures, [parameter.detach() for parameter in trainer.policy.trained_parameters]
+
+
+@pytest.mark.parametrize("algorithm", [*RUNS])
+@pytest.mark.filterwarnings("ignore:.*engine.*:UserWarning")
+def test_groups_of_two_ranks_train_as_one_rank_does(algorithm, tmp_path):
+    figures, weights = train(algorithm, tmp_path / "one", 8)
+    found = run_ranks(lambda: train(algorithm, tmp_path / "four", 4, sequence_parallel_size=2), world_size=4)
+    for ours, our_weights in found:
+        assert ours == pytest.approx(figures, rel=2e-3)  # the load of experts is a micro-batch's own
+        assert all(map(torch.equal, our_weights, found[0][1]))
+    gap = torch.stack([(mine - theirs).norm() for mine, theirs in zip(our_weights, weights, strict=True)])
+    assert gap.max() < 0.05  # of steps of at most 1e-3 a weight
+
+
+def test_groups_that_ranks_do_not_divide_into_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"parallel.sequence_parallel_size=2 must divide the number of ranks, which is 1"
+    ):
+        SFTTrainer("builtin:tiny-qwen3", SFTConfig(parallel={"sequence_parallel_size": 2}), [])
+    with pytest.raises(ConfigError, match="set one of them"):
+        SFTConfig(parallel={"sequence_parallel_size": 2, "autotp_size": 2})

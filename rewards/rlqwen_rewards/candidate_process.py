@@ -35,7 +35,7 @@ class Limits:
 
 
 class CandidateEnded(BaseException):
-    """The code ended its process, or ran out of time; a BaseException so that no test takes it for its own."""
+    """The code ended its process, or ran out of time; a BaseException so that few tests take it for their own."""
 
 
 class Candidate:
@@ -62,6 +62,8 @@ class Candidate:
             os.set_blocking(fd, False)
         self._buffer = bytearray()
         self._limits = limits
+        self.has_ended = False
+        """CandidateEnded was raised, whether or not a test let it through."""
         self.begin(_START_WAIT)
         self._receive()
 
@@ -78,7 +80,7 @@ class Candidate:
                 return decode(content[0], lambda number: Remote(self, int(number)))
             name, message = content
         except (ValueError, TypeError, RecursionError, IndexError) as error:
-            raise CandidateEnded(f"no answer, but {error}") from None
+            raise self._end(f"no answer, but {error}") from None
         cls = getattr(builtins, str(name), Exception)
         raise (cls if isinstance(cls, type) and issubclass(cls, Exception) else Exception)(str(message))
 
@@ -92,9 +94,9 @@ class Candidate:
         try:
             status = self._process.wait(timeout=max(0.0, self._until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise CandidateEnded("out of time") from None
+            raise self._end("out of time") from None
         if status:
-            raise CandidateEnded(f"exit status {status}")
+            raise self._end(f"exit status {status}")
         return printed.decode("utf-8", "replace")
 
     def close(self) -> None:
@@ -118,6 +120,10 @@ class Candidate:
     ) -> None:
         self.close()
 
+    def _end(self, reason: str) -> CandidateEnded:
+        self.has_ended = True
+        return CandidateEnded(reason)
+
     def _send(self, message: bytes) -> None:
         view = memoryview(message)
         while view:
@@ -125,14 +131,14 @@ class Candidate:
             try:
                 view = view[os.write(self._requests, view) :]
             except OSError:
-                raise CandidateEnded("its process ended") from None
+                raise self._end("its process ended") from None
 
     def _receive(self) -> Any:
         while b"\n" not in self._buffer:
             self._wait(self._replies, selectors.EVENT_READ)
             piece = os.read(self._replies, 1 << 16)
             if not piece or len(self._buffer) + len(piece) > MAX_BYTES:
-                raise CandidateEnded("its process ended" if not piece else "it returned too much")
+                raise self._end("its process ended" if not piece else "it returned too much")
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         return json.loads(line)
@@ -141,7 +147,7 @@ class Candidate:
         with selectors.DefaultSelector() as selector:
             selector.register(fd, event)
             if not selector.select(max(0.0, self._until - time.monotonic())):
-                raise CandidateEnded("out of time")
+                raise self._end("out of time")
 
     def _exchange(self, text: bytes) -> bytes:
         """Write the program's input while reading its output, until it closes that."""
@@ -157,7 +163,7 @@ class Candidate:
             while True:
                 ready = selector.select(max(0.0, self._until - time.monotonic()))
                 if not ready:
-                    raise CandidateEnded("out of time")
+                    raise self._end("out of time")
                 for key, _ in ready:
                     if key.fileobj is source:
                         try:
@@ -174,7 +180,7 @@ class Candidate:
                     if not piece:
                         return bytes(printed)
                     if len(printed) > MAX_BYTES:
-                        raise CandidateEnded("it printed too much")
+                        raise self._end("it printed too much")
 
 
 class Remote:

@@ -118,7 +118,7 @@ def run_cases(
                         loaded.begin()
                         loaded.ask("load", code)
                     loaded.begin()
-                    passes = _passes(case, partial(loaded.ask, "get", 0))
+                    passes = _passes(case, partial(loaded.ask, "get", 0)) and not loaded.has_ended
             except CandidateEnded as end:
                 if loaded is not None or end.args == ("out of time",):
                     return passed
@@ -127,7 +127,7 @@ def run_cases(
                 if loaded is None:
                     raise
                 passes = False
-            if not passes and stop_at_failure:
+            if not passes and (stop_at_failure or (loaded is not None and loaded.has_ended)):
                 return passed
             passed += passes
     finally:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import ModelConfig
 from rlqwen.errors import ModelError
+from rlqwen.model_sources import refuse_pickles
 from rlqwen.tiny import resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -97,6 +98,7 @@ def _check_folder(folder: Path, key: str) -> None:
             f"{key} {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
             "or merge the adapter into it first"
         )
+    refuse_pickles(folder)
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in _WEIGHTS):
         missing.append("weights (model.safetensors)")
@@ -133,4 +135,4 @@ def _near_folder(folder: Path) -> str:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -11,6 +11,7 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
+from rlqwen.cli.session import Interrupts, wait_for_cause
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
@@ -22,22 +23,35 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns 0 done, 2 wrong input, 1 anything else, 130 interrupted."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
+    given = sys.argv[1:] if arguments is None else arguments
+    interrupts = Interrupts()
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
-    except click.ClickException as error:
+        with interrupts:
+            return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
+    except (click.Abort, KeyboardInterrupt):
+        return _tell_interrupted()
+    except Exception as error:  # noqa: BLE001 - the outermost boundary
+        # In the middle of an import, or of a worker's call, an interrupt may come out as another error.
+        return _tell_interrupted() if interrupts.came else _tell(error)
+
+
+def _tell_interrupted() -> int:
+    click.echo("rlqwen: interrupted", err=True)
+    return INTERRUPTED
+
+
+def _tell(error: Exception) -> int:
+    """Print what went wrong; returns the exit code."""
+    if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("rlqwen: interrupted", err=True)
-        return INTERRUPTED
-    except RlqwenError as error:
+    wait_for_cause(error)
+    if isinstance(error, RlqwenError):
         for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)
         return error.exit_code
-    except Exception:  # noqa: BLE001 - the outermost boundary
-        click.echo(redact(traceback.format_exc()), err=True, nl=False)
-        return 1
+    click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+    return 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

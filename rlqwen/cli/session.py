@@ -4,12 +4,17 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, Self
 
 import click
 
 TERMINATED = 143
+_CAUSE_S = 15.0
+"""For a launcher to see which rank ended first."""
 
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
@@ -35,9 +40,42 @@ def prepare() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
 
 
+class Interrupts:
+    """Remembers whether Ctrl-C came, which Python turns into a KeyboardInterrupt that libraries may turn into others."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        if on_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.came = True
+        raise KeyboardInterrupt
+
+
 def _terminate(signum: int, frame: Any) -> NoReturn:
     """End by way of every `finally`, so that no worker outlives the run."""
     sys.exit(TERMINATED)
+
+
+def wait_for_cause(error: Exception) -> None:
+    """Let another rank's error be shown before this one, which only says that the other is gone: the launcher ends this
+    process meanwhile."""
+    if "RANK" not in os.environ or "torch" not in sys.modules:
+        return
+    from rlqwen.parallel import is_loss_of_rank
+
+    if is_loss_of_rank(error):
+        time.sleep(_CAUSE_S)
 
 
 def console() -> Any:

@@ -7,6 +7,7 @@ from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
 from rlqwen.config.online import OnlineConfig
+from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.ppo import CriticConfig, PPOConfig
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.recipe import LoraSettings, ModelConfig, QuantizationSettings, Recipe
@@ -30,6 +31,7 @@ __all__ = [
     "NearDuplicatesConfig",
     "OnlineConfig",
     "PPOConfig",
+    "ParallelConfig",
     "PatternConfig",
     "PreferenceConfig",
     "QuantizationSettings",

@@ -90,7 +90,7 @@ class ModelConfig(Config):
     quantization: QuantizationSettings | None = None
     """Quantise the base weights on loading; needs `lora`."""
     revision: str | None = None
-    """Hub revision, to pin the weights."""
+    """Hub revision, to pin the weights. Other models, such as a reference, are pinned by name: `owner/model@revision`."""
     trust_remote_code: bool = False
     init_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `from_pretrained`, or of the built-in model."""

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
@@ -70,6 +71,8 @@ class TrainerConfig(ArgumentsConfig):
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Ours: an update with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."""
 
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """Ours: how the ranks share a row or a layer."""
     bf16: bool | None = None
     """Compute in bfloat16 while trained weights stay float32. None: on GPUs that have it, not on CPU."""
     gradient_checkpointing: bool | None = None

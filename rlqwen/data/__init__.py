@@ -6,7 +6,7 @@ from rlqwen.data.comparisons import tokenize_comparisons
 from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
 from rlqwen.data.recipe import RecipeData, clean_recipe_data, load_recipe_data
 from rlqwen.data.report import DataReport
-from rlqwen.data.scored import scored_text, tokenize_scored
+from rlqwen.data.scored import scored_pieces, tokenize_scored
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.tokenization import TokenizedRow, tokenize_conversation, tokenize_prompts, tokenize_sft
 
@@ -24,7 +24,7 @@ __all__ = [
     "load_chat_template",
     "load_recipe_data",
     "load_rows",
-    "scored_text",
+    "scored_pieces",
     "tokenize_comparisons",
     "tokenize_conversation",
     "tokenize_labelled",

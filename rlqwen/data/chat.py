@@ -19,12 +19,14 @@ tokenising what `apply_chat_template` returns for the whole conversation:
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.errors import DataError, ModelError
+from rlqwen.model_sources import split_revision
 from rlqwen.types import Message
 
 if TYPE_CHECKING:
@@ -62,8 +64,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.template = chat_template or _default_template(tokenizer)
         self.kwargs = chat_template_kwargs or {}
-        special = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self._special = special_texts(tokenizer)
         self._known_structures: set[tuple[str, ...]] = set()
         prompt = self._find_generation_prompt()
         opening = _THINK_AT_END.search(prompt)
@@ -120,7 +121,7 @@ class ChatFormat:
         if tools and not self._writes_tools:
             raise DataError(f"{where}: the row has tools, but the chat template writes none; set chat_template_path")
         self._check_structure(messages, where)
-        mark = self._unused_mark(messages)
+        mark = unused_mark(message["content"] for message in messages)
         rendered = self._render(
             [
                 _without_thoughts(m) | {"content": f"{mark}{i}{mark}"} if i in marked else m
@@ -231,12 +232,19 @@ class ChatFormat:
     def _is_unsafe(self, text: str) -> bool:
         return self._special.search(text) is not None
 
-    @staticmethod
-    def _unused_mark(messages: list[Message]) -> str:
-        mark = _MARK
-        while any(mark in message["content"] for message in messages):
-            mark += _MARK
-        return mark
+
+def special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Matches the text of every special token. Think and tool tags are none: in Qwen they are plain added tokens."""
+    special = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+
+def unused_mark(texts: Iterable[str]) -> str:
+    """A run of characters that none of the texts holds, to stand for text while a template is rendered."""
+    mark, texts = _MARK, list(texts)
+    while any(mark in text for text in texts):
+        mark += _MARK
+    return mark
 
 
 def load_chat_template(path: str) -> str:
@@ -247,8 +255,9 @@ def load_chat_template(path: str) -> str:
         raise ModelError(f"chat_template_path: there is no file {path}")
     from transformers import AutoTokenizer
 
+    name, revision = split_revision(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"chat_template_path: {path} is neither a file nor a model with a tokenizer: {error}"

@@ -69,6 +69,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(
                     f"{where}: not valid JSON ({error.msg}, column {error.colno}): {_excerpt(line)}"
                 ) from None
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets as deep
+                raise DataError(f"{where}: cannot be read as JSON ({error}): {_excerpt(line)}") from None
             yield where, _require_mapping(row, where)
 
 
@@ -86,6 +88,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}): {_excerpt(line)}"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error})") from None
     if isinstance(rows, dict) and "\n" not in text.strip():  # a single line of one object a line
         rows = [rows]
     if not isinstance(rows, list):

@@ -34,6 +34,8 @@ def normalise_row(row: Row, where: str) -> Row:
 
     `where` begins the message of a DataError: unknown role, malformed turn, or no column that we know.
     """
+    for column, value in row.items():
+        _refuse_surrogates(value, where, column)
     row = rename_columns({column: value for column, value in row.items() if value is not None}, where)
     if is_pair(row):
         row = normalise_pair(row, where)
@@ -52,6 +54,25 @@ def normalise_row(row: Row, where: str) -> Row:
     if "tools" in row:
         row["tools"] = normalise_tools(row["tools"], where)
     return row
+
+
+def _refuse_surrogates(value: Any, where: str, column: str) -> None:
+    """Half a surrogate pair, as a JSON escape can make it, is no character: no tokenizer and no file takes it."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{where}: column {column!r} holds half a surrogate pair ({value[error.start]!r} at character "
+                    f"{error.start}), which is no text; cut text between characters, or drop the row"
+                ) from None
+    elif isinstance(value, dict):
+        for one in value.values():
+            _refuse_surrogates(one, where, column)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            _refuse_surrogates(one, where, column)
 
 
 def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:

@@ -15,6 +15,7 @@ from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
 from rlqwen.data.turns import without_filling
 from rlqwen.errors import DataError
+from rlqwen.model_sources import note_commit
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
             f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
             f"({type(error).__name__}: {error})"
         ) from error
+    note_commit(source.path, dataset)
     return _numbered(map(without_filling, dataset), source.path)
 
 

@@ -133,6 +133,21 @@ def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
     return resources
 
 
+def put(value: Any) -> Any:
+    """A reference to `value` in the object store; ResourceError where that has no room for it."""
+    import ray
+
+    try:
+        return ray.put(value)
+    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        total: float = ray.cluster_resources().get("object_store_memory", 0.0)
+        raise ResourceError(
+            f"Ray's object store ({total / 1e9:.3g} GB) has no room for a version of the weights, and none is left on "
+            "the disk that it would spill to: free that disk (the temporary folder), or start the cluster with more, "
+            "`ray start --object-store-memory BYTES`; it takes the old and the new weights at once"
+        ) from error
+
+
 def answer(reference: Any) -> Any:
     """What an actor answered, or the error; WorkerDied if it is the actor that failed and not the call."""
     import ray

@@ -30,6 +30,8 @@ _PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to 
 SMALL_MODEL_BYTES = 32 * 1024**2
 """Below this, a second thread gained nothing (0.8 M parameters: 0.31 s a rollout against 0.27 s), and cost tenfold
 where another process kept a core busy."""
+CANCEL_WAIT = 0.5
+"""Seconds after which a wait looks whether it was cancelled."""
 OVERCOMMIT = 1.5
 """Completions handed to a worker, as a multiple of what it decodes at a time: a short completion's place is filled
 from the worker's own queue, without waiting for the rest of its group."""
@@ -119,6 +121,10 @@ class RolloutPool:
         call, pending = self._call, deque(requests)
         num_left = len(pending)
         while num_left:
+            if self._call != call:
+                raise RolloutError(
+                    "this iterator was dropped by a later generate(), load_weights(), cancel() or close()"
+                )
             self._hand_out(pending)
             for reference in self._ready():
                 if reference not in self._flights:
@@ -129,18 +135,16 @@ class RolloutPool:
                     num_left -= 1
                     yield group
                     if self._call != call:
-                        raise RolloutError("this iterator was dropped by a later generate(), load_weights() or close()")
+                        break
             self._replace_late(pending)
 
     def load_weights(
         self, version: int, weights: "Iterable[tuple[str, torch.Tensor]]", canary: Canary | None
     ) -> dict[str, float]:
         """See RolloutEngine."""
-        import ray
-
         self._drop_flights()
         self._call += 1
-        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=ray.put)
+        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=cluster.put)
         self._bundle, self.version, self._reports = bundle, version, []
         self._failure = "it is not finished"
         try:
@@ -168,6 +172,10 @@ class RolloutPool:
             for reference in self._ready():
                 self._settle(reference, nothing)
             self._replace_late(nothing)
+
+    def cancel(self) -> None:
+        """See RolloutEngine."""
+        self._call += 1
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
@@ -221,13 +229,16 @@ class RolloutPool:
             slot.num_running += count
 
     def _ready(self) -> list[Any]:
-        """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline."""
+        """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline and
+        for as long as it may take to notice a `cancel`."""
         import ray
 
         waiting = [slot for slot in self._slots if slot.waiting is not None]
         references = [*self._flights, *(slot.waiting for slot in waiting)]
         deadline = min([flight.deadline for flight in self._flights.values()] + [slot.deadline for slot in waiting])
-        ready, rest = ray.wait(references, timeout=max(0.0, deadline - time.monotonic()), fetch_local=True)
+        ready, rest = ray.wait(
+            references, timeout=min(max(0.0, deadline - time.monotonic()), CANCEL_WAIT), fetch_local=True
+        )
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         return ready

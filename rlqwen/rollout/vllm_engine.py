@@ -158,6 +158,7 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     arguments = EngineArgs(
         model=model_path,
+        load_format="safetensors",  # `auto` falls back to pickle
         skip_tokenizer_init=True,
         generation_config="vllm",
         dtype=settings.dtype,

@@ -26,7 +26,7 @@ _MAX_IDLE_DEATHS = 5
 _RETIRE_WAIT = 1.0
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Call:
     """One call of one reward on one or more samples of a group."""
 
@@ -39,6 +39,8 @@ class Call:
     """Names that the reward takes beside its arguments: of rlqwen.scoring.journal.LOGGERS, and CONFINED_PYTHON."""
     finish: Callable[[CallResult], None]
     """Called in the dispatcher's thread."""
+    batch: object
+    """What `drop_queued` knows it by."""
 
 
 @dataclass(slots=True)
@@ -97,9 +99,11 @@ class Dispatcher:
         self._queue.append(call)
         self._wake()
 
-    def drop_queued(self) -> None:
-        """Forget the calls that have not begun."""
-        self._queue.clear()
+    def drop_queued(self, batch: object) -> None:
+        """Forget the calls of a batch that have not begun."""
+        for call in [call for call in tuple(self._queue) if call.batch is batch]:
+            with contextlib.suppress(ValueError):  # the thread has just begun it
+                self._queue.remove(call)
 
     def close(self) -> None:
         """End all workers and the thread; idempotent."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ModelError
+from rlqwen.model_sources import note_commit, pinned, split_revision
 
 
 class RewardModel:
@@ -25,7 +26,7 @@ class RewardModel:
     def name(self) -> str:
         """The last part of the model's path, as TRL names reward models."""
         path = self._path()
-        return Path(path).name if path else type(self._model).__name__
+        return Path(split_revision(path)[0]).name if path else type(self._model).__name__
 
     def load(self, default_tokenizer: Any = None) -> None:
         """Load what was given by path; raises ModelError. `default_tokenizer` serves modules that tell no path."""
@@ -39,7 +40,10 @@ class RewardModel:
         if self._tokenizer is None:
             if path:
                 try:
-                    self._tokenizer = AutoTokenizer.from_pretrained(path)
+                    name, revision = split_revision(path)
+                    self._tokenizer = AutoTokenizer.from_pretrained(
+                        name, revision=revision or "main", trust_remote_code=False
+                    )
                 except (OSError, ValueError) as error:
                     raise ModelError(f"reward model {path!r}: its tokenizer cannot be loaded: {error}") from error
             elif default_tokenizer is not None:
@@ -58,21 +62,19 @@ class RewardModel:
         """One reward for each completion."""
         import torch
 
-        from rlqwen.data.scored import scored_text
+        from rlqwen.data.encoding import encode
+        from rlqwen.data.scored import scored_pieces
 
-        texts = [
-            scored_text(self._tokenizer, prompt, completion)
+        pieces = [
+            scored_pieces(self._tokenizer, prompt, completion, is_sampled=True)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        rows = [{"input_ids": row.token_ids} for row in encode(self._tokenizer, pieces)]
         device = next(self._model.parameters()).device
         rewards: list[float] = []
-        for start in range(0, len(texts), self._batch_size):
-            inputs = self._tokenizer(
-                texts[start : start + self._batch_size],
-                padding=True,
-                padding_side="right",
-                add_special_tokens=False,
-                return_tensors="pt",
+        for start in range(0, len(rows), self._batch_size):
+            inputs = self._tokenizer.pad(
+                rows[start : start + self._batch_size], padding_side="right", return_tensors="pt"
             )
             with torch.inference_mode():
                 logits = self._model(
@@ -91,8 +93,11 @@ def _load_model(path: str) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    name, arguments = pinned(path)
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, output_loading_info=True, trust_remote_code=False, **arguments
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"reward model {path!r} cannot be loaded as sequence classification: {error}") from error
     if report["missing_keys"]:
@@ -101,4 +106,5 @@ def _load_model(path: str) -> Any:
             f"reward model {path!r} lacks weights ({missing}), so its scores would be random; "
             "give a model that was trained as a reward model, with one label"
         )
+    note_commit(name, model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,7 +3,7 @@
 import threading
 import warnings
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rlqwen.registry import Reward, call_arguments, check_columns
 from rlqwen.scoring.dispatch import Call, Dispatcher
 from rlqwen.scoring.failures import FailureLog
 from rlqwen.scoring.journal import LOGGERS
-from rlqwen.scoring.ledger import Batch, Job, Ledger
+from rlqwen.scoring.ledger import Batch, Job, Ledger, Tally
 from rlqwen.scoring.outcomes import CallResult, call
 from rlqwen.scoring.reward_model import RewardModel
 from rlqwen.scoring.travel import pack, state_of
@@ -53,9 +53,8 @@ class Scorer:
         _check_arguments(self.rewards, self.weights, config)
         self._tokenizer = tokenizer
         self._changed = threading.Condition()
-        self._batch = Batch()
+        self._batch: Batch | None = None
         self._ledger = Ledger(self.rewards, config.max_failure_share, FailureLog(failures_dir))
-        self._local_jobs: deque[Job] = deque()
         self._restarts_before = 0
         packed = _pack_travellers(self.rewards, config)
         self._dispatchers: list[Dispatcher] = []
@@ -88,43 +87,62 @@ class Scorer:
                 self._raise_dispatcher_error()
                 self._changed.wait()
 
-    def submit(self, group: Group) -> None:
-        """Begin to score a group and return at once."""
+    def open(self) -> Batch:
+        """A batch of its own, which may be scored while others are; as rewards see it, the trainer's state is today's."""
+        return Batch(_plain_state(self.trainer_state))
+
+    def submit(self, group: Group, batch: Batch | None = None) -> None:
+        """Begin to score a group and return at once; from any thread. None: to the batch of the next plain `wait`."""
         self._raise_dispatcher_error()
+        batch = self._default_batch() if batch is None else batch
         group.rewards = {reward.name: [None] * len(group) for reward in self.rewards}
         group.outcomes = {reward.name: ["ok"] * len(group) for reward in self.rewards}
         group.extras = {}
-        jobs = [Job(self._batch, reward, group, range(len(group))) for reward in range(len(self.rewards))]
+        jobs = [Job(batch, reward, group, range(len(group))) for reward in range(len(self.rewards))]
         with self._changed:
-            self._batch.groups.append(group)
-            self._batch.num_samples += len(group)
-            self._batch.num_open_jobs += len(jobs)
+            batch.groups.append(group)
+            batch.num_samples += len(group)
+            batch.num_open_jobs += len(jobs)
         for job in jobs:
             self._begin(job)
 
-    def wait(self) -> list[Group]:
-        """All groups submitted since the last wait, scored, in the order of submission.
+    def wait(self, batch: Batch | None = None) -> list[Group]:
+        """The groups of a batch, scored, in the order of submission; None: all since the last plain wait.
 
         Raises RewardFailure as soon as it is certain that a reward fails on too large a share of them, and then
-        forgets the batch. Rewards of this process are called here, in the caller's thread.
+        forgets the batch. Rewards of this process are called here, in the caller's thread. `metrics` tells of the calls
+        of a batch of its own once its tally is given to `count`.
         """
+        plain = batch is None
+        batch = self._default_batch() if batch is None else batch
+        if plain:
+            self._batch = None
         try:
-            while self._local_jobs:
-                self._call_here(self._local_jobs.popleft())
+            while batch.local_jobs:
+                self._call_here(batch.local_jobs.popleft())
                 with self._changed:
-                    self._ledger.raise_if_failing(self._batch)
+                    self._ledger.raise_if_failing(batch)
             with self._changed:
-                while self._batch.num_open_jobs:
+                while batch.num_open_jobs:
                     self._raise_dispatcher_error()
-                    self._ledger.raise_if_failing(self._batch)
+                    self._ledger.raise_if_failing(batch)
                     self._changed.wait()
-                self._ledger.raise_if_failing(self._batch)
-                groups = self._batch.groups
+                self._ledger.raise_if_failing(batch)
+        except BaseException:
+            self._forget(batch)
+            raise
         finally:
-            self._forget_batch()
-        for group in groups:
+            batch.is_open = False
+            if plain:
+                self.count(batch.tally)
+        for group in batch.groups:
             group.total_rewards_G = self._total(group)
-        return groups
+        return batch.groups
+
+    def count(self, tally: Tally) -> None:
+        """Have `metrics` tell of a batch that was waited for."""
+        with self._changed:
+            self._ledger.count(tally)
 
     def score(self, groups: Sequence[Group]) -> None:
         """Submit all groups and wait for them."""
@@ -159,13 +177,14 @@ class Scorer:
 
     def _begin(self, job: Job) -> None:
         if job.reward not in self._places:
-            self._local_jobs.append(job)
+            job.batch.local_jobs.append(job)
             return
         dispatcher, index = self._places[job.reward]
         services = self._loggers(job)
         if CONFINED_PYTHON in self.rewards[job.reward].parameters:
             services += (CONFINED_PYTHON,)
-        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, partial(self._finish, job)))
+        finish = partial(self._finish, job)
+        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, finish, job.batch))
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         prompt = job.group.prompt
@@ -179,7 +198,7 @@ class Scorer:
             [prompt.content] * len(chosen),
             completions,
             [completion.token_ids for completion in chosen],
-            columns | {"trainer_state": _plain_state(self.trainer_state)},
+            columns | {"trainer_state": job.batch.state},
         )
 
     def _loggers(self, job: Job) -> tuple[str, ...]:
@@ -204,7 +223,7 @@ class Scorer:
         retries: list[Job] = []
         with self._changed:
             self._ledger.add_seconds(job, result.seconds)
-            if job.batch is not self._batch:
+            if not job.batch.is_open:
                 return
             if not result.is_settled and len(job.samples) > 1:
                 retries = [Job(job.batch, job.reward, job.group, (sample,)) for sample in job.samples]
@@ -234,12 +253,16 @@ class Scorer:
     def _num_restarts(self) -> int:
         return sum(dispatcher.num_restarts for dispatcher in self._dispatchers)
 
-    def _forget_batch(self) -> None:
+    def _default_batch(self) -> Batch:
+        if self._batch is None:
+            self._batch = self.open()
+        return self._batch
+
+    def _forget(self, batch: Batch) -> None:
+        """What is queued of it need not be called any more."""
         with self._changed:
-            self._batch = Batch()
-            self._local_jobs.clear()
             for dispatcher in self._dispatchers:
-                dispatcher.drop_queued()
+                dispatcher.drop_queued(batch)
 
 
 def _plain_state(state: Any) -> SimpleNamespace:

@@ -22,11 +22,14 @@ from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, Sa
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
+from rlqwen.model_sources import commits
+from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.dealing import count_tokens
+from rlqwen.trainers.scheduling import Scheduling
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
@@ -38,7 +41,7 @@ Args = TypeVar("Args", bound=TrainerConfig)
 _GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
-class BaseTrainer(Watching, ABC, Generic[Row, Args]):
+class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -54,7 +57,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool | nn.Module = False,
     ) -> None:
-        super().__init__(callbacks)
+        super().__init__(args, callbacks)
         set_seed(args.seed)
         self.stop = StopRequest()
         model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
@@ -75,6 +78,9 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
+        self._counted: Sequence[PackedBatch] | None = None
+        """The micro-batches that `_tokens_per_update` is of."""
+        self._tokens_per_update = 0.0
         self.lead = Lead(self.ranks, self.policy)
         self.train_rows: list[Row] = []
         self.eval_rows: list[Row] | None = None
@@ -103,6 +109,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             peft_config=peft_config,
             reference=reference,
             device=pick_device(self.args.use_cpu),
+            sequence=self.ranks.sequence,
         )
 
     # What a trainer supplies
@@ -132,16 +139,11 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         one; None: as the config says. Raises Preempted, all saved, when SIGTERM or SIGUSR1 came.
         """
         self._started = self._last_save = time.monotonic()
-        final = None
         try:
             with self.stop, self.watched():
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
-                restored = self._go_back_to_best()
-                if self.eval_rows:
-                    final = self._final_evaluation(restored)
-                self.save_model(self.output_dir / "final")
-                self._notify("on_train_end")
+                self._finish()
         except OSError as error:
             if isinstance(error, SaveError) or not is_storage_error(error):
                 raise
@@ -150,20 +152,29 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             self.close()
             self._close_logger()
             unlock_run_folder(self.output_dir)
-        if self.ranks.is_main:
-            plot_curves(self.output_dir)
-            write_summary(
-                self.output_dir,
-                algorithm=self.algorithm,
-                steps=self.state.global_step,
-                wall_time_s=self.wall_time_s,
-                initial_eval=self._initial_eval,
-                final_eval=final,
-                seed=self.args.seed,
-                watch=self.watch_summary(),
-                **({"resumed": self._resumed} if self._resumed else {}),
-            )
         return self.state
+
+    def _finish(self) -> None:
+        """Leave the run folder complete; the summary comes last, and says that it is."""
+        restored = self._go_back_to_best()
+        final = self._final_evaluation(restored) if self.eval_rows else None
+        self.save_model(self.output_dir / "final")
+        self._notify("on_train_end")
+        if not self.ranks.is_main:
+            return
+        plot_curves(self.output_dir)
+        write_summary(
+            self.output_dir,
+            algorithm=self.algorithm,
+            steps=self.state.global_step,
+            wall_time_s=self.wall_time_s,
+            initial_eval=self._initial_eval,
+            final_eval=final,
+            seed=self.args.seed,
+            watch=self.watch_summary(),
+            hub_commits=commits(),
+            **({"resumed": self._resumed} if self._resumed else {}),
+        )
 
     def evaluate(self, eval_dataset: Any = None) -> Metrics:
         """Figures on `eval_dataset`, or on the eval set of the constructor, under keys that begin with `eval/`."""
@@ -189,11 +200,11 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
 
     def _begin(self, resume: bool | str | Path | None) -> None:
         Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
-        checkpoint = self._choose_checkpoint(resume)
+        checkpoint = Lead(self.ranks).run(lambda: self._choose_checkpoint(resume))
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)
-        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.world_size)
+        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
@@ -255,9 +266,7 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             return  # the step is undone
         if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
             self.control.should_evaluate = True
-        if self._scheduled(self.args.save_strategy, self.args.save_steps, before):
-            self.control.should_save = True
-        if self._minutes_have_passed():
+        if self._scheduled(self.args.save_strategy, self.args.save_steps, before) or self._minutes_have_passed():
             self.control.should_save = True
         self._agree()
         if self.control.should_evaluate and self.eval_rows:
@@ -267,13 +276,6 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         if self.control.should_save:
             self.save_checkpoint()
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
-
-    def _agree(self) -> None:
-        """What one rank has been asked to do, by a callback or a signal, all ranks do."""
-        names = ("should_evaluate", "should_save", "should_training_stop")
-        asked = self.ranks.gather([getattr(self.control, name) for name in names])
-        for name, values in zip(names, zip(*asked, strict=True), strict=True):
-            setattr(self.control, name, any(values))
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
@@ -288,20 +290,25 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
             self._keep_nonfinite(micro_batches)
         return result
 
-    def router_loss(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> Tensor | float:
-        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any.
+    def router_loss(
+        self, micro: PackedBatch, micro_batches: Sequence[PackedBatch], model: PackedModel | None = None
+    ) -> Tensor | float:
+        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any; `model` None: policy.
 
-        Each micro-batch's loss counts by its share of the tokens of the update, of which `micro_batches` is this rank's part. The load
-        is the micro-batch's own, so unlike other losses this one depends on the split, as it does in TRL.
+        Each micro-batch's loss counts by its share of the update's tokens. The load is the micro-batch's own, so unlike
+        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update.
         """
-        if not self.policy.routers.coefficient:
+        model = model or self.policy
+        if not model.routers.coefficient:
             return 0.0
-        return self.policy.router_loss(self.token_share(micro, micro_batches))
+        return model.router_loss(self.token_share(micro, micro_batches))
 
     def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
-        """What share of all ranks' tokens of the update, prefixes once each, the micro-batch has."""
-        total = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
-        return count_tokens([micro]) / max(total, 1.0)
+        """What share of the tokens that the update has on all ranks, prefixes once each, the micro-batch has."""
+        if self._counted is not micro_batches:
+            self._counted = micro_batches
+            self._tokens_per_update = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
+        return count_tokens([micro]) / self._tokens_per_update
 
     def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
         folder = self.output_dir / "nonfinite"
@@ -309,23 +316,6 @@ class BaseTrainer(Watching, ABC, Generic[Row, Args]):
         name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
         for number, batch in enumerate(micro_batches):
             save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
-
-    def _due(self, every: int, before: int) -> bool:
-        """Whether the step passed a multiple of `every`, or was the last."""
-        now = self.state.global_step
-        return now // every > before // every or now >= self.state.max_steps
-
-    def _minutes_have_passed(self) -> bool:
-        """Whether a checkpoint is due by the main rank's clock."""
-        minutes = self.args.save_minutes
-        return minutes is not None and self.ranks.from_main(time.monotonic() - self._last_save >= 60 * minutes)
-
-    def _scheduled(self, strategy: str, every: int, before: int) -> bool:
-        if strategy == "steps":
-            return self.state.global_step // every > before // every
-        if strategy == "epoch":
-            return self.stream.ended_epoch(self.plan.rows_per_step)
-        return False
 
     def _final_evaluation(self, restored: bool) -> Metrics:
         """The last evaluation, unless the last step made it already of the same weights."""

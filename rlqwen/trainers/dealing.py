@@ -23,7 +23,7 @@ def micro_batches(
     """This rank's micro-batches of `trees`; on every rank there are equally many, the last of them idle where it has
     less to do than others. The limits are those of `split_trees`; a budget of tokens also has ranks share by tokens.
     """
-    shares = share_trees(trees, ranks.world_size, by_tokens=max_tokens is not None, divisible=divisible)
+    shares = share_trees(trees, ranks.data_size, by_tokens=max_tokens is not None, divisible=divisible)
     parts = [
         list(split_trees(share, max_branches=max_branches, max_tokens=max_tokens, divisible=divisible))
         for share in shares
@@ -33,7 +33,7 @@ def micro_batches(
 
 def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Iterator[PackedBatch]:
     """This rank's share of every rank's micro-batches, packed, and idle ones up to the number of the longest share."""
-    own, longest = parts[ranks.rank], max(parts, key=len)
+    own, longest = parts[ranks.data_rank], max(parts, key=len)
     yield from map(pack, own)
     for part in longest[len(own) :]:
         yield idle_batch(part[0])

@@ -122,13 +122,13 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
         totals = AnswerTotals.of_trees((row.answers for row in rows), paired=are_pairs(rows))
         kl = self._kl(rows, self.args.per_device_train_batch_size)
-        if self.args.ranks_pairs and (len(batches) > 1 or self.ranks.world_size > 1):
+        if self.args.ranks_pairs and (len(batches) > 1 or self.ranks.data_size > 1):
             metrics = self._backward_in_two_passes(batches, totals)
         else:
             sums: Metrics = {}
             for micro in batches:
                 loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
-                loss = loss + self.router_loss(micro, micro_batches)
+                loss = loss + self.router_loss(micro, batches)
                 self.updater.backward(loss)
                 add_up(sums, {"loss": loss.detach(), **part})
             metrics = self.ranks.sum(sums)
@@ -152,20 +152,24 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             logp_N.requires_grad_()
         answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
         loss, metrics = preference_loss(self._of_all_ranks(Answers.join(answers)), self.args, totals)
+        added: Metrics = {}
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
             share = (self.policy.logprobs(micro)[0] * grad_N).sum()
             balance = self.router_loss(micro, micro_batches)
             self.updater.backward(share + balance)
-            loss = loss + balance
-        return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+            add_up(added, {"loss": float(balance)})
+        figures = {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+        add_up(figures, self.ranks.sum(added))
+        return figures
 
     def _of_all_ranks(self, own: Answers) -> Answers:
-        """This rank's answers, with their gradient, among those of all, in the order of the ranks."""
-        if self.ranks.world_size == 1:
+        """This rank's answers, with their gradient, among those of all shares, in their order."""
+        if self.ranks.data_size == 1:
             return own
-        parts = self.ranks.gather(own.detached("cpu"))
+        parts = self.ranks.gather_shares(own.detached("cpu"))
+        mine = self.ranks.data_rank
         return Answers.join(
-            [own if rank == self.ranks.rank else part.detached(own.logp_S.device) for rank, part in enumerate(parts)]
+            [own if share == mine else part.detached(own.logp_S.device) for share, part in enumerate(parts)]
         )
 
     def _answers(self, micro: PackedBatch) -> Answers:
@@ -246,7 +250,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         with (
             self.policy.inference(),
             tqdm(
-                total=sum(len(tree.branches) for tree in trees) // self.ranks.world_size,
+                total=sum(len(tree.branches) for tree in trees) // self.ranks.data_size,
                 desc=f"Reference over {name}",
                 unit="answer",
                 delay=_PROGRESS_AFTER_S,

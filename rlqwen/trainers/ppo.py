@@ -95,11 +95,15 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             if model is not None:
                 raise ConfigError("value_model is for a critic of its own: leave it out, or set critic.kind to 'model'")
             size = self.policy.base_model.config.hidden_size
-            return ValueHead(size, train_trunk=config.train_trunk, device=self.policy.device)
+            return ValueHead(
+                size, train_trunk=config.train_trunk, device=self.policy.device, sequence=self.ranks.sequence
+            )
         has_head = True
         if not isinstance(model, nn.Module):
             model, has_head = load_scalar_model(model or config.path or self.workers_folder, self.args)
-        critic = ScalarModel(model, self.args, peft_config=peft_config, device=self.policy.device)
+        critic = ScalarModel(
+            model, self.args, peft_config=peft_config, device=self.policy.device, sequence=self.ranks.sequence
+        )
         if not has_head:
             critic.zero_head()
         return critic
@@ -115,9 +119,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
-        groups_P, metrics = self.sample(
-            prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
-        )
+        groups_P, metrics = self.next_groups(prompts_P)
         metrics |= self.scoring_metrics()
         started = time.monotonic()
         self.num_rollouts += 1
@@ -162,8 +164,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             return {"kl_coef": self.kl.coef}
         names = ["lengths_S", "rewards_S", "old_value_N", "old_logp_N", *(["ref_logp_N"] if self.args.kl_coef else [])]
         own = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in names}
-        by_rank = self.ranks.gather(own)
-        joined = {name: torch.cat([part[name] for part in by_rank]) for name in names}
+        by_share = self.ranks.gather_shares(own)
+        joined = {name: torch.cat([part[name] for part in by_share]) for name in names}
         lengths_S, values_N = joined["lengths_S"], joined["old_value_N"]
         kl_N = torch.zeros_like(values_N)
         if self.args.kl_coef:
@@ -184,7 +186,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         }
         if self.args.whiten_advantages:
             advantages_N = whiten(advantages_N)
-        before = sum(len(part["old_value_N"]) for part in by_rank[: self.ranks.rank])
+        before = sum(len(part["old_value_N"]) for part in by_share[: self.ranks.data_rank])
         mine = slice(before, before + len(own["old_value_N"]))
         sizes = [micro.num_targets for micro in micros]
         parts = zip(micros, advantages_N[mine].split(sizes), returns_N[mine].split(sizes), strict=True)
@@ -208,7 +210,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             )
             balance = self.router_loss(micro, update.micro_batches)
             loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
-            loss = loss + self.critic.router_loss(self.token_share(micro, update.micro_batches))
+            if isinstance(self.critic, ScalarModel):
+                loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
             self.updater.backward(loss)
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(

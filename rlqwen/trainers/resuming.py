@@ -27,31 +27,33 @@ class Resuming(Saving):
     """The part of a trainer that reads checkpoints."""
 
     def _choose_checkpoint(self, resume: bool | str | Path | None) -> Path | None:
-        """The checkpoint to go on from, complete and verified; None to begin. The same on every rank."""
+        """The checkpoint to go on from, complete and verified; None to begin, in a folder that is cleared where it may be.
+
+        For the main rank alone.
+        """
         resume = self.args.resume_from_checkpoint if resume is None else resume
         chosen: Path | None = None
-        if self.ranks.is_main:
-            if resume and resume not in (True, "auto"):
-                chosen = require_complete(Path(resume))
-                if not _can_go_on(chosen):
-                    raise ConfigError(
-                        f"resume_from_checkpoint: {str(chosen)!r} holds the model alone (save_only_model), and nothing to "
-                        "go on from; start a new run with it as model.path"
-                    )
-            elif resume:
-                chosen = next(self._usable_checkpoints(), None)
-                if chosen is None and resume is True:
-                    raise ConfigError(
-                        f"there is no complete checkpoint in {str(self.output_dir)!r} to go on from: start without "
-                        "resuming (train.overwrite_output_dir=true deletes what is there), or set resume: auto in the "
-                        "recipe to begin where there is none"
-                    )
-            overwrite = self.args.overwrite_output_dir or (resume == "auto" and chosen is None)
-            if chosen is None or not chosen.resolve().is_relative_to(self.output_dir.resolve()):
-                refuse_used_folder(self.output_dir, overwrite=overwrite)
-            if chosen is None and overwrite:
-                clear_run_folder(self.output_dir)
-        return self.ranks.from_main(chosen)
+        if resume and resume not in (True, "auto"):
+            chosen = require_complete(Path(resume))
+            if not _can_go_on(chosen):
+                raise ConfigError(
+                    f"resume_from_checkpoint: {str(chosen)!r} holds the model alone (save_only_model), and nothing to go "
+                    "on from; start a new run with it as model.path"
+                )
+        elif resume:
+            chosen = next(self._usable_checkpoints(), None)
+            if chosen is None and resume is True:
+                raise ConfigError(
+                    f"there is no complete checkpoint in {str(self.output_dir)!r} to go on from: start without resuming "
+                    "(train.overwrite_output_dir=true deletes what is there), or set resume: auto in the recipe to "
+                    "begin where there is none"
+                )
+        overwrite = self.args.overwrite_output_dir or (resume == "auto" and chosen is None)
+        if chosen is None or not chosen.resolve().is_relative_to(self.output_dir.resolve()):
+            refuse_used_folder(self.output_dir, overwrite=overwrite)
+        if chosen is None and overwrite:
+            clear_run_folder(self.output_dir)
+        return chosen
 
     def _usable_checkpoints(self) -> Iterator[Path]:
         for folder in complete_checkpoints(self.output_dir, self._note):

@@ -74,7 +74,13 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             model, _ = load_scalar_model(model, self.args)
         elif model.config.num_labels != 1:
             raise ModelError(f"a reward model has one label, but this one has num_labels={model.config.num_labels}")
-        return ScalarModel(model, self.args, peft_config=peft_config, device=pick_device(self.args.use_cpu))
+        return ScalarModel(
+            model,
+            self.args,
+            peft_config=peft_config,
+            device=pick_device(self.args.use_cpu),
+            sequence=self.ranks.sequence,
+        )
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[PreferenceRow]:
         rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)

@@ -112,8 +112,8 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         writes, which goes to `completions/` of the run folder."""
         own = measure_likelihood(self.policy, self._shared(rows, self.args.per_device_eval_batch_size))
         likelihood = Likelihood(
-            nats=sum(self.ranks.gather(own.nats)),
-            tokens=sum(self.ranks.gather(own.tokens)),
+            nats=sum(self.ranks.gather_shares(own.nats)),
+            tokens=sum(self.ranks.gather_shares(own.tokens)),
         )
         figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
         if isinstance(rows, EvalBins):

@@ -25,9 +25,9 @@ class Telling:
     ranks: Ranks
     processing_class: PreTrainedTokenizerBase
 
-    def __init__(self, callbacks: Sequence[TrainerCallback] | None) -> None:
+    def __init__(self, args: TrainerConfig, callbacks: Sequence[TrainerCallback] | None) -> None:
         self.callbacks = list(callbacks or ())
-        self.ranks = Ranks()
+        self.ranks = Ranks(args.parallel)
         self.state = TrainerState(
             is_world_process_zero=self.ranks.is_main, is_local_process_zero=self.ranks.local_rank == 0
         )

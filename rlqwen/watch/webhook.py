@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlqwen.errors import ConfigError
+from rlqwen.secrets import redact_values
 
 
 class Webhook:
@@ -39,8 +40,9 @@ class Webhook:
         self._problems: list[str] = []
 
     def post(self, payload: Mapping[str, Any]) -> None:
-        """Send `payload`, and go on."""
-        body = json.dumps({key: _plain(value) for key, value in payload.items()}, ensure_ascii=False).encode()
+        """Send `payload`, secrets of the environment redacted, and go on."""
+        plain = redact_values({key: _plain(value) for key, value in payload.items()})
+        body = json.dumps(plain, ensure_ascii=False).encode()
         thread = threading.Thread(target=self._send, args=(body,), daemon=True, name="rlqwen-webhook")
         self._threads = [*(other for other in self._threads if other.is_alive()), thread]
         thread.start()

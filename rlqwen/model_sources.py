@@ -1,0 +1,72 @@
+"""Where models come from: never a pickle, a hub revision where one is named, and which commit it was."""
+
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import ModelError
+
+SAFE = {"use_safetensors": True}
+"""Arguments of every `from_pretrained` that loads weights."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WEIGHT_NAMES = ("pytorch_model", "model", "consolidated", "adapter_model", "tf_model", "flax_model")
+
+_commits: dict[str, str] = {}
+
+
+def split_revision(name_or_path: str) -> tuple[str, str | None]:
+    """`owner/model@revision` as its two parts; a folder, or a name without `@`, has no revision."""
+    name, at, revision = name_or_path.rpartition("@")
+    if not at or not name or not revision or Path(name_or_path).expanduser().exists():
+        return name_or_path, None
+    return name, revision
+
+
+def pinned(name_or_path: str, arguments: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """What to give `from_pretrained`: the name, and arguments with the revision in the name and safetensors only.
+
+    Raises ModelError for a folder that holds weights as pickle alone, and for arguments that ask for pickle.
+    """
+    arguments = dict(arguments or {})
+    if arguments.get("use_safetensors") is False:
+        raise ModelError("use_safetensors: false would load pickle, which can run code; rlqwen loads safetensors only")
+    name, revision = split_revision(name_or_path)
+    refuse_pickles(name)
+    return name, arguments | ({"revision": revision} if revision else {}) | SAFE
+
+
+def refuse_pickles(name_or_path: str | Path) -> None:
+    """Raise ModelError for a folder whose weights, or adapter, are there as pickle alone, saying how to convert it."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        return
+    names = [path.name for path in folder.iterdir()]
+    for is_adapter in (True, False):
+        mine = [name for name in names if name.startswith("adapter_model") is is_adapter]
+        pickles = sorted(name for name in mine if name.endswith(_PICKLES) and name.startswith(_WEIGHT_NAMES))
+        if not pickles or any(name.endswith(".safetensors") for name in mine):
+            continue
+        what = "AutoPeftModel" if is_adapter else "AutoModelForCausalLM"
+        package = "peft" if is_adapter else "transformers"
+        raise ModelError(
+            f"{folder} holds weights as pickle only ({', '.join(pickles[:3])}), which can run code when it is loaded; "
+            "rlqwen loads safetensors only. If you trust its origin, convert it once: "
+            f'python -c "from {package} import {what} as M; '
+            f"M.from_pretrained({str(folder)!r}).save_pretrained('{folder.name}-safetensors')\""
+        )
+
+
+def note_commit(name: str, loaded: Any) -> None:
+    """Remember the hub's commit that a model came from, or a dataset; of what came from here there is none."""
+    config, info = getattr(loaded, "config", None), getattr(loaded, "info", None)
+    commit = getattr(config, "_commit_hash", None)
+    if info is not None:
+        urls = getattr(info, "download_checksums", None) or ()
+        commit = next((url.partition("@")[2].partition("/")[0] for url in urls if "@" in url), None)
+    if commit:
+        _commits[name] = commit
+
+
+def commits() -> dict[str, str]:
+    """Hub id -> commit, of every model and dataset that this process has loaded."""
+    return dict(_commits)

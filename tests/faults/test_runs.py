@@ -1,0 +1,307 @@
+"""Faults of whole runs: real `rlqwen run` processes that are interrupted at one moment or another, or lack room.
+
+A moment is recognised by what the run does (a file that appears, a process that starts), never by the clock alone.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlqwen.checkpoint.folder import find_fault
+from rlqwen.metrics import read_metrics, read_summary
+
+MARK = "RLQWEN_TEST_RUN"
+SFT = """\
+algorithm: sft
+model: {{path: {model}}}
+data: {{train: {{generator: arithmetic, args: {{kind: sft, size: 64}}}}}}
+train: {{max_steps: {steps}, per_device_train_batch_size: 4, save_steps: 1, save_total_limit: 2}}
+output_dir: run
+"""
+GRPO = """\
+algorithm: grpo
+model: {{path: {model}}}
+data: {{train: {{generator: arithmetic, args: {{size: 64}}}}}}
+rewards: ["{reward}:score"]
+rollout: {{engine: vllm, num_cpus_per_worker: 0.5, max_num_seqs: 8}}
+train:
+  {{max_steps: {steps}, per_device_train_batch_size: 128, num_generations: 8, max_completion_length: 256, save_steps: 1}}
+output_dir: run
+"""
+REWARD = """\
+import time
+from pathlib import Path
+
+def score(completions, **kwargs):
+    Path({marker!r}).touch()
+    time.sleep({pause})
+    return [float(len(str(completion)) % 7) for completion in completions]
+"""
+DEADLINE_S = 120.0
+"""For a run to come to the moment; an engine's cold start is most of it."""
+END_S = 30.0
+"""For an interrupted run to be gone."""
+
+
+@dataclass
+class Run:
+    """A run, and the family of processes that it starts, which inherit a mark."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    folder: Path
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _mark_of(process) == self.mark]
+
+    def wait_for(self, moment) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not moment(self):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.001)
+
+    def has_started(self, name: str) -> bool:
+        return any(name in " ".join(_command_of(process)) for process in self.family())
+
+    def expect(self, code: int, message: str) -> None:
+        """It ends with `code` and one message, and nothing of it is left: no process, no broken checkpoint."""
+        started = time.monotonic()
+        assert self.process.wait(END_S) == code, self.log.read_text()
+        while left := self.family():
+            assert time.monotonic() - started < END_S, [_command_of(process) for process in left]
+            time.sleep(0.1)
+        text = self.log.read_text()
+        assert message in text
+        assert "Traceback" not in text
+        for checkpoint in (self.folder / "run" / "checkpoints").glob("step-*"):
+            assert find_fault(checkpoint) is None
+
+
+def _mark_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK) if process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.Error:
+        return None
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture
+def start(tmp_path, tiny_model_path) -> Iterator:
+    """Starts `rlqwen run` on a recipe; what is left of it at the end is killed."""
+    started = []
+
+    def start_run(recipe: str, *words: str, steps: int = 1000, pause: float = 0.0, **environment: str) -> Run:
+        reward = tmp_path / "reward.py"
+        reward.write_text(REWARD.format(marker=str(tmp_path / "scoring"), pause=pause))
+        (tmp_path / "recipe.yaml").write_text(recipe.format(model=tiny_model_path, reward=reward, steps=steps))
+        mark, log = uuid.uuid4().hex, tmp_path / f"{len(started)}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlqwen", "run", "recipe.yaml", *words],
+                cwd=tmp_path,
+                env=os.environ | {MARK: mark, "OMP_NUM_THREADS": "1", "RLQWEN_DISPLAY": "plain"} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                # A shell that runs the tests in the background leaves SIGINT ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+            )
+        started.append(Run(process, mark, tmp_path, log))
+        return started[-1]
+
+    yield start_run
+    for run in started:
+        for process in run.family():
+            process.kill()
+        run.process.wait(10)
+
+
+def is_saving(run: Run) -> bool:
+    """A third save is under way: its partial folder is there, and something in it."""
+    return any(
+        path.is_dir() and any(path.iterdir()) for path in (run.folder / "run/checkpoints").glob(".step-*.partial")
+    )
+
+
+def has_logged(run: Run, steps: int = 2) -> bool:
+    return len(read_metrics(run.folder / "run")) >= steps
+
+
+def is_scoring(run: Run) -> bool:
+    return (run.folder / "scoring").exists()
+
+
+MOMENTS = {
+    # Libraries turn an interrupt in the middle of an import into errors of their own.
+    "begins to import": lambda run: time.sleep(0.8) is None,
+    "imports": lambda run: time.sleep(2.0) is None,
+    "has imported": lambda run: time.sleep(4.0) is None,
+    "trains": has_logged,
+    "saves a checkpoint": is_saving,
+}
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(
+            moment,
+            marks=pytest.mark.fault(
+                f"Ctrl-C while the run {moment}", "exit code 130, one line, no process and no broken checkpoint left"
+            ),
+        )
+        for moment in MOMENTS
+    ],
+)
+def test_ctrl_c(start, moment):
+    run = start(SFT)
+    run.wait_for(MOMENTS[moment])
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.expect(130, "rlqwen: interrupted")
+
+
+ROLLOUT_MOMENTS = [
+    # A terminal interrupts the whole group, `kill` and most schedulers the process alone.
+    ("starts Ray", "group", lambda run: run.has_started("gcs_server"), 0.0),
+    ("starts the engine", "group", lambda run: run.has_started("ray::"), 0.0),
+    ("starts the engine", "process", lambda run: run.has_started("ray::"), 0.0),
+    ("samples", "group", is_scoring, 0.0),  # groups are scored while others are still sampled
+    ("scores", "group", is_scoring, 20.0),
+    ("scores", "process", is_scoring, 20.0),
+]
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(
+    ("to", "reached", "pause"),
+    [
+        pytest.param(
+            *case,
+            id=f"{moment}-{case[0]}",
+            marks=pytest.mark.fault(
+                f"Ctrl-C while a run with rollouts {moment}",
+                "exit code 130, one line, no process of Ray, vLLM or the rewards left, no broken checkpoint",
+            ),
+        )
+        for moment, *case in ROLLOUT_MOMENTS
+    ],
+)
+def test_ctrl_c_with_rollouts(start, to, reached, pause):
+    run = start(GRPO, pause=pause)
+    run.wait_for(reached)
+    if to == "group":
+        os.killpg(run.process.pid, signal.SIGINT)
+    else:
+        run.process.send_signal(signal.SIGINT)
+    run.expect(130, "rlqwen: interrupted")
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "SIGTERM in training, then --resume", "exit code 75 with all saved; the run goes on from there to its end"
+)
+def test_sigterm_and_resume(start):
+    run = start(SFT, "train.save_steps=500", "train.max_steps=400")
+    run.wait_for(lambda run: has_logged(run, 5))
+    run.process.send_signal(signal.SIGTERM)
+    run.expect(75, "--resume")
+    (checkpoint,) = (run.folder / "run" / "checkpoints").glob("step-*")
+    reached = int(checkpoint.name.removeprefix("step-"))
+    assert 5 <= reached < 400
+    run = start(SFT, "train.save_steps=500", f"train.max_steps={reached + 3}", "--resume", "--allow-changes")
+    run.expect(0, "going on after update")
+    steps = [line["step"] for line in read_metrics(run.folder / "run") if "loss" in line]
+    assert steps == list(range(1, reached + 4))
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "SIGKILL of a supervised run (--max-restarts)", "started again from its last checkpoint, done, exit code 0, noted"
+)
+def test_a_supervised_run_survives_a_kill(start):
+    run = start(SFT, "--max-restarts", "2", "train.save_steps=5", steps=60)
+    run.wait_for(lambda run: has_logged(run, 12))
+    (child,) = (process for process in run.family() if process.ppid() == run.process.pid)
+    child.kill()
+    run.expect(0, "killed by SIGKILL; restart 1 of 2")
+    assert (run.folder / "run" / "restarts.jsonl").read_text().count("\n") == 1
+    assert read_summary(run.folder / "run")["steps"] == 60
+    steps = [line["step"] for line in read_metrics(run.folder / "run") if "loss" in line]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("Ctrl-C of a supervised run", "passed on once: exit code 130, no restart, no process left")
+def test_ctrl_c_of_a_supervised_run(start):
+    run = start(SFT, "--max-restarts", "2")
+    run.wait_for(has_logged)
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.expect(130, "rlqwen: interrupted")
+    assert not (run.folder / "run" / "restarts.jsonl").exists()
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "an output folder that cannot be written to", "exit code 2 before a model is loaded, with the folder's name"
+)
+def test_an_output_folder_that_cannot_be_written_to(start):
+    run = start(SFT, "output_dir=/proc/rlqwen")  # root may write everywhere else
+    run.expect(2, "'/proc/rlqwen' cannot be written to")
+
+
+FULL_STORE = """
+import sys
+import numpy as np
+import ray
+from rlqwen.errors import ResourceError
+from rlqwen.rollout import cluster
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 1024**2, _temp_dir=sys.argv[1])
+kept = []
+try:
+    for _ in range(4):
+        kept.append(cluster.put(np.zeros(60 * 1024**2, dtype=np.uint8)))
+except ResourceError as error:
+    print(f"refused after {len(kept)}: {error}")
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "Ray's object store is full, and the disk that it spills to", "a ResourceError that says so, and what to do"
+)
+def test_a_full_object_store():
+    """A real Ray with a store of 80 MB, told that its disk is full; the weights go in by the pool's own way."""
+    folder = Path("/tmp") / f"rlq-{uuid.uuid4().hex[:6]}"  # Ray's sockets want a short path
+    output = subprocess.run(
+        [sys.executable, "-c", FULL_STORE, str(folder)],
+        env=os.environ | {"RAY_local_fs_capacity_threshold": "0.0001"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert re.search(r"refused after [01]: Ray's object store \(0\.08\d* GB\) has no room", output.stdout), (
+        output.stderr
+    )
