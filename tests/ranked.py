@@ -52,6 +52,26 @@ def kills_the_main_rank(completion_ids, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_the_workers(model, folder):
+    """Those of the rollouts, before the second step."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if trainer.rollouts is not None and state.global_step == 1:
+                for process in trainer.rollouts.engine.process_ids():
+                    os.kill(process, signal.SIGKILL)
+
+    trainer = _vllm(model, folder, max_restarts=0)
+    trainer.callbacks.append(Kill())
+    return trainer
+
+
+def _vllm(model, folder, **rollout):
+    rollout = {"engine": "vllm", "num_workers": 1, "max_num_seqs": 16, **rollout}
+    return _online("GRPO", model, folder, max_steps=3, rollout=rollout, eval_strategy="no", eval_on_start=False)
+
+
 def kill_the_other_rank(model, folder):
     """In its second step, while the main rank samples for it."""
     from transformers import TrainerCallback
@@ -157,6 +177,8 @@ CASES = {
     "grpo_idle": lambda model, folder: _online(
         "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
     ),
+    "vllm": _vllm,
+    "kill_the_workers": kill_the_workers,
     "kills_the_main_rank": lambda model, folder: _online("GRPO", model, folder, kills_the_main_rank, max_steps=1),
     "kill_the_other_rank": kill_the_other_rank,
     "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
