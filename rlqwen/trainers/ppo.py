@@ -258,6 +258,10 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         super().save_beside(folder)
         self.critic.save_trained(folder / CRITIC_FOLDER)
 
+    def help_saving_beside(self) -> None:
+        if isinstance(self.critic, ScalarModel):
+            self.critic.help_saving()
+
     def restore_beside(self, folder: Path) -> None:
         super().restore_beside(folder)
         self.critic.restore(folder / CRITIC_FOLDER)

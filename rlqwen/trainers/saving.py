@@ -72,6 +72,8 @@ class Saving(Telling):
         folder = Path(path or self.output_dir / "final")
         if self.ranks.is_main:
             save_model(folder, self.policy, self.processing_class)
+        else:
+            self.policy.help_saving()
         self.ranks.barrier()
         return folder
 
@@ -107,7 +109,10 @@ class Saving(Telling):
             (folder / STATE_FILE).write_text(json.dumps(asdict(self.state), indent=1) + "\n", "utf-8")
             if self.recipe is not None:
                 write_resolved(self.recipe, folder / RECIPE_FILE)
-        if self.args.save_only_model:
+        else:
+            self.policy.help_saving()
+            self.help_saving_beside()
+        if self.args.save_only_model or self.policy.is_sharded:
             return
         if self.ranks.is_main:
             write_values(folder, PROGRESS, self.progress())
@@ -119,6 +124,9 @@ class Saving(Telling):
         """Write into a checkpoint's folder what the trainer keeps beside the policy: files and folders of its own."""
         if getattr(self.args, "sync_ref_model", False):
             self.policy.save_reference(folder)
+
+    def help_saving_beside(self) -> None:
+        """What the other ranks do while the main one is at `save_beside`."""
 
     def restore_beside(self, folder: Path) -> None:
         """Read back what `save_beside` wrote."""
