@@ -20,6 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.errors import ModelError
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
+from rlqwen.tensor_parallel import whole_weights
 
 VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
@@ -192,10 +193,14 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
     if is_quantized(module):
         replaced.setdefault("weight", dequantized_weight(module))
     state = {**module._parameters, **module._buffers}
-    for name, tensor in state.items():
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensor = replaced.get(name, tensor).detach()
-            yield prefix + name, tensor.to(dtype if tensor.is_floating_point() else None)
+    with whole_weights([module]):
+        own = {
+            name: replaced.get(name, tensor).detach()
+            for name, tensor in state.items()
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+    for name, tensor in own.items():
+        yield prefix + name, tensor.to(dtype if tensor.is_floating_point() else None)
     for name, child in module.named_children():
         yield from _plain_weights(child, f"{prefix}{name}.", dtype)
 

@@ -26,6 +26,7 @@ from rlqwen.model_files import write_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import SequenceGroup
+from rlqwen.tensor_parallel import shard_layers, whole_weights
 
 ADAPTER_FOLDER = "adapter"
 
@@ -67,6 +68,9 @@ class PackedModel:
             prepare_quantized(model)
         self.model: Any = model.to(self.device)
         self.has_adapter = isinstance(model, PeftModel)
+        self.is_sharded = args.parallel.autotp_size > 1
+        """Whether this rank holds shards of the layers: forwards, saving and export then take all ranks."""
+        shard_layers(self.model, args.parallel.autotp_size)
         self._prepare_training(args)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
@@ -161,10 +165,16 @@ class PackedModel:
     def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
 
-        `dtype` None keeps each weight's own.
+        `dtype` None keeps each weight's own. Where the weights are in shards, the other ranks call `help_saving`.
         """
         with contextlib.nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
+
+    def help_saving(self) -> None:
+        """Give this rank's shards to the one that saves."""
+        if self.is_sharded:
+            for _ in checkpoint_weights(self.base_model):
+                pass
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
@@ -184,4 +194,5 @@ class PackedModel:
             set_peft_model_state_dict(self.model, weights)
             return
         saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        self.base_model.load_state_dict(saved.state_dict())
+        with whole_weights(self.base_model.modules()):
+            self.base_model.load_state_dict(saved.state_dict())

@@ -64,7 +64,7 @@ def run(
         context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
-    prepare()
+    prepare(resumable=True)
     from rlqwen.check import check_before_run
     from rlqwen.metrics.report import show_report
     from rlqwen.parallel import Lead, Ranks

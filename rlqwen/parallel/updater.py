@@ -19,6 +19,7 @@ from rlqwen.parallel.moments import moments_are_finite
 from rlqwen.parallel.optimizer_state import restore_optimizer, save_optimizer
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
+from rlqwen.tensor_parallel import is_shard
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,8 +87,7 @@ class Updater:
         self._finite = self._finite and sound
         self._add_up_gradients()
         lr = self.scheduler.get_last_lr()[0]
-        limit = self.max_grad_norm or math.inf
-        norms = {part.name: float(nn.utils.clip_grad_norm_(part.parameters, limit)) for part in self.parts}
+        norms = {part.name: self._clip(part) for part in self.parts}
         skipped = not (self._finite and all(map(math.isfinite, norms.values())))
         if not skipped:
             self.optimizer.step()
@@ -129,7 +129,22 @@ class Updater:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if self.ranks.world_size > 1:
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
+
+    def _clip(self, part: Part) -> float:
+        """Clip a part's gradient; returns its norm before, over the shards of all ranks."""
+        limit = self.max_grad_norm or math.inf
+        if self.ranks.tensor_group is None:
+            return float(nn.utils.clip_grad_norm_(part.parameters, limit))
+        shards = [parameter.grad for parameter in part.parameters if is_shard(parameter) and parameter.grad is not None]
+        rest = [
+            parameter.grad for parameter in part.parameters if not is_shard(parameter) and parameter.grad is not None
+        ]
+        square = nn.utils.get_total_norm(shards).square()
+        dist.all_reduce(square, group=self.ranks.tensor_group)
+        norm = (square + nn.utils.get_total_norm(rest).square()).sqrt()
+        nn.utils.clip_grads_with_norm_(part.parameters, limit, norm)
+        return float(norm)
 
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:

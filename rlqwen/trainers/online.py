@@ -241,6 +241,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         if self.ranks.is_main:
             self.policy.save(folder, adapter=False)
             self.processing_class.save_pretrained(folder)
+        else:
+            self.policy.help_saving()
         self.ranks.barrier()
         return str(folder)
 

@@ -17,6 +17,7 @@ from rlqwen.checkpoint import (
     restore_weights,
     same_random_state,
     save_model,
+    sync_file,
     write_checkpoint,
     write_values,
 )
@@ -71,6 +72,8 @@ class Saving(Telling):
         folder = Path(path or self.output_dir / "final")
         if self.ranks.is_main:
             save_model(folder, self.policy, self.processing_class)
+        else:
+            self.policy.help_saving()
         self.ranks.barrier()
         return folder
 
@@ -80,6 +83,8 @@ class Saving(Telling):
         if best:
             self.state.best_model_checkpoint = str(folder)
         if self._saved_step != self.state.global_step:
+            if self.ranks.is_main:
+                sync_file(self.output_dir / METRICS_FILE)  # the checkpoint counts on it, after a power cut too
             with same_random_state():
                 write_checkpoint(folder, self._fill, self.ranks)
             self._saved_step = self.state.global_step
@@ -104,7 +109,10 @@ class Saving(Telling):
             (folder / STATE_FILE).write_text(json.dumps(asdict(self.state), indent=1) + "\n", "utf-8")
             if self.recipe is not None:
                 write_resolved(self.recipe, folder / RECIPE_FILE)
-        if self.args.save_only_model:
+        else:
+            self.policy.help_saving()
+            self.help_saving_beside()
+        if self.args.save_only_model or self.policy.is_sharded:
             return
         if self.ranks.is_main:
             write_values(folder, PROGRESS, self.progress())
@@ -116,6 +124,9 @@ class Saving(Telling):
         """Write into a checkpoint's folder what the trainer keeps beside the policy: files and folders of its own."""
         if getattr(self.args, "sync_ref_model", False):
             self.policy.save_reference(folder)
+
+    def help_saving_beside(self) -> None:
+        """What the other ranks do while the main one is at `save_beside`."""
 
     def restore_beside(self, folder: Path) -> None:
         """Read back what `save_beside` wrote."""
@@ -170,6 +181,8 @@ class Saving(Telling):
                 **reward_origin(self.rewards),
                 **config_origin(self.args.model_dump(mode="json")),
             }
+            if self.recipe is not None:
+                self._origin |= flatten([spec.model_dump(mode="json") for spec in self.recipe.rewards], "rewards")
             if isinstance(policy.model, PeftModel):
                 for name, config in policy.model.peft_config.items():
                     self._origin |= flatten(config.to_dict(), f"adapter.{name}")
