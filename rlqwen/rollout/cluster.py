@@ -53,7 +53,11 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
             raise ResourceError(
                 f"rollout.ray_address {config.ray_address!r}: no Ray cluster answers ({error})"
             ) from None
-        return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+        try:
+            return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+        except BaseException:
+            ray.shutdown()
+            raise
     plan_workers(config)
     return _start_private(weight_bytes).join(config)
 

@@ -105,7 +105,11 @@ class RolloutPool:
             lora_rank=lora_rank,
         )
         self._slots: list[Slot] = []
-        self._places = cluster.reserve(config, self._cluster.resources)
+        try:
+            self._places = cluster.reserve(config, self._cluster.resources)
+        except BaseException:
+            self._cluster.disconnect()
+            raise
         # Also runs when the pool is forgotten, and at the interpreter's exit.
         self._finalizer = weakref.finalize(self, _end, self._slots, self._places, self._cluster.disconnect)
         for index in range(config.num_workers):
