@@ -1,7 +1,6 @@
 """Run recipes in order, and leave every run folder complete."""
 
 import contextlib
-import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +12,15 @@ from rlqwen.metrics.report import pipeline_folder
 from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.pairs import sample_pairs
+from rlqwen.parallel import Lead, Ranks
 from rlqwen.recipe import write_resolved
 from rlqwen.secrets import redact
 from rlqwen.stages import Stage
 
 
-def run_pipeline(recipes: Sequence[Recipe | Stage], announce: Callable[[str], None]) -> list[Path]:
+def run_pipeline(
+    recipes: Sequence[Recipe | Stage], announce: Callable[[str], None], ranks: Ranks | None = None
+) -> list[Path]:
     """Train each recipe in turn that isn't finished; returns the run folders. `announce` is told of each stage where
     there are several, and of what is sampled before one.
 
@@ -26,8 +28,9 @@ def run_pipeline(recipes: Sequence[Recipe | Stage], announce: Callable[[str], No
 
     Raises ConfigError before anything is trained if one of the run folders holds a run that may not be overwritten.
     """
+    ranks = ranks or Ranks()
     stages = [one if isinstance(one, Stage) else Stage(one) for one in recipes]
-    for stage in stages:
+    for stage in stages if ranks.is_main else ():
         if not stage.finished:
             refuse_used_folder(stage.recipe.output_dir, overwrite=stage.recipe.reuses_folder)
     run_dirs = []
@@ -36,35 +39,42 @@ def run_pipeline(recipes: Sequence[Recipe | Stage], announce: Callable[[str], No
         done = ", finished already" if stage.finished else ""
         if len(stages) > 1 or done:
             announce(f"stage {place + 1} of {len(stages)}: {recipe.algorithm} in {recipe.output_dir}{done}")
-        run_dirs.append(Path(recipe.output_dir) if done else run_recipe(recipe, announce))
+        run_dirs.append(Path(recipe.output_dir) if done else run_recipe(recipe, announce, ranks))
     parent = pipeline_folder(run_dirs)
-    if parent and int(os.environ.get("RANK", "0")) == 0:
+    if parent and ranks.is_main:
         write_pipeline_summary(parent, run_dirs)
         plot_pipeline(parent, run_dirs)
     return run_dirs
 
 
-def run_recipe(recipe: Recipe, announce: Callable[[str], None]) -> Path:
-    """Train one recipe; returns its run folder, which holds `error.log` if it failed for no fault of the input."""
-    from rlqwen.parallel import Lead, Ranks
+def run_recipe(recipe: Recipe, announce: Callable[[str], None], ranks: Ranks | None = None) -> Path:
+    """Train one recipe; returns its run folder, which holds `error.log` if it failed for no fault of the input.
+
+    Of several ranks the main one alone samples pairs and writes into the folder.
+    """
     from rlqwen.trainers.build import build_trainer
 
+    ranks = ranks or Ranks()
     folder = Path(recipe.output_dir)
-    ranks = Ranks()
-    if ranks.is_main:
+
+    def prepare() -> Recipe:
         lock_run_folder(folder)
-    try:
-        trainer = build_trainer(Lead(ranks).run(lambda: sample_pairs(recipe, announce)))
-        written = (trainer.output_dir / RECIPE_FILE).is_file() and recipe.train.resume_from_checkpoint
-        if ranks.is_main and not written:
+        return sample_pairs(recipe, announce)
+
+    def write_recipe() -> None:
+        if not (trainer.output_dir / RECIPE_FILE).is_file() or not recipe.train.resume_from_checkpoint:
             write_resolved(recipe, trainer.output_dir / RECIPE_FILE)
+
+    try:
+        trainer = build_trainer(Lead(ranks).run(prepare))
+        Lead(ranks).run(write_recipe)
         trainer.train()
     except (InputError, Preempted, MainRankFailed):
         raise
     except Exception:
-        name = ERROR_FILE if ranks.is_main else f"rank-{ranks.rank}-{ERROR_FILE}"
+        suffix = f".rank{ranks.rank}" if ranks.rank else ""
         with contextlib.suppress(OSError):  # the disk may be what failed
-            (folder / name).write_text(redact(traceback.format_exc()), encoding="utf-8")
+            (folder / f"{ERROR_FILE}{suffix}").write_text(redact(traceback.format_exc()), encoding="utf-8")
         raise
     finally:
         unlock_run_folder(folder)

@@ -44,7 +44,7 @@ LAYERS = [
     {"check"},
     {"audit"},
     {"trainers"},
-    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "verification", "export", "model_card"},
+    {"evaluation", "pairs", "stages", "pipeline", "supervisor", "launch", "verification", "export", "model_card"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -11,7 +11,7 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
-from rlqwen.cli.session import Interrupts
+from rlqwen.cli.session import Interrupts, wait_for_cause
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
@@ -45,6 +45,7 @@ def _tell(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
+    wait_for_cause(error)
     if isinstance(error, RlqwenError):
         for line in redact(str(error)).splitlines():
             click.echo(f"rlqwen: {line}", err=True)

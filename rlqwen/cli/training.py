@@ -18,8 +18,21 @@ from rlqwen.errors import ConfigError, RlqwenError
     default=0,
     help="Start again from the last checkpoint, so many times at most, when the run dies.",
 )
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Train in so many processes of this machine, one a GPU where there are GPUs.",
+)
 @click.pass_context
-def run(context: click.Context, words: tuple[str, ...], resume: bool, allow_changes: bool, max_restarts: int) -> None:
+def run(
+    context: click.Context,
+    words: tuple[str, ...],
+    resume: bool,
+    allow_changes: bool,
+    max_restarts: int,
+    nproc_per_node: int,
+) -> None:
     """Train recipes, one after the other.
 
     RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE changes a key by its dotted
@@ -31,28 +44,43 @@ def run(context: click.Context, words: tuple[str, ...], resume: bool, allow_chan
     rlqwen run sft.yaml grpo.yaml sft.train.max_steps=100 grpo.train.num_generations=4
     rlqwen run my.yaml --resume
     rlqwen run my.yaml --max-restarts 3
+    rlqwen run my.yaml --nproc-per-node 8
+    torchrun --nnodes 2 --nproc-per-node 8 ... -m rlqwen run my.yaml
 
     On SIGTERM or SIGUSR1 the update in progress is finished and saved, and the exit code is 75: run it again with
     --resume. A second signal ends it at once.
     """
     recipes = read_recipes(words)
+    from rlqwen.launch import is_rank, launch_command_line
     from rlqwen.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
 
+    arguments = context.find_root().obj
     if is_supervised():
         end_with_supervisor()
+    elif max_restarts and is_rank():
+        raise ConfigError("--max-restarts: under torchrun, use its own --max-restarts, with --resume or resume: auto")
     elif max_restarts:
         folders = [recipe.output_dir for recipe in recipes]
-        context.exit(supervise_command_line(context.find_root().obj, folders, Policy(max_restarts)))
-    prepare()
+        context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
+    if nproc_per_node > 1 and not is_rank():
+        context.exit(launch_command_line(arguments, nproc_per_node))
+    prepare(resumable=True)
     from rlqwen.check import check_before_run
     from rlqwen.metrics.report import show_report
+    from rlqwen.parallel import Lead, Ranks
     from rlqwen.pipeline import run_pipeline
-    from rlqwen.stages import plan_stages
+    from rlqwen.stages import Stage, plan_stages
 
-    stages = plan_stages(recipes, resume=resume, allow_changes=allow_changes)
-    check_before_run([stage.recipe for stage in stages if not stage.finished])
-    run_dirs = run_pipeline(stages, click.echo)
-    show_report(run_dirs, console())
+    ranks = Ranks()
+
+    def plan() -> list[Stage]:
+        stages = plan_stages(recipes, resume=resume, allow_changes=allow_changes)
+        check_before_run([stage.recipe for stage in stages if not stage.finished])
+        return stages
+
+    run_dirs = run_pipeline(Lead(ranks).run(plan), click.echo if ranks.is_main else lambda text: None, ranks)
+    if ranks.is_main:
+        show_report(run_dirs, console())
 
 
 @click.command()

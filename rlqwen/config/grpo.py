@@ -67,6 +67,11 @@ class GRPOConfig(OnlineConfig, SyncedReference):
                 f"soft_overlong_cache={self.soft_overlong_cache} must be below "
                 f"max_completion_length={self.max_completion_length}"
             )
+        if self.dynamic_sampling and self.rollout.max_staleness:
+            raise ValueError(
+                f"dynamic_sampling draws until the present policy's groups fill the batch, and "
+                f"rollout.max_staleness={self.rollout.max_staleness} draws them before: leave one of them out"
+            )
         return self
 
     def completions_per_rollout(self, num_ranks: int) -> int:

@@ -53,7 +53,8 @@ class OnlineConfig(TrainerConfig):
     vllm_importance_sampling_correction: bool = True
     """Correct for the gap between the sampler's and the trainer's logprobs (TIS)."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """Truncate or mask the correction, by token or by sequence."""
+    """Truncate or mask the correction, by token or by sequence. With `rollout.max_staleness` the default is
+    `token_truncate`: over a whole sequence, a few updates' drift would mask too much."""
     vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
     vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
 
@@ -84,6 +85,25 @@ class OnlineConfig(TrainerConfig):
     @model_validator(mode="after")
     def _divides(self) -> "OnlineConfig":
         self.check_batch(launched_ranks())
+        return self
+
+    @model_validator(mode="after")
+    def _correct_what_is_stale(self) -> "OnlineConfig":
+        lag = self.rollout.max_staleness
+        if not lag:
+            return self
+        if not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                f"rollout.max_staleness={lag} trains on groups of older weights, which importance weights must correct "
+                "for: leave vllm_importance_sampling_correction on, or set max_staleness to 0"
+            )
+        if self.rollout.engine == "transformers":
+            raise ValueError(
+                f"rollout.max_staleness={lag} lets workers sample while the policy trains, but the transformers engine "
+                "samples in the trainer's own process: set it to 0, or the engine to vllm"
+            )
+        if "vllm_importance_sampling_mode" not in self.model_fields_set:
+            self.vllm_importance_sampling_mode = "token_truncate"
         return self
 
     def completions_per_update(self, num_ranks: int) -> int:

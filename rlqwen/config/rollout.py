@@ -45,6 +45,10 @@ class RolloutConfig(ArgumentsConfig):
     """Seconds for every worker to acknowledge new weights."""
     max_restarts: int = Field(default=3, ge=0)
     """How often workers are replaced over the run, all together, before the run stops."""
+    max_staleness: int = Field(default=0, ge=0)
+    """0: each step trains on groups of the present weights. k: on groups of the weights of k steps ago, so that workers
+    sample the coming steps' groups while the policy trains; importance weights correct for the difference. More than 1
+    gives slow rewards more time."""
     ray_address: str | None = None
     """Address of a running Ray cluster. None starts a private one on this machine and ends it with the run."""
     canary_tolerance: float | None = Field(default=None, gt=0)

@@ -30,11 +30,11 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     length = context if config.max_length is None else min(config.max_length, context)
     tokenized, report = tokenize_sft(rows, model.facts.tokenizer, config.model_copy(update={"max_length": length}))
     trees = map(sequence_tree, tokenized)
-    batches = list(split_trees(trees, max_branches=config.per_device_eval_batch_size))
+    batches = [pack(part) for part in split_trees(trees, max_branches=config.per_device_eval_batch_size)]
     console = Console(stderr=True)
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:
-        likelihood = measure_likelihood(policy, map(pack, shown))
+        likelihood = measure_likelihood(policy, shown)
     return PerplexityFigures(
         {"perplexity": likelihood.perplexity, "nats_per_token": likelihood.loss, "tokens": float(likelihood.tokens)},
         report.summary(),

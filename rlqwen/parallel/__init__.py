@@ -3,7 +3,7 @@
 from rlqwen.parallel.device import pick_device
 from rlqwen.parallel.lead import Lead
 from rlqwen.parallel.part import Part
-from rlqwen.parallel.ranks import Ranks
+from rlqwen.parallel.ranks import Ranks, is_loss_of_rank
 from rlqwen.parallel.updater import Updater, UpdateResult, warmup_updates
 
-__all__ = ["Lead", "Part", "Ranks", "UpdateResult", "Updater", "pick_device", "warmup_updates"]
+__all__ = ["Lead", "Part", "Ranks", "UpdateResult", "Updater", "is_loss_of_rank", "pick_device", "warmup_updates"]

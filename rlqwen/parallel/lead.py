@@ -47,13 +47,14 @@ class Lead:
         try:
             result = work()
         except BaseException as error:
-            self.policy.finish()
+            self.policy.finish()  # in this thread
             self._tell_of(error)
             raise
         self._tell("done", result)
         return result
 
     def _tell(self, what: str, value: Any = None) -> None:
+        self.policy.finish()
         self.ranks.from_main((what, value), patient=True)
 
     def _tell_of(self, error: BaseException) -> None:
@@ -113,7 +114,7 @@ class _Announced:
     def _export(self, name: str) -> Iterator[tuple[str, Any]]:
         self._tell(name)
         self._walk = getattr(self._policy, name)()
-        for item in self._walk:  # `yield from` would close it with this generator
+        for item in self._walk:  # noqa: UP028  `yield from` would close it with this generator
             yield item
 
     def logprobs(self, batch: PackedBatch, **options: Any) -> Any:

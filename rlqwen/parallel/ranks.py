@@ -15,13 +15,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlqwen.config import ParallelConfig
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, MainRankFailed
 from rlqwen.sequence import SequenceGroup
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """A rank that dies closes its connections, and ends the wait for it at once."""
+
+
+def is_loss_of_rank(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone, or has told of an error of its own."""
+    if isinstance(error, MainRankFailed):
+        return True
+    while error is not None:
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
 
 
 class Ranks:

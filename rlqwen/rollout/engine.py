@@ -40,6 +40,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def cancel(self) -> None:
+        """Have a `generate` that runs in another thread raise RolloutError, soon."""
+        ...
+
     def close(self) -> None:
         """End the workers; may be called twice."""
         ...

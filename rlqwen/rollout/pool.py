@@ -30,6 +30,8 @@ _PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to 
 SMALL_MODEL_BYTES = 32 * 1024**2
 """Below this, a second thread gained nothing (0.8 M parameters: 0.31 s a rollout against 0.27 s), and cost tenfold
 where another process kept a core busy."""
+CANCEL_WAIT = 0.5
+"""Seconds after which a wait looks whether it was cancelled."""
 OVERCOMMIT = 1.5
 """Completions handed to a worker, as a multiple of what it decodes at a time: a short completion's place is filled
 from the worker's own queue, without waiting for the rest of its group."""
@@ -103,8 +105,13 @@ class RolloutPool:
             lora_rank=lora_rank,
         )
         self._slots: list[Slot] = []
+        try:
+            self._places = cluster.reserve(config, self._cluster.resources)
+        except BaseException:
+            self._cluster.disconnect()
+            raise
         # Also runs when the pool is forgotten, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _end, self._slots, self._cluster.disconnect)
+        self._finalizer = weakref.finalize(self, _end, self._slots, self._places, self._cluster.disconnect)
         for index in range(config.num_workers):
             self._slots.append(self._spawn(index))
 
@@ -119,6 +126,10 @@ class RolloutPool:
         call, pending = self._call, deque(requests)
         num_left = len(pending)
         while num_left:
+            if self._call != call:
+                raise RolloutError(
+                    "this iterator was dropped by a later generate(), load_weights(), cancel() or close()"
+                )
             self._hand_out(pending)
             for reference in self._ready():
                 if reference not in self._flights:
@@ -129,7 +140,7 @@ class RolloutPool:
                     num_left -= 1
                     yield group
                     if self._call != call:
-                        raise RolloutError("this iterator was dropped by a later generate(), load_weights() or close()")
+                        break
             self._replace_late(pending)
 
     def load_weights(
@@ -167,6 +178,10 @@ class RolloutPool:
                 self._settle(reference, nothing)
             self._replace_late(nothing)
 
+    def cancel(self) -> None:
+        """See RolloutEngine."""
+        self._call += 1
+
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
         self._call += 1
@@ -189,10 +204,16 @@ class RolloutPool:
 
     def _spawn(self, index: int) -> Slot:
         import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         wanted = self._cluster.resources
+        place = PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=index)
         actor_class: Any = ray.remote(
-            num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, max_restarts=0, max_task_retries=0
+            num_cpus=wanted.num_cpus,
+            num_gpus=wanted.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=place,
         )(RolloutWorker)
         actor = actor_class.remote(self._settings)
         deadline = time.monotonic() + self.config.start_timeout
@@ -219,13 +240,16 @@ class RolloutPool:
             slot.num_running += count
 
     def _ready(self) -> list[Any]:
-        """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline."""
+        """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline and
+        for as long as it may take to notice a `cancel`."""
         import ray
 
         waiting = [slot for slot in self._slots if slot.waiting is not None]
         references = [*self._flights, *(slot.waiting for slot in waiting)]
         deadline = min([flight.deadline for flight in self._flights.values()] + [slot.deadline for slot in waiting])
-        ready, rest = ray.wait(references, timeout=max(0.0, deadline - time.monotonic()), fetch_local=True)
+        ready, rest = ray.wait(
+            references, timeout=min(max(0.0, deadline - time.monotonic()), CANCEL_WAIT), fetch_local=True
+        )
         if ready and rest:
             ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         return ready
@@ -317,11 +341,13 @@ class RolloutPool:
         return answer if isinstance(answer, int) else None
 
 
-def _end(slots: list[Slot], disconnect: Any) -> None:
+def _end(slots: list[Slot], places: Any, disconnect: Any) -> None:
     import ray
+    from ray.util.placement_group import remove_placement_group
 
     # At the interpreter's exit Ray may have shut down before this.
     if ray.is_initialized():
         for slot in slots:
             ray.kill(slot.actor)
+        remove_placement_group(places)
     disconnect()

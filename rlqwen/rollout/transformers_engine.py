@@ -60,6 +60,9 @@ class TransformersEngine:
         self.version = version
         return {"sync/bytes": 0.0}
 
+    def cancel(self) -> None:
+        """See RolloutEngine; nothing runs in another thread."""
+
     def close(self) -> None:
         """Nothing to end."""
 

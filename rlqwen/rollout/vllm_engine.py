@@ -166,6 +166,8 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         max_model_len=settings.max_model_length,
         max_num_seqs=settings.max_num_seqs,
         tensor_parallel_size=settings.tensor_parallel_size,
+        # Within a placement group vLLM would start Ray actors of its own, for which the bundle has no room.
+        distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         logprobs_mode="processed_logprobs",

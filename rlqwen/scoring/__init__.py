@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlqwen.scoring.build import build_rewards
+    from rlqwen.scoring.ledger import Tally
     from rlqwen.scoring.scorer import Scorer
 
-_HOMES = {"Scorer": "rlqwen.scoring.scorer", "build_rewards": "rlqwen.scoring.build"}
+_HOMES = {
+    "Scorer": "rlqwen.scoring.scorer",
+    "Tally": "rlqwen.scoring.ledger",
+    "build_rewards": "rlqwen.scoring.build",
+}
 
-__all__ = ["Scorer", "build_rewards"]
+__all__ = ["Scorer", "Tally", "build_rewards"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError
-from rlqwen.scoring.isolation.boundary import minimal_environment
+from rlqwen.scoring.isolation.boundary import minimal_environment, refusal
 from rlqwen.scoring.outcomes import CallResult, describe
 from rlqwen.scoring.process import RewardWorker
 from rlqwen.scoring.worker import Setup
@@ -26,7 +26,7 @@ _MAX_IDLE_DEATHS = 5
 _RETIRE_WAIT = 1.0
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Call:
     """One call of one reward on one or more samples of a group."""
 
@@ -39,6 +39,8 @@ class Call:
     """Names that the reward takes beside its arguments: of rlqwen.scoring.journal.LOGGERS, and CONFINED_PYTHON."""
     finish: Callable[[CallResult], None]
     """Called in the dispatcher's thread."""
+    batch: object
+    """What `drop_queued` knows it by."""
 
 
 @dataclass(slots=True)
@@ -97,9 +99,11 @@ class Dispatcher:
         self._queue.append(call)
         self._wake()
 
-    def drop_queued(self) -> None:
-        """Forget the calls that have not begun."""
-        self._queue.clear()
+    def drop_queued(self, batch: object) -> None:
+        """Forget the calls of a batch that have not begun."""
+        for call in [call for call in tuple(self._queue) if call.batch is batch]:
+            with contextlib.suppress(ValueError):  # the thread has just begun it
+                self._queue.remove(call)
 
     def close(self) -> None:
         """End all workers and the thread; idempotent."""
@@ -181,11 +185,7 @@ class Dispatcher:
             return
         kind, content = message
         if kind == "unsafe":
-            raise RewardSpecError(
-                f"{', '.join(self._labels)} must run isolated, which this machine does not allow: {content}. It takes "
-                "Linux on x86-64 or aarch64 with seccomp and Landlock (5.13 or newer; in a container, a profile that "
-                "allows them). To run it all the same with nothing but limits around it: scoring.isolation: off"
-            )
+            raise RewardSpecError(refusal(self._labels, content))
         if kind == "unloadable":
             index, trace = content
             raise RewardSpecError(

@@ -2,9 +2,11 @@
 
 import logging
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 from rlqwen.errors import RewardFailure
 from rlqwen.registry import Reward
@@ -19,9 +21,46 @@ OUTCOMES = ("ok", "timeout", "error", "invalid")
 
 
 @dataclass(slots=True)
-class Batch:
-    """What was submitted since the last wait."""
+class Tally:
+    """What became of reward calls."""
 
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Samples by reward and outcome."""
+    seconds: Counter[str] = field(default_factory=Counter)
+    """By reward."""
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    """What rewards gave to `log_metric`."""
+
+    def add(self, other: "Tally") -> None:
+        """Count what `other` counted too."""
+        self.counts.update(other.counts)
+        self.seconds.update(other.seconds)
+        for name, values in other.logged.items():
+            self.logged.setdefault(name, []).extend(values)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        counts = [[*key, count] for key, count in self.counts.items()]
+        return {"counts": counts, "seconds": dict(self.seconds), "logged": self.logged}
+
+    @classmethod
+    def of_plain(cls, plain: dict[str, Any]) -> "Tally":
+        """What `plain` told of."""
+        counts = Counter({(reward, outcome): count for reward, outcome, count in plain["counts"]})
+        return cls(counts, Counter(plain["seconds"]), plain["logged"])
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Groups that are waited for together."""
+
+    state: SimpleNamespace
+    """The trainer's state as rewards of this batch see it."""
+    tally: Tally = field(default_factory=Tally)
+    local_jobs: "deque[Job]" = field(default_factory=deque)
+    """Calls that are left to the process that waits."""
+    is_open: bool = True
+    """Not given up, and not waited for to the end."""
     groups: list[Group] = field(default_factory=list)
     num_samples: int = 0
     num_open_jobs: int = 0
@@ -52,35 +91,37 @@ class Ledger:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._logged: dict[str, list[float]] = defaultdict(list)
+        self._tally = Tally()
+
+    def count(self, tally: Tally) -> None:
+        """Have `metrics` tell of it."""
+        self._tally.add(tally)
 
     def metrics(self) -> dict[str, float]:
         """Samples by outcome and seconds of each reward, and the means of what rewards logged, since the reset."""
-        metrics = {name: statistics.fmean(values) for name, values in self._logged.items()}
+        metrics = {name: statistics.fmean(values) for name, values in self._tally.logged.items()}
         for reward in self._rewards:
             for outcome in OUTCOMES:
-                metrics[f"reward/{reward.name}/{outcome}"] = self._counts[reward.name, outcome]
-            metrics[f"reward/{reward.name}/seconds"] = self._seconds[reward.name]
+                metrics[f"reward/{reward.name}/{outcome}"] = self._tally.counts[reward.name, outcome]
+            metrics[f"reward/{reward.name}/seconds"] = self._tally.seconds[reward.name]
         return metrics
 
     def add_seconds(self, job: Job, seconds: float) -> None:
         """Count time that a call took, whatever came of it."""
-        self._seconds[self._rewards[job.reward].name] += seconds
+        job.batch.tally.seconds[self._rewards[job.reward].name] += seconds  # type: ignore[assignment]
 
     def record(self, job: Job, result: CallResult) -> None:
         """The final word on the samples of a job."""
         name, group = self._rewards[job.reward].name, job.group
         for metric, value in result.metrics:
-            self._logged[redact(metric)].append(value)
+            job.batch.tally.logged.setdefault(redact(metric), []).append(value)
         extras = redact_values(result.extras)
         for position, sample in enumerate(job.samples):
             for column, values in extras.items():
                 group.extras.setdefault(column, [None] * len(group))[sample] = values[position]
             group.rewards[name][sample] = result.rewards[position]
             outcome = group.outcomes[name][sample] = result.outcomes[position]
-            self._counts[name, outcome] += 1
+            job.batch.tally.counts[name, outcome] += 1
             if outcome == "ok":
                 continue
             trace = redact(result.traces[position] or "")

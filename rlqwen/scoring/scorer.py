@@ -1,9 +1,7 @@
 """Scores groups while others are still being generated."""
 
 import threading
-import warnings
 import weakref
-from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,15 +9,14 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from rlqwen.config import ScoringConfig
-from rlqwen.errors import ConfigError, RewardSpecError
 from rlqwen.registry import Reward, call_arguments, check_columns
 from rlqwen.scoring.dispatch import Call, Dispatcher
 from rlqwen.scoring.failures import FailureLog
 from rlqwen.scoring.journal import LOGGERS
-from rlqwen.scoring.ledger import Batch, Job, Ledger
+from rlqwen.scoring.ledger import Batch, Job, Ledger, Tally
 from rlqwen.scoring.outcomes import CallResult, call
+from rlqwen.scoring.placement import check_arguments, must_isolate, pack_travellers
 from rlqwen.scoring.reward_model import RewardModel
-from rlqwen.scoring.travel import pack, state_of
 from rlqwen.scoring.worker import CONFINED_PYTHON
 from rlqwen.types import Group
 
@@ -50,19 +47,18 @@ class Scorer:
         self.trainer_state: Any = None
         """Given to rewards that ask for `trainer_state`, as a copy of its plain attributes, such as `global_step`."""
         self._config = config
-        _check_arguments(self.rewards, self.weights, config)
+        check_arguments(self.rewards, self.weights, config)
         self._tokenizer = tokenizer
         self._changed = threading.Condition()
-        self._batch = Batch()
+        self._batch: Batch | None = None
         self._ledger = Ledger(self.rewards, config.max_failure_share, FailureLog(failures_dir))
-        self._local_jobs: deque[Job] = deque()
         self._restarts_before = 0
-        packed = _pack_travellers(self.rewards, config)
+        packed = pack_travellers(self.rewards, config)
         self._dispatchers: list[Dispatcher] = []
         self._places: dict[int, tuple[Dispatcher, int]] = {}
         """Number of a reward -> who calls it, and its number there; not in it: called in this process."""
         for isolate in (False, True):
-            chosen = [index for index in packed if _must_isolate(self.rewards[index], config) is isolate]
+            chosen = [index for index in packed if must_isolate(self.rewards[index], config) is isolate]
             if not chosen:
                 continue
             labels = [f"{self.rewards[index].name!r} ({self.rewards[index].origin})" for index in chosen]
@@ -88,43 +84,62 @@ class Scorer:
                 self._raise_dispatcher_error()
                 self._changed.wait()
 
-    def submit(self, group: Group) -> None:
-        """Begin to score a group and return at once."""
+    def open(self) -> Batch:
+        """A batch of its own, which may be scored while others are; as rewards see it, the trainer's state is today's."""
+        return Batch(_plain_state(self.trainer_state))
+
+    def submit(self, group: Group, batch: Batch | None = None) -> None:
+        """Begin to score a group and return at once; from any thread. None: to the batch of the next plain `wait`."""
         self._raise_dispatcher_error()
+        batch = self._default_batch() if batch is None else batch
         group.rewards = {reward.name: [None] * len(group) for reward in self.rewards}
         group.outcomes = {reward.name: ["ok"] * len(group) for reward in self.rewards}
         group.extras = {}
-        jobs = [Job(self._batch, reward, group, range(len(group))) for reward in range(len(self.rewards))]
+        jobs = [Job(batch, reward, group, range(len(group))) for reward in range(len(self.rewards))]
         with self._changed:
-            self._batch.groups.append(group)
-            self._batch.num_samples += len(group)
-            self._batch.num_open_jobs += len(jobs)
+            batch.groups.append(group)
+            batch.num_samples += len(group)
+            batch.num_open_jobs += len(jobs)
         for job in jobs:
             self._begin(job)
 
-    def wait(self) -> list[Group]:
-        """All groups submitted since the last wait, scored, in the order of submission.
+    def wait(self, batch: Batch | None = None) -> list[Group]:
+        """The groups of a batch, scored, in the order of submission; None: all since the last plain wait.
 
         Raises RewardFailure as soon as it is certain that a reward fails on too large a share of them, and then
-        forgets the batch. Rewards of this process are called here, in the caller's thread.
+        forgets the batch. Rewards of this process are called here, in the caller's thread. `metrics` tells of the calls
+        of a batch of its own once its tally is given to `count`.
         """
+        plain = batch is None
+        batch = self._default_batch() if batch is None else batch
+        if plain:
+            self._batch = None
         try:
-            while self._local_jobs:
-                self._call_here(self._local_jobs.popleft())
+            while batch.local_jobs:
+                self._call_here(batch.local_jobs.popleft())
                 with self._changed:
-                    self._ledger.raise_if_failing(self._batch)
+                    self._ledger.raise_if_failing(batch)
             with self._changed:
-                while self._batch.num_open_jobs:
+                while batch.num_open_jobs:
                     self._raise_dispatcher_error()
-                    self._ledger.raise_if_failing(self._batch)
+                    self._ledger.raise_if_failing(batch)
                     self._changed.wait()
-                self._ledger.raise_if_failing(self._batch)
-                groups = self._batch.groups
+                self._ledger.raise_if_failing(batch)
+        except BaseException:
+            self._forget(batch)
+            raise
         finally:
-            self._forget_batch()
-        for group in groups:
+            batch.is_open = False
+            if plain:
+                self.count(batch.tally)
+        for group in batch.groups:
             group.total_rewards_G = self._total(group)
-        return groups
+        return batch.groups
+
+    def count(self, tally: Tally) -> None:
+        """Have `metrics` tell of a batch that was waited for."""
+        with self._changed:
+            self._ledger.count(tally)
 
     def score(self, groups: Sequence[Group]) -> None:
         """Submit all groups and wait for them."""
@@ -159,13 +174,14 @@ class Scorer:
 
     def _begin(self, job: Job) -> None:
         if job.reward not in self._places:
-            self._local_jobs.append(job)
+            job.batch.local_jobs.append(job)
             return
         dispatcher, index = self._places[job.reward]
         services = self._loggers(job)
         if CONFINED_PYTHON in self.rewards[job.reward].parameters:
             services += (CONFINED_PYTHON,)
-        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, partial(self._finish, job)))
+        finish = partial(self._finish, job)
+        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, finish, job.batch))
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         prompt = job.group.prompt
@@ -179,7 +195,7 @@ class Scorer:
             [prompt.content] * len(chosen),
             completions,
             [completion.token_ids for completion in chosen],
-            columns | {"trainer_state": _plain_state(self.trainer_state)},
+            columns | {"trainer_state": job.batch.state},
         )
 
     def _loggers(self, job: Job) -> tuple[str, ...]:
@@ -204,7 +220,7 @@ class Scorer:
         retries: list[Job] = []
         with self._changed:
             self._ledger.add_seconds(job, result.seconds)
-            if job.batch is not self._batch:
+            if not job.batch.is_open:
                 return
             if not result.is_settled and len(job.samples) > 1:
                 retries = [Job(job.batch, job.reward, job.group, (sample,)) for sample in job.samples]
@@ -234,12 +250,16 @@ class Scorer:
     def _num_restarts(self) -> int:
         return sum(dispatcher.num_restarts for dispatcher in self._dispatchers)
 
-    def _forget_batch(self) -> None:
+    def _default_batch(self) -> Batch:
+        if self._batch is None:
+            self._batch = self.open()
+        return self._batch
+
+    def _forget(self, batch: Batch) -> None:
+        """What is queued of it need not be called any more."""
         with self._changed:
-            self._batch = Batch()
-            self._local_jobs.clear()
             for dispatcher in self._dispatchers:
-                dispatcher.drop_queued()
+                dispatcher.drop_queued(batch)
 
 
 def _plain_state(state: Any) -> SimpleNamespace:
@@ -247,57 +267,3 @@ def _plain_state(state: Any) -> SimpleNamespace:
     public = {name: value for name, value in vars(state).items() if name[0] != "_"} if state is not None else {}
     plain = {name: value for name, value in public.items() if isinstance(value, int | float | str | None)}
     return SimpleNamespace(**{"global_step": 0, "max_steps": 0, "epoch": 0.0} | plain)
-
-
-def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config: ScoringConfig) -> None:
-    names = [reward.name for reward in rewards]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise RewardSpecError(f"two rewards of this run are called {repeated[0]!r}; give each a name of its own")
-    if len(weights) != len(rewards):
-        raise ConfigError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards: {', '.join(names)}")
-    for key in ("in_process", "isolated"):
-        for name in getattr(config, key):
-            if name not in names:
-                raise ConfigError(f"scoring.{key} names {name!r}, which is no reward here: {', '.join(names)}")
-    for reward in rewards:
-        if not _must_isolate(reward, config):
-            continue
-        if reward.name in config.in_process:
-            raise ConfigError(
-                f"scoring.in_process names {reward.name!r}, which must run isolated: take it out there, or set "
-                "scoring.isolation: off"
-            )
-        if isinstance(reward.function, RewardModel):
-            raise ConfigError(
-                f"scoring.isolated names {reward.name!r}, a reward model, which has the trainer's process"
-            )
-
-
-def _must_isolate(reward: Reward, config: ScoringConfig) -> bool:
-    return config.isolation == "required" and (reward.isolated or reward.name in config.isolated)
-
-
-def _pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int, bytes]:
-    """Number of each reward that goes to workers -> the pickled function; warns of those that unexpectedly stay."""
-    packed = {}
-    for index, reward in enumerate(rewards):
-        if reward.name in config.in_process or isinstance(reward.function, RewardModel):
-            continue
-        reason = state_of(reward.function)
-        if reason is None:
-            try:
-                packed[index] = pack(reward.function)
-                continue
-            except Exception as error:  # noqa: BLE001  picklers raise anything
-                reason = f"it cannot be pickled: {type(error).__name__}: {error}"
-        if _must_isolate(reward, config):
-            raise RewardSpecError(
-                f"reward {reward.name!r} must run isolated, and cannot go to a worker process, because {reason}"
-            )
-        warnings.warn(
-            f"reward {reward.name!r} is called in the trainer's process, without a deadline, because {reason}; "
-            f"make it a plain function, or accept this by scoring.in_process=[{reward.name!r}]",
-            stacklevel=3,
-        )
-    return packed

@@ -105,9 +105,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         spare: list[Group] = []
         metrics: Metrics = {}
         for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
-            groups, figures = self.sample(
-                prompts_P, num_generations=self.args.num_generations, draw=self.next_draw(), among=self.train_rows
-            )
+            groups, figures = self.next_groups(prompts_P)
             metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
             signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
             kept += [group for group, signal in zip(groups, signal_P, strict=True) if signal]

@@ -107,11 +107,6 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.reports[name] = report
         return prompts
 
-    def next_draw(self) -> str:
-        """Name of the next training draw, which its sampling seeds derive from."""
-        self._draws += 1
-        return f"train/{self._draws}"
-
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
         """This rank's packed micro-batches of trees of completions, as large as the config allows."""
         limit = self.args.max_tokens_per_micro_batch
@@ -122,15 +117,46 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str, among: Sequence[Prompt]
     ) -> tuple[list[Group], Metrics]:
         """Scored groups, and figures of how they came about, on every rank; `among`: the rows that prompts are from."""
-        sampled: list[Group] = []
+        return self._on_all(
+            lambda: self.require_rollouts().sample(prompts_P, num_generations=num_generations, draw=draw), among
+        )
+
+    def _on_all(
+        self, draw: Callable[[], tuple[list[Group], Metrics]], among: Sequence[Prompt]
+    ) -> tuple[list[Group], Metrics]:
+        """What the main rank draws, on every rank."""
+        drawn: list[Group] = []
 
         def work() -> tuple[Any, Metrics]:
-            groups, metrics = self.require_rollouts().sample(prompts_P, num_generations=num_generations, draw=draw)
-            sampled.extend(groups)
+            groups, metrics = draw()
+            drawn.extend(groups)
             return pack_groups(groups) if self.ranks.world_size > 1 else None, metrics
 
         packed, metrics = self.lead.run(work)
-        return sampled if self.ranks.is_main else unpack_groups(packed, among), metrics
+        return drawn if self.ranks.is_main else unpack_groups(packed, among), metrics
+
+    def next_groups(self, prompts_P: Sequence[Prompt]) -> tuple[list[Group], Metrics]:
+        """The scored groups of a training step, on every rank; from the present weights, or with
+        `rollout.max_staleness` from those of some steps ago, while the groups of the coming steps are being drawn."""
+        self._draws += 1
+        draw, number = self._draw_name(0), self.args.num_generations
+        lag = self.args.rollout.max_staleness
+        if not lag:
+            return self.sample(prompts_P, num_generations=number, draw=draw, among=self.train_rows)
+        size, left = self.plan.rows_per_step, self.state.max_steps - self.state.global_step
+        coming = [
+            (self._draw_name(step), self.stream.peek((step - 1) * size, size))
+            for step in range(1, lag + 1)
+            if step * self.plan.updates_per_step < left
+        ]
+        return self._on_all(
+            lambda: self.require_rollouts().take(prompts_P, num_generations=number, draw=draw, coming=coming),
+            self.train_rows,
+        )
+
+    def _draw_name(self, ahead: int) -> str:
+        """Name of the training draw so many steps from now, which its sampling seeds derive from."""
+        return f"train/{self._draws + ahead}"
 
     def summarise(self, updates: Sequence[Update], num_passes: int) -> Metrics:
         """Of all ranks: the mean loss of an update, means over all trained tokens, and how many there were."""
@@ -227,6 +253,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
     def restore_progress(self, progress: dict[str, Any]) -> None:
         super().restore_progress(progress)
         self._draws, self._rollout_progress = progress["draws"], progress["rollouts"]
+        if self.rollouts is not None:
+            self.rollouts.forget_ahead()
 
     def after_restore(self) -> None:
         self.policy_changed()

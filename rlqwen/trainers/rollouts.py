@@ -21,6 +21,7 @@ from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
 from rlqwen.scoring import Scorer
+from rlqwen.trainers.ahead import Ahead, Draw
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
 
 CANARY_LENGTH = 64
@@ -81,14 +82,24 @@ class Rollouts:
         )
         self.version = 1
         self._synced_version = 0
+        self.max_staleness = args.rollout.max_staleness
+        if self.max_staleness and not uses_vllm(args.rollout):
+            raise ConfigError(
+                f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the "
+                "transformers engine samples in the trainer's own process: set it to 0, or install vllm"
+            )
+        self._ahead = Ahead(self.engine)
 
     def progress(self) -> dict[str, Any]:
-        """Which weights the engine samples from."""
-        return {"version": self.version, "synced": self._synced_version == self.version}
+        """Which weights the engine samples from, and what it has sampled for the coming steps."""
+        ahead = self._ahead.progress()
+        return {"version": self.version, "synced": self._synced_version == self.version, "ahead": ahead}
 
     def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
         self.version = progress["version"]
+        by_index = {prompt.index: prompt for prompt in prompts_P}
+        self._ahead.restore([Draw.restored(draw, by_index, self.scorer) for draw in progress["ahead"]])
         if progress["synced"]:
             self._sync(prompts_P)
 
@@ -96,34 +107,75 @@ class Rollouts:
         """The policy's weights are new; whoever samples next must sample from them."""
         self.version += 1
 
+    def forget_ahead(self) -> None:
+        """Give up what was sampled for coming steps, for the weights have gone another way."""
+        self._ahead.forget()
+
     def sample(
         self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str
     ) -> tuple[list[Group], dict[str, float]]:
-        """A scored group for each prompt, in the order of `prompts_P`, and `time/...` and `sync/...` figures.
+        """A scored group for each prompt from the present weights, in the order of `prompts_P`, and `time/...` and
+        `sync/...` figures.
 
         `draw` names this draw within the run, and is part of the sampling seeds.
         """
         metrics = self._sync(prompts_P)
+        drawn = self._draw(prompts_P, num_generations, draw)
+        drawn.sample(self.engine)
+        sampled = time.monotonic()
+        groups_P = drawn.score()
+        drawn.count()
+        return groups_P, metrics | {"time/rollout": drawn.seconds, "time/reward": time.monotonic() - sampled}
+
+    def take(
+        self,
+        prompts_P: Sequence[Prompt],
+        *,
+        num_generations: int,
+        draw: str,
+        coming: Sequence[tuple[str, list[Prompt]]],
+    ) -> tuple[list[Group], dict[str, float]]:
+        """As `sample`, but drawn ahead where it was, and no staler than `max_staleness`; begins the draws of `coming`
+        steps, names and prompts, with the present weights."""
+        started = time.monotonic()
+        drawn = self._ahead.take(draw)
+        waited = time.monotonic()
+        dropped = drawn is not None and (
+            self.version - drawn.version > self.max_staleness or drawn.prompts_differ(prompts_P)
+        )
+        if drawn is None or dropped:
+            groups_P, metrics = self.sample(prompts_P, num_generations=num_generations, draw=draw)
+        else:
+            groups_P = drawn.score()
+            drawn.count()
+            metrics = {
+                "time/rollout": waited - started,
+                "time/rollout_hidden": max(drawn.seconds - (waited - started), 0.0),
+                "time/reward": time.monotonic() - waited,
+            }
+        metrics.setdefault("time/sync", 0.0)
+        for name, prompts in coming:
+            if name not in self._ahead:
+                synced = self._sync(prompts)
+                metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
+                self._ahead.begin(self._draw(prompts, num_generations, name))
+        return groups_P, metrics | {
+            "groups/staleness": float(self.version - groups_P[0].policy_version),
+            "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
+        }
+
+    def _draw(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> Draw:
         requests = [
-            GroupRequest(prompt, self._seeds(draw, place, num_generations), self.sampling)
+            GroupRequest(prompt, self._seeds(name, place, num_generations), self.sampling)
             for place, prompt in enumerate(prompts_P)
         ]
-        started = time.monotonic()
-        arrived: dict[int, list[Group]] = {}
-        for group in self.engine.generate(requests):
-            self.scorer.submit(group)
-            arrived.setdefault(id(group.prompt), []).append(group)
-        generated = time.monotonic()
-        self.scorer.wait()
-        metrics["time/rollout"] = generated - started
-        metrics["time/reward"] = time.monotonic() - generated
-        # Groups come as they finish; training must not depend on that order.
-        return [arrived[id(prompt)].pop() for prompt in prompts_P], metrics
+        return Draw(name, requests, self.scorer, self.version)
 
     def _seeds(self, draw: str, place: int, count: int) -> tuple[int, ...]:
         return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
 
     def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
+        self._ahead.settle()
         if self._synced_version == self.version:
             return {"time/sync": 0.0}
         started = time.monotonic()
@@ -146,6 +198,7 @@ class Rollouts:
 
     def close(self) -> None:
         """End the engine."""
+        self._ahead.close()
         self.engine.close()
 
 

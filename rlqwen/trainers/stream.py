@@ -24,12 +24,19 @@ class RowStream(Generic[Row]):
         self.shuffle = shuffle
         self.position = position
         """Rows taken so far."""
-        self._epoch = -1
-        self._order: list[int] = []
+        self._orders: dict[int, list[int]] = {}
+        """Of the epochs that are looked at, the present one and perhaps the next."""
 
     def take(self, count: int) -> list[Row]:
         """The next `count` rows."""
-        return [self._next() for _ in range(count)]
+        rows = self.peek(0, count)
+        self.position += count
+        return rows
+
+    def peek(self, skip: int, count: int) -> list[Row]:
+        """The `count` rows after the next `skip`, which stay to be taken."""
+        start = self.position + skip
+        return [self._row(position) for position in range(start, start + count)]
 
     def progress(self) -> dict[str, int]:
         """How far the stream has come."""
@@ -43,12 +50,12 @@ class RowStream(Generic[Row]):
         """Whether the last `count` rows taken held the last one of an epoch."""
         return self.position // len(self.rows) > (self.position - count) // len(self.rows)
 
-    def _next(self) -> Row:
-        epoch, place = divmod(self.position, len(self.rows))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self.rows)))
+    def _row(self, position: int) -> Row:
+        epoch, place = divmod(position, len(self.rows))
+        if epoch not in self._orders:
+            order = list(range(len(self.rows)))
             if self.shuffle:
-                random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
-        self.position += 1
-        return self.rows[self._order[place]]
+                random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            now = self.position // len(self.rows)
+            self._orders = {old: kept for old, kept in self._orders.items() if old >= now} | {epoch: order}
+        return self.rows[self._orders[epoch][place]]

@@ -1,0 +1,146 @@
+"""Draws that are sampled and scored ahead of their step, while the trainer trains: off-policy, by a bounded lag.
+
+With `rollout.max_staleness` k, the groups of step t are drawn with the weights that step t - 1 - k left (the first k + 1
+steps: with those that the run began with), whatever the timing. A draw is sampled to its end before workers get other
+weights, so no group mixes two versions.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from rlqwen.rollout import RolloutEngine
+from rlqwen.scoring import Scorer, Tally
+from rlqwen.types import Completion, Group, GroupRequest, Prompt
+
+
+class Draw:
+    """One step's groups on their way: sampled, scored as they arrive, and waited for."""
+
+    def __init__(self, name: str, requests: Sequence[GroupRequest], scorer: Scorer, version: int) -> None:
+        self.name = name
+        self.version = version
+        """Of the weights that it is sampled from."""
+        self.seconds = 0.0
+        """That sampling took."""
+        self._requests = requests
+        self._scorer = scorer
+        self._batch = scorer.open()
+        self._arrived: dict[int, list[Group]] = {}
+        self._groups: list[Group] | None = None
+        self._tally = Tally()
+
+    def prompts_differ(self, prompts_P: Sequence[Prompt]) -> bool:
+        """Whether these are not the rows that it was drawn for, as after the data went on without it."""
+        return [group.prompt.index for group in self.score()] != [prompt.index for prompt in prompts_P]
+
+    def sample(self, engine: RolloutEngine) -> None:
+        """Sample to the end, and begin to score; in any thread."""
+        started = time.monotonic()
+        for group in engine.generate(self._requests):
+            self._scorer.submit(group, self._batch)
+            self._arrived.setdefault(id(group.prompt), []).append(group)
+        self.seconds = time.monotonic() - started
+
+    def score(self) -> list[Group]:
+        """The scored groups, in the order of the requests; in the trainer's thread, where some rewards are called."""
+        if self._groups is None:
+            self._scorer.wait(self._batch)
+            # Groups come as they finish; training must not depend on that order.
+            self._groups = [self._arrived[id(request.prompt)].pop() for request in self._requests]
+            self._tally = self._batch.tally
+        return self._groups
+
+    def count(self) -> None:
+        """Have the scorer's metrics tell of this draw."""
+        self._scorer.count(self._tally)
+
+    def progress(self) -> dict[str, Any]:
+        """The scored draw as JSON can hold it."""
+        groups = [
+            {
+                "prompt": group.prompt.index,
+                "completions": [[c.token_ids, c.logprobs, c.finish_reason, c.text] for c in group.completions],
+                "rewards": group.rewards,
+                "outcomes": group.outcomes,
+                "totals": group.total_rewards_G,
+                "extras": group.extras,
+            }
+            for group in self.score()
+        ]
+        return {"name": self.name, "version": self.version, "groups": groups, "tally": self._tally.plain()}
+
+    @classmethod
+    def restored(cls, progress: dict[str, Any], prompts: dict[int, Prompt], scorer: Scorer) -> "Draw":
+        """What `progress` told of; `prompts`: the training rows by their index."""
+        draw = cls(progress["name"], (), scorer, progress["version"])
+        draw._groups = [
+            Group(
+                prompts[group["prompt"]],
+                [Completion(*completion) for completion in group["completions"]],
+                draw.version,
+                rewards=group["rewards"],
+                outcomes=group["outcomes"],
+                total_rewards_G=group["totals"],
+                extras=group["extras"],
+            )
+            for group in progress["groups"]
+        ]
+        draw._tally = Tally.of_plain(progress["tally"])
+        return draw
+
+
+class Ahead:
+    """The draws of the coming steps, sampled one after the other in a thread of their own."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+        self._draws: deque[tuple[Draw, Future[None]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
+
+    def __contains__(self, name: str) -> bool:
+        return any(draw.name == name for draw, _ in self._draws)
+
+    def begin(self, draw: Draw) -> None:
+        """Sample it as soon as those before it are."""
+        self._draws.append((draw, self._thread.submit(draw.sample, self._engine)))
+
+    def take(self, name: str) -> Draw | None:
+        """The draw of that name, sampled; None if there is none. Those before it are given up."""
+        while self._draws:
+            draw, future = self._draws.popleft()
+            future.result()
+            if draw.name == name:
+                return draw
+        return None
+
+    def settle(self) -> None:
+        """Return when nothing is being sampled."""
+        for _, future in self._draws:
+            future.result()
+
+    def forget(self) -> None:
+        """Give up all draws."""
+        if self._draws:
+            self._engine.cancel()
+        for _, future in self._draws:
+            future.cancel()
+        self._draws.clear()
+
+    def progress(self) -> list[dict[str, Any]]:
+        """Every draw, scored."""
+        self.settle()
+        return [draw.progress() for draw, _ in self._draws]
+
+    def restore(self, draws: Sequence[Draw]) -> None:
+        """Take up draws that are sampled already."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        self._draws = deque((draw, done) for draw in draws)
+
+    def close(self) -> None:
+        """Give up all draws and end the thread."""
+        self.forget()
+        self._thread.shutdown(wait=True, cancel_futures=True)
