@@ -7,10 +7,11 @@ import torch
 from forked_ranks import run_ranks
 from peft import LoraConfig
 from test_policy import make_model
-from test_sequence import PAIRS
+from test_routing import TINY_MOE
+from test_sequence import PAIRS, length_reward
 from transformers import AutoModelForCausalLM
 
-from rlqwen import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlqwen import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlqwen.adapters import checkpoint_weights
 from rlqwen.errors import ModelError
 from rlqwen.policy import Policy
@@ -74,3 +75,40 @@ def test_an_adapter_is_refused():
     policy = Policy(make_model(), SFTConfig(), peft_config=LoraConfig(r=2))
     with pytest.raises(ModelError, match="leave the adapter out"):
         check_shardable(policy.model, 2)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "layers of the trained model lie in shards on two ranks; rollouts by vLLM",
+    "the weights are gathered whole, and vLLM's logprobs of the canary are the trainer's",
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_shards_reach_vllm_exactly(tmp_path):
+    metrics = run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3", TINY, tmp_path, autotp_size=2), deadline_s=150)
+    check_syncs(metrics[0])
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("a mixture of experts is trained; rollouts by vLLM", "every sync is exact, without a new engine")
+def test_experts_reach_vllm_exactly(tmp_path):
+    check_syncs(run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3-moe", TINY_MOE, tmp_path), world_size=1)[0])
+
+
+def sample_with_vllm(model: str, shape: dict, folder: Path, **parallel: int) -> list[dict]:
+    args = GRPOConfig(
+        output_dir=str(folder), max_steps=2, save_strategy="no", learning_rate=1e-2, parallel=parallel,
+        per_device_train_batch_size=8, num_generations=4, max_completion_length=8, model_init_kwargs=shape,
+        rollout={"engine": "vllm", "num_workers": 1, "num_cpus_per_worker": 0.5},
+        scoring={"in_process": ["length_reward"]},
+    )  # fmt: skip
+    rows = [{"prompt": row["prompt"]} for row in PAIRS]
+    trainer = GRPOTrainer(model, length_reward, args, rows)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def check_syncs(history: list[dict]) -> None:
+    assert len(history) == 2
+    for entry in history:
+        assert entry["sync/canary_gap"] < 1e-4
+        assert entry["sync/rebuilt_engines"] == 0
