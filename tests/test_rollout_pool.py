@@ -223,6 +223,30 @@ def test_the_same_seeds_give_the_same_bits(pool: RolloutPool, model: PreTrainedM
     assert first == again
 
 
+def test_fixed_shares(pool: RolloutPool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealt out by place, a block at a time; what a dead worker leaves is drawn again, when all are there."""
+    monkeypatch.setattr(pool.config, "deterministic", True)
+    monkeypatch.setattr("rlqwen.rollout.pool.MAX_SHARE", 12)
+    pool.load_weights(155, perturbed(model, 155).items(), canary(model))
+    asked = requests()
+    dealt = []
+    hand = pool._hand
+    monkeypatch.setattr(pool, "_hand", lambda slot, *rest: (dealt.append((slot.index, rest)), hand(slot, *rest)))
+    whole = list(pool.generate(asked))
+    assert [(slot, job[0].prompt.index) for slot, job in dealt] == [
+        *((0, index) for index in range(0, 24, 2)), *((1, index) for index in range(1, 24, 2)),
+        *((0, index) for index in range(24, 32, 2)), *((1, index) for index in range(25, 32, 2)),
+    ]  # fmt: skip
+    assert [job[1].size for _, job in dealt] == [12] * 24 + [4] * 8
+    stream = pool.generate(asked)
+    groups = [next(stream)]
+    os.kill(pool.process_ids()[1], signal.SIGKILL)
+    groups += list(stream)
+    assert sorted(group.prompt.index for group in groups) == list(range(NUM_PROMPTS))
+    assert share_identical(whole, groups) == 1.0
+    assert {group.policy_version for group in groups} == {155}
+
+
 @pytest.mark.fault("a sync while prompts of old weights are in the prefix cache", "nothing of them is used again")
 def test_a_sync_empties_the_prefix_cache(pool: RolloutPool, model: PreTrainedModel) -> None:
     long = Prompt(0, torch.randint(0, 256, (45,), generator=torch.Generator().manual_seed(3)).tolist(), "")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import cluster
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
 from rlqwen.rollout.slots import START_KEY, SYNC_KEY, Slot, Slots
 from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish
 from rlqwen.types import Canary, Completion, Group, GroupRequest
@@ -34,6 +34,8 @@ CANCEL_WAIT = 0.5
 OVERCOMMIT = 1.5
 """Completions handed to a worker, as a multiple of what it decodes at a time: a short completion's place is filled
 from the worker's own queue, without waiting for the rest of its group."""
+MAX_SHARE = 512
+"""Groups in a share: each is a call that waits in its actor, which Ray lets 1000 do."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class RolloutPool:
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
         self._flights: dict[Any, _Flight] = {}
-        self._call = 0
+        self._call = self._num_shares = 0
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
         joined = cluster.connect(config, weight_bytes=weight_bytes)
         self._settings = EngineSettings(
@@ -175,7 +177,11 @@ class RolloutPool:
             )
 
     def _hand_out(self, pending: deque[GroupRequest]) -> None:
-        """Give the next groups to the workers with the least to do, while they have room."""
+        """Give the next groups to the workers with the least to do, while they have room; or where draws repeat to the
+        bit, to each worker its share, once all are idle."""
+        if self.config.deterministic or self.config.num_workers == 1:
+            self._hand_out_shares(pending)
+            return
         room = OVERCOMMIT * self.config.max_num_seqs
         settled = [slot for slot in self._slots if slot.waiting is None and slot.bundle is self._bundle]
         while pending and settled:
@@ -183,11 +189,26 @@ class RolloutPool:
             count = len(pending[0].seeds)
             if slot.num_running and slot.num_running + count > room:
                 return
-            request = pending.popleft()
-            job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling)
-            deadline = time.monotonic() + self.config.generate_timeout
-            self._flights[slot.actor.sample.remote(job)] = _Flight(slot, request, deadline)
-            slot.num_running += count
+            self._hand(slot, pending.popleft())
+
+    def _hand_out_shares(self, pending: deque[GroupRequest]) -> None:
+        count = len(self._slots)
+        settled = all(slot.waiting is None and slot.bundle is self._bundle for slot in self._slots)
+        if self._flights or not settled:
+            return
+        block = [pending.popleft() for _ in range(min(len(pending), MAX_SHARE * count))]
+        for slot in self._slots:
+            own = block[slot.index :: count]
+            self._num_shares += 1
+            share = Share(self._num_shares, len(own))
+            for place, request in enumerate(own):
+                self._hand(slot, request, share, place)
+
+    def _hand(self, slot: Slot, request: GroupRequest, share: Share | None = None, place: int = 0) -> None:
+        job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling, share, place)
+        deadline = time.monotonic() + self.config.generate_timeout
+        self._flights[slot.actor.sample.remote(job)] = _Flight(slot, request, deadline)
+        slot.num_running += len(request.seeds)
 
     def _ready(self) -> list[Any]:
         """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline and
@@ -213,6 +234,9 @@ class RolloutPool:
             return None
         del self._flights[reference]
         flight.slot.num_running -= len(flight.request.seeds)
+        for other in self._flights.values():
+            if other.slot is flight.slot:
+                other.deadline = time.monotonic() + self.config.generate_timeout
         if isinstance(answer, Exception):
             raise answer
         completions_G, version = answer

@@ -68,6 +68,10 @@ class VllmEngine:
                 # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
                 yield output.request_id, (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion))
 
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache, which a draw that is to repeat to the bit must not find filled."""
+        self._llm.reset_prefix_cache()
+
     def abort(self, request_ids: list[str]) -> None:
         if request_ids:
             self._llm.abort_request(request_ids)
