@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.errors import ModelError
+from rlqwen.parallel import gathered
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
 from rlqwen.tensor_parallel import whole_weights
 
@@ -158,11 +159,11 @@ def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     adapter = model.active_adapter
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            yield f"base_model.model.{name}.lora_A.weight", layer.lora_A[adapter].weight.detach()
-            yield (
-                f"base_model.model.{name}.lora_B.weight",
-                layer.lora_B[adapter].weight.detach() * layer.scaling[adapter],
-            )
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            with gathered([down, up]):
+                own = down.detach(), up.detach() * layer.scaling[adapter]
+            yield f"base_model.model.{name}.lora_A.weight", own[0]
+            yield f"base_model.model.{name}.lora_B.weight", own[1]
 
 
 @torch.no_grad()
@@ -186,6 +187,17 @@ def _layer_of(entry: tuple[str, Tensor]) -> str:
 def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
     module = _active(module)
+    # One layer at a time is put together where weights lie in shards; what is yielded is held by whoever takes it.
+    with gathered(module.parameters() if isinstance(module, LoraLayer) else module._parameters.values()):
+        module, own = _own_weights(module, dtype)
+    for name, tensor in own.items():
+        yield prefix + name, tensor
+    for name, child in module.named_children():
+        yield from _plain_weights(child, f"{prefix}{name}.", dtype)
+
+
+def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Tensor]]:
+    """The module under the adapters, and the weights and buffers that are its own, by name."""
     replaced: dict[str, Tensor] = {}
     while isinstance(module, LoraLayer):
         replaced[_adapted_name(module)] = adapted_weight(module).to(dtype or _base_weight(module).dtype)
@@ -199,10 +211,7 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
             for name, tensor in state.items()
             if tensor is not None and name not in module._non_persistent_buffers_set
         }
-    for name, tensor in own.items():
-        yield prefix + name, tensor.to(dtype if tensor.is_floating_point() else None)
-    for name, child in module.named_children():
-        yield from _plain_weights(child, f"{prefix}{name}.", dtype)
+    return module, {name: tensor.to(dtype if tensor.is_floating_point() else None) for name, tensor in own.items()}
 
 
 def _active(module: Any) -> Any:

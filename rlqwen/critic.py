@@ -18,6 +18,7 @@ from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.hidden import last_tokens
 from rlqwen.packed_model import PackedModel
+from rlqwen.parallel import gathered
 from rlqwen.sequence import SequenceGroup
 
 HEAD_FILE = "value_head.safetensors"
@@ -32,6 +33,11 @@ class Critic(Protocol):
     @property
     def trained_names(self) -> list[str]: ...
 
+    @property
+    def root(self) -> nn.Module:
+        """What holds the weights; every forward on them goes through it."""
+        ...
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """(N,) float32 values of what stands before each target token.
 
@@ -39,8 +45,8 @@ class Critic(Protocol):
         """
         ...
 
-    def save_trained(self, folder: Path) -> None:
-        """Write the critic's weights into `folder`."""
+    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+        """Write the critic's weights into `folder`; on every rank, of which one is to `write`."""
         ...
 
     def restore(self, folder: Path) -> None:
@@ -68,9 +74,13 @@ class ScalarModel(PackedModel):
         nn.init.zeros_(self.base_model.score.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
-        numbers = self.base_model.score(self.hidden_states(batch, index_R, sequence_R).float())[:, 0]
+        numbers = self.root(self._score, batch, index_R, sequence_R)
         own, _ = self.sequence.own(index_R, batch.num_tokens)
         return self.sequence.whole(numbers, own, len(index_R))
+
+    def _score(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+        hidden_RC = self.hidden_states(batch, index_R, sequence_R)
+        return self.base_model.score(hidden_RC.to(next(self.base_model.score.parameters()).dtype))[:, 0].float()
 
 
 class ValueHead:
@@ -92,20 +102,28 @@ class ValueHead:
     def trained_names(self) -> list[str]:
         return ["weight"]
 
+    @property
+    def root(self) -> nn.Module:
+        return self.head
+
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
-        values = self.head((hidden_NC if self.train_trunk else hidden_NC.detach()).float())[:, 0]
+        hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
+        values = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         return self.sequence.whole(values, own, batch.num_targets)
 
-    def save_trained(self, folder: Path) -> None:
+    def save_trained(self, folder: Path, *, write: bool = True) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
+        with gathered([self.head.weight]):
+            if write:
+                save_file({"weight": self.head.weight.detach().float().cpu()}, folder / HEAD_FILE)
 
     def restore(self, folder: Path) -> None:
         """See Critic."""
-        self.head.load_state_dict(load_file(folder / HEAD_FILE))
+        with gathered([self.head.weight], modify=True):
+            self.head.weight.data.copy_(load_file(folder / HEAD_FILE)["weight"])
 
 
 def scalar_peft_config(peft_config: Any) -> Any:

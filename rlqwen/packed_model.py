@@ -6,7 +6,7 @@ whatever they hold. With `bf16` the forward runs under autocast.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,26 @@ from rlqwen.errors import ModelError
 from rlqwen.hidden import hidden_states, packs_prefixes, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
+from rlqwen.parallel import gathered, is_sharded
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import shard_layers, whole_weights
 
 ADAPTER_FOLDER = "adapter"
+
+
+class Root(nn.Module):
+    """Around a model: what is computed with its weights is computed through here, those of its head included, so that an
+    engine that keeps weights in shards has put them together by then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """`compute(*arguments)`"""
+        return compute(*arguments)
 
 
 class PackedModel:
@@ -59,7 +73,7 @@ class PackedModel:
                 "a state along the sequence, so that it cannot be cut; leave it at 1"
             )
         self.original_dtype: torch.dtype = model.dtype
-        self.compute_dtype = torch.bfloat16 if self._wants_bf16(args) else torch.float32
+        self.compute_dtype = self._wanted_dtype(args)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         self.quantized_bits = quantized_bits(model)
@@ -67,18 +81,20 @@ class PackedModel:
         if self.quantized_bits:
             prepare_quantized(model)
         self.model: Any = model.to(self.device)
+        self.root = Root(self.model)
         self.has_adapter = isinstance(model, PeftModel)
-        self.is_sharded = args.parallel.autotp_size > 1
-        """Whether this rank holds shards of the layers: forwards, saving and export then take all ranks."""
+        self.is_tensor_parallel = args.parallel.autotp_size > 1
+        """Whether this rank holds shards of the layers, and computes with them."""
         shard_layers(self.model, args.parallel.autotp_size)
         self._prepare_training(args)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
 
-    def _wants_bf16(self, args: TrainerConfig) -> bool:
-        if args.bf16 is not None:
-            return args.bf16
-        return self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
+        if args.fp16:
+            return torch.float16
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if (on_gpu if args.bf16 is None else args.bf16) else torch.float32
 
     def _prepare_training(self, args: TrainerConfig) -> None:
         for parameter in self.model.parameters():
@@ -162,37 +178,49 @@ class PackedModel:
         logits, self._router_logits = self._router_logits, []
         return self.routers.loss(logits, weight, self.sequence) if logits else 0.0
 
-    def save(self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True) -> None:
+    def save(
+        self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True, write: bool = True
+    ) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
 
-        `dtype` None keeps each weight's own. Where the weights are in shards, the other ranks call `help_saving`.
+        Like all that saves, on every rank, of which one is to `write`, for the weights may lie in shards. `dtype` None
+        keeps each weight's own.
         """
         with contextlib.nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
-            write_model(folder, self.base_model, checkpoint_weights(self.base_model, dtype=dtype))
+            weights = checkpoint_weights(self.base_model, dtype=dtype)
+            if write:
+                write_model(folder, self.base_model, weights)
+            elif self.is_sharded:
+                for _ in weights:
+                    pass
 
-    def help_saving(self) -> None:
-        """Give this rank's shards to the one that saves."""
-        if self.is_sharded:
-            for _ in checkpoint_weights(self.base_model):
-                pass
-
-    def save_adapter(self, folder: Path | str) -> None:
+    def save_adapter(self, folder: Path | str, *, write: bool = True) -> None:
         """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
-        self.model.save_pretrained(folder, save_embedding_layers=False)
+        with gathered(self.trained_parameters):
+            if write:
+                self.model.save_pretrained(folder, save_embedding_layers=False)
 
-    def save_trained(self, folder: Path) -> None:
+    def save_trained(self, folder: Path, *, write: bool = True) -> None:
         """Write what `restore` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
-        self.save(folder)
+        self.save(folder, write=write)
         if self.has_adapter:
-            self.save_adapter(folder / ADAPTER_FOLDER)
+            self.save_adapter(folder / ADAPTER_FOLDER, write=write)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds but shards: forwards, saving and export then take all ranks."""
+        return self.is_tensor_parallel or any(map(is_sharded, self.model.parameters()))
 
     def restore(self, folder: Path | str) -> None:
         """Load what `save_trained`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
         if self.has_adapter:
             inner = Path(folder) / ADAPTER_FOLDER
             weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")
-            set_peft_model_state_dict(self.model, weights)
+            with gathered(self.trained_parameters, modify=True):
+                set_peft_model_state_dict(self.model, weights)
             return
-        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        with whole_weights(self.base_model.modules()):
-            self.base_model.load_state_dict(saved.state_dict())
+        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
+        with torch.no_grad(), whole_weights(self.base_model.modules()):
+            for name, weight in self.base_model.state_dict(keep_vars=True).items():
+                with gathered([weight], modify=True):
+                    weight.copy_(saved[name])

@@ -26,6 +26,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 from rlqwen.packed_model import PackedModel
+from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import whole_weights
@@ -87,10 +88,13 @@ class Policy(PackedModel):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk: with a sequence
         group, those of this rank's own targets."""
-        return self._logprobs(self.base_model, batch, temperature, entropy)
+        return self.root(self._logprobs, self.base_model, batch, temperature, entropy)  # type: ignore[no-any-return]
 
     def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
+        return self.root(self._logprobs_and_collision, batch)  # type: ignore[no-any-return]
+
+    def _logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         logp_N, _, hidden_NC = self._logprobs(self.base_model, batch, 1.0, False)
         collision = chunked_log_collision(hidden_NC, head_weight(self.base_model), chunk_size=self.chunk_size)
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
@@ -103,6 +107,8 @@ class Policy(PackedModel):
             raise ValueError("this policy was made without a reference")
         model = self.base_model if self._reference is None else self._reference
         with self.inference(), self.model.disable_adapter() if self._reference is None else contextlib.nullcontext():
+            if model is self.base_model:
+                return self.root(self._logprobs, model, batch, temperature, False)[0]
             return self._logprobs(model, batch, temperature, False)[0]
 
     def _logprobs(
@@ -160,7 +166,8 @@ class Policy(PackedModel):
             raise ValueError("only a reference that is a copy of the weights can be refreshed")
         with whole_weights(self.model.modules()):
             for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
-                theirs.lerp_(ours.to(theirs.dtype), alpha)
+                with gathered([ours]):
+                    theirs.lerp_(ours.to(theirs.dtype), alpha)
 
     def save_reference(self, folder: Path) -> None:
         """Write the reference, where training has changed it, to `folder`."""
@@ -186,7 +193,7 @@ class Policy(PackedModel):
         if checkpointing:
             model.gradient_checkpointing_disable()
         try:
-            with self.inference(), self.autocast():
+            with self.inference(), self.autocast(), whole_model(self.model):
                 yield model
         finally:
             if checkpointing:

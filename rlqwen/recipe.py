@@ -22,7 +22,7 @@ from rlqwen.config.recipe import TRAINER_CONFIGS
 from rlqwen.errors import ConfigError
 from rlqwen.secrets import redact_values
 
-_SECTIONS_OF_TRAIN = ("rollout", "scoring")
+_SECTIONS_OF_TRAIN = ("rollout", "scoring", "parallel")
 """Parts of the trainer's config that stand at the top of a recipe."""
 
 

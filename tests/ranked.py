@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/ranked.py MODEL FOLDER CASE [CASE ...]
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-DEADLINE_S = 150
+import pytest
+from safetensors.torch import load_file
+
+DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "150"))
 NUM_RANKS = 2
 
 SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
@@ -116,7 +120,14 @@ def _sft(model, folder, **options):
     size = options.pop("size", 6) // launched()
     defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
-    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:])
+    peft_config = options.pop("peft_config", None)
+    return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:], peft_config=peft_config)
+
+
+def _lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
 
 
 def _reward(model, folder, **options):
@@ -181,8 +192,38 @@ CASES = {
     "kill_the_workers": kill_the_workers,
     "kills_the_main_rank": lambda model, folder: _online("GRPO", model, folder, kills_the_main_rank, max_steps=1),
     "kill_the_other_rank": kill_the_other_rank,
+    "sft_lora": lambda model, folder: _sft(model, folder, peft_config=_lora()),
     "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
 }  # fmt: skip
+
+
+SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""Else ranks would keep weights as small as these whole."""
+WAYS = {
+    "zero1": {"parallel": {"zero_stage": 1}},
+    "zero2": {"parallel": {"zero_stage": 2}},
+    "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},
+    "offload2": {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
+    "offload3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL, "offload_optimizer": True, "offload_parameters": True}},
+    "bf16": {"parallel": {"zero_stage": 2}, "bf16": True},
+    "bf16_3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "bf16": True},
+    "overflow": {"deepspeed": {"fp16": {"enabled": True, "initial_scale_power": 30}}, "parallel": {"zero_stage": 2}},
+    "saved": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "save_strategy": "steps", "save_steps": 2},
+    "given": {
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1,
+            "fp16": {"enabled": True},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        },
+    },
+    "auto": {
+        "deepspeed": {
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True},
+        },
+    },
+}  # fmt: skip
+"""Ways to carry a case out: `case@way` is `case` with these arguments."""
 
 
 def launched() -> int:
@@ -195,12 +236,17 @@ def run_case(name: str, model: str, folder: Path) -> dict:
     from rlqwen.reference import digest_weights
 
     started = time.monotonic()
+    print(name, file=sys.stderr, flush=True)
     try:
-        trainer = CASES[name](model, folder / name)
+        case, _, way = name.partition("@")
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in WAYS.get(way, {}).items():
+                patch.setitem(COMMON, key, value)
+            trainer = CASES[case](model, folder / name)
         trainer.train()
     except RlqwenError as error:
         return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
-    state = trainer.model.state_dict()
+    state = load_file(folder / name / "final" / "model.safetensors")  # the model's own may lie in shards
     return {
         "history": trainer.state.log_history,
         "digest": digest_weights(state),
@@ -228,9 +274,12 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(DEADLINE_S - 10, exit=True)  # a rank that waits for ever says where
     model, folder, *names = sys.argv[1:]
-    results = {name: run_case(name, model, Path(folder)) for name in names}
-    Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+    results = {}
+    for name in names:
+        results[name] = run_case(name, model, Path(folder))
+        Path(folder, f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

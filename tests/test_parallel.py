@@ -50,11 +50,11 @@ def test_a_non_finite_update_leaves_every_bit_as_it_was(bad):
     updater.backward((parameters[0] ** 2).sum())
     updater.step()
     before = [p.detach().clone() for p in parameters]
-    moments = [value.clone() for state in updater.optimizer.state.values() for value in state.values()]
+    moments = [value.clone() for state in updater.optimizers[0].state.values() for value in state.values()]
     updater.backward(parameters[0].sum() * bad)
     assert updater.step().skipped
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    after = [value for state in updater.optimizer.state.values() for value in state.values()]
+    after = [value for state in updater.optimizers[0].state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
@@ -101,7 +101,7 @@ def test_norm_is_clipped_and_reported_unclipped():
 
 def test_weight_decay_spares_vectors():
     updater, _ = make_updater(weight_decay=0.1)
-    assert [group["weight_decay"] for group in updater.optimizer.param_groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in updater.optimizers[0].param_groups] == [0.1, 0.0]
 
 
 def test_schedule_warms_up_and_falls_to_zero():

@@ -24,16 +24,21 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
 
 
-def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in."""
+def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizerBase, *, write: bool = True) -> Path:
+    """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in; on every rank,
+    of which one is to `write`."""
 
     def fill(partial: Path) -> None:
-        policy.save(partial, dtype=policy.original_dtype)
+        policy.save(partial, dtype=policy.original_dtype, write=write)
         if policy.has_adapter:
-            policy.save_adapter(partial / ADAPTER_FOLDER)
-        tokenizer.save_pretrained(partial)
+            policy.save_adapter(partial / ADAPTER_FOLDER, write=write)
+        if write:
+            tokenizer.save_pretrained(partial)
 
-    return write_complete(folder, fill)
+    if write:
+        return write_complete(folder, fill)
+    fill(folder)
+    return folder
 
 
 def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -> None:

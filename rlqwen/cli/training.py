@@ -70,12 +70,13 @@ def run(
         context.exit(launch_command_line(arguments, nproc_per_node))
     prepare(resumable=True)
     from rlqwen.check import check_before_run
+    from rlqwen.config import ParallelConfig
     from rlqwen.metrics.report import show_report
     from rlqwen.parallel import Lead, Ranks
     from rlqwen.pipeline import run_pipeline
     from rlqwen.stages import Stage, plan_stages
 
-    ranks = Ranks()
+    ranks = Ranks(ParallelConfig(timeout=max(recipe.train.parallel.timeout for recipe in recipes)))
 
     def plan() -> list[Stage]:
         stages = plan_stages(recipes, resume=resume, allow_changes=allow_changes)

@@ -1,5 +1,7 @@
 """How many processes hold a row, or a weight, together."""
 
+from typing import Any, Literal
+
 from pydantic import Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
@@ -8,6 +10,16 @@ from rlqwen.config.base import ArgumentsConfig
 class ParallelConfig(ArgumentsConfig):
     """Ranks of the run: data parallel, but for the groups that are asked for here."""
 
+    deepspeed: str | dict[str, Any] | None = None
+    """A ds_config as DeepSpeed takes it, or the path of one in JSON. Values `"auto"` are filled in from this config; what
+    else it says is adopted where this config says nothing, and must not contradict it."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What data-parallel ranks share out beside the batch (DeepSpeed ZeRO, arXiv 1910.02054): 0 nothing, 1 the
+    optimizer's state, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in CPU memory, and update there; from stage 1 on."""
+    offload_parameters: bool = False
+    """Keep each rank's share of the weights in CPU memory between uses; at stage 3."""
     sequence_parallel_size: int = Field(default=1, ge=1)
     """Ranks that forward each row together, a slice of its tokens each (DeepSpeed Ulysses, arXiv 2309.14509): for
     contexts whose activations are too many for one. It must divide the ranks and the model's attention heads."""
@@ -15,6 +27,17 @@ class ParallelConfig(ArgumentsConfig):
     """Ranks that hold each layer together, a shard of its matrices each (DeepSpeed AutoTP). It must divide the ranks, the
     model's heads, key-value heads and intermediate size. Dense models without an adapter; rollouts by vLLM; checkpoints
     hold the weights alone."""
+
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds that a rank waits for the others within an update before the run ends."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> "ParallelConfig":
+        if self.offload_optimizer and self.zero_stage < 1:
+            raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3, but zero_stage is 0")
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters=true needs zero_stage 3, but zero_stage is {self.zero_stage}")
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_group(self) -> "ParallelConfig":

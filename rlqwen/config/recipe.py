@@ -105,7 +105,7 @@ class ModelConfig(Config):
 def _key_path(fault: str, algorithm: str) -> str:
     """Where a fault of the trainer's config stands in a recipe: `epsilon: ...` is `train.epsilon: ...` there."""
     key = fault.partition(":")[0].partition(".")[0]
-    if key in ("rollout", "scoring", "output_dir"):
+    if key in ("rollout", "scoring", "parallel", "output_dir"):
         return fault
     return f"train.{fault}" if key in TRAINER_CONFIGS[algorithm].model_fields else f"train: {fault}"
 
@@ -132,7 +132,7 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _gather_trainer_config(cls, values: Any) -> Any:
-        """`rollout`, `scoring` and `output_dir` stand at the top of a recipe and belong to the trainer's config."""
+        """`rollout`, `scoring`, `parallel` and `output_dir` stand at the top of a recipe and belong to the trainer's config."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -149,6 +149,8 @@ class Recipe(Config):
                         f"{section!r} has no meaning for algorithm {algorithm!r}: nothing is generated or scored"
                     )
                 train[section] = values.pop(section)
+        if "parallel" in values:
+            train["parallel"] = values.pop("parallel")
         if "output_dir" in values:
             train["output_dir"] = values["output_dir"]
         try:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.ds_config import adopt_ds_config
 from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 
@@ -21,13 +22,11 @@ class TrainerConfig(ArgumentsConfig):
     """Batch, optimiser, schedule, evaluation, saving and logging."""
 
     refused: ClassVar[dict[str, str]] = {
-        "fp16": "use bf16 (fp16 comes with DeepSpeed)",
         "use_liger_kernel": "logprobs are computed in chunks from hidden states already",
         "padding_free": "every batch is packed without padding already",
         "pad_to_multiple_of": "batches are packed without padding",
         "remove_unused_columns": "leave it out: reward functions get the columns that they name",
-        "deepspeed": "leave it out: this version trains in one process",
-        "fsdp": "leave it out: this version trains in one process",
+        "fsdp": "set parallel.zero_stage to 3, which shards weights as FSDP does",
         "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
         "dataloader_num_workers": "leave it out: rows are tokenised once, before training",
         "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
@@ -72,9 +71,12 @@ class TrainerConfig(ArgumentsConfig):
     """Ours: an update with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."""
 
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    """Ours: how the ranks share a row or a layer."""
+    """Ours: what the ranks share out among them."""
     bf16: bool | None = None
     """Compute in bfloat16 while trained weights stay float32. None: on GPUs that have it, not on CPU."""
+    fp16: bool = False
+    """Compute in float16, the loss scaled so that small gradients do not vanish; an update whose gradient overflows is
+    skipped. For GPUs without bfloat16."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. None: on GPU, not on CPU."""
     use_cpu: bool = False
@@ -131,6 +133,12 @@ class TrainerConfig(ArgumentsConfig):
     """Ours: what to look out for while training, and what to do then. `off`: nothing."""
     seed: int = 42
 
+    @model_validator(mode="before")
+    @classmethod
+    def _adopt_ds_config(cls, values: Any) -> Any:
+        """`deepspeed` is TRL's name; what a ds_config says counts like a field."""
+        return adopt_ds_config(values, launched_ranks()) if isinstance(values, dict) else values
+
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
     def _read_bare_no(cls, value: Any) -> Any:
@@ -144,6 +152,8 @@ class TrainerConfig(ArgumentsConfig):
 
     @model_validator(mode="after")
     def _coherent(self) -> "TrainerConfig":
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=true and fp16=true exclude each other")
         needs_eval = [
             name
             for name, given in (

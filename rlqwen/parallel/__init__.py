@@ -4,6 +4,21 @@ from rlqwen.parallel.device import pick_device
 from rlqwen.parallel.lead import Lead
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks, is_loss_of_rank
+from rlqwen.parallel.sharded_updater import build_updater
+from rlqwen.parallel.shards import gathered, is_sharded, whole_model
 from rlqwen.parallel.updater import Updater, UpdateResult, warmup_updates
 
-__all__ = ["Lead", "Part", "Ranks", "UpdateResult", "Updater", "is_loss_of_rank", "pick_device", "warmup_updates"]
+__all__ = [
+    "Lead",
+    "Part",
+    "Ranks",
+    "UpdateResult",
+    "Updater",
+    "build_updater",
+    "gathered",
+    "is_loss_of_rank",
+    "is_sharded",
+    "pick_device",
+    "warmup_updates",
+    "whole_model",
+]

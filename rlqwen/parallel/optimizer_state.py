@@ -1,57 +1,74 @@
-"""An optimiser's memory as safetensors and JSON, by the names of parameters; nothing is pickled."""
+"""An optimiser's memory as safetensors and JSON, by the names of parameters; nothing is pickled.
+
+It is the same whatever the ranks and the ZeRO stage, so that a run may go on with others.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rlqwen.errors import ConfigError
-from rlqwen.parallel.part import Part
 
 TENSORS_FILE = "optimizer.safetensors"
 PLAIN_FILE = "optimizer.json"
+MASTER = "master"
+"""A parameter's float32 value, where the model computes with a rounded one."""
+_BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")
+"""What a schedule keeps a value a parameter group of."""
 
 
 def save_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, parts: Sequence[Part], *, nonfinite: int
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    schedulers: Sequence[Any],
+    memory: Mapping[str, Any],
 ) -> None:
-    """Write the moments and counts of every parameter, each group's hyperparameters, and the schedule."""
-    tensors: dict[str, Tensor] = {}
-    for part in parts:
-        for name, parameter in part.named():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, folder / TENSORS_FILE)
+    """Write `tensors` (`parameter/key`), each group's hyperparameters, the schedule, and plain values."""
+    save_file(dict(tensors), folder / TENSORS_FILE)
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    joined = {key: [entry for state in states for entry in state[key]] for key in _BY_GROUP if key in states[0]}
     plain = {
-        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
-        "scheduler": scheduler.state_dict(),
-        "nonfinite_in_a_row": nonfinite,
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+        ],
+        "scheduler": states[0] | joined,
+        **memory,
     }
     (folder / PLAIN_FILE).write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
 
 
-def restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, parts: Sequence[Part]) -> int:
-    """Put back what `save_optimizer` wrote; returns the updates skipped in a row. ConfigError if the parameters are
-    others."""
+def restore_optimizer(
+    folder: Path, names: Collection[str], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Put hyperparameters and schedule back; returns the tensors of each parameter, by key, and the plain values.
+
+    ConfigError if the parameters are not those of `names`.
+    """
     plain = json.loads((folder / PLAIN_FILE).read_text("utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / TENSORS_FILE).items():
         name, _, entry = key.rpartition("/")
         found.setdefault(name, {})[entry] = tensor
-    named = {name: parameter for part in parts for name, parameter in part.named()}
-    unknown = [name for name in found if name not in named]
+    unknown = [name for name in found if name not in names]
     if unknown:
         raise ConfigError(
             f"{folder / TENSORS_FILE} remembers parameters that are not trained now: {', '.join(unknown[:5])}"
         )
-    for name, entries in found.items():
-        parameter = named[name]
-        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in entries.items()}
-    for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
-        group |= {key: tuple(value) if isinstance(group[key], tuple) else value for key, value in saved.items()}
-    scheduler.load_state_dict(plain["scheduler"])
-    return int(plain["nonfinite_in_a_row"])
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, saved in zip(groups, plain["groups"], strict=True):
+        group |= {key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in saved.items()}
+    before = 0
+    for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+        own = slice(before, before + len(optimizer.param_groups))
+        state = plain["scheduler"]
+        scheduler.load_state_dict(state | {key: state[key][own] for key in _BY_GROUP if key in state})
+        before = own.stop
+    return found, plain

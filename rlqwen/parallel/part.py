@@ -17,9 +17,12 @@ class Part:
     names: list[str] = field(default_factory=list)
     """Of the parameters, in order, by which an optimiser's state finds them again; numbers where none are given."""
 
+    module: nn.Module | None = None
+    """What holds the parameters; a forward on them goes through it, for weights in shards to be put together."""
+
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser: matrices decay, vectors don't."""
-        return [
+        groups = [
             {
                 "params": [p for p in self.parameters if p.ndim >= 2],
                 "weight_decay": weight_decay,
@@ -27,6 +30,7 @@ class Part:
             },
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0, "lr": self.learning_rate},
         ]
+        return [group for group in groups if group["params"]]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters by names that are unique among all parts."""

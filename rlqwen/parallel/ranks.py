@@ -41,7 +41,7 @@ class Ranks:
     Messages between ranks go over gloo, through CPU memory, so that they never mix with the gradients' own traffic.
     """
 
-    def __init__(self, config: ParallelConfig | None = None, *, timeout_s: float = 600.0) -> None:
+    def __init__(self, config: ParallelConfig | None = None) -> None:
         """Join the processes that torchrun (or `rlqwen run --nproc-per-node`) has started; alone without it.
 
         Raises ConfigError where they don't divide into the groups that `config` asks for.
@@ -56,7 +56,7 @@ class Ranks:
         self._group: Any = None
         self._patient_group: Any = None
         if self.world_size > 1:
-            timeout = timedelta(seconds=timeout_s)
+            timeout = timedelta(seconds=config.timeout)
             if not dist.is_initialized():
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(backend, timeout=timeout)

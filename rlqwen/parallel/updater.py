@@ -4,7 +4,7 @@ Trainers call `backward` on each micro-batch's share of the loss and `step` once
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,10 @@ from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
+from rlqwen.parallel.ds_config import fp16_settings
+from rlqwen.parallel.loss_scale import LossScale
 from rlqwen.parallel.moments import moments_are_finite
-from rlqwen.parallel.optimizer_state import restore_optimizer, save_optimizer
+from rlqwen.parallel.optimizer_state import MASTER, restore_optimizer, save_optimizer
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
 from rlqwen.tensor_parallel import is_shard
@@ -42,7 +44,7 @@ class UpdateResult:
 class Updater:
     """Optimiser, schedule and clipping; one schedule scales the learning rates of all parts.
 
-    On several ranks each holds all weights, and gradients are added up once an update.
+    On several ranks each holds all weights, and gradients are added up once an update; see ShardedUpdater.
     """
 
     def __init__(
@@ -54,47 +56,53 @@ class Updater:
         self.ranks = ranks or Ranks()
         self.max_grad_norm = args.max_grad_norm
         self.max_nonfinite_steps = args.max_nonfinite_steps
-        self.optimizer = torch.optim.AdamW(
-            [group for part in parts for group in part.groups(args.weight_decay)],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            fused=args.optim == "adamw_torch_fused",
-        )
+        self.scale = LossScale(args.fp16, fp16_settings(args))
+        self.optimizers = self._build_optimizers(args)
         try:
-            self.scheduler = get_scheduler(
-                args.lr_scheduler_type,
-                self.optimizer,
-                num_warmup_steps=warmup_updates(args, total_updates),
-                num_training_steps=total_updates,
-                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-            )
+            self.schedulers = [
+                get_scheduler(
+                    args.lr_scheduler_type,
+                    optimizer,
+                    num_warmup_steps=warmup_updates(args, total_updates),
+                    num_training_steps=total_updates,
+                    scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+                )
+                for optimizer in self.optimizers
+            ]
         except (ValueError, TypeError) as error:
             raise ConfigError(f"lr_scheduler_type={args.lr_scheduler_type!r}: {error}") from error
         self._finite = True
         self._touched = False
         self._nonfinite_in_a_row = 0
 
+    def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
+        return [build_adamw(self.parts, args)]
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's share of the loss."""
         self._finite = self._finite and bool(torch.isfinite(loss.detach()))
         self._touched = True
-        loss.backward()
+        self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * self.scale.value).backward()
 
     def step(self) -> UpdateResult:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
-        sound = moments_are_finite(self.optimizer)
-        self._finite = self._finite and sound
-        self._add_up_gradients()
-        lr = self.scheduler.get_last_lr()[0]
-        norms = {part.name: self._clip(part) for part in self.parts}
-        skipped = not (self._finite and all(map(math.isfinite, norms.values())))
+        sound = all(self.ranks.gather(all(map(moments_are_finite, self.optimizers))))
+        norms = self._finish_gradients()
+        finite = all(self.ranks.gather(self._finite))
+        lr = self.schedulers[0].get_last_lr()[0]
+        overflowed = not all(map(math.isfinite, norms.values()))
+        skipped = overflowed or not (finite and sound)
+        self._apply(norms, skip=skipped)
         if not skipped:
-            self.optimizer.step()
-            self.scheduler.step()
-        self.optimizer.zero_grad()
+            for scheduler in self.schedulers:
+                scheduler.step()
         self._finite, self._touched = True, False
-        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        if not (overflowed and finite and sound and self.scale.can_fall):
+            self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        self.scale.update(overflow=overflowed)
         if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
             culprit = "loss or gradient was" if sound else "a moment of the optimizer was"
             raise NonFiniteError(
@@ -104,14 +112,61 @@ class Updater:
             )
         return UpdateResult(norms, lr, skipped)
 
+    def _finish_gradients(self) -> dict[str, float]:
+        """Add up over the ranks what has been gathered; returns the norm of each part's gradient, before clipping."""
+        self._add_up_gradients()
+        norms = {}
+        for part in self.parts:
+            gradients = [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+            if self.scale.value != 1.0 and gradients:
+                torch._foreach_div_(gradients, self.scale.value)
+            norms[part.name] = self._norm(part)
+        return norms
+
+    def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
+        """Clip and update, or throw the gradients away."""
+        if not skip:
+            for part in self.parts:
+                if self.max_grad_norm:
+                    norm = torch.tensor(norms[part.name])
+                    nn.utils.clip_grads_with_norm_(part.parameters, self.max_grad_norm, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
     def save(self, folder: Path) -> None:
         """Write what the optimiser and the schedule remember into `folder`; on every rank."""
+        tensors = dict(self._state())
         if self.ranks.is_main:
-            save_optimizer(folder, self.optimizer, self.scheduler, self.parts, nonfinite=self._nonfinite_in_a_row)
+            memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.progress()}
+            save_optimizer(folder, tensors, self.optimizers, self.schedulers, memory)
 
     def restore(self, folder: Path) -> None:
-        """Read back what `save` wrote; on every rank."""
-        self._nonfinite_in_a_row = restore_optimizer(folder, self.optimizer, self.scheduler, self.parts)
+        """Read back what `save` wrote, by the same updater or another; on every rank, with the weights put back."""
+        names = {name for part in self.parts for name, _ in part.named()}
+        states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
+        self._restore_state(states)
+        self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
+        self.scale.restore(memory["loss_scale"])
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """What is remembered of each parameter; on the main rank, all of it."""
+        for part in self.parts if self.ranks.is_main else ():
+            for name, parameter in part.named():
+                for key, value in self.optimizers[0].state.get(parameter, {}).items():
+                    yield f"{name}/{key}", torch.as_tensor(value).detach().cpu().contiguous()
+
+    def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
+        for part in self.parts:
+            for name, parameter in part.named():
+                if name not in states:
+                    continue
+                kept = {key: value.to(parameter.device) for key, value in states[name].items() if key != MASTER}
+                if MASTER in states[name]:
+                    parameter.data.copy_(states[name][MASTER])
+                if kept:
+                    self.optimizers[0].state[parameter] = kept
 
     def _add_up_gradients(self) -> None:
         """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one.
@@ -120,9 +175,8 @@ class Updater:
         0, which is another thing: momentum and weight decay still move the weights.
         """
         parameters = [parameter for part in self.parts for parameter in part.parameters]
-        by_rank = self.ranks.gather((self._finite, self._touched, [weight.grad is not None for weight in parameters]))
-        finite, touched, given = zip(*by_rank, strict=True)
-        self._finite = all(finite)
+        by_rank = self.ranks.gather((self._touched, [weight.grad is not None for weight in parameters]))
+        touched, given = zip(*by_rank, strict=True)
         for parameter, given_by in zip(parameters, zip(*given, strict=True), strict=True):
             if any(touched) and not any(given_by):
                 continue
@@ -131,20 +185,26 @@ class Updater:
             if self.ranks.world_size > 1:
                 dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
 
-    def _clip(self, part: Part) -> float:
-        """Clip a part's gradient; returns its norm before, over the shards of all ranks."""
-        limit = self.max_grad_norm or math.inf
+    def _norm(self, part: Part) -> float:
+        """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
+        own = [parameter for parameter in part.parameters if parameter.grad is not None]
         if self.ranks.tensor_group is None:
-            return float(nn.utils.clip_grad_norm_(part.parameters, limit))
-        shards = [parameter.grad for parameter in part.parameters if is_shard(parameter) and parameter.grad is not None]
-        rest = [
-            parameter.grad for parameter in part.parameters if not is_shard(parameter) and parameter.grad is not None
-        ]
-        square = nn.utils.get_total_norm(shards).square()
+            return float(nn.utils.get_total_norm([parameter.grad for parameter in own]))
+        square = nn.utils.get_total_norm([parameter.grad for parameter in own if is_shard(parameter)]).square()
         dist.all_reduce(square, group=self.ranks.tensor_group)
-        norm = (square + nn.utils.get_total_norm(rest).square()).sqrt()
-        nn.utils.clip_grads_with_norm_(part.parameters, limit, norm)
-        return float(norm)
+        rest = nn.utils.get_total_norm([parameter.grad for parameter in own if not is_shard(parameter)])
+        return float((square + rest.square()).sqrt())
+
+
+def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optimizer:
+    """PyTorch's, for all parts together."""
+    return torch.optim.AdamW(
+        [group for part in parts for group in part.groups(args.weight_decay)],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=args.optim == "adamw_torch_fused",
+    )
 
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:

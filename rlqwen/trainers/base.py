@@ -24,7 +24,7 @@ from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.model_sources import commits
 from rlqwen.packed_model import PackedModel
-from rlqwen.parallel import Lead, Part, Updater, UpdateResult, pick_device
+from rlqwen.parallel import Lead, Part, UpdateResult, build_updater, pick_device
 from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
@@ -125,7 +125,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     def trained_parts(self) -> list[Part]:
         """What the updates change."""
         names = self.policy.trained_names
-        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate, names)]
+        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate, names, self.policy.root)]
 
     # What users call
 
@@ -184,7 +184,9 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
         self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.updater = Updater(self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks)
+        self.updater = build_updater(
+            self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
+        )
         self._open_watch()
         if checkpoint is not None:
             self._restore(checkpoint)

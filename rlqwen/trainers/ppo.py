@@ -113,7 +113,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         rate = self.args.learning_rate if self.args.critic.learning_rate is None else self.args.critic.learning_rate
         return [
             *super().trained_parts(),
-            Part("critic", self.critic.trained_parameters, rate, self.critic.trained_names),
+            Part("critic", self.critic.trained_parameters, rate, self.critic.trained_names, self.critic.root),
         ]
 
     # The algorithm
@@ -256,11 +256,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def save_beside(self, folder: Path) -> None:
         super().save_beside(folder)
-        self.critic.save_trained(folder / CRITIC_FOLDER)
-
-    def help_saving_beside(self) -> None:
-        if isinstance(self.critic, ScalarModel):
-            self.critic.help_saving()
+        self.critic.save_trained(folder / CRITIC_FOLDER, write=self.ranks.is_main)
 
     def restore_beside(self, folder: Path) -> None:
         super().restore_beside(folder)

@@ -70,10 +70,7 @@ class Saving(Telling):
     def save_model(self, path: str | Path | None = None) -> Path:
         """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
         folder = Path(path or self.output_dir / "final")
-        if self.ranks.is_main:
-            save_model(folder, self.policy, self.processing_class)
-        else:
-            self.policy.help_saving()
+        save_model(folder, self.policy, self.processing_class, write=self.ranks.is_main)
         self.ranks.barrier()
         return folder
 
@@ -97,10 +94,10 @@ class Saving(Telling):
 
     def _fill(self, folder: Path) -> None:
         """Write the files of a checkpoint; on every rank, each file by one."""
+        self.policy.save_trained(folder, write=self.ranks.is_main)
+        self.save_beside(folder)
         if self.ranks.is_main:
-            self.policy.save_trained(folder)
             self.processing_class.save_pretrained(folder)
-            self.save_beside(folder)
             self.state.stateful_callbacks = {
                 type(callback).__name__: callback.state()
                 for callback in self.callbacks
@@ -109,10 +106,7 @@ class Saving(Telling):
             (folder / STATE_FILE).write_text(json.dumps(asdict(self.state), indent=1) + "\n", "utf-8")
             if self.recipe is not None:
                 write_resolved(self.recipe, folder / RECIPE_FILE)
-        else:
-            self.policy.help_saving()
-            self.help_saving_beside()
-        if self.args.save_only_model or self.policy.is_sharded:
+        if self.args.save_only_model or self.args.parallel.autotp_size > 1:
             return
         if self.ranks.is_main:
             write_values(folder, PROGRESS, self.progress())
@@ -121,12 +115,10 @@ class Saving(Telling):
         write_values(folder, f"{RANDOM}-{self.ranks.rank}", random_state())
 
     def save_beside(self, folder: Path) -> None:
-        """Write into a checkpoint's folder what the trainer keeps beside the policy: files and folders of its own."""
-        if getattr(self.args, "sync_ref_model", False):
+        """Write into a checkpoint's folder what the trainer keeps beside the policy: files and folders of its own; on
+        every rank, the main one writing."""
+        if getattr(self.args, "sync_ref_model", False) and self.ranks.is_main:
             self.policy.save_reference(folder)
-
-    def help_saving_beside(self) -> None:
-        """What the other ranks do while the main one is at `save_beside`."""
 
     def restore_beside(self, folder: Path) -> None:
         """Read back what `save_beside` wrote."""

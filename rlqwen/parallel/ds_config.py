@@ -1,0 +1,86 @@
+"""The config that DeepSpeed is given: a user's own as it is, and what follows from ours."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rlqwen.config import TrainerConfig
+from rlqwen.config.ds_config import AUTO, read_ds_config
+from rlqwen.errors import ConfigError
+
+_OURS = ("optimizer", "scheduler")
+"""Sections that are carried out here, from the fields that they were adopted into."""
+
+
+def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
+    """What a ds_config says of the scale of the loss."""
+    given = read_ds_config(args.parallel.deepspeed or {}).get("fp16", {})
+    return {key: value for key, value in given.items() if value != AUTO}
+
+
+def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int, dtype: str) -> dict[str, Any]:
+    """A ds_config without "auto". `dtype`: `fp32`, `bf16` or `fp16`; `data_size`: ranks that see different rows.
+
+    Raises ConfigError for batch sizes that contradict each other and for an "auto" that has no meaning here.
+    """
+    parallel = args.parallel
+    config = copy.deepcopy(read_ds_config(parallel.deepspeed or {}))
+    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    whole = size * accumulation * data_size
+    if config.get("train_batch_size", AUTO) not in (AUTO, whole):
+        raise ConfigError(
+            f"train_batch_size of the ds_config is {config['train_batch_size']}, but the batch is {whole} = "
+            f'{size} a micro-batch x {accumulation} accumulated x {data_size} ranks: correct it, or make it "auto"'
+        )
+    config = {key: value for key, value in config.items() if key not in _OURS}
+    config |= {
+        "train_batch_size": whole,
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": accumulation,
+        "managed_gradient_accumulation": False,  # micro-batches vary in number, and the updater says when
+        "gradient_clipping": args.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: nothing is compiled
+        "bf16": {**config.get("bf16", {}), "enabled": dtype == "bf16"},
+        "fp16": {**config.get("fp16", {}), "enabled": dtype == "fp16", "loss_scale": 1.0},  # scaled by the updater
+    }
+    config.setdefault("steps_per_print", 10**9)
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = parallel.zero_stage
+    if parallel.zero_stage == 1 and dtype == "bf16" and not parallel.offload_optimizer:
+        zero["stage"] = 2  # DeepSpeed has another optimizer for this one, which keeps all gradients on every rank
+    for key, wanted in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if wanted:
+            section = zero.setdefault(key, {})
+            section.setdefault("device", "cpu")
+    _fill_in_sizes(zero, hidden_size)
+    left = list(_autos(config))
+    if left:
+        raise ConfigError(f'"auto" of the ds_config has no meaning at {", ".join(left)}: give a value, or leave it out')
+    return config
+
+
+def _fill_in_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """Buffers in numbers of elements, as transformers fills them in; but nothing is fetched ahead, for evaluations and
+    exports go other ways through the weights than an update does, and DeepSpeed fetches what the last way needed."""
+    zero.setdefault("stage3_prefetch_bucket_size", 0)
+    square = hidden_size * hidden_size
+    sizes = {
+        "reduce_bucket_size": square,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in sizes.items():
+        if zero.get(key) == AUTO:
+            zero[key] = value
+
+
+def _autos(value: Any, path: str = "") -> Iterator[str]:
+    if value == AUTO:
+        yield path
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{path}.{key}" if path else str(key))

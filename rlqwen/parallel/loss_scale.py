@@ -1,0 +1,45 @@
+"""The scale of the loss in float16, whose small gradients would else be 0."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class LossScale:
+    """Doubles when nothing has overflowed for a while, halves when something did (arXiv 1710.03740); 1 without float16.
+
+    Keys of `settings` are those of a ds_config's `fp16`: `loss_scale` (0: as above), `initial_scale_power`,
+    `loss_scale_window`, `min_loss_scale`.
+    """
+
+    def __init__(self, enabled: bool, settings: Mapping[str, Any] | None = None) -> None:
+        settings = settings or {}
+        fixed = float(settings.get("loss_scale", 0.0)) if enabled else 1.0
+        self.is_dynamic = fixed == 0.0
+        self.value = fixed or 2.0 ** settings.get("initial_scale_power", 16)
+        self.window: int = settings.get("loss_scale_window", 1000)
+        self.smallest = float(settings.get("min_loss_scale", 1.0))
+        self._since = 0
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether an overflow may still be the scale's fault."""
+        return self.is_dynamic and self.value > self.smallest
+
+    def update(self, *, overflow: bool) -> None:
+        """After every update."""
+        if not self.is_dynamic:
+            return
+        self._since = 0 if overflow else self._since + 1
+        if overflow:
+            self.value = max(self.value / 2, self.smallest)
+        elif self._since == self.window:
+            self.value, self._since = self.value * 2, 0
+
+    def progress(self) -> list[float]:
+        """What `restore` takes."""
+        return [self.value, self._since]
+
+    def restore(self, progress: list[float]) -> None:
+        """Go on from there."""
+        if self.is_dynamic:
+            self.value, self._since = progress[0], int(progress[1])
