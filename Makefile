@@ -21,7 +21,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: install
-	$(BIN)/python -m pytest -m fault --fault-table FAULTS.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault --fault-table FAULTS.md
 
 check: install
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from rlqwen.errors import ModelError
 from rlqwen.parallel import gathered
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
+from rlqwen.tensor_parallel import whole_weights
 
 VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 """Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
@@ -203,12 +204,14 @@ def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str,
         module = module.base_layer
     if is_quantized(module):
         replaced.setdefault("weight", dequantized_weight(module))
-    own = {}
-    for name, tensor in {**module._parameters, **module._buffers}.items():
-        if tensor is not None and name not in module._non_persistent_buffers_set:
-            tensor = replaced.get(name, tensor).detach()
-            own[name] = tensor.to(dtype if tensor.is_floating_point() else None)
-    return module, own
+    state = {**module._parameters, **module._buffers}
+    with whole_weights([module]):
+        own = {
+            name: replaced.get(name, tensor).detach()
+            for name, tensor in state.items()
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+    return module, {name: tensor.to(dtype if tensor.is_floating_point() else None) for name, tensor in own.items()}
 
 
 def _active(module: Any) -> Any:

@@ -27,6 +27,7 @@ from rlqwen.parallel import gathered, is_sharded
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import SequenceGroup
+from rlqwen.tensor_parallel import shard_layers, whole_weights
 
 ADAPTER_FOLDER = "adapter"
 
@@ -82,6 +83,9 @@ class PackedModel:
         self.model: Any = model.to(self.device)
         self.root = Root(self.model)
         self.has_adapter = isinstance(model, PeftModel)
+        self.is_tensor_parallel = args.parallel.autotp_size > 1
+        """Whether this rank holds shards of the layers, and computes with them."""
+        shard_layers(self.model, args.parallel.autotp_size)
         self._prepare_training(args)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
@@ -204,8 +208,8 @@ class PackedModel:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds but a shard of the weights."""
-        return any(map(is_sharded, self.model.parameters()))
+        """Whether each rank holds but shards: forwards, saving and export then take all ranks."""
+        return self.is_tensor_parallel or any(map(is_sharded, self.model.parameters()))
 
     def restore(self, folder: Path | str) -> None:
         """Load what `save_trained`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
@@ -216,7 +220,7 @@ class PackedModel:
                 set_peft_model_state_dict(self.model, weights)
             return
         saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
-        with torch.no_grad():
+        with torch.no_grad(), whole_weights(self.base_model.modules()):
             for name, weight in self.base_model.state_dict(keep_vars=True).items():
                 with gathered([weight], modify=True):
                     weight.copy_(saved[name])

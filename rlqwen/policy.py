@@ -22,12 +22,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rlqwen.adapters import adapter_rank, adapter_weights, check_adapter, checkpoint_weights, head_weight, lora_obstacle
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
+from rlqwen.errors import ConfigError
 from rlqwen.hidden import hidden_states, use_packed_attention
 from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
 from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.sequence import SequenceGroup
+from rlqwen.tensor_parallel import whole_weights
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -162,9 +164,10 @@ class Policy(PackedModel):
         """Mix the policy into the reference: reference = alpha * policy + (1 - alpha) * reference."""
         if self._reference is None:
             raise ValueError("only a reference that is a copy of the weights can be refreshed")
-        for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
-            with gathered([ours]):
-                theirs.lerp_(ours.to(theirs.dtype), alpha)
+        with whole_weights(self.model.modules()):
+            for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
+                with gathered([ours]):
+                    theirs.lerp_(ours.to(theirs.dtype), alpha)
 
     def save_reference(self, folder: Path) -> None:
         """Write the reference, where training has changed it, to `folder`."""
@@ -179,6 +182,11 @@ class Policy(PackedModel):
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:
         """The model as `generate` wants it: in eval mode, with ordinary attention, without gradients."""
+        if self.is_sharded:
+            raise ConfigError(
+                "a model in shards (parallel.autotp_size) cannot sample by itself: set rollout.engine to vllm, and leave "
+                "eval_generation out"
+            )
         model = self.base_model
         checkpointing = model.is_gradient_checkpointing
         model.set_attn_implementation("sdpa")

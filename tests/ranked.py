@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/ranked.py MODEL FOLDER CASE [CASE ...]
 import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,11 +52,51 @@ def first_only(prompts, completion_ids, **kwargs):
     ]
 
 
+def kills_the_main_rank(completion_ids, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_the_workers(model, folder):
+    """Those of the rollouts, before the second step."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if trainer.rollouts is not None and state.global_step == 1:
+                for process in trainer.rollouts.engine.process_ids():
+                    os.kill(process, signal.SIGKILL)
+
+    trainer = _vllm(model, folder, max_restarts=0)
+    trainer.callbacks.append(Kill())
+    return trainer
+
+
+def _vllm(model, folder, **rollout):
+    rollout = {"engine": "vllm", "num_workers": 1, "max_num_seqs": 16, **rollout}
+    return _online("GRPO", model, folder, max_steps=3, rollout=rollout, eval_strategy="no", eval_on_start=False)
+
+
+def kill_the_other_rank(model, folder):
+    """In its second step, while the main rank samples for it."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if os.environ["RANK"] == "1" and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = _online("GRPO", model, folder, max_steps=3)
+    trainer.callbacks.append(Kill())
+    return trainer
+
+
 def fails(completion_ids, **kwargs):
     raise ValueError("this reward fails")
 
 
-def _dpo(model, folder, rows=PAIRS, **options):
+def _dpo(model, folder, rows=PAIRS, peft=False, **options):
+    from peft import LoraConfig
+
     from rlqwen import DPOConfig, DPOTrainer
 
     size = options.pop("size", 6) // launched()
@@ -64,7 +105,13 @@ def _dpo(model, folder, rows=PAIRS, **options):
         [{key: value for key, value in row.items() if key != "margin"} for row in part]
         for part in (rows[:12], rows[8:])
     ]
-    return DPOTrainer(model, args=DPOConfig(**defaults | options), train_dataset=train, eval_dataset=held_out)
+    return DPOTrainer(
+        model,
+        args=DPOConfig(**defaults | options),
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if peft else None,
+    )
 
 
 def _sft(model, folder, **options):
@@ -117,6 +164,7 @@ CASES = {
     "dpo_tokens": lambda model, folder: _dpo(model, folder, max_tokens_per_micro_batch=60, use_weighting=True),
     "dpo_ranking": lambda model, folder: _dpo(model, folder, loss_type=["aot", "sft"]),
     "dpo_precomputed": lambda model, folder: _dpo(model, folder, precompute_ref_log_probs=True, ld_alpha=0.5),
+    "dpo_lora": lambda model, folder: _dpo(model, folder, peft=True, learning_rate=1.0),
     "kto": lambda model, folder: _dpo(model, folder, LABELLED, loss_type="kto", max_tokens_per_micro_batch=60),
     "reward": lambda model, folder: _reward(model, folder, center_rewards_coefficient=0.1),
     "ppo": lambda model, folder: _online(
@@ -127,8 +175,12 @@ CASES = {
         "PPO", model, folder, critic={"kind": "head", "warmup_rollouts": 1}, num_ppo_epochs=1, max_steps=3,
         max_tokens_per_micro_batch=60,
     ),
-    "grpo": lambda model, folder: _online(
-        "GRPO", model, folder, beta=0.1, generation_batch_size=16, num_iterations=2, max_steps=8,
+    "grpo": lambda model, folder, **options: _online(
+        "GRPO", model, folder, beta=0.1, generation_batch_size=16, num_iterations=2, max_steps=8, **options,
+    ),
+    "grpo_best": lambda model, folder: _online(
+        "GRPO", model, folder, max_steps=12, eval_steps=1, load_best_model_at_end=True, early_stopping_patience=1,
+        greater_is_better=False, save_steps=4, save_strategy="steps", sync_ref_model=True, ref_model_sync_steps=2, beta=0.1,
     ),
     "grpo_dynamic": lambda model, folder: _online(
         "GRPO", model, folder, by_prompt, dynamic_sampling=True, max_steps=3, max_tokens_per_micro_batch=60,
@@ -136,6 +188,10 @@ CASES = {
     "grpo_idle": lambda model, folder: _online(
         "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
     ),
+    "vllm": _vllm,
+    "kill_the_workers": kill_the_workers,
+    "kills_the_main_rank": lambda model, folder: _online("GRPO", model, folder, kills_the_main_rank, max_steps=1),
+    "kill_the_other_rank": kill_the_other_rank,
     "sft_lora": lambda model, folder: _sft(model, folder, peft_config=_lora()),
     "fails": lambda model, folder: _online("GRPO", model, folder, fails, max_steps=1),
 }  # fmt: skip
@@ -198,13 +254,18 @@ def run_case(name: str, model: str, folder: Path) -> dict:
     }
 
 
-def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict]:
-    """By rank: what each case left, by name."""
+def launch(names: list[str], model: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run cases on two ranks."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}",
         str(Path(__file__)), str(model), str(folder), *names,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+
+
+def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict]:
+    """By rank: what each case left, by name."""
+    done = launch(names, model, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 

@@ -217,6 +217,14 @@ def test_a_sound_grpo_recipe_names_rewards_with_origin(tiny_model_path, tmp_path
     assert set(facts) == {"model", "rewards", "data.train", "template", "batch", "rollout"}
 
 
+def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlqwen.check.rewards.why_not", lambda: "no Landlock")
+    for isolation, num_faults in (("required", 1), ("off", 0)):
+        scoring = {"isolated": ["accuracy"], "isolation": isolation}
+        report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO | {"scoring": scoring}))
+        assert ["'accuracy' must run isolated" in str(fault) for fault in report.faults] == [True] * num_faults
+
+
 def test_all_faults_are_collected_at_once(tmp_path):
     recipe = recipe_of(tmp_path, [{"prompt": "hi"}], tmp_path, **GRPO | {"rewards": ["accuracy", "acuracy"]})
     report = check_recipe(recipe)

@@ -1,5 +1,6 @@
 """Checkpoints: what they hold, which are kept, what is refused on going on, and how a run is stopped and goes on."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,12 +15,14 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.checkpoint import Retention, random_state, read_values, restore_random_state, write_values
 from rlqwen.checkpoint.folder import find_fault, write_complete
-from rlqwen.checkpoint.origin import differences, digest_rows, flatten
+from rlqwen.checkpoint.origin import config_origin, differences, digest_rows, flatten, reward_origin
 from rlqwen.config import Recipe
 from rlqwen.data import TokenizedRow
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.metrics import read_metrics
+from rlqwen.registry import resolve
 from rlqwen.stages import plan_stages
+from rlqwen.trainers.build import build_trainer
 from rlqwen.verification import compare_runs
 
 ROWS = [
@@ -109,6 +112,24 @@ def test_differences_are_listed_by_name():
         "train.lora.r: was 8, is 'absent'",
         "new: was 'absent', is 1",
     ]
+
+
+def test_keys_that_change_no_result_may_change():
+    config = {"learning_rate": 1e-5, "save_steps": 5, "rollout": {"max_restarts": 3, "num_workers": 2}}
+    assert config_origin(config) == {"train.learning_rate": 1e-5, "train.rollout.num_workers": 2}
+
+
+def test_another_reward_function_is_seen():
+    def first(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def other(completions, **kwargs):
+        return [2.0] * len(completions)
+
+    ours, theirs = resolve(first), resolve(other)
+    was, now = reward_origin([ours]), reward_origin([dataclasses.replace(theirs, name="first")])
+    assert [line.partition(":")[0] for line in differences(was, now)] == ["reward.first.source"]
+    assert reward_origin([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
 
 
 def test_digests_see_every_token_and_the_order():
@@ -295,3 +316,25 @@ def test_resume_auto_stands_in_the_recipe(tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "summary.json").write_text("{")  # cut off: not finished
     assert not plan_stages([recipe(tmp_path / "run", resume="auto")])[0].finished
+
+
+def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
+    def origin(budget: int) -> dict:
+        trainer = build_trainer(
+            Recipe.parse(
+                {
+                    "algorithm": "grpo",
+                    "model": {"path": str(tiny_model_path)},
+                    "data": {"train": {"generator": "arithmetic", "args": {"kind": "prompts", "size": 8}}},
+                    "rewards": [{"name": "length", "args": {"budget": budget}}],
+                    "rollout": {"engine": "transformers"},
+                    "output_dir": str(tmp_path / str(budget)),
+                }
+            )
+        )
+        try:
+            return trainer.origin()
+        finally:
+            trainer.close()
+
+    assert differences(origin(6), origin(7)) == ["rewards.0.args.budget: was 6, is 7"]

@@ -228,7 +228,7 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
         assert "in fail" in log.read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
     """A stand-in trainer waits in a process of its own; its `finally` must run."""
     program = (
@@ -294,3 +294,22 @@ def test_eval_prints_one_json_object_and_nothing_else(recipes, tiny_model_path, 
     printed = capsys.readouterr().out
     assert "3 prompts x 2 samples" in printed
     assert "majority@2" in printed
+
+
+@pytest.mark.fault("Ctrl-C in the middle of an import, which makes another error of it", "exit code 130 and one line")
+def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(recipes, monkeypatch, capsys):
+    def import_something(words):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'x'") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("rlqwen.cli.training.read_recipes", import_something)
+    try:
+        assert main(["run", "sft.yaml"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "rlqwen: interrupted\n"

@@ -26,7 +26,7 @@ def lengths(shares: list[list[Tree]]) -> list[list[list[int]]]:
 
 
 def rank(number: int, of: int) -> SimpleNamespace:
-    return SimpleNamespace(rank=number, world_size=of)
+    return SimpleNamespace(data_rank=number, data_size=of)
 
 
 def test_branches_are_shared_evenly_and_trees_kept_whole_where_a_cut_spares_them():

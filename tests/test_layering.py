@@ -34,6 +34,7 @@ LAYERS = [
         "model_files",
         "quantization",
         "adapters",
+        "tensor_parallel",
         "packed_model",
         "policy",
         "critic",

@@ -5,6 +5,7 @@ from torch import nn
 from rlqwen.config import SFTConfig
 from rlqwen.errors import ConfigError, NonFiniteError
 from rlqwen.parallel import Part, Updater, warmup_updates
+from rlqwen.parallel.moments import moments_are_finite
 
 
 def make_updater(**options):
@@ -55,6 +56,18 @@ def test_a_non_finite_update_leaves_every_bit_as_it_was(bad):
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     after = [value for state in updater.optimizers[0].state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+
+
+def test_moments_are_judged_one_by_one_where_their_sum_overflows():
+    updater, (weight, _) = make_updater()
+    updater.backward((weight**2).sum())
+    updater.step()
+    moment = updater.optimizer.state[weight]["exp_avg_sq"]
+    assert moments_are_finite(updater.optimizer)
+    moment.fill_(3e38)
+    assert moments_are_finite(updater.optimizer)
+    moment[0, 0], moment[0, 1] = float("inf"), float("-inf")
+    assert not moments_are_finite(updater.optimizer)
 
 
 @pytest.mark.fault("a non-finite loss, update after update", "the run stops after max_nonfinite_steps of them")

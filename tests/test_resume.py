@@ -29,7 +29,7 @@ from rlqwen import (
 from rlqwen.cli import main
 from rlqwen.errors import ConfigError
 from rlqwen.metrics import read_metrics
-from rlqwen.verification import compare_runs
+from rlqwen.verification import Comparison, Difference, compare_runs
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(9)]
 CHATS = [
@@ -267,3 +267,19 @@ def test_comparing_runs_finds_what_differs(tiny_model_path, tmp_path):
     assert "the largest of a weight: weight model." in text
     shutil.rmtree(tmp_path / "other" / "final")
     assert "final/model.safetensors is in one run only" in str(compare_runs(tmp_path / "one", tmp_path / "other"))
+
+
+@pytest.mark.parametrize(("size", "code", "verdict"), [(None, 0, "exact: "), (0.5, 1, "not exact: 1 differences")])
+def test_verify_resume_gives_its_verdict(tiny_model_path, tmp_path, monkeypatch, capsys, size, code, verdict):
+    def verify(recipe, *, steps, announce):
+        assert (recipe.algorithm, steps) == ("sft", 6)
+        found = [] if size is None else [Difference("loss (1.0 and 1.5)", 3, size)]
+        return Comparison(found, num_metrics=10, num_weights=1000)
+
+    monkeypatch.setattr("rlqwen.verification.verify_resume", verify)
+    first, second = cli_recipes(tmp_path, tiny_model_path)
+    assert main(["verify-resume", first, "--steps", "6"]) == code
+    printed = capsys.readouterr().out
+    assert verdict in printed
+    assert size is None or "it begins with update 3: loss (1.0 and 1.5) differs by 0.5" in printed
+    assert main(["verify-resume", first, second]) == 2

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rlqwen_rewards.candidate_process import Limits
 from rlqwen_rewards.code_cases import FunctionCall, Program, Statements, parse_cases
-from rlqwen_rewards.code_tests import code_of, same_text, same_value
+from rlqwen_rewards.code_tests import code_of, run_cases, same_text, same_value
 
 from rlqwen.config import ScoringConfig
 from rlqwen.scoring import Scorer, build_rewards
@@ -193,6 +194,11 @@ def test_hostile_code_costs_only_itself(scorer: Scorer) -> None:
 def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(scorer: Scorer) -> None:
     tests = ["try:\n    double(1)\nexcept:\n    pass", "assert True"]
     assert score(scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
+
+
+def test_an_interpreter_that_does_not_start_is_no_fault_of_the_code() -> None:
+    with pytest.raises(RuntimeError, match="did not start: its process ended"):
+        run_cases(HONEST, [Statements("assert True")], ["/bin/false"], Limits(1.0, 1 << 29, 5))
 
 
 def test_isolation_can_be_given_up() -> None:

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,7 @@ def test_a_sync_reaches_every_worker(pool: RolloutPool, model: PreTrainedModel) 
         before = after
 
 
+@pytest.mark.fault("many groups, dealt to two workers", "each comes exactly once")
 def test_groups_come_once_with_text_and_reason(pool: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> None:
     stop = tuple(range(60))
     asked = requests(stop_token_ids=stop)
@@ -163,6 +166,9 @@ def test_truncation_shows_in_the_logprobs(pool: RolloutPool) -> None:
     assert all(len({tuple(completion.token_ids) for completion in group.completions}) == 1 for group in groups)
 
 
+@pytest.mark.fault(
+    "SIGKILL of a rollout worker in the middle of sampling", "replaced, its groups drawn again from the same seeds"
+)
 def test_a_killed_worker_is_replaced_and_its_groups_drawn_again(pool: RolloutPool, model: PreTrainedModel) -> None:
     """While the other is away, one worker draws what two drew before, from the same seeds."""
     pool.load_weights(201, perturbed(model, 201).items(), canary(model))
@@ -186,6 +192,7 @@ def test_a_killed_worker_is_replaced_and_its_groups_drawn_again(pool: RolloutPoo
     assert share_identical(two_workers, again) >= 0.99
 
 
+@pytest.mark.fault("SIGSTOP of a rollout worker", "replaced after its deadline, each group once")
 def test_a_stuck_worker_is_replaced_after_its_deadline(pool: RolloutPool, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = pool.process_ids()[1]
     os.kill(victim, signal.SIGSTOP)
@@ -207,6 +214,73 @@ def wait_for_end(pid: int, seconds: float = 15.0) -> bool:
     return False
 
 
+@pytest.mark.fault("the same groups drawn twice, dealt to two workers as they come free", "equal to the bit")
+def test_the_same_seeds_give_the_same_bits(pool: RolloutPool, model: PreTrainedModel) -> None:
+    """What exact resume rests on: neither who draws a group nor what else is in the batch changes a rounding."""
+    pool.load_weights(150, perturbed(model, 150).items(), canary(model))
+    draws = [sorted(pool.generate(requests()), key=lambda group: group.prompt.index) for _ in range(2)]
+    first, again = ([(c.token_ids, c.logprobs) for group in draw for c in group.completions] for draw in draws)
+    assert first == again
+
+
+def test_fixed_shares(pool: RolloutPool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealt out by place, a block at a time; what a dead worker leaves is drawn again, when all are there."""
+    monkeypatch.setattr(pool.config, "deterministic", True)
+    monkeypatch.setattr("rlqwen.rollout.pool.MAX_SHARE", 12)
+    pool.load_weights(155, perturbed(model, 155).items(), canary(model))
+    asked = requests()
+    dealt = []
+    hand = pool._hand
+    monkeypatch.setattr(pool, "_hand", lambda slot, *rest: (dealt.append((slot.index, rest)), hand(slot, *rest)))
+    whole = list(pool.generate(asked))
+    assert [(slot, job[0].prompt.index) for slot, job in dealt] == [
+        *((0, index) for index in range(0, 24, 2)), *((1, index) for index in range(1, 24, 2)),
+        *((0, index) for index in range(24, 32, 2)), *((1, index) for index in range(25, 32, 2)),
+    ]  # fmt: skip
+    assert [job[1].size for _, job in dealt] == [12] * 24 + [4] * 8
+    stream = pool.generate(asked)
+    groups = [next(stream)]
+    os.kill(pool.process_ids()[1], signal.SIGKILL)
+    groups += list(stream)
+    assert sorted(group.prompt.index for group in groups) == list(range(NUM_PROMPTS))
+    assert share_identical(whole, groups) == 1.0
+    assert {group.policy_version for group in groups} == {155}
+
+
+@pytest.mark.fault("a sync while prompts of old weights are in the prefix cache", "nothing of them is used again")
+def test_a_sync_empties_the_prefix_cache(pool: RolloutPool, model: PreTrainedModel) -> None:
+    long = Prompt(0, torch.randint(0, 256, (45,), generator=torch.Generator().manual_seed(3)).tolist(), "")
+    request = GroupRequest(long, (1, 2), Sampling(8, temperature=TEMPERATURE))
+    for version in (160, 161):
+        pool.load_weights(version, perturbed(model, version).items(), canary(model))
+        for _ in range(3):  # so that both workers have it cached
+            assert_drawn_from(list(pool.generate([request, request])), model)
+
+
+@pytest.mark.fault("SIGKILL of a worker in the middle of a weight sync", "replaced, sent the new weights, never mixed")
+def test_a_worker_killed_during_a_sync_is_replaced(pool: RolloutPool, model: PreTrainedModel) -> None:
+    victim, restarts = pool.process_ids()[0], pool.num_restarts
+    os.kill(victim, signal.SIGSTOP)  # it has the weights to load, and cannot
+    killer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
+    killer.start()
+    pool.load_weights(170, perturbed(model, 170).items(), canary(model))
+    killer.join()
+    assert pool.num_restarts == restarts + 1
+    groups = list(pool.generate(requests()))
+    assert {group.policy_version for group in groups} == {170}
+    assert_drawn_from(groups, model)
+
+
+def test_sampling_in_another_thread_can_be_cancelled(pool: RolloutPool) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        drawing = thread.submit(lambda: list(pool.generate(requests(max_tokens=30) * 20)))
+        time.sleep(0.2)
+        pool.cancel()
+        with pytest.raises(RolloutError, match="dropped"):
+            drawing.result(timeout=10)
+    assert len(list(pool.generate(requests(count=2)))) == 2
+
+
 def test_a_dropped_iterator_leaves_nothing_behind(pool: RolloutPool) -> None:
     abandoned = pool.generate(requests())
     next(abandoned)
@@ -216,6 +290,7 @@ def test_a_dropped_iterator_leaves_nothing_behind(pool: RolloutPool) -> None:
         next(abandoned)
 
 
+@pytest.mark.fault("a tensor of a sync missing, misshapen or misnamed", "refused by name before a worker sees it")
 def test_wrong_weights_are_refused_by_name(pool: RolloutPool, model: PreTrainedModel) -> None:
     pool.load_weights(301, model.state_dict().items(), canary(model))
     weights = model.state_dict()
@@ -229,6 +304,7 @@ def test_wrong_weights_are_refused_by_name(pool: RolloutPool, model: PreTrainedM
     assert {group.policy_version for group in pool.generate(requests(count=2))} == {301}
 
 
+@pytest.mark.fault("weights that give a worker other logprobs than the trainer's", "the canary stops all sampling")
 def test_a_canary_that_is_off_stops_all_sampling(pool: RolloutPool, model: PreTrainedModel) -> None:
     pool.load_weights(401, model.state_dict().items(), canary(model))
     with pytest.raises(WeightSyncError, match=r"rollout worker \d .*version 402.* by 0\.05.*tolerance 0\.001"):
@@ -267,6 +343,7 @@ def test_more_than_ray_has_left(pool: RolloutPool, folder: Path) -> None:
     pool.process_ids()
 
 
+@pytest.mark.fault("all rollout workers die again and again", "one error after max_restarts")
 def test_too_many_deaths_end_the_run(pool: RolloutPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.config, "max_restarts", pool.num_restarts)
     stream = pool.generate(requests())

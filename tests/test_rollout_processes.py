@@ -100,6 +100,7 @@ def wait_until_gone(mark: str, seconds: float) -> list[int]:
     return family(mark)
 
 
+@pytest.mark.fault("Ctrl-C, or SIGKILL of the trainer, while workers sample", "no process of Ray or vLLM outlives it")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: str) -> None:
     trainer = trainers[ending]

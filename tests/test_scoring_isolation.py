@@ -132,9 +132,9 @@ def many_that_take_memory(text: str) -> None:
     ("act", "sign"),
     [
         (fork, "Operation not permitted"),
-        (bomb, "may have 32 processes"),
-        (shared_memory, "Error"),
-        (many_that_take_memory, "GiB together"),
+        pytest.param(bomb, "may have 32 processes", marks=pytest.mark.slow_fault),
+        pytest.param(shared_memory, "Error", marks=pytest.mark.slow_fault),
+        pytest.param(many_that_take_memory, "GiB together", marks=pytest.mark.slow_fault),
     ],
 )
 def test_limits_count_all_that_an_isolated_reward_starts(act: Callable[[str], None], sign: str, tmp_path: Path) -> None:
@@ -236,6 +236,10 @@ def len_of(completions: list[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def test_the_probe_finds_that_this_machine_can() -> None:
+    assert boundary.why_not() is None
+
+
 def test_a_boundary_that_does_not_hold_is_noticed() -> None:
     with pytest.raises(OSError, match="does not hold: a file was written"):
         boundary._try(os.getpid())
@@ -248,7 +252,7 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
         from rlqwen.config import ScoringConfig
         from rlqwen.errors import RewardSpecError
         from rlqwen.scoring import Scorer, build_rewards
-        from rlqwen.scoring.isolation import seccomp
+        from rlqwen.scoring.isolation import boundary, seccomp
 
         def one(completions): return [1.0] * len(completions)
         one.isolated = True
@@ -257,6 +261,7 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
         try:
             with Scorer(build_rewards([one]), ScoringConfig()) as scorer: scorer.wait_until_ready()
         except RewardSpecError as error: print(error)
+        print("probe:", boundary.why_not())
         with Scorer(build_rewards([one]), ScoringConfig(isolation="off")) as scorer: scorer.wait_until_ready()
         print("off is ready")
     """
@@ -266,7 +271,8 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
     assert "'one'" in result.stdout
     assert "must run isolated" in result.stdout
     assert "scoring.isolation: off" in result.stdout
-    assert "Landlock: " in result.stdout
+    assert "does not allow: Landlock: " in result.stdout
+    assert "probe: Landlock: " in result.stdout
     assert result.stdout.endswith("off is ready\n")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from rlqwen.errors import ConfigError, WatchStop
 from rlqwen.metrics import MetricLogger, read_metrics, read_summary
+from rlqwen.metrics.curves import _series
 from rlqwen.metrics.report import watch_lines
 from rlqwen.trainers.sft import SFTTrainer
 from rlqwen.trainers.stream import RowStream
@@ -171,10 +172,11 @@ def test_a_guard_goes_on_from_its_state():
     watched.observe(20, HEALTHY | SICK["kl"])
     resumed = Guard(GRPOConfig(beta=0.04))
     resumed.load_state_dict(json.loads(json.dumps(watched.state_dict())))
-    for step in (21, 22, 23):
+    for step in (21, 22, 23, 24):
         sick = HEALTHY | SICK["kl"] | SICK["grad_norm"]
         assert [t.text for t in resumed.observe(step, sick)] == [t.text for t in watched.observe(step, sick)]
     assert [trip.symptom for trip in watched.trips] == ["kl", "grad_norm"]
+    assert resumed.trips == watched.trips
 
 
 @pytest.mark.parametrize(
@@ -270,6 +272,16 @@ def test_an_unset_variable_is_refused_before_the_run(monkeypatch):
 def test_a_written_out_address_stays_out_of_what_is_saved():
     assert SFTConfig(watch={"webhook": "https://host/topsecret"}).model_dump()["watch"]["webhook"] is None
     assert SFTConfig(watch={"webhook": "$HOOK"}).model_dump()["watch"]["webhook"] == "$HOOK"
+
+
+def test_steps_that_were_rolled_back_are_drawn_as_they_were_made_last():
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "watch/value": 9.0},
+        {"step": 2, "loss": 2.0},
+    ]
+    assert _series(lines, "loss") == ([1, 2], [3.0, 2.0])
 
 
 # In a run

@@ -41,7 +41,8 @@ class CandidateEnded(BaseException):
 class Candidate:
     """A process that runs a completion's code, started by the command `python`; a context manager.
 
-    After CandidateEnded there is no process any more.
+    After CandidateEnded it must not be asked again. Raises RuntimeError where no interpreter starts, of which the code
+    is innocent.
     """
 
     def __init__(self, python: Sequence[str], limits: Limits, *, is_program: bool) -> None:
@@ -65,7 +66,11 @@ class Candidate:
         self.has_ended = False
         """CandidateEnded was raised, whether or not a test let it through."""
         self.begin(_START_WAIT)
-        self._receive()
+        try:
+            self._receive()
+        except CandidateEnded as end:
+            self.close()
+            raise RuntimeError(f"the interpreter for the code did not start: {end}") from None
 
     def begin(self, seconds: float | None = None) -> None:
         """Start the clock of a test."""

@@ -33,9 +33,9 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
     train, evaluation = _clean(report, recipe, train, evaluation)
-    if recipe.rewards:
+    if isinstance(recipe.train, OnlineConfig):
         parts = {"data.train": train, "data.eval": evaluation}
-        check_rewards(report, recipe.rewards, parts, to_train=to_train)
+        check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
     for name, rows in (("train", train), ("eval", evaluation)):
         if rows and model:
             with report.collecting():
@@ -93,7 +93,7 @@ def _check_sampled(report: CheckReport, recipe: Recipe, name: str, pairs: Sample
         prompts = load_rows(pairs.prompts, seed=pairs.seed)
         drawn = f"{len(prompts)} prompts x {pairs.num_samples} answers of {pairs.model or recipe.model.path}"
         report.facts.append((name, f"pairs to be sampled: {drawn}; {check_resources(pairs.rollout)}"))
-        check_rewards(report, pairs.rewards, {f"{name}.sampled.prompts": prompts}, to_train=())
+        check_rewards(report, pairs.rewards, {f"{name}.sampled.prompts": prompts}, to_train=(), scoring=pairs.scoring)
 
 
 def _clean(

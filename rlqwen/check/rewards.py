@@ -4,10 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rlqwen.check.report import CheckReport
-from rlqwen.config import RewardSpec
+from rlqwen.config import RewardSpec, ScoringConfig
 from rlqwen.data.formats import to_prompt_row
+from rlqwen.errors import RewardSpecError
 from rlqwen.registry import Reward, check_columns
 from rlqwen.scoring import build_rewards
+from rlqwen.scoring.isolation.boundary import refusal, why_not
+from rlqwen.scoring.placement import must_isolate
 
 Row = dict[str, Any]
 
@@ -36,6 +39,7 @@ def check_rewards(
     parts: Mapping[str, list[Row] | None],
     *,
     to_train: Collection[str],
+    scoring: ScoringConfig,
 ) -> None:
     """Look at the rewards of a recipe; those named in `to_train` are models that an earlier recipe is yet to train."""
     there = [spec for spec in specs if spec.name not in to_train]
@@ -46,6 +50,10 @@ def check_rewards(
         ]
         named += [f"{spec.name} x {spec.weight:g} (to be trained)" for spec in specs if spec.name in to_train]
         report.facts.append(("rewards", ", ".join(named)))
+        to_isolate = [repr(reward.name) for reward in rewards if must_isolate(reward, scoring)]
+        reason = why_not() if to_isolate else None
+        if reason is not None:
+            raise RewardSpecError(refusal(to_isolate, reason))
         for reward in rewards:
             for where, rows in parts.items():
                 with report.collecting():

@@ -10,7 +10,7 @@ from rlqwen.checkpoint.checkpoints import (
     set_aside,
     write_checkpoint,
 )
-from rlqwen.checkpoint.folder import find_fault, is_storage_error
+from rlqwen.checkpoint.folder import find_fault, is_storage_error, sync_file
 from rlqwen.checkpoint.random_state import random_state, restore_random_state, same_random_state
 from rlqwen.checkpoint.run_folder import clear_run_folder, cut_back, open_run_folder
 from rlqwen.checkpoint.values import read_values, write_values
@@ -32,6 +32,7 @@ __all__ = [
     "same_random_state",
     "save_model",
     "set_aside",
+    "sync_file",
     "write_checkpoint",
     "write_values",
 ]

@@ -59,7 +59,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync_file(folder.parent)
     remove(old)
 
 
@@ -110,10 +110,13 @@ def remove(folder: Path) -> None:
 def sync_tree(folder: Path) -> None:
     """Have every file and folder on disk before this returns."""
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync_file(path)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have a file or folder on disk before this returns, if it is there."""
+    if not path.exists():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

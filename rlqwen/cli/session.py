@@ -13,6 +13,8 @@ from typing import Any, NoReturn, Self
 import click
 
 TERMINATED = 143
+RUN_AGAIN = 75
+"""EX_TEMPFAIL: a scheduler may start the command again, with --resume."""
 _CAUSE_S = 15.0
 """For a launcher to see which rank ended first."""
 
@@ -28,9 +30,14 @@ def read_recipes(words: tuple[str, ...]) -> list[Any]:
     return load_recipes(names, overrides)
 
 
-def prepare() -> None:
-    """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about."""
-    signal.signal(signal.SIGTERM, _terminate)
+def prepare(*, resumable: bool = False) -> None:
+    """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about.
+
+    `resumable`: the exit code says that the command may be run again, and SIGUSR1, which schedulers send ahead of the
+    end, means the same.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1) if resumable else (signal.SIGTERM,):
+        signal.signal(number, _end_resumable if resumable else _terminate)
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -65,6 +72,11 @@ class Interrupts:
 def _terminate(signum: int, frame: Any) -> NoReturn:
     """End by way of every `finally`, so that no worker outlives the run."""
     sys.exit(TERMINATED)
+
+
+def _end_resumable(signum: int, frame: Any) -> NoReturn:
+    """As `_terminate`; while it trains, a trainer takes the signals for itself and saves first."""
+    sys.exit(RUN_AGAIN)
 
 
 def wait_for_cause(error: Exception) -> None:

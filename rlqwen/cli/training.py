@@ -1,5 +1,7 @@
 """`rlqwen run` and `rlqwen check`."""
 
+import os
+
 import click
 
 from rlqwen.cli.session import console, prepare, read_recipes
@@ -50,6 +52,8 @@ def run(
     On SIGTERM or SIGUSR1 the update in progress is finished and saved, and the exit code is 75: run it again with
     --resume. A second signal ends it at once.
     """
+    if nproc_per_node > 1:
+        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for so many ranks
     recipes = read_recipes(words)
     from rlqwen.launch import is_rank, launch_command_line
     from rlqwen.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
@@ -64,7 +68,7 @@ def run(
         context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
-    prepare()
+    prepare(resumable=True)
     from rlqwen.check import check_before_run
     from rlqwen.config import ParallelConfig
     from rlqwen.metrics.report import show_report

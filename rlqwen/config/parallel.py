@@ -24,8 +24,9 @@ class ParallelConfig(ArgumentsConfig):
     """Ranks that forward each row together, a slice of its tokens each (DeepSpeed Ulysses, arXiv 2309.14509): for
     contexts whose activations are too many for one. It must divide the ranks and the model's attention heads."""
     autotp_size: int = Field(default=1, ge=1)
-    """Ranks that hold each layer together, a shard of its matrices each (DeepSpeed AutoTP). It must divide the ranks and
-    the model's key-value heads."""
+    """Ranks that hold each layer together, a shard of its matrices each (DeepSpeed AutoTP). It must divide the ranks, the
+    model's heads, key-value heads and intermediate size. Dense models without an adapter; rollouts by vLLM; checkpoints
+    hold the weights alone."""
 
     timeout: float = Field(default=600.0, gt=0)
     """Seconds that a rank waits for the others within an update before the run ends."""

@@ -40,9 +40,15 @@ class RolloutConfig(ArgumentsConfig):
     start_timeout: float = Field(default=300.0, gt=0)
     """Seconds for Ray and all engines to come up."""
     generate_timeout: float = Field(default=600.0, gt=0)
-    """Seconds for one group; past it the worker counts as dead, is replaced, and the group is retried."""
+    """Seconds in which a worker must finish a group; past it the worker counts as dead, is replaced, and its groups
+    are retried."""
     sync_timeout: float = Field(default=300.0, gt=0)
     """Seconds for every worker to acknowledge new weights."""
+    deterministic: bool = False
+    """Deal groups out to several workers in fixed shares, each begun together, so that the same weights and seeds give
+    the same completions and logprobs to the bit, which exact resume rests on. False: a group goes to whoever has room,
+    and what else an engine computes at that time may change a logprob's last bits. One worker always gets all at once.
+    Groups drawn again after a worker's death are the same but for rounding."""
     max_restarts: int = Field(default=3, ge=0)
     """How often workers are replaced over the run, all together, before the run stops."""
     max_staleness: int = Field(default=0, ge=0)

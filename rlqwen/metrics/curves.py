@@ -118,8 +118,10 @@ def _draw(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]], run_name: st
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    """Steps that were rolled back and made anew count as they were made last."""
+    points = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

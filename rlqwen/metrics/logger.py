@@ -25,6 +25,7 @@ class MetricLogger:
         display: True: the live panel. False: plain lines. None: as `RLQWEN_DISPLAY` says, else the panel if standard
             output is a terminal.
         total_steps: updates that the run will make.
+        resumed_at: the update that the run goes on after, from a checkpoint.
 
     Raises:
         ConfigError: a sink is unknown or not installed.
@@ -39,11 +40,12 @@ class MetricLogger:
         display: bool | None = None,
         total_steps: int,
         algorithm: str,
+        resumed_at: int | None = None,
     ) -> None:
         folder = Path(output_dir)
         name = run_name or folder.name
         mode = _display_mode(display)
-        self._sinks = open_sinks(folder, report_to, name)
+        self._sinks = open_sinks(folder, report_to, name, resumed_at)
         self._display = _open_display(mode, total_steps, f"{algorithm} · {name}")
         # A trainer that dies without closing must not leave the cursor hidden.
         atexit.register(self.close)

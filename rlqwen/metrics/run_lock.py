@@ -1,5 +1,6 @@
 """One run at a time in a run folder."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -36,8 +37,9 @@ def lock_run_folder(folder: str | Path) -> None:
     except OSError:
         os.close(descriptor)  # a file system without locks: better to train than not to
         return
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+    with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     _held[os.getpid(), path] = descriptor
 
 

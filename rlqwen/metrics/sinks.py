@@ -56,8 +56,11 @@ class JsonlSink(Sink):
 class TensorBoardSink(Sink):
     """Event files in `tensorboard/` of the run folder."""
 
-    def __init__(self, output_dir: Path, run_name: str) -> None:
-        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(output_dir / "tensorboard"))
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
+        purge = None if resumed_at is None else resumed_at + 1  # what a run that was killed wrote after its checkpoint
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=purge
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
@@ -70,7 +73,7 @@ class TensorBoardSink(Sink):
 class WandbSink(Sink):
     """A Weights & Biases run; project and entity come from W&B's own environment variables."""
 
-    def __init__(self, output_dir: Path, run_name: str) -> None:
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
         self._run = import_module("wandb").init(name=run_name, dir=str(output_dir))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -83,7 +86,7 @@ class WandbSink(Sink):
 class TrackioSink(Sink):
     """A trackio run in project `rlqwen`."""
 
-    def __init__(self, output_dir: Path, run_name: str) -> None:
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
         self._trackio = import_module("trackio")
         self._trackio.init(project="rlqwen", name=run_name)
 
@@ -101,8 +104,10 @@ _SINKS: dict[str, type[TensorBoardSink] | type[WandbSink] | type[TrackioSink]] =
 }
 
 
-def open_sinks(output_dir: Path, report_to: str | Sequence[str], run_name: str) -> list[Sink]:
-    """The JSONL file and the sinks that `report_to` names.
+def open_sinks(
+    output_dir: Path, report_to: str | Sequence[str], run_name: str, resumed_at: int | None = None
+) -> list[Sink]:
+    """The JSONL file and the sinks that `report_to` names; `resumed_at`: the update that the run goes on after.
 
     Raises ConfigError for a name that is unknown, or whose package is not installed.
     """
@@ -115,7 +120,7 @@ def open_sinks(output_dir: Path, report_to: str | Sequence[str], run_name: str) 
             import_module(name)
         except ImportError:
             raise ConfigError(f"report_to: {name!r} is not installed; install it: pip install {name}") from None
-    others = [_SINKS[name](output_dir, run_name) for name in wanted]
+    others = [_SINKS[name](output_dir, run_name, resumed_at) for name in wanted]
     return [JsonlSink(output_dir / METRICS_FILE), *others]
 
 

@@ -47,13 +47,14 @@ class Lead:
         try:
             result = work()
         except BaseException as error:
-            self.policy.finish()
+            self.policy.finish()  # in this thread
             self._tell_of(error)
             raise
         self._tell("done", result)
         return result
 
     def _tell(self, what: str, value: Any = None) -> None:
+        self.policy.finish()
         self.ranks.from_main((what, value), patient=True)
 
     def _tell_of(self, error: BaseException) -> None:

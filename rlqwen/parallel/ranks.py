@@ -64,6 +64,10 @@ class Ranks:
             self._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.sequence = SequenceGroup(self._neighbours() if config.sequence_parallel_size > 1 else None)
         """The ranks that forward a row together, a slice each."""
+        self.tensor_group: Any = self._neighbours() if config.autotp_size > 1 else None
+        """The ranks that hold a model together, a shard of each layer each."""
+        self.gradient_group: Any = self._counterparts() if config.autotp_size > 1 else None
+        """The ranks whose gradients add up: those with the same shards. None: all."""
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +81,14 @@ class Ranks:
             for first in range(0, self.world_size, self.ranks_per_row)
         ]
         return groups[self.data_rank]
+
+    def _counterparts(self) -> Any:
+        """The group of the ranks that have this one's place among their neighbours."""
+        groups = [
+            dist.new_group(list(range(place, self.world_size, self.ranks_per_row)))
+            for place in range(self.ranks_per_row)
+        ]
+        return groups[self.rank % self.ranks_per_row]
 
     @property
     def data_size(self) -> int:

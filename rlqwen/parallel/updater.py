@@ -21,6 +21,7 @@ from rlqwen.parallel.moments import moments_are_finite
 from rlqwen.parallel.optimizer_state import MASTER, restore_optimizer, save_optimizer
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
+from rlqwen.tensor_parallel import is_shard
 
 
 @dataclass(slots=True, frozen=True)
@@ -119,7 +120,7 @@ class Updater:
             gradients = [parameter.grad for parameter in part.parameters if parameter.grad is not None]
             if self.scale.value != 1.0 and gradients:
                 torch._foreach_div_(gradients, self.scale.value)
-            norms[part.name] = float(nn.utils.get_total_norm(gradients))
+            norms[part.name] = self._norm(part)
         return norms
 
     def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
@@ -182,7 +183,17 @@ class Updater:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             if self.ranks.world_size > 1:
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
+
+    def _norm(self, part: Part) -> float:
+        """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
+        own = [parameter for parameter in part.parameters if parameter.grad is not None]
+        if self.ranks.tensor_group is None:
+            return float(nn.utils.get_total_norm([parameter.grad for parameter in own]))
+        square = nn.utils.get_total_norm([parameter.grad for parameter in own if is_shard(parameter)]).square()
+        dist.all_reduce(square, group=self.ranks.tensor_group)
+        rest = nn.utils.get_total_norm([parameter.grad for parameter in own if not is_shard(parameter)])
+        return float((square + rest.square()).sqrt())
 
 
 def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optimizer:

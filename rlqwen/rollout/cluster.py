@@ -53,7 +53,11 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
             raise ResourceError(
                 f"rollout.ray_address {config.ray_address!r}: no Ray cluster answers ({error})"
             ) from None
-        return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+        try:
+            return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+        except BaseException:
+            ray.shutdown()
+            raise
     plan_workers(config)
     return _start_private(weight_bytes).join(config)
 
@@ -146,6 +150,28 @@ def put(value: Any) -> Any:
             "the disk that it would spill to: free that disk (the temporary folder), or start the cluster with more, "
             "`ray start --object-store-memory BYTES`; it takes the old and the new weights at once"
         ) from error
+
+
+def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
+    """A placement group with a bundle for each worker: all of them or none, and a worker that is replaced finds its
+    place free. Each lies on one machine, tensor-parallel ones too, for Ray splits no bundle.
+
+    Raises ResourceError, with what the cluster has, if it is not there within `start_timeout`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
+    group: Any = placement_group([bundle] * config.num_workers, strategy="PACK")  # type: ignore[no-untyped-call]
+    if not ray.wait([group.ready()], timeout=config.start_timeout)[0]:
+        remove_placement_group(group)  # type: ignore[no-untyped-call]
+        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        raise ResourceError(
+            f"rollout: {config.num_workers} workers of {bundle} found no place on the Ray cluster within "
+            f"rollout.start_timeout = {config.start_timeout:g} s; free now: {free.get('CPU', 0.0):g} CPUs, "
+            f"{free.get('GPU', 0.0):g} GPUs. Lower rollout.num_workers, or end what else runs there"
+        )
+    return group
 
 
 def answer(reference: Any) -> Any:

@@ -28,6 +28,15 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Groups that a worker begins together, from an empty engine, so that its steps depend on nothing but them."""
+
+    number: int
+    size: int
+    """Groups."""
+
+
+@dataclass(frozen=True)
 class GroupJob:
     """A group as a worker sees it: no prompt text, no columns."""
 
@@ -35,3 +44,7 @@ class GroupJob:
     seeds: tuple[int, ...]
     sampling: Sampling
     """With every stop token, the tokenizer's own included."""
+    share: Share | None = None
+    """None: begun as soon as it comes."""
+    place: int = 0
+    """In the share."""

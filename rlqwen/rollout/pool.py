@@ -6,7 +6,6 @@ same seeds.
 """
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import cluster
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
+from rlqwen.rollout.slots import START_KEY, SYNC_KEY, Slot, Slots
 from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish
-from rlqwen.rollout.worker import RolloutWorker
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-START_KEY, GENERATE_KEY, SYNC_KEY = "rollout.start_timeout", "rollout.generate_timeout", "rollout.sync_timeout"
+GENERATE_KEY = "rollout.generate_timeout"
 _PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to acknowledge weights"}
 SMALL_MODEL_BYTES = 32 * 1024**2
 """Below this, a second thread gained nothing (0.8 M parameters: 0.31 s a rollout against 0.27 s), and cost tenfold
@@ -35,24 +34,8 @@ CANCEL_WAIT = 0.5
 OVERCOMMIT = 1.5
 """Completions handed to a worker, as a multiple of what it decodes at a time: a short completion's place is filled
 from the worker's own queue, without waiting for the rest of its group."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """A place in the pool and the actor that fills it."""
-
-    index: int
-    actor: Any
-    process: Any
-    """Reference to the actor's process id."""
-    waiting: Any
-    """Reference to the acknowledgement of a start or of weights; None when the worker is settled."""
-    deadline: float
-    deadline_key: str
-    bundle: WeightBundle | None = None
-    """What the worker was sent last; it serves only if that is the pool's latest. None: the model's folder."""
-    num_running: int = 0
-    """Completions handed to the worker and not back yet."""
+MAX_SHARE = 512
+"""Groups in a share: each is a call that waits in its actor, which Ray lets 1000 do."""
 
 
 @dataclass
@@ -88,9 +71,9 @@ class RolloutPool:
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
         self._flights: dict[Any, _Flight] = {}
-        self._call = 0
+        self._call = self._num_shares = 0
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
-        self._cluster = cluster.connect(config, weight_bytes=weight_bytes)
+        joined = cluster.connect(config, weight_bytes=weight_bytes)
         self._settings = EngineSettings(
             model_path=str(Path(model_path).absolute()),
             dtype=dtype,
@@ -101,14 +84,10 @@ class RolloutPool:
             gpu_memory_utilization=config.gpu_memory_utilization,
             enforce_eager=config.enforce_eager,
             kv_cache_gib=config.kv_cache_gib,
-            num_threads=self._cluster.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
+            num_threads=joined.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
             lora_rank=lora_rank,
         )
-        self._slots: list[Slot] = []
-        # Also runs when the pool is forgotten, and at the interpreter's exit.
-        self._finalizer = weakref.finalize(self, _end, self._slots, self._cluster.disconnect)
-        for index in range(config.num_workers):
-            self._slots.append(self._spawn(index))
+        self._slots = Slots(config, self._settings, joined)
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Group]:
         """See RolloutEngine. Raises WorkerDied once workers have died more than `max_restarts` times."""
@@ -150,7 +129,7 @@ class RolloutPool:
         try:
             for slot in self._slots:
                 if slot.waiting is None:
-                    self._send(slot)
+                    slot.send(self._bundle, timeout_s=self.config.sync_timeout)
             self.wait_until_ready()
         except BaseException as error:
             self._failure = str(error) or type(error).__name__
@@ -181,7 +160,7 @@ class RolloutPool:
         """End the workers, and Ray if it was started here."""
         self._call += 1
         self._flights.clear()
-        self._finalizer()
+        self._slots.end()
 
     def process_ids(self) -> list[int]:
         """Process ids of the workers, by slot."""
@@ -197,24 +176,12 @@ class RolloutPool:
                 f"engines' context of {limit}; raise rollout.max_model_length or set train.max_prompt_length"
             )
 
-    def _spawn(self, index: int) -> Slot:
-        import ray
-
-        wanted = self._cluster.resources
-        actor_class: Any = ray.remote(
-            num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, max_restarts=0, max_task_retries=0
-        )(RolloutWorker)
-        actor = actor_class.remote(self._settings)
-        deadline = time.monotonic() + self.config.start_timeout
-        return Slot(index, actor, actor.process.remote(), actor.start.remote(), deadline, START_KEY)
-
-    def _send(self, slot: Slot) -> None:
-        slot.bundle = self._bundle
-        slot.waiting = slot.actor.load.remote(slot.bundle)
-        slot.deadline, slot.deadline_key = time.monotonic() + self.config.sync_timeout, SYNC_KEY
-
     def _hand_out(self, pending: deque[GroupRequest]) -> None:
-        """Give the next groups to the workers with the least to do, while they have room."""
+        """Give the next groups to the workers with the least to do, while they have room; or where draws repeat to the
+        bit, to each worker its share, once all are idle."""
+        if self.config.deterministic or self.config.num_workers == 1:
+            self._hand_out_shares(pending)
+            return
         room = OVERCOMMIT * self.config.max_num_seqs
         settled = [slot for slot in self._slots if slot.waiting is None and slot.bundle is self._bundle]
         while pending and settled:
@@ -222,11 +189,26 @@ class RolloutPool:
             count = len(pending[0].seeds)
             if slot.num_running and slot.num_running + count > room:
                 return
-            request = pending.popleft()
-            job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling)
-            deadline = time.monotonic() + self.config.generate_timeout
-            self._flights[slot.actor.sample.remote(job)] = _Flight(slot, request, deadline)
-            slot.num_running += count
+            self._hand(slot, pending.popleft())
+
+    def _hand_out_shares(self, pending: deque[GroupRequest]) -> None:
+        count = len(self._slots)
+        settled = all(slot.waiting is None and slot.bundle is self._bundle for slot in self._slots)
+        if self._flights or not settled:
+            return
+        block = [pending.popleft() for _ in range(min(len(pending), MAX_SHARE * count))]
+        for slot in self._slots:
+            own = block[slot.index :: count]
+            self._num_shares += 1
+            share = Share(self._num_shares, len(own))
+            for place, request in enumerate(own):
+                self._hand(slot, request, share, place)
+
+    def _hand(self, slot: Slot, request: GroupRequest, share: Share | None = None, place: int = 0) -> None:
+        job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling, share, place)
+        deadline = time.monotonic() + self.config.generate_timeout
+        self._flights[slot.actor.sample.remote(job)] = _Flight(slot, request, deadline)
+        slot.num_running += len(request.seeds)
 
     def _ready(self) -> list[Any]:
         """References that have an answer, groups and acknowledgements; waits for the first, at most to a deadline and
@@ -252,6 +234,9 @@ class RolloutPool:
             return None
         del self._flights[reference]
         flight.slot.num_running -= len(flight.request.seeds)
+        for other in self._flights.values():
+            if other.slot is flight.slot:
+                other.deadline = time.monotonic() + self.config.generate_timeout
         if isinstance(answer, Exception):
             raise answer
         completions_G, version = answer
@@ -270,19 +255,19 @@ class RolloutPool:
         if isinstance(answer, Exception):
             if slot.deadline_key == START_KEY and not isinstance(answer, WorkerDied):
                 # Another process would meet the same exception.
-                raise RolloutError(f"{self._describe(slot)} could not start its engine: {answer}")
+                raise RolloutError(f"{slot} could not start its engine: {answer}")
             self._replace(slot, answer, pending)
             return
         slot.waiting = None
         if slot.bundle is not self._bundle:
-            self._send(slot)
+            slot.send(self._bundle, timeout_s=self.config.sync_timeout)
         elif isinstance(answer, LoadReport):
             self._check_canary(slot, answer)
             self._reports.append(answer)
 
     def _check_canary(self, slot: Slot, report: LoadReport) -> None:
         if self._bundle is not None and not self._bundle.accepts(report.canary_gap):
-            raise WeightSyncError(explain_gap(self._describe(slot), report, self._bundle))
+            raise WeightSyncError(explain_gap(str(slot), report, self._bundle))
 
     def _replace_late(self, pending: deque[GroupRequest]) -> None:
         """Replace the workers that outlived a deadline."""
@@ -298,7 +283,7 @@ class RolloutPool:
         """Kill the worker of `slot` and start another; its groups go back to the front of `pending`."""
         import ray
 
-        last_words = f"{self._describe(slot)}: {error}{cluster.log_tail(self._cluster.log_folder, self._pid(slot))}"
+        last_words = f"{slot}: {error}{self._slots.last_words(slot)}"
         ray.kill(slot.actor)
         lost = [reference for reference, flight in self._flights.items() if flight.slot is slot]
         pending.extendleft([self._flights.pop(reference).request for reference in reversed(lost)])
@@ -309,7 +294,7 @@ class RolloutPool:
                 f"rollout workers failed {self.num_restarts} times, and rollout.max_restarts is "
                 f"{self.config.max_restarts}. The last: {last_words}"
             )
-        self._slots[slot.index] = self._spawn(slot.index)
+        self._slots.replace(slot)
 
     def _drop_flights(self) -> None:
         """Forget every group in flight and tell its worker."""
@@ -317,24 +302,3 @@ class RolloutPool:
             slot.actor.abort.remote()
             slot.num_running = 0
         self._flights.clear()
-
-    def _describe(self, slot: Slot) -> str:
-        pid = self._pid(slot)
-        return f"rollout worker {slot.index}" + (f" (process {pid})" if pid else "")
-
-    def _pid(self, slot: Slot) -> int | None:
-        import ray
-
-        answered, _ = ray.wait([slot.process], timeout=0)
-        answer = cluster.answer(slot.process) if answered else None
-        return answer if isinstance(answer, int) else None
-
-
-def _end(slots: list[Slot], disconnect: Any) -> None:
-    import ray
-
-    # At the interpreter's exit Ray may have shut down before this.
-    if ray.is_initialized():
-        for slot in slots:
-            ray.kill(slot.actor)
-    disconnect()

@@ -68,6 +68,10 @@ class VllmEngine:
                 # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
                 yield output.request_id, (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion))
 
+    def forget_prompts(self) -> None:
+        """Empty the prefix cache, which a draw that is to repeat to the bit must not find filled."""
+        self._llm.reset_prefix_cache()
+
     def abort(self, request_ids: list[str]) -> None:
         if request_ids:
             self._llm.abort_request(request_ids)
@@ -166,6 +170,8 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         max_model_len=settings.max_model_length,
         max_num_seqs=settings.max_num_seqs,
         tensor_parallel_size=settings.tensor_parallel_size,
+        # Within a placement group vLLM would start Ray actors of its own, for which the bundle has no room.
+        distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         logprobs_mode="processed_logprobs",

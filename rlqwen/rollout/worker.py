@@ -8,29 +8,32 @@ torch and vLLM are imported only inside the thread, after the environment that t
 import asyncio
 import os
 import queue
+import socket
 import threading
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rlqwen.errors import RolloutError, WorkerDied
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
 from rlqwen.rollout.weights import LoadReport, WeightBundle
 
 if TYPE_CHECKING:
     from rlqwen.rollout.vllm_engine import VllmEngine
 
 T = TypeVar("T")
+Answer: TypeAlias = "Future[tuple[list[Sampled], int]]"
 
 
 @dataclass
 class _Running:
     """A group in the engine's batch."""
 
-    future: "Future[tuple[list[Sampled], int]]"
+    future: Answer
     completions_G: list[Sampled | None]
 
 
@@ -51,7 +54,7 @@ class RolloutWorker:
 
     async def sample(self, job: GroupJob) -> tuple[list[Sampled], int]:
         """The completions of one group, in the order of its seeds, and the version of the weights that drew them."""
-        future: Future[tuple[list[Sampled], int]] = Future()
+        future: Answer = Future()
         self._thread.submit(lambda: self._thread.add_group(job, future), future)
         return await asyncio.wrap_future(future)
 
@@ -82,6 +85,8 @@ class EngineThread(threading.Thread):
         self.started: Future[None] = Future()
         self._work: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]]] = queue.SimpleQueue()
         self._running: dict[str, tuple[_Running, int]] = {}
+        self._arrived: dict[Share, list[tuple[GroupJob, Answer]]] = {}
+        """Groups of shares that are not complete yet."""
         self._num_requests = 0
         self._version = 0
         self._engine: VllmEngine
@@ -92,6 +97,7 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         try:
+            _require_model(Path(self.settings.model_path))
             _set_environment(self.settings)
             from rlqwen.rollout.vllm_engine import VllmEngine
 
@@ -107,7 +113,21 @@ class EngineThread(threading.Thread):
             except BaseException as error:  # noqa: BLE001 - as above
                 self._fail_for_good(WorkerDied(str(_portable(error))))
 
-    def add_group(self, job: GroupJob, future: "Future[tuple[list[Sampled], int]]") -> None:
+    def add_group(self, job: GroupJob, future: Answer) -> None:
+        """Begin a group, or where it is the last of its share to come, all groups of that in their order."""
+        if job.share is None:
+            self._begin(job, future)
+            return
+        arrived = self._arrived.setdefault(job.share, [])
+        arrived.append((job, future))
+        if len(arrived) == job.share.size:
+            del self._arrived[job.share]
+            # What earlier draws left there would change the shapes of the products, and with them their rounding.
+            self._engine.forget_prompts()
+            for one, answer in sorted(arrived, key=lambda pair: pair[0].place):
+                self._begin(one, answer)
+
+    def _begin(self, job: GroupJob, future: Answer) -> None:
         group = _Running(future, [None] * len(job.seeds))
         for place, seed in enumerate(job.seeds):
             self._num_requests += 1
@@ -119,8 +139,10 @@ class EngineThread(threading.Thread):
         self._engine.abort(list(self._running))
         groups = {id(group): group for group, _ in self._running.values()}
         self._running.clear()
-        for group in groups.values():
-            group.future.set_exception(RolloutError("the group was aborted"))
+        waiting = [future for arrived in self._arrived.values() for _, future in arrived]
+        self._arrived.clear()
+        for future in [*(group.future for group in groups.values()), *waiting]:
+            future.set_exception(RolloutError("the group was aborted"))
 
     def load(self, bundle: WeightBundle) -> LoadReport:
         self.abort_groups()
@@ -152,6 +174,14 @@ class EngineThread(threading.Thread):
         while True:
             _, future = self._work.get()
             future.set_exception(error)
+
+
+def _require_model(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise RolloutError(
+            f"{folder} holds no model on {socket.gethostname()}: a worker starts its engine from there, so on a Ray "
+            "cluster of several machines model and output_dir must lie where all of them see them, under the same path"
+        )
 
 
 def _set_environment(settings: EngineSettings) -> None:

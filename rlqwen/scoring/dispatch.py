@@ -15,7 +15,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError
-from rlqwen.scoring.isolation.boundary import minimal_environment
+from rlqwen.scoring.isolation.boundary import minimal_environment, refusal
 from rlqwen.scoring.outcomes import CallResult, describe
 from rlqwen.scoring.process import RewardWorker
 from rlqwen.scoring.worker import Setup
@@ -185,11 +185,7 @@ class Dispatcher:
             return
         kind, content = message
         if kind == "unsafe":
-            raise RewardSpecError(
-                f"{', '.join(self._labels)} must run isolated, which this machine does not allow: {content}. It takes "
-                "Linux on x86-64 or aarch64 with seccomp and Landlock (5.13 or newer; in a container, a profile that "
-                "allows them). To run it all the same with nothing but limits around it: scoring.isolation: off"
-            )
+            raise RewardSpecError(refusal(self._labels, content))
         if kind == "unloadable":
             index, trace = content
             raise RewardSpecError(

@@ -1,9 +1,7 @@
 """Scores groups while others are still being generated."""
 
 import threading
-import warnings
 import weakref
-from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,15 +9,14 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from rlqwen.config import ScoringConfig
-from rlqwen.errors import ConfigError, RewardSpecError
 from rlqwen.registry import Reward, call_arguments, check_columns
 from rlqwen.scoring.dispatch import Call, Dispatcher
 from rlqwen.scoring.failures import FailureLog
 from rlqwen.scoring.journal import LOGGERS
 from rlqwen.scoring.ledger import Batch, Job, Ledger, Tally
 from rlqwen.scoring.outcomes import CallResult, call
+from rlqwen.scoring.placement import check_arguments, must_isolate, pack_travellers
 from rlqwen.scoring.reward_model import RewardModel
-from rlqwen.scoring.travel import pack, state_of
 from rlqwen.scoring.worker import CONFINED_PYTHON
 from rlqwen.types import Group
 
@@ -50,18 +47,18 @@ class Scorer:
         self.trainer_state: Any = None
         """Given to rewards that ask for `trainer_state`, as a copy of its plain attributes, such as `global_step`."""
         self._config = config
-        _check_arguments(self.rewards, self.weights, config)
+        check_arguments(self.rewards, self.weights, config)
         self._tokenizer = tokenizer
         self._changed = threading.Condition()
         self._batch: Batch | None = None
         self._ledger = Ledger(self.rewards, config.max_failure_share, FailureLog(failures_dir))
         self._restarts_before = 0
-        packed = _pack_travellers(self.rewards, config)
+        packed = pack_travellers(self.rewards, config)
         self._dispatchers: list[Dispatcher] = []
         self._places: dict[int, tuple[Dispatcher, int]] = {}
         """Number of a reward -> who calls it, and its number there; not in it: called in this process."""
         for isolate in (False, True):
-            chosen = [index for index in packed if _must_isolate(self.rewards[index], config) is isolate]
+            chosen = [index for index in packed if must_isolate(self.rewards[index], config) is isolate]
             if not chosen:
                 continue
             labels = [f"{self.rewards[index].name!r} ({self.rewards[index].origin})" for index in chosen]
@@ -270,57 +267,3 @@ def _plain_state(state: Any) -> SimpleNamespace:
     public = {name: value for name, value in vars(state).items() if name[0] != "_"} if state is not None else {}
     plain = {name: value for name, value in public.items() if isinstance(value, int | float | str | None)}
     return SimpleNamespace(**{"global_step": 0, "max_steps": 0, "epoch": 0.0} | plain)
-
-
-def _check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config: ScoringConfig) -> None:
-    names = [reward.name for reward in rewards]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise RewardSpecError(f"two rewards of this run are called {repeated[0]!r}; give each a name of its own")
-    if len(weights) != len(rewards):
-        raise ConfigError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards: {', '.join(names)}")
-    for key in ("in_process", "isolated"):
-        for name in getattr(config, key):
-            if name not in names:
-                raise ConfigError(f"scoring.{key} names {name!r}, which is no reward here: {', '.join(names)}")
-    for reward in rewards:
-        if not _must_isolate(reward, config):
-            continue
-        if reward.name in config.in_process:
-            raise ConfigError(
-                f"scoring.in_process names {reward.name!r}, which must run isolated: take it out there, or set "
-                "scoring.isolation: off"
-            )
-        if isinstance(reward.function, RewardModel):
-            raise ConfigError(
-                f"scoring.isolated names {reward.name!r}, a reward model, which has the trainer's process"
-            )
-
-
-def _must_isolate(reward: Reward, config: ScoringConfig) -> bool:
-    return config.isolation == "required" and (reward.isolated or reward.name in config.isolated)
-
-
-def _pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int, bytes]:
-    """Number of each reward that goes to workers -> the pickled function; warns of those that unexpectedly stay."""
-    packed = {}
-    for index, reward in enumerate(rewards):
-        if reward.name in config.in_process or isinstance(reward.function, RewardModel):
-            continue
-        reason = state_of(reward.function)
-        if reason is None:
-            try:
-                packed[index] = pack(reward.function)
-                continue
-            except Exception as error:  # noqa: BLE001  picklers raise anything
-                reason = f"it cannot be pickled: {type(error).__name__}: {error}"
-        if _must_isolate(reward, config):
-            raise RewardSpecError(
-                f"reward {reward.name!r} must run isolated, and cannot go to a worker process, because {reason}"
-            )
-        warnings.warn(
-            f"reward {reward.name!r} is called in the trainer's process, without a deadline, because {reason}; "
-            f"make it a plain function, or accept this by scoring.in_process=[{reward.name!r}]",
-            stacklevel=3,
-        )
-    return packed

@@ -8,12 +8,15 @@ weights, so no group mixes two versions.
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rlqwen.rollout import RolloutEngine
 from rlqwen.scoring import Scorer, Tally
 from rlqwen.types import Completion, Group, GroupRequest, Prompt
+
+CANCEL_AGAIN = 1.0
+"""Seconds after which a draw that was cancelled, and goes on, is cancelled once more."""
 
 
 class Draw:
@@ -122,12 +125,14 @@ class Ahead:
             future.result()
 
     def forget(self) -> None:
-        """Give up all draws."""
-        if self._draws:
-            self._engine.cancel()
-        for _, future in self._draws:
-            future.cancel()
+        """Give up all draws; returns when none is being sampled any more, for another thread's would meet it in the
+        engine."""
+        begun = [future for _, future in self._draws if not future.cancel()]
         self._draws.clear()
+        # Asked again, for it may come just before sampling begins.
+        while wait(begun, timeout=0).not_done:
+            self._engine.cancel()
+            wait(begun, timeout=CANCEL_AGAIN)
 
     def progress(self) -> list[dict[str, Any]]:
         """Every draw, scored."""

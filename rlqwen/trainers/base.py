@@ -4,7 +4,7 @@ A trainer supplies `step` (one batch of rows to one or more updates) and `evalua
 """
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,7 +18,7 @@ from rlqwen.check import plan_batch
 from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
-from rlqwen.errors import DataError, NonFiniteError, Preempted, RolloutError, SaveError
+from rlqwen.errors import NonFiniteError, Preempted, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
@@ -29,6 +29,7 @@ from rlqwen.policy import Policy
 from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.dealing import count_tokens
+from rlqwen.trainers.evaluating import Evaluating
 from rlqwen.trainers.scheduling import Scheduling
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
@@ -41,7 +42,7 @@ Args = TypeVar("Args", bound=TrainerConfig)
 _GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
-class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
+class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -118,10 +119,6 @@ class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
     def step(self, rows: list[Row]) -> Metrics:
         """Train on `rows`, with `plan.updates_per_step` calls of `update`."""
 
-    @abstractmethod
-    def compute_evaluation(self, rows: list[Row]) -> Metrics:
-        """Figures of the present policy on `rows`; keys without the prefix `eval/`."""
-
     def close(self) -> None:
         """Free what the trainer holds beside the model; may be called twice."""
 
@@ -175,26 +172,6 @@ class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
             hub_commits=commits(),
             **({"resumed": self._resumed} if self._resumed else {}),
         )
-
-    def evaluate(self, eval_dataset: Any = None) -> Metrics:
-        """Figures on `eval_dataset`, or on the eval set of the constructor, under keys that begin with `eval/`."""
-        rows = self.eval_rows if eval_dataset is None else self.prepare_rows(eval_dataset, evaluation=True)
-        if not rows:
-            raise DataError("there is nothing to evaluate on: give eval_dataset")
-        started = time.monotonic()
-        with self.policy.inference():
-            figures = self.compute_evaluation(rows)
-        metrics = {f"eval/{key}": value for key, value in figures.items()}
-        metrics["eval/time"] = time.monotonic() - started
-        metrics = self.ranks.from_main(metrics)  # what is decided by them is then decided alike everywhere
-        self._log(metrics)
-        # transformers' own callbacks look for `eval_loss`, ours for `eval/loss`.
-        self._notify("on_evaluate", metrics=metrics | {key.replace("/", "_"): v for key, v in metrics.items()})
-        return metrics
-
-    @abstractmethod
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Row]:
-        """Tokenise a dataset."""
 
     # The loop
 
@@ -318,13 +295,6 @@ class BaseTrainer(Scheduling, Watching, ABC, Generic[Row, Args]):
         name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
         for number, batch in enumerate(micro_batches):
             save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
-
-    def _final_evaluation(self, restored: bool) -> Metrics:
-        """The last evaluation, unless the last step made it already of the same weights."""
-        last = next((entry for entry in reversed(self.state.log_history) if "eval/time" in entry), None)
-        if last is not None and last["step"] == self.state.global_step and not restored:
-            return {key: value for key, value in last.items() if key.startswith("eval/")}
-        return self.evaluate()
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference where that fell due since update `before`."""

@@ -238,8 +238,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         if self.model_folder is not None and self.policy.has_base_of(self.model_folder):
             return self.model_folder
         folder = self.output_dir / "base_model" / "given"
+        self.policy.save(folder, adapter=False, write=self.ranks.is_main)
         if self.ranks.is_main:
-            self.policy.save(folder, adapter=False)
             self.processing_class.save_pretrained(folder)
         self.ranks.barrier()
         return str(folder)

@@ -27,6 +27,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.loading import load_reference, load_scalar_model
 from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.parallel import Part
+from rlqwen.reference import digest_weights
 from rlqwen.trainers.base import Metrics
 from rlqwen.trainers.kl_control import KLController
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
@@ -260,6 +261,12 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
     def restore_beside(self, folder: Path) -> None:
         super().restore_beside(folder)
         self.critic.restore(folder / CRITIC_FOLDER)
+
+    def origin(self) -> dict[str, Any]:
+        if self._origin is None:
+            weights = dict(zip(self.critic.trained_names, self.critic.trained_parameters, strict=True))
+            super().origin()["critic.weights"] = digest_weights(weights)
+        return super().origin()
 
     def progress(self) -> dict[str, Any]:
         return super().progress() | {"kl": self.kl.progress(), "num_rollouts": self.num_rollouts}

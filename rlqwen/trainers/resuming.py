@@ -26,6 +26,8 @@ from rlqwen.trainers.saving import ORIGIN, PROGRESS, RANDOM, STATE_FILE, Saving
 class Resuming(Saving):
     """The part of a trainer that reads checkpoints."""
 
+    _changes: list[str] = []  # noqa: RUF012 - replaced, never changed
+
     def _choose_checkpoint(self, resume: bool | str | Path | None) -> Path | None:
         """The checkpoint to go on from, complete and verified; None to begin, in a folder that is cleared where it may be.
 
@@ -64,7 +66,7 @@ class Resuming(Saving):
 
     def _refuse_changes(self, checkpoint: Path) -> None:
         """ConfigError that lists what has changed since the checkpoint, unless that is allowed."""
-        changes = differences(read_values(checkpoint, ORIGIN), self.origin())
+        self._changes = changes = differences(read_values(checkpoint, ORIGIN), self.origin())
         if not changes:
             return
         if not self.args.resume_allow_changes:
@@ -84,7 +86,7 @@ class Resuming(Saving):
         """Put back everything but the random states, which come last, and cut the run folder back."""
         progress = self._put_back(checkpoint)
         step = self.state.global_step
-        self._resumed = [*self._resumed, {"from": str(checkpoint), "step": step}]
+        self._resumed = [*self._resumed, {"from": str(checkpoint), "step": step, "changes": self._changes}]
         self._note(f"going on after update {step}, from {checkpoint}")
         if self.ranks.is_main and self._is_own(checkpoint):
             cut_back(self.output_dir, step=step, metrics_bytes=progress["metrics_bytes"])

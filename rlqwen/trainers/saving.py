@@ -17,6 +17,7 @@ from rlqwen.checkpoint import (
     restore_weights,
     same_random_state,
     save_model,
+    sync_file,
     write_checkpoint,
     write_values,
 )
@@ -79,6 +80,8 @@ class Saving(Telling):
         if best:
             self.state.best_model_checkpoint = str(folder)
         if self._saved_step != self.state.global_step:
+            if self.ranks.is_main:
+                sync_file(self.output_dir / METRICS_FILE)  # the checkpoint counts on it, after a power cut too
             with same_random_state():
                 write_checkpoint(folder, self._fill, self.ranks)
             self._saved_step = self.state.global_step
@@ -103,7 +106,7 @@ class Saving(Telling):
             (folder / STATE_FILE).write_text(json.dumps(asdict(self.state), indent=1) + "\n", "utf-8")
             if self.recipe is not None:
                 write_resolved(self.recipe, folder / RECIPE_FILE)
-        if self.args.save_only_model:
+        if self.args.save_only_model or self.args.parallel.autotp_size > 1:
             return
         if self.ranks.is_main:
             write_values(folder, PROGRESS, self.progress())
@@ -170,6 +173,8 @@ class Saving(Telling):
                 **reward_origin(self.rewards),
                 **config_origin(self.args.model_dump(mode="json")),
             }
+            if self.recipe is not None:
+                self._origin |= flatten([spec.model_dump(mode="json") for spec in self.recipe.rewards], "rewards")
             if isinstance(policy.model, PeftModel):
                 for name, config in policy.model.peft_config.items():
                     self._origin |= flatten(config.to_dict(), f"adapter.{name}")

@@ -51,6 +51,7 @@ class Telling:
             display=False if self.args.disable_tqdm else None,
             total_steps=total_steps,
             algorithm=self.algorithm,
+            resumed_at=self.state.global_step or None,
         )
         for text in self._held_notes:
             self.logger.note(text)

@@ -51,10 +51,10 @@ class Watching(Resuming):
             self._stop(trips, "there is no checkpoint to roll back to (train.save_steps)")
         self._num_rollbacks += 1
         step = self.state.global_step
-        rows, earlier_s = self.stream.progress(), self._earlier_s
+        rows, earlier_s, told = self.stream.progress(), self._earlier_s, self.guard.trips
         self._put_back(checkpoint)
         self.stream.restore_progress(rows)
-        self._earlier_s = earlier_s
+        self._earlier_s, self.guard.trips = earlier_s, told
         self.guard.forget_symptoms()
         self._note(f"watch: rolled back from step {step} to {checkpoint}; the rows in between are not trained on again")
         self._record({"watch/action": "rolled back", "watch/from_step": step, "watch/to_step": self.state.global_step})

@@ -1,7 +1,7 @@
 """The guard: looks at every step, tells each symptom once, and says what is to be done."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlqwen.config import TrainerConfig
@@ -62,7 +62,7 @@ class Guard:
         self._absent: dict[str, int] = {}
         """For symptoms that were told: steps in a row without them."""
         self.trips: list[Trip] = []
-        """All of this process, in order."""
+        """All of the run, in order."""
         self.cleared: list[str] = []
         """Symptoms that the last step was found free of."""
 
@@ -103,17 +103,20 @@ class Guard:
         return False
 
     def forget_symptoms(self) -> None:
-        """After a rollback: what was seen belongs to weights that are gone, and is told anew if it comes back."""
+        """What was seen belongs to weights that are gone, and is told anew if it comes back."""
         self._shown, self._absent = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to be watched as if it had not been cut; as JSON can hold it."""
-        return {"history": self._history.state_dict(), "shown": self._shown, "absent": self._absent}
+        return {"history": self._history.state_dict(), "shown": self._shown, "absent": self._absent} | {
+            "trips": [asdict(trip) for trip in self.trips]
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self._history.load_state_dict(state["history"])
         self._shown, self._absent = dict(state["shown"]), dict(state["absent"])
+        self.trips = [Trip(**trip | {"finding": Finding(**trip["finding"])}) for trip in state["trips"]]
 
 
 def worst_action(trips: Iterable[Trip]) -> Action | None:

@@ -1,88 +1,51 @@
-"""Ranks that die: the others end soon, and the error that was first is shown first."""
+"""Ranks that die: the others never wait for them."""
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-from rlqwen.launch import launch
-
-PROGRAM = """
-import os, signal, sys, time
-import torch.distributed as dist
-from rlqwen.parallel import Ranks
-ranks = Ranks()
-ranks.barrier()
-if ranks.rank == 1:
-    {fault}
-from rlqwen.cli.session import wait_for_cause
-try:
-    ranks.barrier()
-except Exception as error:
-    wait_for_cause(error)
-    print("the error of rank", ranks.rank, file=sys.stderr)
-    raise
-time.sleep(100)
-"""
-DEADLINE_S = 60
+from ranked import launch, run_on_two_ranks
 
 
-def run(fault, capfd, num_ranks=2):
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(
+    ("case", "dead"),
+    [
+        pytest.param(
+            "kills_the_main_rank",
+            0,
+            marks=pytest.mark.fault(
+                "SIGKILL of the main rank while it scores and the other waits", "the other ends within a minute"
+            ),
+        ),
+        pytest.param(
+            "kill_the_other_rank",
+            1,
+            marks=pytest.mark.fault(
+                "SIGKILL of the other rank while the main one samples", "the main one ends within a minute"
+            ),
+        ),
+    ],
+)
+def test_a_rank_that_is_killed_ends_the_others(case, dead, tiny_model_path, tmp_path):
     started = time.monotonic()
-    code = launch([sys.executable, "-c", PROGRAM.format(fault=fault)], num_ranks)
-    assert time.monotonic() - started < DEADLINE_S
-    return code, capfd.readouterr().err
+    done = launch([case], tiny_model_path, tmp_path)
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60  # most of it imports
+    assert f"rank      : {dead} (local_rank: {dead})" in done.stderr.partition("Root Cause")[2]
+    assert not (tmp_path / case / "final").exists()
 
 
 @pytest.mark.slow_fault
-@pytest.mark.fault("a rank raises", "the others end within a minute; its error alone is shown")
-def test_a_rank_that_raises_ends_the_others(capfd):
-    code, shown = run("sys.exit('rank 1 has found a fault') or None", capfd)
-    assert code == 1
-    assert shown.index("rank 1 has found a fault") >= 0
-    assert "the error of rank 0" not in shown
-    assert "rank 1 of 2 ended first: exit code 1; ending the others" in shown
-
-
-@pytest.mark.slow_fault
-@pytest.mark.fault("SIGKILL of a rank", "the others end within a minute; the signal is named")
-def test_a_rank_that_is_killed_ends_the_others(capfd):
-    code, shown = run("os.kill(os.getpid(), signal.SIGKILL)", capfd)
-    assert code == 128 + signal.SIGKILL
-    assert "rank 1 of 2 ended first: killed by SIGKILL" in shown
-    assert "the error of rank 0" not in shown
-
-
-@pytest.mark.slow_fault
-@pytest.mark.fault("SIGKILL of the launcher of ranks", "the ranks end: no orphans")
-def test_ranks_do_not_outlive_their_launcher(tmp_path):
-    child = (
-        "import os, sys, time; from rlqwen.supervisor import end_with_supervisor; end_with_supervisor();"
-        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(100)"
-    )
-    code = (
-        f"import sys; from rlqwen.launch import launch; launch([sys.executable, '-c', {child!r}, {str(tmp_path)!r}], 2)"
-    )
-    launcher = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + DEADLINE_S
-    while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    launcher.kill()
-    launcher.wait()
-    for path in tmp_path.iterdir():
-        while alive(int(path.read_text())):
-            assert time.monotonic() < deadline, "a rank outlived its launcher"
-            time.sleep(0.05)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+@pytest.mark.fault(
+    "SIGKILL of the main rank's rollout workers, which may not be started again", "one error, and the other rank leaves"
+)
+def test_workers_that_die_end_all_ranks(tiny_model_path, tmp_path):
+    """Until then the main rank has synced its weights to vLLM, and trained as the other did."""
+    main, other = run_on_two_ranks(["vllm", "kill_the_workers"], tiny_model_path, tmp_path)
+    gaps = [entry["sync/canary_gap"] for entry in main["vllm"]["history"] if "sync/canary_gap" in entry]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    assert main["vllm"]["digest"] == other["vllm"]["digest"]
+    assert main["kill_the_workers"]["error"] == "WorkerDied"
+    assert other["kill_the_workers"]["error"] == "MainRankFailed"
+    assert "WorkerDied" in other["kill_the_workers"]["message"]

@@ -75,12 +75,12 @@ class Run:
     def has_started(self, name: str) -> bool:
         return any(name in " ".join(_command_of(process)) for process in self.family())
 
-    def expect(self, code: int, message: str) -> None:
+    def expect(self, code: int, message: str, seconds: float = END_S) -> None:
         """It ends with `code` and one message, and nothing of it is left: no process, no broken checkpoint."""
         started = time.monotonic()
-        assert self.process.wait(END_S) == code, self.log.read_text()
+        assert self.process.wait(seconds) == code, self.log.read_text()
         while left := self.family():
-            assert time.monotonic() - started < END_S, [_command_of(process) for process in left]
+            assert time.monotonic() - started < seconds + 10, [_command_of(process) for process in left]
             time.sleep(0.1)
         text = self.log.read_text()
         assert message in text
@@ -248,6 +248,19 @@ def test_a_supervised_run_survives_a_kill(start):
     assert read_summary(run.folder / "run")["steps"] == 60
     steps = [line["step"] for line in read_metrics(run.folder / "run") if "loss" in line]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "SIGKILL of one of two ranks of a supervised run", "both end, both start again, done, exit code 0, noted"
+)
+def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start):
+    run = start(SFT, "--nproc-per-node", "2", "--max-restarts", "1", "train.save_steps=5", steps=40)
+    run.wait_for(lambda run: has_logged(run, 12))
+    (rank,) = (process for process in run.family() if process.environ().get("RANK") == "1")
+    rank.kill()
+    run.expect(0, "restart 1 of 1", seconds=90.0)
+    assert read_summary(run.folder / "run")["steps"] == 40
 
 
 @pytest.mark.slow_fault

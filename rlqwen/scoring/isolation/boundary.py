@@ -12,6 +12,7 @@ process, and no file of the reward's own either.
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,35 @@ _FIXED = {
 _CODE_SUFFIXES = {".py", ".so", ".zip", ".dist-info", ".egg-info"}
 _BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv[1]); from rlqwen.scoring.isolation.boundary import run_confined"
 _BOOTSTRAP += "; run_confined(sys.argv[2:])"
+
+
+_PROBE = """
+import os, sys
+sys.path[:] = sys.argv[1:]
+from rlqwen.scoring.isolation.boundary import isolate
+try: isolate(os.getppid())
+except OSError as error: sys.exit(str(error))
+"""
+_PROBE_WAIT_S = 60.0
+
+
+def why_not() -> str | None:
+    """Why a worker can't be isolated here, in words; None if it can: it is tried, in a process of its own."""
+    command = [sys.executable, "-c", _PROBE, *sys.path]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_WAIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer after {_PROBE_WAIT_S:g} s"
+    return None if done.returncode == 0 else done.stderr.strip()[-500:]
+
+
+def refusal(rewards: Sequence[str], reason: str) -> str:
+    """Message of the error for rewards that must run isolated where they can't."""
+    return (
+        f"{', '.join(rewards)} must run isolated, which this machine does not allow: {reason}. It takes Linux on x86-64 "
+        "or aarch64 with seccomp and Landlock (5.13 or newer; in a container, a profile that allows them). To run it "
+        "all the same with nothing but limits around it: scoring.isolation: off"
+    )
 
 
 def minimal_environment(environment: Mapping[str, str]) -> dict[str, str]:

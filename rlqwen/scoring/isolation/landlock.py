@@ -76,5 +76,5 @@ def _checked(result: int) -> int:
     if result < 0:
         code = ctypes.get_errno()
         reason = "is switched off" if code == errno.EOPNOTSUPP else os.strerror(code)
-        raise OSError(code, f"Landlock: {reason}")
+        raise OSError(f"Landlock: {reason}")
     return result

@@ -79,14 +79,13 @@ def install(program: bytes) -> None:
 def _prctl(option: int, value: int, pointer: Any) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, ctypes.c_ulong(value), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"seccomp: {os.strerror(code)}")
+        raise OSError(f"seccomp: {os.strerror(ctypes.get_errno())}")
 
 
 def _machine() -> int:
     """Column of the machine in the tables; raises OSError where it has none."""
     if platform.machine() not in ARCHITECTURES or struct.calcsize("P") != 8:
-        raise OSError(errno.ENOSYS, f"seccomp: no table of system calls for {platform.machine()}")
+        raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
     return list(ARCHITECTURES).index(platform.machine())
 
 

@@ -1,0 +1,116 @@
+"""A model whose layers several ranks hold together, a shard of each matrix a rank: DeepSpeed's AutoTP, in training.
+
+transformers' own plan says which matrices are cut by rows and which by columns; embeddings and heads stay whole, since
+logprobs are computed in chunks from the head's weight. Weights come whole again, for as long as they are copied, in
+`whole_weights`.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlqwen.errors import ModelError
+
+_NAME = "parallel.autotp_size"
+
+
+def shard_layers(model: PreTrainedModel, size: int) -> None:
+    """Leave this rank's shard of each layer's matrices in `model`; every rank calls it, with the same weights.
+
+    The first ranks of each `size` neighbours share a model, the next ones another. Raises ModelError for a model that
+    cannot be cut so.
+    """
+    if size == 1:
+        return
+    check_shardable(model, size)
+    with _quiet_import():
+        import deepspeed
+        from deepspeed.module_inject.auto_tp import AutoTP
+        from deepspeed.module_inject.autotp_config import AutoTPConfig
+        from deepspeed.module_inject.layers import configure_tensor_parallel_runtime, set_autotp_mode
+        from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+        from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+        from deepspeed.utils import groups
+
+    # It would be compiled at the first start, with a lock that a killed run leaves behind for the next to wait on.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    groups._init_tp_mesh_device(tensor_model_parallel_size=size)
+    set_autotp_mode(training=True)
+    configure_tensor_parallel_runtime(TPTrainingConfig(autotp_size=size))
+    plan = AutoTPConfig(tp_size=size, layer_specs=TPPlanConverter.convert(dict(model.config.base_model_tp_plan)))
+    sharding = AutoTP(
+        module=model,
+        all_reduce_linears=(),
+        prefix="",
+        state_dict=None,
+        linear_layer_setting=(nn.Linear, nn.Embedding),
+        orig_layer_impl=None,
+        partition_config=plan,
+        vocab_parallel_lm_head=False,
+        model_config=model.config,
+        tp_grain_size=1,
+        training_mode=True,
+    )
+    sharding.set_tensor_parallel_config(size, groups.get_tensor_model_parallel_group())
+    sharding.update_linear_policies()
+    sharding._replace_module(model)
+    sharding.register_replicated_grad_hooks(model)
+    model.ds_autotp_parsed = True  # deepspeed.initialize then leaves it as it is
+
+
+def check_shardable(model: Any, size: int) -> None:
+    """ModelError, with the arithmetic, where the layers cannot be dealt out evenly to `size` ranks."""
+    if isinstance(model, PeftModel):
+        raise ModelError(f"{_NAME}={size} cuts plain weights alone: leave the adapter out, or use ZeRO to save memory")
+    config = model.config.get_text_config()
+    if getattr(config, "num_experts", None):
+        raise ModelError(
+            f"{_NAME}={size}: DeepSpeed's AutoTP has no plan for fused experts ({type(model).__name__}); leave it at 1"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        count = getattr(config, name)
+        if count % size:
+            raise ModelError(
+                f"{_NAME}={size} does not divide the model's {name}={count} ({count} / {size} is {count / size:.3g}); "
+                f"it must divide all of num_attention_heads={config.num_attention_heads}, "
+                f"num_key_value_heads={config.num_key_value_heads} and intermediate_size={config.intermediate_size}"
+            )
+    if not getattr(model.config, "base_model_tp_plan", None):
+        raise ModelError(f"{_NAME}={size}: transformers has no tensor-parallel plan for {type(model).__name__}")
+
+
+def is_shard(parameter: nn.Parameter) -> bool:
+    """Whether other ranks hold the rest of the matrix."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+@contextlib.contextmanager
+def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the weights that are the modules' own are whole; every rank must come here, or none.
+
+    What is written into them inside stays, in shards, provided that all ranks write the same.
+    """
+    held = [[each.weight, each.bias] for each in modules if any(map(is_shard, each.parameters(recurse=False)))]
+    for weights in held:
+        weights[0].gather_params(weights)
+    try:
+        yield
+    finally:
+        for weights in held:
+            weights[0]._tp_partition(weights)
+
+
+@contextlib.contextmanager
+def _quiet_import() -> Iterator[None]:
+    """DeepSpeed warns on import of what it doesn't find on a CPU."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
