@@ -66,6 +66,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(runs, tiny_model_path, t
 
 
 @pytest.mark.slow_fault
+@pytest.mark.fault("unequal work for two ranks at ZeRO 1, 2 and 3, every trainer", "no hang; the curve of one rank")
 def test_every_trainer_at_every_stage(tiny_model_path, tmp_path):
     (tmp_path / "two").mkdir()
     by_rank = run_on_two_ranks(LONG, tiny_model_path, tmp_path / "two")
