@@ -8,7 +8,7 @@ weights, so no group mixes two versions.
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from rlqwen.rollout import RolloutEngine
@@ -122,12 +122,15 @@ class Ahead:
             future.result()
 
     def forget(self) -> None:
-        """Give up all draws."""
-        if self._draws:
-            self._engine.cancel()
-        for _, future in self._draws:
-            future.cancel()
+        """Give up all draws; returns when none is being sampled, so that whoever samples or syncs next is alone."""
+        futures = [future for _, future in self._draws]
         self._draws.clear()
+        for future in futures:
+            future.cancel()
+        # Again, for a draw that was about to begin takes no notice.
+        while any(not future.done() for future in futures):
+            self._engine.cancel()
+            wait(futures, timeout=1.0)
 
     def progress(self) -> list[dict[str, Any]]:
         """Every draw, scored."""
