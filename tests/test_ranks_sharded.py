@@ -6,9 +6,9 @@ import pytest
 from ranked import COMMON, _sft, run_case, run_on_two_ranks
 from safetensors.torch import load_file
 
-WAYS = ["zero1", "zero2", "zero3", "offload2", "offload3"]
+WAYS = ["zero1", "zero2", "zero3", "offload3"]
 EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2"]
-ROUNDED = ["sft@auto", "sft@bf16", "sft@bf16_3", "sft@given"]
+ROUNDED = ["sft@auto", "sft@bf16_3", "sft@given"]
 LONG = [f"{case}@zero{stage}" for case in ("dpo", "reward", "ppo", "grpo") for stage in (1, 2, 3)]
 SHOWN = ("loss", "grad_norm", "eval/loss", "eval/reward/mean", "critic/grad_norm", "kl")
 
