@@ -110,6 +110,8 @@ class ValueHead:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
         values = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
+        if self.sequence.size == 1:
+            return values
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         return self.sequence.whole(values, own, batch.num_targets)
 
