@@ -63,9 +63,9 @@ def test_moments_are_judged_one_by_one_where_their_sum_overflows():
     updater.backward((weight**2).sum())
     updater.step()
     moment = updater.optimizers[0].state[weight]["exp_avg_sq"]
-    assert moments_are_finite(updater.optimizer)
+    assert moments_are_finite(updater.optimizers[0])
     moment.fill_(3e38)
-    assert moments_are_finite(updater.optimizer)
+    assert moments_are_finite(updater.optimizers[0])
     moment[0, 0], moment[0, 1] = float("inf"), float("-inf")
     assert not moments_are_finite(updater.optimizer)
 
