@@ -380,12 +380,12 @@ def test_killed_at_random_moments(tiny_model_path, tmp_path, kills):
 
 
 @pytest.mark.fault(
-    "SIGKILL of the trainer with vLLM rollouts, for GRPO and PPO",
+    "SIGKILL of the trainer with vLLM rollouts, for GRPO and PPO, drawn ahead too",
     "metrics, completions and final weights are those of a run without a break, to the bit",
 )
 @pytest.mark.slow_fault
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_killed_with_vllm_rollouts(tiny_model_path, tmp_path, algorithm):
+@pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 0), ("ppo", 0), ("grpo", 1)])
+def test_killed_with_vllm_rollouts(tiny_model_path, tmp_path, algorithm, lag):
     pytest.importorskip("vllm")
     recipe = Recipe.parse(
         {
@@ -393,7 +393,7 @@ def test_killed_with_vllm_rollouts(tiny_model_path, tmp_path, algorithm):
             "model": {"path": str(tiny_model_path)},
             "data": {"train": {"generator": "arithmetic", "args": {"kind": "prompts", "size": 32}}},
             "rewards": [{"name": "length", "args": {"budget": 6}}],
-            "rollout": {"engine": "vllm", "num_cpus_per_worker": 0.5},
+            "rollout": {"engine": "vllm", "num_cpus_per_worker": 0.5, "max_staleness": lag},
             "train": {"per_device_train_batch_size": 32, "max_completion_length": 12, "learning_rate": 1e-3},
             "output_dir": str(tmp_path / "run"),
         }
