@@ -78,6 +78,11 @@ class PackedModel:
             model = add_adapter(model, peft_config)
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""
+        if self.quantized_bits and args.parallel.zero_stage == 3:
+            raise ModelError(
+                f"parallel.zero_stage=3 shards plain weights, and these have {self.quantized_bits} bits: set it to 2 at "
+                "most, or load the model without quantization"
+            )
         if self.quantized_bits:
             prepare_quantized(model)
         self.model: Any = model.to(self.device)

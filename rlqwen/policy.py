@@ -182,7 +182,7 @@ class Policy(PackedModel):
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:
         """The model as `generate` wants it: in eval mode, with ordinary attention, without gradients."""
-        if self.is_sharded:
+        if self.is_tensor_parallel:
             raise ConfigError(
                 "a model in shards (parallel.autotp_size) cannot sample by itself: set rollout.engine to vllm, and leave "
                 "eval_generation out"

@@ -62,7 +62,7 @@ def test_moments_are_judged_one_by_one_where_their_sum_overflows():
     updater, (weight, _) = make_updater()
     updater.backward((weight**2).sum())
     updater.step()
-    moment = updater.optimizer.state[weight]["exp_avg_sq"]
+    moment = updater.optimizers[0].state[weight]["exp_avg_sq"]
     assert moments_are_finite(updater.optimizer)
     moment.fill_(3e38)
     assert moments_are_finite(updater.optimizer)

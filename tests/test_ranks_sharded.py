@@ -6,9 +6,9 @@ import pytest
 from ranked import COMMON, _sft, run_case, run_on_two_ranks
 from safetensors.torch import load_file
 
-WAYS = ["zero1", "zero2", "zero3", "offload2", "offload3"]
+WAYS = ["zero1", "zero2", "zero3", "offload3"]
 EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2"]
-ROUNDED = ["sft@auto", "sft@bf16", "sft@bf16_3", "sft@given"]
+ROUNDED = ["sft@auto", "sft@bf16_3", "sft@given"]
 LONG = [f"{case}@zero{stage}" for case in ("dpo", "reward", "ppo", "grpo") for stage in (1, 2, 3)]
 SHOWN = ("loss", "grad_norm", "eval/loss", "eval/reward/mean", "critic/grad_norm", "kl")
 
@@ -66,6 +66,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(runs, tiny_model_path, t
 
 
 @pytest.mark.slow_fault
+@pytest.mark.fault("unequal work for two ranks at ZeRO 1, 2 and 3, every trainer", "no hang; the curve of one rank")
 def test_every_trainer_at_every_stage(tiny_model_path, tmp_path):
     (tmp_path / "two").mkdir()
     by_rank = run_on_two_ranks(LONG, tiny_model_path, tmp_path / "two")

@@ -162,7 +162,7 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
     message = cloudpickle.dumps(("result", Bomb()))
 
     def answers(completions: list[str]) -> list[float]:
-        for fd in range(3, 30):
+        for fd in range(3, 256):
             try:
                 os.write(fd, len(message).to_bytes(4, "big") + message)
             except OSError:
@@ -183,7 +183,7 @@ def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyP
 
     def stalls(completions: list[str]) -> list[float]:
         if completions == ["bad"]:
-            for fd in range(3, 30):
+            for fd in range(3, 256):
                 try:
                     os.write(fd, (1000).to_bytes(4, "big") + b"x")
                 except OSError:

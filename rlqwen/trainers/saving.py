@@ -36,6 +36,7 @@ from rlqwen.parallel import Ranks, Updater
 from rlqwen.recipe import write_resolved
 from rlqwen.reference import digest_config, digest_weights
 from rlqwen.registry import Reward
+from rlqwen.secrets import redact_values
 from rlqwen.trainers.best import BestMetric, Verdict
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics, Telling
@@ -178,6 +179,7 @@ class Saving(Telling):
             if isinstance(policy.model, PeftModel):
                 for name, config in policy.model.peft_config.items():
                     self._origin |= flatten(config.to_dict(), f"adapter.{name}")
+            self._origin = redact_values(self._origin)  # a recipe may quote one to a reward
             if getattr(policy, "has_reference", False) and not policy.has_adapter:
                 self._origin["reference.weights"] = digest_weights(policy.reference_weights())
         return self._origin

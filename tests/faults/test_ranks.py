@@ -5,6 +5,9 @@ import time
 import pytest
 from ranked import launch, run_on_two_ranks
 
+from rlqwen.checkpoint.folder import find_fault
+from rlqwen.metrics import read_metrics
+
 
 @pytest.mark.slow_fault
 @pytest.mark.parametrize(
@@ -49,3 +52,23 @@ def test_workers_that_die_end_all_ranks(tiny_model_path, tmp_path):
     assert main["kill_the_workers"]["error"] == "WorkerDied"
     assert other["kill_the_workers"]["error"] == "MainRankFailed"
     assert "WorkerDied" in other["kill_the_workers"]["message"]
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "a symptom that stops a run, one that rolls it back, on two ranks",
+    "both stop after one whole checkpoint; both go back, and end with equal weights",
+)
+def test_the_guard_acts_on_both_ranks(tiny_model_path, tmp_path):
+    ranks = run_on_two_ranks(["stopped", "blown_up"], tiny_model_path, tmp_path)
+    for rank in ranks:
+        assert rank["stopped"]["error"] == "WatchStop"
+        assert "idle at step 2" in rank["stopped"]["message"]
+    (checkpoint,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000002"
+    assert find_fault(checkpoint) is None
+    main, other = (rank["blown_up"] for rank in ranks)
+    assert main["digest"] == other["digest"]
+    assert main["position"] == other["position"] == 9 * 6  # of nine steps two were undone, their rows not seen again
+    (undone,) = [line for line in read_metrics(tmp_path / "blown_up") if line.get("watch/action") == "rolled back"]
+    assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)

@@ -180,20 +180,25 @@ def test_ctrl_c(start, moment):
     run.expect(130, "rlqwen: interrupted")
 
 
+SHORT = ("train.per_device_train_batch_size=16", "train.max_completion_length=32")
 ROLLOUT_MOMENTS = [
     # A terminal interrupts the whole group, `kill` and most schedulers the process alone.
-    ("starts Ray", "group", lambda run: run.has_started("gcs_server"), 0.0),
-    ("starts the engine", "group", lambda run: run.has_started("ray::"), 0.0),
-    ("starts the engine", "process", lambda run: run.has_started("ray::"), 0.0),
-    ("samples", "group", is_scoring, 0.0),  # groups are scored while others are still sampled
-    ("scores", "group", is_scoring, 20.0),
-    ("scores", "process", is_scoring, 20.0),
+    ("starts Ray", "group", lambda run: run.has_started("gcs_server"), 0.0, ()),
+    ("starts the engine", "group", lambda run: run.has_started("ray::"), 0.0, ()),
+    ("starts the engine", "process", lambda run: run.has_started("ray::"), 0.0, ()),
+    ("samples", "group", is_scoring, 0.0, ()),  # groups are scored while others are still sampled
+    ("scores", "group", is_scoring, 20.0, ()),
+    ("scores", "process", is_scoring, 20.0, ()),
+    ("is some steps in", "group", has_logged, 0.0, SHORT),
+    ("is some steps in", "process", has_logged, 0.0, SHORT),
+    ("draws ahead", "group", has_logged, 0.0, (*SHORT, "rollout.max_staleness=1")),
+    ("draws ahead", "process", has_logged, 0.0, (*SHORT, "rollout.max_staleness=1")),
 ]
 
 
 @pytest.mark.slow_fault
 @pytest.mark.parametrize(
-    ("to", "reached", "pause"),
+    ("to", "reached", "pause", "words"),
     [
         pytest.param(
             *case,
@@ -206,8 +211,8 @@ ROLLOUT_MOMENTS = [
         for moment, *case in ROLLOUT_MOMENTS
     ],
 )
-def test_ctrl_c_with_rollouts(start, to, reached, pause):
-    run = start(GRPO, pause=pause)
+def test_ctrl_c_with_rollouts(start, to, reached, pause, words):
+    run = start(GRPO, *words, pause=pause)
     run.wait_for(reached)
     if to == "group":
         os.killpg(run.process.pid, signal.SIGINT)

@@ -1,0 +1,88 @@
+"""Ranks under the launcher of `--nproc-per-node`: one that dies ends the others, and its error is shown first."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlqwen.launch import launch
+
+PROGRAM = """
+import os, signal, sys, time
+import torch.distributed as dist
+from rlqwen.parallel import Ranks
+ranks = Ranks()
+ranks.barrier()
+if ranks.rank == 1:
+    {fault}
+from rlqwen.cli.session import wait_for_cause
+try:
+    ranks.barrier()
+except Exception as error:
+    wait_for_cause(error)
+    print("the error of rank", ranks.rank, file=sys.stderr)
+    raise
+time.sleep(100)
+"""
+DEADLINE_S = 60
+
+
+def run(fault, capfd, num_ranks=2):
+    started = time.monotonic()
+    code = launch([sys.executable, "-c", PROGRAM.format(fault=fault)], num_ranks)
+    assert time.monotonic() - started < DEADLINE_S
+    return code, capfd.readouterr().err
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("a rank raises", "the others end within a minute; its error alone is shown")
+def test_a_rank_that_raises_ends_the_others(capfd):
+    code, shown = run("sys.exit('rank 1 has found a fault') or None", capfd)
+    assert code == 1
+    assert shown.index("rank 1 has found a fault") >= 0
+    assert "the error of rank 0" not in shown
+    assert "rank 1 of 2 ended first: exit code 1; ending the others" in shown
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("SIGKILL of a rank", "the others end within a minute; the signal is named")
+def test_a_rank_that_is_killed_ends_the_others(capfd):
+    code, shown = run("os.kill(os.getpid(), signal.SIGKILL)", capfd)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 ended first: killed by SIGKILL" in shown
+    assert "the error of rank 0" not in shown
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("SIGKILL of the launcher of ranks", "the ranks end: no orphans")
+def test_ranks_do_not_outlive_their_launcher(tmp_path):
+    child = (
+        "import os, sys, time; from rlqwen.supervisor import end_with_supervisor; end_with_supervisor();"
+        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(100)"
+    )
+    code = (
+        f"import sys; from rlqwen.launch import launch; launch([sys.executable, '-c', {child!r}, {str(tmp_path)!r}], 2)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + DEADLINE_S
+    while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    for path in tmp_path.iterdir():
+        while alive(int(path.read_text())):
+            assert time.monotonic() < deadline, "a rank outlived its launcher"
+            time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -1,0 +1,96 @@
+"""Faults of draws ahead of their step: given up in the middle, or drawn from weights that were taken back."""
+
+import threading
+import time
+
+import pytest
+import torch
+from ranked import SUMS, prefers_even
+
+from rlqwen import GRPOConfig, GRPOTrainer
+from rlqwen.config import ScoringConfig
+from rlqwen.metrics import read_metrics
+from rlqwen.scoring import Scorer
+from rlqwen.trainers.ahead import Ahead, Draw
+from rlqwen.trainers.stream import RowStream
+
+
+class SlowToLeave:
+    """An engine that samples until it is cancelled, and notices a little later."""
+
+    def __init__(self):
+        self.begun, self.cancelled, self.is_sampling = threading.Event(), threading.Event(), False
+
+    def generate(self, requests):
+        self.is_sampling = True
+        self.begun.set()
+        assert self.cancelled.wait(10)
+        time.sleep(0.2)
+        self.is_sampling = False
+        yield from ()
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+@pytest.mark.fault(
+    "draws ahead are given up while one is sampled", "no thread samples beside the sync and the draw that come next"
+)
+def test_nothing_is_sampled_once_draws_are_given_up():
+    engine = SlowToLeave()
+    ahead = Ahead(engine)
+    with Scorer([], ScoringConfig()) as scorer:
+        ahead.begin(Draw("first", (), scorer, 1))
+        ahead.begin(Draw("second", (), scorer, 1))
+        assert engine.begun.wait(10)
+        ahead.forget()
+        assert not engine.is_sampling
+        assert ahead.take("second") is None
+        ahead.close()
+
+
+ROLLBACK = {"mismatch": {"action": "rollback", "threshold": 2.0}}
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault(
+    "weights blown up in a run that draws ahead (rollout.max_staleness)",
+    "rolled back; what was drawn from those weights is given up; no row trained twice or left out",
+)
+def test_a_rollback_gives_up_what_was_drawn_ahead(tiny_model_path, tmp_path):
+    config = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=7, per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=6, learning_rate=1e-4, save_strategy="steps", save_steps=2, watch=ROLLBACK,
+        rollout={"engine": "vllm", "max_num_seqs": 16, "num_cpus_per_worker": 0.5, "max_staleness": 1},
+        scoring={"in_process": ["prefers_even"]},
+    )  # fmt: skip
+    trainer = GRPOTrainer(str(tiny_model_path), prefers_even, config, SUMS)
+    steps, trained = [], []
+    update, next_groups = trainer.update, trainer.next_groups
+
+    def poisoned(micro_batches):
+        result = update(micro_batches)
+        steps.append(trainer.state.global_step)
+        if len(steps) == 5:
+            with torch.no_grad():
+                trainer.policy.base_model.model.norm.weight.mul_(1000.0)
+        return result
+
+    def noted(prompts_P):
+        groups, metrics = next_groups(prompts_P)
+        trained.append((groups, metrics["groups/staleness"], trainer.rollouts.version))
+        return groups, metrics
+
+    trainer.update, trainer.next_groups = poisoned, noted
+    trainer.train()
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7]
+    order = RowStream(trainer.train_rows, seed=config.seed, shuffle=config.shuffle_dataset).take(9 * 2)
+    assert [group.prompt for groups, _, _ in trained for group in groups] == order
+    assert [staleness for _, staleness, _ in trained] == [0, 1, 1, 1, 1, 1, 0, 1, 1]
+    blown_up = trained[5][2]  # the version at the step that tripped
+    assert all(group.policy_version > blown_up for groups, _, _ in trained[6:] for group in groups)
+    (undone,) = [line for line in read_metrics(tmp_path) if line.get("watch/action") == "rolled back"]
+    assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)
+    gaps = [entry["sampling/logp_gap"] for entry in trainer.state.log_history if "sampling/logp_gap" in entry]
+    assert len(gaps) == 7
+    assert max(gaps) < 2.0
