@@ -72,3 +72,14 @@ def test_every_trainer_at_every_stage(tiny_model_path, tmp_path):
     by_rank = run_on_two_ranks(LONG, tiny_model_path, tmp_path / "two")
     for name in LONG:
         check(name, by_rank, tiny_model_path, tmp_path / name, rel=5e-4)
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("weights in ZeRO-3 shards on their way to vLLM", "whole and exact: the canary agrees at every sync")
+def test_shards_reach_vllm_exactly(tiny_model_path, tmp_path):
+    main, other = run_on_two_ranks(["vllm@zero3"], tiny_model_path, tmp_path)
+    history = main["vllm@zero3"]["history"]
+    gaps = [entry["sync/canary_gap"] for entry in history if "sync/canary_gap" in entry]
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    assert main["vllm@zero3"]["digest"] == other["vllm@zero3"]["digest"]

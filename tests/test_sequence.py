@@ -209,6 +209,15 @@ def test_groups_of_two_ranks_train_as_one_rank_does(algorithm, tmp_path):
     assert gap.max() < 0.05  # of steps of at most 1e-3 a weight
 
 
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own, as it is imported
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups_share_out_gradients_and_weights_too(stage, tmp_path):
+    figures, _ = train("sft", tmp_path / "one", 8)
+    parallel = {"sequence_parallel_size": 2, "zero_stage": stage}
+    for ours, _ in run_ranks(lambda: train("sft", tmp_path / "four", 4, **parallel), world_size=4):
+        assert ours == pytest.approx(figures, rel=2e-3)
+
+
 def test_groups_that_ranks_do_not_divide_into_are_refused():
     with pytest.raises(
         ConfigError, match=r"parallel.sequence_parallel_size=2 must divide the number of ranks, which is 1"
@@ -216,3 +225,5 @@ def test_groups_that_ranks_do_not_divide_into_are_refused():
         SFTTrainer("builtin:tiny-qwen3", SFTConfig(parallel={"sequence_parallel_size": 2}), [])
     with pytest.raises(ConfigError, match="set one of them"):
         SFTConfig(parallel={"sequence_parallel_size": 2, "autotp_size": 2})
+    with pytest.raises(ConfigError, match="autotp_size=2 and zero_stage=1: ZeRO would add up"):
+        SFTConfig(parallel={"autotp_size": 2, "zero_stage": 1})

@@ -40,6 +40,15 @@ class ParallelConfig(ArgumentsConfig):
         return self
 
     @model_validator(mode="after")
+    def _layers_in_shards_alone(self) -> "ParallelConfig":
+        if self.autotp_size > 1 and self.zero_stage:
+            raise ValueError(
+                f"autotp_size={self.autotp_size} and zero_stage={self.zero_stage}: ZeRO would add up the gradients of "
+                "different shards; set zero_stage to 0, or autotp_size to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_kind_of_group(self) -> "ParallelConfig":
         if self.sequence_parallel_size > 1 and self.autotp_size > 1:
             raise ValueError(

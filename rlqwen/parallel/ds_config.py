@@ -34,7 +34,7 @@ def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int,
         )
     config = {key: value for key, value in config.items() if key not in _OURS}
     config |= {
-        "train_batch_size": whole,
+        "train_batch_size": whole * parallel.ranks_per_row,  # it takes every rank for one that sees other rows
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": accumulation,
         "managed_gradient_accumulation": False,  # micro-batches vary in number, and the updater says when
