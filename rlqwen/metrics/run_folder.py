@@ -1,5 +1,6 @@
 """What lies in a run folder, and the refusal to write over a run."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from rlqwen.errors import ConfigError
@@ -23,10 +24,17 @@ RUN_FILES = (
 """What only a run that began leaves behind."""
 
 
-def refuse_used_folder(path: str | Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if the folder holds a run and may not be overwritten, or one that is still going on."""
+WRITTEN_BY_EVALUATION = ("completions", "reward_failures")
+"""What an evaluation before training leaves there, too."""
+
+
+def refuse_used_folder(path: str | Path, *, overwrite: bool, apart_from: Collection[str] = ()) -> None:
+    """Raises ConfigError if the folder holds a run and may not be overwritten, or one that is still going on.
+
+    `apart_from`: files that are no sign of a run here.
+    """
     refuse_running(path)
-    found = find_run_files(path)
+    found = [name for name in find_run_files(path) if name not in apart_from]
     if found and not overwrite:
         raise ConfigError(
             f"output_dir {str(path)!r} holds a run already (found {', '.join(found)}): choose another folder, "

@@ -19,7 +19,7 @@ from rlqwen.checkpoint import (
 )
 from rlqwen.checkpoint.origin import differences
 from rlqwen.errors import ConfigError
-from rlqwen.metrics.run_folder import refuse_used_folder
+from rlqwen.metrics.run_folder import WRITTEN_BY_EVALUATION, refuse_used_folder
 from rlqwen.trainers.saving import ORIGIN, PROGRESS, RANDOM, STATE_FILE, Saving
 
 
@@ -52,7 +52,8 @@ class Resuming(Saving):
                 )
         overwrite = self.args.overwrite_output_dir or (resume == "auto" and chosen is None)
         if chosen is None or not chosen.resolve().is_relative_to(self.output_dir.resolve()):
-            refuse_used_folder(self.output_dir, overwrite=overwrite)
+            # The constructor has refused what others left there, unless there were checkpoints to go on from.
+            refuse_used_folder(self.output_dir, overwrite=overwrite, apart_from=WRITTEN_BY_EVALUATION)
         if chosen is None and overwrite:
             clear_run_folder(self.output_dir)
         return chosen
