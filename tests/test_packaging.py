@@ -1,9 +1,12 @@
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,3 +32,34 @@ def test_the_wheel_carries_every_recipe(wheel):
 def test_names_of_the_house_are_importable_lazily():
     code = "import rlqwen, sys; assert 'torch' not in sys.modules; rlqwen.GRPOConfig; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def pinned(lock: str) -> dict[str, str]:
+    """Name -> version, of a lock file in requirements/."""
+    lines = (ROOT / "requirements" / lock).read_text("utf-8").splitlines()
+    pins = [line.split()[0].partition("==") for line in lines if re.match(r"[a-z0-9]", line)]
+    names = [name for name, _, _ in pins]
+    assert len(names) == len(set(names)), "a package is pinned twice"
+    return {name: version for name, _, version in pins}
+
+
+def test_packages_that_carry_cudas_version_agree_on_it():
+    """Their files lie in the same folders: cuda-python 12 and cuda-bindings 13 overwrite each other's."""
+    pins = pinned("cuda.txt")
+    family = {name: pins[name] for name in ("cuda-python", "cuda-bindings", "cuda-toolkit")}
+    assert len({version.split(".")[0] for version in family.values()}) == 1, family
+    assert family["cuda-python"].split(".")[:2] == family["cuda-bindings"].split(".")[:2], family
+    # A wheel named for CUDA 12 beside its twin for 13; cutlass-dsl names its two backends so, in folders of their own.
+    named = {name.rpartition("-cu1")[0] for name in pins if name.endswith("-cu12")}
+    assert not {name for name in named if f"{name}-cu13" in pins} - {"nvidia-cutlass-dsl-libs"}
+
+
+@pytest.mark.parametrize(("lock", "extra"), [("cpu.txt", "cpu"), ("cuda.txt", "cuda")])
+def test_a_lock_has_what_the_project_asks_for(lock, extra):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"][extra]]
+    pins = pinned(lock)
+    if lock == "cpu.txt":
+        pins["torch"] = "2.13.0"  # the CPU build, which the Makefile installs
+    unmet = [f"{one}: {pins.get(one.name)}" for one in wanted if not one.specifier.contains(pins.get(one.name, "0"))]
+    assert not unmet
