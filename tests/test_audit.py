@@ -12,7 +12,7 @@ from rich.console import Console
 from rlqwen.audit import find_subject, show_rows
 from rlqwen.cli import main
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLES = Path(__file__).parent / "samples"
 LONG = "the quick brown fox jumps over the lazy dog and then runs home to its den in the old forest by the river"
 
 
@@ -230,13 +230,11 @@ def test_wrong_words_end_with_2_and_one_message(capsys, words, message):
     assert "Traceback" not in error
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
-def test_real_pairs(capsys):
-    (part,) = check(capsys, str(SHARED / "dpo_en_demo.json"))["parts"]
-    assert part["turns"] == {"assistant": 863, "user": 563, "system": 80}
-    assert (part["num_rows"], part["tokens"]["num_kept"], part["tokens"]["eos_in_loss"]) == (300, 300, 1.0)
-    assert len(part["exact_duplicates"]) == 5
-    assert ["row 13", "row 157"] in part["exact_duplicates"]
+def test_pairs_of_whole_conversations(capsys):
+    (part,) = check(capsys, str(SAMPLES / "pairs.json"))["parts"]
+    assert part["turns"] == {"assistant": 30, "user": 17, "system": 2}
+    assert (part["num_rows"], part["tokens"]["num_kept"], part["tokens"]["eos_in_loss"]) == (13, 13, 1.0)
+    assert part["exact_duplicates"] == [["row 7", "row 12"]]
 
 
 # Show

@@ -12,7 +12,7 @@ from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.errors import DataError
 from rlqwen.tiny import build_tokenizer, read_trl_template
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLES = Path(__file__).parent / "samples"
 USER = {"role": "user", "content": "q"}
 SYSTEM = {"role": "system", "content": "s"}
 PAIR = {
@@ -392,16 +392,15 @@ def test_labels_that_are_all_the_same_are_warned_of(tokenizer):
     ]
 
 
-# Real data
+# Whole conversations
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
-def test_real_pairs_are_learned_whole(tokenizer):
-    path = SHARED / "dpo_en_demo.json"
-    rows = load_rows(SourceConfig(path=str(path), limit=80), seed=0)
+def test_pairs_of_whole_conversations_are_learned_whole(tokenizer):
+    path = SAMPLES / "pairs.json"
+    rows = load_rows(SourceConfig(path=str(path)), seed=0)
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=None))
-    assert (report.num_kept, report.eos_in_loss, report.num_truncated) == (80, 1.0, 0)
-    for raw, pair in zip(json.loads(path.read_text("utf-8")), pairs, strict=False):
+    assert (report.num_kept, report.eos_in_loss, report.num_truncated) == (13, 1.0, 0)
+    for raw, pair in zip(json.loads(path.read_text("utf-8")), pairs, strict=True):
         prompt = tokenizer.decode(pair.prompt_ids)
         assert prompt.count("<|im_start|>") == len(raw["conversations"]) + 1
         assert prompt.endswith(f"user\n{raw['conversations'][-1]['value']}<|im_end|>\n<|im_start|>assistant\n")
@@ -409,7 +408,7 @@ def test_real_pairs_are_learned_whole(tokenizer):
             row = getattr(pair, side)
             assert tokenizer.decode(row.token_ids) == raw[side]["value"] + "<|im_end|>"
             assert all(row.loss_mask)
-    cut, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=1024))
+    cut, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=96))
     assert report.num_truncated > 0
-    assert report.num_kept + report.num_empty_mask + report.num_equal_sides == 80
-    assert max(len(pair.prompt_ids) + len(pair.chosen.token_ids) for pair in cut) == 1024
+    assert report.num_kept + report.num_empty_mask + report.num_equal_sides == 13
+    assert max(len(pair.prompt_ids) + len(pair.chosen.token_ids) for pair in cut) == 96

@@ -10,7 +10,7 @@ from rlqwen.config import SourceConfig
 from rlqwen.data import as_rows, load_rows
 from rlqwen.errors import ConfigError, DataError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLES = Path(__file__).parent / "samples"
 
 USER = {"role": "user", "content": "q"}
 ROWS = [{"prompt": f"{i} + 1 = ?", "solution": str(i + 1)} for i in range(4)]
@@ -224,17 +224,16 @@ def test_python_datasets_are_accepted_and_streams_are_not():
             as_rows(wrong)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
 @pytest.mark.parametrize(
     ("name", "columns", "count", "expected"),
     [
-        ("gsm8k/train.jsonl", {"prompt": "question", "solution": "answer"}, 7473, {"prompt", "solution"}),
-        ("alpaca_zh_demo.json", {}, 1000, {"messages"}),
-        ("glaive_toolcall_en_demo.json", {}, 300, {"messages", "tools"}),
-        ("dpo_en_demo.json", {}, 300, {"prompt", "chosen", "rejected"}),
+        ("word_problems.jsonl", {"prompt": "question", "solution": "answer"}, 24, {"prompt", "solution"}),
+        ("instructions_zh.json", {}, 22, {"messages"}),
+        ("tools.json", {}, 10, {"messages", "tools"}),
+        ("pairs.json", {}, 13, {"prompt", "chosen", "rejected"}),
     ],
 )
-def test_real_data_sets_load(name, columns, count, expected):
-    rows = load(SHARED / name, columns=columns)
+def test_files_in_the_forms_of_public_data_sets_load(name, columns, count, expected):
+    rows = load(SAMPLES / name, columns=columns)
     assert len(rows) == count
     assert all(set(row) == expected for row in rows)

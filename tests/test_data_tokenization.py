@@ -10,7 +10,7 @@ from rlqwen.data import load_rows, tokenize_prompts, tokenize_sft
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.tiny import build_tokenizer, read_trl_template
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLES = Path(__file__).parent / "samples"
 USER = {"role": "user", "content": "12 + 34 = ?"}
 ANSWER = {"role": "assistant", "content": "\\boxed{46}"}
 CHAT = {"messages": [USER, ANSWER]}
@@ -192,22 +192,21 @@ def test_many_rows_come_back_in_order(tokenizer):
         )
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
-def test_real_data_sets_are_learned_whole(tokenizer):
-    for name in ("alpaca_zh_demo.json", "glaive_toolcall_en_demo.json"):
-        rows = load_rows(SourceConfig(path=str(SHARED / name), limit=100), seed=0)
+def test_files_in_the_forms_of_public_data_sets_are_learned_whole(tokenizer):
+    for name, count in (("instructions_zh.json", 22), ("tools.json", 10)):
+        rows = load_rows(SourceConfig(path=str(SAMPLES / name)), seed=0)
         kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=None))
-        assert (report.num_kept, report.eos_in_loss, report.warnings) == (100, 1.0, [])
+        assert (report.num_kept, report.eos_in_loss, report.warnings) == (count, 1.0, [])
         last = rows[0]["messages"][-1]["content"]
         assert tokenizer.decode(kept[0].token_ids).endswith(f"<|im_start|>assistant\n{last}<|im_end|>")
     source = SourceConfig(
-        path=str(SHARED / "gsm8k" / "train.jsonl"),
+        path=str(SAMPLES / "word_problems.jsonl"),
         columns={"prompt": "question", "solution": "answer"},
         system_prompt="Put the answer in \\boxed{}.",
-        limit=200,
     )
-    prompts, report = tokenize_prompts(load_rows(source, seed=0), tokenizer, max_prompt_length=400)
-    assert report.num_kept + report.num_overlong == 200
+    prompts, report = tokenize_prompts(load_rows(source, seed=0), tokenizer, max_prompt_length=128)
+    assert report.num_kept + report.num_overlong == 24
+    assert report.num_overlong > 0
     assert prompts[0].columns["solution"].endswith("#### 72")
     assert tokenizer.decode(prompts[0].token_ids).startswith(
         "<|im_start|>system\nPut the answer in \\boxed{}.<|im_end|>"

@@ -13,7 +13,7 @@ from rlqwen.metrics.labels import find_label, label_figures, label_set
 from rlqwen.metrics.text import RougeTokenizer, TextMeasure, bleu_tokenizer, text_figures
 from rlqwen.types import Completion, Group, Prompt
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SAMPLES = Path(__file__).parent / "samples"
 
 
 def figures(metric, text, *references):
@@ -232,13 +232,12 @@ def test_normalising_leaves_something_of_every_answer():
     assert normalise_answer("100") == "100"
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data sets of ../shared/data")
 @pytest.mark.parametrize(
     ("name", "columns", "tokenizer"),
-    [("alpaca_zh_demo.json", {}, "zh"), ("gsm8k/train.jsonl", {"prompt": "question", "solution": "answer"}, "13a")],
+    [("instructions_zh.json", {}, "zh"), ("word_problems.jsonl", {"prompt": "question", "solution": "answer"}, "13a")],
 )
-def test_real_answers_match_themselves_and_not_each_other(name, columns, tokenizer):
-    rows = load_rows(SourceConfig(path=str(SHARED / name), columns=columns, limit=20), seed=0)
+def test_whole_answers_match_themselves_and_not_each_other(name, columns, tokenizer):
+    rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns, limit=20), seed=0)
     references = [references_of(row, None, "row") for row in rows]
     texts = [several[0] for several in references]
     same = text_figures(["bleu", "chrf", "rouge", "exact_match"], texts, references)

@@ -9,7 +9,7 @@ from rlqwen_rewards.accuracy import Accuracy, grade
 from rlqwen_rewards.exact_match import ExactMatch
 from trl import rewards as trl_rewards
 
-GSM8K = Path(__file__).parents[2] / "shared/data/gsm8k/train.jsonl"
+WORD_PROBLEMS = Path(__file__).parent / "samples" / "word_problems.jsonl"
 
 SAME_AS_TRL = [
     (r"\boxed{72}", "72", 1.0),
@@ -165,17 +165,14 @@ def test_exact_match():
     assert ExactMatch()([r"so \boxed{72}"], solution=[["71", 72]]) == [1.0]
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not there")
-def test_gsm8k_right_answers_get_1_and_wrong_ones_0():
-    with GSM8K.open(encoding="utf-8") as lines:
+def test_right_answers_to_word_problems_get_1_and_wrong_ones_0():
+    with WORD_PROBLEMS.open(encoding="utf-8") as lines:
         rationales = [json.loads(line)["answer"] for line in lines]
     finals = [rationale.split("####")[1].strip() for rationale in rationales]
     off_by_one = [str(int(final.replace(",", "")) + 1) for final in finals]
-    start = time.monotonic()
     assert set(Accuracy()(rationales, solution=rationales)) == {1.0}
     assert set(Accuracy()([rf"\boxed{{{final}}}" for final in finals], answer=rationales)) == {1.0}
     assert set(Accuracy()([rf"\boxed{{{wrong}}}" for wrong in off_by_one], answer=rationales)) == {0.0}
-    assert 3 * len(rationales) / (time.monotonic() - start) > 5_000, "samples a second"
-    some = slice(0, None, 50)
+    some = slice(0, None, 4)
     decimal = [rf"\boxed{{{final}.0}}" for final in finals[some]]
     assert set(Accuracy()(decimal, answer=rationales[some])) == {1.0}
