@@ -1,7 +1,7 @@
 """From rewards to advantages: pure functions of tensors.
 
-Shapes: P prompts, G completions a prompt. A missing reward is NaN: it takes no part in any mean or deviation, and its
-advantage is 0.
+Shapes: P prompts, G completions a prompt. A missing reward (rlqwen.scoring.totals says when it is) is NaN: it takes no
+part in any mean or deviation, and its advantage is 0.
 """
 
 from typing import Literal

@@ -18,6 +18,7 @@ Example:
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "RewardEntry",
     "call_arguments",
     "check_columns",
+    "check_rows",
     "discover",
     "load",
     "resolve",
@@ -196,13 +198,46 @@ def check_columns(reward: Reward, columns: Collection[str], where: str) -> None:
                 f"rlqwen doesn't: rewards run in processes of their own; give the parameter a default"
             )
     there = ", ".join(sorted(columns)) or "none"
-    for choice in [(one,) for one in reward.required if one not in PROTOCOL] + list(reward.column_choices):
+    for choice in _column_choices(reward):
         if not any(one in columns for one in choice):
             raise RewardSpecError(
                 f"reward {reward.name!r} ({reward.origin}) needs a column {' or '.join(map(repr, choice))}, which "
                 f"{where} lacks; columns there: {there}. If one of them is meant, map it in the recipe: "
                 f"data.train.columns: {{{choice[0]}: name_of_that_column}}"
             )
+
+
+def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], where: str) -> tuple[set[str], list[str]]:
+    """Check that each column that a reward cannot do without is in some row of `where`.
+
+    Rows of several tasks need not have all of them: a reward is given None where a row lacks one.
+
+    Returns:
+        The names of all columns, and a line for each reward about the rows that lack what it needs.
+
+    Raises RewardSpecError.
+    """
+    columns: set[str] = set()
+    filled: Counter[frozenset[str]] = Counter()
+    for row in rows:
+        columns.update(row)
+        filled[frozenset(name for name, value in row.items() if value is not None)] += 1
+    lines = []
+    for reward in rewards:
+        check_columns(reward, columns, where)
+        for choice in _column_choices(reward):
+            count = sum(number for names, number in filled.items() if names.isdisjoint(choice))
+            if count:
+                lines.append(
+                    f"reward {reward.name!r} is given None in {count:,} of {filled.total():,} rows of {where}, which have "
+                    f"no {' and no '.join(map(repr, choice))}"
+                )
+    return columns, lines
+
+
+def _column_choices(reward: Reward) -> list[tuple[str, ...]]:
+    """Columns of which the data must have one of each tuple."""
+    return [(one,) for one in reward.required if one not in PROTOCOL] + list(reward.column_choices)
 
 
 def call_arguments(

@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length"]
 """`stop`: the model ended its turn. `length`: it was cut off at the token limit, hence truncated."""
 
 Outcome = Literal["ok", "timeout", "error", "invalid"]
-"""What became of one sample's reward call; all but `ok` count as missing, never as 0."""
+"""What became of one sample's reward call; see rlqwen.scoring.totals for what follows from it."""
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class Group:
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     """What became of each reward call, parallel to `rewards`."""
     total_rewards_G: list[float | None] = field(default_factory=list)
-    """Weighted sum over reward functions; None if all of them are missing."""
+    """Weighted sum over reward functions; None where it is missing, see rlqwen.scoring.totals."""
     advantages_G: list[float] = field(default_factory=list)
     extras: dict[str, list[Any]] = field(default_factory=dict)
     """What reward functions gave to `log_extra`: column -> a value for each completion."""

@@ -232,10 +232,13 @@ def test_all_faults_are_collected_at_once(tmp_path):
     assert "did you mean 'accuracy'?" in str(report.faults[1])
 
 
-def test_a_column_that_a_reward_needs_is_missed_in_any_row(tiny_model_path, tmp_path):
-    report = check_recipe(recipe_of(tiny_model_path, [SUM, SUM, {"prompt": "2 + 2 = ?"}], tmp_path, **GRPO))
-    message = str(the_fault(report))
-    assert "needs a column 'solution' or 'answer', which data.train, row 2 lacks" in message
+def test_a_column_that_a_reward_needs_must_be_in_some_row(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}] * 2, tmp_path, **GRPO))
+    assert "needs a column 'solution' or 'answer', which data.train lacks" in str(the_fault(report))
+    report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}, SUM, SUM], tmp_path, **GRPO))
+    assert not report.faults
+    (line,) = [warning for warning in report.warnings if "None" in warning]
+    assert "reward 'accuracy' is given None in 1 of 3 rows of data.train, which have no 'solution' and no" in line
 
 
 def test_empty_loss_masks_are_a_fault(tiny_model_path, tmp_path):

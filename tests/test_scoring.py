@@ -74,7 +74,7 @@ def test_rewards_columns_and_weights_reach_the_group() -> None:
     assert group.total_rewards_G == [1.5, 0.0, 0.5]
 
 
-def test_total_is_missing_only_where_every_reward_is() -> None:
+def test_a_total_is_of_the_rewards_that_apply() -> None:
     def first(completions: list[str]) -> list[float | None]:
         return [None, None]
 

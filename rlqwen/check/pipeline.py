@@ -58,8 +58,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         if place and recipe.rewards:
             rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
             rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed)
-            for reward in rewards:
-                check_reward_columns(reward, rows, "data.train")
+            check_reward_columns(rewards, rows, "data.train")
 
 
 def _check_reference(recipe: Recipe, earlier: Sequence[Recipe]) -> None:

@@ -7,7 +7,7 @@ from rlqwen.check.report import CheckReport
 from rlqwen.config import RewardSpec, ScoringConfig
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import RewardSpecError
-from rlqwen.registry import Reward, check_columns
+from rlqwen.registry import Reward, check_rows
 from rlqwen.scoring import build_rewards
 from rlqwen.scoring.isolation.boundary import refusal, why_not
 from rlqwen.scoring.placement import must_isolate
@@ -20,17 +20,17 @@ def resolve_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
     return build_rewards([spec.name for spec in specs], [spec.args for spec in specs])
 
 
-def check_reward_columns(reward: Reward, rows: Sequence[Row], where: str) -> None:
-    """Raise RewardSpecError unless every row has the columns that the reward cannot do without."""
-    seen: set[frozenset[str]] = set()
+def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: str) -> list[str]:
+    """What rlqwen.registry.check_rows says of rows before their prompts are tokenised."""
+    written: dict[frozenset[str], frozenset[str]] = {}
+    """Columns of a row -> those that its rewards see."""
     for number, row in enumerate(rows):
-        columns = frozenset(row)
-        if columns not in seen:
-            seen.add(columns)
-            prompt_row = to_prompt_row(row, f"{where}, row {number}")
-            check_columns(
-                reward, sorted(set(prompt_row) - {"prompt"}), where if number == 0 else f"{where}, row {number}"
-            )
+        if frozenset(row) not in written:
+            seen = to_prompt_row(row, f"{where}, row {number}")
+            written[frozenset(row)] = frozenset(seen) - {"prompt"}
+    # A column that a row does not have was made from its answer.
+    columns = ({name: row.get(name, "") for name in written[frozenset(row)]} for row in rows)
+    return check_rows(rewards, columns, where)[1] if rows else []
 
 
 def check_rewards(
@@ -57,4 +57,4 @@ def check_rewards(
         for reward in rewards:
             for where, rows in parts.items():
                 with report.collecting():
-                    check_reward_columns(reward, rows or [], where)
+                    report.warnings += check_reward_columns([reward], rows or [], where)

@@ -1,5 +1,6 @@
 """One evaluation, from the config to the figures."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,8 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
     refuse_used_output(config.output)
     rewards = build_rewards([spec.name for spec in config.rewards], [spec.args for spec in config.rewards])
     rows = load_rows(config.data, seed=config.seed)[: config.limit]
-    for reward in rewards:
-        check_reward_columns(reward, rows, "data")
+    for line in check_reward_columns(rewards, rows, "data"):
+        print(line, file=sys.stderr)
     measure = None
     if config.text_metrics:
         measure = TextMeasure(config.text_metrics, rows, reference=config.reference, labels=config.labels)

@@ -30,6 +30,7 @@ def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Sc
     The same config gives the same completions, and two models get the same seeds. The engine is closed at the end.
     """
     prompts, report = _prompts(model, rows, config)
+    scorer.columns |= {column for prompt in prompts for column in prompt.columns}
     sampling = Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,

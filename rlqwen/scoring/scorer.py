@@ -17,6 +17,7 @@ from rlqwen.scoring.ledger import Batch, Job, Ledger, Tally
 from rlqwen.scoring.outcomes import CallResult, call
 from rlqwen.scoring.placement import check_arguments, must_isolate, pack_travellers
 from rlqwen.scoring.reward_model import RewardModel
+from rlqwen.scoring.totals import total_rewards
 from rlqwen.scoring.worker import CONFINED_PYTHON
 from rlqwen.types import Group
 
@@ -44,6 +45,8 @@ class Scorer:
     ) -> None:
         self.rewards = tuple(rewards)
         self.weights = (1.0,) * len(self.rewards) if weights is None else tuple(weights)
+        self.columns: set[str] = set()
+        """Names of the data's columns; a row that lacks one of them gives None for it."""
         self.trainer_state: Any = None
         """Given to rewards that ask for `trainer_state`, as a copy of its plain attributes, such as `global_step`."""
         self._config = config
@@ -132,8 +135,9 @@ class Scorer:
             batch.is_open = False
             if plain:
                 self.count(batch.tally)
+        weights = dict(zip((reward.name for reward in self.rewards), self.weights, strict=True))
         for group in batch.groups:
-            group.total_rewards_G = self._total(group)
+            group.total_rewards_G = total_rewards(group, weights)
         return batch.groups
 
     def count(self, tally: Tally) -> None:
@@ -189,7 +193,8 @@ class Scorer:
         completions: list[Any] = [completion.text for completion in chosen]
         if prompt.is_conversational:
             completions = [[{"role": "assistant", "content": text}] for text in completions]
-        columns = {name: [value] * len(chosen) for name, value in prompt.columns.items()}
+        row = dict.fromkeys(sorted(self.columns)) | prompt.columns
+        columns = {name: [value] * len(chosen) for name, value in row.items()}
         return call_arguments(
             self.rewards[job.reward],
             [prompt.content] * len(chosen),
@@ -230,17 +235,6 @@ class Scorer:
             self._changed.notify_all()
         for retry in retries:
             self._begin(retry)
-
-    def _total(self, group: Group) -> list[float | None]:
-        totals: list[float | None] = []
-        for sample in range(len(group)):
-            given = [
-                weight * value
-                for reward, weight in zip(self.rewards, self.weights, strict=True)
-                if (value := group.rewards[reward.name][sample]) is not None
-            ]
-            totals.append(sum(given) if given else None)
-        return totals
 
     def _raise_dispatcher_error(self) -> None:
         for dispatcher in self._dispatchers:

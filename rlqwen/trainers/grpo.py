@@ -163,12 +163,15 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals."""
+        """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals; a completion
+        whose reward is missing is left out of both."""
         trees, tokens, sequences = [], 0, 0
         for group, indices in share:
             branches = []
             for index in indices:
                 completion, advantage = group.completions[index], group.advantages_G[index]
+                if group.total_rewards_G[index] is None:
+                    continue
                 sequences += 1
                 if self.args.mask_truncated_completions and completion.is_truncated:
                     continue

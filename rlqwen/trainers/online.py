@@ -17,7 +17,7 @@ from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
-from rlqwen.registry import Reward, check_columns
+from rlqwen.registry import Reward, check_rows
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
@@ -80,6 +80,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         )
         self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
         self.scorer: Scorer | None = None
+        self._columns: set[str] = set()
+        """Of all rows, for the scorer."""
         self.lead.run(self._start_scorer)
         self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
         if eval_dataset is not None:
@@ -102,8 +104,9 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
         name = "eval" if evaluation else "train"
-        for reward in self.rewards:
-            check_columns(reward, prompts[0].columns, f"{name}_dataset")
+        columns, lines = check_rows(self.rewards, (prompt.columns for prompt in prompts), f"{name}_dataset")
+        self._columns |= columns
+        report.warnings += lines
         self.reports[name] = report
         return prompts
 
@@ -192,6 +195,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             tokenizer=self.processing_class,
         )
         self.scorer.trainer_state = self.state
+        self.scorer.columns = self._columns
 
     def scoring_metrics(self) -> Metrics:
         """What the reward workers counted since the last call; nothing where there are none, off the main rank."""
