@@ -1,7 +1,13 @@
 """What several test files share: a tiny model on disk, and quiet, offline libraries."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
+if "RLQWEN_CACHE" not in os.environ:
+    os.environ["RLQWEN_CACHE"] = tempfile.mkdtemp(prefix="rlqwen-cache-")
+    atexit.register(shutil.rmtree, os.environ["RLQWEN_CACHE"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RLQWEN_DISPLAY", "off")

@@ -57,7 +57,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
             resolve_rewards(sampled.rewards)
         if place and recipe.rewards:
             rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
-            rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed)
+            rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
             check_reward_columns(rewards, rows, "data.train")
 
 

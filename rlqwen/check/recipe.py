@@ -1,7 +1,7 @@
 """All that can be found wrong with one recipe before it is run."""
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFac
     return None
 
 
-def _load(report: CheckReport, recipe: Recipe, part: str) -> list[Row] | None:
+def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | None:
     source: SourceConfig | list[SourceConfig] | None = getattr(recipe.data, part)
     if source is None:
         if part == "eval" and recipe.train.eval_strategy != "no":
@@ -83,7 +83,7 @@ def _load(report: CheckReport, recipe: Recipe, part: str) -> list[Row] | None:
     if sampled:
         return None
     with report.collecting():
-        return load_rows(source, seed=recipe.data.mixing_seed)
+        return load_rows(source, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
     return None
 
 
@@ -97,8 +97,8 @@ def _check_sampled(report: CheckReport, recipe: Recipe, name: str, pairs: Sample
 
 
 def _clean(
-    report: CheckReport, recipe: Recipe, train: list[Row] | None, evaluation: list[Row] | None
-) -> tuple[list[Row] | None, list[Row] | None]:
+    report: CheckReport, recipe: Recipe, train: Sequence[Row] | None, evaluation: Sequence[Row] | None
+) -> tuple[Sequence[Row] | None, Sequence[Row] | None]:
     """The rows that a run would see; none where they can't be had."""
     if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
         return train, evaluation

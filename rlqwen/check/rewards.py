@@ -36,7 +36,7 @@ def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: 
 def check_rewards(
     report: CheckReport,
     specs: Sequence[RewardSpec],
-    parts: Mapping[str, list[Row] | None],
+    parts: Mapping[str, Sequence[Row] | None],
     *,
     to_train: Collection[str],
     scoring: ScoringConfig,

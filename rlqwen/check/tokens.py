@@ -1,6 +1,7 @@
 """What a recipe's rows become: tokenised as its trainer does it, and the batches that come of them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from rlqwen.check.arithmetic import plan_batch, prompt_room
@@ -13,7 +14,7 @@ from rlqwen.errors import DataError
 Row = dict[str, Any]
 
 
-def tokenize(recipe: Recipe, rows: list[Row], model: ModelFacts) -> DataReport:
+def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataReport:
     config = recipe.train
     if isinstance(config, SFTConfig):
         _, data = tokenize_sft(rows, model.tokenizer, config)
@@ -47,7 +48,7 @@ def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
             report.warnings.append(warning)
 
 
-def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, list[Row] | None]) -> None:
+def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, Sequence[Row] | None]) -> None:
     for name, rows in parts.items():
         if rows:
             report.facts.append((name, f"{len(rows)} rows"))

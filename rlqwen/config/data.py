@@ -88,6 +88,9 @@ class DataConfig(Config):
     """Rows that evaluation uses; never trained on."""
     mixing_seed: int = 42
     """Seed of the order in which mixed sources are interleaved."""
+    cache_dir: str | None = None
+    """Folder for rows and token ids on disk. None: `data` in the environment variable RLQWEN_CACHE, or else `rlqwen` in
+    the cache of the datasets library (HF_DATASETS_CACHE)."""
     cleaning: CleaningConfig | None = None
     """What is dropped from the training rows and masked in all rows; None for nothing."""
 

@@ -1,5 +1,6 @@
 """The rows that a recipe's `data` section stands for: loaded, mixed and cleaned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +15,20 @@ Row = dict[str, Any]
 class RecipeData:
     """What a run trains and is evaluated on."""
 
-    train: list[Row]
-    eval: list[Row] | None
+    train: Sequence[Row]
+    eval: Sequence[Row] | None
     cleaning: CleaningReport | None = None
     """None where the recipe asks for no cleaning."""
 
 
 def load_recipe_data(data: DataConfig) -> RecipeData:
     """Load training and eval rows and clean them as the recipe says; everything wrong with them is an InputError."""
-    train = load_rows(data.train, seed=data.mixing_seed)
-    evaluation = load_rows(data.eval, seed=data.mixing_seed) if data.eval else None
+    train = load_rows(data.train, seed=data.mixing_seed, cache_dir=data.cache_dir)
+    evaluation = load_rows(data.eval, seed=data.mixing_seed, cache_dir=data.cache_dir) if data.eval else None
     return clean_recipe_data(data, train, evaluation)
 
 
-def clean_recipe_data(data: DataConfig, train: list[Row], evaluation: list[Row] | None) -> RecipeData:
+def clean_recipe_data(data: DataConfig, train: Sequence[Row], evaluation: Sequence[Row] | None) -> RecipeData:
     """The second half of `load_recipe_data`, for who has loaded the rows already."""
     if data.cleaning is None:
         return RecipeData(train, evaluation)

@@ -4,8 +4,9 @@ import difflib
 import logging
 import random
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from rlqwen.config.data import SourceConfig
 from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
+from rlqwen.data.rows_on_disk import STORED_FROM, GivenRows, TableRows, keep_rows
 from rlqwen.data.turns import without_filling
+from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
 from rlqwen.model_sources import note_commit
 
@@ -23,8 +26,12 @@ logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def load_rows(source: SourceConfig | list[SourceConfig], *, seed: int) -> list[Row]:
+def load_rows(
+    source: SourceConfig | list[SourceConfig], *, seed: int, cache_dir: str | Path | None = None
+) -> Sequence[Row]:
     """All rows of a source, or of several mixed; each in the form that rlqwen.data.formats describes.
+
+    Many rows are written to an Arrow file in the data cache (`cache_dir`), and read from there when they are asked for.
 
     Sources without a `weight` are simply joined and interleaved. As soon as one has a weight, weights are shares of
     the mixture: it is made as large as it can be without repeating a row, and the log says how many of each were
@@ -34,17 +41,19 @@ def load_rows(source: SourceConfig | list[SourceConfig], *, seed: int) -> list[R
     sources = source if isinstance(source, list) else [source]
     if not sources:
         raise DataError("data: an empty list of sources; give at least one")
-    loaded = [_load_source(one) for one in sources]
+    loaded = [_load_source(one, cache_dir) for one in sources]
     if len(loaded) == 1:
         return loaded[0]
     return _mix(sources, loaded, random.Random(seed))
 
 
-def as_rows(data: Any) -> list[Row]:
+def as_rows(data: Any) -> Sequence[Row]:
     """Rows of what a script passes as a dataset: datasets.Dataset, or any sized sequence of dicts; in our form.
 
-    Raises DataError for a stream, a DatasetDict, or an empty dataset.
+    Many rows stay where they are, and come into our form when they are asked for. Raises DataError for a stream, a DatasetDict, or an empty dataset.
     """
+    if isinstance(data, View):
+        return data  # one of ours, in our form already
     if isinstance(data, Mapping):
         raise DataError(f"a dataset with splits ({', '.join(map(str, data))}) was given; pass one, as dataset['train']")
     if isinstance(data, str | bytes) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
@@ -52,14 +61,10 @@ def as_rows(data: Any) -> list[Row]:
             f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; of a stream, take a "
             "number of rows first: list(stream.take(10_000))"
         )
-    is_table = hasattr(data, "to_list")
-    rows = [without_filling(row) for row in data.to_list()] if is_table else [data[i] for i in range(len(data))]
-    if not rows:
+    if not len(data):
         raise DataError("the dataset is empty")
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DataError(f"row {number}: a row must be a dict, not {row!r:.80}")
-    return [normalise_row(dict(row), f"row {number}") for number, row in enumerate(rows)]
+    rows = TableRows(data) if hasattr(data, "to_list") and hasattr(data, "with_format") else GivenRows(data)
+    return rows if len(rows) >= STORED_FROM else list(rows)
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
@@ -73,8 +78,8 @@ def prepare_row(row: Row, source: SourceConfig, where: str) -> Row:
     return add_system_prompt(row, source.system_prompt, where) if source.system_prompt else row
 
 
-def _load_source(source: SourceConfig) -> list[Row]:
-    rows = [prepare_row(row, source, where) for where, row in read_source(source)]
+def _load_source(source: SourceConfig, cache_dir: str | Path | None) -> Sequence[Row]:
+    rows = keep_rows((prepare_row(row, source, where) for where, row in read_source(source)), cache_dir)
     if not rows:
         raise DataError(f"{source.path or source.generator} holds no rows")
     return rows
@@ -156,7 +161,7 @@ def _map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _mix(sources: Sequence[SourceConfig], loaded: Sequence[list[Row]], rng: random.Random) -> list[Row]:
+def _mix(sources: Sequence[SourceConfig], loaded: Sequence[Sequence[Row]], rng: random.Random) -> Sequence[Row]:
     counts = [len(rows) for rows in loaded]
     if any(source.weight is not None for source in sources):
         weights = [1.0 if source.weight is None else source.weight for source in sources]
@@ -164,9 +169,11 @@ def _mix(sources: Sequence[SourceConfig], loaded: Sequence[list[Row]], rng: rand
         # The small addend keeps a share such as 0.1 * 30 from falling to 2.
         counts = [max(1, int(total * weight + 1e-9)) for weight in weights]
     queues = []
-    for source, rows, count in zip(sources, loaded, counts, strict=True):
+    starts = accumulate(map(len, loaded), initial=0)
+    for source, rows, count, start in zip(sources, loaded, counts, starts, strict=False):
         logger.info("mixture: %d of %d rows of %s", count, len(rows), source.path or source.generator)
-        queues.append(iter([rows[i] for i in sorted(rng.sample(range(len(rows)), count))]))
-    order = [number for number, count in enumerate(counts) for _ in range(count)]
+        queues.append(map(start.__add__, sorted(rng.sample(range(len(rows)), count))))
+    order = array("q", (number for number, count in enumerate(counts) for _ in range(count)))
     rng.shuffle(order)
-    return [next(queues[number]) for number in order]
+    mixed = Selected(Joined(loaded), array("q", (next(queues[number]) for number in order)))
+    return mixed if len(mixed) >= STORED_FROM else list(mixed)

@@ -1,6 +1,7 @@
 """Cleaning of training rows: masks, filters, de-duplication, each step counted, and the outcome cached."""
 
 import logging
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from rlqwen.data.cleaning.outcome import Outcome
 from rlqwen.data.cleaning.report import CleaningReport, make_report
 from rlqwen.data.cleaning.steps import find_outcome
 from rlqwen.data.cleaning.texts import Row
+from rlqwen.data.views import Selected, View
 from rlqwen.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -22,8 +24,8 @@ __all__ = ["CleanedRows", "CleaningReport", "clean_rows"]
 class CleanedRows:
     """What came out of cleaning."""
 
-    train: list[Row]
-    eval: list[Row] | None
+    train: Sequence[Row]
+    eval: Sequence[Row] | None
     report: CleaningReport
 
 
@@ -48,8 +50,9 @@ def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[
             f"data.cleaning left none of {len(rows)} training rows: {reasons}; loosen these keys, or look at what they "
             f"dropped in {report.folder or 'the data'}"
         )
+    kept = Selected(masked, array("q", outcome.survivors(len(rows))))
     return CleanedRows(
-        train=[masked[number] for number in outcome.survivors(len(rows))],
+        train=kept if isinstance(rows, View) else list(kept),
         eval=None if eval_rows is None else outcome.apply(eval_rows, "eval"),
         report=report,
     )

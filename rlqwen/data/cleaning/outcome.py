@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlqwen.data.cleaning.texts import Row
+from rlqwen.data.views import Overlaid, View
 
 Side = Literal["train", "eval"]
 
@@ -42,13 +43,10 @@ class Outcome:
     masked: list[MaskedRow] = field(default_factory=list)
     dropped: list[DroppedRow] = field(default_factory=list)
 
-    def apply(self, rows: Sequence[Row], side: Side) -> list[Row]:
+    def apply(self, rows: Sequence[Row], side: Side) -> Sequence[Row]:
         """The rows with their masks on, none left out."""
-        result = list(rows)
-        for masked in self.masked:
-            if masked.side == side:
-                result[masked.row] = rows[masked.row] | masked.columns
-        return result
+        masked = Overlaid(rows, {one.row: one.columns for one in self.masked if one.side == side})
+        return masked if isinstance(rows, View) else list(masked)
 
     def dropped_by_reason(self) -> dict[str, int]:
         """Reason -> number of rows, in the order in which the steps were taken."""

@@ -1,0 +1,68 @@
+"""Arrow files of rows: written batch by batch, mapped into memory, and read one row at a time."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from rlqwen.data.views import View
+
+Item = TypeVar("Item")
+
+
+class Codec(Protocol[Item]):
+    """How items become columns of an Arrow file, and come back equal."""
+
+    schema: ClassVar[pa.Schema]
+
+    def encode(self, items: Sequence[Item]) -> pa.RecordBatch: ...
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> Item: ...
+
+
+class ArrowRows(View[Item], Generic[Item]):
+    """The items of an Arrow file; `digest` stands for their content.
+
+    The file is mapped: its pages are in memory only while the system has room for them, and may be deleted or replaced
+    while it is open. Raises ValueError or OSError for a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, codec: Codec[Item], digest: str) -> None:
+        self.path, self.codec, self.digest = path, codec, digest
+        with pa.memory_map(str(path)) as source:  # buffers keep the mapping alive
+            reader = pa.ipc.open_file(source)
+            if not reader.schema.equals(codec.schema):
+                raise ValueError(f"{path} has other columns than it should")
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def item(self, place: int) -> Item:
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[number - 1]) if number else 0
+        return self.codec.decode(self._batches[number], place - before)
+
+    def __iter__(self) -> Iterator[Item]:
+        for batch in self._batches:
+            yield from (self.codec.decode(batch, place) for place in range(len(batch)))
+
+    def column(self, name: str) -> Iterator[pa.Array]:
+        """One column of the file, in its pieces."""
+        return (batch.column(name) for batch in self._batches)
+
+
+def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write an Arrow file; no more than a batch is in memory at a time."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def numbers_at(column: Any, place: int) -> list[Any]:
+    """The list of numbers or booleans in one row of a column."""
+    values = column[place].values
+    return values.to_numpy(zero_copy_only=False).tolist()  # type: ignore[no-any-return]

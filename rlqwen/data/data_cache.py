@@ -1,0 +1,113 @@
+"""Where rows and token ids lie on disk, and how they get there whole: written beside their place, then renamed.
+
+A folder's name is a digest of all that its content depends on, so nothing stale is ever found; its `meta.json` holds a
+digest of the Arrow file, so nothing damaged is used. Several processes may share a cache: one writes, others wait.
+"""
+
+import contextlib
+import fcntl
+import filecmp
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlqwen.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ROWS_FILE = "rows.arrow"
+_META_FILE = "meta.json"
+_MEND = "set data.cache_dir in the recipe, or the environment variable RLQWEN_CACHE, to a folder with room"
+
+
+def cache_root(given: str | Path | None = None) -> Path:
+    """The folder for data on disk: `given`, `data` in RLQWEN_CACHE, or `rlqwen` beside the datasets library's own.
+
+    Raises ConfigError if it cannot be written to.
+    """
+    if given is None and os.environ.get("RLQWEN_CACHE"):
+        given = Path(os.environ["RLQWEN_CACHE"]) / "data"
+    if given is None:
+        from datasets import config
+
+        given = Path(config.HF_DATASETS_CACHE) / "rlqwen"
+    root = Path(given).expanduser()
+    with explained(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+
+
+@contextlib.contextmanager
+def explained(root: Path) -> Iterator[None]:
+    """Turn an error of the disk into a ConfigError that says how to mend it."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"the data cache {str(root)!r} cannot be written to ({error.strerror}): {_MEND}") from error
+
+
+@contextlib.contextmanager
+def scratch_folder(root: Path) -> Iterator[Path]:
+    """A new folder in the cache, gone at the end unless it was renamed; its files stay readable where they are open."""
+    folder = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str) -> Iterator[None]:
+    """One process at a time; the system frees the lock of a process that died."""
+    with (root / f".{name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("another process is tokenising the same rows; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: to do the work twice is better than not at all
+        yield
+
+
+def keep_file(written: Path, root: Path, name: str) -> Path:
+    """Give a finished file its name in the cache; an equal one that lies there already is used instead."""
+    place = root / name
+    if not (place.is_file() and filecmp.cmp(written, place, shallow=False)):
+        written.replace(place)
+    return place
+
+
+def keep_folder(written: Path, place: Path, meta: dict[str, Any]) -> None:
+    """Give a folder with a finished Arrow file its place in the cache; a damaged one there gives way."""
+    meta = meta | {"file": digest_file(written / ROWS_FILE)}
+    (written / _META_FILE).write_text(json.dumps(meta), "utf-8")
+    shutil.rmtree(place, ignore_errors=True)
+    written.rename(place)
+
+
+def read_meta(place: Path) -> dict[str, Any] | None:
+    """What was noted of a folder of the cache; None if it is not there, or damaged, which the log says."""
+    if not place.is_dir():
+        return None
+    try:
+        meta: dict[str, Any] = json.loads((place / _META_FILE).read_text("utf-8"))
+        if meta["file"] != digest_file(place / ROWS_FILE):
+            raise ValueError("its digest does not fit")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the rows are tokenised anew", place, error)
+        return None
+    return meta
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

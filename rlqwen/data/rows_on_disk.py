@@ -1,0 +1,188 @@
+"""Rows in our form, on disk when there are many, and rows of a script's dataset, brought into our form when read."""
+
+import base64
+import datetime
+import decimal
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from rlqwen.data.arrow_file import ArrowRows, write_batches
+from rlqwen.data.data_cache import cache_root, explained, keep_file, scratch_folder
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.turns import without_filling
+from rlqwen.data.views import Joined, Overlaid, Selected, View
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+
+STORED_FROM = 1000
+"""Fewer rows stay in memory: they are small, and quicker there."""
+BATCH = 512
+_TAG = "__rlqwen_type__"
+
+
+class RowCodec:
+    """One JSON text per row: Arrow's own columns would fill up rows of different keys, and mix types."""
+
+    schema: ClassVar[pa.Schema] = pa.schema([("row", pa.large_binary())])
+
+    def encode(self, items: Sequence[Row]) -> pa.RecordBatch:
+        return self.batch([encode_row(row) for row in items])
+
+    def batch(self, texts: Sequence[bytes]) -> pa.RecordBatch:
+        """A batch of rows that are JSON already."""
+        return pa.record_batch([pa.array(texts, pa.large_binary())], schema=self.schema)
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> Row:
+        text: bytes = batch.column(0)[place].as_py()
+        row: Row = json.loads(
+            text.decode("utf-8", "surrogatepass"), object_hook=_untag if _TAG.encode() in text else None
+        )
+        return row
+
+
+def encode_row(row: Row) -> bytes:
+    """A row as JSON; TypeError for a value that would not come back."""
+    return json.dumps(row, ensure_ascii=False, default=_tag).encode("utf-8", "surrogatepass")
+
+
+def _tag(value: Any) -> dict[str, Any]:
+    """What Parquet has and JSON has not."""
+    if isinstance(value, bytes):
+        return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, decimal.Decimal):
+        return {_TAG: "Decimal", "value": str(value)}
+    if isinstance(value, datetime.timedelta):
+        return {_TAG: "timedelta", "value": [value.days, value.seconds, value.microseconds]}
+    for kind in (datetime.datetime, datetime.date, datetime.time):
+        if type(value) is kind:
+            return {_TAG: kind.__name__, "value": value.isoformat()}
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
+def _untag(value: dict[str, Any]) -> Any:
+    if _TAG not in value:
+        return value
+    kind, inner = value[_TAG], value["value"]
+    if kind == "bytes":
+        return base64.b64decode(inner)
+    if kind == "Decimal":
+        return decimal.Decimal(inner)
+    if kind == "timedelta":
+        return datetime.timedelta(*inner)
+    return getattr(datetime, kind).fromisoformat(inner)
+
+
+def keep_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequence[Row]:
+    """All rows of an iterator: a list of a few, or else an Arrow file in the cache, named by its content."""
+    first = list(islice(rows, STORED_FROM))
+    if len(first) < STORED_FROM:
+        return first
+    try:
+        for row in first:
+            encode_row(row)
+    except TypeError:  # objects that a file cannot hold, such as images
+        return [*first, *rows]
+    root, codec, digest = cache_root(cache_dir), RowCodec(), hashlib.blake2b(digest_size=16)
+    with explained(root), scratch_folder(root) as folder:
+        written = folder / "rows.arrow"
+        write_batches(written, codec.schema, map(codec.batch, _encoded(chain(first, rows), digest)))
+        place = keep_file(written, root, f"rows-{digest.hexdigest()}.arrow")
+        return ArrowRows(place, codec, digest.hexdigest())
+
+
+def _encoded(rows: Iterable[Row], digest: Any) -> Iterator[list[bytes]]:
+    """JSON texts in batches, each fed to the digest."""
+    stream = iter(rows)
+    while batch := list(islice(stream, BATCH)):
+        texts = []
+        for row in batch:
+            try:
+                texts.append(encode_row(row))
+            except TypeError as error:
+                raise DataError(f"{error} cannot be kept on disk, in row {row!r:.200}; drop that column") from None
+            digest.update(b"%d:" % len(texts[-1]) + texts[-1])
+        yield texts
+
+
+class GivenRows(View[Row]):
+    """Rows of a sequence that a script holds, brought into our form one by one."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def item(self, place: int) -> Row:
+        return normalise_row(self._raw(place), f"row {place}")
+
+    def chunk(self, start: int, stop: int) -> list[Row]:
+        """Rows as they stand in the data, for who brings them into our form."""
+        return [self._raw(place) for place in range(start, stop)]
+
+    def _raw(self, place: int) -> Row:
+        row = self.data[place]
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {place}: a row must be a dict, not {row!r:.80}")
+        return dict(row)
+
+
+class TableRows(GivenRows):
+    """Rows of a datasets.Dataset, read from its Arrow table as it lies on disk or in memory."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data.with_format("arrow"))  # as the table has them: nothing decoded, no transform
+
+    def _raw(self, place: int) -> Row:
+        return self.chunk(place, place + 1)[0]
+
+    def chunk(self, start: int, stop: int) -> list[Row]:
+        return [without_filling(row) for row in self.data[start:stop].to_pylist()]
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), BATCH):
+            for number, row in enumerate(self.chunk(start, min(start + BATCH, len(self))), start):
+                yield normalise_row(row, f"row {number}")
+
+
+def chunk_of(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
+    """Some rows, in our form or as their source has them, whichever is cheaper."""
+    return rows.chunk(start, stop) if isinstance(rows, GivenRows) else list(rows[start:stop])
+
+
+def content_digest(rows: Sequence[Row]) -> str:
+    """Digest of all rows in order; read off what is known of them where that will do."""
+    if isinstance(rows, ArrowRows):
+        return rows.digest
+    digest = hashlib.blake2b(type(rows).__name__.encode(), digest_size=16)
+    if isinstance(rows, Selected):
+        digest.update(content_digest(rows.rows).encode() + array("q", rows.places).tobytes())
+    elif isinstance(rows, Joined):
+        digest.update("".join(map(content_digest, rows.parts)).encode())
+    elif isinstance(rows, Overlaid):
+        digest.update(content_digest(rows.rows).encode() + _loosely(sorted(rows.changes.items())))
+    else:
+        for start in range(0, len(rows), BATCH):
+            for row in chunk_of(rows, start, min(start + BATCH, len(rows))):
+                digest.update(_loosely(row) + b"\n")
+    return digest.hexdigest()
+
+
+def _loosely(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass")
+
+
+def folder_of(rows: Sequence[Row]) -> Path | None:
+    """The folder of the cache that rows lie in, behind whatever views; None if they lie elsewhere."""
+    if isinstance(rows, ArrowRows):
+        return rows.path.parent
+    parts = rows.parts if isinstance(rows, Joined) else [rows.rows] if isinstance(rows, Selected | Overlaid) else []
+    return next(filter(None, map(folder_of, parts)), None)
