@@ -302,8 +302,10 @@ def test_wrong_weights_are_refused_by_name(pool: RolloutPool, model: PreTrainedM
         pool.load_weights(302, renamed.items(), canary(model))
     with pytest.raises(WeightSyncError, match=rf"{name} is \[2, 2\], not \[128, 64\]"):
         pool.load_weights(302, (weights | {name: torch.zeros(2, 2)}).items(), canary(model))
-    # Nothing was sent: the workers go on with what they hold.
-    assert {group.policy_version for group in pool.generate(requests(count=2))} == {301}
+    with pytest.raises(RolloutError, match="no worker may serve"):
+        list(pool.generate(requests(count=1)))
+    pool.load_weights(303, weights.items(), canary(model))
+    assert {group.policy_version for group in pool.generate(requests(count=2))} == {303}
 
 
 @pytest.mark.fault("weights that give a worker other logprobs than the trainer's", "the canary stops all sampling")

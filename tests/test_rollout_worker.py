@@ -1,5 +1,8 @@
 """The thread that owns an engine: when it begins the groups that it is given, and where it cannot start."""
 
+import threading
+import time
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +12,7 @@ import pytest
 
 from rlqwen.errors import RolloutError
 from rlqwen.rollout.messages import GroupJob, Share
+from rlqwen.rollout.weights import WeightBundle
 from rlqwen.rollout.worker import EngineThread
 from rlqwen.types import Sampling
 
@@ -76,3 +80,18 @@ def test_a_machine_without_the_model(tmp_path: Path) -> None:
     thread.start()
     with pytest.raises(RolloutError, match=r"gone holds no model on .*must lie where all of them see them"):
         thread.started.result(timeout=20)
+
+
+def test_weights_that_were_loaded_are_let_go(thread: EngineThread) -> None:
+    """While the thread waits for more work: else the object store would hold the old version beside the new one."""
+    thread._engine.load = lambda bundle: None  # type: ignore[method-assign,assignment]
+    bundle = WeightBundle(1, (), {}, None, 0)
+    alive, done = weakref.ref(bundle), Future[Any]()
+    thread.submit(lambda bundle=bundle: done.set_result(thread.load(bundle)), done)  # type: ignore[misc]
+    del bundle
+    threading.Thread(target=thread._work_off, daemon=True).start()
+    done.result(timeout=20)
+    until = time.monotonic() + 20
+    while alive() is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)

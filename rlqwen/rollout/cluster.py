@@ -14,12 +14,10 @@ from typing import Any
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError, RolloutError, WorkerDied
 from rlqwen.rollout import guard
-from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_workers
+from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
 _MAX_FOLDER_LENGTH = 40
-_MIB = 1024**2
-_MIN_STORE_BYTES = 128 * _MIB
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,10 @@ class Cluster:
     disconnect: Callable[[], None]
 
 
-def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
+def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
     """Connect to Ray as `config` says; ResourceError if the workers would not fit, before anything waits for them.
 
-    `weight_bytes`: size of the model's files, from which the private object store is sized.
+    `sent_bytes`: size of one version of what the workers are sent, from which the private object store is sized.
     """
     # Read when Ray is imported: no usage reports; and no warning about workers that ask for no GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -59,7 +57,7 @@ def connect(config: RolloutConfig, *, weight_bytes: int) -> Cluster:
             ray.shutdown()
             raise
     plan_workers(config)
-    return _start_private(weight_bytes).join(config)
+    return _start_private(sent_bytes).join(config)
 
 
 class _PrivateCluster:
@@ -89,12 +87,13 @@ class _PrivateCluster:
 _private: _PrivateCluster | None = None
 
 
-def _start_private(weight_bytes: int) -> _PrivateCluster:
+def _start_private(sent_bytes: int) -> _PrivateCluster:
     global _private
     import ray
 
-    base = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="rlq-", dir=base if len(base) <= _MAX_FOLDER_LENGTH else "/tmp")
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_FOLDER_LENGTH else "/tmp"
+    store = plan_object_store(sent_bytes, Path(base))
+    folder = tempfile.mkdtemp(prefix="rlq-", dir=base)
     command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
     # In a session of its own, so that Ctrl-C doesn't reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
@@ -106,8 +105,9 @@ def _start_private(weight_bytes: int) -> _PrivateCluster:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            # Old and new weights, perhaps in a wider dtype than their files. Pages are taken only as they are used.
-            object_store_memory=_MIN_STORE_BYTES + 4 * weight_bytes,
+            object_store_memory=store.num_bytes,
+            # Without it Ray would choose by a rule of its own, and warn.
+            _plasma_directory=folder if store.on_disk else None,
             _temp_dir=folder,
         )
     except BaseException:
@@ -148,7 +148,7 @@ def put(value: Any) -> Any:
         raise ResourceError(
             f"Ray's object store ({total / 1e9:.3g} GB) has no room for a version of the weights, and none is left on "
             "the disk that it would spill to: free that disk (the temporary folder), or start the cluster with more, "
-            "`ray start --object-store-memory BYTES`; it takes the old and the new weights at once"
+            "`ray start --object-store-memory BYTES`"
         ) from error
 
 

@@ -17,7 +17,7 @@ from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyn
 from rlqwen.rollout import cluster
 from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
 from rlqwen.rollout.slots import START_KEY, SYNC_KEY, Slot, Slots
-from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish
+from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish, sent_bytes
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class RolloutPool:
         self._flights: dict[Any, _Flight] = {}
         self._call = self._num_shares = 0
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
-        joined = cluster.connect(config, weight_bytes=weight_bytes)
+        joined = cluster.connect(config, sent_bytes=sent_bytes(model_path, dtype, lora_rank))
         self._settings = EngineSettings(
             model_path=str(Path(model_path).absolute()),
             dtype=dtype,
@@ -123,10 +123,13 @@ class RolloutPool:
         """See RolloutEngine."""
         self._drop_flights()
         self._call += 1
-        bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=cluster.put)
-        self._bundle, self.version, self._reports = bundle, version, []
         self._failure = "it is not finished"
         try:
+            self._bundle = None  # so that the object store, which lets go of it, need not hold two versions
+            for slot in self._slots:
+                slot.bundle = None
+            bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=cluster.put)
+            self._bundle, self.version, self._reports = bundle, version, []
             for slot in self._slots:
                 if slot.waiting is None:
                     slot.send(self._bundle, timeout_s=self.config.sync_timeout)

@@ -2,13 +2,24 @@
 
 import math
 import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
 
 PROCESS_GIB = 1.0
 """Memory of a worker's process beside weights and KV cache: torch and vLLM themselves."""
+SHARED_MEMORY = Path("/dev/shm")
+STORE_SLACK_BYTES = 128 * 1024**2
+"""Room in the object store beside the weights; Ray refuses a store below 75 MiB."""
+_STORE_SHARE = 0.8
+"""Share of the free shared memory that the object store may take."""
+_DISK_STORE_BYTES = 1024**3
+"""Largest store that is laid on the disk where shared memory is too small: what a disk takes in about a second."""
+ALLOW_DISK = "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"
+"""Ray's own switch: a store of any size may lie on the disk."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,49 @@ class WorkerResources:
     def num_threads(self) -> int:
         """OpenMP threads of an engine on CPU."""
         return max(1, int(self.num_cpus))
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """Ray's private object store, through which weights reach the workers."""
+
+    num_bytes: int
+    on_disk: bool
+    """It lies in Ray's temporary folder, because shared memory is too small."""
+
+
+def plan_object_store(
+    sent_bytes: int, temporary_folder: Path, *, shared_bytes: int | None = None, disk_bytes: int | None = None
+) -> ObjectStore:
+    """Size the object store for versions of the weights of `sent_bytes`; ResourceError, with the arithmetic, if no
+    place has the room for one version.
+
+    It holds the old and the new version where it can, and at least one, because the old one is dropped before the new
+    one is put. `shared_bytes`, `disk_bytes`: free in /dev/shm and in `temporary_folder`; None measures them.
+    """
+    needed = sent_bytes + STORE_SLACK_BYTES
+    free = _free_bytes(SHARED_MEMORY) if shared_bytes is None else shared_bytes
+    if int(_STORE_SHARE * free) >= needed:
+        return ObjectStore(min(needed + sent_bytes, int(_STORE_SHARE * free)), on_disk=False)
+    if needed <= _DISK_STORE_BYTES or os.environ.get(ALLOW_DISK):
+        free_disk = _free_bytes(temporary_folder) if disk_bytes is None else disk_bytes
+        if int(_STORE_SHARE * free_disk) >= needed:
+            return ObjectStore(needed, on_disk=True)
+    raise ResourceError(
+        f"rollout: the workers are sent {_gb(sent_bytes)} GB of weights + {_gb(STORE_SLACK_BYTES)} GB for the rest = "
+        f"{_gb(needed)} GB of shared memory, but {_STORE_SHARE:g} x {_gb(free)} GB free in {SHARED_MEMORY} = "
+        f"{_gb(_STORE_SHARE * free)} GB: give the container more (docker run --shm-size={math.ceil(needed / 0.7e9)}g), "
+        f"send the adapter alone (rollout.lora=true, with model.lora), or set {ALLOW_DISK}=1 to use the disk under "
+        f"{temporary_folder}, which is slower"
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g}"
 
 
 def plan_workers(

@@ -6,6 +6,7 @@ without a word.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,20 @@ def publish(
     if chunk:
         chunks.append(put(chunk))
     return WeightBundle(version, tuple(chunks), expected.check(shapes), canary, num_bytes)
+
+
+def sent_bytes(model_path: str, dtype: str, lora_rank: int | None) -> int:
+    """Size of one version: all weights of the checkpoint in `dtype`, or at most an adapter of `lora_rank` on every
+    projection."""
+    import torch
+
+    shapes = _checkpoint_shapes(Path(model_path)).items()
+    if lora_rank is None:
+        count = sum(math.prod(shape) for _, shape in shapes)
+    else:
+        adapted = [shape for name, shape in shapes if len(shape) == 2 and not name.endswith((_HEAD, _EMBEDDING))]
+        count = lora_rank * sum(sum(shape) for shape in adapted)
+    return count * int(getattr(torch, dtype).itemsize)
 
 
 class ExpectedWeights:

@@ -158,6 +158,7 @@ class EngineThread(threading.Thread):
                 work()
             except Exception as error:  # noqa: BLE001 - as above
                 future.set_exception(_portable(error))
+            del work, future  # else the wait for the next would keep weights in the object store that were loaded
 
     def _step(self) -> None:
         for request_id, sampled in self._engine.step():
