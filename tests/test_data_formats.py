@@ -1,5 +1,9 @@
 """Rows of many forms become one; what can't be read is named with its row and turn."""
 
+import json
+from typing import Any
+
+import numpy
 import pytest
 
 from rlqwen.data.formats import normalise_row, to_prompt_row
@@ -57,6 +61,23 @@ def test_sharegpt_roles_become_the_templates():
         ({"messages": TURNS, "tools": "[{"}, "column 'tools' is not valid JSON"),
         ({"messages": TURNS, "tools": ["add"]}, "column 'tools' must be a list of function descriptions"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "'history' must hold pairs"),
+        ({"instruction": "i", "output": {"text": ["o"]}}, "column 'output' must be text, not {'text'"),
+        ({"messages": TURNS, "system": ["s"]}, "column 'system' must be text"),
+        (
+            {"prompt": '[{"role": "user", "content": "q"', "completion": "a"},
+            "holds turns as text that is not valid JSON",
+        ),
+        *(
+            (
+                {"messages": [*TURNS, {"role": "assistant", "content": "b", key: value}]},
+                f"turn 2 .*'{key}' must be 0 or 1",
+            )
+            for key, value in (("weight", 0.5), ("loss_scale", 2), ("loss", "some"), ("train", [1]))
+        ),
+        (
+            {"messages": [*TURNS, {"role": "assistant", "content": "b", "reasoning": "x", "thinking": "y"}]},
+            "different thoughts under 'reasoning' and 'thinking'",
+        ),
     ],
 )
 def test_malformed_rows_are_named(row, message):
@@ -110,3 +131,161 @@ def test_a_row_without_a_prompt_is_refused():
         to_prompt_row({"question": "q", "answer": "a"}, "row 2")
     with pytest.raises(DataError, match="holds nothing but an answer"):
         to_prompt_row({"messages": TURNS[1:]}, "row 2")
+
+
+def said(row: dict[str, Any]) -> Any:
+    return normalise_row(row, "row 0")
+
+
+# Columns of their own
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"query": "q", "response": "a"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q"},
+        {"instruction": "q"},
+    ],
+    ids="+".join,
+)
+def test_a_system_column_stands_first_in_every_form(row, column):
+    prompt = to_prompt_row(said(row | {column: "s"}), "row 0")
+    assert prompt == {"prompt": [{"role": "system", "content": "s"}, *TURNS[:1]]} | {
+        key: prompt[key] for key in ("solution",) if key in prompt
+    }
+    assert to_prompt_row(said(row | {column: " "}), "row 0") == to_prompt_row(said(row), "row 0")
+
+
+def test_a_system_column_that_contradicts_the_turns_stays_so_that_it_is_named():
+    own = [{"role": "system", "content": "own"}, *TURNS]
+    assert said({"messages": own, "system": "own"}) == {"messages": own}
+    assert said({"messages": own, "system": "other"}) == {"messages": own, "system": "other"}
+
+
+# Turns
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_have_one_name(key):
+    turn = {"role": "assistant", "content": "a", key: "easy"}
+    (got,) = said({"messages": [turn]})["messages"]
+    assert got == {"role": "assistant", "content": "a", "reasoning_content": "easy"}
+
+
+@pytest.mark.parametrize("key", ["loss", "loss_scale", "weight", "train", "training"])
+@pytest.mark.parametrize("no", [False, 0, 0.0, "false"])
+def test_a_turn_that_must_not_be_learned_is_marked_in_every_form(key, no):
+    marked = {**TURNS[1], "in_loss": False}
+    mark = {key: no}
+    row = {"messages": [TURNS[0], TURNS[1] | mark, TURNS[0], TURNS[1] | {key: True}]}
+    assert said(row)["messages"] == [TURNS[0], marked, *TURNS]
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"} | mark]}
+    assert said(row)["messages"] == [TURNS[0], marked]
+    row = {"prompt": TURNS[:1], "completion": [TURNS[1] | mark, *TURNS]}
+    assert said(row)["completion"] == [marked, *TURNS]
+    row = {"instruction": "q", "output": "a", "history": [TURNS[0], TURNS[1] | mark]}
+    assert said(row)["messages"] == [TURNS[0], marked, *TURNS]
+    assert said(said(row)) == said(row)
+    assert to_prompt_row(said({"messages": [TURNS[0], marked, *TURNS]}), "row 0") == {
+        "prompt": [*TURNS, TURNS[0]],
+        "solution": "a",
+    }
+
+
+def test_a_mark_that_cannot_be_followed_stays_so_that_it_is_named():
+    user = TURNS[0] | {"train": True}
+    assert said({"messages": [user, TURNS[1]]})["messages"][0] == user
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_openai_turns_under_conversations_keep_calls_and_thoughts():
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "1"}], "reasoning_content": "add"},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    assert said({"conversations": turns}) == said({"messages": turns})
+    assert said({"conversation": turns}) == said({"messages": turns})
+
+
+def test_calls_as_turns_of_their_own_belong_to_the_turn_before():
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    row = {
+        "messages": [
+            *TURNS,
+            {"role": "tool_call", "content": call},
+            {"role": "tool_call", "content": call},
+            {"role": "tool_response", "content": "1"},
+        ]
+    }
+    assert said(row)["messages"] == [
+        TURNS[0],
+        TURNS[1] | {"tool_calls": [CALL, CALL]},
+        {"role": "tool", "content": "1"},
+    ]
+
+
+# Values
+
+
+@pytest.mark.parametrize("missing", [float("nan"), numpy.float64("nan"), numpy.datetime64("NaT"), None], ids=repr)
+def test_what_is_missing_in_a_table_is_missing_here(missing):
+    alpaca = {"instruction": "q", "input": missing, "output": "a", "history": missing, "system": missing}
+    assert said(alpaca) == {"messages": TURNS}
+    assert said({"messages": TURNS, "tools": missing, "note": missing, "of": [missing, {"a": missing}]}) == {
+        "messages": TURNS,
+        "note": None,
+        "of": [None, {"a": None}],
+    }
+    with pytest.raises(DataError, match="no prompt"):
+        to_prompt_row(said({"prompt": missing, "solution": "1"}), "row 0")
+
+
+def test_pandas_own_missing_values_and_arrays():
+    pandas = pytest.importorskip("pandas")
+    assert said({"prompt": "q", "a": pandas.NA, "b": pandas.NaT}) == {"prompt": "q", "a": None, "b": None}
+    filled = numpy.array([{**TURNS[0], "tool_calls": None}, {**TURNS[1], "tool_calls": numpy.array([CALL])}])
+    assert said({"messages": filled, "score": numpy.int64(3)}) == {
+        "messages": [TURNS[0], TURNS[1] | {"tool_calls": [CALL]}],
+        "score": 3,
+    }
+
+
+@pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
+def test_turns_may_stand_as_text(write):
+    assert said({"messages": write(TURNS)}) == {"messages": TURNS}
+    assert said({"conversations": write([{"from": "human", "value": "q"}])}) == {"messages": TURNS[:1]}
+    assert said({"prompt": write(TURNS[:1]), "completion": write(TURNS[1])}) == {
+        "prompt": TURNS[:1],
+        "completion": TURNS[1:],
+    }
+    assert said({"prompt": "[1, 2]", "completion": '{"a": 1}'}) == {"prompt": "[1, 2]", "completion": '{"a": 1}'}
+
+
+# Names of others
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "q", "answer": "a"}, "{prompt: question, solution: answer}"),
+        ({"query": "q", "label": "a"}, "{prompt: query}"),
+        ({"problem": "q", "solution": "a"}, "{prompt: problem}"),
+        ({"input": "q", "output": "a"}, "{prompt: input, solution: output}"),
+        ({"id": 1, "title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "{prompt: question}"),
+    ],
+)
+def test_an_unmapped_prompt_is_refused_with_the_map_to_paste(row, mapping):
+    with pytest.raises(DataError, match="no prompt; ") as caught:
+        to_prompt_row(said(row), "row 0")
+    assert f"columns: {mapping} (--column prompt=" in str(caught.value)

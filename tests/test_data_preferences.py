@@ -20,6 +20,7 @@ PAIR = {
     "chosen": [{"role": "assistant", "content": "1"}],
     "rejected": [{"role": "assistant", "content": "2"}],
 }
+TEXT_PAIR = {"prompt": "q", "chosen": "1", "rejected": "2"}
 TEXTS = {"prompt": "1 +", "chosen": " 1 = 2", "rejected": " 1 = 3"}
 
 
@@ -76,6 +77,10 @@ def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, 
         {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " 1", "rejected": " 2"},
         {"instruction": "q", "input": "", "chosen": "1", "rejected": "2"},
         {"messages": say("q", "1"), "rejected_response": "2"},
+        {"messages": say("q", "1"), "rejected_messages": say("q", "2")},
+        {"query": "q", "response": "1", "rejected_response": "2"},
+        {"chosen": json.dumps(say("q", "1")), "rejected": json.dumps(say("q", "2"))},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps(answer("1")), "rejected": str(answer("2"))},
         {"input": {"messages": [USER]}, "preferred_output": answer("1"), "non_preferred_output": answer("2")},
     ],
     ids=lambda row: "+".join(row),
@@ -91,6 +96,10 @@ def test_every_form_becomes_a_prompt_and_two_answers(row):
 def test_what_a_form_adds_is_kept():
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s"}
     assert normalise_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
+    for row in (PAIR, {"chosen": say("q", "1"), "rejected": say("q", "2")}, TEXT_PAIR):
+        assert normalise_row(row | {"system": "s"}, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
+    row = {"messages": say("q", "1"), "rejected_response": "2", "system": "s"}
+    assert normalise_row(row, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
     alpaca = {"instruction": "q", "history": [["a", "b"]], "system": "s", "chosen": "1", "rejected": "2"}
     assert normalise_row(alpaca, "row 0")["prompt"] == [SYSTEM, *say("a", "b", "q")]
     ultra = {"prompt": "q", "messages": say("q", "1"), "chosen": say("q", "1"), "rejected": say("q", "2")}
@@ -144,6 +153,7 @@ def test_the_margin_is_given_or_comes_of_scores():
     scored = {"score_chosen": 8.5, "score_rejected": 6}
     assert normalise_row(PAIR | scored, "row 0")["margin"] == 2.5
     assert normalise_row(PAIR | scored | {"margin": 1}, "row 0")["margin"] == 1.0
+    assert "margin" not in normalise_row(PAIR | {"margin": float("nan")}, "row 0")
     with pytest.raises(DataError, match="row 0: column 'score_chosen' must be a finite number, not 'high'"):
         normalise_row(PAIR | scored | {"score_chosen": "high"}, "row 0")
 
@@ -181,7 +191,21 @@ def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
         (PAIR | {"chosen": say("x", "1")}, "'chosen' must be an answer to 'prompt', but it begins with .* 'user': 'x'"),
         (PAIR | {"chosen": say("q")}, "'chosen' holds the prompt and no answer"),
         ({"input": "q", "preferred_output": [], "non_preferred_output": []}, "must have 'messages': 'q'"),
-        (PAIR | {"margin": float("nan")}, "column 'margin' must be a finite number"),
+        (PAIR | {"margin": float("inf")}, "column 'margin' must be a finite number"),
+        *(
+            ({name: "What is 1+1?", "chosen": "The answer is 2", "rejected": "The answer is 3"}, message)
+            for name in ("question", "query", "input", "problem")
+            for message in [rf"seems to stand in the column '{name}', .* columns: {{prompt: {name}}}"]
+        ),
+        (
+            {"question": "q", "chosen": answer("1"), "rejected": answer("2")},
+            "the column 'question', which is not mapped",
+        ),
+        ({"system": "s", "chosen": "a b", "rejected": "a c"}, "a system prompt needs a 'prompt' to stand before"),
+        (
+            {"question": "q", "chosen_response": "1", "rejected_response": "2"},
+            "columns: {prompt: question, chosen: chosen_",
+        ),
     ],
 )
 def test_malformed_pairs_are_named(tokenizer, row, message):

@@ -163,6 +163,37 @@ def test_a_system_prompt_makes_prompts_conversations(tmp_path):
         load(write_jsonl(tmp_path / "c.jsonl", [{"text": "t"}]), system_prompt="Be brief.")
 
 
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [tool("f", a={"type": "string"}), tool("g", b={"type": "integer"}), tool("h")],
+        [tool("f", a={"type": ["string", "null"], "default": None, "enum": ["x", None]})],
+        [tool("f", a={"type": "string", "default": None}, b={"type": "integer", "default": 3})],
+        [
+            tool("f", a={"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}),
+            tool("g", b={"type": "string"}),
+        ],
+        [tool("f", a={"const": None}), tool("g", a={"type": "string"})],
+    ],
+)
+def test_tools_are_the_same_from_an_arrow_table_as_from_json(tmp_path, tools):
+    from datasets import Dataset
+
+    turns = [USER, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns, "tools": [one]} for one in tools]
+    table = Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    assert load(write_jsonl(tmp_path / "a.jsonl", rows)) == rows
+    for found in (as_rows(rows), as_rows(table), load(tmp_path / "a.parquet"), load(tmp_path / "saved")):
+        assert found == rows
+
+
 def mixture(tmp_path: Path, sizes: list[int], weights: list[float | None], seed: int = 0) -> list[str]:
     sources = []
     for name, size, weight in zip("abc", sizes, weights, strict=False):

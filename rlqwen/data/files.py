@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlqwen.data.turns import without_filling
+from rlqwen.data.values import without_filling
 from rlqwen.errors import DataError
 
 Row = dict[str, Any]
@@ -132,7 +132,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     for batch in file.iter_batches():
         for row in batch.to_pylist():
-            yield f"{path}, row {number}", without_filling(row)
+            yield f"{path}, row {number}", without_filling(row, file.schema_arrow)
             number += 1
 
 

@@ -7,76 +7,91 @@ A row after `normalise_row` has, beside its other columns, one of
     prompt, chosen, rejected     text, or messages (from any form in rlqwen.data.preference_formats)
     text                         plain text
 
-`to_prompt_row` turns any of the first three into what GRPO needs: a prompt, and a `solution` where an answer is known;
-rlqwen.data.preference_formats has the same for pairs and for labelled answers.
+A column `system`, or `system_prompt`, becomes the first turn of either. Columns that we do not know stay as they are, and
+so do keys of turns: rlqwen.data.unused names what training does not read. `to_prompt_row` turns any of the first three
+into what GRPO needs: a prompt, and a `solution` where an answer is known; rlqwen.data.preference_formats has the same for
+pairs and for labelled answers.
 """
 
 from typing import Any
 
-from rlqwen.data.preference_formats import is_pair, normalise_pair, rename_columns
+from rlqwen.data.mapping import paste, prompt_map
+from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalise_pair, rename_columns
 from rlqwen.data.turns import (
     ALPACA_COLUMNS,
     from_alpaca,
-    from_sharegpt,
     normalise_messages,
     normalise_tools,
     to_turns,
     with_system,
+    without_marks,
 )
+from rlqwen.data.values import parse_turns, plain_row
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
 Row = dict[str, Any]
 
+FORM_COLUMNS = {
+    *("messages", "conversations", "conversation", "prompt", "completion", "text", "system", "system_prompt", "tools"),
+    *("solution", "label", "kto_tag", "margin", "query", "response", "chosen", "rejected", "rejected_response"),
+    *("rejected_messages", "preferred_output", "non_preferred_output"),
+    *ALPACA_COLUMNS,
+    *SCORE_COLUMNS,
+}
+"""Columns that a row is read by: None there means that the row has no such column."""
+
 
 def normalise_row(row: Row, where: str) -> Row:
     """The row in our form (see the module); a row that is in it already comes back equal.
 
-    `where` begins the message of a DataError: unknown role, malformed turn, or no column that we know.
+    Missing values (rlqwen.data.values) are None in columns that we do not know, and no column where we do. `where`
+    begins the message of a DataError: unknown role, malformed turn, or no column that we know.
     """
-    for column, value in row.items():
-        _refuse_surrogates(value, where, column)
-    row = rename_columns({column: value for column, value in row.items() if value is not None}, where)
+    row = plain_row(row, where)
+    row = {column: value for column, value in row.items() if value is not None or column not in FORM_COLUMNS}
+    row = rename_columns(row, where)
     if is_pair(row):
         row = normalise_pair(row, where)
     if "messages" in row:
         row["messages"] = normalise_messages(row["messages"], where, "messages")
     elif "conversations" in row:
-        turns = from_sharegpt(row.pop("conversations"), where, "conversations")
-        row["messages"] = with_system(turns, row.pop("system", None))
+        row["messages"] = normalise_messages(row.pop("conversations"), where, "conversations")
     elif "instruction" in row and "output" in row:
         row = {column: value for column, value in row.items() if column not in ALPACA_COLUMNS} | {
             "messages": from_alpaca(row, where)
         }
     for column in ("prompt", "completion"):
-        if column in row and not isinstance(row[column], str):
-            row[column] = normalise_messages(row[column], where, column)
+        if column in row:
+            content = parse_turns(row[column], where, column)
+            row[column] = content if isinstance(content, str) else normalise_messages(content, where, column)
     if "tools" in row:
         row["tools"] = normalise_tools(row["tools"], where)
-    return row
+    return _apply_system_column(row, where)
 
 
-def _refuse_surrogates(value: Any, where: str, column: str) -> None:
-    """Half a surrogate pair, as a JSON escape can make it, is no character: no tokenizer and no file takes it."""
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: column {column!r} holds half a surrogate pair ({value[error.start]!r} at character "
-                    f"{error.start}), which is no text; cut text between characters, or drop the row"
-                ) from None
-    elif isinstance(value, dict):
-        for one in value.values():
-            _refuse_surrogates(one, where, column)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            _refuse_surrogates(one, where, column)
+def _apply_system_column(row: Row, where: str) -> Row:
+    """Begin the row's turns with its system column; one that says otherwise than the system turn stays, unused."""
+    column = next((name for name in ("system", "system_prompt") if name in row), None)
+    turns = row.get("prompt", row.get("messages"))
+    if column is None or turns is None:
+        return row
+    system = row[column]
+    if not isinstance(system, str):
+        raise DataError(f"{where}: column {column!r} must be text, not {system!r:.80}")
+    if not isinstance(turns, str) and turns[0]["role"] == "system":
+        is_said = not system.strip() or system.strip() == turns[0]["content"].strip()
+    else:
+        row = add_system_prompt(row, system, where) if system.strip() else row
+        is_said = True
+    return {name: value for name, value in row.items() if name != column} if is_said else row
 
 
 def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
-    """Begin the row's conversation with a system turn; text becomes a user turn. A row's own system turn stays."""
+    """Begin the row's conversation with a system turn; text becomes a user turn. A row's own system turn stays.
+
+    Raises DataError for rows without messages or prompt.
+    """
     if "messages" not in row and "prompt" not in row:
         raise DataError(f"{where}: system_prompt needs rows with messages or a prompt; this one has {_columns(row)}")
     row = dict(row)
@@ -93,16 +108,21 @@ def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
 def to_prompt_row(row: Row, where: str) -> Row:
     """A normalised row as GRPO needs it: `prompt`, and every other column.
 
-    Without a `prompt`, the prompt is `messages` up to its last assistant turn (all of them if it ends otherwise).
-    The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises DataError if there
-    is no prompt to be found.
+    Without a `prompt`, the prompt is `messages` up to its last assistant turn (all of them if it ends otherwise), or what
+    Alpaca's columns ask. The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises
+    DataError if there is no prompt to be found.
     """
     row = dict(row)
     answer: Any = row.pop("completion", None)
+    if "prompt" not in row and "messages" not in row and "instruction" in row:
+        asked = {column: row.pop(column) for column in ALPACA_COLUMNS if column in row}
+        row["messages"] = from_alpaca(asked, where)
+        row = _apply_system_column(row, where)
     if "prompt" in row:
         row.pop("messages", None)
+        row["prompt"] = without_marks(row["prompt"])
     elif "messages" in row:
-        messages = row.pop("messages")
+        messages = without_marks(row.pop("messages"))
         if messages[-1]["role"] == "assistant":
             *messages, answer = messages
         if not messages:
@@ -110,8 +130,8 @@ def to_prompt_row(row: Row, where: str) -> Row:
         row["prompt"] = messages
     else:
         raise DataError(
-            f"{where}: no prompt; rows need a column 'prompt', 'messages' or 'conversations', or 'instruction' and "
-            f"'output'. This one has {_columns(row)}: map one with columns: {{prompt: ...}}"
+            f"{where}: no prompt; rows need a column 'prompt', 'messages' or 'conversations', or 'instruction'. "
+            f"This one has {_columns(row)}: map one with {paste(prompt_map(row) or {'prompt': '...'})}"
         )
     if answer is not None and "solution" not in row:
         row["solution"] = _answer_text(answer)

@@ -8,6 +8,8 @@ Forms that are read, by their columns:
     conversations, chosen, rejected    ShareGPT; `messages` serve as well
     instruction, ..., chosen, rejected    Alpaca
     messages, rejected_response        ms-swift: the last turn is the chosen answer
+    messages, rejected_messages        ms-swift: two whole conversations
+    query, response, rejected_response    ms-swift, with `history` where there is one
     input, preferred_output, non_preferred_output    OpenAI
     prompt, completion, label          answers with a label; `kto_tag` serves as well, and messages or ShareGPT
 
@@ -19,7 +21,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlqwen.data.turns import ALPACA_COLUMNS, from_alpaca, from_sharegpt, normalise_messages, to_turns, with_system
+from rlqwen.data.mapping import offer, paste, unmapped_question
+from rlqwen.data.turns import ALPACA_COLUMNS, from_alpaca, normalise_messages, to_turns
+from rlqwen.data.values import parse_turns
 from rlqwen.errors import DataError, PromptMismatch
 from rlqwen.types import Message
 
@@ -34,6 +38,9 @@ _SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+SCORE_COLUMNS = frozenset(name for pair in _SCORES for name in pair)
+_KNOWN = {"messages", "conversations", "prompt", "chosen", "instruction"}
+"""Columns beside which those of ms-swift's older forms are taken for the data's own."""
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _HH = re.compile(r"\s*Human:")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -50,6 +57,11 @@ def is_labelled(row: Row) -> bool:
     return has_answer and str(row.get("label")).lower() in _LABELS
 
 
+def margin_columns(row: Row) -> tuple[str, ...]:
+    """Columns that a normalised pair's margin is from: the two scores where it has them, else `margin`."""
+    return next((names for names in _SCORES if all(name in row for name in names)), ("margin",))
+
+
 def rename_columns(row: Row, where: str) -> Row:
     """OpenAI's, ms-swift's and LLaMA-Factory's columns by our names."""
     if "preferred_output" in row and "non_preferred_output" in row:
@@ -61,6 +73,14 @@ def rename_columns(row: Row, where: str) -> Row:
     if "messages" in row and "rejected_response" in row:
         *prompt, chosen = normalise_messages(row.pop("messages"), where, "messages")
         row |= {"prompt": prompt, "chosen": [chosen], "rejected": row.pop("rejected_response")}
+    if "messages" in row and "rejected_messages" in row:
+        row |= {"chosen": row.pop("messages"), "rejected": row.pop("rejected_messages")}
+    if "conversation" in row and _KNOWN.isdisjoint(row) and not isinstance(row["conversation"], str):
+        row["conversations"] = row.pop("conversation")
+    if "query" in row and "response" in row and _KNOWN.isdisjoint(row):
+        answer = "chosen" if "rejected_response" in row else "output"
+        row |= {"instruction": row.pop("query"), answer: row.pop("response")}
+        row |= {"rejected": row.pop("rejected_response")} if answer == "chosen" else {}
     if "kto_tag" in row and "label" not in row:
         row["label"] = row.pop("kto_tag")
     return row
@@ -81,8 +101,11 @@ def normalise_pair(row: Row, where: str) -> Row:
     elif prompt is not None:
         parts = _match(to_turns(prompt, "user"), to_turns(chosen, "assistant"), to_turns(rejected, "assistant"), where)
     elif isinstance(chosen, str) and isinstance(rejected, str):
+        _refuse_lost_prompt(row, where)
         parts = _split_texts(chosen, rejected)
     elif isinstance(chosen, list) and isinstance(rejected, list):
+        if chosen[0]["role"] == "assistant":
+            _refuse_lost_prompt(row, where)
         parts = _split_conversations(chosen, rejected, where)
     else:
         raise DataError(f"{where}: one of 'chosen' and 'rejected' is text and the other messages, and no 'prompt'")
@@ -98,7 +121,7 @@ def to_pair_rows(row: Row, where: str) -> list[Row]:
     missing = next(side for side in SIDES if side not in row)
     raise DataError(
         f"{where}: no {missing!r} answer; a preference row needs 'chosen' and 'rejected'. "
-        f"This one has {', '.join(map(str, row)) or 'no columns'}: map them with columns: {{{missing}: ...}}"
+        f"This one has {', '.join(map(str, row)) or 'no columns'}: {offer(row, 'preference')}"
     )
 
 
@@ -122,13 +145,25 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
     return [shared | {"prompt": messages[:-1], "completion": messages[-1:]}]
 
 
+def _refuse_lost_prompt(row: Row, where: str) -> None:
+    """Raise DataError for answers whose prompt, or system prompt, stands in a column that would not be read."""
+    question = unmapped_question(row)
+    if question is not None:
+        raise DataError(
+            f"{where}: 'chosen' and 'rejected' are answers, and what they answer seems to stand in the column "
+            f"{question!r}, which is not mapped: {paste({'prompt': question})}"
+        )
+    if any(row.get(name) for name in ("system", "system_prompt")):
+        raise DataError(
+            f"{where}: a system prompt needs a 'prompt' to stand before, and 'chosen' and 'rejected' are texts"
+        )
+
+
 def _read(value: Any, where: str, column: str) -> Content:
     """An answer or a prompt in any form; dialogues of Anthropic HH become messages."""
+    value = parse_turns(value, where, column)
     if isinstance(value, str):
         return _from_hh(value) if _HH.match(value) and "\n\nAssistant:" in value else value
-    first = value[0] if isinstance(value, list | tuple) and value else value
-    if isinstance(first, dict) and "from" in first:
-        return from_sharegpt(value, where, column)
     return normalise_messages(value, where, column)
 
 
@@ -148,7 +183,7 @@ def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
             prompt = prompt[:-1]  # an HH prompt ends in "\n\nAssistant:"
         return prompt
     if "conversations" in row:
-        return with_system(from_sharegpt(row.pop("conversations"), where, "conversations"), row.pop("system", None))
+        return normalise_messages(row.pop("conversations"), where, "conversations")
     if "instruction" in row:
         prompt = from_alpaca({key: row[key] for key in ALPACA_COLUMNS if key in row and key != "output"}, where)
         for column in ALPACA_COLUMNS:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from rlqwen.data.arrow_file import ArrowRows, write_batches
 from rlqwen.data.data_cache import cache_root, explained, keep_file, scratch_folder
 from rlqwen.data.formats import normalise_row
-from rlqwen.data.turns import without_filling
+from rlqwen.data.values import without_filling
 from rlqwen.data.views import Joined, Overlaid, Selected, View
 from rlqwen.errors import DataError
 
@@ -145,7 +145,8 @@ class TableRows(GivenRows):
         return self.chunk(place, place + 1)[0]
 
     def chunk(self, start: int, stop: int) -> list[Row]:
-        return [without_filling(row) for row in self.data[start:stop].to_pylist()]
+        table = self.data[start:stop]
+        return [without_filling(row, table.schema) for row in table.to_pylist()]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), BATCH):

@@ -15,7 +15,7 @@ from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
 from rlqwen.data.rows_on_disk import STORED_FROM, GivenRows, TableRows, keep_rows
-from rlqwen.data.turns import without_filling
+from rlqwen.data.values import without_filling
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
 from rlqwen.model_sources import note_commit
@@ -108,7 +108,7 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return _numbered(map(without_filling, load_from_disk(str(path))), str(path))
+        return _numbered(_table_rows(load_from_disk(str(path))), str(path))
     return read_rows(path)
 
 
@@ -125,7 +125,12 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
             f"({type(error).__name__}: {error})"
         ) from error
     note_commit(source.path, dataset)
-    return _numbered(map(without_filling, dataset), source.path)
+    return _numbered(_table_rows(dataset), source.path)
+
+
+def _table_rows(dataset: Any) -> Iterator[Row]:
+    schema = dataset.features.arrow_schema if getattr(dataset, "features", None) else None
+    return (without_filling(row, schema) for row in dataset)
 
 
 def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:

@@ -1,12 +1,18 @@
-"""Turns of a conversation in one form: roles of the chat template, content as text, tool calls as objects."""
+"""Turns of a conversation in one form: roles of the chat template, content as text, tool calls as objects.
+
+A turn after `normalise_messages` has `role`, `content`, and where it has them `tool_calls` (OpenAI's form, arguments as
+an object), `reasoning_content` (thoughts, also from `reasoning` and `thinking`) and `in_loss: False`, which says that it
+must not be learned. Other keys stay, for the chat template to read; rlqwen.data.unused names those that it does not.
+"""
 
 import json
 from typing import Any
 
+from rlqwen.data.values import parse_turns
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
-SHAREGPT_ROLES = {
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -17,84 +23,65 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "function": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
-"""Roles of ShareGPT data -> the chat template's."""
+"""Roles of ShareGPT data and of ms-swift's -> the chat template's."""
 
-ALPACA_COLUMNS = ("instruction", "input", "output", "history", "system")
+ALPACA_COLUMNS = ("instruction", "input", "output", "history")
 
-_FILLED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
+LOSS_KEYS = ("in_loss", "loss", "loss_scale", "weight", "train", "training")
+"""Keys of a turn that say whether it is learned: ours, ms-swift's two, OpenAI's, axolotl's two."""
+
+_CALL_ROLES = ("function_call", "tool_call")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def normalise_messages(messages: Any, where: str, column: str) -> list[Message]:
-    """Check a list of turns, bring each content to plain text and each tool call to OpenAI's form.
+    """Bring turns, OpenAI's or ShareGPT's, as objects or as JSON text, to our form (see the module).
 
     DataError says which turn is malformed.
     """
+    messages = parse_turns(messages, where, column)
     if isinstance(messages, dict):
         messages = [messages]
     if not isinstance(messages, list | tuple) or not messages:
         raise DataError(f"{where}: column {column!r} must be a list of turns, not {messages!r:.80}")
-    turns = []
-    for number, message in enumerate(messages):
-        place = f"{where}: turn {number} of {column!r}"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            hint = ""
-            if isinstance(message, dict) and "from" in message:
-                hint = "; turns with 'from' and 'value' belong in a column named 'conversations'"
-            raise DataError(f"{place} has no 'role': {message!r:.80}{hint}")
-        turn = {key: value for key, value in message.items() if value is not None}
-        turn["content"] = _plain_content(turn.get("content", ""), place)
-        if "function_call" in turn:  # what `tool_calls` was before OpenAI renamed it, as `function` was `tool`
-            turn["tool_calls"] = [turn.pop("function_call")]
-        if turn["role"] == "function":
-            turn["role"] = "tool"
-        if "tool_calls" in turn:
-            calls = _normalise_calls(turn.pop("tool_calls"), f"{place}, tool_calls")
-            turn |= {"tool_calls": calls} if calls else {}
-        turns.append(turn)
-    return turns
-
-
-def from_sharegpt(conversations: Any, where: str, column: str) -> list[Message]:
-    """Turns of {"from", "value"}; DataError names the turn that is malformed or of an unknown role."""
-    if isinstance(conversations, dict):
-        conversations = [conversations]
-    if not isinstance(conversations, list | tuple) or not conversations:
-        raise DataError(f"{where}: {column!r} must be a list of turns, not {conversations!r:.80}")
     turns: list[Message] = []
-    for number, turn in enumerate(conversations):
-        place = f"{where}: turn {number} of {column!r}"
-        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-            turn = {"from": turn["role"], "value": turn.get("content")}
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise DataError(f"{place} must have 'from' and 'value' (text): {turn!r:.80}")
-        role = turn.get("from")
-        if role not in SHAREGPT_ROLES:
-            raise DataError(f"{place} has the unknown role {role!r}; known roles: {', '.join(SHAREGPT_ROLES)}")
-        if role == "function_call":
-            calls = _normalise_calls(turn["value"], f"{place}, function_call")
-            turns.append({"role": "assistant", "content": "", "tool_calls": calls})
+    for number, message in enumerate(messages):
+        turn, is_call = _normalise_turn(message, f"{where}: turn {number} of {column!r}", column)
+        before = turns[-1] if turns else {}
+        if is_call and before.get("role") == "assistant" and before.get("in_loss") == turn.get("in_loss"):
+            before["tool_calls"] = [*before.get("tool_calls", ()), *turn["tool_calls"]]
         else:
-            turns.append({"role": SHAREGPT_ROLES[role], "content": turn["value"]})
+            turns.append(turn)
     return turns
 
 
 def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
-    """Instruction and input, a line break between them, are the user's turn; `history` holds earlier pairs.
+    """Instruction and input, a line break between them, are the user's turn; `history` holds earlier pairs, or turns.
 
     The answer is `output`, where there is one.
     """
     turns: list[Message] = []
-    for pair in row.get("history") or []:
-        if len(pair) != 2:
+    history = parse_turns(row.get("history") or [], where, "history")
+    if isinstance(history, str):
+        history = _parse_json(history, f"{where}: column 'history'")
+    if history and isinstance(history[0], dict):
+        turns += normalise_messages(history, where, "history")
+        history = []
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"{where}: 'history' must hold pairs of instruction and answer, not {pair!r:.80}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = "\n".join(str(row[column]) for column in ("instruction", "input") if row.get(column))
+    question = "\n".join(_text(row, column, where) for column in ("instruction", "input") if row.get(column))
     turns.append({"role": "user", "content": question})
     if "output" in row:
-        turns.append({"role": "assistant", "content": str(row["output"])})
-    return with_system(turns, row.get("system"))
+        turns.append({"role": "assistant", "content": _text(row, "output", where)})
+    return turns
 
 
 def to_turns(content: str | list[Message], role: str) -> list[Message]:
@@ -107,6 +94,13 @@ def with_system(messages: list[Message], system_prompt: str | None) -> list[Mess
     if not system_prompt or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def without_marks(messages: Any) -> Any:
+    """Turns without `in_loss`, which is for training alone; text as it is."""
+    if not isinstance(messages, list) or not any("in_loss" in turn for turn in messages):
+        return messages
+    return [{key: value for key, value in turn.items() if key != "in_loss"} for turn in messages]
 
 
 def normalise_tools(tools: Any, where: str) -> list[Any]:
@@ -122,12 +116,77 @@ def normalise_tools(tools: Any, where: str) -> list[Any]:
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
-def without_filling(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table without the nulls by which Arrow gives each object the fields of all of them.
+def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, bool]:
+    """(the turn in our form, whether it is a call that belongs to the assistant's turn before it)"""
+    turn = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if "role" not in turn and "from" in turn:
+        if column == "messages":
+            raise DataError(
+                f"{place} has no 'role': {message!r:.80}; turns with 'from' and 'value' belong in a column named "
+                "'conversations'"
+            )
+        role = turn.pop("from")
+        if role not in ROLES:
+            raise DataError(f"{place} has the unknown role {role!r:.80}; known roles: {', '.join(ROLES)}")
+        if "value" not in turn and "content" not in turn:
+            raise DataError(f"{place} must have 'from' and 'value' (text): {message!r:.80}")
+        turn["role"] = role
+    if not isinstance(turn.get("role"), str):
+        raise DataError(f"{place} has no 'role': {message!r:.80}")
+    if "content" not in turn and "value" in turn:
+        turn["content"] = turn.pop("value")
+    turn["content"] = _plain_content(turn.get("content", ""), place)
+    is_call = turn["role"] in _CALL_ROLES
+    if is_call:
+        turn["tool_calls"], turn["content"] = turn["content"], ""
+    elif "function_call" in turn:  # what `tool_calls` was before OpenAI renamed it
+        turn["tool_calls"] = [turn.pop("function_call")]
+    if "tool_calls" in turn:
+        name = turn["role"] if is_call else "tool_calls"
+        calls = _normalise_calls(turn.pop("tool_calls"), f"{place}, {name}")
+        turn |= {"tool_calls": calls} if calls else {}
+    turn["role"] = ROLES.get(turn["role"], turn["role"])
+    _join_thoughts(turn, place)
+    _mark_loss(turn, place)
+    return turn, is_call
 
-    In turns and tools only: a tool call of one argument would otherwise show the arguments of every other tool.
+
+def _join_thoughts(turn: Message, place: str) -> None:
+    """Bring thoughts to `reasoning_content`, in place."""
+    found = {key: turn[key] for key in _THOUGHTS if isinstance(turn.get(key), str)}
+    texts = {text for text in found.values() if text}
+    if len(texts) > 1:
+        raise DataError(f"{place} has different thoughts under {' and '.join(map(repr, found))}; leave one of them out")
+    for key in found:
+        del turn[key]
+    if texts:
+        turn["reasoning_content"] = texts.pop()
+
+
+def _mark_loss(turn: Message, place: str) -> None:
+    """Bring what says that a turn must not be learned to `in_loss: False`, in place.
+
+    A mark that a turn of another role is to be learned stays as it stands, and is named as not used.
     """
-    return {column: _without_nones(value) if column in _FILLED else value for column, value in row.items()}
+    is_answer = turn["role"] == "assistant"
+    for key in LOSS_KEYS:
+        if key not in turn:
+            continue
+        learned = _SWITCHES.get(str(turn[key]).lower())
+        if learned is None and is_answer:
+            raise DataError(
+                f"{place}: {key!r} must be 0 or 1, false or true, not {turn[key]!r:.80}: a turn is learned or it is not"
+            )
+        if learned is False or is_answer:
+            del turn[key]
+        if learned is False:
+            turn["in_loss"] = False
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if isinstance(row[column], dict | list | tuple):
+        raise DataError(f"{where}: column {column!r} must be text, not {row[column]!r:.80}")
+    return str(row[column])
 
 
 def _plain_content(content: Any, place: str) -> str:
@@ -153,7 +212,9 @@ def _normalise_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         arguments = _parse_json(function["arguments"], f"{place}, arguments of {function['name']!r}")
         if not isinstance(arguments, dict):
             raise DataError(f"{place}: arguments of {function['name']!r} must be an object: {arguments!r:.80}")
-        rest = {key: value for key, value in call.items() if key == "id" and value is not None}
+        rest = {
+            key: one for key, one in call.items() if key not in ("function", "name", "arguments") and one is not None
+        }
         normalised.append(rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return normalised
 
@@ -166,11 +227,3 @@ def _parse_json(value: Any, place: str) -> Any:
         return json.loads(value) if value.strip() else {}
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: must be JSON ({error.msg}): {value[:80]!r}") from None
-
-
-def _without_nones(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nones(one) for key, one in value.items() if one is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nones(one) for one in value]
-    return value

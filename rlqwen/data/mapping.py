@@ -1,0 +1,82 @@
+"""Columns that are called otherwise than ours: what they seem to be, and the column map to paste."""
+
+from typing import Any
+
+Row = dict[str, Any]
+
+QUESTIONS = ("question", "query", "problem", "instruction", "input", "inputs", "prompt", "post", "request")
+ANSWERS = ("answer", "response", "output", "solution", "completion", "target", "outputs", "targets", "answers")
+CONTEXTS = ("context", "input")
+_SIDES = {
+    "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "better", "good", "win", "winner"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred", "rejected_answer", "worse", "bad", "loser"),
+}
+
+
+def unmapped_question(row: Row) -> str | None:
+    """Name of the column that seems to be what is asked, though it is not called `prompt`; None if there is none."""
+    return next((name for name in QUESTIONS if name != "prompt" and isinstance(row.get(name), str)), None)
+
+
+def conversation_map(row: Row) -> dict[str, str]:
+    """Column map by which a row becomes a conversation that the chat template writes; empty if none suggests itself."""
+    question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
+    if question is None or answer in (None, question):
+        return {}
+    context = next((name for name in CONTEXTS if name != question and isinstance(row.get(name), str)), None)
+    found = {"instruction": question, "output": answer} | ({"input": context} if context else {})
+    return _without_same(found)
+
+
+def text_map(row: Row) -> dict[str, str]:
+    """Column map by which a row becomes a prompt and a completion as plain text."""
+    question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
+    return {} if question is None or answer in (None, question) else {"prompt": question, "completion": answer}
+
+
+def prompt_map(row: Row) -> dict[str, str]:
+    """Column map by which a row becomes a prompt with, where there is an answer, its solution."""
+    question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
+    found = {"prompt": question} if question else {}
+    return _without_same(found | ({"solution": answer} if found and answer not in (None, question) else {}))
+
+
+def pair_map(row: Row) -> dict[str, str]:
+    """Column map by which a row becomes a pair; empty unless both answers are found."""
+    found = {ours: _find(row, (ours, *names)) for ours, names in _SIDES.items()}
+    question = _find(row, QUESTIONS)
+    if None in found.values():
+        return {}
+    named = ({"prompt": question} if question else {}) | {ours: theirs for ours, theirs in found.items() if theirs}
+    return _without_same(named)
+
+
+def offer(row: Row, kind: str | None = None) -> str:
+    """Say how to map the row's columns for `sft`, `prompts` or `preference`; for None, for each that suggests itself."""
+    offers = []
+    if kind in (None, "sft"):
+        offers.append(("SFT of conversations", conversation_map(row)))
+        if kind:
+            offers.append(("SFT of plain text, without the chat template", text_map(row)))
+    if kind in (None, "prompts"):
+        offers.append(("prompts for GRPO and PPO", prompt_map(row)))
+    if kind in (None, "preference"):
+        offers.append(("pairs", pair_map(row)))
+    said = [f"for {what}, {paste(columns)}" for what, columns in offers if columns]
+    return "map them; " + "; ".join(said) if said else "map them with columns: {ours: theirs}"
+
+
+def paste(columns: dict[str, str]) -> str:
+    """Write a column map as a recipe and as the command line take it."""
+    recipe = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    options = " ".join(f"--column {ours}={theirs}" for ours, theirs in columns.items())
+    return f"columns: {{{recipe}}} ({options})"
+
+
+def _find(row: Row, names: tuple[str, ...]) -> str | None:
+    """The first of the names under which the row has a text or a number."""
+    return next((name for name in names if isinstance(row.get(name), str | int | float)), None)
+
+
+def _without_same(columns: dict[str, str]) -> dict[str, str]:
+    return {ours: theirs for ours, theirs in columns.items() if ours != theirs}
