@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rlqwen.audit import find_subject, show_rows
 from rlqwen.cli import main
+from rlqwen.data.mapping import offer
 
 SAMPLES = Path(__file__).parent / "samples"
 LONG = "the quick brown fox jumps over the lazy dog and then runs home to its den in the old forest by the river"
@@ -162,6 +163,88 @@ def test_a_kind_that_is_given_holds(capsys):
     assert check(capsys, "rows.jsonl", "--kind", "labelled")["parts"][0]["tokens"]["num_kept"] == 1
     found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
     assert found["parts"][0]["faults"][0].startswith("rows.jsonl, line 1: nothing to learn")
+
+
+GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"It is #### {2 * i}"} for i in range(40)]
+
+
+def test_unmapped_columns_are_said_first_with_the_map_to_paste_and_nothing_else_is_made_of_them(capsys):
+    files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
+    found = check(capsys, *files, code=2)
+    assert (found["kind"], found["num_faults"], found["exact_overlap"]) == ("unmapped", 2, [])
+    assert [part["sources"] for part in found["parts"]] == [["train.jsonl"], ["test.jsonl"]]
+    for part in found["parts"]:
+        assert "the columns question, answer are not mapped" in part["faults"][0]
+        assert "columns: {instruction: question, output: answer} (--column instruction=question" in part["faults"][0]
+        assert "columns: {prompt: question, solution: answer} (--column prompt=question" in part["faults"][0]
+        assert (part["exact_duplicates"], part["near_duplicates"]) == ([], [])
+    text = printed(capsys, "check", *files, code=2)
+    assert text.startswith("train.jsonl: train, unmapped")
+    assert "test.jsonl: eval, unmapped" in text
+    assert "duplicates" not in text
+    assert "are not mapped to any form of rows" in printed(capsys, "show", "train.jsonl", code=2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "turns"),
+    [
+        (["instruction=question", "output=answer"], "sft", {"user": 30, "assistant": 30}),
+        (["prompt=question", "solution=answer"], "prompts", {"text": 30}),
+    ],
+)
+def test_the_offered_map_is_the_one_that_helps(capsys, columns, kind, turns):
+    files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
+    found = check(capsys, *files, *(word for column in columns for word in ("--column", column)))
+    assert (found["kind"], found["parts"][0]["turns"], found["num_faults"]) == (kind, turns, 0)
+    assert (found["exact_overlap"], found["near_overlap"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"instruction": "i", "context": "c", "response": "r", "category": "x"}, "{output: response, input: context}"),
+        (
+            {"id": "1", "system_prompt": "s", "question": "q", "response": "r"},
+            "{instruction: question, output: response}",
+        ),
+        ({"source": "s", "problem": "p", "solution": "s"}, "{instruction: problem, output: solution}"),
+        ({"input": "i", "output": "o"}, "{instruction: input}"),
+        ({"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "{prompt: question}"),
+        (
+            {"question": "q", "chosen_response": "a", "rejected_response": "b"},
+            "{prompt: question, chosen: chosen_response",
+        ),
+        ({"a": 1, "b": 2}, "columns: {ours: theirs}"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_columns_of_well_known_data_are_offered_a_map(row, mapping):
+    assert mapping in offer(row)
+
+
+def test_rows_that_fail_alike_are_one_line_and_no_duplicates_of_each_other(capsys):
+    write("rows.jsonl", [{"prompt": f"{i}"} for i in range(30)] + [{"prompt": "1", "completion": "2"}] * 9)
+    found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
+    (part,) = found["parts"]
+    assert (found["num_faults"], len(part["exact_duplicates"]), part["near_duplicates"]) == (30, 1, [])
+    text = " ".join(printed(capsys, "check", "rows.jsonl", "--kind", "sft", code=2).split())
+    assert "rows.jsonl, line 1, line 2, line 3, line 4, line 5 and 25 more (30 rows): nothing to learn" in text
+    assert "line 31 = line 32 = line 33 = line 34 = line 35 and 4 more" in text
+
+
+def test_files_of_a_folder_are_told_apart(capsys):
+    for name in ("a/train.jsonl", "b/train.jsonl"):
+        Path(name).parent.mkdir()
+        write(name, [{"prompt": "1"}])
+    assert check(capsys, ".")["parts"][0]["exact_duplicates"] == [["a/train.jsonl, line 1", "b/train.jsonl, line 1"]]
+
+
+def test_a_folder_with_a_tokenizer_alone_is_a_model_for_this(capsys):
+    from rlqwen.tiny import build_tokenizer
+
+    build_tokenizer().save_pretrained("tokenizer")
+    found = check(capsys, write("rows.jsonl", [chat("1", "2")]), "--model", "tokenizer")
+    assert (found["model"], found["warnings"], found["parts"][0]["tokens"]["num_kept"]) == ("tokenizer", [], 1)
 
 
 RECIPE = """\

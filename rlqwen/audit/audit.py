@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlqwen.audit.repeats import find_overlap, find_repeats
-from rlqwen.audit.subject import Kind, Part, Subject, clean_parts, read_part
+from rlqwen.audit.subject import Kind, Part, Subject, clean_parts, read_part, unmapped
 from rlqwen.audit.tokens import Segment, tokenize_subject
 from rlqwen.data import DataReport
 from rlqwen.data.report import Fate, percentiles
@@ -18,6 +18,7 @@ NEAR = 0.8
 """Similarity from which rows count as near; see rlqwen.data.duplicates."""
 
 _ROW = re.compile(r"\brow (\d+)\b")
+_FAULTY_ROW = re.compile(r"row (\d+)\b")
 
 
 @dataclass
@@ -59,6 +60,7 @@ class DataAudit:
     cleaning: str | None = None
     """What the recipe's cleaning did, before all else was looked at."""
     warnings: list[str] = field(default_factory=list)
+    is_recipe: bool = False
 
     @property
     def num_faults(self) -> int:
@@ -79,13 +81,13 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
     `near`: similarity from which rows count as near duplicates; None looks for equal ones only.
     """
     audit = DataAudit(subject.title, subject.kind, subject.model, [], near_threshold=near)
-    audit.warnings = subject.warnings
+    audit.warnings, audit.is_recipe = subject.warnings, subject.is_recipe
     parts = [read_part(name, sources) for name, sources in subject.parts.items()]
     if subject.cleaning is not None and parts[0].rows:
         audit.cleaning = clean_parts(parts, subject.cleaning)
     audit.parts = [_audit_part(part, subject, near) for part in parts]
     if len(parts) == 2:
-        train, evaluation = parts
+        train, evaluation = (_usable(part) for part in parts)
         places, known = evaluation.short_places(), train.short_places()
         exact, near_pairs = find_overlap(*(_with_text(part.rows, subject) for part in (evaluation, train)), near)
         audit.exact_overlap, audit.near_overlap = (
@@ -103,7 +105,10 @@ def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
         list(part.faults),
         part.num_mismatches,
     )
-    if not part.rows:
+    if subject.kind == "unmapped" and part.rows:
+        part.faulty_rows = set(range(len(part.rows)))
+        audit.faults.append(f"{part.places[0]}: {unmapped(part.rows[0])}")
+    if not part.rows or part.faulty_rows:
         return audit
     places = part.short_places()
     faults: list[DataError] = []
@@ -111,17 +116,26 @@ def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
     audit.tokens = report
     audit.fates = {fate: [places[number] for number in numbers] for fate, numbers in report.rows.items()}
     audit.faults += [_placed(str(fault), part.places) for fault in faults]
+    part.faulty_rows = {int(match[1]) for fault in faults if (match := _FAULTY_ROW.match(str(fault)))}
     audit.warnings = [_placed(warning, places) for warning in report.warnings]
     audit.lengths = _measure(rows)
     if report.num_loss_tokens and not report.eos_in_loss:
         audit.faults.append(
             f"no row has its end token {report.end_of_turn!r} in the loss, so the model would never learn to stop"
         )
-    repeats = find_repeats(_with_text(part.rows, subject), near)
+    usable = _usable(part)
+    places = usable.short_places()
+    repeats = find_repeats(_with_text(usable.rows, subject), near)
     audit.exact_duplicates, audit.near_duplicates = (
         [[places[number] for number in group] for group in groups] for groups in repeats
     )
     return audit
+
+
+def _usable(part: Part) -> Part:
+    """The part without the rows that cannot be tokenised: what has no text would be like all that has none."""
+    stay = [number for number in range(len(part.rows)) if number not in part.faulty_rows]
+    return Part(part.name, [part.rows[number] for number in stay], [part.places[number] for number in stay])
 
 
 def _count_turns(rows: list[Row], text_field: str) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """An audit for people."""
 
+import re
+
 from rich.console import Console
 from rich.text import Text
 
@@ -10,6 +12,8 @@ from rlqwen.data.report import Fate, first_of
 from rlqwen.errors import DataError
 
 _SHOWN_FAULTS = 5
+_SHOWN_EQUAL = 5
+_PLACED = re.compile(r"(.*?, (?:line|row) \d+): (.*)", re.DOTALL)
 _DROPPED: dict[Fate, str] = {
     "overlong": "too long",
     "empty_mask": "without a token in the loss",
@@ -28,7 +32,7 @@ def show_audit(audit: DataAudit, console: Console) -> None:
     """Each part, and what they have in common; of long lists the first few."""
     for part in audit.parts:
         _part_report(part, audit).show(console)
-    if len(audit.parts) == 2:
+    if len(audit.parts) == 2 and audit.kind != "unmapped":
         _overlap_report(audit).show(console)
     if audit.cleaning:
         console.print(Text.assemble(("cleaned", "bold"), "  ", audit.cleaning))
@@ -37,12 +41,15 @@ def show_audit(audit: DataAudit, console: Console) -> None:
 
 
 def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
-    report = CheckReport(f"{audit.title}: {part.name}, {audit.kind}")
+    report = CheckReport(f"{_title(part, audit)}: {part.name}, {audit.kind}")
     mismatches = f", {part.num_mismatches:,} of them answers to different prompts" if part.num_mismatches else ""
-    faulty = f", {len(part.faults):,} faulty{mismatches}" if part.faults else ""
+    faulty = f", {len(part.faults):,} faulty{mismatches}" if part.faults and audit.kind != "unmapped" else ""
     report.facts.append(("rows", f"{part.num_rows:,} of {', '.join(part.sources)}{faulty}"))
+    if audit.kind == "unmapped":
+        report.faults = [DataError(fault) for fault in part.faults[-1:]]
+        return report
     report.facts.append(("turns", ", ".join(f"{role} {count:,}" for role, count in part.turns.items()) or "none"))
-    if part.tokens:
+    if part.tokens and part.tokens.lengths:
         report.facts += _token_facts(part.tokens, audit.model)
     if len(part.lengths) > 1:
         report.facts += [(f"{name} tokens", _percentiles(lengths)) for name, lengths in part.lengths.items()]
@@ -53,13 +60,39 @@ def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
             bound = f" (similarity at least {audit.near_threshold:g})" if what == "near" else ""
             report.facts.append((f"{what} duplicates", text + bound))
         if groups:
-            report.warnings.append(f"{what} duplicates: {first_of([' = '.join(group) for group in groups])}")
+            report.warnings.append(f"{what} duplicates: {first_of([_equal(group) for group in groups])}")
     report.warnings += [f"{text}: {first_of(part.fates[fate])}" for fate, text in _WARNED.items() if fate in part.fates]
     report.warnings += part.warnings
-    report.faults = [DataError(fault) for fault in part.faults[:_SHOWN_FAULTS]]
-    if len(part.faults) > _SHOWN_FAULTS:
-        report.faults.append(DataError(f"and {len(part.faults) - _SHOWN_FAULTS:,} more; --json lists all"))
+    faults = _alike(part.faults)
+    report.faults = [DataError(fault) for fault in faults[:_SHOWN_FAULTS]]
+    if len(faults) > _SHOWN_FAULTS:
+        report.faults.append(DataError(f"and {len(faults) - _SHOWN_FAULTS:,} more; --json lists all"))
     return report
+
+
+def _title(part: PartAudit, audit: DataAudit) -> str:
+    """The recipe, or each file by its own name."""
+    return audit.title if audit.is_recipe else ", ".join(part.sources)
+
+
+def _equal(group: list[str]) -> str:
+    more = f" and {len(group) - _SHOWN_EQUAL:,} more" if len(group) > _SHOWN_EQUAL else ""
+    return " = ".join(group[:_SHOWN_EQUAL]) + more
+
+
+def _alike(faults: list[str]) -> list[str]:
+    """Faults that say the same of several rows as one."""
+    places: dict[str, list[str]] = {}
+    for fault in faults:
+        match = _PLACED.fullmatch(fault)
+        place, text = match.groups() if match else ("", fault)
+        places.setdefault(text, []).append(place)
+    said = []
+    for text, of in places.items():
+        rest = [one.rpartition(", ")[2] for one in of[1:]]
+        rows = first_of([of[0], *rest]) + (f" ({len(of):,} rows)" if len(of) > 1 else "")
+        said.append(f"{rows}: {text}" if of[0] else text)
+    return said
 
 
 def _token_facts(data: DataReport, model: str) -> list[tuple[str, str]]:
@@ -77,7 +110,9 @@ def _token_facts(data: DataReport, model: str) -> list[tuple[str, str]]:
 
 
 def _overlap_report(audit: DataAudit) -> CheckReport:
-    report = CheckReport(f"{audit.title}: eval prompts in train")
+    train, evaluation = (_title(part, audit) for part in audit.parts)
+    files = train if train == evaluation else f"{evaluation} and {train}"
+    report = CheckReport(f"{files}: eval prompts in train")
     for what, pairs in (("exact", audit.exact_overlap), ("near", audit.near_overlap)):
         if what == "exact" or audit.near_threshold is not None:
             report.facts.append((what, f"{len(pairs):,} eval rows"))

@@ -36,7 +36,7 @@ def find_overlap(rows: Sequence[Row], others: Sequence[Row], threshold: float | 
     A row that has an equal is not among the near.
     """
     asked, known = ([question(row) or "" for row in side] for side in (rows, others))
-    first = {text: number for number, text in reversed(list(enumerate(known)))}
+    first = {text: number for number, text in reversed(list(enumerate(known))) if text}
     exact = [(number, first[text]) for number, text in enumerate(asked) if text in first]
     if threshold is None:
         return exact, []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from rlqwen.audit.subject import Subject, prepared_rows
+from rlqwen.audit.subject import Subject, prepared_rows, unmapped
 from rlqwen.audit.tokens import Segment, tokenize_subject
 from rlqwen.data import DataReport, TokenizedRow
 from rlqwen.data.report import Fate
@@ -39,9 +39,11 @@ def show_rows(subject: Subject, part: str, numbers: range, console: Console) -> 
     is_fine = True
     for number, (place, row) in zip(numbers, selected, strict=False):
         faults = [row] if isinstance(row, DataError) else []
+        if subject.kind == "unmapped" and not isinstance(row, DataError):
+            faults = [DataError(unmapped(row))]
         examples: list[list[Segment]] = []
         report = DataReport()
-        if not faults:
+        if not faults and not isinstance(row, DataError):
             examples, report = tokenize_subject([row], subject, faults)
         fates = [_FATES[fate] for fate in report.rows if fate in _FATES]
         title = ", ".join([f"row {number}", subject.kind, *fates])

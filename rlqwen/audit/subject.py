@@ -1,16 +1,18 @@
 """What is looked at: a path or a recipe, as rows of which kind, with which model's tokens and which config."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rlqwen.check.model import ModelFacts, read_model
+from rlqwen.check.model import read_model
 from rlqwen.config import DPOConfig, GRPOConfig, ModelConfig, OnlineConfig, PreferenceConfig, SFTConfig, SourceConfig
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.data.cleaning.report import make_report
 from rlqwen.data.cleaning.steps import find_outcome
+from rlqwen.data.mapping import offer
 from rlqwen.data.preference_formats import is_labelled, is_pair
 from rlqwen.data.sources import Row, prepare_row, read_source
 from rlqwen.errors import ConfigError, DataError, ModelError, PromptMismatch
@@ -19,7 +21,8 @@ from rlqwen.recipe import is_recipe, load_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["sft", "prompts", "preference", "labelled"]
+Kind = Literal["sft", "prompts", "preference", "labelled", "unmapped"]
+"""What rows are for; `unmapped`: their columns are of no form that we know."""
 TrainConfig = SFTConfig | PreferenceConfig | OnlineConfig
 
 DEFAULT_MODEL = "builtin:tiny-qwen3"
@@ -36,13 +39,25 @@ class Part:
     faults: list[str] = field(default_factory=list)
     num_mismatches: int = 0
     """Faulty rows that are pairs whose prompts differ."""
+    faulty_rows: set[int] = field(default_factory=set)
+    """Places in `rows` of those that cannot be tokenised."""
 
     def short_places(self) -> list[str]:
-        """`line 3` where all rows are of one file, else `train.jsonl, line 3`."""
+        """`line 3` where all rows are of one file, else `train.jsonl, line 3`, with folders where names alone are the same."""
         split = [place.rpartition(", ") for place in self.places]
-        if len({file for file, _, _ in split}) == 1:
+        files = {file for file, _, _ in split}
+        if len(files) == 1:
             return [number for _, _, number in split]
-        return [f"{Path(file).name}, {number}" for file, _, number in split]
+        short = _short_names(files)
+        return [f"{short[file]}, {number}" for file, _, number in split]
+
+
+def _short_names(files: set[str]) -> dict[str, str]:
+    """Each file by its name; by its path below the folder of all where two have the same name."""
+    names = {file: Path(file).name for file in files}
+    if len(set(names.values())) == len(files):
+        return names
+    return {file: os.path.relpath(file, os.path.commonpath([str(Path(one).parent) for one in files])) for file in files}
 
 
 @dataclass
@@ -62,6 +77,7 @@ class Subject:
     """`train` and, where there is one, `eval`."""
     warnings: list[str]
     cleaning: CleaningConfig | None = None
+    is_recipe: bool = False
 
     @property
     def text_field(self) -> str:
@@ -105,8 +121,8 @@ def find_subject(
     warnings = (
         [] if model else [f"tokens are those of {DEFAULT_MODEL}, almost one a byte: give --model for a real count"]
     )
-    path, facts = _read_tokenizer(ModelConfig(path=model or DEFAULT_MODEL), warnings)
-    return Subject(target, kind, config, path, facts.tokenizer, None, parts, warnings)
+    path, tokenizer, _ = _read_tokenizer(ModelConfig(path=model or DEFAULT_MODEL), warnings)
+    return Subject(target, kind, config, path, tokenizer, None, parts, warnings)
 
 
 def _of_recipe(name: str, model: str | None) -> Subject:
@@ -119,15 +135,21 @@ def _of_recipe(name: str, model: str | None) -> Subject:
         kind = "labelled" if guess_kind(parts["train"]) == "labelled" else "preference"
     settings = recipe.model if model is None else ModelConfig(path=model)
     warnings: list[str] = []
-    path, facts = _read_tokenizer(settings, warnings)
-    context = facts.context if path == recipe.model.path else None
+    path, tokenizer, context = _read_tokenizer(settings, warnings)
+    context = context if path == recipe.model.path else None
     assert isinstance(config, SFTConfig | PreferenceConfig | OnlineConfig)
     title, cleaning = f"{name} ({recipe.algorithm})", recipe.data.cleaning
-    return Subject(title, kind, config, path, facts.tokenizer, context, parts, warnings, cleaning)
+    return Subject(title, kind, config, path, tokenizer, context, parts, warnings, cleaning, is_recipe=True)
 
 
-def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, ModelFacts]:
-    """(model, its facts); those of the built-in one, with a warning, where the model is not there."""
+def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, "PreTrainedTokenizerBase", int | None]:
+    """(model, its tokenizer, its context); those of the built-in one, with a warning, where the model is not there.
+
+    A folder that holds a tokenizer and no model will do; it has no context.
+    """
+    folder = Path(settings.path).expanduser()
+    if not (folder / "config.json").exists() and (folder / "tokenizer.json").is_file():
+        return settings.path, _load_tokenizer(folder, settings), None
     with tempfile.TemporaryDirectory() as scratch:
         try:
             facts = read_model(settings, Path(scratch))
@@ -135,13 +157,25 @@ def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, Mo
         except ModelError as error:
             facts, problem = None, f"cannot be read ({error})"
         if facts is not None:
-            return settings.path, facts
+            return settings.path, facts.tokenizer, facts.context
         warnings.append(
             f"the model {settings.path!r} {problem}: tokens are those of {DEFAULT_MODEL}; give another with --model"
         )
         fallback = read_model(ModelConfig(path=DEFAULT_MODEL), Path(scratch))
     assert fallback is not None
-    return DEFAULT_MODEL, fallback
+    return DEFAULT_MODEL, fallback.tokenizer, fallback.context
+
+
+def _load_tokenizer(folder: Path, settings: ModelConfig) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
+    return tokenizer
 
 
 def guess_kind(sources: Sequence[SourceConfig]) -> Kind:
@@ -154,13 +188,20 @@ def guess_kind(sources: Sequence[SourceConfig]) -> Kind:
     raise fault
 
 
+def unmapped(row: Row) -> str:
+    """What is wrong with a row whose columns are of no form that we know, and how to mend it."""
+    return f"the columns {', '.join(map(str, row)) or '(none)'} are not mapped to any form of rows: {offer(row)}"
+
+
 def _kind_of(row: Row) -> Kind:
     if is_pair(row):
         return "preference"
     if is_labelled(row):
         return "labelled"
     has_answer = "completion" in row or any(turn["role"] == "assistant" for turn in row.get("messages", []))
-    return "sft" if has_answer or not ("prompt" in row or "messages" in row) else "prompts"
+    if has_answer or isinstance(row.get("text"), str):
+        return "sft"
+    return "prompts" if "prompt" in row or "messages" in row else "unmapped"
 
 
 def read_part(name: str, sources: Sequence[SourceConfig]) -> Part:
