@@ -22,6 +22,8 @@ def resolve_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
 
 def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: str) -> list[str]:
     """What rlqwen.registry.check_rows says of rows before their prompts are tokenised."""
+    if not rewards or not rows:
+        return []
     written: dict[frozenset[str], frozenset[str]] = {}
     """Columns of a row -> those that its rewards see."""
     for number, row in enumerate(rows):
@@ -30,7 +32,7 @@ def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: 
             written[frozenset(row)] = frozenset(seen) - {"prompt"}
     # A column that a row does not have was made from its answer.
     columns = ({name: row.get(name, "") for name in written[frozenset(row)]} for row in rows)
-    return check_rows(rewards, columns, where)[1] if rows else []
+    return check_rows(rewards, columns, where)[1]
 
 
 def check_rewards(

@@ -106,5 +106,10 @@ class ScoringConfig(ArgumentsConfig):
     """`off`: where this machine can't isolate, call rewards that ask for it in ordinary workers all the same."""
     max_failure_share: float = Field(default=0.5, ge=0, le=1)
     """Stop the run when a reward fails on more than this share of a batch."""
+    max_wait_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a step that may be spent waiting for a reward whose calls run into `timeout`. Above it, a warning names
+    the reward. 1: however long."""
+    max_wait_seconds: float = Field(default=600.0, gt=0)
+    """Stop the run when steps above `max_wait_share`, one after the other, have waited this long for such a reward."""
     in_process: list[str] = Field(default_factory=list)
     """Names of rewards to call in the trainer's own process, without a deadline: for rewards that keep state."""

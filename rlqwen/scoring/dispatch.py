@@ -37,8 +37,10 @@ class Call:
     arguments: dict[str, Any]
     services: tuple[str, ...]
     """Names that the reward takes beside its arguments: of rlqwen.scoring.journal.LOGGERS, and CONFINED_PYTHON."""
+    begin: Callable[[], None]
+    """Called in the dispatcher's thread, when a worker takes it up."""
     finish: Callable[[CallResult], None]
-    """Called in the dispatcher's thread."""
+    """Called in the dispatcher's thread, after `begin`."""
     batch: object
     """What `drop_queued` knows it by."""
 
@@ -154,6 +156,7 @@ class Dispatcher:
                 self._begin(seat, call)
 
     def _begin(self, seat: _Seat, call: Call) -> None:
+        call.begin()
         try:
             message = pickle.dumps((call.index, call.count, call.services, cloudpickle.dumps(call.arguments)))
         except Exception as error:  # noqa: BLE001  picklers raise anything

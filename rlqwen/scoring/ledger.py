@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ class Tally:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Samples by reward and outcome."""
     seconds: Counter[str] = field(default_factory=Counter)
-    """By reward."""
+    """That calls took, by reward."""
+    waited: Counter[str] = field(default_factory=Counter)
+    """Seconds that the trainer waited while calls of a reward were running, by reward."""
     logged: dict[str, list[float]] = field(default_factory=dict)
     """What rewards gave to `log_metric`."""
 
@@ -35,19 +38,21 @@ class Tally:
         """Count what `other` counted too."""
         self.counts.update(other.counts)
         self.seconds.update(other.seconds)
+        self.waited.update(other.waited)
         for name, values in other.logged.items():
             self.logged.setdefault(name, []).extend(values)
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
         counts = [[*key, count] for key, count in self.counts.items()]
-        return {"counts": counts, "seconds": dict(self.seconds), "logged": self.logged}
+        times = {"seconds": dict(self.seconds), "waited": dict(self.waited)}
+        return {"counts": counts, **times, "logged": self.logged}
 
     @classmethod
     def of_plain(cls, plain: dict[str, Any]) -> "Tally":
         """What `plain` told of."""
         counts = Counter({(reward, outcome): count for reward, outcome, count in plain["counts"]})
-        return cls(counts, Counter(plain["seconds"]), plain["logged"])
+        return cls(counts, Counter(plain["seconds"]), Counter(plain.get("waited", {})), plain["logged"])
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +69,12 @@ class Batch:
     groups: list[Group] = field(default_factory=list)
     num_samples: int = 0
     num_open_jobs: int = 0
+    running: Counter[int] = field(default_factory=Counter)
+    """Calls that workers are at, by reward."""
+    waiting_since: float | None = None
+    """When the trainer began to wait for it, or when that was last counted; monotonic clock. None: it does not wait."""
+    hanging: set[int] = field(default_factory=set)
+    """Rewards of which a call ran out of time."""
     failures: dict[int, Counter[str]] = field(default_factory=dict)
     """Failed samples by reward and outcome."""
     traces: dict[int, str] = field(default_factory=dict)
@@ -98,17 +109,38 @@ class Ledger:
         self._tally.add(tally)
 
     def metrics(self) -> dict[str, float]:
-        """Samples by outcome and seconds of each reward, and the means of what rewards logged, since the reset."""
+        """Samples by outcome, and seconds of calls and of waiting for them, of each reward; the means of what rewards
+        logged; since the reset."""
         metrics = {name: statistics.fmean(values) for name, values in self._tally.logged.items()}
         for reward in self._rewards:
             for outcome in OUTCOMES:
                 metrics[f"reward/{reward.name}/{outcome}"] = self._tally.counts[reward.name, outcome]
             metrics[f"reward/{reward.name}/seconds"] = self._tally.seconds[reward.name]
+            metrics[f"reward/{reward.name}/wait_seconds"] = self._tally.waited[reward.name]
         return metrics
 
     def add_seconds(self, job: Job, seconds: float) -> None:
         """Count time that a call took, whatever came of it."""
         job.batch.tally.seconds[self._rewards[job.reward].name] += seconds  # type: ignore[assignment]
+
+    def count_waiting(self, batch: Batch) -> None:
+        """Count the time since `batch.waiting_since` for the rewards that have been running since then."""
+        if batch.waiting_since is None:
+            return
+        now = time.monotonic()
+        for reward in (reward for reward, count in batch.running.items() if count):
+            batch.tally.waited[self._rewards[reward].name] += now - batch.waiting_since  # type: ignore[assignment]
+        batch.waiting_since = now
+
+    def add_call(self, job: Job, number: int) -> None:
+        """Take note that a call begins (1) or ends (-1)."""
+        self.count_waiting(job.batch)
+        job.batch.running[job.reward] += number
+
+    def waited_for_hanging(self, batch: Batch) -> dict[str, float]:
+        """Each reward of which a call ran out of time -> seconds waited for it."""
+        names = [self._rewards[reward].name for reward in batch.hanging]
+        return {name: batch.tally.waited[name] for name in names}
 
     def record(self, job: Job, result: CallResult) -> None:
         """The final word on the samples of a job."""

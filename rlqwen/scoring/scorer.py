@@ -1,6 +1,7 @@
 """Scores groups while others are still being generated."""
 
 import threading
+import time
 import weakref
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from rlqwen.scoring.outcomes import CallResult, call
 from rlqwen.scoring.placement import check_arguments, must_isolate, pack_travellers
 from rlqwen.scoring.reward_model import RewardModel
 from rlqwen.scoring.totals import total_rewards
+from rlqwen.scoring.waiting import WaitBudget
 from rlqwen.scoring.worker import CONFINED_PYTHON
 from rlqwen.types import Group
 
@@ -55,6 +57,7 @@ class Scorer:
         self._changed = threading.Condition()
         self._batch: Batch | None = None
         self._ledger = Ledger(self.rewards, config.max_failure_share, FailureLog(failures_dir))
+        self._budget = WaitBudget(config)
         self._restarts_before = 0
         packed = pack_travellers(self.rewards, config)
         self._dispatchers: list[Dispatcher] = []
@@ -109,14 +112,16 @@ class Scorer:
     def wait(self, batch: Batch | None = None) -> list[Group]:
         """The groups of a batch, scored, in the order of submission; None: all since the last plain wait.
 
-        Raises RewardFailure as soon as it is certain that a reward fails on too large a share of them, and then
-        forgets the batch. Rewards of this process are called here, in the caller's thread. `metrics` tells of the calls
+        Raises RewardFailure as soon as it is certain that a reward fails on too large a share of them, or hangs for too
+        long (rlqwen.scoring.waiting), and then forgets the batch. Rewards of this process are called here, in the caller's thread. `metrics` tells of the calls
         of a batch of its own once its tally is given to `count`.
         """
         plain = batch is None
         batch = self._default_batch() if batch is None else batch
         if plain:
             self._batch = None
+        with self._changed:
+            batch.waiting_since = time.monotonic()
         try:
             while batch.local_jobs:
                 self._call_here(batch.local_jobs.popleft())
@@ -126,13 +131,17 @@ class Scorer:
                 while batch.num_open_jobs:
                     self._raise_dispatcher_error()
                     self._ledger.raise_if_failing(batch)
+                    self._budget.check(self._ledger.waited_for_hanging(batch))
                     self._changed.wait()
+                    self._ledger.count_waiting(batch)
                 self._ledger.raise_if_failing(batch)
+                self._budget.end_step(self._ledger.waited_for_hanging(batch))
         except BaseException:
             self._forget(batch)
             raise
         finally:
             batch.is_open = False
+            batch.waiting_since = None
             if plain:
                 self.count(batch.tally)
         weights = dict(zip((reward.name for reward in self.rewards), self.weights, strict=True))
@@ -152,8 +161,8 @@ class Scorer:
         self.wait()
 
     def metrics(self) -> dict[str, float]:
-        """Since the last reset: for each reward, samples by outcome and seconds; workers replaced; what rewards
-        gave to `log_metric`."""
+        """Since the last reset: for each reward, samples by outcome, seconds of its calls, and seconds that `wait`
+        waited for them; workers replaced; what rewards gave to `log_metric`."""
         with self._changed:
             return self._ledger.metrics() | {"scoring/restarts": self._num_restarts() - self._restarts_before}
 
@@ -184,8 +193,8 @@ class Scorer:
         services = self._loggers(job)
         if CONFINED_PYTHON in self.rewards[job.reward].parameters:
             services += (CONFINED_PYTHON,)
-        finish = partial(self._finish, job)
-        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, finish, job.batch))
+        begin, finish = partial(self._call_begins, job), partial(self._finish, job)
+        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, begin, finish, job.batch))
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         prompt = job.group.prompt
@@ -211,6 +220,7 @@ class Scorer:
         function = self.rewards[job.reward].function
         if isinstance(function, RewardModel):
             function.load(self._tokenizer)
+        self._call_begins(job)
         result = call(
             function,
             partial(self._arguments, job),
@@ -220,11 +230,18 @@ class Scorer:
         )
         self._finish(job, result)
 
+    def _call_begins(self, job: Job) -> None:
+        with self._changed:
+            self._ledger.add_call(job, 1)
+
     def _finish(self, job: Job, result: CallResult) -> None:
         """Record a result, or call sample by sample if a whole group failed, so that only the guilty ones lose."""
         retries: list[Job] = []
         with self._changed:
+            self._ledger.add_call(job, -1)
             self._ledger.add_seconds(job, result.seconds)
+            if "timeout" in result.outcomes:
+                job.batch.hanging.add(job.reward)
             if not job.batch.is_open:
                 return
             if not result.is_settled and len(job.samples) > 1:

@@ -10,7 +10,9 @@ from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
 
 # Last parts of keys of evaluation figures.
-_BETTER_LOW = {"truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds"}
+_BETTER_LOW = {
+    "truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds", "wait_seconds"
+}  # fmt: skip
 
 
 class Verdict(Enum):

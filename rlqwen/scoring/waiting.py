@@ -1,0 +1,68 @@
+"""Bounds how much of a run is spent waiting for rewards that hang."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from rlqwen.config import ScoringConfig
+from rlqwen.errors import RewardFailure
+
+logger = logging.getLogger(__name__)
+
+
+class WaitBudget:
+    """Warn when more than `scoring.max_wait_share` of a step is spent waiting for a reward whose calls run into their
+    deadline, and stop the run once that has cost `scoring.max_wait_seconds` without a step in between that was better.
+
+    A step is the time from the end of one wait to the end of the next. A reward that is slow, but answers in time, is
+    not hanging.
+    """
+
+    def __init__(self, config: ScoringConfig) -> None:
+        self._config = config
+        self._began = time.monotonic()
+        self._lost: Counter[str] = Counter()
+        """Seconds waited for each hanging reward in the steps before, since the last good one."""
+        self._warned: set[str] = set()
+
+    def check(self, hanging: Mapping[str, float]) -> None:
+        """Warn of, or raise RewardFailure for, what is above the share so far in this step.
+
+        `hanging`: reward whose calls ran out of time in this step -> seconds waited for it in this step.
+        """
+        for name, seconds in self._above(hanging).items():
+            lost = self._lost[name] + seconds
+            if lost > self._config.max_wait_seconds:
+                raise RewardFailure(
+                    f"reward {name!r} hangs: the run waited {lost:.0f} s for calls that run into "
+                    f"scoring.timeout={self._config.timeout:g}, more than scoring.max_wait_seconds="
+                    f"{self._config.max_wait_seconds:g} allows. {_ADVICE}"
+                )
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "reward %r hangs: %.0f s of the %.0f s of this step were spent waiting for calls that run into "
+                    "scoring.timeout=%g. %s. The run stops once this has cost scoring.max_wait_seconds=%g s",
+                    name,
+                    seconds,
+                    time.monotonic() - self._began,
+                    self._config.timeout,
+                    _ADVICE,
+                    self._config.max_wait_seconds,
+                )
+
+    def end_step(self, hanging: Mapping[str, float]) -> None:
+        """Close the account of a step."""
+        above = self._above(hanging)
+        self._lost = Counter({name: self._lost[name] + seconds for name, seconds in above.items()})
+        self._began = time.monotonic()
+
+    def _above(self, hanging: Mapping[str, float]) -> dict[str, float]:
+        allowed = self._config.max_wait_share * (time.monotonic() - self._began)
+        return {name: seconds for name, seconds in hanging.items() if seconds > allowed}
+
+
+_ADVICE = (
+    "Mend the reward, lower scoring.timeout, or raise scoring.num_workers; scoring.max_wait_share: 1 waits however long"
+)
