@@ -6,9 +6,12 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from patience import PATIENCE_S
 
 
-def run_forked(function: Callable[[], object], *, kill_after_s: float | None = None, deadline_s: float = 60.0) -> int:
+def run_forked(
+    function: Callable[[], object], *, kill_after_s: float | None = None, deadline_s: float = PATIENCE_S
+) -> int:
     """Call `function` in a forked child, killed after `kill_after_s`; returns its exit code, the negative number of the
     signal that ended it."""
     pid = os.fork()

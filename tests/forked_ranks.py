@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE_S
 
 
-def run_ranks(function: Callable[[], Any], *, world_size: int = 2, deadline_s: float = 60.0) -> list[Any]:
+def run_ranks(function: Callable[[], Any], *, world_size: int = 2, deadline_s: float = PATIENCE_S) -> list[Any]:
     """Call `function` in every rank as a launcher would have it; returns what each gave, by rank.
 
     Raises AssertionError with a rank's traceback where one fails, and ends the others; so it does at the deadline.

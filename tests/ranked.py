@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "150"))
+DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "300"))
 NUM_RANKS = 2
 
 SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from rlqwen import __version__, pipeline
 from rlqwen.cli import main
@@ -90,12 +92,13 @@ def test_help_everywhere(words, capsys):
 
 def test_help_answers_within_a_second_and_without_torch():
     command = "import sys; from rlqwen.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
-    seconds = []
+    seconds = []  # of processor time, which other work does not lengthen
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert subprocess.run([sys.executable, "-c", command], stdout=subprocess.DEVNULL, check=False).returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1.0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0  # 0.2 measured
 
 
 def test_version(capsys):
@@ -239,7 +242,7 @@ def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
         "    def __init__(self, recipe): self.output_dir = pathlib.Path(recipe.output_dir)\n"
         "    def train(self):\n"
         "        try:\n"
-        "            print('training', flush=True); time.sleep(60)\n"
+        "            print('training', flush=True); time.sleep(600)\n"
         "        finally:\n"
         "            pathlib.Path('cleaned').touch()\n"
         "sys.modules['rlqwen.trainers.build'] = types.SimpleNamespace(build_trainer=Trainer)\n"
@@ -251,7 +254,7 @@ def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
         try:
             assert process.stdout.readline() == b"training\n"
             os.kill(process.pid, number)
-            assert process.wait(timeout=30) == code
+            assert process.wait(timeout=PATIENCE_S) == code
         finally:
             process.kill()
     assert Path("cleaned").is_file()

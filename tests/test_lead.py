@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import torch
+from patience import PATIENCE_S
 
 from rlqwen.batch import Branch, Tree, pack
 from rlqwen.errors import ConfigError, MainRankFailed
@@ -27,7 +28,7 @@ class Rank:
         if self.is_main:
             self._line.put(pickle.dumps(value))
             return value
-        return pickle.loads(self._line.get(timeout=10))
+        return pickle.loads(self._line.get(timeout=PATIENCE_S))
 
 
 class Recorder:

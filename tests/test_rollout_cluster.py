@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 from rlqwen.tiny import build_tiny_qwen3
 
 # In a process of its own, since a process can be connected to one Ray at a time.
@@ -62,7 +64,7 @@ def test_a_cluster_of_two_nodes(tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
     )
     try:
-        output, errors = process.communicate(timeout=180)
+        output, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_until
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +59,8 @@ def pool(folder: Path) -> Iterator[RolloutPool]:
     workers = engine.process_ids()
     engine.close()
     engine.close()
-    assert all(wait_for_end(pid) for pid in workers)
+    for pid in workers:
+        wait_for_end(pid)
 
 
 @pytest.fixture
@@ -196,22 +198,17 @@ def test_a_killed_worker_is_replaced_and_its_groups_drawn_again(pool: RolloutPoo
 def test_a_stuck_worker_is_replaced_after_its_deadline(pool: RolloutPool, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = pool.process_ids()[1]
     os.kill(victim, signal.SIGSTOP)
-    monkeypatch.setattr(pool.config, "generate_timeout", 2.0)
+    monkeypatch.setattr(pool.config, "generate_timeout", 10.0)
     restarts = pool.num_restarts
     groups = list(pool.generate(requests()))
     assert sorted(group.prompt.index for group in groups) == list(range(NUM_PROMPTS))
     assert pool.num_restarts == restarts + 1
-    assert wait_for_end(victim)
+    wait_for_end(victim)
     pool.wait_until_ready()
 
 
-def wait_for_end(pid: int, seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}").exists():
-            return True
-        time.sleep(0.1)
-    return False
+def wait_for_end(pid: int) -> None:
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), f"process {pid} has ended")
 
 
 @pytest.mark.fault("the same groups drawn twice, dealt to two workers as they come free", "equal to the bit")
@@ -275,10 +272,11 @@ def test_a_worker_killed_during_a_sync_is_replaced(pool: RolloutPool, model: Pre
 def test_sampling_in_another_thread_can_be_cancelled(pool: RolloutPool) -> None:
     with ThreadPoolExecutor(1) as thread:
         drawing = thread.submit(lambda: list(pool.generate(requests(max_tokens=30) * 20)))
-        time.sleep(0.2)
-        pool.cancel()
+        while not drawing.done():  # a cancel that comes before the draw begins is for nothing
+            time.sleep(0.2)
+            pool.cancel()
         with pytest.raises(RolloutError, match="dropped"):
-            drawing.result(timeout=10)
+            drawing.result()
     assert len(list(pool.generate(requests(count=2)))) == 2
 
 

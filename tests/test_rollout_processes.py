@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from rlqwen.rollout import guard
 from rlqwen.tiny import build_tiny_qwen3
@@ -93,13 +93,6 @@ def family(mark: str) -> list[int]:
     return [pid for pid in psutil.pids() if environment(pid).get(MARK) == mark]
 
 
-def wait_until_gone(mark: str, seconds: float) -> list[int]:
-    deadline = time.monotonic() + seconds
-    while family(mark) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return family(mark)
-
-
 @pytest.mark.fault("Ctrl-C, or SIGKILL of the trainer, while workers sample", "no process of Ray or vLLM outlives it")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: str) -> None:
@@ -114,9 +107,9 @@ def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: s
     elif ending == "interrupt":
         # Ctrl-C in a terminal reaches the whole process group.
         os.killpg(trainer.process.pid, signal.SIGINT)
-    assert trainer.process.wait(30) != 0
-    assert wait_until_gone(trainer.mark, 15) == []
-    assert not Path(folder).exists()
+    assert trainer.process.wait(PATIENCE_S) != 0
+    wait_until(lambda: not family(trainer.mark), "its family is gone")
+    wait_until(lambda: not Path(folder).exists(), "its folder is gone")
     log = trainer.log.read_text()
     if ending == "interrupt":
         assert "KeyboardInterrupt" in log

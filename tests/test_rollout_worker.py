@@ -1,7 +1,6 @@
 """The thread that owns an engine: when it begins the groups that it is given, and where it cannot start."""
 
 import threading
-import time
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from rlqwen.errors import RolloutError
 from rlqwen.rollout.messages import GroupJob, Share
@@ -79,7 +79,7 @@ def test_a_machine_without_the_model(tmp_path: Path) -> None:
     thread = EngineThread(SimpleNamespace(model_path=str(tmp_path / "gone")))  # type: ignore[arg-type]
     thread.start()
     with pytest.raises(RolloutError, match=r"gone holds no model on .*must lie where all of them see them"):
-        thread.started.result(timeout=20)
+        thread.started.result(timeout=PATIENCE_S)
 
 
 def test_weights_that_were_loaded_are_let_go(thread: EngineThread) -> None:
@@ -90,8 +90,5 @@ def test_weights_that_were_loaded_are_let_go(thread: EngineThread) -> None:
     thread.submit(lambda bundle=bundle: done.set_result(thread.load(bundle)), done)  # type: ignore[misc]
     del bundle
     threading.Thread(target=thread._work_off, daemon=True).start()
-    done.result(timeout=20)
-    until = time.monotonic() + 20
-    while alive() is not None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    done.result(timeout=PATIENCE_S)
+    wait_until(lambda: alive() is None, "the weights are let go")

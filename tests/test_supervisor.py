@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
+from patience import PATIENCE_S, wait_until
 
 from rlqwen.supervisor import RESTARTS_FILE, Policy, describe_exit, supervise
 
@@ -139,11 +139,8 @@ def start_supervisor(command, run):
         [sys.executable, "-c", SUPERVISE, str(run), *command],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
-    deadline = time.monotonic() + 20
-    while not (run / "ready").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: (run / "ready").exists() or process.poll() is not None, "the child is ready")
+    assert process.poll() is None
     return process
 
 
@@ -165,7 +162,7 @@ def test_signals_are_passed_on_once(script, number, code):
     """)
     process = start_supervisor(command, run)
     process.send_signal(number)
-    assert process.wait(20) == code
+    assert process.wait(PATIENCE_S) == code
     assert json.loads((run / "got").read_text()) == [number]
     assert len(starts(run)) == 1
 
@@ -174,12 +171,9 @@ def test_signals_are_passed_on_once(script, number, code):
 def test_a_signal_between_two_attempts_ends_it(script, number, code):
     command, run = script("(run / 'ready').touch()\nsys.exit(1)")
     process = start_supervisor(command, run)
-    deadline = time.monotonic() + 20
-    while not restarts(run):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: restarts(run), "a restart is noted")
     process.send_signal(number)
-    assert process.wait(5) == code
+    assert process.wait(PATIENCE_S) == code
     assert len(starts(run)) == 1
 
 
@@ -197,15 +191,12 @@ def test_no_child_outlives_its_supervisor(script):
         signal.signal(signal.SIGTERM, leave)
         (run / "pid").write_text(str(os.getpid()))
         (run / "ready").touch()
-        time.sleep(30)
+        time.sleep(600)
     """)
     process = start_supervisor(command, run)
     process.kill()
-    process.wait(5)
-    deadline = time.monotonic() + 5
-    while not (run / "left").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process.wait(PATIENCE_S)
+    wait_until((run / "left").exists, "the child leaves")
 
 
 def test_ends_are_said_in_words():

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from forked import run_forked
+from patience import PATIENCE_S
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
@@ -191,7 +192,7 @@ class SlowEngine:
         self.num_begun += 1
         self.is_running, self._cancelled = True, False
         self.begun.set()
-        until = time.monotonic() + 20
+        until = time.monotonic() + PATIENCE_S
         while not self._cancelled and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(0.3)
@@ -216,9 +217,9 @@ def test_draws_that_are_given_up_have_ended():
     ahead = Ahead(engine)
     for name in ("first", "second", "third"):
         ahead.begin(SlowDraw(name))
-    assert engine.begun.wait(timeout=5)
+    assert engine.begun.wait(timeout=PATIENCE_S)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(ahead.forget).result(timeout=10)
+        thread.submit(ahead.forget).result(timeout=PATIENCE_S)
     assert not engine.is_running
     assert engine.num_begun == 1
     assert ahead.take("second") is None

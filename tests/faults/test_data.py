@@ -72,9 +72,9 @@ def test_what_a_reward_model_reads_of_ordinary_turns_is_the_template_s_own(token
 )
 def test_a_prompt_of_a_million_characters(tokenizer: Any, name: str) -> None:
     rows = [{"prompt": [{"role": "user", "content": one}]} for one in (LONG[name], "short")]
-    started = time.monotonic()
+    started = time.process_time()
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=64)
-    assert time.monotonic() - started < 15
+    assert time.process_time() - started < 30  # 3 measured
     assert [prompt.index for prompt in prompts] == [1]
     assert report.num_overlong == 1
     with pytest.raises(DataError, match=r"row 0 has \d+; raise it, or shorten"):

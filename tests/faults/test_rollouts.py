@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from ranked import SUMS, prefers_even
 
 from rlqwen import GRPOConfig, GRPOTrainer
@@ -24,7 +25,7 @@ class SlowToLeave:
     def generate(self, requests):
         self.is_sampling = True
         self.begun.set()
-        assert self.cancelled.wait(10)
+        assert self.cancelled.wait(PATIENCE_S)
         time.sleep(0.2)
         self.is_sampling = False
         yield from ()
@@ -42,7 +43,7 @@ def test_nothing_is_sampled_once_draws_are_given_up():
     with Scorer([], ScoringConfig()) as scorer:
         ahead.begin(Draw("first", (), scorer, 1))
         ahead.begin(Draw("second", (), scorer, 1))
-        assert engine.begun.wait(10)
+        assert engine.begun.wait(PATIENCE_S)
         ahead.forget()
         assert not engine.is_sampling
         assert ahead.take("second") is None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE_S
 
 from rlqwen.checkpoint.folder import find_fault
 from rlqwen.metrics import read_metrics, read_summary
@@ -47,9 +48,9 @@ def score(completions, **kwargs):
     time.sleep({pause})
     return [float(len(str(completion)) % 7) for completion in completions]
 """
-DEADLINE_S = 120.0
+DEADLINE_S = PATIENCE_S
 """For a run to come to the moment; an engine's cold start is most of it."""
-END_S = 30.0
+END_S = PATIENCE_S
 """For an interrupted run to be gone."""
 
 
@@ -264,7 +265,7 @@ def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start):
     run.wait_for(lambda run: has_logged(run, 12))
     (rank,) = (process for process in run.family() if process.environ().get("RANK") == "1")
     rank.kill()
-    run.expect(0, "restart 1 of 1", seconds=90.0)
+    run.expect(0, "restart 1 of 1")
     assert read_summary(run.folder / "run")["steps"] == 40
 
 
@@ -317,7 +318,7 @@ def test_a_full_object_store():
         env=os.environ | {"RAY_local_fs_capacity_threshold": "0.0001"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert re.search(r"refused after [01]: Ray's object store \(0\.08\d* GB\) has no room", output.stdout), (
