@@ -64,7 +64,7 @@ def test_final_text_needs_closed_reasoning():
 
 
 def test_endless_boxes_take_linear_time():
-    start = time.monotonic()
+    start = time.process_time()
     assert boxed_answer(r"\boxed{" * 50_000) is None
     assert boxed_answer(r"\boxed{" * 50_000 + "5}") == "5"
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 10  # 0.1 measured; minutes if it were quadratic

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from rlqwen_rewards.candidate_process import Limits
 from rlqwen_rewards.code_cases import FunctionCall, Program, Statements, parse_cases
 from rlqwen_rewards.code_tests import code_of, run_cases, same_text, same_value
@@ -19,10 +20,21 @@ REWARD = "rlqwen_rewards.code_tests:CodeTests"
 ASSERTS = ["assert double(2) == 4", "assert double([1]) == [1, 1]", "assert double('ab') == 'abab'"]
 
 
+def scorer_with(timeout: float) -> Scorer:
+    """`timeout`: for each test of a completion."""
+    rewards = build_rewards([REWARD], [{"all_or_nothing": False, "timeout": timeout}])
+    return Scorer(rewards, ScoringConfig(timeout=PATIENCE_S, max_failure_share=1.0))
+
+
 @pytest.fixture(scope="module")
 def scorer() -> Iterator[Scorer]:
-    rewards = build_rewards([REWARD], [{"all_or_nothing": False, "timeout": 1.0}])
-    with Scorer(rewards, ScoringConfig(timeout=20.0, max_failure_share=1.0)) as scorer:
+    with scorer_with(timeout=60.0) as scorer:
+        yield scorer
+
+
+@pytest.fixture
+def impatient_scorer() -> Iterator[Scorer]:
+    with scorer_with(timeout=2.0) as scorer:
         yield scorer
 
 
@@ -184,16 +196,18 @@ HANGS = {
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("a completion that loops, takes 5 GB, crashes, forks without end, floods its output", "0 in time")
-def test_hostile_code_costs_only_itself(scorer: Scorer) -> None:
+def test_hostile_code_costs_only_itself(impatient_scorer: Scorer) -> None:
     started = time.monotonic()
-    assert score(scorer, HONEST, *HANGS.values(), HONEST, test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(HANGS) + [1.0]
-    assert time.monotonic() - started < 20
-    assert scorer.metrics()["scoring/restarts"] == 0
+    assert score(impatient_scorer, HONEST, *HANGS.values(), HONEST, test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(
+        HANGS
+    ) + [1.0]
+    assert time.monotonic() - started < PATIENCE_S  # some sleep for longer
+    assert impatient_scorer.metrics()["scoring/restarts"] == 0
 
 
-def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(scorer: Scorer) -> None:
+def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(impatient_scorer: Scorer) -> None:
     tests = ["try:\n    double(1)\nexcept:\n    pass", "assert True"]
-    assert score(scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
+    assert score(impatient_scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
 
 
 def test_an_interpreter_that_does_not_start_is_no_fault_of_the_code() -> None:

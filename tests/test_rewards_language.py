@@ -32,9 +32,9 @@ def test_formulas_code_and_tags_are_no_language():
 
 
 def test_formulas_that_never_close_take_linear_time():
-    start = time.monotonic()
+    start = time.process_time()
     assert Language("en")([r"\( " * 12_000]) == [None]
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 10
 
 
 def test_the_data_s_column_goes_before_the_argument():

@@ -54,7 +54,7 @@ def test_workers_get_only_the_secrets_that_are_named(monkeypatch: pytest.MonkeyP
         return [float(name in os.environ) for name in completions]
 
     group = make_group("CANARY_TOKEN", "JUDGE_API_KEY", "PATH")
-    with scoring(look, env=["JUDGE_API_KEY"], timeout=10.0) as scorer:
+    with scoring(look, env=["JUDGE_API_KEY"], timeout=60.0) as scorer:
         scorer.score([group])
     assert group.rewards["look"] == [0.0, 1.0, 1.0]
 
