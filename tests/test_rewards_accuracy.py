@@ -91,12 +91,6 @@ def test_accuracy_is_the_same_off_the_main_thread():
     assert result == [reward for _, _, reward in SAME_AS_TRL]
 
 
-def test_a_comparison_that_does_not_end_is_missing_not_wrong():
-    start = time.monotonic()
-    assert grade(r"\boxed{9^{9^{9^{9}}}}", "72") is None
-    assert time.monotonic() - start < 15
-
-
 @pytest.mark.parametrize(
     "text",
     [r"\( " * 12_000, r"\boxed{" + "(" * 2000 + ")" * 2000 + "}", "the answer is $" * 3000, r"\boxed{" * 10_000],

@@ -1,5 +1,8 @@
 import pytest
 from rlqwen_rewards import think_format_reward
+from rlqwen_rewards.answers import texts_of
+from rlqwen_rewards.code_tests import code_of
+from rlqwen_rewards.exact_match import ExactMatch
 from rlqwen_rewards.format import Format, boxed_format
 from rlqwen_rewards.tag_count import TagCount
 from trl import rewards as trl_rewards
@@ -55,6 +58,38 @@ def test_answer_tags_hold_all_that_follows_the_reasoning():
 
 def test_reasoning_that_the_template_opened():
     assert Format(think_in_prompt=True)(["a</think>b", "<think>a</think>b", "a"]) == [1.0, 0.0, 0.0]
+
+
+OPEN_PROMPTS = ["<|im_start|>assistant\n<think>\n", [{"role": "assistant", "content": "<think>\n"}]]
+OPENED = ["2+2 is 4.\n</think>\n\n\\boxed{4}", "<think>2+2</think> \\boxed{4}", r"2+2 is \boxed{4}"]
+
+
+@pytest.mark.parametrize("prompt", OPEN_PROMPTS)
+def test_reasoning_that_the_prompt_opened_counts(prompt):
+    prompts = [prompt] * 3
+    assert Format()(OPENED, prompts=prompts) == [1.0, 0.0, 0.0]
+    assert think_format_reward(OPENED, prompts=prompts) == [1.0, 0.0, 0.0]
+    assert boxed_format(OPENED, prompts=prompts) == [1.0, 1.0, 0.0]
+    assert TagCount(tags=["<think>", "</think>"])(OPENED, prompts=prompts) == [1.0, 0.5, 0.5]
+    assert ExactMatch()(OPENED, prompts=prompts, solution=["4"] * 3) == [1.0, 1.0, 0.0]
+    assert [code_of(text) for text in texts_of(OPENED, prompts)][2] == ""
+
+
+def test_a_prompt_that_opens_no_reasoning_leaves_completions_as_they_are():
+    text = ["what is <think>? 2+2", "2+2"]
+    assert Format()(["a</think>b"] * 2, prompts=text) == [0.0, 0.0]
+    assert Format()(["<think>a</think>b"] * 2, prompts=text) == [1.0, 1.0]
+
+
+def test_whether_a_template_opened_the_reasoning_of_messages():
+    prompts = [[{"role": "user", "content": "2+2?"}]] * 3
+    completions = [[{"role": "assistant", "content": text}] for text in OPENED]
+    assert Format()(completions, prompts=prompts) == [1.0, 1.0, 0.0]  # a closing tag tells of the opening one
+    assert Format()(completions, prompts=prompts, prompt_opens_reasoning=[True] * 3) == [1.0, 0.0, 0.0]
+    assert Format()(completions, prompts=prompts, prompt_opens_reasoning=[False] * 3) == [0.0, 1.0, 0.0]
+    opened = {"prompts": prompts, "prompt_opens_reasoning": [True] * 3}
+    assert boxed_format(completions, **opened) == [1.0, 1.0, 0.0]
+    assert TagCount(tags=["<think>", "</think>"])(completions, **opened) == [1.0, 0.5, 0.5]
 
 
 def test_pattern_must_match_the_whole_completion():

@@ -1,172 +1,185 @@
-"""Is the final answer right? Graded by math-verify, which knows LaTeX, fractions, units, sets and intervals."""
+r"""Is the final answer right? Read as a person would; formulas are compared by math-verify.
 
-import logging
+The last box of a completion, GSM8K's `####`, or the formula behind "the answer is" is its answer. A solution says
+what is right in the same forms, or bare. Both are written in one notation, read, and compared by what they are:
+
+- **Numbers** are equal exactly (1,234 is 1234, 2 2/3 is 8/3), or to six places where one is a decimal. A number must
+  be worked out: for 86, neither `19 + 67` nor `\frac{172}{2}` is paid, `10^6` is for 1,000,000; and for a formula no
+  expression that stands in the prompt.
+- **Units** may be left out or added. Where both have one, they must measure the same, and are converted: 1 m is
+  100 cm, 10 m is not 10 cm. What is counted (72 clips) is not compared. A single letter is a unit only in `\text{}`:
+  `5m` is a product. A duration of several units needs its units.
+- **Percent**: 50% is 50 where the sign is left out, and is 0.5; 50 is not 0.5.
+- **Choices**: where the solution is `B. 12`, both `B` and `12` are right; where it is `B`, `(B)` and `B. 12` are,
+  and 12 is not.
+- **Several answers** must all be there, in any order; those of a tuple, an interval or a matrix in their places.
+- **Names** may be left out: 5 for `x = 5`. Every number of a chain `a = b = c` must be right.
+- **Words** are equal letter by letter, but for capitals.
+
+| solution | right | wrong |
+|---|---|---|
+| `1{,}234` | `1234`, `1,234 km`, `1234.0` | `234`, `1` |
+| `2\frac{2}{3}` | `2 2/3`, `8/3`, `2.666667` | `2`, `2/3` |
+| `\frac{1}{3}` | `1/3`, `2/6`, `0.333333` | `0.3`, `3` |
+| `86` | `86.0`, `x = 86`, `19 + 67 = 86` | `19 + 67`, `172/2`, `1 = 2 = 86` |
+| `50%` | `50\%`, `0.5`, `\frac{1}{2}`, `50` | `5000`, `0.5\%` |
+| `0.5` | `50\%`, `1/2`, `.5` | `50` |
+| `10 cm` | `10`, `10\text{ cm}`, `100 mm`, `0.1 m` | `10 m`, `0.1`, `10 kg` |
+| `72 clips` | `72`, `72 paper clips`, `72` | `27 clips` |
+| `2 hours 30 minutes` | `150 minutes`, `2.5 h`, `2小时30分` | `2`, `30`, `2.5`, `150` |
+| `B` | `(B)`, `B.`, `\text{B}`, `B. 12` | `A`, `12`, `A, B` |
+| `B. 12` | `B`, `(B)`, `12`, `(B) 12` | `C`, `C. 12`, `B. 13` |
+| `(1, 2)` | `(1,2)`, `\left(1,2\right)` | `(2, 1)`, `1`, `2` |
+| `1, 2` | `2, 1`, `1 或 2`, `\{1, 2\}`, `x = 1 or x = 2` | `1`, `2`, `1, 2, 3` |
+| `x > 3` | `(3, \infty)`, `3 < x` | `3`, `x < 3` |
+| `March 5, 2020` | `5 March 2020`, `2020-03-05`, `2020年3月5日` | `5`, `2020`, `March` |
+| `２元` | `2元`, `2`, `¥2` | `2角` |
+| `是` | `\text{是}` | `否` |
+"""
+
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
-from math_verify import (  # type: ignore[import-untyped]
-    ExprExtractionConfig,
-    LatexExtractionConfig,
-    LatexNormalizationConfig,
-    parse,
-    verify,
-)
 from math_verify.errors import TimeoutException  # type: ignore[import-untyped]
+from math_verify.utils import timeout  # type: ignore[import-untyped]
 
-from rlqwen_rewards.answers import final_text, marked_answer, solutions_of, text_of
+from rlqwen_rewards.answers import (
+    boxed_answer,
+    boxes,
+    final_text,
+    given_solutions,
+    hashed_answer,
+    join,
+    marked_answer,
+    solutions_of,
+    stated_answer,
+    text_of,
+    texts_of,
+    unmarked_answer,
+)
+from rlqwen_rewards.comparison import is_meaningful, same
+from rlqwen_rewards.notation import canonical, contains, squeeze
+from rlqwen_rewards.numerals import read_number
 
-# It warns that timeouts are off in threads, where signals cannot raise; the caller's own deadline holds there.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
-_TIMEOUT = 3  # seconds for one parse or one comparison; an ordinary one takes milliseconds
-
+_TIMEOUT = 3  # seconds for one comparison; an ordinary one takes milliseconds
 _LONGEST_ANSWER = 1000
-_TAIL = 2000
-"""Characters at the end of a text in which an unmarked answer is looked for; a degenerate text costs seconds else."""
 
-_NORMALIZATION = LatexNormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="all", equations=False
-)
-_ANCHORED: tuple[Any, ...] = (
-    LatexExtractionConfig(
-        try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=_NORMALIZATION
-    ),
-)
-_PLAIN: tuple[Any, ...] = (
-    LatexExtractionConfig(boxed_match_priority=0, normalization_config=_NORMALIZATION),
-    ExprExtractionConfig(),
+_INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})\.?")
+_ANSWER_IS = re.compile(r"(?:answer|solution)(?: is|:)\s*(?!not\b)(\S.*)|答案[是为:：]\s*(\S.*)", re.IGNORECASE)
+_INLINE = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)")
+_OPERATION = re.compile(
+    r"(?<=[\w)}\]!|])\s*[-+*/^=]|!|\\(?:times|cdot|div|frac|sqrt|binom|int|sum|prod|lim|log|ln|sin|cos|tan)(?![A-Za-z])|[\w)]\("
 )
 
-_NUMBER = r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})"
-_INTEGER = re.compile(_NUMBER)
-_INTEGER_WITH_UNIT = re.compile(rf"({_NUMBER})\s*[A-Za-z]{{3,}}(?:\s+[A-Za-z]+){{0,2}}")
-_SCALES = re.compile(r"hundred|thousand|million|billion|trillion|dozen|percent|pct|half|third|quarter", re.IGNORECASE)
-_SPACING = re.compile(r"\\[,!;: ]|\{,\}|~")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"[A-Z]|[^\W\d_]{3,}(?:[ '-][^\W\d_]+){0,3}")
-_BARE_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 
-
-def grade(text: str, solution: Any, *, plain: bool = False) -> float | None:
+def grade(text: str, solution: Any, *, plain: bool = False, prompt: Any = None) -> float | None:
     """1.0 if the answer in `text` equals the solution, 0.0 if not or if there is none.
 
-    None if the solution itself cannot be read, or if the comparison ran out of time. `plain` also takes an answer
-    that nothing marks: the last formula or number of the text. An answer of over 1,000 characters is no answer. A solution may be a list of which any will do.
+    None if the solution itself cannot be read. A comparison that runs out of time is 0.0, because only a formula made
+    for it does so. `plain` also takes an answer that nothing marks: the last formula or number of the text. An answer
+    of over 1,000 characters is no answer. A solution may be a list of which any will do.
     """
-    if isinstance(solution, list | tuple):
-        grades = [grade(text, one, plain=plain) for one in solution]
-        return max((one for one in grades if one is not None), default=None)
-    gold_text = str(solution).strip()
-    gold = _unmark(gold_text)
-    answer = marked_answer(text)
-    if answer is not None:
-        quick = _compare_integers(gold, answer)
-        if quick is not None:
-            return quick
-        if len(answer) > max(_LONGEST_ANSWER, 2 * len(gold)):
-            return 0.0
-    words = _words(gold)
-    if words is not None:
-        return float(answer is not None and _plain_text(answer) == words)
-    try:
-        return _grade_with_math_verify(gold_text, text, answer, plain)
-    except TimeoutException:
+    if isinstance(solution, str):
+        return _grade(text, solution, plain, prompt)
+    grades = [_grade(text, str(one), plain, prompt) for one in given_solutions(solution)]
+    return max((one for one in grades if one is not None), default=None)
+
+
+def _grade(text: str, solution: str, plain: bool, prompt: Any) -> float | None:
+    gold = _gold(solution)
+    if gold is None:
         return None
-
-
-def _grade_with_math_verify(gold_text: str, text: str, answer: str | None, plain: bool) -> float | None:
-    timeout = _TIMEOUT if threading.current_thread() is threading.main_thread() else None
-    golds = _parse_gold(gold_text, timeout)
-    if not golds:
+    answer = _answer(text, plain)
+    if answer is None or len(answer) > max(_LONGEST_ANSWER, 2 * len(gold.text)):
+        return 0.0 if gold.is_readable else None
+    quick = _compare_integers(gold, answer)
+    if quick is not None:
+        return quick
+    said = canonical(_unmark(answer))
+    if squeeze(said) == gold.key:
+        return 1.0
+    if not gold.is_readable:
         return None
-    if answer is not None:
-        targets = _parse(rf"\boxed{{{answer.rstrip('.')}}}", _ANCHORED, timeout)
-    else:
-        targets = _parse(text[-_TAIL:], _PLAIN if plain else _ANCHORED, timeout)
-    return float(any(_equal(gold, target, timeout) for gold in golds for target in targets))
+    return float(_within_time(partial(same, gold.text, said)) and not _stands_in_prompt(said, prompt))
 
 
-def _parse(text: str, configs: Sequence[Any], timeout: int | None) -> list[Any]:
-    """Formulas in `text`, as SymPy objects and strings; empty if there are none. Raises TimeoutException."""
+def _answer(text: str, plain: bool) -> str | None:
+    """What a completion gives as its answer; a box and a `####` behind it must agree."""
+    boxed = boxed_answer(text)
+    if boxed and "####" in text:
+        return join(filter(None, (boxed, hashed_answer(text[boxes(text)[-1][1] :]))))
+    return boxed or hashed_answer(text) or stated_answer(text) or (unmarked_answer(text) if plain else None)
+
+
+@dataclass(frozen=True)
+class _Gold:
+    """A solution, ready to compare."""
+
+    text: str
+    key: str
+    integer: int | None
+    is_readable: bool
+
+
+@lru_cache(maxsize=8192)
+def _gold(solution: str) -> _Gold | None:
+    """The solution as it is compared; None if there is none."""
+    text = canonical(_unmark(solution)) if given_solutions(solution) else ""
+    if not text:
+        return None
+    key, found = squeeze(text), text
+    is_readable = _within_time(partial(is_meaningful, text))
+    if not is_readable and (in_sentence := _searched(solution)):
+        found, is_readable = in_sentence, True
+    return _Gold(found, key, _integer(found), is_readable)
+
+
+def _searched(solution: str) -> str | None:
+    """The answer in a sentence: behind "the answer is", or its only formula."""
+    stated = _ANSWER_IS.search(solution)
+    formulas = _INLINE.findall(solution)
+    found = next(filter(None, stated.groups()), "") if stated else "".join(formulas[0]) if len(formulas) == 1 else ""
+    text = canonical(found)
+    return text if text and _within_time(partial(is_meaningful, text)) else None
+
+
+def _within_time(check: Callable[[], bool]) -> bool:
+    """Run a check; False if it takes too long. Signals reach the main thread only; elsewhere the caller's deadline holds."""
+    seconds = _TIMEOUT if threading.current_thread() is threading.main_thread() else None
     try:
-        found: list[Any] = parse(
-            text, configs, extraction_mode="first_match", parsing_timeout=timeout, raise_on_error=True
-        )
-    except Exception:  # noqa: BLE001 - SymPy and ANTLR raise anything on malformed input
-        return []
-    return found
-
-
-def _equal(gold: Any, target: Any, timeout: int | None) -> bool:
-    try:
-        return bool(verify(gold, target, timeout_seconds=timeout, raise_on_error=True))
-    except Exception:  # noqa: BLE001 - SymPy cannot compare them
+        return bool(timeout(seconds)(check)())
+    except (TimeoutException, RecursionError, MemoryError):
         return False
 
 
-@lru_cache(maxsize=4096)
-def _parse_gold(text: str, timeout: int | None) -> tuple[Any, ...]:
-    r"""The right answer. Taken bare, `2\sqrt{3}` would be read as 2 and `x^2+1` not at all, so it is boxed first;
-    prose such as `72 clips` is searched for its number instead."""
-    gold = _unmark(text)
-    boxed = rf"\boxed{{{gold.rstrip('.')}}}", _ANCHORED
-    searched = gold, _PLAIN
-    if _PROSE.search(gold):
-        readings = [searched]
-    elif _BARE_WORD.search(gold) or "$" in gold:
-        readings = [searched, boxed]
-    else:
-        readings = [boxed, searched]
-    return next((tuple(found) for reading in readings if gold and (found := _parse(*reading, timeout))), ())
-
-
 def _unmark(text: str) -> str:
-    """The answer that `text` marks, or all of it, without the dollar signs of a formula around it."""
-    answer = (marked_answer(text) or text).strip()
-    if len(answer) > 2 and answer[0] == answer[-1] == "$" and "$" not in answer[1:-1]:
-        return answer[1:-1].strip()
-    return answer
+    return marked_answer(text) or text
 
 
-def _compare_integers(gold: str, answer: str) -> float | None:
-    """What math-verify would say of two plain integers, a thousand times faster; None if they aren't that."""
-    left, right = _integer(gold), _integer(answer)
-    if left is None or right is None:
-        return None
-    return float(left == right)
+def _compare_integers(gold: _Gold, answer: str) -> float | None:
+    """The grade of two plain integers, without all else that there is to an answer; None if they aren't that."""
+    integer = _integer(answer) if gold.integer is not None else None
+    return None if integer is None else float(gold.integer == integer)
 
 
 def _integer(text: str) -> int | None:
-    text = _SPACING.sub(lambda match: "," if match[0] == "{,}" else "", text.replace(r"\$", "").replace("$", ""))
-    text = text.strip().rstrip(".")
-    if with_unit := _INTEGER_WITH_UNIT.fullmatch(text):
-        if _SCALES.search(text):
-            return None
-        text = with_unit[1]
-    return int(text.replace(",", "")) if _INTEGER.fullmatch(text) else None
+    """A plain integer, read without all else that there is to an answer; None if it isn't that."""
+    return int(text.rstrip(".").replace(",", "")) if _INTEGER.fullmatch(text) else None
 
 
-def _words(gold: str) -> str | None:
-    """A verbal answer (`Paris`, a choice `B`), ready to compare; None if it isn't one.
-
-    math-verify reads a word as a product of letters, for which `Paris` equals `pairs`.
-    """
-    stripped = _strip_text_commands(gold)
-    return stripped.casefold() if _WORDS.fullmatch(stripped) else None
-
-
-def _plain_text(answer: str) -> str:
-    return _strip_text_commands(answer).casefold()
-
-
-def _strip_text_commands(text: str) -> str:
-    text = _TEXT_COMMAND.sub(r"\1", text).replace(r"\ ", " ").replace("~", " ").replace("$", "")
-    return " ".join(text.split()).strip("().*: ")
+def _stands_in_prompt(answer: str, prompt: Any) -> bool:
+    """Whether the answer is an expression that the prompt asks to work out or to write otherwise."""
+    if prompt is None or not _OPERATION.search(answer):
+        return False
+    number = read_number(answer)
+    if number is not None and number.form != "power" and number.is_reduced:
+        return False
+    asked = prompt if isinstance(prompt, str) else text_of([turn for turn in prompt if turn.get("role") == "user"])
+    return contains(canonical(asked), answer.rpartition("=")[2].strip())
 
 
 def accuracy_reward(completions: list[Any], solution: list[Any], **columns: Any) -> list[float | None]:
@@ -196,8 +209,9 @@ class Accuracy:
     """1 if the final answer equals column `solution` (or `answer`), by math-verify; 0 if not.
 
     The answer is what the last box, or GSM8K's `####`, or "the answer is $...$" holds, after `</think>` if there is
-    one. A completion that never closes its reasoning is wrong. None (missing) where the solution can't be read or
-    the comparison timed out.
+    one; several answers where one is asked for are wrong, and so is an expression that the prompt asks to work out. A
+    completion that never closes its reasoning, or opens it again after its answer, is wrong. None (missing) where
+    there is no solution or it can't be read. The module's text says what counts as equal.
     """
 
     plain: bool = False
@@ -210,11 +224,15 @@ class Accuracy:
         completions: list[Any],
         solution: Sequence[Any] | None = None,
         answer: Sequence[Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        prompt_opens_reasoning: Sequence[bool] | None = None,
         **columns: Any,
     ) -> list[float | None]:
         golds = solutions_of("accuracy", solution, answer)
         rewards: list[float | None] = []
-        for completion, gold in zip(completions, golds, strict=True):
-            text = final_text(text_of(completion))
-            rewards.append(0.0 if text is None else grade(text, gold, plain=self.plain))
+        for i, (text, gold) in enumerate(
+            zip(texts_of(completions, prompts, prompt_opens_reasoning), golds, strict=True)
+        ):
+            prompt = prompts[i] if prompts is not None else None
+            rewards.append(grade(final_text(text) or "", gold, plain=self.plain, prompt=prompt))
         return rewards

@@ -1,12 +1,38 @@
 """Find the text of a completion and the answer in a text; shared by the rewards that look at answers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+OPEN, CLOSE = "<think>", "</think>"
+
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_JOINT = re.compile(r"[\s$]*(?:,|(?:,\s*)?(?:and|or|\\text\{\s*(?:and|or)\s*\}))[\s$]*")
 _PERCENT = re.compile(r"[\s$]*\\?%")
+_FORMULA = r"\$\$[^$]{1,500}\$\$|\$[^$\n]{1,500}\$|\\\([^\n]{1,500}?\\\)|\\\[.{1,500}?\\\]"
+_STATED = re.compile(
+    rf"(?:answer|答案)[^$\\\n]{{0,50}}?((?:{_FORMULA})(?:[\s,;/|]*(?:and|or|或|和)?\s*(?:{_FORMULA}))*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_ONE_FORMULA = re.compile(_FORMULA, re.DOTALL)
+_UNMARKED = re.compile(rf"({_FORMULA})|(?<![\w.])(?<!\d)-?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?%?", re.DOTALL)
+_TAIL = 2000
+"""Characters at the end of a text in which an answer without a box is looked for; a degenerate text costs seconds else."""
+
+_HASHED = re.compile(r"####\s*(\S[^\n]*)")
+_MISSING = frozenset(("", "nan", "NaN", "<NA>", "NaT"))
+_LONGEST_JOINT = 80
+_JOINING_WORDS = 3
+_HEDGE = re.compile(
+    r"^(?:,\s*)?(?:or|and|also|else|或|和|以及|还是)|\b(?:maybe|perhaps|possibly|alternatively|otherwise|could|might|either)\b|可能|也许|或者|要么",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"\b(?:wrong|incorrect|mistake|wait|actually|instead|not?|correct(?:ed|ion)?|so|therefore|thus|hence|final(?:ly)?)\b"
+    r"|不对|错|所以|因此|最终",
+    re.IGNORECASE,
+)
+_DECORATION = re.compile(r"\\[()\[\]]|[\s$*.:：。，、]+")
+_WORD = re.compile(r"[^\W_]+")
 
 
 def text_of(completion: Any) -> str:
@@ -22,12 +48,48 @@ def text_of(completion: Any) -> str:
     return ""
 
 
-def final_text(text: str, delimiters: Sequence[str] = ("</think>",)) -> str | None:
-    """What follows the reasoning; the whole text if there is none; None if the reasoning was never closed."""
+def texts_of(
+    completions: Sequence[Any], prompts: Sequence[Any] | None = None, opened: Sequence[bool] | None = None
+) -> list[str]:
+    """The texts of completions, each with the `<think>` that its prompt ended with, as some chat templates write it.
+
+    `opened` says whose prompts did. Without it a prompt's own text tells; where a prompt is messages, whose template
+    is not known here, a completion that closes reasoning which it never opened does.
+    """
+    texts = [text_of(completion) for completion in completions]
+    if opened is None:
+        opened = [_was_opened(text, prompt) for text, prompt in zip(texts, prompts or [""] * len(texts), strict=True)]
+    return [OPEN + text if is_open else text for text, is_open in zip(texts, opened, strict=True)]
+
+
+def _was_opened(text: str, prompt: Any) -> bool:
+    if not isinstance(prompt, str):
+        if not prompt or prompt[-1].get("role") != "assistant":
+            return CLOSE in text and OPEN not in text
+        prompt = text_of(prompt[-1:])  # the beginning of the model's turn
+    return bool(prompt.rstrip().endswith(OPEN))
+
+
+def final_text(text: str, delimiters: Sequence[str] = (CLOSE,)) -> str | None:
+    """What follows the reasoning; the whole text if there is none.
+
+    None if the reasoning was never closed, or opened again after an answer.
+    """
     for delimiter in delimiters:
-        if delimiter in text:
-            return text.rsplit(delimiter, 1)[1]
-    return None if "<think>" in text else text
+        before, closing, final = text.rpartition(delimiter)
+        if closing:
+            return None if OPEN in final or _answers_between_blocks(before) else final
+    return None if OPEN in text else text
+
+
+def _answers_between_blocks(text: str) -> bool:
+    """Whether an answer stands before or between the reasoning blocks of a text, whose last block is open."""
+    first = text.find(OPEN)
+    if first < 0 or (first == 0 and text.find(OPEN, 1) < 0):
+        return False
+    before, *blocks = text.split(OPEN)
+    outside = [before.rsplit(CLOSE, 1)[-1], *(block.rsplit(CLOSE, 1)[1] for block in blocks if CLOSE in block)]
+    return any(map(marked_answer, outside))
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -51,29 +113,71 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last box holds; boxes joined by a comma, `and` or `or` right before it are one answer, `a, b`.
+    r"""What the last box holds; boxes that nothing but separators or a few words part are one answer, `a, b`.
 
-    Joining keeps a model from hedging: `\boxed{1} or \boxed{2}` is not the answer 2.
+    Joining keeps a model from hedging: neither `\boxed{1} or \boxed{2}` nor `\boxed{1}; \boxed{2}` is the answer 2.
     """
-    found = boxes(text)
+    found = boxes(text) if "boxed" in text or "fbox" in text else []
     if not found:
         return None
     contents = [found[-1][2]]
     for (_, end, content), (start, _, _) in zip(found[-2::-1], found[:0:-1], strict=True):
-        if not _JOINT.fullmatch(text, end, start):
+        if not is_joint(text[end:start]):
             break
         contents.insert(0, content)
     if _PERCENT.match(text, found[-1][1]) and not contents[-1].endswith("%"):
         contents[-1] += r"\%"
-    return ", ".join(contents)
+    return join(contents)
+
+
+def is_joint(gap: str) -> bool:
+    """Whether the text between two answers gives both, rather than that the later replaces the earlier."""
+    if len(gap) > _LONGEST_JOINT or CLOSE in gap:
+        return False
+    gap = _DECORATION.sub(" ", gap).strip()
+    if _HEDGE.search(gap):
+        return True
+    return not _CORRECTION.search(gap) and len(_WORD.findall(gap)) <= _JOINING_WORDS
+
+
+def join(contents: Iterable[str]) -> str:
+    """Several answers as one, each of them once."""
+    return ", ".join(dict.fromkeys(contents))
 
 
 def hashed_answer(text: str) -> str | None:
-    """GSM8K's form: the rest of the line after the last `####`."""
+    """GSM8K's form: the rest of the line after the last `####`; of several, all that nothing takes back."""
     if "####" not in text:
         return None
-    lines = text.rsplit("####", 1)[1].strip().splitlines()
-    return lines[0].strip() if lines else None
+    found = list(_HASHED.finditer(text))
+    if not found:
+        return None
+    contents = [found[-1][1].strip()]
+    for earlier, later in zip(found[-2::-1], found[:0:-1], strict=True):
+        if not is_joint(text[earlier.end() : later.start()]):
+            break
+        contents.insert(0, earlier[1].strip())
+    return join(contents)
+
+
+def stated_answer(text: str) -> str | None:
+    """The formula behind "the answer is"; all of them if there are several that nothing takes back."""
+    tail = text[-_TAIL:]
+    found = list(_STATED.finditer(tail))
+    if not found:
+        return None
+    contents = _ONE_FORMULA.findall(found[-1][1])
+    for earlier, later in zip(found[-2::-1], found[:0:-1], strict=True):
+        if not is_joint(tail[earlier.end() : later.start()]):
+            break
+        contents = _ONE_FORMULA.findall(earlier[1]) + contents
+    return join(contents)
+
+
+def unmarked_answer(text: str) -> str | None:
+    """The last formula or number of a text."""
+    found = [match[0] for match in _UNMARKED.finditer(text[-_TAIL:])]
+    return found[-1].strip() if found else None
 
 
 def marked_answer(text: str) -> str | None:
@@ -87,3 +191,9 @@ def solutions_of(reward: str, solution: Sequence[Any] | None, answer: Sequence[A
     if column is None:
         raise ValueError(f"{reward} needs a data column 'solution' or 'answer' with the right answers")
     return column
+
+
+def given_solutions(solution: Any) -> list[Any]:
+    """The right answers of one row, of which any will do; none where the data has none (None, NaN, empty)."""
+    given = list(solution) if isinstance(solution, list | tuple) else [solution]
+    return [one for one in given if one is not None and str(one).strip() not in _MISSING]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from rlqwen_rewards.answers import final_text, text_of
+from rlqwen_rewards.answers import final_text, texts_of
 from rlqwen_rewards.candidate_process import Candidate, CandidateEnded, Limits, Remote
 from rlqwen_rewards.code_cases import Case, FunctionCall, Program, Statements, parse_cases
 
@@ -53,6 +53,7 @@ class CodeTests:
         entry_point: Sequence[Any] | None = None,
         test_setup_code: Sequence[Any] | None = None,
         test_imports: Sequence[Any] | None = None,
+        prompt_opens_reasoning: Sequence[bool] | None = None,
         confined_python: list[str] | None = None,
     ) -> list[float | None]:
         if confined_python is None:
@@ -61,13 +62,15 @@ class CodeTests:
         if given is None:
             raise ValueError("code_tests needs a column 'tests', 'test_list', 'test' or 'input_output'")
 
+        texts = texts_of(completions, prompts, prompt_opens_reasoning)
+
         def score(i: int) -> float | None:
             entry = entry_point[i] if entry_point else None
             setup = "\n".join([*_lines(test_imports, i), *_lines(test_setup_code, i)])
             cases = parse_cases(given[i] if given[i] is not None else [], setup=setup, entry_point=entry)
             if not cases:
                 return None
-            code = code_of(text_of(completions[i]), prompts[i], entry)
+            code = code_of(texts[i], prompts[i], entry)
             return self._score(code, cases, confined_python) if code else 0.0
 
         with ThreadPoolExecutor(min(_MAX_PARALLEL, os.cpu_count() or 1)) as pool:

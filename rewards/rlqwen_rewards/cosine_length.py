@@ -42,14 +42,14 @@ class CosineLength:
         answer: list[Any] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        grades = self._grade(completions, solutions_of("cosine_length", solution, answer))
+        grades = self._grade(completions, solutions_of("cosine_length", solution, answer), columns)
         return [
             None if grade is None else self._scale(grade > 0, len(ids))
             for grade, ids in zip(grades, completion_ids, strict=True)
         ]
 
-    def _grade(self, completions: list[Any], solutions: Any) -> list[float | None]:
-        return Accuracy()(completions, solution=solutions)
+    def _grade(self, completions: list[Any], solutions: Any, columns: dict[str, Any]) -> list[float | None]:
+        return Accuracy()(completions, solution=solutions, **columns)
 
     def _scale(self, correct: bool, num_tokens: int) -> float:
         short, long = (
@@ -63,7 +63,7 @@ class CosineLength:
 class _CosineScaledReward(CosineLength):
     __name__ = "cosine_scaled_reward"
 
-    def _grade(self, completions: list[Any], solutions: Any) -> list[float | None]:
+    def _grade(self, completions: list[Any], solutions: Any, columns: dict[str, Any]) -> list[float | None]:
         return accuracy_reward(completions, solutions)
 
 

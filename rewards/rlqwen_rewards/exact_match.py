@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rlqwen_rewards.answers import final_text, marked_answer, solutions_of, text_of
+from rlqwen_rewards.answers import final_text, given_solutions, marked_answer, solutions_of, texts_of
 
 _PUNCTUATION = re.compile(r"[^\w\s]")
 
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 if the final answer is exactly column `solution` (or `answer`), white space aside; 0 if not.
+    """1 if the final answer is exactly column `solution` (or `answer`), white space aside; 0 if not, None without one.
 
     On both sides the answer is what is boxed or stands behind `####`, or else all the text after `</think>`.
     """
@@ -27,12 +27,15 @@ class ExactMatch:
         completions: list[Any],
         solution: Sequence[Any] | None = None,
         answer: Sequence[Any] | None = None,
+        prompts: Sequence[Any] | None = None,
+        prompt_opens_reasoning: Sequence[bool] | None = None,
         **columns: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         golds = solutions_of("exact_match", solution, answer)
+        texts = texts_of(completions, prompts, prompt_opens_reasoning)
         return [
-            float(self._matches(final_text(text_of(completion)), gold if isinstance(gold, list | tuple) else [gold]))
-            for completion, gold in zip(completions, golds, strict=True)
+            float(self._matches(final_text(text), given)) if (given := given_solutions(gold)) else None
+            for text, gold in zip(texts, golds, strict=True)
         ]
 
     def _matches(self, text: str | None, golds: Sequence[Any]) -> bool:

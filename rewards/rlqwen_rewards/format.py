@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlqwen_rewards.answers import boxes, text_of
+from rlqwen_rewards.answers import boxes, texts_of
 
 _PARTS = ("think", "answer", "boxed")
 _THINK = re.compile(r"<think>(?!.*<think>).*?</think>.*", re.DOTALL)
@@ -13,13 +13,16 @@ _ANSWER = re.compile(r"\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 
 
 def think_format_reward(completions: list[Any], **columns: Any) -> list[float]:
-    """1 if the completion begins with one `<think>...</think>`, else 0. TRL's reward of this name."""
-    return [float(bool(_THINK.match(text_of(completion)))) for completion in completions]
+    """1 if the completion begins with one `<think>...</think>`, else 0. TRL's reward of this name.
+
+    Unlike TRL's it knows prompts that end with `<think>`; see `Format`.
+    """
+    return Format()(completions, **columns)
 
 
 def boxed_format(completions: list[Any], **columns: Any) -> list[float]:
     r"""1 if the completion holds exactly one \boxed{...} outside of its reasoning, and something in it; else 0."""
-    return Format(require="boxed")(completions)
+    return Format(require="boxed")(completions, **columns)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Format:
     pattern: str | None = None
     """Instead: a regular expression that the whole completion must match; `.` matches line ends."""
     think_in_prompt: bool = False
-    """The chat template ends the prompt with `<think>`, so completions begin inside of the reasoning."""
+    """Every prompt ends with `<think>`, so completions begin inside of the reasoning; need not be said where the
+    prompts are at hand, because each is looked at."""
 
     def __post_init__(self) -> None:
         if self.require is not None and self.pattern is not None:
@@ -47,8 +51,15 @@ class Format:
         if self.pattern is not None:
             re.compile(self.pattern, re.DOTALL)
 
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
-        return [float(self._fits(text_of(completion))) for completion in completions]
+    def __call__(
+        self,
+        completions: list[Any],
+        prompts: Sequence[Any] | None = None,
+        prompt_opens_reasoning: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        opened = [True] * len(completions) if self.think_in_prompt else prompt_opens_reasoning
+        return [float(self._fits(text)) for text in texts_of(completions, prompts, opened)]
 
     @property
     def _required(self) -> tuple[str, ...]:
@@ -59,8 +70,6 @@ class Format:
         return (self.require,) if isinstance(self.require, str) else tuple(self.require)
 
     def _fits(self, text: str) -> bool:
-        if self.think_in_prompt:
-            text = "<think>" + text
         if self.pattern is not None:
             return re.fullmatch(self.pattern, text, re.DOTALL) is not None
         if "think" in self._required and not _THINK.match(text):

@@ -42,7 +42,7 @@ class Length:
             return rewards
         from rlqwen_rewards.accuracy import Accuracy  # here, because it imports SymPy
 
-        grades = Accuracy()(completions, solution=solutions_of("length", solution, answer))
+        grades = Accuracy()(completions, solution=solutions_of("length", solution, answer), **columns)
         return [
             None if grade is None or reward is None else reward * grade
             for reward, grade in zip(rewards, grades, strict=True)

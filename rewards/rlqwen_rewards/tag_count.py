@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlqwen_rewards.answers import text_of
+from rlqwen_rewards.answers import texts_of
 
 
 @dataclass(frozen=True)
 class TagCount:
-    """Share of `tags` that occur exactly once in the completion."""
+    """Share of `tags` that occur exactly once in the completion; a `<think>` that ends the prompt counts as its own."""
 
     tags: Sequence[str] = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -17,6 +17,12 @@ class TagCount:
         if isinstance(self.tags, str) or not self.tags:
             raise ValueError(f"tags: must be a list of at least one tag (value given: {self.tags!r})")
 
-    def __call__(self, completions: list[Any], **columns: Any) -> list[float]:
-        texts = [text_of(completion) for completion in completions]
+    def __call__(
+        self,
+        completions: list[Any],
+        prompts: Sequence[Any] | None = None,
+        prompt_opens_reasoning: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        texts = texts_of(completions, prompts, prompt_opens_reasoning)
         return [sum(text.count(tag) == 1 for tag in self.tags) / len(self.tags) for text in texts]

@@ -1,0 +1,644 @@
+r"""Every gold as a reader would read it: `\boxed{G}` is right, and no part of G is, unless the policy says so."""
+
+import re
+from fractions import Fraction
+
+import pytest
+from rlqwen_rewards import accuracy
+from rlqwen_rewards.accuracy import Accuracy, grade
+
+GOLDS = r"""
+72
+-72
+0
+007
+1,234
+1,234,567
+12,345.67
+1{,}234
+1\,234
+12\,345\,678
+1{,}234{,}567
+-1{,}234
+3.14
+-0.5
+.75
+72.0
+1e-7
+1e+22
+3.5e8
+6.02\times10^{23}
+1.5 \cdot 10^{-3}
+10^{-3}
+10^6
+2^{10}
+\frac{1}{3}
+-\frac{7}{12}
+\dfrac13
+1/3
+-5/8
+2\frac{2}{3}
+2 2/3
+-1\frac{1}{2}
+3\tfrac{1}{4}
+2½
+¾
+0.\overline{3}
+0.1\overline{6}
+50%
+12.5\%
+\frac{1}{2}\%
+2\sqrt{3}
+\sqrt{2}
+\frac{\sqrt{3}}{2}
+\sqrt[3]{2}
+1+\sqrt{2}
+\frac{1+\sqrt{5}}{2}
+2\pi
+\frac{\pi}{4}
+e^{2}
+\ln 2
+\log_2 3
+2+3i
+\pm 2
+1 \pm \sqrt{2}
+x = \pm 3
+x^2+1
+x^{2}-2x+1
+(x-1)(x+2)
+\frac{x+1}{x-1}
+3x
+5m
+2ab
+n(n+1)/2
+\binom{n}{2}
+2^{n+1}-1
+y = 2x + 3
+x=5
+x = \frac{3}{2}
+f(x) = x^2 + 1
+x=1 \text{ or } x=2
+x=1, y=2
+1, 2
+1, 2, 3
+1,2
+-1 and 4
+3 \text{ and } 5
+2, 2
+(1, 2)
+(1,2,3)
+(3,-4)
+\left(\frac{1}{2}, 0\right)
+(1,2), (3,4)
+\{1,2\}
+\left\{-1, 0, 1\right\}
+\{100,200\}
+[1,2)
+(-\infty, 2)
+(-\infty,2)\cup(3,\infty)
+x \in [1,2]
+x > 3
+1 < x < 2
+x \le -1 \text{ or } x \ge 4
+\emptyset
+\mathbb{R}
+\infty
+3:4
+2:3:5
+10-20
+\begin{pmatrix}1&2\\3&4\end{pmatrix}
+\begin{pmatrix} -7 \\ 16 \\ 5 \end{pmatrix}
+\begin{bmatrix} \frac{1}{2} & 0 \\ 0 & x \end{bmatrix}
+\frac{1}{2}\begin{pmatrix}1&2\\3&4\end{pmatrix}
+A = \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\begin{cases} x=1 \\ y=2 \end{cases}
+\left\{\begin{array}{l} x = 1, \\ y = 2 \end{array}\right.
+\begin{cases} x & x>0 \\ -x & \text{if } x \le 0 \end{cases}
+f(x) = \begin{cases} x^2, & x \geq 0 \\ -x, & x < 0 \end{cases}
+\begin{array}{cc}1&2\\3&4\end{array}
+\left[\begin{array}{cc}1&2\\3&4\end{array}\right]
+\begin{vmatrix}1&2\\3&4\end{vmatrix}
+\frac{\pi}{2} + k\pi, k \in \mathbb{Z}
+2\sqrt{3}\text{ cm}
+2^{3}\text{ cm}
+10^{-3}\text{ m}
+5\text{ cm}^2
+5\,\mathrm{m/s}
+9.8 \text{ m/s}^2
+12\sqrt{2}\ \text{cm}^{3}
+3\pi \text{ square units}
+\frac{3}{4}\text{ hour}
+10 cm
+72 clips
+5 million
+1.2 billion people
+$10
+\$1,234.56
+US$20
+€15
+90^\circ
+45°
+30^{\circ}
+120 degrees
+25^\circ\text{C}
+30^\circ 15'
+2 hours 30 minutes
+2\text{ hours }30\text{ minutes}
+1 hour and 20 minutes
+5 feet 3 inches
+3 years, 2 months
+March 5, 2020
+5 March 2020
+2020-03-05
+3/5/2020
+3:45
+3:45 PM
+May 2021
+12_{5}
+1010_2
+A
+B
+(C)
+B. 12
+(B) 12
+\text{(D)}
+\textbf{(E)} 17
+A, C
+C: Paris
+Paris
+\text{Paris}
+New York City
+yes
+No
+True
+\text{no solution}
+\text{odd}
+Monday
+the Eiffel Tower
+at least 3
+The answer is $\boxed{12}$.
+So the total is \boxed{72} clips.
+48 + 24 = <<48+24=72>>72\n#### 72
+She has $\frac{3}{4}$ of the cake, so the answer is \boxed{\frac{3}{4}}.
+５７
+－３
+１，２３４
+３．５
+（１，２）
+1、2
+1或2
+x=1或x=2
+1 和 2
+10元
+３千米
+5 千克
+2小时30分
+2小时30分钟
+3米/秒
+60千米/时
+12平方厘米
+25℃
+百分之五十
+50％
+5万
+1.2亿
+2020年3月5日
+3月5日
+是
+\text{是}
+否
+\text{不能}
+正方形
+选B
+A、C
+甲
+答案是12。
+3个
+一定
+\sin x
+\int_0^1 x\,dx
+\angle A = 60^\circ
+\triangle ABC
+\overline{AB}
+|x|
+\lfloor x \rfloor
+a_n = 2n-1
+3x + 2y = 7
+I do not know
+It depends on whether the function is continuous at zero.
+""".strip().splitlines()
+
+BY_POLICY = r"""
+50% -> 50
+12.5\% -> 12.5
+\frac{1}{2}\% -> \frac{1}{2}
+x=5 -> 5
+x = \frac{3}{2} -> \frac{3}{2}
+2\sqrt{3}\text{ cm} -> 2\sqrt{3}
+2^{3}\text{ cm} -> 2^{3}
+10^{-3}\text{ m} -> 10^{-3}
+5\text{ cm}^2 -> 5
+5\,\mathrm{m/s} -> 5
+9.8 \text{ m/s}^2 -> 9.8
+12\sqrt{2}\ \text{cm}^{3} -> 12\sqrt{2}
+3\pi \text{ square units} -> 3\pi
+\frac{3}{4}\text{ hour} -> \frac{3}{4}
+10 cm -> 10
+72 clips -> 72
+$10 -> 10
+US$20 -> 20
+€15 -> 15
+90^\circ -> 90
+45° -> 45
+30^{\circ} -> 30
+120 degrees -> 120
+25^\circ\text{C} -> 25
+\angle A = 60^\circ -> 60
+B. 12 -> 12
+B. 12 -> B
+(B) 12 -> (B)
+(B) 12 -> 12
+\textbf{(E)} 17 -> (E)
+\textbf{(E)} 17 -> 17
+C: Paris -> Paris
+10元 -> 10
+３千米 -> ３
+5 千克 -> 5
+3米/秒 -> 3
+60千米/时 -> 60
+12平方厘米 -> 12
+25℃ -> 25
+50％ -> 50
+3个 -> 3
+f(x) = x^2 + 1 -> x^2 + 1
+y = 2x + 3 -> 2x + 3
+"""
+r"""A number without its unit, a value without its name, one of choice and content: parts, and right nonetheless."""
+
+SAME_TEXT = re.compile(r"\\boxed|####|\\text\{[^{}\d]*\}$|答案|\\left")  # the part is all that the gold says
+
+MORE_PARTS = r"""
+1,234 -> 34
+1{,}234 -> 234
+1\,234 -> 234
+2\sqrt{3}\text{ cm} -> 2\text{ cm}
+2\sqrt{3}\text{ cm} -> \sqrt{3}\text{ cm}
+2^{3}\text{ cm} -> 2\text{ cm}
+10^{-3}\text{ m} -> 10\text{ m}
+12\sqrt{2}\ \text{cm}^{3} -> 12\text{ cm}^3
+2\frac{2}{3} -> \frac{2}{3}
+2 2/3 -> 2/3
+5m -> m
+x=1 \text{ or } x=2 -> x=1
+x=1, y=2 -> x=1
+2, 2 -> 2
+(1,2), (3,4) -> (1,2)
+(-\infty,2)\cup(3,\infty) -> (-\infty,2)
+1 < x < 2 -> x < 2
+\pm 2 -> -2
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> \begin{pmatrix}3&4\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> 3, 4
+\begin{cases} x=1 \\ y=2 \end{cases} -> y=2
+\frac{1}{2}\begin{pmatrix}1&2\\3&4\end{pmatrix} -> \begin{pmatrix}1&2\\3&4\end{pmatrix}
+f(x) = \begin{cases} x^2, & x \geq 0 \\ -x, & x < 0 \end{cases} -> x^2
+2 hours 30 minutes -> 2 hours
+2 hours 30 minutes -> 30 minutes
+2 hours 30 minutes -> 2.5
+5 feet 3 inches -> 5 feet
+3 years, 2 months -> 3 years
+30^\circ 15' -> 30^\circ
+March 5, 2020 -> March 5
+March 5, 2020 -> March
+2020年3月5日 -> 2020年
+2020年3月5日 -> 3月5日
+3:45 PM -> 3:45
+2小时30分 -> 2小时
+x=1或x=2 -> x=1
+5 million -> 5
+5万 -> 5
+1.2亿 -> 1.2
+A, C -> A
+A、C -> A
+at least 3 -> 3
+2020-03-05 -> 2012
+10-20 -> -10
+12_{5} -> 12
+"""
+
+_PART = re.compile(
+    r"\d+(?:\.\d+)?|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|[A-Za-z一-鿿]{2,}|\([^()]*\)|[a-z]\s*[=<>]\s*-?\d+"
+)
+
+
+SAME = r"""
+1234 -> 1{,}234
+1234 -> 1\,234
+1234 -> 1,\!234
+1234 -> 1 234
+1234567 -> 1{,}234{,}567
+72 -> ７２
+-3 -> －3
+-3 -> −3
+0.5 -> .5
+1/2 -> \frac12
+1/2 -> ½
+1/2 -> 50\%
+86 -> 86.00
+86 -> x=86
+86 -> 19+67=86
+72 -> 72元
+72 -> $72
+72 -> \$72
+72 -> \text{72 clips}
+72 -> 72\text{ clips}
+72 -> 72~\text{clips}
+72 -> \text{\$72}
+3千米 -> 3公里
+3千米 -> 3 km
+3千米 -> 3000米
+3千米 -> 3\text{ km}
+3千米 -> ３千米
+10元 -> 10
+10元 -> 10 元
+10元 -> ¥10
+10 -> ￥10
+是 -> \text{是}
+\text{是} -> 是
+1或2 -> 1, 2
+1、2 -> 2, 1
+1、2 -> \{1,2\}
+x=1或x=2 -> 1,2
+x=1或x=2 -> x_1=1, x_2=2
+90 -> 90°
+90° -> 90^{\circ}
+90^\circ -> 90\text{ degrees}
+90度 -> 90^\circ
+25^\circ C -> 25℃
+1e-7 -> 0.0000001
+1e-07 -> 10^{-7}
+1e-7 -> 1 \times 10^{-7}
+3.5e8 -> 350000000
+3.5\times10^8 -> 3.5e8
+3.5e8 -> 3.5 \cdot 10^{8}
+0.1 -> \frac{1}{10}
+0.30000000000000004 -> 0.3
+B -> B. 12
+B -> (B)
+(B) -> B
+(B) -> B.
+B -> \text{B}
+B -> \textbf{(B)} 12
+B -> \mathrm{B}
+B -> (B) $12$
+B. 12 -> B
+B. 12 -> 12
+B. 12 -> (B)\ 12
+B -> 选B
+B -> Option B
+B -> b
+A, C -> AC
+AC -> A、C
+2 2/3 -> \frac{8}{3}
+2 2/3 -> 2\frac{2}{3}
+8/3 -> 2 2/3
+8/3 -> 2\ 2/3
+8/3 -> 2\tfrac23
+2\sqrt{3} -> \sqrt{12}
+2\sqrt{3} -> 2√3
+2\sqrt{3}\text{ cm} -> 2\sqrt3
+2\sqrt{3} -> 2\sqrt{3}\text{ cm}
+x^2+1 -> 1+x^2
+(x-1)(x+2) -> x^2+x-2
+(1,2) -> \left(1, 2\right)
+(1,2) -> (1.0, 2)
+(1,2) -> 1, 2
+\{1,2\} -> 2, 1
+[1,2) -> \left[1, 2\right)
+(3,\infty) -> x>3
+x>3 -> (3,\infty)
+x > 3 -> 3 < x
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\begin{pmatrix}1/2\\3\end{pmatrix} -> \left(\begin{array}{c} 0.5 \\ 3 \end{array}\right)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> \left[\begin{matrix}1&2\\3&4\end{matrix}\right]
+A = \begin{pmatrix}1&2\\3&4\end{pmatrix} -> \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\begin{cases} x=1 \\ y=2 \end{cases} -> x=1, y=2
+\begin{cases} x=1 \\ y=2 \end{cases} -> \begin{cases} y=2 \\ x=1 \end{cases}
+\begin{cases} x=1 \\ y=2 \end{cases} -> \left\{\begin{array}{l} x = 1 \\ y = 2 \end{array}\right.
+\begin{cases} x & x>0 \\ -x & \text{if } x \le 0 \end{cases} -> \begin{cases} x, & \text{if } x > 0, \\ -x, & \text{if } x \leq 0. \end{cases}
+2 hours 30 minutes -> 2\text{ hours and }30\text{ minutes}
+2 hours 30 minutes -> 150\text{ min}
+2小时30分 -> 2 hours 30 minutes
+March 5, 2020 -> 2020年3月5日
+3:45 PM -> 3:45 p.m.
+3:45 PM -> 15:45
+5 feet 3 inches -> 63 inches
+5 million -> 5,000,000
+5万 -> 50000
+50000 -> 5万
+1.2亿 -> 120000000
+Paris -> \text{paris}
+Paris -> Paris.
+Paris -> **Paris**
+no solution -> \text{No solution}
+\infty -> infinity
+\emptyset -> \varnothing
+60 km/h -> 60\text{ km/h}
+60 km/h -> 60千米/时
+60 km/h -> 60 kilometers per hour
+60 mph -> 60 \text{ miles per hour}
+5 m/s -> 5\text{ m/s}
+9.8 m/s^2 -> 9.8\text{ m/s}^2
+12\text{ cm}^2 -> 12\text{ square centimeters}
+12\text{ cm}^2 -> 12 cm²
+12 平方厘米 -> 12\text{ cm}^2
+5 m -> 5\text{ m}
+100 -> 100\%
+50\% -> 50 percent
+0.333333 -> 1/3
+\frac{\pi}{2} -> \pi/2
+\frac{\pi}{2} -> 0.5\pi
+e^2 -> \mathrm{e}^2
+\frac{1}{x} -> 1/x
+x=5 -> 5
+5 -> x = 5
+5 -> y=5
+\frac{1}{3} -> \frac{1}{3} \approx 0.333
+3.14 -> \pi \approx 3.14
+y = 2x+3 -> y = 3 + 2x
+y=2x+3 -> 2x-y+3=0
+\log_2 3 -> \frac{\ln 3}{\ln 2}
+12 -> 12 \text{ (apples)}
+-5 -> -5
+10-20 -> 10–20
+3:4 -> 3 : 4
+3:4 -> \frac{3}{4}
+1,234.5 -> 1234.5
+100,000 -> 100000
+0 -> -0
+\sqrt{2}/2 -> \frac{\sqrt{2}}{2}
+n(n+1)/2 -> \frac{n(n+1)}{2}
+\pm 2 -> 2, -2
+2,-2 -> \pm 2
+x = \pm 3 -> x = 3 \text{ or } x = -3
+k\pi, k\in\mathbb{Z} -> k\pi, k \in \mathbb{Z}
+0.\overline{3} -> 1/3
+-\frac{1}{2} -> \frac{-1}{2}
+-\frac{1}{2} -> -0.5
+\frac{1}{2} -> \frac{2}{4}
+"""
+
+DIFFERENT = r"""
+86 -> 19 + 67
+86 -> 67+19
+86 -> 2 \times 43
+86 -> 43\cdot 2
+86 -> \frac{172}{2}
+86 -> 172/2
+86 -> 172 \div 2
+86 -> 100-14
+24 -> 4!
+5 -> \sqrt{25}
+5 -> \sqrt{9+16}
+10 -> \binom{5}{2}
+72 -> 1 = 2 = 72
+72 -> 71 = 72
+72 -> 71 \text{ or } 72
+72 -> 71或72
+72 -> 71、72
+72 -> 71; 72
+72 -> 71/72
+72 -> 71|72
+72 -> 71 \\ 72
+72 -> 71, 72
+72 -> \{71, 72\}
+72 -> 72 or 73
+72 -> 70-72
+72 -> 70 - 72
+72 -> 71 \approx 72
+72 -> 72 \pm 1
+72 -> \pm 72
+72 -> 72x
+72 -> x=71=72
+72 -> 72!
+72 -> 5 million
+72 -> 72 million
+72 -> 72万
+72 -> 72\%\%
+72 -> 720
+72 -> 72^\circ 30'
+5 -> 5 million
+10 cm -> 10 m
+10 cm -> 10 kg
+10 cm -> 10\text{ m}
+10 元 -> 10 角
+B -> A
+B -> A. 12
+B -> A or B
+B -> A, B
+B -> 12
+B. 12 -> C. 12
+B. 12 -> B. 13
+A, C -> A
+AC -> A
+Paris -> pairs
+(1,2) -> (2,1)
+(1,2) -> [1,2]
+[1,2) -> [1,2]
+1, 2 -> 1
+1, 2 -> 1, 2, 3
+x=5 -> y=5
+x>3 -> x<3
+x>3 -> x\ge 3
+0.5 -> 50
+1.5 -> 1,5
+1/3 -> 0.33
+1e-10 -> 0
+1e-10 -> 2e-10
+3.5e8 -> 3.5
+2\pi -> 2
+x^2 -> 2x
+是 -> 否
+yes -> no
+12_5 -> 12
+12_5 -> 12_6
+2020-03-05 -> 2012
+March 5, 2020 -> March 6, 2020
+y = 2x+3 -> y=2x+4
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> 4
+\begin{pmatrix}1&2\\3&4\end{pmatrix} -> \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} -> \begin{pmatrix}1&2\end{pmatrix}
+"""
+
+
+def pairs(table):
+    return [tuple(cell.strip() for cell in line.split(" -> ")) for line in table.strip().splitlines()]
+
+
+def boxed(answer):
+    return rf"\boxed{{{answer}}}"
+
+
+@pytest.mark.parametrize("gold", GOLDS)
+def test_a_gold_is_right_and_no_part_of_it_is(gold):
+    gold = gold.replace(r"\n", "\n")
+    assert grade(boxed(gold), gold) == 1.0
+    parts = {part for part in _PART.findall(gold) if part != gold and not SAME_TEXT.search(gold)}
+    parts -= {part for whole, part in pairs(BY_POLICY) if whole == gold}
+    assert [part for part in sorted(parts) if grade(boxed(part), gold) == 1.0] == []
+
+
+@pytest.mark.parametrize(("gold", "part"), pairs(BY_POLICY))
+def test_parts_that_are_right_by_policy(gold, part):
+    assert grade(boxed(part), gold) == 1.0
+
+
+@pytest.mark.parametrize(("gold", "part"), pairs(MORE_PARTS))
+def test_larger_parts_are_not_right(gold, part):
+    assert grade(boxed(gold), gold) == 1.0
+    assert grade(boxed(part), gold) != 1.0
+
+
+def policy_examples():
+    for line in accuracy.__doc__.splitlines():
+        if line.startswith("| `"):
+            gold, right, wrong = (re.findall("`([^`]*)`", cell) for cell in line.strip("|").split(" | "))
+            yield from ((gold[0], answer, 1.0) for answer in right)
+            yield from ((gold[0], answer, 0.0) for answer in wrong)
+
+
+@pytest.mark.parametrize(("gold", "answer", "reward"), list(policy_examples()))
+def test_the_table_of_the_policy(gold, answer, reward):
+    assert grade(boxed(answer), gold) == reward
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(SAME))
+def test_what_reads_the_same_is_right(gold, answer):
+    assert grade(boxed(answer), gold) == 1.0
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT))
+def test_what_reads_differently_is_wrong(gold, answer):
+    assert grade(boxed(answer), gold) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reward"),
+    [
+        (72, "72", 1.0), (72.0, "72", 1.0), (0.1, r"\frac{1}{10}", 1.0), (1e-07, "10^{-7}", 1.0), (1e22, "10^{22}", 1.0),
+        (0.1 + 0.2, "0.3", 1.0), (-3, "-3", 1.0), (72, "73", 0.0), (True, r"\text{True}", 1.0), (float("inf"), r"\infty", 1.0),
+        (Fraction(1, 3), "1/3", 1.0),
+    ],
+)  # fmt: skip
+def test_golds_given_as_numbers(gold, answer, reward):
+    assert grade(boxed(answer), gold) == reward
+
+
+@pytest.mark.parametrize("gold", [None, float("nan"), "", "  ", "nan", [], [None], "I do not know", r"\frac{1}{"])
+def test_a_gold_that_is_missing_or_cannot_be_read_is_none(gold):
+    texts = [r"\boxed{2}", r"\boxed{None}", r"\boxed{nan}", "no answer", "<think>never closed"]
+    assert Accuracy()(texts, solution=[gold] * 5) == [None] * 5
+
+
+def test_several_golds_of_which_one_is_missing():
+    assert grade(r"\boxed{2}", [None, "2"]) == 1.0
+    assert grade(r"\boxed{3}", [None, "2"]) == 0.0
