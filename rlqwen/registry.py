@@ -35,6 +35,7 @@ __all__ = [
     "discover",
     "load",
     "resolve",
+    "taken_columns",
     "unique_names",
 ]
 
@@ -233,6 +234,16 @@ def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], whe
                     f"no {' and no '.join(map(repr, choice))}"
                 )
     return columns, lines
+
+
+def taken_columns(rewards: Iterable[Reward]) -> set[str] | None:
+    """Columns that at least one of the rewards may be given; None for all, where one takes any."""
+    taken: set[str] = set()
+    for reward in rewards:
+        if reward.accepts_any_column:
+            return None
+        taken.update(reward.parameters, *reward.column_choices)
+    return taken
 
 
 def _column_choices(reward: Reward) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from rlqwen.data.report import Fate, percentiles
 from rlqwen.data.sources import Row
 from rlqwen.data.turns import to_turns
 from rlqwen.errors import DataError
+from rlqwen.registry import taken_columns
 
 NEAR = 0.8
 """Similarity from which rows count as near; see rlqwen.data.duplicates."""
@@ -43,6 +44,8 @@ class PartAudit:
     exact_duplicates: list[list[str]] = field(default_factory=list)
     near_duplicates: list[list[str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    reward_columns: list[str] = field(default_factory=list)
+    """Of prompts whose rewards are not known here: columns that rewards may take."""
 
 
 @dataclass
@@ -70,7 +73,7 @@ class DataAudit:
         """Plain values for JSON."""
         values = asdict(self) | {"num_faults": self.num_faults}
         for part in values["parts"]:
-            for twice in ("rows", "warnings"):  # the part has both, by places instead of numbers
+            for twice in ("rows", "warnings", "notes"):  # the part has them, by places instead of numbers
                 (part["tokens"] or {}).pop(twice, None)
         return values
 
@@ -117,7 +120,12 @@ def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
     audit.fates = {fate: [places[number] for number in numbers] for fate, numbers in report.rows.items()}
     audit.faults += [_placed(str(fault), part.places) for fault in faults]
     part.faulty_rows = {int(match[1]) for fault in faults if (match := _FAULTY_ROW.match(str(fault)))}
-    audit.warnings = [_placed(warning, places) for warning in report.warnings]
+    if subject.kind == "prompts" and subject.rewards is None:
+        audit.reward_columns = list(report.columns)
+        report.name_unused(None)
+    elif subject.kind == "prompts":
+        report.name_unused(taken_columns(subject.rewards or ()))
+    audit.warnings = [*report.notes, *(_placed(warning, places) for warning in report.warnings)]
     audit.lengths = _measure(rows)
     if report.num_loss_tokens and not report.eos_in_loss:
         audit.faults.append(

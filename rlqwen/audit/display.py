@@ -51,6 +51,8 @@ def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
     report.facts.append(("turns", ", ".join(f"{role} {count:,}" for role, count in part.turns.items()) or "none"))
     if part.tokens and part.tokens.lengths:
         report.facts += _token_facts(part.tokens, audit.model)
+    if part.reward_columns:
+        report.facts.append(("for rewards", f"columns {', '.join(part.reward_columns)}, if a reward takes them"))
     if len(part.lengths) > 1:
         report.facts += [(f"{name} tokens", _percentiles(lengths)) for name, lengths in part.lengths.items()]
     for what, groups in (("exact", part.exact_duplicates), ("near", part.near_duplicates)):

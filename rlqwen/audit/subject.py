@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rlqwen.check.model import read_model
-from rlqwen.config import DPOConfig, GRPOConfig, ModelConfig, OnlineConfig, PreferenceConfig, SFTConfig, SourceConfig
+from rlqwen.check.rewards import resolve_rewards
+from rlqwen.config import (
+    DPOConfig,
+    GRPOConfig,
+    ModelConfig,
+    OnlineConfig,
+    PreferenceConfig,
+    Recipe,
+    SFTConfig,
+    SourceConfig,
+)
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.data.cleaning.report import make_report
 from rlqwen.data.cleaning.steps import find_outcome
 from rlqwen.data.mapping import offer
 from rlqwen.data.preference_formats import is_labelled, is_pair
 from rlqwen.data.sources import Row, prepare_row, read_source
-from rlqwen.errors import ConfigError, DataError, ModelError, PromptMismatch
+from rlqwen.errors import ConfigError, DataError, InputError, ModelError, PromptMismatch
 from rlqwen.recipe import is_recipe, load_recipe
+from rlqwen.registry import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +89,8 @@ class Subject:
     warnings: list[str]
     cleaning: CleaningConfig | None = None
     is_recipe: bool = False
+    rewards: list[Reward] | None = None
+    """Of a recipe for prompts; None where they are not known, or not to be had yet."""
 
     @property
     def text_field(self) -> str:
@@ -139,7 +152,16 @@ def _of_recipe(name: str, model: str | None) -> Subject:
     context = context if path == recipe.model.path else None
     assert isinstance(config, SFTConfig | PreferenceConfig | OnlineConfig)
     title, cleaning = f"{name} ({recipe.algorithm})", recipe.data.cleaning
-    return Subject(title, kind, config, path, tokenizer, context, parts, warnings, cleaning, is_recipe=True)
+    return Subject(
+        title, kind, config, path, tokenizer, context, parts, warnings, cleaning, True, _find_rewards(recipe)
+    )
+
+
+def _find_rewards(recipe: Recipe) -> list[Reward] | None:
+    try:
+        return resolve_rewards(recipe.rewards) if recipe.rewards else None
+    except InputError:  # which `rlqwen check` is for, or a model that is yet to be trained
+        return None
 
 
 def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, "PreTrainedTokenizerBase", int | None]:

@@ -33,13 +33,16 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
     train, evaluation = _clean(report, recipe, train, evaluation)
+    taken: set[str] | None = None
     if isinstance(recipe.train, OnlineConfig):
         parts = {"data.train": train, "data.eval": evaluation}
-        check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
+        taken = check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
     for name, rows in (("train", train), ("eval", evaluation)):
         if rows and model:
             with report.collecting():
                 tokenized = tokenize(recipe, rows, model)
+                if isinstance(recipe.train, OnlineConfig):
+                    tokenized.name_unused(taken)
                 describe_data(report, f"data.{name}", tokenized)
                 if name == "train":
                     describe_batch(report, recipe, tokenized)

@@ -7,7 +7,7 @@ from rlqwen.check.report import CheckReport
 from rlqwen.config import RewardSpec, ScoringConfig
 from rlqwen.data.formats import to_prompt_row
 from rlqwen.errors import RewardSpecError
-from rlqwen.registry import Reward, check_rows
+from rlqwen.registry import Reward, check_rows, taken_columns
 from rlqwen.scoring import build_rewards
 from rlqwen.scoring.isolation.boundary import refusal, why_not
 from rlqwen.scoring.placement import must_isolate
@@ -42,8 +42,11 @@ def check_rewards(
     *,
     to_train: Collection[str],
     scoring: ScoringConfig,
-) -> None:
-    """Look at the rewards of a recipe; those named in `to_train` are models that an earlier recipe is yet to train."""
+) -> set[str] | None:
+    """Look at the rewards of a recipe; those named in `to_train` are models that an earlier recipe is yet to train.
+
+    Returns the columns that they take; None for all, also where a reward cannot be had.
+    """
     there = [spec for spec in specs if spec.name not in to_train]
     with report.collecting():
         rewards = resolve_rewards(there)
@@ -60,3 +63,5 @@ def check_rewards(
             for where, rows in parts.items():
                 with report.collecting():
                     report.warnings += check_reward_columns([reward], rows or [], where)
+        return taken_columns(rewards)
+    return None

@@ -136,6 +136,12 @@ class ChatFormat:
             raise DataError(f"{where}: the chat template reorders, repeats or drops turns")
         return parts[::2]
 
+    def render(self, messages: list[Message]) -> str:
+        """Text of a conversation as the template writes it; jinja2.TemplateError where it refuses."""
+        return str(
+            self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **self.kwargs)
+        )
+
     def _check_structure(self, messages: list[Message], where: str) -> None:
         """Each sequence of roles is tried once: a template that silently leaves a turn out is an error."""
         roles = tuple(message["role"] for message in messages)

@@ -57,9 +57,17 @@ def is_labelled(row: Row) -> bool:
     return has_answer and str(row.get("label")).lower() in _LABELS
 
 
-def margin_columns(row: Row) -> tuple[str, ...]:
-    """Columns that a normalised pair's margin is from: the two scores where it has them, else `margin`."""
-    return next((names for names in _SCORES if all(name in row for name in names)), ("margin",))
+def read_columns(row: Row, *, has_turns: bool, margin: bool) -> set[str]:
+    """Columns of a normalised pair or labelled row that are read: those of its form, tools, and with `margin` that too."""
+    if is_pair(row):
+        read = {"prompt", *SIDES}
+        scores = next((names for names in _SCORES if all(name in row for name in names)), None)
+        if margin or scores:  # a margin that comes of scores is no column of the data
+            read.add("margin")
+        read.update((scores or ()) if margin else ())
+    else:
+        read = {"label"} | ({"prompt", "completion"} if "prompt" in row and "completion" in row else {"messages"})
+    return read | ({"tools"} if has_turns else set())
 
 
 def rename_columns(row: Row, where: str) -> Row:

@@ -5,17 +5,19 @@ an answer the loss covers what the assistant wrote, end-of-turn tokens included.
 all answers to it, whatever is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config.preference import PreferenceConfig
+from rlqwen.config.reward import RewardConfig
 from rlqwen.data.chat import Piece
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row
-from rlqwen.data.preference_formats import to_labelled_rows, to_pair_rows
+from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
 from rlqwen.data.report import DataReport, Fate, first_of, percentiles
 from rlqwen.data.turns import to_turns
+from rlqwen.data.unused import Unused
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
 from rlqwen.types import Message
@@ -76,6 +78,9 @@ def read_pairs(
 ) -> tuple[list[PreferenceRow], DataReport]:
     """As `tokenize_preferences`, with the text that `writer` makes of them."""
     kept, report = _Reader(tokenizer, config, to_pair_rows, writer).read(rows, faults)
+    missing = [f"row {one.index}" for one in kept if "margin" not in one.columns[0]]
+    if isinstance(config, RewardConfig) and 0 < len(missing) < len(kept):
+        report.warnings.append(f"no margin, hence 0, beside rows that have one: {first_of(missing)}")
     negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
     if negative:
         report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
@@ -138,6 +143,7 @@ class _Reader:
     ) -> None:
         self.tokenizer, self.config, self.split, self.writer = tokenizer, config, split, writer
         self.found: dict[int, list[Row]] = {}
+        self.reads_margin = isinstance(config, RewardConfig)
 
     def read(self, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[_Answers], DataReport]:
         report = DataReport(num_rows=len(rows))
@@ -165,9 +171,15 @@ class _Reader:
 
     def _write(self, number: int, row: Row) -> list[list[Piece]]:
         where = f"row {number}"
-        answers = self.found[number] = self.split(normalise_row(row, where), where)
-        first = answers[0]
-        return self.writer.pieces(first["prompt"], [one["completion"] for one in answers], first.get("tools"), where)
+        row = normalise_row(row, where)
+        answers = self.found[number] = self.split(row, where)
+        first, completions = answers[0], [one["completion"] for one in answers]
+        pieces = self.writer.pieces(first["prompt"], completions, first.get("tools"), where)
+        has_turns = any(not isinstance(one, str) for one in (first["prompt"], *completions))
+        whole = [[*to_turns(first["prompt"], "user"), *to_turns(one, "assistant")] for one in completions]
+        read = read_columns(row, has_turns=has_turns, margin=self.reads_margin)
+        self.writer.note_unused(row, read, whole if has_turns else [])
+        return pieces
 
     def _reason_to_leave_out(self, row: _Answers) -> Fate | None:
         if self.config.max_length is not None and row.length > self.config.max_length:
@@ -193,6 +205,8 @@ class _Reader:
                 report.note("empty_answer", row.index)
         report.eos_in_loss = num_ended / len(answers) if answers else 0.0
         report.warnings = self.writer.warnings()
+        report.columns, report.turn_keys = self.writer.unused.take()
+        report.name_unused()
         for fate, text in (
             ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
             ("empty_answer", "empty answers, which teach to end the turn at once"),
@@ -216,10 +230,13 @@ class PairWriter(Protocol):
 
     end_token: str
     stop_ids: list[int]
+    unused: Unused
 
     def pieces(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
     ) -> list[list[Piece]]: ...
+
+    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
 
     def warnings(self) -> list[str]: ...
 

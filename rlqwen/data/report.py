@@ -1,8 +1,10 @@
 """What became of the rows: counted while tokenising, printed by `check` and at the start of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from rlqwen.data.unused import unused_line
 
 Fate = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "empty_answer"]
 """What may become of a row. `no_end`: kept, but the token that ends generation is not in the loss of all its answers.
@@ -32,6 +34,12 @@ class DataReport:
     end_of_turn: str | None = None
     """The token that ends what the model writes; generation must stop at it."""
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What to know of the rows, though nothing need be wrong with them."""
+    columns: dict[str, int] = field(default_factory=dict)
+    """Columns that tokenising did not read -> rows in which they are filled; of prompts, what rewards may take."""
+    turn_keys: dict[str, int] = field(default_factory=dict)
+    """Keys of turns that nothing reads, the chat template neither -> rows that have them."""
 
     def note(self, fate: Fate, number: int) -> None:
         """Count row `number` under what became of it."""
@@ -39,6 +47,12 @@ class DataReport:
 
     def count(self, fate: Fate) -> int:
         return len(self.rows.get(fate, ()))
+
+    def name_unused(self, taken: Collection[str] | None = ()) -> None:
+        """Note columns and keys of turns that are not used; `taken`: columns that something else reads, None: all."""
+        columns = [] if taken is None else [name for name in self.columns if name not in taken]
+        line = unused_line(columns, self.turn_keys)
+        self.notes += [line] if line else []
 
     @property
     def num_truncated(self) -> int:

@@ -25,7 +25,10 @@ class SFTWriter(Writer):
     def write(self, number: int, row: Row) -> list[list[Piece]]:
         """Pieces of the one sequence that row `number` becomes; DataError if there is nothing to learn in it."""
         where = f"row {number}"
-        return [self._pieces(normalise_row(row, where), where)]
+        row = normalise_row(row, where)
+        pieces = self._pieces(row, where)
+        self._note_unused(row)
+        return [pieces]
 
     def _pieces(self, row: Row, where: str) -> list[Piece]:
         text_field = self._config.dataset_text_field
@@ -41,6 +44,21 @@ class SFTWriter(Writer):
             f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "
             f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"
         )
+
+    def _note_unused(self, row: Row) -> None:
+        conversations = []
+        if "messages" in row:
+            read, conversations = {"messages", "tools"}, [row["messages"]]
+        elif "prompt" in row and "completion" in row:
+            read = {"prompt", "completion"}
+            if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
+                read.add("tools")
+                conversations = [[*to_turns(row["prompt"], "user"), *to_turns(row["completion"], "assistant")]]
+        else:
+            read = {self._config.dataset_text_field}
+        if self._config.eval_generation is not None:
+            read.update([self._config.eval_generation.reference or "solution", "answer"])
+        self.note_unused(row, read, conversations)
 
     def _conversation(self, row: Row, where: str) -> list[Piece]:
         self._refuse_masks("completion_only_loss", None, where, "a whole conversation")

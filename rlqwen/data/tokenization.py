@@ -9,6 +9,7 @@ from rlqwen.data.encoding import TokenizedRow, encode, refuse, tokenize_rows, tr
 from rlqwen.data.formats import normalise_row, to_prompt_row
 from rlqwen.data.report import DataReport, first_of, percentiles
 from rlqwen.data.sft import SFTWriter, all_in_loss
+from rlqwen.data.unused import Unused
 from rlqwen.data.writer import eos_warnings
 from rlqwen.errors import DataError
 from rlqwen.types import Message, Prompt
@@ -78,6 +79,8 @@ def tokenize_sft(
     report.lengths = percentiles(lengths)
     report.end_of_turn = writer.end_token
     report.warnings = writer.warnings()
+    report.columns, report.turn_keys = writer.unused.take()
+    report.name_unused()
     report.num_tokens = sum(len(row.token_ids) for row in kept)
     report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
     if kept:
@@ -101,19 +104,24 @@ def tokenize_prompts(
 
     Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
     more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
-    Given a list of `faults`, errors are put there instead of being raised.
+    Given a list of `faults`, errors are put there instead of being raised. Which columns are not used only the caller
+    can say, who knows the rewards: `report.name_unused`.
     """
     report = DataReport(num_rows=len(rows))
     found: dict[int, Row] = {}
+    unused = Unused()
     chat: ChatFormat | None = None
 
     def write(number: int, row: Row) -> list[list[Piece]]:
         nonlocal chat
         where = f"row {number}"
-        row = found[number] = to_prompt_row(normalise_row(row, where), where)
+        given = normalise_row(row, where)
+        row = found[number] = to_prompt_row(given, where)
         if isinstance(row["prompt"], str):
+            unused.note_prompt(given, row)
             return [[Piece(row["prompt"], True)]]
         chat = chat or ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
+        unused.note_prompt(given, row, chat.render)
         return [chat.prompt(row["prompt"], where, tools=row.get("tools"))]
 
     prompts: list[Prompt] = []
@@ -140,6 +148,7 @@ def tokenize_prompts(
     report.lengths = percentiles(lengths)
     report.end_of_turn = chat.end_of_turn if chat else tokenizer.eos_token
     report.warnings = eos_warnings(tokenizer, report.end_of_turn)
+    report.columns, report.turn_keys = unused.take()
     return prompts, report
 
 

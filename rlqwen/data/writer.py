@@ -1,15 +1,20 @@
 """What the writers of training rows share: the chat template, the token that ends a text, what to warn of."""
 
+from collections.abc import Collection, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.data.unused import Unused
 from rlqwen.errors import ConfigError, ModelError
+from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
 
 
 class Writer:
@@ -25,6 +30,7 @@ class Writer:
         if eos not in self._vocab:
             raise ConfigError(f"eos_token: {eos!r} is not in the tokenizer's vocabulary")
         self._eos: str = eos
+        self.unused = Unused()
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -42,6 +48,10 @@ class Writer:
     @property
     def stop_ids(self) -> list[int]:
         return [self._vocab[token] for token in (self._eos, self.end_token)]
+
+    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
+        """Count what a row that has been written holds beside the columns `read` and what the template reads of turns."""
+        self.unused.note(row, read, conversations, self.format.render if "format" in vars(self) else None)
 
     def warnings(self) -> list[str]:
         return [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)

@@ -198,6 +198,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._note(f"{name}: {report.summary()}")
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
+            for note in report.notes if isinstance(report, DataReport) else ():
+                self._note(f"{name}: {note}")
         self._note(self.plan.text)
         if self.policy.routers.note:
             self._note(self.policy.routers.note)

@@ -17,7 +17,7 @@ from rlqwen.config import OnlineConfig
 from rlqwen.data import as_rows, tokenize_prompts
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
-from rlqwen.registry import Reward, check_rows
+from rlqwen.registry import Reward, check_rows, taken_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer, Metrics
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
@@ -107,6 +107,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         columns, lines = check_rows(self.rewards, (prompt.columns for prompt in prompts), f"{name}_dataset")
         self._columns |= columns
         report.warnings += lines
+        report.name_unused(taken_columns(self.rewards))
         self.reports[name] = report
         return prompts
 
