@@ -8,7 +8,6 @@ Relative paths inside a recipe are meant from the working directory.
 
 import difflib
 import re
-import shutil
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +107,18 @@ def is_recipe(name: str) -> bool:
 
 
 def copy_recipe(name: str, target: str | Path = ".") -> Path:
-    """Copy a packaged recipe to a file or into a folder, and return where it went. Nothing is overwritten."""
+    """Copy a packaged recipe to a file or into a folder, and return where it went. Nothing is overwritten.
+
+    The copy is a user's own, so it does not carry `overwrite_output_dir`, which only lets a quickstart run again.
+    """
     source = find_recipe(name)
     target = Path(target)
     destination = target if target.suffix in {".yaml", ".yml"} and not target.is_dir() else target / source.name
     if destination.exists():
         raise ConfigError(f"{destination} exists already; give another target, or remove it first")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, destination)
+    text = re.sub(r"(?m)^ +overwrite_output_dir:.*\n", "", source.read_text("utf-8"))
+    destination.write_text(text, encoding="utf-8")
     return destination
 
 

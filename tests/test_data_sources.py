@@ -8,6 +8,7 @@ import pytest
 
 from rlqwen.config import SourceConfig
 from rlqwen.data import as_rows, load_rows
+from rlqwen.data.sources import read_source
 from rlqwen.errors import ConfigError, DataError
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -268,3 +269,21 @@ def test_files_in_the_forms_of_public_data_sets_load(name, columns, count, expec
     rows = load(SAMPLES / name, columns=columns)
     assert len(rows) == count
     assert all(set(row) == expected for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("questions", {"question", "answer"}),
+        ("instructions_zh", {"instruction", "input", "output"}),
+        ("pairs", {"chosen", "rejected"}),
+    ],
+)
+def test_rows_that_come_with_rlqwen(name, columns):
+    rows = [row for _, row in read_source(SourceConfig(path=f"builtin:{name}", name="main", split="train"))]
+    assert len(rows) >= 24
+    assert all(set(row) == columns for row in rows)
+    with pytest.raises(
+        DataError, match=r"did you mean 'builtin:questions'\? there are: instructions_zh, pairs, questions"
+    ):
+        read_source(SourceConfig(path="builtin:question"))

@@ -214,3 +214,11 @@ def test_copy_goes_into_a_folder_or_a_file_and_never_overwrites(tmp_path):
     assert copy_recipe("quickstart_sft", tmp_path / "mine.yaml") == tmp_path / "mine.yaml"
     with pytest.raises(ConfigError, match="exists already"):
         copy_recipe("quickstart_sft", tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
+def test_a_copy_overwrites_no_run(recipe, tmp_path):
+    copied = load_recipe(copy_recipe(recipe.name, tmp_path))
+    assert not copied.train.overwrite_output_dir
+    shipped = load_recipe(recipe.name)
+    assert copied.train.model_copy(update={"overwrite_output_dir": shipped.train.overwrite_output_dir}) == shipped.train

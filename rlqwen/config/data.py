@@ -37,7 +37,9 @@ class SourceConfig(Config):
     """One source of rows; several are mixed by weight."""
 
     path: str | None = None
-    """A file (.json, .jsonl, .parquet, .csv), a folder of such files, or a hub dataset id."""
+    """A file (.json, .jsonl, .parquet, .csv), a folder of such files, a hub dataset id, or `builtin:NAME` (questions,
+    instructions_zh, pairs): a few rows that come with rlqwen, with the columns of the hub dataset that they stand in
+    for, whose `name`, `split` and `revision` they ignore."""
     generator: str | None = None
     """Instead of `path`: a built-in generator, such as `arithmetic`."""
     sampled: SampledPairsConfig | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.config.data import SourceConfig
+from rlqwen.data.bundled import PREFIX, bundled_file
 from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
@@ -95,6 +96,8 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     assert source.path is not None  # SourceConfig holds exactly one of the three
     if source.args:
         raise DataError(f"{source.path}: 'args' are for a generator; a file or hub dataset takes none")
+    if source.path.startswith(PREFIX):
+        return read_rows(bundled_file(source.path))
     path = Path(source.path).expanduser()
     if not path.exists():
         if _looks_like_hub_id(path):
