@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 import pytest
 
+from rlqwen.data import as_rows
 from rlqwen.data.formats import normalise_row, to_prompt_row
 from rlqwen.errors import DataError
 
@@ -289,3 +290,11 @@ def test_an_unmapped_prompt_is_refused_with_the_map_to_paste(row, mapping):
     with pytest.raises(DataError, match="no prompt; ") as caught:
         to_prompt_row(said(row), "row 0")
     assert f"columns: {mapping} (--column prompt=" in str(caught.value)
+
+
+def test_a_pandas_table_is_refused_with_what_to_pass_instead():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"instruction": ["q", "q"], "input": ["x", None], "output": ["a", "a"]})
+    with pytest.raises(DataError, match=r"a pandas table was given; pass datasets\.Dataset\.from_pandas"):
+        as_rows(table)
+    assert [row["messages"][0]["content"] for row in as_rows(table.to_dict("records"))] == ["q\nx", "q"]

@@ -77,6 +77,16 @@ def test_plain_text_is_learned_whole_from_the_column_named(tokenizer):
         ({"prompt": "1", "solution": "2"}, {}, r"row 0: nothing to learn; .*map one with columns: \{completion"),
         ({"question": "1"}, {}, r"row 0: nothing to learn; .*This one has question: map them"),
         (
+            {"question": "1", "answer": "2"},
+            {},
+            r"columns: \{instruction: question, output: answer\} \(--column instruction=",
+        ),
+        (
+            {"prompt": "1", "response": "2"},
+            {},
+            r"\{completion: response\} .*columns: \{instruction: prompt, output: response",
+        ),
+        (
             {"messages": [USER]},
             {},
             r"none of 1 rows has anything to learn from, so the loss would be 0: .*no assistant",

@@ -12,7 +12,7 @@ from rlqwen.check.rewards import check_rewards
 from rlqwen.check.tokens import describe_batch, describe_data, describe_untokenized, tokenize
 from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import clean_recipe_data, load_rows
+from rlqwen.data import DataReport, clean_recipe_data, load_rows
 from rlqwen.errors import DataError
 from rlqwen.metrics.run_folder import refuse_used_folder
 from rlqwen.quantization import require_bitsandbytes
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     for name, rows in (("train", train), ("eval", evaluation)):
         if rows and model:
             with report.collecting():
-                tokenized = tokenize(recipe, rows, model)
+                tokenized = _tokenize(recipe, rows, model, f"data.{name}")
                 if isinstance(recipe.train, OnlineConfig):
                     tokenized.name_unused(taken)
                 describe_data(report, f"data.{name}", tokenized)
@@ -52,6 +52,14 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
         with report.collecting():
             report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report
+
+
+def _tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts, name: str) -> DataReport:
+    """As `tokenize`; a fault names the part of the data that its row is in."""
+    try:
+        return tokenize(recipe, rows, model)
+    except DataError as fault:
+        raise type(fault)(f"{name}, {fault}" if str(fault).startswith("row ") else str(fault)) from None
 
 
 def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFacts | None:

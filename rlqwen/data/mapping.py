@@ -66,6 +66,14 @@ def offer(row: Row, kind: str | None = None) -> str:
     return "map them; " + "; ".join(said) if said else "map them with columns: {ours: theirs}"
 
 
+def offer_completion(row: Row) -> str:
+    """Say how to map the answer of a row that has a prompt."""
+    answer = text_map(row).get("completion", "...")
+    conversation = conversation_map(row)
+    as_turns = f", or, to have the chat template write them, {paste(conversation)}" if conversation else ""
+    return f"map one with {paste({'completion': answer})}{as_turns if isinstance(row['prompt'], str) else ''}"
+
+
 def paste(columns: dict[str, str]) -> str:
     """Write a column map as a recipe and as the command line take it."""
     recipe = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())

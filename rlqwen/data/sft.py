@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import Piece
 from rlqwen.data.formats import normalise_row
+from rlqwen.data.mapping import offer, offer_completion
 from rlqwen.data.turns import to_turns
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
@@ -39,7 +40,7 @@ class SFTWriter(Writer):
         if text_field in row:
             self._refuse_masks("assistant_only_loss", "completion_only_loss", where, "plain text")
             return [Piece(self.with_eos(str(row[text_field])), True, in_loss=True)]
-        hint = "map one with columns: {completion: ...}" if "prompt" in row else "map them with columns: {...}"
+        hint = offer_completion(row) if "prompt" in row else offer(row, "sft")
         raise DataError(
             f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "
             f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"

@@ -57,6 +57,11 @@ def as_rows(data: Any) -> Sequence[Row]:
         return data  # one of ours, in our form already
     if isinstance(data, Mapping):
         raise DataError(f"a dataset with splits ({', '.join(map(str, data))}) was given; pass one, as dataset['train']")
+    if hasattr(data, "iloc"):
+        raise DataError(
+            "a pandas table was given; pass datasets.Dataset.from_pandas(table, preserve_index=False), or "
+            "table.to_dict('records')"
+        )
     if isinstance(data, str | bytes) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise DataError(
             f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; of a stream, take a "
