@@ -29,6 +29,8 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     start = start or recipe
     with report.collecting():
         refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
+    if note := recipe.train.parallel.unused_note():
+        report.warnings.append(note)
     model = _check_model(report, recipe, start)
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")

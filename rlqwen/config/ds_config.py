@@ -26,8 +26,13 @@ _SAME = {
 }
 """Keys of a ds_config that say what a field of ours says."""
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-_SCHEDULE_ZEROS = ("warmup_min_lr", "warmup_min_ratio", "cos_min_ratio")
-"""Keys of a scheduler that are 0 in ours."""
+_SCHEDULE_KEYS = {
+    "WarmupLR": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"},
+    "WarmupDecayLR": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"},
+    "WarmupCosineLR": {"warmup_min_ratio", "cos_min_ratio", "warmup_num_steps", "warmup_type", "total_num_steps"},
+}
+_ADAMW = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
+"""Keys of an optimizer that make it AdamW, which is what rlqwen trains with."""
 
 
 def adopt_ds_config(values: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
@@ -92,15 +97,27 @@ def _statements(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: 
                          ("sequence_parallel_size", "sequence_parallel_size")):  # fmt: skip
         if _at(given, theirs) not in (None, AUTO):
             yield theirs, f"parallel.{ours}", _at(given, theirs)
-    kind = _at(given, "optimizer.type")
-    if kind is not None and str(kind).lower() not in ("adam", "adamw"):
-        raise ValueError(f"optimizer.type of the ds_config is {kind!r}, and rlqwen trains with AdamW: leave it out")
-    yield from _schedule(given)
+    _check_optimizer(given)
+    yield from _schedule(given, values)
     yield from _accumulation(given, values, num_ranks)
 
 
-def _schedule(given: Mapping[str, Any]) -> Iterator[Adopted]:
-    kind = _at(given, "scheduler.type")
+def _check_optimizer(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the optimizer section describes AdamW."""
+    kind = _at(given, "optimizer.type")
+    if kind is not None and str(kind).lower() not in ("adam", "adamw"):
+        raise ValueError(f"optimizer.type of the ds_config is {kind!r}, and rlqwen trains with AdamW: leave it out")
+    for key, wanted in _ADAMW.items():
+        value = _at(given, f"optimizer.params.{key}")
+        if value not in (None, AUTO, wanted):
+            raise ValueError(
+                f"optimizer.params.{key} of the ds_config is {value!r}, and rlqwen's AdamW has {wanted}: leave it out"
+            )
+
+
+def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Adopted]:
+    """The nearest `lr_scheduler_type`; the rates themselves are DeepSpeed's, see rlqwen.parallel.schedule."""
+    kind, params = _at(given, "scheduler.type"), _at(given, "scheduler.params") or {}
     if kind is None:
         return
     if kind not in _SCHEDULES:
@@ -108,10 +125,19 @@ def _schedule(given: Mapping[str, Any]) -> Iterator[Adopted]:
             f"scheduler.type of the ds_config is {kind!r}; rlqwen has {', '.join(_SCHEDULES)}, and others by "
             "lr_scheduler_type: leave `scheduler` out of the ds_config"
         )
+    unknown = sorted(set(params) - _SCHEDULE_KEYS[kind])
+    if unknown:
+        raise ValueError(
+            f"scheduler.params.{unknown[0]} of the ds_config: DeepSpeed's {kind} takes {', '.join(sorted(_SCHEDULE_KEYS[kind]))}"
+        )
+    if params.get("warmup_type") not in (None, AUTO, "log", "linear"):
+        raise ValueError(f"scheduler.params.warmup_type of the ds_config is {params['warmup_type']!r}: log or linear")
+    for key, value in params.items():
+        if key != "warmup_type" and value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"scheduler.params.{key} of the ds_config is {str(value)[:200]!r}, which is no number")
+    if values.get("lr_scheduler_kwargs"):
+        raise ValueError(f"lr_scheduler_kwargs and scheduler.params of the ds_config ({kind}): say it once")
     yield "scheduler.type", "lr_scheduler_type", _SCHEDULES[kind]
-    for key in _SCHEDULE_ZEROS:
-        if _at(given, f"scheduler.params.{key}") not in (None, AUTO, 0, 0.0):
-            raise ValueError(f"scheduler.params.{key} of the ds_config must be 0 or left out: rlqwen warms up from 0")
 
 
 def _accumulation(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: int) -> Iterator[Adopted]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.ds_keys import unused_note
 
 
 class ParallelConfig(ArgumentsConfig):
@@ -56,6 +57,10 @@ class ParallelConfig(ArgumentsConfig):
                 "deal the attention heads out: set one of them"
             )
         return self
+
+    def unused_note(self) -> str | None:
+        """One line that names the keys of the ds_config that change nothing; None where all do."""
+        return unused_note(self.deepspeed, self.zero_stage) if isinstance(self.deepspeed, dict) else None
 
     @property
     def ranks_per_row(self) -> int:

@@ -4,9 +4,10 @@ from rlqwen.parallel.device import pick_device
 from rlqwen.parallel.lead import Lead
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks, is_loss_of_rank
+from rlqwen.parallel.schedule import warmup_updates
 from rlqwen.parallel.sharded_updater import build_updater
 from rlqwen.parallel.shards import gathered, is_sharded, whole_model
-from rlqwen.parallel.updater import Updater, UpdateResult, warmup_updates
+from rlqwen.parallel.updater import Updater, UpdateResult
 
 __all__ = [
     "Lead",

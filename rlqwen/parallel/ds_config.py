@@ -6,10 +6,8 @@ from typing import Any
 
 from rlqwen.config import TrainerConfig
 from rlqwen.config.ds_config import AUTO, read_ds_config
+from rlqwen.config.ds_keys import engine_keys
 from rlqwen.errors import ConfigError
-
-_OURS = ("optimizer", "scheduler")
-"""Sections that are carried out here, from the fields that they were adopted into."""
 
 
 def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
@@ -18,33 +16,42 @@ def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value != AUTO}
 
 
+def check_batch_size(args: TrainerConfig, data_size: int) -> int:
+    """Sequences of an update, over all ranks; ConfigError if a ds_config says another number."""
+    given = read_ds_config(args.parallel.deepspeed or {}).get("train_batch_size", AUTO)
+    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    whole = size * accumulation * data_size
+    if given not in (None, AUTO, whole):
+        raise ConfigError(
+            f"train_batch_size of the ds_config is {given}, but the batch is {whole} = "
+            f'{size} a micro-batch x {accumulation} accumulated x {data_size} ranks: correct it, or make it "auto"'
+        )
+    return whole
+
+
 def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int, dtype: str) -> dict[str, Any]:
-    """A ds_config without "auto". `dtype`: `fp32`, `bf16` or `fp16`; `data_size`: ranks that see different rows.
+    """The ds_config that an engine is made with: what of the user's it carries out, without "auto".
+
+    `dtype`: `fp32`, `bf16` or `fp16`; `data_size`: ranks that see different rows.
 
     Raises ConfigError for batch sizes that contradict each other and for an "auto" that has no meaning here.
     """
     parallel = args.parallel
-    config = copy.deepcopy(read_ds_config(parallel.deepspeed or {}))
-    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    whole = size * accumulation * data_size
-    if config.get("train_batch_size", AUTO) not in (AUTO, whole):
-        raise ConfigError(
-            f"train_batch_size of the ds_config is {config['train_batch_size']}, but the batch is {whole} = "
-            f'{size} a micro-batch x {accumulation} accumulated x {data_size} ranks: correct it, or make it "auto"'
-        )
-    config = {key: value for key, value in config.items() if key not in _OURS}
+    whole = check_batch_size(args, data_size)
+    given = read_ds_config(parallel.deepspeed or {})
+    config = copy.deepcopy(engine_keys(given))
     config |= {
         "train_batch_size": whole * parallel.ranks_per_row,  # it takes every rank for one that sees other rows
-        "train_micro_batch_size_per_gpu": size,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "managed_gradient_accumulation": False,  # micro-batches vary in number, and the updater says when
         "gradient_clipping": args.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: nothing is compiled
-        "bf16": {**config.get("bf16", {}), "enabled": dtype == "bf16"},
-        "fp16": {**config.get("fp16", {}), "enabled": dtype == "fp16", "loss_scale": 1.0},  # scaled by the updater
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16", "loss_scale": 1.0},  # scaled by the updater
     }
-    config.setdefault("steps_per_print", 10**9)
+    config["steps_per_print"] = 10**9
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = parallel.zero_stage
     if parallel.zero_stage == 1 and dtype == "bf16" and not parallel.offload_optimizer:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlqwen.config import TrainerConfig
-from rlqwen.parallel.ds_config import complete_ds_config
+from rlqwen.parallel.ds_config import check_batch_size, complete_ds_config
 from rlqwen.parallel.engine import Engine
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
@@ -75,6 +75,7 @@ class ShardedUpdater(Updater):
 
 def build_updater(parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks) -> Updater:
     """The one that `args.parallel` asks for. ZeRO stage 0 shares nothing out, and is the plain one."""
+    check_batch_size(args, ranks.data_size)
     kind = ShardedUpdater if args.parallel.zero_stage else Updater
     return kind(parts, args, total_updates=total_updates, ranks=ranks)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, NonFiniteError
@@ -21,6 +20,7 @@ from rlqwen.parallel.moments import moments_are_finite
 from rlqwen.parallel.optimizer_state import MASTER, restore_optimizer, save_optimizer
 from rlqwen.parallel.part import Part
 from rlqwen.parallel.ranks import Ranks
+from rlqwen.parallel.schedule import build_schedulers
 from rlqwen.tensor_parallel import is_shard
 
 
@@ -58,19 +58,7 @@ class Updater:
         self.max_nonfinite_steps = args.max_nonfinite_steps
         self.scale = LossScale(args.fp16, fp16_settings(args))
         self.optimizers = self._build_optimizers(args)
-        try:
-            self.schedulers = [
-                get_scheduler(
-                    args.lr_scheduler_type,
-                    optimizer,
-                    num_warmup_steps=warmup_updates(args, total_updates),
-                    num_training_steps=total_updates,
-                    scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-                )
-                for optimizer in self.optimizers
-            ]
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"lr_scheduler_type={args.lr_scheduler_type!r}: {error}") from error
+        self.schedulers = build_schedulers(args, self.optimizers, total_updates)
         self._finite = True
         self._touched = False
         self._nonfinite_in_a_row = 0
@@ -205,10 +193,3 @@ def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optim
         eps=args.adam_epsilon,
         fused=args.optim == "adamw_torch_fused",
     )
-
-
-def warmup_updates(args: TrainerConfig, total_updates: int) -> int:
-    """Warm-up in updates, from `warmup_steps` (a count, or a share below 1) or `warmup_ratio`."""
-    if args.warmup_steps >= 1:
-        return int(args.warmup_steps)
-    return math.ceil((args.warmup_steps or args.warmup_ratio) * total_updates)

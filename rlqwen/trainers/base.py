@@ -201,6 +201,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             for note in report.notes if isinstance(report, DataReport) else ():
                 self._note(f"{name}: {note}")
         self._note(self.plan.text)
+        if note := self.args.parallel.unused_note():
+            self._note(note)
         if self.policy.routers.note:
             self._note(self.policy.routers.note)
         self._notify("on_train_begin")
