@@ -6,6 +6,7 @@ Nothing here changes a weight: merged weights are computed beside the base, one 
 import copy
 import itertools
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
-from peft.utils import ModulesToSaveWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -38,16 +41,18 @@ def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
         touched = {name.rpartition(".")[2] for name in config.modules_to_save}
         config.ensure_weight_tying |= bool(touched & {"embed_tokens", "lm_head"})
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            if getattr(config, "trainable_token_indices", None):  # which PEFT ties, and yet does not see here
+                warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied modules")
+            return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"the adapter cannot be put on this model: {error}") from error
 
 
 def check_adapter(model: PeftModel, *, reference: bool) -> None:
     """ModelError for an adapter that cannot be merged into weights, or whose absence is not the starting model."""
+    check_wrappers(model)
     for config in model.peft_config.values():
-        if not isinstance(config, LoraConfig):
-            raise ModelError(f"rlqwen trains LoRA, rsLoRA and DoRA adapters, not {type(config).__name__}'s")
         if reference and changes_base(config):
             raise ModelError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so that the model with its "
@@ -73,11 +78,35 @@ def check_adapter(model: PeftModel, *, reference: bool) -> None:
             "embed_tokens and lm_head of this model are one weight, which low-rank adapters on them would make two: "
             "put embed_tokens into modules_to_save, or leave both out of target_modules"
         )
-    if _active(embedding).weight is not _active(head).weight:
+    if isinstance(embedding, TrainableTokensWrapper) or isinstance(head, TrainableTokensWrapper):
+        tied_to = getattr(getattr(head, "token_adapter", None), "tied_adapter", None)
+        if tied_to is None or tied_to is not getattr(embedding, "token_adapter", None):
+            raise ModelError(
+                "embed_tokens and lm_head of this model are one weight, and trainable_token_indices would make them two: "
+                "give it the tokens of embed_tokens alone, as a list"
+            )
+    elif _active(embedding).weight is not _active(head).weight:
         raise ModelError(
             "embed_tokens and lm_head of this model are one weight, and its adapter trains only one of them: "
             "set ensure_weight_tying=True in the LoraConfig"
         )
+
+
+def check_wrappers(model: PeftModel) -> None:
+    """Refuse PEFT's modules that are merged in no way known here: weights would be saved under their inner names.
+
+    Raises ModelError that names the kind of adapter, or the module and its class.
+    """
+    for config in model.peft_config.values():
+        if not isinstance(config, LoraConfig):
+            raise ModelError(f"rlqwen trains LoRA, rsLoRA and DoRA adapters, not {type(config).__name__}'s")
+    known = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper, TrainableTokensLayer)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, known):
+            raise ModelError(
+                f"{name} is wrapped in PEFT's {type(module).__name__}, which rlqwen cannot merge into plain weights: use "
+                "LoRA, modules_to_save or trainable_token_indices"
+            )
 
 
 def changes_base(config: LoraConfig) -> bool:
@@ -124,7 +153,16 @@ def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
 def head_weight(model: PreTrainedModel) -> Tensor:
     """(V, C) weight of the head, with its adapter where it has one; differentiable."""
     head = _active(model.get_output_embeddings())
+    if isinstance(head, TrainableTokensWrapper):
+        return _with_trained_rows(head)
     return adapted_weight(head) if isinstance(head, LoraLayer) else head.weight
+
+
+def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
+    """(V, C) weight of an embedding or head some of whose rows PEFT trains apart, those rows in it; differentiable."""
+    layer = wrapper.token_adapter
+    active = [] if layer.disable_adapters else layer.active_adapters
+    return layer.get_merged_weights(active)  # type: ignore[no-any-return]
 
 
 def lora_obstacle(model: PeftModel) -> str | None:
@@ -138,6 +176,8 @@ def lora_obstacle(model: PeftModel) -> str | None:
         return "vLLM has no DoRA"
     if any(isinstance(module, ModulesToSaveWrapper) for module in base.modules()):
         return "modules_to_save trains whole modules beside the adapter"
+    if any(isinstance(module, TrainableTokensWrapper) for module in base.modules()):
+        return "trainable_token_indices trains rows of the embedding beside the adapter"
     if model.active_peft_config.bias != "none":
         return "biases are trained beside the adapter"
     if getattr(base.config, "num_experts", None):
@@ -188,7 +228,8 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
     """Weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
     module = _active(module)
     # One layer at a time is put together where weights lie in shards; what is yielded is held by whoever takes it.
-    with gathered(module.parameters() if isinstance(module, LoraLayer) else module._parameters.values()):
+    wrapped = isinstance(module, (LoraLayer, TrainableTokensWrapper))
+    with gathered(module.parameters() if wrapped else module._parameters.values()):
         module, own = _own_weights(module, dtype)
     for name, tensor in own.items():
         yield prefix + name, tensor
@@ -199,6 +240,9 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
 def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Tensor]]:
     """The module under the adapters, and the weights and buffers that are its own, by name."""
     replaced: dict[str, Tensor] = {}
+    if isinstance(module, TrainableTokensWrapper):
+        replaced["weight"] = _with_trained_rows(module)
+        module = module.original_module
     while isinstance(module, LoraLayer):
         replaced[_adapted_name(module)] = adapted_weight(module).to(dtype or _base_weight(module).dtype)
         module = module.base_layer

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from rlqwen.adapters import VLLM_PROJECTIONS, check_adapter, checkpoint_weights
 from rlqwen.check import check_model_path
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.loading import local_folder
+from rlqwen.loading import align_stop_tokens, load_generation_config, local_folder
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.model_card import write_card
 from rlqwen.model_files import write_model
@@ -72,6 +72,10 @@ def export_model(options: ExportOptions) -> int:
     source = find_source(options.source, options.base)
     model = _load(source)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
+    if source.adapter is not None:
+        base.generation_config = load_generation_config(source.tokenizer) or base.generation_config
+        align_stop_tokens(base, tokenizer)
     if options.int8 and getattr(base.config, "num_experts", None):
         raise ModelError(f"{options.source!r} is a mixture of experts; int8 is written for dense models only")
     weights = checkpoint_weights(base, dtype=getattr(torch, options.dtype) if options.dtype else None)
@@ -85,7 +89,7 @@ def export_model(options: ExportOptions) -> int:
             max_shard_bytes=shard_bytes,
             quantization=_int8_config(base) if options.int8 else None,
         )
-        AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         write_card(partial, run=source.run, base=source.model, int8=options.int8)
         if destination.exists():
             destination.rmdir()

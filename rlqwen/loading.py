@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from rlqwen.config import TrainerConfig
-from rlqwen.errors import ModelError
+from rlqwen.errors import ConfigError, ModelError
 from rlqwen.model_sources import note_commit, pinned, refuse_pickles, split_revision
 from rlqwen.parallel import pick_device
 from rlqwen.quantization import require_bitsandbytes
@@ -87,7 +89,7 @@ def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: Tra
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """transformers would report the new head, and the language-model head that is left out, as if they were faults."""
+    """transformers would report what is meant, such as a new head, as if it were a fault."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -142,6 +144,39 @@ def stop_token_ids(
     if end_of_turn is not None:
         ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def take_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
+    """Give the tokenizer the EOS token that was asked for, and padding where it has none, as TRL does; ConfigError for a
+    token that it does not know."""
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"eos_token: {eos_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.eos_token = eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def align_stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
+) -> None:
+    """Make the model's configs name the tokenizer's special tokens, as TRL's do, and the token that ends a turn: whoever
+    loads the folder that they are saved to then generates no further than it was taught. Ids are only ever added."""
+    with _quiet_loading():
+        align_special_tokens(model, tokenizer)
+    if not model.can_generate() or model.generation_config is None:
+        return
+    generation = model.generation_config
+    ids = list(stop_token_ids(tokenizer, generation, end_of_turn))
+    generation.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        if not generation.do_sample:
+            generation.do_sample = True
+            warnings.warn(
+                f"generation_config.json would not be saved, so do_sample is set to true: {error}", stacklevel=2
+            )
 
 
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:

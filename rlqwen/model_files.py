@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
+
+from rlqwen.errors import ModelError
 
 MAX_SHARD_BYTES = 5 * 1000**3
 _HEAD = "lm_head.weight"
@@ -27,7 +30,8 @@ def write_model(
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
     `weights` come under their checkpoint names; a tied head is left out. `quantization`: what the config says of how
-    they are quantised. Returns the bytes of all weights.
+    they are quantised. Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not
+    the weights that a model of this config has.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,11 +43,16 @@ def write_model(
         config.quantization_config = quantization
     shards = _ShardWriter(folder, max_shard_bytes)
     dtypes: dict[torch.dtype, int] = {}
+    missing = expected_shapes(model) if quantization is None else None
     for name, tensor in weights:
+        if missing is not None:
+            _check_weight(name, tensor, missing, model)
         if name == _HEAD and config.tie_word_embeddings:
             continue
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numel()
         shards.add(name, tensor)
+    if missing:
+        raise ModelError(f"the weights to save lack {_listed(sorted(missing))}, which {type(model).__name__} has")
     num_bytes = shards.close()
     config.dtype = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtypes[dtype])
     if model._auto_class is not None:
@@ -52,6 +61,34 @@ def write_model(
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     return num_bytes
+
+
+def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Checkpoint names and shapes of a model of the same class and config, without its weights: what an adapter, a
+    quantisation or an engine has made of this one's modules does not show."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    weights = revert_weight_conversion(plain, plain.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _check_weight(name: str, tensor: Tensor, missing: dict[str, tuple[int, ...]], model: PreTrainedModel) -> None:
+    """Take `name` out of the `missing`; ModelError if it is not among them or has another shape."""
+    shape = missing.pop(name, None)
+    if shape is None:
+        raise ModelError(
+            f"{name!r} is to be saved, and {type(model).__name__} has no such weight: a module of the model is wrapped in "
+            "a way that rlqwen does not know"
+        )
+    if shape != tuple(tensor.shape):
+        raise ModelError(f"{name!r} is to be saved as {list(tensor.shape)}, and its config says {list(shape)}")
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 class _ShardWriter:

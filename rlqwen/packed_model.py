@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlqwen.adapters import add_adapter, changes_base, checkpoint_weights
+from rlqwen.adapters import add_adapter, changes_base, check_wrappers, checkpoint_weights
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
@@ -88,6 +88,8 @@ class PackedModel:
         self.model: Any = model.to(self.device)
         self.root = Root(self.model)
         self.has_adapter = isinstance(model, PeftModel)
+        if self.has_adapter:
+            check_wrappers(model)
         self.is_tensor_parallel = args.parallel.autotp_size > 1
         """Whether this rank holds shards of the layers, and computes with them."""
         shard_layers(self.model, args.parallel.autotp_size)

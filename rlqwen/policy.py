@@ -8,12 +8,14 @@ names_and_tensors = policy.export_weights()
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
@@ -32,6 +34,8 @@ from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import whole_weights
 
 REFERENCE_FILE = "reference.safetensors"
+_NOT_OF_THE_BASE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+"""What PEFT's wrappers put into the names of the weights under them."""
 
 
 class Policy(PackedModel):
@@ -145,9 +149,9 @@ class Policy(PackedModel):
         if not self.has_reference:
             return self.model.state_dict()
         return {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            _NOT_OF_THE_BASE.sub("", name): tensor
             for name, tensor in self.base_model.state_dict().items()
-            if ".lora_" not in name and ".modules_to_save." not in name
+            if ".lora_" not in name and ".modules_to_save." not in name and ".trainable_tokens_" not in name
         }
 
     @property
@@ -228,6 +232,13 @@ def _has_new_adapter(model: nn.Module) -> bool:
     if not isinstance(model, PeftModel):
         return False
     weights = dict(model.named_parameters())
-    return not any(".modules_to_save." in name for name in weights) and not any(
+    if any(".modules_to_save." in name for name in weights):
+        return False
+    tokens = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    return all(
+        torch.equal(layer.trainable_tokens_delta[adapter].to(original), original)
+        for layer in tokens
+        for adapter, original in layer.trainable_tokens_original.items()
+    ) and not any(
         weight.any() for name, weight in weights.items() if ".lora_B." in name or ".lora_embedding_A." in name
     )

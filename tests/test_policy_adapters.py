@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.utils import AuxiliaryTrainingWrapper
 from test_policy import make_model, padded_logprobs, skewed_trees
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from rlqwen.config import LoraSettings, SFTConfig
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.model_files import write_model
 from rlqwen.policy import Policy
+from rlqwen.rollout.weights import ExpectedWeights
 from rlqwen.trainers.build import lora_config
 
 ALL = "all-linear"
@@ -32,6 +34,10 @@ ADAPTERS = {
     },
     "full embedding": {"target_modules": ALL, "modules_to_save": ["embed_tokens"]},
     "full head with dora": {"target_modules": ALL, "modules_to_save": ["lm_head"], "use_dora": True},
+    "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 110]},
+    "rows of both ends": {
+        "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [4, 110]},
+    },
 }  # fmt: skip
 
 
@@ -72,9 +78,15 @@ def test_packed_and_merged_are_peft_s_forward(kind):
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["dora", "dora on embedding and head"])
-def test_gradients_of_dora_are_peft_s(kind):
-    policy = adapted(kind)
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [
+        ("dora", False), ("dora on embedding and head", False), ("rows of the embedding", True),
+        ("rows of both ends", False),
+    ],
+)  # fmt: skip
+def test_gradients_are_peft_s(kind, tied):
+    policy = adapted(kind, tied=tied)
     weights = torch.randn(pack(skewed_trees()).num_targets)
     (policy.logprobs(pack(skewed_trees()))[0] @ weights).backward()
     ours = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -107,15 +119,30 @@ def test_saved_merged_and_alone(tmp_path, kind):
     torch.testing.assert_close(plain_logprobs(policy), expected)
 
 
-@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
-def test_a_tied_head_stays_tied_to_a_fully_trained_embedding(tmp_path, module):
-    policy = adapted("lora", tied=True, modules_to_save=[module])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 7]},
+        {"trainable_token_indices": {"embed_tokens": [3, 7]}, "ensure_weight_tying": True},
+        {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 7]}},
+    ],
+)
+def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path, trained):
+    policy = adapted("lora", tied=True, **trained)
     start = make_model(tie_word_embeddings=True)
     assert not torch.equal(dict(policy.export_weights())["lm_head.weight"], start.lm_head.weight)
     expected = plain_logprobs(policy)
     torch.testing.assert_close(policy.logprobs(pack(skewed_trees()))[0], expected, atol=2e-5, rtol=1e-5)
     exported = dict(policy.export_weights())
     assert torch.equal(exported["lm_head.weight"], exported["model.embed_tokens.weight"])
+    start.save_pretrained(tmp_path / "start")
+    shapes = {name: tuple(tensor.shape) for name, tensor in exported.items()}
+    assert ExpectedWeights(str(tmp_path / "start")).check(shapes) == {"lm_head.weight": "model.embed_tokens.weight"}
+    if "trainable_token_indices" in trained:
+        changed = (exported["lm_head.weight"] != start.lm_head.weight).any(1).nonzero().flatten()
+        assert changed.tolist() == [3, 7]
     torch.testing.assert_close(
         policy.reference_logprobs(pack(skewed_trees())), padded_logprobs(start, skewed_trees()), atol=2e-5, rtol=1e-5
     )
@@ -190,6 +217,53 @@ def test_what_cannot_be_trained_or_merged_is_refused():
         Policy(untied, SFTConfig())
     with pytest.raises(ModelError, match="has an adapter already"):
         Policy(untied, SFTConfig(), peft_config=LoraConfig())
+
+
+class Unheard(AuxiliaryTrainingWrapper):
+    """A wrapper that PEFT may come to have."""
+
+    def init_modules(self, adapter_name, **kwargs):
+        self.inner = self.original_module
+
+    def _get_available_adapters(self):
+        return set(self._adapters)
+
+    def _forward_wrapped(self, x, *args, **kwargs):
+        return self.inner(x, *args, **kwargs)
+
+
+def test_an_unknown_wrapper_is_refused_before_training_and_at_the_save(tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    model.base_model.model.lm_head = Unheard(make_model().lm_head, "default")
+    with pytest.raises(ModelError, match="lm_head is wrapped in PEFT's Unheard"):
+        Policy(model, SFTConfig())
+    policy = adapted("lora")
+    policy.base_model.model.norm = Unheard(policy.base_model.model.norm, "default")
+    with pytest.raises(ModelError, match=r"'model\.norm\..*' is to be saved, and Qwen3ForCausalLM has no such weight"):
+        policy.save(tmp_path / "inner")
+    assert not list((tmp_path / "inner").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, weight: [] if "norm" in name else [(name, weight)], "the weights to save lack"),
+        (lambda name, weight: [(name, weight[:1])], "is to be saved as"),
+        (lambda name, weight: [(name, weight), (f"{name}.twice", weight)], "has no such weight"),
+    ],
+)
+def test_every_save_checks_names_and_shapes(tmp_path, change, message):
+    model = make_model("qwen3_moe")
+    weights = [entry for named in checkpoint_weights(model) for entry in change(*named)]
+    with pytest.raises(ModelError, match=message):
+        write_model(tmp_path, model, weights)
+
+
+def test_rows_that_one_of_two_tied_ends_would_have_are_refused():
+    with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
+        adapted("lora", tied=True, trainable_token_indices={"lm_head": [3]})
+    with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
+        adapted("lora", tied=True, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]})
 
 
 def test_pissa_is_merged_with_what_it_left_of_the_base():

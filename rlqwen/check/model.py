@@ -69,10 +69,26 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
         if not is_local:
             return None
         raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
+    check_vocabulary(tokenizer, config, f"model.path {path!r}")
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return ModelFacts(
         tokenizer, int(config.max_position_embeddings), dtype, _weight_bytes(Path(path)) if is_local else 0
     )
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Any, what: str) -> None:
+    """Raise ModelError if the tokenizer has tokens for which the model of `config` has no row in its embedding.
+
+    `what`: names the model in the message. A model may well have more rows than tokens, as Qwen's do.
+    """
+    num_rows = config.get_text_config().vocab_size
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= num_rows}
+    if beyond:
+        raise ModelError(
+            f"{what}: its tokenizer has {len(tokenizer):,} tokens and its embedding {num_rows:,} rows, so that "
+            f"{len(beyond):,} tokens, the first {beyond[min(beyond)]!r}, have none: save the model after "
+            "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that came with it"
+        )
 
 
 def _is_on_hub(model_id: str, revision: str | None) -> bool:

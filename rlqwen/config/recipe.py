@@ -50,6 +50,8 @@ class LoraSettings(Config):
     """Module name or regular expression -> another `lora_alpha`."""
     modules_to_save: list[str] | None = None
     """Modules trained fully beside the adapters, such as `embed_tokens`; a tied head stays tied."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Ids of tokens whose rows of the embedding are trained, such as new ones'; a tied head stays tied."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
     use_dora: bool = False

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
-from rlqwen.check import plan_batch
+from rlqwen.check import check_vocabulary, plan_batch
 from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.errors import NonFiniteError, Preempted, RolloutError, SaveError
-from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments
+from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.model_sources import commits
@@ -75,10 +75,14 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args = args
         self.processing_class = processing_class or load_tokenizer(model_name, args)
+        take_eos_token(self.processing_class, getattr(args, "eos_token", None))
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
         )
         self.policy.check_trainable()
+        own = self.policy.base_model.config
+        for config in (own, getattr(self.policy, "reference_config", own)):
+            check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
         self._counted: Sequence[PackedBatch] | None = None
         """The micro-batches that `_tokens_per_update` is of."""
         self._tokens_per_update = 0.0
@@ -178,6 +182,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     def _begin(self, resume: bool | str | Path | None) -> None:
         Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
         checkpoint = Lead(self.ranks).run(lambda: self._choose_checkpoint(resume))
+        self.align_stop_tokens()
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)

@@ -242,6 +242,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         """Where rollout workers, and a critic, find config, tokenizer and the weights that they start with."""
         if self.model_folder is not None and self.policy.has_base_of(self.model_folder):
             return self.model_folder
+        self.align_stop_tokens()
         folder = self.output_dir / "base_model" / "given"
         self.policy.save(folder, adapter=False, write=self.ranks.is_main)
         if self.ranks.is_main:

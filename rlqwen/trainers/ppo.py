@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.advantages import gae, token_rewards, whiten
 from rlqwen.batch import Branch, PackedBatch, Tree
+from rlqwen.check import check_vocabulary
 from rlqwen.config import PPOConfig
 from rlqwen.critic import Critic, ScalarModel, ValueHead
 from rlqwen.errors import ConfigError
@@ -102,6 +103,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         has_head = True
         if not isinstance(model, nn.Module):
             model, has_head = load_scalar_model(model or config.path or self.workers_folder, self.args)
+        check_vocabulary(self.processing_class, model.config, "value_model")
         critic = ScalarModel(
             model, self.args, peft_config=peft_config, device=self.policy.device, sequence=self.ranks.sequence
         )

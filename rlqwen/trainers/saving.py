@@ -30,6 +30,8 @@ from rlqwen.checkpoint.origin import (
     reward_origin,
 )
 from rlqwen.config import Recipe
+from rlqwen.data import DataReport
+from rlqwen.loading import align_stop_tokens
 from rlqwen.metrics.run_folder import RECIPE_FILE
 from rlqwen.metrics.sinks import METRICS_FILE
 from rlqwen.parallel import Ranks, Updater
@@ -56,6 +58,7 @@ class Saving(Telling):
     train_rows: list[Any]
     eval_rows: list[Any] | None
     updater: Updater
+    reports: dict[str, DataReport]
     rewards: list[Reward] = []  # noqa: RUF012 - trainers without rewards have none
     recipe: Recipe | None = None
     """What the trainer was built from, where that was a recipe."""
@@ -71,9 +74,15 @@ class Saving(Telling):
     def save_model(self, path: str | Path | None = None) -> Path:
         """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
         folder = Path(path or self.output_dir / "final")
+        self.align_stop_tokens()
         save_model(folder, self.policy, self.processing_class, write=self.ranks.is_main)
         self.ranks.barrier()
         return folder
+
+    def align_stop_tokens(self) -> None:
+        """Let the model's configs name the tokens that it is taught to stop at."""
+        report = self.reports.get("train")
+        align_stop_tokens(self.policy.base_model, self.processing_class, report and report.end_of_turn)
 
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones as `save_total_limit` says, never the best."""
