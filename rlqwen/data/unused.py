@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from rlqwen.data.turns import LOSS_KEYS
+from rlqwen.data.turn_names import LOSS_KEYS
 from rlqwen.types import Message
 
 Row = dict[str, Any]
