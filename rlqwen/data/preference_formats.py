@@ -138,7 +138,7 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
 
     Without a `prompt`, it is `messages` up to the last turn, which must be the assistant's.
     """
-    shared = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
+    shared: dict[str, Any] = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
     if is_pair(row):
         return [shared | {"completion": row[side], "label": side == "chosen"} for side in SIDES]
     shared["label"] = _label(row, where)

@@ -125,7 +125,7 @@ def _tool_schema(value: Any, field: Any, is_required: bool = False) -> Any:
     nullable = not is_required and _allows_null(value)
     must_be_null = value.get("type", "null") in (None, "null") and _BESIDE_A_NULL.issuperset(_set_keys(value))
     required = value.get("required") if isinstance(value.get("required"), list | tuple) else ()
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, one in value.items():
         inner = _field_type(field, key)
         if one is None:

@@ -106,7 +106,7 @@ class TransformersEngine:
         for row, logp in zip(token_ids_B, logp_B, strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in stop), len(row))
             ids = row[:end]
-            text = self._tokenizer.decode(ids, skip_special_tokens=True)
+            text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
             yield Completion(ids, logp[:end], "stop" if ids[-1] in stop else "length", text)
 
 
@@ -133,10 +133,10 @@ class _SeededSampler(LogitsProcessor):
         self.logp_T: list[Tensor] = []
         """(B,) float32 for each decoded token."""
         self.greedy = sampling.temperature == 0
-        self.warpers = _warpers(sampling)
+        self.warpers: Any = _warpers(sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp_BV = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
+        logp_BV: Tensor = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
         noisy_BV = logp_BV
         if not self.greedy:
             width = logp_BV.shape[-1]
