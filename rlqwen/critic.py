@@ -71,7 +71,7 @@ class ScalarModel(PackedModel):
 
     def zero_head(self) -> None:
         """Begin with an answer of 0 to everything."""
-        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self.base_model.score.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
         numbers = self.root(self._score, batch, index_R, sequence_R)
@@ -80,14 +80,7 @@ class ScalarModel(PackedModel):
 
     def _score(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
         hidden_RC = self.hidden_states(batch, index_R, sequence_R)
-        head = self._head
-        numbers_R1: Tensor = head(hidden_RC.to(next(head.parameters()).dtype))
-        return numbers_R1[:, 0].float()
-
-    @property
-    def _head(self) -> Any:
-        """The model's own head, within an adapter's wrapper where it has one."""
-        return self.base_model.score
+        return self.base_model.score(hidden_RC.to(next(self.base_model.score.parameters()).dtype))[:, 0].float()
 
 
 class ValueHead:
@@ -103,7 +96,7 @@ class ValueHead:
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
-        return list(self.head.parameters())
+        return [self.head.weight]
 
     @property
     def trained_names(self) -> list[str]:
@@ -116,7 +109,7 @@ class ValueHead:
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
-        values: Tensor = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
+        values = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
         if self.sequence.size == 1:
             return values
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
@@ -125,13 +118,13 @@ class ValueHead:
     def save_trained(self, folder: Path, *, write: bool = True) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
-        with gathered(self.head.parameters()):
+        with gathered([self.head.weight]):
             if write:
                 save_file({"weight": self.head.weight.detach().float().cpu()}, folder / HEAD_FILE)
 
     def restore(self, folder: Path) -> None:
         """See Critic."""
-        with gathered(self.head.parameters(), modify=True):
+        with gathered([self.head.weight], modify=True):
             self.head.weight.data.copy_(load_file(folder / HEAD_FILE)["weight"])
 
 

@@ -70,8 +70,7 @@ def _packed(
     if router_logits is not None:
         real = sequence.num_real(batch.num_tokens)
         router_logits += [logits_TE[:real] for logits_TE in output.router_logits]
-    hidden_TC: Tensor = output.last_hidden_state[0]
-    return hidden_TC
+    return output.last_hidden_state[0]
 
 
 def _sequential(

@@ -53,6 +53,8 @@ def printed(capsys: Any, *words: str, code: int = 0) -> str:
     return capsys.readouterr().out
 
 
+BLOCK = "<think>\n\n</think>\n\n"
+
 # Check
 
 
@@ -61,30 +63,31 @@ def test_turns_tokens_and_lengths_of_conversations(capsys):
     (part,) = found["parts"]
     assert (found["kind"], found["model"], found["num_faults"]) == ("sft", "builtin:tiny-qwen3", 0)
     assert (part["sources"], part["num_rows"], part["turns"]) == (["rows.jsonl"], 2, {"user": 2, "assistant": 2})
-    # <|im_start|> user \n 1 <|im_end|> \n <|im_start|> assistant \n, then the answer, <|im_end|> and a line break.
-    assert part["tokens"]["lengths"] == {"p50": 12, "p90": 13, "p99": 13, "max": 13}
-    assert (part["tokens"]["num_tokens"], part["tokens"]["num_loss_tokens"]) == (11 + 12, 2 + 3)
+    # <|im_start|> user \n 1 <|im_end|> \n <|im_start|> assistant \n, then an empty think block of four
+    # tokens, the answer, <|im_end|> and a line break.
+    assert part["tokens"]["lengths"] == {"p50": 16, "p90": 17, "p99": 17, "max": 17}
+    assert (part["tokens"]["num_tokens"], part["tokens"]["num_loss_tokens"]) == (15 + 16, 6 + 7)
     assert (part["tokens"]["eos_in_loss"], part["fates"]) == (1.0, {})
     assert "almost one a byte: give --model" in found["warnings"][0]
 
 
 def test_what_is_cut_dropped_and_without_an_end_is_counted_and_named(capsys):
     rows = [chat("1", "2"), chat("1", "2" * 9), {"messages": [{"role": "user", "content": "1"}]}, chat("1" * 20, "2")]
-    found = check(capsys, write("rows.jsonl", rows), "--max-length", "14")
+    found = check(capsys, write("rows.jsonl", rows), "--max-length", "18")
     (part,) = found["parts"]
     assert part["fates"] == {"truncated": ["line 2"], "no_end": ["line 2"], "empty_mask": ["line 3", "line 4"]}
-    # 20 tokens cut to 14; 6 tokens of a question without an answer, and 31.
-    assert (part["tokens"]["num_cut_tokens"], part["tokens"]["num_dropped_tokens"]) == (6, 6 + 31)
-    text = printed(capsys, "check", "rows.jsonl", "--max-length", "14")
+    # 24 tokens cut to 18; 6 tokens of a question without an answer, and 35.
+    assert (part["tokens"]["num_cut_tokens"], part["tokens"]["num_dropped_tokens"]) == (6, 6 + 35)
+    text = printed(capsys, "check", "rows.jsonl", "--max-length", "18")
     assert "1 rows by 6 tokens" in text
-    assert "2 rows of 37 tokens: 2 without a token in the loss" in text
+    assert "2 rows of 41 tokens: 2 without a token in the loss" in text
     assert "dropped, no token in the loss: line 3, line 4" in text
     assert "'<|im_end|>' at the end of 50.0% of what is learned" in text
 
 
 def test_rows_that_never_end_are_a_fault(capsys):
     write("rows.jsonl", [chat("1", "2" * 9)])
-    text = printed(capsys, "check", "rows.jsonl", "--max-length", "14", code=2)
+    text = printed(capsys, "check", "rows.jsonl", "--max-length", "18", code=2)
     assert "1 wrong" in text
     assert "no row has its end token '<|im_end|>' in the loss" in text
 
@@ -251,7 +254,7 @@ RECIPE = """\
 algorithm: {algorithm}
 model: {{path: {model}}}
 data: {{train: {{path: train.jsonl}}, eval: {{path: eval.jsonl}}{cleaning}}}
-train: {{max_length: 14}}
+train: {{max_length: 18}}
 output_dir: runs/x
 """
 
@@ -278,8 +281,8 @@ def test_recipes_of_preferences(capsys, algorithm):
     write("train.jsonl", [pair("1", "2", "3"), pair("1", "2", "3" * 20)])
     write("eval.jsonl", [pair("2", "2", "3")])
     recipe = RECIPE.format(algorithm=algorithm, model="builtin:tiny-qwen3", cleaning="")
-    # The reward model's template adds an empty think block of four tokens and a last line break to 11.
-    Path("x.yaml").write_text(recipe.replace("max_length: 14", "max_length: 16"))
+    # A reward model reads the last line break too: 16 tokens.
+    Path("x.yaml").write_text(recipe.replace("max_length: 18", "max_length: 16"))
     found = check(capsys, "x.yaml")
     assert found["kind"] == "preference"
     fate = {"dpo": {"truncated": ["line 2"], "no_end": ["line 2"]}, "reward": {"overlong": ["line 2"]}}
@@ -328,8 +331,8 @@ def test_rows_show_what_is_learned_in_brackets_and_special_tokens(capsys):
     text = printed(capsys, "show", "rows.jsonl", "-n", "1")
     assert text == (
         "row 0, sft  rows.jsonl, line 1\n"
-        "-- row: 21 tokens, 3 in the loss\n"
-        "<|im_start|>user\nhé 世界<|im_end|>\n<|im_start|>assistant\n⟦é<|im_end|>⟧\n\n"
+        "-- row: 25 tokens, 7 in the loss\n"
+        "<|im_start|>user\nhé 世界<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\né<|im_end|>⟧\n\n"
     )
     assert "row 1, sft  rows.jsonl, line 2" in printed(capsys, "show", "rows.jsonl", "--row", "1")
 
@@ -349,12 +352,12 @@ def test_pairs_prompts_and_labels_show_their_segments(capsys):
     text = printed(capsys, "show", write("rows.jsonl", [pair("q", "1", "2"), pair("q", "1", "1")]))
     prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     sides = ("chosen", "1"), ("rejected", "2")
-    shown = "".join(f"-- {name}: 2 tokens, 2 in the loss\n⟦{answer}<|im_end|>⟧\n" for name, answer in sides)
+    shown = "".join(f"-- {name}: 6 tokens, 6 in the loss\n⟦{BLOCK}{answer}<|im_end|>⟧\n" for name, answer in sides)
     assert text.startswith(f"row 0, preference  rows.jsonl, line 1\n-- prompt: 9 tokens\n{prompt}\n{shown}\n")
     assert text.endswith("row 1, preference, left out, both answers are equal  rows.jsonl, line 2\n\n")
     text = printed(capsys, "show", "rows.jsonl", "--kind", "labelled", "-n", "1")
     assert text.count("-- prompt") == 1
-    assert "-- good: 2 tokens" in text
+    assert "-- good: 6 tokens" in text
     assert "-- bad: 2 tokens" in text
     text = printed(capsys, "show", write("prompts.jsonl", [{"prompt": [{"role": "user", "content": "q"}]}]))
     assert text.endswith(f"-- prompt: 9 tokens\n{prompt}\n\n")
@@ -369,6 +372,6 @@ def test_a_faulty_row_is_shown_for_what_it_is(capsys):
 
 def test_a_row_that_is_cut_shows_what_is_left(capsys):
     write("rows.jsonl", [chat("1", "2" * 9)])
-    text = printed(capsys, "show", "rows.jsonl", "--max-length", "11")
+    text = printed(capsys, "show", "rows.jsonl", "--max-length", "15")
     assert text.startswith("row 0, sft, cut to length")
-    assert text.endswith("assistant\n⟦22⟧\n\n")
+    assert text.endswith(f"assistant\n⟦{BLOCK}22⟧\n\n")

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from rlqwen.config import DPOConfig, RewardConfig, SourceConfig
-from rlqwen.data import load_rows, tokenize_conversation, tokenize_labelled, tokenize_preferences
+from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
+from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_sft
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.errors import DataError
 from rlqwen.tiny import build_tokenizer, read_trl_template
 
 SAMPLES = Path(__file__).parent / "samples"
 USER = {"role": "user", "content": "q"}
+BLOCK = "<think>\n\n</think>\n\n"
 SYSTEM = {"role": "system", "content": "s"}
 PAIR = {
     "prompt": [USER],
@@ -146,8 +147,6 @@ def test_texts_without_a_prompt_have_their_common_words_as_prompt(chosen, reject
     row = normalise_row({"chosen": chosen, "rejected": rejected}, "row 0")
     assert row["prompt"] == prompt
     assert (prompt + row["chosen"], prompt + row["rejected"]) == (chosen, rejected)
-    if prompt:
-        assert normalise_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
 
 
 def test_the_margin_is_given_or_comes_of_scores():
@@ -240,33 +239,27 @@ def test_a_conversation_is_split_after_the_generation_prompt(tokenizer):
     special = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     user, assistant, line, q, digit = (tokenizer.convert_tokens_to_ids(t) for t in ("user", "assistant", "Ċ", "q", "1"))
     assert pair.prompt_ids == [special[0], user, line, q, special[1], line, special[0], assistant, line]
-    assert pair.chosen.token_ids == [digit, special[1]]
-    assert pair.rejected.token_ids == [digit + 1, special[1]]
-    assert pair.chosen.loss_mask == pair.rejected.loss_mask == [True, True]
+    block = tokenizer.convert_tokens_to_ids(["<think>", "ĊĊ", "</think>", "ĊĊ"])
+    assert pair.chosen.token_ids == [*block, digit, special[1]]
+    assert pair.rejected.token_ids == [*block, digit + 1, special[1]]
+    assert pair.chosen.loss_mask == pair.rejected.loss_mask == [True] * 6
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink"])
-def test_prompt_and_answer_are_what_sft_makes_of_the_conversation(tokenizer, tmp_path, template):
+def test_prompt_and_answer_are_what_sft_makes_of_prompt_and_completion(tokenizer, tmp_path, template):
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
+    options = {"chat_template_path": str(path), "chat_template_kwargs": {"enable_thinking": True}}
     thought = "<think>\n1\n</think>\n\n2"
-    prompt = [SYSTEM, *say("q", "a", "r")]
-    row = {"prompt": prompt, "chosen": answer(thought), "rejected": answer("3", "t", thought)}
-    (pair,), _ = tokenize_preferences(
-        [row], tokenizer, DPOConfig(chat_template_path=str(path), chat_template_kwargs={"enable_thinking": True})
-    )
+    row = {"prompt": [SYSTEM, *say("q", "a", "r")], "chosen": answer(thought), "rejected": answer("3", "t", thought)}
+    (pair,), _ = tokenize_preferences([row], tokenizer, DPOConfig(**options))
     for side in ("chosen", "rejected"):
-        ids, mask = tokenize_conversation(
-            tokenizer,
-            prompt + row[side],
-            chat_template=path.read_text(),
-            chat_template_kwargs={"enable_thinking": True},
+        (whole,), _ = tokenize_sft(
+            [{"prompt": row["prompt"], "completion": row[side]}], tokenizer, SFTConfig(**options)
         )
         made = getattr(pair, side)
-        whole = pair.prompt_ids + made.token_ids
-        assert whole == ids[: len(whole)]
-        assert tokenizer.decode(ids[len(whole) :]) == "\n"
-        assert made.loss_mask == mask[len(pair.prompt_ids) : len(whole)]
+        assert pair.prompt_ids + made.token_ids == whole.token_ids
+        assert [False] * len(pair.prompt_ids) + made.loss_mask == whole.loss_mask
         assert made.loss_mask[0]
 
 
@@ -275,27 +268,21 @@ def test_what_the_user_says_within_an_answer_is_not_in_the_loss(tokenizer):
     prompt, chosen, rejected = one(tokenizer, row)
     between = "(\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n)"
     assert prompt == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
-    assert chosen == f"1<|im_end|>{between}2<|im_end|>"
-    assert rejected == "3<|im_end|>"
+    assert chosen == f"{BLOCK}1<|im_end|>{between}{BLOCK}2<|im_end|>"
+    assert rejected == f"{BLOCK}3<|im_end|>"
 
 
-def test_a_template_that_writes_the_prompt_by_its_answer_leaves_the_common_part(tokenizer, tmp_path):
+def test_the_prompt_is_what_serving_sends_though_the_template_writes_it_by_its_answer(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'user' and messages|length > 3 %}*{% endif %}"
         "{{ '\\n' + m.content }}<|im_end|>{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    options = {"chat_template_path": str(path)}
     row = {"prompt": [USER], "chosen": answer("1"), "rejected": answer("2", "r", "3")}
-    prompt, chosen, rejected = one(tokenizer, row, **options)
-    assert prompt == ""
-    assert chosen == "(<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n)1<|im_end|>"
-    assert rejected.startswith("(<|im_start|>user*\nq<|im_end|>")
-    # The assistant's turns are pieces of their own, up to which the two are the same.
-    row["prompt"] = say("q", "a", "r")
-    path.write_text(path.read_text().replace("'user'", "'user' and not loop.first").replace("> 3", "> 6"))
-    prompt, chosen, rejected = one(tokenizer, row | {"chosen": answer("1", "t", "2", "u", "3")}, **options)
-    assert prompt == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
+    prompt, chosen, rejected = one(tokenizer, row, chat_template_path=str(path))
+    assert prompt == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert chosen == "1<|im_end|>"
+    assert rejected == "2<|im_end|>(\n<|im_start|>user*\nr<|im_end|>\n<|im_start|>assistant\n)3<|im_end|>"
 
 
 # Cuts and counts
@@ -352,7 +339,10 @@ def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
 def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):
     rows = [PAIR | {"rejected": answer("")}, TEXTS | {"chosen": "", "margin": -1}]
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig())
-    assert [tokenizer.decode(row.token_ids) for row in (pairs[0].rejected, pairs[1].chosen)] == ["<|im_end|>"] * 2
+    assert [tokenizer.decode(row.token_ids) for row in (pairs[0].rejected, pairs[1].chosen)] == [
+        f"{BLOCK}<|im_end|>",
+        "<|im_end|>",
+    ]
     assert report.warnings == [
         "empty answers, which teach to end the turn at once: row 0, row 1",
         "margins below 0, as if the rejected answer were better: row 1",
@@ -432,7 +422,7 @@ def test_pairs_of_whole_conversations_are_learned_whole(tokenizer):
         assert prompt.endswith(f"user\n{raw['conversations'][-1]['value']}<|im_end|>\n<|im_start|>assistant\n")
         for side in ("chosen", "rejected"):
             row = getattr(pair, side)
-            assert tokenizer.decode(row.token_ids) == raw[side]["value"] + "<|im_end|>"
+            assert tokenizer.decode(row.token_ids) == BLOCK + raw[side]["value"] + "<|im_end|>"
             assert all(row.loss_mask)
     cut, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=96))
     assert report.num_truncated > 0

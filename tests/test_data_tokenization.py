@@ -14,6 +14,7 @@ SAMPLES = Path(__file__).parent / "samples"
 USER = {"role": "user", "content": "12 + 34 = ?"}
 ANSWER = {"role": "assistant", "content": "\\boxed{46}"}
 CHAT = {"messages": [USER, ANSWER]}
+BLOCK = "<think>\n\n</think>\n\n"
 HEAD = "<|im_start|>user\n12 + 34 = ?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -30,8 +31,8 @@ def sft(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str]:
 
 
 def test_conversations_learn_the_answer_unless_told_otherwise(tokenizer):
-    assert sft(tokenizer, CHAT) == (HEAD + "\\boxed{46}<|im_end|>", "\\boxed{46}<|im_end|>")
-    whole = HEAD + "\\boxed{46}<|im_end|>\n"
+    assert sft(tokenizer, CHAT) == (HEAD + BLOCK + "\\boxed{46}<|im_end|>", BLOCK + "\\boxed{46}<|im_end|>")
+    whole = HEAD + BLOCK + "\\boxed{46}<|im_end|>\n"
     assert sft(tokenizer, CHAT, assistant_only_loss=False) == (whole, whole.removeprefix("<|im_start|>"))
 
 
@@ -52,14 +53,21 @@ def test_prompt_and_completion_are_tokenised_apart_as_generation_does(tokenizer)
 def test_conversational_completions_learn_only_their_own_turns(tokenizer):
     earlier = [USER, {"role": "assistant", "content": "7"}]
     row = {"prompt": [*earlier, USER], "completion": [ANSWER]}
-    assert sft(tokenizer, row)[1] == "\\boxed{46}<|im_end|>"
+    assert sft(tokenizer, row)[1] == BLOCK + "\\boxed{46}<|im_end|>"
     assert sft(tokenizer, row | {"completion": "\\boxed{46}"}) == sft(tokenizer, row)
     assert (
         sft(tokenizer, row, completion_only_loss=False, assistant_only_loss=True)[1]
-        == "7<|im_end|>\\boxed{46}<|im_end|>"
+        == "7<|im_end|>" + BLOCK + "\\boxed{46}<|im_end|>"
     )
     whole, learned = sft(tokenizer, row, completion_only_loss=False)
     assert learned == whole.removeprefix("<|im_start|>")
+
+
+def test_a_completion_that_begins_with_the_user_goes_on_from_what_stands_before_the_assistant(tokenizer):
+    row = {"prompt": [USER, {"role": "assistant", "content": "7"}], "completion": [USER, ANSWER]}
+    text, learned = sft(tokenizer, row)
+    assert text == f"{HEAD}7<|im_end|>\n{HEAD}{BLOCK}\\boxed{{46}}<|im_end|>"
+    assert learned == BLOCK + "\\boxed{46}<|im_end|>"
 
 
 def test_plain_text_is_learned_whole_from_the_column_named(tokenizer):
@@ -115,27 +123,27 @@ def test_a_missing_template_is_named_and_can_be_given(tmp_path):
     assert tokenize_sft([{"text": "1 + 1"}], tokenizer, SFTConfig())[1].num_kept == 1
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template("qwen3"))
-    assert sft(tokenizer, CHAT, chat_template_path=str(path))[0] == HEAD + "\\boxed{46}<|im_end|>"
+    assert sft(tokenizer, CHAT, chat_template_path=str(path))[0] == HEAD + BLOCK + "\\boxed{46}<|im_end|>"
 
 
 def test_template_arguments_reach_the_template(tokenizer):
     text, learned = sft(tokenizer, CHAT, chat_template_kwargs={"enable_thinking": False})
-    assert text == HEAD + "<think>\n\n</think>\n\n\\boxed{46}<|im_end|>"
+    assert text == HEAD + BLOCK + "\\boxed{46}<|im_end|>"
     assert learned == "\\boxed{46}<|im_end|>"
 
 
 def test_the_report_counts_what_became_of_the_rows(tokenizer):
     long = {"messages": [USER, {"role": "assistant", "content": "1" * 30}]}
     rows = [CHAT, long, {"messages": [USER]}, CHAT]
-    kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=24))
-    assert [len(row.token_ids) for row in kept] == [22, 24, 22]
+    kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=28))
+    assert [len(row.token_ids) for row in kept] == [26, 28, 26]
     assert (report.num_rows, report.num_kept, report.num_truncated, report.num_empty_mask) == (4, 3, 1, 1)
-    assert (report.num_tokens, report.num_loss_tokens) == (22 + 24 + 22, 6 + 8 + 6)
+    assert (report.num_tokens, report.num_loss_tokens) == (26 + 28 + 26, 10 + 12 + 10)
     assert report.eos_in_loss == pytest.approx(2 / 3)
-    assert report.lengths == {"p50": 23, "p90": 48, "p99": 48, "max": 48}
+    assert report.lengths == {"p50": 27, "p90": 52, "p99": 52, "max": 52}
     assert report.end_of_turn == "<|im_end|>"
     assert "3 of 4 rows" in report.summary()
-    kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=24, truncation_mode="drop"))
+    kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=28, truncation_mode="drop"))
     assert (len(kept), report.num_overlong, report.num_truncated, report.eos_in_loss) == (2, 1, 0, 1.0)
     assert "1 over-long and dropped" in report.summary()
 
@@ -208,7 +216,7 @@ def test_files_in_the_forms_of_public_data_sets_are_learned_whole(tokenizer):
         kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=None))
         assert (report.num_kept, report.eos_in_loss, report.warnings) == (count, 1.0, [])
         last = rows[0]["messages"][-1]["content"]
-        assert tokenizer.decode(kept[0].token_ids).endswith(f"<|im_start|>assistant\n{last}<|im_end|>")
+        assert tokenizer.decode(kept[0].token_ids).endswith(f"<|im_start|>assistant\n{BLOCK}{last}<|im_end|>")
     source = SourceConfig(
         path=str(SAMPLES / "word_problems.jsonl"),
         columns={"prompt": "question", "solution": "answer"},

@@ -20,6 +20,7 @@ def make_trainer(model, folder, *, eval_dataset=None, generation=None, **options
     defaults = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 5e-3, "save_strategy": "no",
         "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True,
+        "chat_template_kwargs": {"enable_thinking": False},  # an answer of four tokens has no room for a think block
     }  # fmt: skip
     generation = {"metrics": ["exact_match", "rouge"], "max_tokens": 4, "limit": 4} | (generation or {})
     args = SFTConfig(**defaults | {"eval_generation": generation} | options)

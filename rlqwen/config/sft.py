@@ -28,6 +28,10 @@ class SFTConfig(TrainerConfig):
     """A Jinja file, or a model whose chat template to use."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example `{enable_thinking: false}`."""
+    preserve_thinking: bool | None = None
+    """Ours: thoughts in the earlier turns of `messages`. None: as the template itself writes them (Qwen3's leaves them
+    out); true: write and learn each turn as if it were the last; false: take them out, whatever the template does. What
+    stands before a `completion` is always what serving sends."""
     eos_token: str | None = None
     """Token that ends a turn. None: the tokenizer's."""
     pad_token: str | None = None

@@ -1,57 +1,60 @@
-"""From conversations to pieces of text that say what is control, what is in the loss, and where a turn ends.
+"""Conversations as the chat template writes them, and which of it is learned.
 
-What is trained must equal what generation will prompt for. So an assistant turn is written as
+The text of a conversation is `apply_chat_template`'s own, and the prompt of a row is what serving sends for it
+(`add_generation_prompt=True`). Of an assistant turn, everything after the generation prompt is in the loss, its
+end-of-turn token included; the line break after that token is never generated, so it is not. This decides:
 
-    generation prompt | content, exactly as given | end-of-turn token
-
-where the generation prompt is the chat template's own (with the same `chat_template_kwargs`) and stays outside the
-loss, while content and end-of-turn token are in it. Everything else is rendered by the template. Differences to
-tokenising what `apply_chat_template` returns for the whole conversation:
-
-- Qwen3's template cuts `<think>...</think>` out of all turns but the last, and puts an empty think block before a last
-  turn that has none; the training templates that TRL ships put one into every turn. Here each turn keeps what it has.
-  With `enable_thinking: false` the empty block is part of the generation prompt, hence masked; with templates whose
-  generation prompt opens `<think>` (Qwen3-Thinking, Qwen3.5), an answer without thoughts first closes it.
-- The line break after the end-of-turn token is never generated, so it is not in the loss.
-- A special token's text inside a turn ('<|im_end|>' typed by a user) is text: it is split into ordinary tokens and
-  can't end the turn or open another.
+- **A turn without thoughts.** Qwen3's template writes an empty think block into the last turn, and it is learned, for
+  the prompt asks for thoughts. With `enable_thinking: false` the block belongs to the generation prompt, hence is not
+  learned. Where the generation prompt opens `<think>` (Qwen3-Thinking, Qwen3.5), such a turn first closes it.
+- **A completion** begins with a turn written as the template writes a last turn, because that is how it was asked for.
+  What follows in the same completion stands as the template writes it in the whole conversation.
+- **Earlier turns of `messages`** are learned as the template writes them. Qwen3's leaves the thoughts of turns before
+  the last question out, so these are learned as answers without thoughts, in the context in which serving shows them to
+  the turns that follow. `preserve_thinking: true` writes and learns each turn as if it were the last: each is then
+  prompted as in serving, but the later ones see thoughts that serving would not show. `false` takes the thoughts out of
+  earlier turns for templates that would keep them.
+- Prompt and answer are tokenised apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.guard).
 """
 
-import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlqwen.data.guard import MARK, Cover, Guard, Piece, control_tokens, special_tokens
+from rlqwen.data.template import default_template
+from rlqwen.data.thoughts import drop_earlier_thoughts, is_cut_thought, thoughts_in_content, thoughts_of
 from rlqwen.errors import DataError, ModelError
-from rlqwen.model_sources import split_revision
 from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _THINK_AT_END = re.compile(r"<think>\s*(</think>\s*)?\Z")
-# Stands for a turn's content while the template is rendered; a private-use character that no text should have.
-_MARK = "\uf5ee"
+_EMPTY_BLOCK = re.compile(r"\A\s*<think>\s*</think>\s*")
+_PROBE: Message = {"role": "user", "content": "probe"}
 
 
-@dataclass(slots=True, frozen=True)
-class Piece:
-    """A run of text that is tokenised on its own."""
+@dataclass(slots=True)
+class _Turn:
+    """One assistant turn of a rendered conversation."""
 
+    before: str
+    """Everything since the assistant turn before it, its own header included."""
     text: str
-    is_control: bool
-    """Special tokens in it act; otherwise their text is ordinary text."""
-    in_loss: bool = False
+    """What stands between the header and the end of the turn, end-of-turn token included."""
+    message: Message
+    is_last: bool
+    """No turn of any role follows."""
 
 
 class ChatFormat:
     """A tokenizer's chat template, understood well enough to mask and to guard it.
 
     Raises ModelError if there is no template, or one that writes no generation prompt or doesn't end assistant turns
-    with a special token. `chat_template` overrides the tokenizer's; `chat_template_kwargs` go to every rendering.
+    with a special token. `chat_template` overrides the tokenizer's; `chat_template_kwargs` go to every rendering;
+    `preserve_thinking` concerns whole conversations (see the module).
     """
 
     def __init__(
@@ -60,42 +63,71 @@ class ChatFormat:
         *,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        preserve_thinking: bool | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = chat_template or _default_template(tokenizer)
+        self.template = chat_template or default_template(tokenizer)
         self.kwargs = chat_template_kwargs or {}
-        self._special = special_texts(tokenizer)
+        self.preserve_thinking = preserve_thinking
         self._known_structures: set[tuple[str, ...]] = set()
         prompt = self._find_generation_prompt()
         opening = _THINK_AT_END.search(prompt)
         self.generation_prompt = prompt
         """What the template appends for the model to go on from, such as `<|im_start|>assistant\\n`."""
-        self._opening = opening.group() if opening else ""
+        self.opening = opening.group() if opening else ""
+        """The part of the generation prompt that opens a think block, or opens and closes it; may be empty."""
         self._header = prompt[: opening.start()] if opening else prompt
         self.end_of_turn = self._find_end_of_turn()
         """The special token that ends an assistant turn: generation must stop at it."""
+        self._guard = Guard([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
 
-    def conversation(
-        self, messages: list[Message], where: str, *, tools: Any = None, first_trained: int = 0
-    ) -> list[Piece]:
-        """Pieces of a whole conversation; assistant turns from index `first_trained` on are in the loss."""
-        marked = [i for i, m in enumerate(messages) if m["role"] == "assistant" or self._is_unsafe(m["content"])]
-        texts = self._render_around(messages, marked, where, tools)
+    def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
+        """Pieces of a whole conversation; every assistant turn is in the loss, unless its row says otherwise."""
+        (messages, tools), cover = self._guard.hide((self._fold_thoughts(messages, 0), tools))
+        if self.preserve_thinking is False:
+            messages = drop_earlier_thoughts(messages)
+        kwargs = {} if self.preserve_thinking is None else {"preserve_thinking": self.preserve_thinking}
+        turns, rest = self._turns(messages, where, tools, kwargs)
         pieces: list[Piece] = []
-        before = texts[0]
-        for i, after in zip(marked, texts[1:], strict=True):
-            message = messages[i]
-            if message["role"] != "assistant":
-                pieces += [Piece(before, True), Piece(message["content"], False)]
-                before = after
-                continue
-            in_loss = i >= first_trained
-            head, content = self._open_turn(before, _verbatim(message), where)
-            calls, before = self._close_turn(after, bool(message.get("tool_calls")), where)
-            content += calls if content else calls.lstrip("\n")
-            pieces += [Piece(head, True), Piece(content, False, in_loss), Piece(self.end_of_turn, True, in_loss)]
-        pieces.append(Piece(before, True))
-        return [piece for piece in pieces if piece.text]
+        for turn in turns:
+            if self.preserve_thinking and not turn.is_last:
+                turn.text = self._as_last(turn.message, where, kwargs)
+            if self.preserve_thinking or turn.is_last:
+                opening, learned = self._continue(turn, where)
+            else:
+                learned = turn.text.removeprefix(self.opening)
+                opening = turn.text[: len(turn.text) - len(learned)]
+            pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
+        return pieces + cover.pieces(rest)
+
+    def exchange(
+        self, prompt: list[Message], completion: list[Message], where: str, *, tools: Any = None
+    ) -> tuple[list[Piece], list[Piece]]:
+        """Pieces of a prompt as serving sends it, and of a completion, whose assistant turns are in the loss.
+
+        A completion that begins with another role goes on from no generation prompt: then the prompt is what stands
+        before its first assistant turn.
+        """
+        folded = self._fold_thoughts([*prompt, *completion], len(prompt))
+        (messages, tools), cover = self._guard.hide((folded, tools))
+        turns, rest = self._turns(messages, where, tools)
+        num_asked = sum(message["role"] == "assistant" for message in prompt)
+        if num_asked == len(turns):
+            return cover.pieces("".join(turn.before + turn.text for turn in turns) + rest), []
+        first = turns[num_asked]
+        if completion[0]["role"] == "assistant":
+            if not first.is_last:
+                first.text = self._as_last(first.message, where)
+            _, learned = self._continue(first, where)
+            before = self._render(messages[: len(prompt)], where, tools, add_generation_prompt=True)
+        else:
+            opening, learned = self._continue(first, where) if first.is_last else ("", first.text)
+            before = "".join(turn.before + turn.text for turn in turns[:num_asked]) + first.before + opening
+        pieces = self._learned(cover, learned, first)
+        for turn in turns[num_asked + 1 :]:
+            opening, learned = self._continue(turn, where) if turn.is_last else ("", turn.text)
+            pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
+        return cover.pieces(before), pieces + cover.pieces(rest)
 
     def prompt(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
         """Pieces of a prompt that ends in the generation prompt, rendered as serving renders it."""
@@ -104,37 +136,13 @@ class ChatFormat:
                 f"{where}: the prompt ends in an assistant turn, so there is nothing left to generate; "
                 "end it with a user or tool turn"
             )
-        marked = [i for i, m in enumerate(messages) if self._is_unsafe(m["content"])]
-        texts = self._render_around(messages, marked, where, tools, add_generation_prompt=True)
-        pieces = [Piece(texts[0], True)]
-        for i, after in zip(marked, texts[1:], strict=True):
-            pieces += [Piece(messages[i]["content"], False), Piece(after, True)]
-        return [piece for piece in pieces if piece.text]
+        (messages, tools), cover = self._guard.hide((messages, tools))
+        self._check_structure(messages, where, tools)
+        return cover.pieces(self._render(messages, where, tools, add_generation_prompt=True))
 
-    def _render_around(
-        self, messages: list[Message], marked: list[int], where: str, tools: Any, add_generation_prompt: bool = False
-    ) -> list[str]:
-        """Render with the contents of `marked` turns left out; the texts before, between and after them."""
-        for extra in (tools, *(message.get("tool_calls") for message in messages)):
-            if extra and self._is_unsafe(json.dumps(extra, ensure_ascii=False)):
-                raise DataError(f"{where}: the text of a special token inside a tool or tool call: {extra!r:.200}")
-        if tools and not self._writes_tools:
-            raise DataError(f"{where}: the row has tools, but the chat template writes none; set chat_template_path")
-        self._check_structure(messages, where)
-        mark = unused_mark(message["content"] for message in messages)
-        rendered = self._render(
-            [
-                _without_thoughts(m) | {"content": f"{mark}{i}{mark}"} if i in marked else m
-                for i, m in enumerate(messages)
-            ],
-            where,
-            tools,
-            add_generation_prompt,
-        )
-        parts = re.split(f"{mark}(\\d+){mark}", rendered)
-        if parts[1::2] != [str(i) for i in marked]:
-            raise DataError(f"{where}: the chat template reorders, repeats or drops turns")
-        return parts[::2]
+    def empty_answer(self) -> list[Piece]:
+        """Pieces of an answer that says nothing, all in the loss."""
+        return self.exchange([_PROBE], [{"role": "assistant", "content": ""}], "chat template")[1]
 
     def render(self, messages: list[Message]) -> str:
         """Text of a conversation as the template writes it; jinja2.TemplateError where it refuses."""
@@ -142,22 +150,109 @@ class ChatFormat:
             self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **self.kwargs)
         )
 
-    def _check_structure(self, messages: list[Message], where: str) -> None:
+    def _turns(
+        self, messages: list[Message], where: str, tools: Any, kwargs: dict[str, Any] | None = None
+    ) -> tuple[list[_Turn], str]:
+        """The assistant turns of a rendered conversation, and what follows the last."""
+        self._check_structure(messages, where, tools)
+        text = self._render(messages, where, tools, kwargs=kwargs)
+        turns: list[_Turn] = []
+        place = 0
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start, end = self._find_turn(text, place, where)
+            turn = _Turn(text[place:start], text[start:end], message, number == len(messages) - 1)
+            self._check_turn(turn, where)
+            turns.append(turn)
+            place = end
+        if self._header in text[place:]:
+            raise DataError(f"{where}: the chat template reorders, repeats or drops turns")
+        return turns, text[place:]
+
+    def _find_turn(self, text: str, place: int, where: str) -> tuple[int, int]:
+        """Begin and end of the first assistant turn after `place`; its header is not a part of it."""
+        header = text.find(self._header, place)
+        end = text.find(self.end_of_turn, header + len(self._header)) if header >= 0 else -1
+        if end < 0:
+            self._require_header()
+            raise DataError(f"{where}: the chat template reorders, repeats or drops turns")
+        return header + len(self._header), end + len(self.end_of_turn)
+
+    def _check_turn(self, turn: _Turn, where: str) -> None:
+        """What the template leaves out of a turn is an error; thoughts may be its custom (see `_continue`)."""
+        answer = turn.message["content"].rpartition("</think>")[2].strip()
+        if answer not in turn.text:
+            raise DataError(f"{where}: the chat template writes another answer than the row has: {answer!r:.200}")
+        calls = turn.message.get("tool_calls") or []
+        if any(call["function"]["name"] not in turn.text for call in calls):
+            raise DataError(
+                f"{where}: a turn has tool calls, but the chat template writes none; set chat_template_path"
+            )
+
+    def _as_last(self, message: Message, where: str, kwargs: dict[str, Any] | None = None) -> str:
+        """Text of a turn as the template writes it when no other follows."""
+        text = self._render([_PROBE, message], where, kwargs=kwargs)
+        return text[slice(*self._find_turn(text, 0, where))]
+
+    def _continue(self, turn: _Turn, where: str) -> tuple[str, str]:
+        """Split a turn into what the generation prompt has of it and what the model then writes."""
+        text, thoughts = turn.text, thoughts_of(turn.message)
+        if thoughts and thoughts not in text:  # the template drops the thoughts of a last turn too
+            text = f"<think>\n{thoughts}\n</think>\n\n{text}"
+        if is_cut_thought(turn.message["content"]):
+            text = _EMPTY_BLOCK.sub("", text)  # which the template writes before it
+        if text.startswith(self.opening):
+            return self.opening, text[len(self.opening) :]
+        if "</think>" not in self.opening:
+            opened = re.match(r"\s*<think>\s*", text)
+            return self.opening, text[opened.end() :] if opened else f"\n</think>\n\n{text}"
+        empty = _EMPTY_BLOCK.match(text)
+        if empty is None and text.lstrip().startswith("<think>"):
+            raise DataError(
+                f"{where}: the answer thinks ({thoughts[:40]!r}), but the generation prompt says that it doesn't "
+                f"({self.generation_prompt!r}); set enable_thinking: true in chat_template_kwargs, or take the thoughts "
+                "out of the data"
+            )
+        return self.opening, text[empty.end() :] if empty else text
+
+    def _learned(self, cover: Cover, text: str, turn: _Turn) -> list[Piece]:
+        """What an assistant wrote, in the loss unless the row marks the turn (`in_loss: False`)."""
+        is_barred = turn.message.get("in_loss") is False
+        return cover.pieces(text, in_loss=not is_barred, is_barred=is_barred)
+
+    def _fold_thoughts(self, messages: list[Message], first: int) -> list[Message]:
+        """Write thoughts in a field of their own into the content, for a template that would leave them out."""
+        if self._writes_thoughts or all("reasoning_content" not in message for message in messages):
+            return messages
+        return messages[:first] + [thoughts_in_content(message) for message in messages[first:]]
+
+    def _check_structure(self, messages: list[Message], where: str, tools: Any) -> None:
         """Each sequence of roles is tried once: a template that silently leaves a turn out is an error."""
+        if tools and not self._writes_tools:
+            raise DataError(f"{where}: the row has tools, but the chat template writes none; set chat_template_path")
         roles = tuple(message["role"] for message in messages)
         if roles in self._known_structures:
             return
-        probe = [{"role": role, "content": f"{_MARK}{i}{_MARK}"} for i, role in enumerate(roles)]
+        probe = [{"role": role, "content": f"{MARK}{i}{MARK}"} for i, role in enumerate(roles)]
         rendered = self._render(probe, where)
         for i, role in enumerate(roles):
-            if f"{_MARK}{i}{_MARK}" not in rendered:
+            if f"{MARK}{i}{MARK}" not in rendered:
                 raise DataError(
                     f"{where}: the chat template drops turn {i}, of role {role!r}; rename the role or mend it"
                 )
+        places = [rendered.index(f"{MARK}{i}{MARK}") for i, role in enumerate(roles) if role == "assistant"]
+        if places != sorted(places):
+            raise DataError(f"{where}: the chat template reorders turns (roles {', '.join(roles)})")
         self._known_structures.add(roles)
 
     def _render(
-        self, messages: list[Message], where: str, tools: Any = None, add_generation_prompt: bool = False
+        self,
+        messages: list[Message],
+        where: str,
+        tools: Any = None,
+        add_generation_prompt: bool = False,
+        kwargs: dict[str, Any] | None = None,
     ) -> str:
         from jinja2 import TemplateError
 
@@ -168,7 +263,7 @@ class ChatFormat:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **self.kwargs,
+                **(self.kwargs | (kwargs or {})),
             )
         except (TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -178,11 +273,20 @@ class ChatFormat:
     @cached_property
     def _writes_tools(self) -> bool:
         tool = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {}}}
-        return "probe_tool" in self._render([{"role": "user", "content": "probe"}], "chat template", [tool])
+        return "probe_tool" in self._render([_PROBE], "chat template", [tool])
+
+    @cached_property
+    def _writes_thoughts(self) -> bool:
+        answer = {"role": "assistant", "content": "answer", "reasoning_content": MARK}
+        return MARK in self._render([_PROBE, answer], "chat template")
+
+    @cached_property
+    def writes_think_blocks(self) -> bool:
+        """The template knows think blocks: it writes thoughts, or opens a block in the generation prompt."""
+        return self._writes_thoughts or bool(self.opening)
 
     def _find_generation_prompt(self) -> str:
-        probe = [{"role": "user", "content": "probe"}]
-        plain, prompted = (self._render(probe, "chat template", None, flag) for flag in (False, True))
+        plain, prompted = (self._render([_PROBE], "chat template", None, flag) for flag in (False, True))
         if not prompted.startswith(plain) or prompted == plain:
             raise ModelError(
                 "the chat template writes no generation prompt (add_generation_prompt changes nothing), so the model "
@@ -190,108 +294,29 @@ class ChatFormat:
             )
         return prompted[len(plain) :]
 
+    def _render_answer(self) -> tuple[str, str]:
+        """What the template writes before and after the content of an assistant turn."""
+        rendered = self._render([_PROBE, {"role": "assistant", "content": MARK}], "chat template")
+        before, _, after = rendered.rpartition(MARK)
+        return before, after
+
     def _find_end_of_turn(self) -> str:
-        probe = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": _MARK}]
-        tail = self._render(probe, "chat template").rpartition(_MARK)[2]
-        match = self._special.match(tail)
-        if match is None:
+        tail = self._render_answer()[1]
+        special = sorted(special_tokens(self.tokenizer), key=len, reverse=True)
+        end = next((token for token in special if tail.startswith(token)), None)
+        if end is None:
             raise ModelError(
                 f"the chat template ends an assistant turn with {tail!r} and not with a special token, so generation "
                 "would never stop; set chat_template_path to another template"
             )
-        return match.group()
+        return end
 
-    def _open_turn(self, before: str, content: str, where: str) -> tuple[str, str]:
-        """What stands before an assistant's content, made equal to the generation prompt; and the content after it."""
+    def _require_header(self) -> None:
+        """ModelError if assistant turns begin otherwise than the generation prompt."""
+        before = self._render_answer()[0]
         head = before[: match.start()] if (match := _THINK_AT_END.search(before)) else before
         if not head.endswith(self._header):
             raise ModelError(
                 f"the chat template opens an assistant turn with {head[-40:]!r}, but prompts generation with "
                 f"{self.generation_prompt!r}: what is trained would not be what is asked for"
             )
-        head += self._opening
-        if not self._opening or content.startswith(self._opening):
-            return head, content[len(self._opening) :]
-        if "</think>" not in self._opening:
-            thoughts = re.match(r"<think>\s*", content)
-            return head, content[thoughts.end() :] if thoughts else f"\n</think>\n\n{content}"
-        empty = re.match(r"\s*<think>\s*</think>\s*", content)
-        if empty is None and content.lstrip().startswith("<think>"):
-            raise DataError(
-                f"{where}: the answer thinks ({content[:40]!r}), but the generation prompt says that it doesn't "
-                f"({self.generation_prompt!r}); set enable_thinking: true in chat_template_kwargs, or take the thoughts "
-                "out of the data"
-            )
-        return head, content[empty.end() :] if empty else content
-
-    def _close_turn(self, after: str, has_calls: bool, where: str) -> tuple[str, str]:
-        """Split what follows an assistant's content into tool calls and what follows the end-of-turn token."""
-        calls, end, rest = after.partition(self.end_of_turn)
-        if not end or (calls and not has_calls):
-            raise DataError(f"{where}: the chat template follows an assistant's content with {after[:40]!r}")
-        if has_calls and not calls.strip():
-            raise DataError(
-                f"{where}: a turn has tool calls, but the chat template writes none; set chat_template_path"
-            )
-        return calls, rest
-
-    def _is_unsafe(self, text: str) -> bool:
-        return self._special.search(text) is not None
-
-
-def special_texts(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Matches the text of every special token. Think and tool tags are none: in Qwen they are plain added tokens."""
-    special = sorted((str(t) for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, special)) or r"(?!)")
-
-
-def unused_mark(texts: Iterable[str]) -> str:
-    """A run of characters that none of the texts holds, to stand for text while a template is rendered."""
-    mark, texts = _MARK, list(texts)
-    while any(mark in text for text in texts):
-        mark += _MARK
-    return mark
-
-
-def load_chat_template(path: str) -> str:
-    """Text of a chat template: `path` is a Jinja file, or a model folder or hub id whose tokenizer has one."""
-    if Path(path).is_file():
-        return Path(path).read_text("utf-8")
-    if path.endswith((".jinja", ".jinja2")):
-        raise ModelError(f"chat_template_path: there is no file {path}")
-    from transformers import AutoTokenizer
-
-    name, revision = split_revision(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"chat_template_path: {path} is neither a file nor a model with a tokenizer: {error}"
-        ) from None
-    return _default_template(tokenizer)
-
-
-def _default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not template:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template, and the rows are "
-            "conversations; set chat_template_path to a Jinja file or to a model whose template to use, "
-            "or give prompts and completions as plain text"
-        )
-    return str(template)
-
-
-def _verbatim(message: Message) -> str:
-    """An assistant's content as given; thoughts in a field of their own go in front of it, in think tags."""
-    content: str = message["content"]
-    thoughts = message.get("reasoning_content")
-    if isinstance(thoughts, str) and thoughts:
-        return "<think>\n" + thoughts.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
-    return content
-
-
-def _without_thoughts(message: Message) -> Message:
-    return {key: value for key, value in message.items() if key != "reasoning_content"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.data.chat import Piece
+from rlqwen.data.guard import Piece
 from rlqwen.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
-from rlqwen.data.chat import Piece
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row
+from rlqwen.data.guard import Piece
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
 from rlqwen.data.report import DataReport, Fate, first_of, percentiles
 from rlqwen.data.turns import to_turns
@@ -84,10 +84,7 @@ def read_pairs(
     negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
     if negative:
         report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
-    pairs = []
-    for one in kept:
-        chosen, rejected = one.answers
-        pairs.append(PreferenceRow(one.index, one.prompt_ids, chosen, rejected, one.columns[0].get("margin")))
+    pairs = [PreferenceRow(one.index, one.prompt_ids, *one.answers, one.columns[0].get("margin")) for one in kept]
     return pairs, report
 
 
@@ -204,17 +201,16 @@ class _Reader:
             num_ended += sum(ended)
             if not all(ended):
                 report.note("no_end", row.index)
-            if any(sum(answer.loss_mask) == 1 and end for answer, end in zip(row.answers, ended, strict=True)):
+            if any(tuple(answer.token_ids) in self.writer.empty_answers for answer in row.answers):
                 report.note("empty_answer", row.index)
         report.eos_in_loss = num_ended / len(answers) if answers else 0.0
         report.warnings = self.writer.warnings()
         report.columns, report.turn_keys = self.writer.unused.take()
         report.name_unused()
-        told: tuple[tuple[Fate, str], ...] = (
+        for fate, text in (
             ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
             ("empty_answer", "empty answers, which teach to end the turn at once"),
-        )
-        for fate, text in told:
+        ):
             if numbers := report.rows.get(fate):
                 report.warnings.append(f"{text}: {first_of([f'row {number}' for number in numbers])}")
 
@@ -240,6 +236,9 @@ class PairWriter(Protocol):
     @property
     def stop_ids(self) -> list[int]: ...
 
+    @property
+    def empty_answers(self) -> set[tuple[int, ...]]: ...
+
     def pieces(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
     ) -> list[list[Piece]]: ...
@@ -262,10 +261,10 @@ class PreferenceWriter(Writer):
             return [begin, *([*begin, Piece(self.with_eos(text), True, in_loss=True)] for text in texts)]
         before = to_turns(prompt, "user")
         whole = [
-            self.format.conversation(
-                [*before, *to_turns(one, "assistant")], where, tools=tools, first_trained=len(before)
+            [*asked, *answered]
+            for asked, answered in (
+                self.format.exchange(before, to_turns(one, "assistant"), where, tools=tools) for one in completions
             )
-            for one in completions
         ]
         common = 0
         for pieces in zip(*whole, strict=False):

@@ -4,12 +4,11 @@ The policy is trained on pieces that its generation must reproduce (rlqwen.data.
 holds a conversation and a tokenizer, so it is trained on what `apply_chat_template` gives, and scored on the same.
 """
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
-from rlqwen.data.chat import Piece, special_texts, unused_mark
+from rlqwen.data.guard import Guard, Piece, control_tokens
 from rlqwen.data.preferences import PreferenceRow, read_pairs
 from rlqwen.data.report import DataReport
 from rlqwen.data.turns import to_turns
@@ -33,40 +32,25 @@ def scored_pieces(
 ) -> list[Piece]:
     """What a reward model reads of a prompt and an answer to it; text is put together as it is, without an EOS token.
 
-    It is one piece, but for special tokens that someone wrote: in turns they are text, and in an answer that is text
+    It is one piece, but for control tokens that someone wrote: in turns they are text, and in an answer that is text
     too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
     next. In texts of a dataset they act, as everywhere.
     """
-    special = special_texts(tokenizer)
+    guard = Guard(control_tokens(tokenizer))
     if isinstance(prompt, str) and isinstance(completion, str):
-        first = special.search(completion) if is_sampled else None
+        first = guard.first(completion) if is_sampled else None
         if first is None:
             return [Piece(prompt + completion, True, in_loss=True)]
-        pieces = [Piece(prompt + completion[: first.start()], True, in_loss=True)]
-        return [*pieces, Piece(completion[first.start() :], False, in_loss=True)]
+        hidden, cover = guard.hide(completion[first:])
+        return [
+            Piece(prompt + completion[:first], True, in_loss=True),
+            *cover.pieces(hidden, in_loss=True),
+        ]
     turns = [*to_turns(prompt, "user"), *to_turns(completion, "assistant")]
-    mark = unused_mark(turn["content"] for turn in turns)
-    written: list[str] = []
-
-    def hide(match: re.Match[str]) -> str:
-        written.append(match[0])
-        return f"{mark}{len(written) - 1}{mark}"
-
-    hidden = [
-        {
-            key: special.sub(hide, value) if isinstance(value, str) and key != "role" else value
-            for key, value in turn.items()
-        }
-        for turn in turns
-    ]
-    rendered = str(tokenizer.apply_chat_template(hidden, tools=tools or None, tokenize=False))
+    (turns, tools), cover = guard.hide((turns, tools))
+    rendered = str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
     # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.
-    parts = re.split(f"{mark}(\\d+){mark}", rendered)
-    return [
-        Piece(written[int(part)] if place % 2 else part, is_control=place % 2 == 0, in_loss=True)
-        for place, part in enumerate(parts)
-        if part
-    ]
+    return cover.pieces(rendered, in_loss=True)
 
 
 def tokenize_scored(

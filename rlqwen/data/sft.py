@@ -1,10 +1,11 @@
 """What an SFT row becomes, and which of it is in the loss, by its columns and the config."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.sft import SFTConfig
-from rlqwen.data.chat import Piece
 from rlqwen.data.formats import normalise_row
+from rlqwen.data.guard import Piece
 from rlqwen.data.mapping import offer, offer_completion
 from rlqwen.data.turns import to_turns
 from rlqwen.data.writer import Writer
@@ -74,9 +75,10 @@ class SFTWriter(Writer):
             pieces = [Piece(prompt, True), Piece(self.with_eos(completion), True, in_loss=True)]
             return pieces if completion_only else all_in_loss(pieces)
         before, after = to_turns(prompt, "user"), to_turns(completion, "assistant")
-        first_trained = len(before) if completion_only else 0
-        pieces = self.format.conversation([*before, *after], where, tools=row.get("tools"), first_trained=first_trained)
-        return pieces if completion_only or self._config.assistant_only_loss else all_in_loss(pieces)
+        if not completion_only and self._config.assistant_only_loss:
+            return self.format.conversation([*before, *after], where, tools=row.get("tools"))
+        asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
+        return [*asked, *answered] if completion_only else all_in_loss([*asked, *answered])
 
     def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
         for key in (first, second):
@@ -85,5 +87,5 @@ class SFTWriter(Writer):
 
 
 def all_in_loss(pieces: list[Piece]) -> list[Piece]:
-    """The same text, all of it learned."""
-    return [Piece(piece.text, piece.is_control, in_loss=True) for piece in pieces]
+    """The same text, all of it learned but for the turns that the row says must not be."""
+    return [replace(piece, in_loss=not piece.is_barred) for piece in pieces]

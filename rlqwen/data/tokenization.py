@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlqwen.config.sft import SFTConfig
-from rlqwen.data.chat import ChatFormat, Piece
+from rlqwen.data.chat import ChatFormat
 from rlqwen.data.encoding import TokenizedRow, encode, refuse, tokenize_rows, trim
 from rlqwen.data.formats import normalise_row, to_prompt_row
+from rlqwen.data.guard import Piece
 from rlqwen.data.report import DataReport, first_of, percentiles
 from rlqwen.data.sft import SFTWriter, all_in_loss
 from rlqwen.data.unused import Unused
@@ -27,13 +28,19 @@ def tokenize_conversation(
     assistant_only: bool = True,
     chat_template: str | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    preserve_thinking: bool | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids and loss mask of a whole conversation; see rlqwen.data.chat for what is in the loss and why.
 
     With `assistant_only=False` every token but the first is in the loss. Raises DataError for turns that the template
     drops, ModelError for a template that can't be trained with.
     """
-    chat = ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
+    chat = ChatFormat(
+        tokenizer,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+        preserve_thinking=preserve_thinking,
+    )
     pieces = chat.conversation(messages, "conversation")
     (row,) = encode(tokenizer, [pieces if assistant_only else all_in_loss(pieces)])
     return row.token_ids, row.loss_mask

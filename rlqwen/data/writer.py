@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.sft import SFTConfig
-from rlqwen.data.chat import ChatFormat, load_chat_template
+from rlqwen.data.chat import ChatFormat
+from rlqwen.data.encoding import encode
+from rlqwen.data.guard import Piece
+from rlqwen.data.template import load_chat_template
 from rlqwen.data.unused import Unused
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.types import Message
@@ -23,6 +26,7 @@ class Writer:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig | PreferenceConfig) -> None:
         self._tokenizer, self._template_path = tokenizer, config.chat_template_path
         self._template_kwargs, self._is_eos_given = config.chat_template_kwargs, config.eos_token is not None
+        self._preserve_thinking = config.preserve_thinking if isinstance(config, SFTConfig) else None
         eos = config.eos_token or tokenizer.eos_token
         if eos is None:
             raise ModelError("the tokenizer has no EOS token, so the end of a text can't be learned; set eos_token")
@@ -38,6 +42,7 @@ class Writer:
             self._tokenizer,
             chat_template=load_chat_template(self._template_path) if self._template_path else None,
             chat_template_kwargs=self._template_kwargs,
+            preserve_thinking=self._preserve_thinking,
         )
 
     @property
@@ -52,6 +57,14 @@ class Writer:
     def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
         """Count what a row that has been written holds beside the columns `read` and what the template reads of turns."""
         self.unused.note(row, read, conversations, self.format.render if "format" in vars(self) else None)
+
+    @cached_property
+    def empty_answers(self) -> set[tuple[int, ...]]:
+        """Token ids of answers that end at once: the end token alone, or, as the template writes it, after no thoughts."""
+        empty = [[Piece(self._eos, True)]]
+        if "format" in vars(self):
+            empty.append([piece for piece in self.format.empty_answer() if piece.in_loss])
+        return {tuple(row.token_ids) for row in encode(self._tokenizer, empty)}
 
     def warnings(self) -> list[str]:
         return [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)

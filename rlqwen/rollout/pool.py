@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import RolloutConfig
+from rlqwen.data.guard import CompletionReader
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import cluster
 from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
@@ -64,7 +65,7 @@ class RolloutPool:
         self.config = config
         self.version = 0
         self.num_restarts = 0
-        self._tokenizer = tokenizer
+        self._reader = CompletionReader(tokenizer)
         self._dtype = dtype
         self._expected = ExpectedWeights(model_path if lora_rank is None else None)
         self._bundle: WeightBundle | None = None
@@ -246,7 +247,7 @@ class RolloutPool:
         return Group(flight.request.prompt, self._completions(completions_G), version)
 
     def _completions(self, sampled_G: list[Sampled]) -> list[Completion]:
-        texts_G = self._tokenizer.batch_decode([sampled[0] for sampled in sampled_G], skip_special_tokens=True)
+        texts_G = self._reader.texts([sampled[0] for sampled in sampled_G])
         return [Completion(*sampled, text) for sampled, text in zip(sampled_G, texts_G, strict=True)]
 
     def _settle(self, reference: Any, pending: deque[GroupRequest]) -> None:

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlqwen.data.guard import CompletionReader
 from rlqwen.errors import ConfigError
 from rlqwen.types import Canary, Completion, Group, GroupRequest, Sampling
 
@@ -34,6 +35,7 @@ class TransformersEngine:
         self.version = 0
         self._policy = policy
         self._tokenizer = tokenizer
+        self._reader = CompletionReader(tokenizer)
         self._max_model_length = max_model_length
         self._max_num_seqs = max_num_seqs
 
@@ -103,11 +105,10 @@ class TransformersEngine:
     def _completions(
         self, token_ids_B: list[list[int]], logp_B: list[list[float]], stop: set[int]
     ) -> Iterator[Completion]:
-        for row, logp in zip(token_ids_B, logp_B, strict=True):
-            end = next((place + 1 for place, token in enumerate(row) if token in stop), len(row))
-            ids = row[:end]
-            text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
-            yield Completion(ids, logp[:end], "stop" if ids[-1] in stop else "length", text)
+        ends = [next((place + 1 for place, token in enumerate(row) if token in stop), len(row)) for row in token_ids_B]
+        ids_B = [row[:end] for row, end in zip(token_ids_B, ends, strict=True)]
+        for ids, logp, text in zip(ids_B, logp_B, self._reader.texts(ids_B), strict=True):
+            yield Completion(ids, logp[: len(ids)], "stop" if ids[-1] in stop else "length", text)
 
 
 @contextlib.contextmanager
@@ -133,10 +134,10 @@ class _SeededSampler(LogitsProcessor):
         self.logp_T: list[Tensor] = []
         """(B,) float32 for each decoded token."""
         self.greedy = sampling.temperature == 0
-        self.warpers: Any = _warpers(sampling)
+        self.warpers = _warpers(sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp_BV: Tensor = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
+        logp_BV = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
         noisy_BV = logp_BV
         if not self.greedy:
             width = logp_BV.shape[-1]

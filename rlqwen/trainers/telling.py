@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from rlqwen.config import TrainerConfig
 from rlqwen.metrics import MetricLogger
 from rlqwen.parallel import Ranks
+from rlqwen.policy import Policy
 
 Metrics = dict[str, float]
 
@@ -20,8 +21,7 @@ class Telling:
     algorithm: ClassVar[str]
     args: TrainerConfig
     output_dir: Path
-    policy: Any
-    """A Policy, or the ScalarModel of a reward trainer."""
+    policy: Policy
     ranks: Ranks
     processing_class: PreTrainedTokenizerBase
 
@@ -39,7 +39,7 @@ class Telling:
 
     @property
     def model(self) -> nn.Module:
-        return self.policy.model  # type: ignore[no-any-return]
+        return self.policy.model
 
     def _open_logger(self, total_steps: int) -> None:
         if not self.ranks.is_main:

@@ -16,10 +16,10 @@ from rlqwen import SFTConfig
 from rlqwen.check import check_model_path
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import tokenize_prompts, tokenize_sft
-from rlqwen.data.chat import load_chat_template
 from rlqwen.data.encoding import encode
 from rlqwen.data.scored import scored_pieces
 from rlqwen.data.sources import as_rows, load_rows
+from rlqwen.data.template import load_chat_template
 from rlqwen.errors import DataError, ModelError
 from rlqwen.export import ExportOptions, export_model
 from rlqwen.loading import load_model, load_scalar_model, load_tokenizer, local_folder

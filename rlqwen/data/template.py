@@ -1,0 +1,42 @@
+"""Where a chat template comes from."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlqwen.errors import ModelError
+from rlqwen.model_sources import split_revision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_chat_template(path: str) -> str:
+    """Text of a chat template: `path` is a Jinja file, or a model folder or hub id whose tokenizer has one."""
+    if Path(path).is_file():
+        return Path(path).read_text("utf-8")
+    if path.endswith((".jinja", ".jinja2")):
+        raise ModelError(f"chat_template_path: there is no file {path}")
+    from transformers import AutoTokenizer
+
+    name, revision = split_revision(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"chat_template_path: {path} is neither a file nor a model with a tokenizer: {error}"
+        ) from None
+    return default_template(tokenizer)
+
+
+def default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Text of the tokenizer's chat template; ModelError if it has none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no chat template, and the rows are "
+            "conversations; set chat_template_path to a Jinja file or to a model whose template to use, "
+            "or give prompts and completions as plain text"
+        )
+    return str(template)

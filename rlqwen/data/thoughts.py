@@ -1,0 +1,53 @@
+"""Where a turn keeps its thoughts: in a field of their own, or in think tags before the answer."""
+
+from rlqwen.types import Message
+
+_TOOL_RESULT = ("<tool_response>", "</tool_response>")
+
+
+def thoughts_of(message: Message) -> str:
+    """An assistant's thoughts without blanks around them, empty if there are none; read as Qwen's templates read them."""
+    thoughts = message.get("reasoning_content")
+    if isinstance(thoughts, str):
+        return thoughts.strip()
+    before, closed, _ = message["content"].partition("</think>")
+    return str(before.rpartition("<think>")[2].strip()) if closed else ""
+
+
+def is_cut_thought(content: str) -> bool:
+    """True for an answer that begins to think and never ends it, as a sample that was cut off."""
+    return content.lstrip().startswith("<think>") and "</think>" not in content
+
+
+def thoughts_in_content(message: Message) -> Message:
+    """The message with the thoughts of `reasoning_content` in front of its answer, in think tags."""
+    thoughts = thoughts_of(message) if message.get("reasoning_content") else ""
+    rest: Message = {key: value for key, value in message.items() if key != "reasoning_content"}
+    if not thoughts:
+        return rest
+    return rest | {"content": f"<think>\n{thoughts}\n</think>\n\n" + message["content"].lstrip("\n")}
+
+
+def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:
+    """The conversation without the thoughts of assistant turns before the last question, which Qwen3's template drops.
+
+    A tool's result is no question: a turn that thinks and calls a tool keeps its thoughts until the user speaks again.
+    """
+    questions = [number for number, message in enumerate(messages) if _is_question(message)]
+    last = questions[-1] if questions else len(messages)
+    return [
+        _without_thoughts(message) if number < last and message["role"] == "assistant" else message
+        for number, message in enumerate(messages)
+    ]
+
+
+def _is_question(message: Message) -> bool:
+    begin, end = _TOOL_RESULT
+    content = message["content"]
+    return message["role"] == "user" and not (content.startswith(begin) and content.endswith(end))
+
+
+def _without_thoughts(message: Message) -> Message:
+    rest: Message = {key: value for key, value in message.items() if key != "reasoning_content"}
+    _, closed, answer = message["content"].rpartition("</think>")
+    return rest | {"content": answer.lstrip("\n")} if closed else rest
