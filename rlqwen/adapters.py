@@ -44,7 +44,7 @@ def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
         with warnings.catch_warnings():
             if getattr(config, "trainable_token_indices", None):  # which PEFT ties, and yet does not see here
                 warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied modules")
-            return get_peft_model(model, config)
+            return get_peft_model(model, config)  # type: ignore[no-any-return]
     except (ValueError, TypeError) as error:
         raise ModelError(f"the adapter cannot be put on this model: {error}") from error
 
@@ -52,6 +52,7 @@ def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
 def check_adapter(model: PeftModel, *, reference: bool) -> None:
     """ModelError for an adapter that cannot be merged into weights, or whose absence is not the starting model."""
     check_wrappers(model)
+    config: Any  # a LoraConfig, as check_wrappers has seen to
     for config in model.peft_config.values():
         if reference and changes_base(config):
             raise ModelError(
@@ -60,7 +61,7 @@ def check_adapter(model: PeftModel, *, reference: bool) -> None:
             )
         if reference and config.bias != "none":
             raise ModelError(f"bias={config.bias!r} trains biases that the reference would share: use bias='none'")
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
             variants = {type(variant).__name__ for variant in module.lora_variant.values()}
@@ -147,7 +148,8 @@ def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
     whole = base + delta
     norm = torch.linalg.norm(whole, dim=0 if transposed else 1).detach()
     factor = layer.lora_magnitude_vector[adapter].weight / norm
-    return whole * (factor[None, :] if transposed else factor[:, None])
+    scaled: Tensor = whole * (factor[None, :] if transposed else factor[:, None])
+    return scaled
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -162,7 +164,7 @@ def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
     """(V, C) weight of an embedding or head some of whose rows PEFT trains apart, those rows in it; differentiable."""
     layer = wrapper.token_adapter
     active = [] if layer.disable_adapters else layer.active_adapters
-    return layer.get_merged_weights(active)  # type: ignore[no-any-return]
+    return layer.get_merged_weights(active)
 
 
 def lora_obstacle(model: PeftModel) -> str | None:
@@ -191,7 +193,7 @@ def lora_obstacle(model: PeftModel) -> str | None:
 def adapter_rank(model: PeftModel) -> int:
     """The largest rank among the layers of the active adapter."""
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return max(layer.r[model.active_adapter] for layer in layers)
+    return max(int(layer.r[model.active_adapter]) for layer in layers)
 
 
 def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
@@ -199,7 +201,8 @@ def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     adapter = model.active_adapter
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            pair: Any = layer
+            down, up = pair.lora_A[adapter].weight, pair.lora_B[adapter].weight
             with gathered([down, up]):
                 own = down.detach(), up.detach() * layer.scaling[adapter]
             yield f"base_model.model.{name}.lora_A.weight", own[0]

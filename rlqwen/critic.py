@@ -71,7 +71,7 @@ class ScalarModel(PackedModel):
 
     def zero_head(self) -> None:
         """Begin with an answer of 0 to everything."""
-        nn.init.zeros_(self.base_model.score.weight)
+        nn.init.zeros_(self._head.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
         numbers = self.root(self._score, batch, index_R, sequence_R)
@@ -80,7 +80,14 @@ class ScalarModel(PackedModel):
 
     def _score(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
         hidden_RC = self.hidden_states(batch, index_R, sequence_R)
-        return self.base_model.score(hidden_RC.to(next(self.base_model.score.parameters()).dtype))[:, 0].float()
+        head = self._head
+        numbers_R1: Tensor = head(hidden_RC.to(next(head.parameters()).dtype))
+        return numbers_R1[:, 0].float()
+
+    @property
+    def _head(self) -> Any:
+        """The model's own head, within an adapter's wrapper where it has one."""
+        return self.base_model.score
 
 
 class ValueHead:
@@ -96,7 +103,7 @@ class ValueHead:
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [self.head.weight]
+        return list(self.head.parameters())
 
     @property
     def trained_names(self) -> list[str]:
@@ -109,7 +116,7 @@ class ValueHead:
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """See Critic; with gradient into the trunk where `train_trunk` says so."""
         hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
-        values = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
+        values: Tensor = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
         if self.sequence.size == 1:
             return values
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
@@ -118,13 +125,13 @@ class ValueHead:
     def save_trained(self, folder: Path, *, write: bool = True) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
-        with gathered([self.head.weight]):
+        with gathered(self.head.parameters()):
             if write:
                 save_file({"weight": self.head.weight.detach().float().cpu()}, folder / HEAD_FILE)
 
     def restore(self, folder: Path) -> None:
         """See Critic."""
-        with gathered([self.head.weight], modify=True):
+        with gathered(self.head.parameters(), modify=True):
             self.head.weight.data.copy_(load_file(folder / HEAD_FILE)["weight"])
 
 

@@ -71,7 +71,7 @@ def export_model(options: ExportOptions) -> int:
     shard_bytes = parse_size(options.shard_size)
     source = find_source(options.source, options.base)
     model = _load(source)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
     if source.adapter is not None:
         base.generation_config = load_generation_config(source.tokenizer) or base.generation_config

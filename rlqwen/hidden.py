@@ -70,7 +70,8 @@ def _packed(
     if router_logits is not None:
         real = sequence.num_real(batch.num_tokens)
         router_logits += [logits_TE[:real] for logits_TE in output.router_logits]
-    return output.last_hidden_state[0]
+    hidden_TC: Tensor = output.last_hidden_state[0]
+    return hidden_TC
 
 
 def _sequential(

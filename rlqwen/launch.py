@@ -94,7 +94,7 @@ class _Ranks:
                 return 0
             time.sleep(_POLL_S)
         # Two that ended within one look: what was killed or crashed comes before what only left.
-        first = min(failed, key=lambda rank: (codes[rank] in _LEAVING, codes[rank] > 0, rank))
+        first = min(failed, key=lambda rank: (codes[rank] in _LEAVING, (codes[rank] or 0) > 0, rank))
         code = codes[first]
         assert code is not None
         if code not in _LEAVING or self.asked_to_stop == signal.SIGINT:

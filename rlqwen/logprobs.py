@@ -32,7 +32,8 @@ def chunked_logprobs(
     Returns:
         (N,) logprobs in nats and (N,) entropies in nats or None; float32, both differentiable.
     """
-    logp_N, entropy_N = _ChunkedLogprobs.apply(hidden_NC, head_VC, target_N, temperature, chunk_size, entropy)
+    arguments = (hidden_NC, head_VC, target_N, temperature, chunk_size, entropy)
+    logp_N, entropy_N = _ChunkedLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
     return logp_N, entropy_N if entropy else None
 
 

@@ -126,7 +126,7 @@ class _ShardWriter:
         if count == 1:
             self._path(0).rename(self.folder / "model.safetensors")
             return self.total
-        places = {}
+        places: dict[str, str] = {}
         for number, names in enumerate(self.names):
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._path(number).rename(self.folder / file)

@@ -50,7 +50,7 @@ class PackedModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         args: TrainerConfig,
         *,
         peft_config: Any = None,
@@ -122,7 +122,7 @@ class PackedModel:
     @property
     def base_model(self) -> PreTrainedModel:
         """The transformers model, adapters inside it where there are any."""
-        return self.model.get_base_model() if self.has_adapter else self.model
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[no-any-return]
 
     def has_base_of(self, folder: str) -> bool:
         """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""

@@ -76,8 +76,7 @@ def draw_pairs(model: str, config: SampledPairsConfig) -> tuple[list[Row], str]:
     """Pairs of `model`'s answers, in the order of the prompts, and a line that says how many came of what."""
     prompts = load_rows(config.prompts, seed=config.seed)
     rewards = resolve_rewards(config.rewards)
-    for reward in rewards:
-        check_reward_columns(reward, prompts, "sampled.prompts")
+    check_reward_columns(rewards, prompts, "sampled.prompts")
     sampling = EvalConfig(
         model=model,
         data=config.prompts,

@@ -70,7 +70,7 @@ class Policy(PackedModel):
         if self.has_adapter:
             check_adapter(self.model, reference=self.has_reference and self._reference is None)
 
-    def _freeze(self, model: nn.Module) -> PreTrainedModel:
+    def _freeze(self, model: Any) -> PreTrainedModel:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         if quantized_bits(model):
             prepare_quantized(model)
@@ -79,7 +79,7 @@ class Policy(PackedModel):
         else:
             model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
-        return model
+        return model  # type: ignore[no-any-return]
 
     def logprobs(
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
@@ -112,7 +112,7 @@ class Policy(PackedModel):
         model = self.base_model if self._reference is None else self._reference
         with self.inference(), self.model.disable_adapter() if self._reference is None else contextlib.nullcontext():
             if model is self.base_model:
-                return self.root(self._logprobs, model, batch, temperature, False)[0]
+                return self.root(self._logprobs, model, batch, temperature, False)[0]  # type: ignore[no-any-return]
             return self._logprobs(model, batch, temperature, False)[0]
 
     def _logprobs(
@@ -147,7 +147,7 @@ class Policy(PackedModel):
         if self._reference is not None:
             return self._reference.state_dict()
         if not self.has_reference:
-            return self.model.state_dict()
+            return dict(self.model.state_dict())
         return {
             _NOT_OF_THE_BASE.sub("", name): tensor
             for name, tensor in self.base_model.state_dict().items()
@@ -234,7 +234,7 @@ def _has_new_adapter(model: nn.Module) -> bool:
     weights = dict(model.named_parameters())
     if any(".modules_to_save." in name for name in weights):
         return False
-    tokens = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    tokens: list[Any] = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     return all(
         torch.equal(layer.trainable_tokens_delta[adapter].to(original), original)
         for layer in tokens

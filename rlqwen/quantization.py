@@ -57,6 +57,7 @@ def prepare_quantized(model: nn.Module) -> None:
     """Keep the weights in the one layout that training, merging and saving read, and bitsandbytes quiet."""
     # It says at every product of 8-bit weights that the input is cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    module: Any
     for module in model.modules():
         if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
             # Else the first forward in eval mode repacks the weights for inference, in place.
@@ -98,7 +99,8 @@ def dequantized_weight(module: Any) -> Tensor:
 
     weight = module.weight
     if not is_8bit(module):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        plain: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
+        return plain
     # The scales move from the weight to the layer's state at the first forward.
     scales = weight.SCB if weight.SCB is not None else module.state.SCB
-    return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))  # type: ignore[no-any-return]

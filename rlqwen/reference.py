@@ -90,7 +90,7 @@ def _digest_weight(name: str, value: Any) -> bytes:
     if not isinstance(value, Tensor):
         return hashlib.blake2b(f"{name} {value!r}".encode()).digest()
     digest = hashlib.blake2b(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -84,7 +84,7 @@ class SequenceGroup:
             copies = self.size // num_kv if self.size % num_kv == 0 else num_heads // num_kv
             key_TKD, value_TKD = (x.repeat_interleave(copies, dim=1) for x in (key_TKD, value_TKD))
         parts = [x.unflatten(1, (self.size, -1)) for x in (query_THD, key_TKD, value_TKD)]
-        mixed = _AllToAll.apply(torch.cat(parts, dim=2).transpose(0, 1), self._group)
+        mixed = _AllToAll.apply(torch.cat(parts, dim=2).transpose(0, 1), self._group)  # type: ignore[no-untyped-call]
         query, key, value = mixed.flatten(0, 1).split([part.shape[2] for part in parts], dim=1)
         return query, key, value
 
@@ -92,7 +92,7 @@ class SequenceGroup:
         """Back from (at most W T, H / W, D) to this rank's slice with all heads, (T, H, D)."""
         length = -(-attended.shape[0] // self.size)
         padded = F.pad(attended, (0, 0, 0, 0, 0, length * self.size - attended.shape[0]))
-        mixed = _AllToAll.apply(padded.unflatten(0, (self.size, -1)), self._group)
+        mixed: Tensor = _AllToAll.apply(padded.unflatten(0, (self.size, -1)), self._group)  # type: ignore[no-untyped-call]
         return mixed.transpose(0, 1).flatten(1, 2)
 
 
@@ -107,5 +107,5 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _AllToAll.apply(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(grad, ctx.group), None  # type: ignore[no-untyped-call]

@@ -88,7 +88,7 @@ def supervise(
             _write_down(folders, {"restart": restart + 1, "of": policy.max_restarts, "died": describe_exit(code),
                                   "last_step": now[1], "start": start})  # fmt: skip
             if not child.wait(delay):
-                return 130 if child.asked_to_stop == signal.SIGINT else 75
+                return 130 if int(child.asked_to_stop) == signal.SIGINT else 75
     raise AssertionError("the last attempt returns")
 
 

@@ -43,7 +43,7 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
     groups._init_tp_mesh_device(tensor_model_parallel_size=size)
     set_autotp_mode(training=True)
     configure_tensor_parallel_runtime(TPTrainingConfig(autotp_size=size))
-    plan = AutoTPConfig(tp_size=size, layer_specs=TPPlanConverter.convert(dict(model.config.base_model_tp_plan)))
+    plan = AutoTPConfig(tp_size=size, layer_specs=TPPlanConverter.convert(dict(model.config.base_model_tp_plan or {})))
     sharding = AutoTP(
         module=model,
         all_reduce_linears=(),
@@ -61,7 +61,7 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
     sharding.update_linear_policies()
     sharding._replace_module(model)
     sharding.register_replicated_grad_hooks(model)
-    model.ds_autotp_parsed = True  # deepspeed.initialize then leaves it as it is
+    vars(model)["ds_autotp_parsed"] = True  # deepspeed.initialize then leaves it as it is
 
 
 def check_shardable(model: Any, size: int) -> None:
@@ -96,7 +96,9 @@ def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     What is written into them inside stays, in shards, provided that all ranks write the same.
     """
-    held = [[each.weight, each.bias] for each in modules if any(map(is_shard, each.parameters(recurse=False)))]
+    held: list[list[Any]] = [
+        [each.weight, each.bias] for each in modules if any(map(is_shard, each.parameters(recurse=False)))
+    ]
     for weights in held:
         weights[0].gather_params(weights)
     try:

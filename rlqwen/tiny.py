@@ -98,10 +98,8 @@ def build_tiny_qwen3(path: str | Path, *, seed: int = 0, **options: Any) -> Path
     config = _model_config(shape, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        eos_token_id=stop_ids, pad_token_id=stop_ids[1], do_sample=True
-    )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[1], do_sample=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -196,5 +194,5 @@ def _model_config(shape: TinyModelConfig, tokenizer: "PreTrainedTokenizerBase") 
     if shape.model_type == "qwen3_moe":
         experts = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
         fields |= {name: getattr(shape, name) for name in experts} | {"norm_topk_prob": True}
-        return Qwen3MoeConfig(head_dim=shape.head_dim, **fields)
+        return Qwen3MoeConfig(**fields, head_dim=shape.head_dim)  # type: ignore[call-arg]  # among its others
     return Qwen3Config(head_dim=shape.head_dim, **fields)

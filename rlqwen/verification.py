@@ -108,8 +108,9 @@ def _compare_metrics(
             result.num_metrics += 1
             first, second = one.get(key), other.get(key)
             if first != second:
-                numbers = isinstance(first, int | float) and isinstance(second, int | float)
-                size = abs(first - second) if numbers else math.inf
+                size = math.inf
+                if isinstance(first, int | float) and isinstance(second, int | float):
+                    size = abs(first - second)
                 yield Difference(f"{key} ({first!r} and {second!r})", one["step"], size)
 
 

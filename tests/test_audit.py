@@ -358,7 +358,7 @@ def test_pairs_prompts_and_labels_show_their_segments(capsys):
     text = printed(capsys, "show", "rows.jsonl", "--kind", "labelled", "-n", "1")
     assert text.count("-- prompt") == 1
     assert "-- good: 6 tokens" in text
-    assert "-- bad: 2 tokens" in text
+    assert "-- bad: 6 tokens" in text
     text = printed(capsys, "show", write("prompts.jsonl", [{"prompt": [{"role": "user", "content": "q"}]}]))
     assert text.endswith(f"-- prompt: 9 tokens\n{prompt}\n\n")
 

@@ -48,6 +48,7 @@ def test_sharegpt_roles_become_the_templates():
             {"conversations": [{"from": "human", "value": "q"}, {"from": "bing", "value": "a"}]},
             r"row 3: turn 1 of 'conversations' has the unknown role 'bing'; known roles: human, user, gpt",
         ),
+        ({"conversations": [{"from": ["human"], "value": "q"}]}, r"unknown role \['human'\]"),
         ({"conversations": [{"from": "human"}]}, "turn 0 of 'conversations' must have 'from' and 'value'"),
         ({"conversations": []}, "must be a list of turns"),
         (
@@ -270,7 +271,27 @@ def test_turns_may_stand_as_text(write):
         "prompt": TURNS[:1],
         "completion": TURNS[1:],
     }
-    assert said({"prompt": "[1, 2]", "completion": '{"a": 1}'}) == {"prompt": "[1, 2]", "completion": '{"a": 1}'}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        '{"a": 1}',
+        '{"from": "London", "to": "Paris"}',
+        '[{"from": "London", "value": 3}]',
+        '[{"role": "admin", "content": "x"}]',
+        '{"role": "user", "content": "x", "age": 3}',
+        '{"content": "x"}',
+        '{"role": ["user"], "content": "x"}',
+        '{"role": "user"',
+        "[]",
+    ],
+)
+def test_json_that_is_no_conversation_stays_text(text):
+    assert said({"prompt": text, "completion": text}) == {"prompt": text, "completion": text}
+    pair = {"prompt": "q", "chosen": text, "rejected": "no"}
+    assert said(pair) == pair
 
 
 # Names of others

@@ -147,6 +147,8 @@ def test_texts_without_a_prompt_have_their_common_words_as_prompt(chosen, reject
     row = normalise_row({"chosen": chosen, "rejected": rejected}, "row 0")
     assert row["prompt"] == prompt
     assert (prompt + row["chosen"], prompt + row["rejected"]) == (chosen, rejected)
+    if prompt:
+        assert normalise_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
 
 
 def test_the_margin_is_given_or_comes_of_scores():

@@ -97,6 +97,6 @@ def _identify(text: str, candidates: set[str]) -> str:
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
     """Loaded on first use: it takes about a second."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # type: ignore[import-untyped]
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)

@@ -92,7 +92,7 @@ def audit_data(subject: Subject, near: float | None = NEAR) -> DataAudit:
     if len(parts) == 2:
         train, evaluation = (_usable(part) for part in parts)
         places, known = evaluation.short_places(), train.short_places()
-        exact, near_pairs = find_overlap(*(_with_text(part.rows, subject) for part in (evaluation, train)), near)
+        exact, near_pairs = find_overlap(_with_text(evaluation.rows, subject), _with_text(train.rows, subject), near)
         audit.exact_overlap, audit.near_overlap = (
             [(places[mine], known[theirs]) for mine, theirs in pairs] for pairs in (exact, near_pairs)
         )

@@ -248,7 +248,7 @@ def clean_parts(parts: list[Part], config: CleaningConfig) -> str:
     report = make_report(outcome, masked, given, folder=Path(), from_cache=False)
     train.rows, train.places = [masked[number] for number in stay], [train.places[number] for number in stay]
     for part in evaluation:
-        part.rows = outcome.apply(part.rows, "eval")
+        part.rows = list(outcome.apply(part.rows, "eval"))
     return report.summary()
 
 

@@ -42,7 +42,7 @@ def prepare(*, resumable: bool = False) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that could be downloaded
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
 

@@ -3,13 +3,14 @@
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.cleaning import CleaningReport, clean_rows
 from rlqwen.data.comparisons import tokenize_comparisons
+from rlqwen.data.encoding import TokenizedRow
 from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
 from rlqwen.data.recipe import RecipeData, clean_recipe_data, load_recipe_data
 from rlqwen.data.report import DataReport
 from rlqwen.data.scored import scored_pieces, tokenize_scored
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.template import load_chat_template
-from rlqwen.data.tokenization import TokenizedRow, tokenize_conversation, tokenize_prompts, tokenize_sft
+from rlqwen.data.tokenization import tokenize_conversation, tokenize_prompts, tokenize_sft
 
 __all__ = [
     "ChatFormat",

@@ -124,4 +124,5 @@ def _jaccard(a: Any, b: Any) -> float:
 
 
 def _progress(texts: Iterable[str], what: str) -> Iterable[str]:
-    return tqdm(texts, desc=what, unit="row", delay=_PROGRESS_AFTER_S, disable=None, leave=False)
+    bar: Iterable[str] = tqdm(texts, desc=what, unit="row", delay=_PROGRESS_AFTER_S, disable=None, leave=False)
+    return bar

@@ -102,7 +102,7 @@ class CompletionReader:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
-        self._hidden = frozenset(tokenizer.convert_tokens_to_ids(sorted(control_tokens(tokenizer))))
+        self._hidden = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
 
     def texts(self, token_ids: Collection[list[int]]) -> list[str]:
         """The text of each completion."""

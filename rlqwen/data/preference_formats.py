@@ -109,11 +109,11 @@ def normalise_pair(row: Row, where: str) -> Row:
     elif prompt is not None:
         parts = _match(to_turns(prompt, "user"), to_turns(chosen, "assistant"), to_turns(rejected, "assistant"), where)
     elif isinstance(chosen, str) and isinstance(rejected, str):
-        _refuse_lost_prompt(row, where)
+        _refuse_lost_prompt(row, where, chosen)
         parts = _split_texts(chosen, rejected)
     elif isinstance(chosen, list) and isinstance(rejected, list):
         if chosen[0]["role"] == "assistant":
-            _refuse_lost_prompt(row, where)
+            _refuse_lost_prompt(row, where, "")
         parts = _split_conversations(chosen, rejected, where)
     else:
         raise DataError(f"{where}: one of 'chosen' and 'rejected' is text and the other messages, and no 'prompt'")
@@ -138,7 +138,7 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
 
     Without a `prompt`, it is `messages` up to the last turn, which must be the assistant's.
     """
-    shared = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
+    shared: dict[str, Any] = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
     if is_pair(row):
         return [shared | {"completion": row[side], "label": side == "chosen"} for side in SIDES]
     shared["label"] = _label(row, where)
@@ -153,10 +153,10 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
     return [shared | {"prompt": messages[:-1], "completion": messages[-1:]}]
 
 
-def _refuse_lost_prompt(row: Row, where: str) -> None:
+def _refuse_lost_prompt(row: Row, where: str, chosen: str) -> None:
     """Raise DataError for answers whose prompt, or system prompt, stands in a column that would not be read."""
     question = unmapped_question(row)
-    if question is not None:
+    if question is not None and row[question].strip() not in chosen:
         raise DataError(
             f"{where}: 'chosen' and 'rejected' are answers, and what they answer seems to stand in the column "
             f"{question!r}, which is not mapped: {paste({'prompt': question})}"

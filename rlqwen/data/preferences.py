@@ -84,7 +84,10 @@ def read_pairs(
     negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
     if negative:
         report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
-    pairs = [PreferenceRow(one.index, one.prompt_ids, *one.answers, one.columns[0].get("margin")) for one in kept]
+    pairs = []
+    for one in kept:
+        chosen, rejected = one.answers
+        pairs.append(PreferenceRow(one.index, one.prompt_ids, chosen, rejected, one.columns[0].get("margin")))
     return pairs, report
 
 
@@ -207,10 +210,11 @@ class _Reader:
         report.warnings = self.writer.warnings()
         report.columns, report.turn_keys = self.writer.unused.take()
         report.name_unused()
-        for fate, text in (
+        told: tuple[tuple[Fate, str], ...] = (
             ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
             ("empty_answer", "empty answers, which teach to end the turn at once"),
-        ):
+        )
+        for fate, text in told:
             if numbers := report.rows.get(fate):
                 report.warnings.append(f"{text}: {first_of([f'row {number}' for number in numbers])}")
 

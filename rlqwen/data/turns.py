@@ -8,35 +8,14 @@ must not be learned. Other keys stay, for the chat template to read; rlqwen.data
 import json
 from typing import Any
 
+from rlqwen.data.turn_names import LOSS_KEYS, ROLES, THOUGHT_KEYS
 from rlqwen.data.values import parse_turns
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-}
-"""Roles of ShareGPT data and of ms-swift's -> the chat template's."""
-
 ALPACA_COLUMNS = ("instruction", "input", "output", "history")
 
-LOSS_KEYS = ("in_loss", "loss", "loss_scale", "weight", "train", "training")
-"""Keys of a turn that say whether it is learned: ours, ms-swift's two, OpenAI's, axolotl's two."""
-
 _CALL_ROLES = ("function_call", "tool_call")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -46,6 +25,8 @@ def normalise_messages(messages: Any, where: str, column: str) -> list[Message]:
     DataError says which turn is malformed.
     """
     messages = parse_turns(messages, where, column)
+    if isinstance(messages, str) and messages.lstrip().startswith(("[", "{")):
+        messages = _parse_json(messages, f"{where}: column {column!r}")  # says of which turn what is wrong
     if isinstance(messages, dict):
         messages = [messages]
     if not isinstance(messages, list | tuple) or not messages:
@@ -126,7 +107,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
                 "'conversations'"
             )
         role = turn.pop("from")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise DataError(f"{place} has the unknown role {role!r:.80}; known roles: {', '.join(ROLES)}")
         if "value" not in turn and "content" not in turn:
             raise DataError(f"{place} must have 'from' and 'value' (text): {message!r:.80}")
@@ -153,7 +134,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
 
 def _join_thoughts(turn: Message, place: str) -> None:
     """Bring thoughts to `reasoning_content`, in place."""
-    found = {key: turn[key] for key in _THOUGHTS if isinstance(turn.get(key), str)}
+    found = {key: turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str)}
     texts = {text for text in found.values() if text}
     if len(texts) > 1:
         raise DataError(f"{place} has different thoughts under {' and '.join(map(repr, found))}; leave one of them out")

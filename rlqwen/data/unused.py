@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from rlqwen.data.turns import LOSS_KEYS
+from rlqwen.data.turn_names import LOSS_KEYS
 from rlqwen.types import Message
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
     from jinja2 import TemplateError
 
     asked: set[tuple[str, str]] = set()
-    watched = []
+    watched: list[Row] = []
     for message in messages:
         turn = {key: value for key, value in message.items() if key not in LOSS_KEYS}
         if turn.get("tool_calls"):
@@ -107,7 +107,7 @@ class _Watched(dict[str, Any]):
 
     def __init__(self, values: Row, role: str, prefix: str, asked: set[tuple[str, str]]) -> None:
         super().__init__(values)
-        self._note = lambda key: asked.add((role, prefix + str(key)))
+        self._note: Callable[[object], None] = lambda key: asked.add((role, prefix + str(key)))
 
     def __getitem__(self, key: str) -> Any:
         self._note(key)

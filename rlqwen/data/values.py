@@ -6,13 +6,17 @@ import math
 import re
 from typing import Any
 
+from rlqwen.data.turn_names import LOSS_KEYS, ROLES, THOUGHT_KEYS
 from rlqwen.errors import DataError
 
 Row = dict[str, Any]
 
 _FILLED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")
 _NULLS_OF_PANDAS = ("NaTType", "NAType")
-_LOOKS_LIKE_TURNS = re.compile(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_MAY_BE_TURNS = re.compile(r"\s*(\[\s*)?\{\s*['\"]")
+_BEGINS_AS_TURNS = re.compile(rf"\s*\[\s*\{{\s*['\"](role|from)['\"]\s*:\s*['\"]({'|'.join(ROLES)})['\"]")
+_TURN_KEYS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call"}
+_TURN_KEYS |= {*LOSS_KEYS, *THOUGHT_KEYS}
 _MAY_BE_NULL = ("default", "example")
 """Keys of a JSON schema whose value may be null."""
 _BESIDE_A_NULL = {"type", "title", "description", "const"}
@@ -31,22 +35,34 @@ def plain_row(row: Row, where: str) -> Row:
 
 
 def parse_turns(value: Any, where: str, column: str) -> Any:
-    """Turns that stand in a text as JSON, or as Python writes them; any other value as it is.
+    """Turns that stand in a text as JSON, or as Python writes them; any other value, and any other text, as it is.
 
     Raises DataError for a text that begins as turns do and cannot be read.
     """
-    if not isinstance(value, str) or not _LOOKS_LIKE_TURNS.match(value):
+    if not isinstance(value, str) or not _MAY_BE_TURNS.match(value):
         return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(value.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        turns = found if isinstance(found, list) else [found]
+        return found if turns and all(map(_is_turn, turns)) else value
+    if _BEGINS_AS_TURNS.match(value):
         raise DataError(
             f"{where}: column {column!r} holds turns as text that is not valid JSON: {value[:80]!r}; write it as JSON"
-        ) from None
+        )
+    return value
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether an object is a turn, and not what a prompt or an answer in JSON happens to look like."""
+    return (
+        isinstance(value, dict)
+        and _TURN_KEYS.issuperset(value)
+        and str(value.get("role") or value.get("from")) in ROLES
+        and not {"content", "value", "tool_calls"}.isdisjoint(value)
+    )
 
 
 def without_filling(row: Row, schema: Any = None) -> Row:
@@ -109,7 +125,7 @@ def _tool_schema(value: Any, field: Any, is_required: bool = False) -> Any:
     nullable = not is_required and _allows_null(value)
     must_be_null = value.get("type", "null") in (None, "null") and _BESIDE_A_NULL.issuperset(_set_keys(value))
     required = value.get("required") if isinstance(value.get("required"), list | tuple) else ()
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, one in value.items():
         inner = _field_type(field, key)
         if one is None:

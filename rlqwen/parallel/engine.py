@@ -6,7 +6,7 @@ The updater, not the engine, says when an update is complete, scales the loss, a
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ class Engine:
         if self.stage == 3:
             for weight in part.module.parameters():
                 weight.sharding = self.zero  # type: ignore[attr-defined]
-            self._true_norm = lambda: _joined(measure())
-            measure, self.zero._get_norm_groups = self.zero._get_norm_groups, lambda: [torch.tensor(self._scaled_norm)]
+            measure = self.zero._get_norm_groups
+            self._true_norm: Callable[[], Any] = lambda: _joined(measure())
+            self.zero._get_norm_groups = lambda: [torch.tensor(self._scaled_norm)]
         else:
             self._true_norm = self.zero.scaled_global_norm
             self.zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._scaled_norm)

@@ -43,7 +43,7 @@ class Lead:
         if self.ranks.world_size == 1:
             return work()
         if not self.ranks.is_main:
-            return self._follow()
+            return self._follow()  # type: ignore[no-any-return]
         try:
             result = work()
         except BaseException as error:

@@ -95,4 +95,5 @@ def _join_alone() -> None:
     """DeepSpeed wants a group of processes even where there is one."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -4,7 +4,7 @@ Trainers call `backward` on each micro-batch's share of the loss and `step` once
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,11 +177,15 @@ class Updater:
         """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
         own = [parameter for parameter in part.parameters if parameter.grad is not None]
         if self.ranks.tensor_group is None:
-            return float(nn.utils.get_total_norm([parameter.grad for parameter in own]))
-        square = nn.utils.get_total_norm([parameter.grad for parameter in own if is_shard(parameter)]).square()
+            return float(_total_norm(own))
+        square = _total_norm(parameter for parameter in own if is_shard(parameter)).square()
         dist.all_reduce(square, group=self.ranks.tensor_group)
-        rest = nn.utils.get_total_norm([parameter.grad for parameter in own if not is_shard(parameter)])
+        rest = _total_norm(parameter for parameter in own if not is_shard(parameter))
         return float((square + rest.square()).sqrt())
+
+
+def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optimizer:

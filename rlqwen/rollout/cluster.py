@@ -124,10 +124,10 @@ def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
     """What each worker asks for; ResourceError if the cluster lacks it, or if others hold it."""
     import ray
 
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     resources = plan_workers(config, nodes=[(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive])
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()
     for what, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
         if each * config.num_workers > free.get(what, 0.0) + 1e-6:
             raise ResourceError(
@@ -162,10 +162,10 @@ def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
-    group: Any = placement_group([bundle] * config.num_workers, strategy="PACK")  # type: ignore[no-untyped-call]
+    group: Any = placement_group([bundle] * config.num_workers, strategy="PACK")
     if not ray.wait([group.ready()], timeout=config.start_timeout)[0]:
-        remove_placement_group(group)  # type: ignore[no-untyped-call]
-        free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        remove_placement_group(group)
+        free: dict[str, float] = ray.available_resources()
         raise ResourceError(
             f"rollout: {config.num_workers} workers of {bundle} found no place on the Ray cluster within "
             f"rollout.start_timeout = {config.start_timeout:g} s; free now: {free.get('CPU', 0.0):g} CPUs, "

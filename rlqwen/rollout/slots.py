@@ -107,5 +107,5 @@ def _end(actors: list[Any], places: Any, disconnect: Any) -> None:
     if ray.is_initialized():
         for actor in actors:
             ray.kill(actor)
-        remove_placement_group(places)  # type: ignore[no-untyped-call]
+        remove_placement_group(places)
     disconnect()

@@ -134,10 +134,10 @@ class _SeededSampler(LogitsProcessor):
         self.logp_T: list[Tensor] = []
         """(B,) float32 for each decoded token."""
         self.greedy = sampling.temperature == 0
-        self.warpers = _warpers(sampling)
+        self.warpers: Any = _warpers(sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp_BV = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
+        logp_BV: Tensor = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
         noisy_BV = logp_BV
         if not self.greedy:
             width = logp_BV.shape[-1]

@@ -64,7 +64,7 @@ class VllmEngine:
         """Decode one token of every running request; yields those that finished."""
         for output in self._llm.step():
             if output.finished:
-                completion = output.outputs[0]
+                completion: Any = output.outputs[0]  # type: ignore[index]  # nothing is pooled here
                 # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
                 yield output.request_id, (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion))
 
@@ -146,12 +146,12 @@ class VllmEngine:
         prompt_logprobs: Any = None
         while self._llm.has_unfinished_requests():
             for output in self._llm.step():
-                prompt_logprobs = output.prompt_logprobs
+                prompt_logprobs = output.prompt_logprobs  # type: ignore[union-attr]
         ours = [
             position[token].logprob for position, token in zip(prompt_logprobs[1:], canary.token_ids[1:], strict=True)
         ]
         gaps = [abs(mine - theirs) for mine, theirs in zip(ours, canary.logprobs, strict=True)]
-        return sum(gaps) / len(gaps)
+        return float(sum(gaps) / len(gaps))
 
 
 def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
@@ -165,7 +165,7 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
         load_format="safetensors",  # `auto` falls back to pickle
         skip_tokenizer_init=True,
         generation_config="vllm",
-        dtype=settings.dtype,
+        dtype=settings.dtype,  # type: ignore[arg-type]
         seed=settings.seed,
         max_model_len=settings.max_model_length,
         max_num_seqs=settings.max_num_seqs,
@@ -187,7 +187,7 @@ def _forget_expert_layout(worker: Any) -> None:
     """Have experts packed for the CPU's kernels again at the next reload, which vLLM 0.32 does only where no kernel is
     there yet (UnquantizedFusedMoEMethod._setup_kernel): it would read plain weights as packed ones."""
     for module in worker.get_model().modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 

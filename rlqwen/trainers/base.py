@@ -61,7 +61,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         super().__init__(args, callbacks)
         set_seed(args.seed)
         self.stop = StopRequest()
-        model_name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+        config: Any = None if isinstance(model, str) else model.config
+        model_name = model if isinstance(model, str) else config._name_or_path or type(model).__name__
         self.args: Args = args
         default_name = f"{self.algorithm}-{Path(model_name).name}"
         self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name))
@@ -106,7 +107,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         lock_run_folder(folder)
         return folder
 
-    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Policy:
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> PackedModel:
         """The model that is trained, from its folder or hub id or from what was given."""
         return Policy(
             load_model(model, self.args) if isinstance(model, str) else model,
@@ -206,8 +207,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             for note in report.notes if isinstance(report, DataReport) else ():
                 self._note(f"{name}: {note}")
         self._note(self.plan.text)
-        if note := self.args.parallel.unused_note():
-            self._note(note)
+        if unused := self.args.parallel.unused_note():
+            self._note(unused)
         if self.policy.routers.note:
             self._note(self.policy.routers.note)
         self._notify("on_train_begin")

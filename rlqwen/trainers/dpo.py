@@ -34,9 +34,10 @@ from rlqwen.reference import (
     read_logprobs,
     write_logprobs,
 )
-from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.comparisons import Comparison, add_mismatched, are_pairs, balance_warnings, to_comparison
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
+from rlqwen.trainers.telling import Metrics
 
 _PROGRESS_AFTER_S = 3.0
 

@@ -23,9 +23,9 @@ from rlqwen.batch import Branch, Tree
 from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals, grpo_loss
-from rlqwen.trainers.base import Metrics
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.rollouts import describe_groups
+from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
 
 
@@ -124,7 +124,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         advantages_PG = group_advantages(
             self._shaped_rewards(groups_P),
             estimator=self.args.advantage_estimator,
-            scale=str(self.args.scale_rewards),
+            scale=str(self.args.scale_rewards),  # type: ignore[arg-type]  # a bool has become one of the names
         )
         for group, advantages_G in zip(groups_P, advantages_PG.tolist(), strict=True):
             group.advantages_G = advantages_G

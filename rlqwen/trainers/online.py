@@ -19,10 +19,11 @@ from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
 from rlqwen.registry import Reward, check_rows, taken_columns
 from rlqwen.scoring import Scorer, build_rewards
-from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 from rlqwen.trainers.group_wire import pack_groups, unpack_groups
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
+from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
@@ -222,6 +223,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                 self._start_scorer()
             rows = self.train_rows + (self.eval_rows or [])
             with same_random_state():  # a run that goes on starts its engine later
+                assert self.scorer is not None
                 self.rollouts = Rollouts(
                     self.lead.policy,
                     self.processing_class,

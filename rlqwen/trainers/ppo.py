@@ -29,10 +29,10 @@ from rlqwen.loading import load_reference, load_scalar_model
 from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.parallel import Part
 from rlqwen.reference import digest_weights
-from rlqwen.trainers.base import Metrics
 from rlqwen.trainers.kl_control import KLController
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.rollouts import describe_groups
+from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
 
 CRITIC_FOLDER = "critic"
@@ -69,7 +69,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             value_model: a sequence-classification model of one label, or its path; None: as `args.critic` says.
         """
         args = args or PPOConfig()
-        several = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        several: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         rewards = several + ([] if reward_model is None else [reward_model])
         if ref_model is not None and not args.kl_coef:
             raise ConfigError("ref_model is given, but kl_coef is 0, so nothing would be measured against it")

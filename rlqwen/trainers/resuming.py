@@ -35,7 +35,7 @@ class Resuming(Saving):
         """
         resume = self.args.resume_from_checkpoint if resume is None else resume
         chosen: Path | None = None
-        if resume and resume not in (True, "auto"):
+        if resume and resume is not True and resume != "auto":
             chosen = require_complete(Path(resume))
             if not _can_go_on(chosen):
                 raise ConfigError(
@@ -123,7 +123,8 @@ class Resuming(Saving):
         if best is not None and (here := self.output_dir / "checkpoints" / Path(best).name).is_dir():
             self.state.best_model_checkpoint = str(here)
         for callback in self.callbacks:
-            kept = self.state.stateful_callbacks.get(type(callback).__name__)
+            states: Any = self.state.stateful_callbacks
+            kept = states.get(type(callback).__name__)
             if kept and isinstance(callback, ExportableState):
                 for name, value in kept["attributes"].items():
                     setattr(callback, name, value)

@@ -22,8 +22,9 @@ from rlqwen.errors import ModelError
 from rlqwen.loading import load_scalar_model
 from rlqwen.losses import Totals, reward_loss
 from rlqwen.parallel import pick_device
-from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
+from rlqwen.trainers.telling import Metrics
 
 
 class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
@@ -72,8 +73,10 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> ScalarModel:
         if isinstance(model, str):
             model, _ = load_scalar_model(model, self.args)
-        elif model.config.num_labels != 1:
-            raise ModelError(f"a reward model has one label, but this one has num_labels={model.config.num_labels}")
+        else:
+            config: Any = model.config
+            if config.num_labels != 1:
+                raise ModelError(f"a reward model has one label, but this one has num_labels={config.num_labels}")
         return ScalarModel(
             model,
             self.args,

@@ -82,7 +82,7 @@ class Saving(Telling):
     def align_stop_tokens(self) -> None:
         """Let the model's configs name the tokens that it is taught to stop at."""
         report = self.reports.get("train")
-        align_stop_tokens(self.policy.base_model, self.processing_class, report and report.end_of_turn)
+        align_stop_tokens(self.policy.base_model, self.processing_class, report.end_of_turn if report else None)
 
     def save_checkpoint(self, *, best: bool = False) -> None:
         """Write `checkpoints/step-NNNNNN`, and drop old ones as `save_total_limit` says, never the best."""
@@ -108,7 +108,7 @@ class Saving(Telling):
         self.save_beside(folder)
         if self.ranks.is_main:
             self.processing_class.save_pretrained(folder)
-            self.state.stateful_callbacks = {
+            self.state.stateful_callbacks = {  # type: ignore[assignment]  # what it becomes, as transformers writes it
                 type(callback).__name__: callback.state()
                 for callback in self.callbacks
                 if isinstance(callback, ExportableState)

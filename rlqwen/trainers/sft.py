@@ -20,9 +20,10 @@ from rlqwen.errors import ConfigError
 from rlqwen.likelihood import Likelihood, measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
 from rlqwen.metrics import CompletionLog
-from rlqwen.trainers.base import BaseTrainer, Metrics
+from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches, pack_share
 from rlqwen.trainers.generation import GenerationEvaluation
+from rlqwen.trainers.telling import Metrics
 
 Bin = list[TokenizedRow]
 """Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""

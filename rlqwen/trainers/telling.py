@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from rlqwen.config import TrainerConfig
 from rlqwen.metrics import MetricLogger
 from rlqwen.parallel import Ranks
-from rlqwen.policy import Policy
 
 Metrics = dict[str, float]
 
@@ -21,7 +20,8 @@ class Telling:
     algorithm: ClassVar[str]
     args: TrainerConfig
     output_dir: Path
-    policy: Policy
+    policy: Any
+    """A Policy, or the ScalarModel of a reward trainer."""
     ranks: Ranks
     processing_class: PreTrainedTokenizerBase
 
@@ -39,7 +39,7 @@ class Telling:
 
     @property
     def model(self) -> nn.Module:
-        return self.policy.model
+        return self.policy.model  # type: ignore[no-any-return]
 
     def _open_logger(self, total_steps: int) -> None:
         if not self.ranks.is_main:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rlqwen.errors import WatchStop
 from rlqwen.trainers.resuming import Resuming
@@ -59,7 +59,7 @@ class Watching(Resuming):
         self._note(f"watch: rolled back from step {step} to {checkpoint}; the rows in between are not trained on again")
         self._record({"watch/action": "rolled back", "watch/from_step": step, "watch/to_step": self.state.global_step})
 
-    def _stop(self, trips: list[Trip], why: str) -> None:
+    def _stop(self, trips: list[Trip], why: str) -> NoReturn:
         self.save_checkpoint()
         causes = [trip.text for trip in trips if trip.action != "warn"]
         raise WatchStop(

@@ -52,13 +52,14 @@ def canonical_json(value: Any) -> str:
 def _prompt(row: Row) -> Any:
     if "prompt" in row:
         return row["prompt"]
-    messages = row.get("messages")
+    messages: Any = row.get("messages")
     return messages[:-1] if _ends_in_answer(messages) else messages
 
 
 def _answers(row: Row) -> list[Any]:
     answers = [row[column] for column in ("completion", "chosen", "rejected") if column in row]
-    if not answers and "prompt" not in row and _ends_in_answer(messages := row.get("messages")):
+    messages: Any = row.get("messages")
+    if not answers and "prompt" not in row and _ends_in_answer(messages):
         return [messages[-1]]
     return answers
 
