@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.data.guard import MARK, Cover, Guard, Piece, control_tokens, special_tokens
 from rlqwen.data.template import default_template
 from rlqwen.data.thoughts import drop_earlier_thoughts, is_cut_thought, thoughts_in_content, thoughts_of
+from rlqwen.data.turns import without_marks
 from rlqwen.errors import DataError, ModelError
 from rlqwen.types import Message
 
@@ -258,7 +259,7 @@ class ChatFormat:
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages,
+                without_marks(messages),
                 tools=tools or None,
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,

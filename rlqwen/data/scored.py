@@ -11,7 +11,7 @@ from rlqwen.config.reward import RewardConfig
 from rlqwen.data.guard import Guard, Piece, control_tokens
 from rlqwen.data.preferences import PreferenceRow, read_pairs
 from rlqwen.data.report import DataReport
-from rlqwen.data.turns import to_turns
+from rlqwen.data.turns import to_turns, without_marks
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
 from rlqwen.types import Message
@@ -46,7 +46,7 @@ def scored_pieces(
             Piece(prompt + completion[:first], True, in_loss=True),
             *cover.pieces(hidden, in_loss=True),
         ]
-    turns = [*to_turns(prompt, "user"), *to_turns(completion, "assistant")]
+    turns = without_marks([*to_turns(prompt, "user"), *to_turns(completion, "assistant")])
     (turns, tools), cover = guard.hide((turns, tools))
     rendered = str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
     # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.

@@ -10,6 +10,7 @@ from rlqwen.data.mapping import offer, offer_completion
 from rlqwen.data.turns import to_turns
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
+from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,10 @@ class SFTWriter(Writer):
     def _conversation(self, row: Row, where: str) -> list[Piece]:
         self._refuse_masks("completion_only_loss", None, where, "a whole conversation")
         pieces = self.format.conversation(row["messages"], where, tools=row.get("tools"))
-        return all_in_loss(pieces) if self._config.assistant_only_loss is False else pieces
+        if self._config.assistant_only_loss is not False:
+            return pieces
+        _refuse_marks(row["messages"], where, "assistant_only_loss")
+        return all_in_loss(pieces)
 
     def _prompt_and_completion(self, row: Row, where: str) -> list[Piece]:
         prompt, completion = row["prompt"], row["completion"]
@@ -78,12 +82,25 @@ class SFTWriter(Writer):
         if not completion_only and self._config.assistant_only_loss:
             return self.format.conversation([*before, *after], where, tools=row.get("tools"))
         asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
-        return [*asked, *answered] if completion_only else all_in_loss([*asked, *answered])
+        if completion_only:
+            return [*asked, *answered]
+        _refuse_marks([*before, *after], where, "completion_only_loss")
+        return all_in_loss([*asked, *answered])
 
     def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
         for key in (first, second):
             if key and getattr(self._config, key):
                 raise DataError(f"{where}: {key} is set, but the row is {what}, where it means nothing; leave it out")
+
+
+def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
+    """DataError for a mark that would not be followed: all is learned but assistant turns that are marked."""
+    marked = next((turn["role"] for turn in messages if "in_loss" in turn and turn["role"] != "assistant"), None)
+    if marked is not None:
+        raise DataError(
+            f"{where}: a turn of role {marked!r} is marked as not to be learned, but {key}: false learns all turns but "
+            "the assistant's that are marked; leave one of them out"
+        )
 
 
 def all_in_loss(pieces: list[Piece]) -> list[Piece]:
