@@ -32,6 +32,8 @@ class Prompt:
     """The prompt as reward functions see it: text, or messages."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's other columns, passed on to the reward functions that name them."""
+    opens_reasoning: bool = False
+    """The tokens end with `<think>`, which messages do not show: completions begin inside of the reasoning."""
 
     @property
     def is_conversational(self) -> bool:

@@ -110,6 +110,17 @@ def test_without_thinking_the_empty_block_belongs_to_the_prompt(written):
         written([USER, THOUGHT], enable_thinking=False)
 
 
+@pytest.mark.parametrize(("template", "opens"), [("qwen3", False), ("qwen3_5_nothink", False), ("qwen3_5_think", True)])
+def test_a_prompt_tells_whether_its_template_opened_the_reasoning(tokenizer, template, opens):
+    prompts, _ = tokenize_prompts(
+        [{"prompt": [USER]}], tokenizer, max_prompt_length=None, chat_template=read_trl_template(template)
+    )
+    assert prompts[0].opens_reasoning is opens
+    rows = [{"prompt": "2+2? <think>\n"}, {"prompt": "What is <think>?"}]
+    prompts, _ = tokenize_prompts(rows, tokenizer, max_prompt_length=None)
+    assert [prompt.opens_reasoning for prompt in prompts] == [True, False]
+
+
 def test_where_the_prompt_opens_thinking_an_answer_without_thoughts_closes_it(written):
     text, learned = written([USER, ANSWER], "qwen3_5_think")
     assert text.endswith("assistant\n<think>\n\n</think>\n\n\\boxed{46}<|im_end|>\n")

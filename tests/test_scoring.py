@@ -75,6 +75,16 @@ def test_rewards_columns_and_weights_reach_the_group() -> None:
     assert group.total_rewards_G == [1.5, 0.0, 0.5]
 
 
+def test_built_in_rewards_know_where_the_template_opened_the_reasoning() -> None:
+    group = make_group(
+        r"maybe \boxed{4}", r"2+2</think> \boxed{4}", prompt=[{"role": "user", "content": "?"}], solution="4"
+    )
+    group.prompt.opens_reasoning = True
+    with Scorer(build_rewards(["accuracy", "format", "boxed_format"]), ScoringConfig(num_workers=1)) as scorer:
+        scorer.score([group])
+    assert group.rewards == {"accuracy": [0.0, 1.0], "format": [0.0, 1.0], "boxed_format": [0.0, 1.0]}
+
+
 def test_a_total_is_of_the_rewards_that_apply() -> None:
     def first(completions: list[str]) -> list[float | None]:
         return [None, None]

@@ -117,6 +117,7 @@ def tokenize_prompts(
     report = DataReport(num_rows=len(rows))
     found: dict[int, Row] = {}
     unused = Unused()
+    opening: set[int] = set()
     chat: ChatFormat | None = None
 
     def write(number: int, row: Row) -> list[list[Piece]]:
@@ -126,10 +127,14 @@ def tokenize_prompts(
         row = found[number] = to_prompt_row(given, where)
         if isinstance(row["prompt"], str):
             unused.note_prompt(given, row)
-            return [[Piece(row["prompt"], True)]]
-        chat = chat or ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
-        unused.note_prompt(given, row, chat.render)
-        return [chat.prompt(row["prompt"], where, tools=row.get("tools"))]
+            pieces = [Piece(row["prompt"], True)]
+        else:
+            chat = chat or ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
+            unused.note_prompt(given, row, chat.render)
+            pieces = chat.prompt(row["prompt"], where, tools=row.get("tools"))
+        if "".join(piece.text for piece in pieces).rstrip().endswith("<think>"):
+            opening.add(number)
+        return [pieces]
 
     prompts: list[Prompt] = []
     overlong_rows: list[str] = []
@@ -147,7 +152,7 @@ def tokenize_prompts(
             report.note("overlong", number)
             report.num_dropped_tokens += length
             continue
-        prompts.append(Prompt(index=number, token_ids=tokenized.token_ids, content=content, columns=row))
+        prompts.append(Prompt(number, tokenized.token_ids, content, row, opens_reasoning=number in opening))
     if overlong_rows and (overlong == "refuse" or not prompts):
         refuse(DataError(_too_long(overlong_rows, len(rows), max_prompt_length)), faults)
     report.num_kept = len(prompts)

@@ -209,7 +209,9 @@ class Scorer:
             [prompt.content] * len(chosen),
             completions,
             [completion.token_ids for completion in chosen],
-            columns | {"trainer_state": job.batch.state},
+            {"prompt_opens_reasoning": [prompt.opens_reasoning] * len(chosen)}
+            | columns
+            | {"trainer_state": job.batch.state},
         )
 
     def _loggers(self, job: Job) -> tuple[str, ...]:
