@@ -36,6 +36,10 @@ def tokenizer() -> Any:
         ({"messages": [USER | {"weight": 1}, ANSWER]}, "keys of turns not used: weight"),
         ({"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, "keys of turns not used: tool_calls.index"),
         (
+            {"messages": [USER, ANSWER | {"tool_calls": [{"function": CALL["function"] | {"strict": True}}]}]},
+            "keys of turns not used: tool_calls.function.strict",
+        ),
+        (
             {"conversations": [{"from": "human", "value": "q", "at": 1}, {"from": "gpt", "value": "a"}], "id": 1},
             "columns not used: id; keys of turns not used: at",
         ),
@@ -74,6 +78,22 @@ SCORES = {"score_chosen": 2.0, "score_rejected": 1.0}
     [
         (PAIR, None, None),
         (PAIR | {"margin": 1.0}, "columns not used: margin", None),
+        *(
+            ({"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}, line, line)
+            for line in ["columns not used: output"]
+        ),
+        *(
+            (
+                {
+                    "input": {"messages": [USER], "parallel_tool_calls": True},
+                    "preferred_output": [ANSWER],
+                    "non_preferred_output": [OTHER],
+                },
+                line,
+                line,
+            )
+            for line in ["columns not used: input.parallel_tool_calls"]
+        ),
         (PAIR | SCORES, "columns not used: score_chosen, score_rejected", None),
         *(
             (PAIR | {"chosen": [USER, ANSWER], "rejected": [USER, OTHER | {"at": 1}], "messages": [USER]}, line, line)

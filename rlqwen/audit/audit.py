@@ -153,14 +153,14 @@ def _count_turns(rows: list[Row], text_field: str) -> dict[str, int]:
         for column in [*columns, "chosen", "rejected"]:
             content = row.get(column, [])
             counts.update(["text"] if isinstance(content, str) else [turn["role"] for turn in to_turns(content, "")])
-        counts["text"] += text_field in row and "messages" not in row and "prompt" not in row
+        counts["text"] += row.get(text_field) is not None and "messages" not in row and "prompt" not in row
     return {role: count for role, count in counts.most_common() if count}
 
 
 def _with_text(rows: list[Row], subject: Subject) -> list[Row]:
     """The rows with their plain text in the column where it is looked for."""
     name = subject.text_field
-    return rows if name == "text" else [row | {"text": row[name]} if name in row else row for row in rows]
+    return rows if name == "text" else [row | {"text": row[name]} if row.get(name) is not None else row for row in rows]
 
 
 def _measure(rows: list[list[Segment]]) -> dict[str, dict[str, int]]:

@@ -49,7 +49,8 @@ def _source_options(command: Callable[..., None]) -> Callable[..., None]:
 def check(context: click.Context, /, near: float, as_json: bool, **options: Any) -> None:
     """Report what is in data and what training would make of it; ends with exit code 2 if rows are faulty.
 
-    Rows and turns, what is dropped or cut, empty loss masks, EOS in the loss, equal answers, answers to different
+    Columns that are not mapped, with the map to paste; columns and keys of turns that are not used; rows and turns, what is
+    dropped or cut, empty loss masks, EOS in the loss, equal answers, answers to different
     prompts, exact and near duplicates, overlap of train and eval, token lengths.
 
     \b

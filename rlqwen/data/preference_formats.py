@@ -77,6 +77,7 @@ def rename_columns(row: Row, where: str) -> Row:
         if not isinstance(asked, dict) or "messages" not in asked:
             raise DataError(f"{where}: 'input' beside 'preferred_output' must have 'messages': {asked!r:.80}")
         row |= {"prompt": asked["messages"]} | {key: asked[key] for key in ("tools",) if asked.get(key)}
+        row |= {f"input.{key}": value for key, value in asked.items() if key not in ("messages", "tools")}
         row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
     if "messages" in row and "rejected_response" in row:
         *prompt, chosen = normalise_messages(row.pop("messages"), where, "messages")
@@ -194,7 +195,7 @@ def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
         return normalise_messages(row.pop("conversations"), where, "conversations")
     if "instruction" in row:
         prompt = from_alpaca({key: row[key] for key in ALPACA_COLUMNS if key in row and key != "output"}, where)
-        for column in ALPACA_COLUMNS:
+        for column in set(ALPACA_COLUMNS) - {"output"}:
             row.pop(column, None)
         return prompt
     if "messages" in row and (isinstance(chosen, str) or chosen[0]["role"] == "assistant"):

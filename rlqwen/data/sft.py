@@ -7,7 +7,7 @@ from rlqwen.config.sft import SFTConfig
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.guard import Piece
 from rlqwen.data.mapping import offer, offer_completion
-from rlqwen.data.turns import to_turns
+from rlqwen.data.turns import as_text, to_turns
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
 from rlqwen.types import Message
@@ -39,9 +39,9 @@ class SFTWriter(Writer):
             return self._conversation(row, where)
         if "prompt" in row and "completion" in row:
             return self._prompt_and_completion(row, where)
-        if text_field in row:
+        if row.get(text_field) is not None:
             self._refuse_masks("assistant_only_loss", "completion_only_loss", where, "plain text")
-            return [Piece(self.with_eos(str(row[text_field])), True, in_loss=True)]
+            return [Piece(self.with_eos(as_text(row, text_field, where)), True, in_loss=True)]
         hint = offer_completion(row) if "prompt" in row else offer(row, "sft")
         raise DataError(
             f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "

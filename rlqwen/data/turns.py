@@ -58,10 +58,10 @@ def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f"{where}: 'history' must hold pairs of instruction and answer, not {pair!r:.80}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = "\n".join(_text(row, column, where) for column in ("instruction", "input") if row.get(column))
+    question = "\n".join(as_text(row, column, where) for column in ("instruction", "input") if row.get(column))
     turns.append({"role": "user", "content": question})
     if "output" in row:
-        turns.append({"role": "assistant", "content": _text(row, "output", where)})
+        turns.append({"role": "assistant", "content": as_text(row, "output", where)})
     return turns
 
 
@@ -164,7 +164,8 @@ def _mark_loss(turn: Message, place: str) -> None:
             turn["in_loss"] = False
 
 
-def _text(row: dict[str, Any], column: str, where: str) -> str:
+def as_text(row: dict[str, Any], column: str, where: str) -> str:
+    """A column's text, or number as text; DataError for a list or an object, whose Python form nobody wants learned."""
     if isinstance(row[column], dict | list | tuple):
         raise DataError(f"{where}: column {column!r} must be text, not {row[column]!r:.80}")
     return str(row[column])
@@ -190,13 +191,16 @@ def _normalise_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
             raise DataError(f"{place}: a call needs 'name' and 'arguments': {call!r:.80}")
-        arguments = _parse_json(function["arguments"], f"{place}, arguments of {function['name']!r}")
+        name = function["name"]
+        arguments = _parse_json(function["arguments"], f"{place}, arguments of {name!r}")
         if not isinstance(arguments, dict):
-            raise DataError(f"{place}: arguments of {function['name']!r} must be an object: {arguments!r:.80}")
+            raise DataError(f"{place}: arguments of {name!r} must be an object: {arguments!r:.80}")
         rest = {
             key: one for key, one in call.items() if key not in ("function", "name", "arguments") and one is not None
         }
-        normalised.append(rest | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        more = function if "function" in call else {}
+        function = {key: one for key, one in more.items() if one is not None} | {"arguments": arguments}
+        normalised.append(rest | {"type": "function", "function": {"name": name} | function})
     return normalised
 
 

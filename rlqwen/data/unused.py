@@ -17,7 +17,9 @@ Render = Callable[[list[Message]], object]
 
 _READ_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "in_loss"})
 _READ_CALL_KEYS = frozenset({"id", "type", "function"})
+_READ_FUNCTION_KEYS = frozenset({"name", "arguments"})
 _CALL = "tool_calls."
+_FUNCTION = "tool_calls.function."
 
 
 class Unused:
@@ -83,6 +85,7 @@ def _keys(message: Message) -> set[str]:
     keys = set(message) - _READ_KEYS
     for call in message.get("tool_calls") or ():
         keys.update(_CALL + key for key in call if key not in _READ_CALL_KEYS)
+        keys.update(_FUNCTION + key for key in call["function"] if key not in _READ_FUNCTION_KEYS)
     return keys
 
 
@@ -95,7 +98,11 @@ def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
     for message in messages:
         turn = {key: value for key, value in message.items() if key not in LOSS_KEYS}
         if turn.get("tool_calls"):
-            turn["tool_calls"] = [_Watched(call, message["role"], _CALL, asked) for call in turn["tool_calls"]]
+            role = message["role"]
+            turn["tool_calls"] = [
+                _Watched(call | {"function": _Watched(call["function"], role, _FUNCTION, asked)}, role, _CALL, asked)
+                for call in turn["tool_calls"]
+            ]
         watched.append(_Watched(turn, message["role"], "", asked))
     with suppress(TemplateError, TypeError, ValueError):  # the row itself is written, or refused, elsewhere
         render(watched)
