@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
+from rlqwen.data.chat import ChatFormat
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
+from rlqwen.data.form import RowForm, describe, look_at, note_row, unlike_trl
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.guard import Piece
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
@@ -167,6 +169,8 @@ class _Reader:
                 report.num_cut_tokens += whole.num_tokens - row.num_tokens
             kept.append(row)
         self._describe(kept, report)
+        form = look_at(rows, self._note_form)
+        self.writer.describe(report, form)
         report.lengths = percentiles(lengths)
         if not kept and not faults:
             refuse(DataError(self._nothing_left(report)), faults)
@@ -183,6 +187,10 @@ class _Reader:
         read = read_columns(row, has_turns=has_turns, margin=self.reads_margin)
         self.writer.note_unused(row, read, whole if has_turns else [])
         return pieces
+
+    def _note_form(self, form: RowForm, row: Row) -> None:
+        row = normalise_row(row, "row")
+        note_row(form, row, self.split(row, "row"), lambda: self.writer.format)
 
     def _reason_to_leave_out(self, row: _Answers) -> Fate | None:
         if self.config.max_length is not None and row.length > self.config.max_length:
@@ -249,11 +257,22 @@ class PairWriter(Protocol):
 
     def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
 
+    @property
+    def format(self) -> ChatFormat: ...
+
+    def describe(self, report: DataReport, form: RowForm) -> None: ...
+
     def warnings(self) -> list[str]: ...
 
 
 class PreferenceWriter(Writer):
     """Writes a prompt and its answers as SFT writes a prompt and a completion."""
+
+    def describe(self, report: DataReport, form: RowForm) -> None:
+        """Say in the report in what form the rows are learned."""
+        hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
+        other = unlike_trl(form, apart=True, assistant_only=None)
+        describe(report, form, preserves=True, hint=hint, unlike_trl=other)
 
     def pieces(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str

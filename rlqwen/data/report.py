@@ -36,6 +36,8 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What to know of the rows, though nothing need be wrong with them."""
+    form: list[str] = field(default_factory=list)
+    """How the rows are written and what of them is learned, a line a fact."""
     columns: dict[str, int] = field(default_factory=dict)
     """Columns that tokenising did not read -> rows in which they are filled; of prompts, what rewards may take."""
     turn_keys: dict[str, int] = field(default_factory=dict)

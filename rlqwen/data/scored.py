@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
+from rlqwen.data.form import RowForm, describe
 from rlqwen.data.guard import Guard, Piece, control_tokens
 from rlqwen.data.preferences import PreferenceRow, read_pairs
 from rlqwen.data.report import DataReport
@@ -88,6 +89,12 @@ class _ScoredWriter(Writer):
             [],
             *(scored_pieces(self._tokenizer, prompt, one, tools) for one in completions),
         ]
+
+    def describe(self, report: DataReport, form: RowForm) -> None:
+        """Say in the report that rows are plain text; all of a conversation is read, with thoughts or without."""
+        hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
+        text = RowForm(num_rows=form.num_rows, num_text=form.num_text)
+        describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
     def warnings(self) -> list[str]:
         return []

@@ -1,12 +1,15 @@
 """What an SFT row becomes, and which of it is in the loss, by its columns and the config."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.sft import SFTConfig
+from rlqwen.data.form import RowForm, describe, look_at, note_row, unlike_trl
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.guard import Piece
 from rlqwen.data.mapping import offer, offer_completion
+from rlqwen.data.report import DataReport
 from rlqwen.data.turns import as_text, to_turns
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
@@ -24,6 +27,7 @@ class SFTWriter(Writer):
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
         super().__init__(tokenizer, config)
         self._config = config
+        self._has_pairs = False
 
     def write(self, number: int, row: Row) -> list[list[Piece]]:
         """Pieces of the one sequence that row `number` becomes; DataError if there is nothing to learn in it."""
@@ -32,6 +36,24 @@ class SFTWriter(Writer):
         pieces = self._pieces(row, where)
         self._note_unused(row)
         return [pieces]
+
+    def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
+        """Say in the report in what form the rows are learned."""
+        config = self._config
+        form = look_at(rows, self._note_form)
+        hint = "for a chat model make them turns: columns: {instruction: the column of the question, output: that of the answer}"
+        other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
+        describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
+
+    def _note_form(self, form: RowForm, row: Row) -> None:
+        row = normalise_row(row, "row")
+        if "messages" in row:
+            form.note_conversation(self.format, row["messages"], row.get("tools"))
+        elif "prompt" in row and "completion" in row:
+            self._has_pairs = self._config.completion_only_loss is not False
+            note_row(form, row, [row], lambda: self.format)
+        else:
+            form.note_text()
 
     def _pieces(self, row: Row, where: str) -> list[Piece]:
         text_field = self._config.dataset_text_field

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.encoding import TokenizedRow, encode, refuse, tokenize_rows, trim
+from rlqwen.data.form import RowForm, describe, look_at
 from rlqwen.data.formats import normalise_row, to_prompt_row
 from rlqwen.data.guard import Piece
 from rlqwen.data.report import DataReport, first_of, percentiles
@@ -86,6 +87,7 @@ def tokenize_sft(
     report.lengths = percentiles(lengths)
     report.end_of_turn = writer.end_token
     report.warnings = writer.warnings()
+    writer.describe(report, rows)
     report.columns, report.turn_keys = writer.unused.take()
     report.name_unused()
     report.num_tokens = sum(len(row.token_ids) for row in kept)
@@ -161,7 +163,17 @@ def tokenize_prompts(
     report.end_of_turn = chat.end_of_turn if chat else tokenizer.eos_token
     report.warnings = eos_warnings(tokenizer, report.end_of_turn)
     report.columns, report.turn_keys = unused.take()
+    _describe_prompts(report, rows)
     return prompts, report
+
+
+def _describe_prompts(report: DataReport, rows: Sequence[Row]) -> None:
+    def note(form: RowForm, row: Row) -> None:
+        form.num_rows += 1
+        form.num_text += isinstance(to_prompt_row(normalise_row(row, "row"), "row")["prompt"], str)
+
+    hint = "for a chat model make them turns, for example by a system_prompt beside the data's path"
+    describe(report, look_at(rows, note), preserves=True, hint=hint, unlike_trl=[])
 
 
 def _truncate(row: TokenizedRow, config: SFTConfig) -> TokenizedRow:

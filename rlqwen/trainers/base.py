@@ -204,7 +204,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._note(f"{name}: {report.summary()}")
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
-            for note in report.notes if isinstance(report, DataReport) else ():
+            for note in [*report.form, *report.notes] if isinstance(report, DataReport) else ():
                 self._note(f"{name}: {note}")
         self._note(self.plan.text)
         if unused := self.args.parallel.unused_note():
