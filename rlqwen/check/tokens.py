@@ -43,7 +43,7 @@ def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
     report.facts.append((name, data.summary()))
     if name == "data.train":
         report.facts.append(("template", f"the model's turn ends with {data.end_of_turn!r}"))
-    report.facts += [(name, line) for line in data.form]
+    report.facts += [(f"{name} form", line) for line in data.form]
     report.warnings += [f"{name}: {note}" for note in data.notes]
     for warning in data.warnings:
         if warning not in report.warnings:
