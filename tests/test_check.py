@@ -206,7 +206,7 @@ def test_a_sound_sft_recipe_tells_model_data_template_and_batch(tiny_model_path,
     report = check_recipe(recipe_of(tiny_model_path, [CHAT] * 3, tmp_path))
     assert report.faults == []
     facts = dict(report.facts)
-    assert list(facts) == ["model", "data.train", "template", "batch"]
+    assert list(facts) == ["model", "data.train", "template", "data.train form", "batch"]
     assert facts["data.train"].startswith("3 of 3 rows")
     assert "EOS in the loss of 100%" in facts["data.train"]
     assert "<|im_end|>" in facts["template"]
