@@ -81,6 +81,9 @@ class PackedBatch:
     """(N,) float: the sampler's logprobs; None where nothing was sampled."""
     old_logp_N: Tensor | None = None
     """(N,) float: the policy's logprobs before the first update on this rollout; None: the forward's own."""
+    log_kept_N: Tensor | None = None
+    """(N,) float: log of the probability that the sampler's truncation keeps of the policy's distribution, from where
+    `old_logp_N` is from; None: the sampler truncated nothing."""
     ref_logp_N: Tensor | None = None
     """(N,) float: the reference's logprobs."""
     ref_logp_S: Tensor | None = None

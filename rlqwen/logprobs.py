@@ -46,7 +46,7 @@ def chunked_log_collision(hidden_NC: Tensor, head_VC: Tensor, *, chunk_size: int
     weight = head_VC.to(hidden_NC.dtype)
     parts = []
     for hidden in hidden_NC.split(chunk_size):
-        logits = _logits(hidden, weight, 1.0)
+        logits = scaled_logits(hidden, weight, 1.0)
         parts.append((2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1))
     return torch.cat(parts)
 
@@ -63,7 +63,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight = head.to(hidden.dtype)
         for start in range(0, num_tokens, chunk_size):
             part = slice(start, start + chunk_size)
-            logits = _logits(hidden[part], weight, temperature)
+            logits = scaled_logits(hidden[part], weight, temperature)
             log_norm[part] = logits.logsumexp(-1)
             logp[part] = logits.gather(1, target[part, None])[:, 0] - log_norm[part]
             if entropy:
@@ -84,7 +84,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            log_probs = _logits(hidden[part], weight, ctx.temperature).sub_(log_norm[part, None])
+            log_probs = scaled_logits(hidden[part], weight, ctx.temperature).sub_(log_norm[part, None])
             probs = log_probs.exp()
             # d logp[target] / d logits = onehot(target) - probs;  d entropy / d logits = -probs * (log probs + entropy)
             grad = torch.zeros_like(probs)
@@ -101,7 +101,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """(n, V) float32 logits over the temperature."""
     logits = (hidden @ weight.T).float()
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -32,6 +32,8 @@ from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import whole_weights
+from rlqwen.truncation import chunked_log_kept
+from rlqwen.types import Truncation
 
 REFERENCE_FILE = "reference.safetensors"
 _NOT_OF_THE_BASE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
@@ -82,17 +84,32 @@ class Policy(PackedModel):
         return model  # type: ignore[no-any-return]
 
     def logprobs(
-        self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 logprobs of the batch's targets in nats, and (N,) entropies where asked; with gradient."""
-        return self.logprobs_and_hidden(batch, temperature=temperature, entropy=entropy)[:2]
+        """(N,) float32 logprobs of the batch's targets in nats, and (N,) entropies where asked; with gradient.
+
+        `truncation`: the sampler's; fills in `batch.log_kept_N`, and changes nothing of what is returned.
+        """
+        return self.logprobs_and_hidden(batch, temperature=temperature, entropy=entropy, truncation=truncation)[:2]
 
     def logprobs_and_hidden(
-        self, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk: with a sequence
         group, those of this rank's own targets."""
-        return self.root(self._logprobs, self.base_model, batch, temperature, entropy)  # type: ignore[no-any-return]
+        return self.root(  # type: ignore[no-any-return]
+            self._logprobs, self.base_model, batch, temperature, entropy, truncation
+        )
 
     def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
@@ -116,7 +133,12 @@ class Policy(PackedModel):
             return self._logprobs(model, batch, temperature, False)[0]
 
     def _logprobs(
-        self, model: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
+        self,
+        model: PreTrainedModel,
+        batch: PackedBatch,
+        temperature: float,
+        entropy: bool,
+        truncation: Truncation | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         hidden_NC = self._hidden(model, batch)
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
@@ -131,6 +153,16 @@ class Policy(PackedModel):
         logp_N = self.sequence.whole(logp_N, own, batch.num_targets)
         if entropy_N is not None:
             entropy_N = self.sequence.whole(entropy_N, own, batch.num_targets)
+        if truncation is not None:
+            kept = chunked_log_kept(
+                hidden_NC.detach(),
+                head_weight(model),
+                batch.target_N[own],
+                truncation,
+                temperature=temperature,
+                chunk_size=self.chunk_size,
+            )
+            batch.log_kept_N = self.sequence.whole(kept, own, batch.num_targets)
         return logp_N, entropy_N, hidden_NC
 
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -15,7 +15,8 @@ Message = dict[str, Any]
 """A chat turn: `role`, `content` and what else the chat template reads."""
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: the model ended its turn. `length`: it was cut off at the token limit, hence truncated."""
+"""`stop`: it ended by itself, at a stop token or a stop text. `length`: it was cut off at the token limit, hence
+truncated."""
 
 Outcome = Literal["ok", "timeout", "error", "invalid"]
 """What became of one sample's reward call; see rlqwen.scoring.totals for what follows from it."""
@@ -45,7 +46,7 @@ class Completion:
     """One sampled answer."""
 
     token_ids: list[int]
-    """Includes the end-of-turn token when `finish_reason` is `stop`."""
+    """Includes the end-of-turn token, or the token that completes a stop text, when `finish_reason` is `stop`."""
     logprobs: list[float]
     """The sampler's log-probability of each token, after temperature and truncation of the distribution."""
     finish_reason: FinishReason
@@ -80,8 +81,24 @@ class Group:
 
 
 @dataclass(slots=True, frozen=True)
+class Truncation:
+    """Which tokens are kept of a distribution; it depends on nothing but the distribution."""
+
+    top_p: float = 1.0
+    """The fewest likeliest tokens that have this probability together; 1: all."""
+    top_k: int = 0
+    """So many of the likeliest; 0: all."""
+    min_p: float = 0.0
+    """Those at least this share as likely as the likeliest; 0: all."""
+
+    def __bool__(self) -> bool:
+        return self != Truncation()
+
+
+@dataclass(slots=True, frozen=True)
 class Sampling:
-    """How completions are drawn. `top_k=0` and `top_p=1` leave the distribution whole."""
+    """How completions are drawn; names and meanings of vLLM's SamplingParams, the order in which they apply included:
+    allowed tokens, bad words, `min_tokens`, bias, penalties, temperature, min-p, top-k, top-p."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -89,7 +106,27 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, which holds all of the token that completes one."""
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """No stop token or text ends a completion before it has so many."""
+    bad_words: tuple[str, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """None: all."""
+
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.top_p, self.top_k, self.min_p)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the engine needs a tokenizer."""
+        return bool(self.stop or self.bad_words)
 
 
 @dataclass(slots=True, frozen=True)

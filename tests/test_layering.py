@@ -23,6 +23,7 @@ LAYERS = [
         "sequence",
         "advantages",
         "logprobs",
+        "truncation",
         "losses",
         "tiny",
     },

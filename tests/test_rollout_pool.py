@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import wait_until
+from test_rollout_shaping import SHAPED, asked, assert_shaped, assert_stopped, text_of_two
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ SMALL = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128, "num_head
 TEMPERATURE = 0.7
 
 
-def start(folder: Path, *, lora_rank: int | None = None, **config: object) -> RolloutPool:
+def start(folder: Path, *, lora_rank: int | None = None, reads_text: bool = False, **config: object) -> RolloutPool:
     settings = {"engine": "vllm", "num_cpus_per_worker": 0.5, "max_num_seqs": 64, "max_restarts": 20} | config
     engine = build_engine(
         RolloutConfig(**settings),
@@ -36,6 +37,7 @@ def start(folder: Path, *, lora_rank: int | None = None, **config: object) -> Ro
         max_model_length=64,
         seed=0,
         lora_rank=lora_rank,
+        reads_text=reads_text,
     )
     assert isinstance(engine, RolloutPool)
     return engine
@@ -54,7 +56,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def pool(folder: Path) -> Iterator[RolloutPool]:
-    engine = start(folder, num_workers=2)
+    engine = start(folder, num_workers=2, reads_text=True)
     yield engine
     workers = engine.process_ids()
     engine.close()
@@ -139,6 +141,21 @@ def test_a_sync_reaches_every_worker(pool: RolloutPool, model: PreTrainedModel) 
         assert_drawn_from(after, model)
         assert share_identical(before, after) < 0.5
         before = after
+
+
+@pytest.mark.parametrize("options", SHAPED, ids=str)
+def test_logprobs_are_of_what_was_drawn_from(
+    pool: RolloutPool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict
+) -> None:
+    """The same, to the logprob, as the transformers engine draws from."""
+    pool.load_weights(pool.version + 1, model.state_dict().items(), canary(model))
+    sampling = Sampling(**{"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE} | options)
+    assert_shaped(list(pool.generate(asked(sampling))), model, tokenizer, sampling)
+
+
+def test_a_text_ends_a_completion(pool: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> None:
+    stop = text_of_two(list(pool.generate(asked(Sampling(10)))), tokenizer)
+    assert_stopped(list(pool.generate(asked(Sampling(10, stop=("never written", stop))))), tokenizer, stop)
 
 
 @pytest.mark.fault("many groups, dealt to two workers", "each comes exactly once")

@@ -51,6 +51,8 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     if not model:
         describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
     if isinstance(recipe.train, OnlineConfig):
+        if recipe.train.correction_note:
+            report.warnings.append(recipe.train.correction_note)
         with report.collecting():
             report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report

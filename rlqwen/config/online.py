@@ -4,9 +4,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlqwen.config.generation import GenerationKwargs, read_generation_kwargs
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.trainer import TrainerConfig, launched_ranks
 from rlqwen.errors import ConfigError
+from rlqwen.types import Truncation
 
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -17,16 +19,42 @@ _ROLLOUT_NAMES = {
     "vllm_max_model_length": "max_model_length",
 }
 
+# TRL's arguments, at its defaults and other values that change nothing here.
+_AS_ALWAYS: dict[str, tuple[Any, ...]] = {
+    "vllm_mode": ("colocate",), "vllm_model_impl": ("vllm",), "vllm_enable_sleep_mode": (False,),
+    "vllm_structured_outputs_regex": (None,), "vllm_server_base_url": (None,), "vllm_server_host": ("0.0.0.0",),
+    "vllm_server_port": (8000,), "vllm_server_timeout": (240,), "vllm_group_port": (51216,),
+    "vllm_importance_sampling_cap": (None,),
+    "use_transformers_paged": (False,), "use_transformers_continuous_batching": (False,),
+    "transformers_continuous_batching_config": (None,), "cache_implementation": (None,), "log_completions": (True,),
+    "ds3_gather_for_generation": (True,),
+}  # fmt: skip
+
+_ON_A_CLUSTER = "workers are Ray actors; set rollout.ray_address for a cluster"
+
+# What the trainer does not compute again, as it depends on what was written before, or on more than the distribution.
+_UNCOMPARABLE = ("min_tokens", "presence_penalty", "frequency_penalty", "bad_words", "logit_bias", "allowed_token_ids")
+
 
 class OnlineConfig(TrainerConfig):
     """Arguments of the trainers that learn from their own completions, GRPO and PPO."""
 
     refused: ClassVar[dict[str, str]] = TrainerConfig.refused | {
-        "vllm_server_base_url": "workers are Ray actors; set rollout.ray_address for a cluster",
-        "vllm_server_host": "workers are Ray actors; set rollout.ray_address for a cluster",
-        "vllm_server_port": "workers are Ray actors; set rollout.ray_address for a cluster",
+        "vllm_mode": _ON_A_CLUSTER,
+        "vllm_server_base_url": _ON_A_CLUSTER,
+        "vllm_server_host": _ON_A_CLUSTER,
+        "vllm_server_port": _ON_A_CLUSTER,
+        "vllm_server_timeout": "set rollout.start_timeout",
+        "vllm_group_port": "leave it out: weights travel through Ray's object store",
+        "vllm_model_impl": "leave it out: workers run vLLM's own models",
+        "vllm_structured_outputs_regex": "constrained decoding is not supported: reward the format, or give "
+        "generation_kwargs logit_bias or allowed_token_ids",
         "vllm_enable_sleep_mode": "set rollout.gpu_memory_utilization so that trainer and engine fit together",
         "use_transformers_paged": "use rollout={'engine': 'vllm'}",
+        "use_transformers_continuous_batching": "use rollout={'engine': 'vllm'}",
+        "transformers_continuous_batching_config": "use rollout={'engine': 'vllm'}",
+        "cache_implementation": "leave it out, or use rollout={'engine': 'vllm'}",
+        "ds3_gather_for_generation": "leave it out: rollout workers hold whole weights",
         "log_completions": "leave it out: completions are always written to the run folder",
         "num_completions_to_print": "read them in completions/ of the run folder; the end of a run shows some",
     }
@@ -46,12 +74,15 @@ class OnlineConfig(TrainerConfig):
     top_k: int = Field(default=0, ge=0)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0)
+    generation_kwargs: GenerationKwargs = Field(default_factory=GenerationKwargs)
+    """More of vLLM's sampling parameters, such as `stop`; both engines honour them."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     reward_weights: list[float] | None = None
     """A weight a reward function; None: 1 each."""
 
     vllm_importance_sampling_correction: bool = True
-    """Correct for the gap between the sampler's and the trainer's logprobs (TIS)."""
+    """Correct for the gap between the sampler's and the trainer's logprobs (TIS). With top_p, top_k or min_p both are of
+    the truncated distribution; penalties and what else shapes it (`uncomparable`) turn the correction off."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
     """Truncate or mask the correction, by token or by sequence. With `rollout.max_staleness` the default is
     `token_truncate`: over a whole sequence, a few updates' drift would mask too much."""
@@ -67,7 +98,7 @@ class OnlineConfig(TrainerConfig):
         """Move TRL's flat vLLM arguments into the rollout section."""
         if not isinstance(values, dict):
             return values
-        values = dict(values)
+        values = {key: value for key, value in values.items() if value not in _AS_ALWAYS.get(key, ())}
         rollout = values.get("rollout") or {}
         rollout = rollout.model_dump(exclude_unset=True) if isinstance(rollout, RolloutConfig) else dict(rollout)
         for theirs, ours in _ROLLOUT_NAMES.items():
@@ -75,16 +106,31 @@ class OnlineConfig(TrainerConfig):
                 rollout.setdefault(ours, values.pop(theirs))
         if "use_vllm" in values:
             rollout.setdefault("engine", "vllm" if values.pop("use_vllm") else "transformers")
-        mode = values.pop("vllm_mode", "colocate")
-        if mode != "colocate":
-            raise ValueError(f"vllm_mode={mode!r}: workers are Ray actors; leave it out, or set rollout.ray_address")
+        if "vllm_importance_sampling_cap" in values:
+            values.setdefault("vllm_importance_sampling_clip_max", values.pop("vllm_importance_sampling_cap"))
+        if values.get("top_k", 0) in (-1, None):
+            values["top_k"] = 0  # as vLLM and transformers say that there is no limit
         if rollout:
             values["rollout"] = rollout
-        return values
+        return read_generation_kwargs(values)
 
     @model_validator(mode="after")
     def _divides(self) -> "OnlineConfig":
         self.check_batch(launched_ranks())
+        return self
+
+    @model_validator(mode="after")
+    def _coherent_sampling(self) -> "OnlineConfig":
+        if self.generation_kwargs.min_tokens > self.max_completion_length:
+            raise ValueError(
+                f"generation_kwargs.min_tokens={self.generation_kwargs.min_tokens} must not be above "
+                f"max_completion_length={self.max_completion_length}"
+            )
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={low:g} must be below vllm_importance_sampling_clip_max={high:g}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -97,6 +143,11 @@ class OnlineConfig(TrainerConfig):
                 f"rollout.max_staleness={lag} trains on groups of older weights, which importance weights must correct "
                 "for: leave vllm_importance_sampling_correction on, or set max_staleness to 0"
             )
+        if self.uncomparable:
+            raise ValueError(
+                f"rollout.max_staleness={lag} trains on groups of older weights, which importance weights must correct "
+                f"for, and {self.uncomparable}: leave that out, or set max_staleness to 0"
+            )
         if self.rollout.engine == "transformers":
             raise ValueError(
                 f"rollout.max_staleness={lag} lets workers sample while the policy trains, but the transformers engine "
@@ -105,6 +156,29 @@ class OnlineConfig(TrainerConfig):
         if "vllm_importance_sampling_mode" not in self.model_fields_set:
             self.vllm_importance_sampling_mode = "token_truncate"
         return self
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What the sampler keeps of the policy's distribution; None: all."""
+        return Truncation(self.top_p, self.top_k, self.min_p or 0.0) or None
+
+    @property
+    def uncomparable(self) -> str | None:
+        """Why the sampler's logprobs cannot be compared with the trainer's; None where they can."""
+        drawn = self.generation_kwargs
+        names = ["repetition_penalty"] if self.repetition_penalty != 1 else []
+        names += [f"generation_kwargs.{name}" for name in _UNCOMPARABLE if getattr(drawn, name)]
+        if not names:
+            return None
+        verb = "shapes" if len(names) == 1 else "shape"
+        return f"{' and '.join(names)} {verb} the sampler's distribution, which the trainer does not compute again"
+
+    @property
+    def correction_note(self) -> str | None:
+        """What to say of a correction that was asked for and is off."""
+        if not self.uncomparable or not self.vllm_importance_sampling_correction:
+            return None
+        return f"no importance correction, and sampling/logp_gap is not measured: {self.uncomparable}"
 
     def completions_per_update(self, num_ranks: int) -> int:
         """Completions that one optimizer update trains on."""

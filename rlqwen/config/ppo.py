@@ -36,12 +36,13 @@ class PPOConfig(OnlineConfig):
     refused: ClassVar[dict[str, str]] = OnlineConfig.refused | {
         "sft_model_path": "give the policy as `model`; its frozen copy is the reference",
         "reward_model_path": "give the reward model's path in reward_funcs, or under `rewards:` in a recipe",
-        "stop_token": "leave it out: completions end at the chat template's end of turn and at the EOS token",
-        "stop_token_id": "leave it out: completions end at the chat template's end of turn and at the EOS token",
+        "stop_token": "completions end at the chat template's end of turn and at the EOS token; for more, give "
+        "generation_kwargs stop or stop_token_ids",
+        "stop_token_id": "completions end at the chat template's end of turn and at the EOS token; for more, give "
+        "generation_kwargs stop_token_ids",
         "num_sample_generations": "leave it out: completions are always written to the run folder",
         "batch_size": "it follows: per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches",
         "mini_batch_size": "it follows: per_device_train_batch_size x gradient_accumulation_steps",
-        "ds3_gather_for_generation": "leave it out: rollout workers hold whole weights",
     }
 
     learning_rate: float = Field(default=3e-6, ge=0)

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlqwen.batch import PackedBatch
 from rlqwen.config import GRPOConfig
 from rlqwen.losses.clipping import clipped_surrogate
-from rlqwen.losses.correction import rollout_correction
+from rlqwen.losses.correction import compare_with_sampler
 from rlqwen.losses.kl import kl_divergence
 from rlqwen.losses.reduction import Metrics, Totals, required, sequence_mean
 
@@ -56,12 +56,10 @@ def grpo_loss(
         loss_N, clipped_N = clipped_surrogate(ratio_N, advantage_N, low=low, high=high, delta=config.delta)
     metrics: Metrics = {"clip_ratio": clipped_N.float().sum()}
 
-    if batch.sampler_logp_N is not None:
-        metrics["sampling/logp_gap"] = (old_logp_N - batch.sampler_logp_N).abs().sum()
-    if config.vllm_importance_sampling_correction and batch.sampler_logp_N is not None:
-        correction_N = rollout_correction(old_logp_N, batch, config)
+    correction_N, figures = compare_with_sampler(old_logp_N, batch, config)
+    metrics |= figures
+    if correction_N is not None:
         loss_N = loss_N * correction_N
-        metrics["sampling/correction"] = correction_N.sum()
     if config.beta:
         kl_N = kl_divergence(logp_N, required(batch.ref_logp_N), config.kl_estimator)
         metrics["kl"] = kl_N.detach().sum()

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlqwen.batch import PackedBatch
 from rlqwen.config import PPOConfig
 from rlqwen.losses.clipping import clipped_surrogate
-from rlqwen.losses.correction import rollout_correction
+from rlqwen.losses.correction import compare_with_sampler
 from rlqwen.losses.kl import kl_divergence
 from rlqwen.losses.reduction import Metrics, Totals, required
 
@@ -37,12 +37,10 @@ def ppo_policy_loss(
         "clip_ratio": clipped_N.float().sum(),
         "policy/approx_kl": log_ratio_N.detach().square().sum() / 2,
     }
-    if batch.sampler_logp_N is not None:
-        metrics["sampling/logp_gap"] = (old_logp_N - batch.sampler_logp_N).abs().sum()
-        if config.vllm_importance_sampling_correction:
-            correction_N = rollout_correction(old_logp_N, batch, config)
-            loss_N = loss_N * correction_N
-            metrics["sampling/correction"] = correction_N.sum()
+    correction_N, figures = compare_with_sampler(old_logp_N, batch, config)
+    metrics |= figures
+    if correction_N is not None:
+        loss_N = loss_N * correction_N
     if config.kl_penalty == "loss" and kl_coef:
         loss_N = loss_N + kl_coef * kl_divergence(logp_N, required(batch.ref_logp_N), config.kl_estimator)
     if entropy_N is not None:

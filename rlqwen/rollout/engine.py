@@ -59,13 +59,16 @@ def build_engine(
     max_model_length: int,
     seed: int,
     lora_rank: int | None = None,
+    reads_text: bool = False,
 ) -> RolloutEngine:
     """The engine that `config` asks for. vLLM's workers start in the background; their first use waits for them.
 
     `model_path`: a folder with config and weights to start from. `policy`: with the transformers engine, the policy
     to sample from. `compute_dtype`: `float32`, `bfloat16` or `float16`; `config.dtype` comes before it.
     `max_model_length`: tokens of prompt and completion; the model's own context caps it. `lora_rank`: vLLM's workers
-    are sent adapters of up to this rank, and keep the weights of `model_path` under them. Raises ResourceError.
+    are sent adapters of up to this rank, and keep the weights of `model_path` under them. `reads_text`: requests will
+    have stop texts or bad words (`Sampling.reads_text`), for which vLLM's workers need the tokenizer. Raises
+    ResourceError.
     """
     dtype = compute_dtype if config.dtype == "auto" else config.dtype
     length = min(max_model_length, _context_length(model_path) or max_model_length)
@@ -85,6 +88,7 @@ def build_engine(
         max_model_length=length,
         seed=seed,
         lora_rank=lora_rank,
+        reads_text=reads_text,
     )
 
 

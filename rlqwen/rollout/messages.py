@@ -1,8 +1,14 @@
 """What travels between the pool and its workers."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlqwen.types import FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Sampled = tuple[list[int], list[float], FinishReason]
 """Token ids, their logprobs, and why the completion ended."""
@@ -25,6 +31,8 @@ class EngineSettings:
     """OpenMP threads on CPU."""
     lora_rank: int | None = None
     """Largest rank of the adapters that are loaded as weights; None: whole weights are."""
+    tokenizer_files: dict[str, bytes] | None = None
+    """Name -> content of the tokenizer's files, for requests that name texts; None: requests are of token ids alone."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,10 @@ class GroupJob:
     """None: begun as soon as it comes."""
     place: int = 0
     """In the share."""
+
+
+def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
+    """Name -> content of the files that make up a tokenizer: workers may be on machines that lack its folder."""
+    with tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

@@ -16,7 +16,7 @@ from rlqwen.config import RolloutConfig
 from rlqwen.data.guard import CompletionReader
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import cluster
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
+from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share, files_of
 from rlqwen.rollout.slots import START_KEY, SYNC_KEY, Slot, Slots
 from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish, sent_bytes
 from rlqwen.types import Canary, Completion, Group, GroupRequest
@@ -61,6 +61,7 @@ class RolloutPool:
         max_model_length: int,
         seed: int,
         lora_rank: int | None = None,
+        reads_text: bool = False,
     ) -> None:
         self.config = config
         self.version = 0
@@ -87,6 +88,7 @@ class RolloutPool:
             kv_cache_gib=config.kv_cache_gib,
             num_threads=joined.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
             lora_rank=lora_rank,
+            tokenizer_files=files_of(tokenizer) if reads_text else None,
         )
         self._slots = Slots(config, self._settings, joined)
 

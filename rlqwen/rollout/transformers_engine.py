@@ -11,18 +11,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    StoppingCriteriaList,
 )
 
 from rlqwen.data.guard import CompletionReader
 from rlqwen.errors import ConfigError
-from rlqwen.types import Canary, Completion, Group, GroupRequest, Sampling
+from rlqwen.rollout.shaping import Shaping, StopTexts
+from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 
 class TransformersEngine:
@@ -83,7 +80,10 @@ class TransformersEngine:
             device = model.device
             ids_BT = torch.tensor([[pad] * (prompt_length - len(row)) + row for row in rows], device=device)
             mask_BT = torch.tensor([[0] * (prompt_length - len(row)) + [1] * len(row) for row in rows], device=device)
-            sampler = _SeededSampler([seed for request in batch for seed in request.seeds], sampling)
+            shaping = Shaping(sampling, prompt_length, self._tokenizer)
+            seeds = [seed for request in batch for seed in request.seeds]
+            sampler = _SeededSampler(seeds, shaping, greedy=sampling.temperature == 0)
+            texts = StopTexts(sampling, prompt_length, self._tokenizer, len(rows)) if sampling.stop else None
             room = self._max_model_length - prompt_length
             config = GenerationConfig(
                 do_sample=False,
@@ -96,19 +96,25 @@ class TransformersEngine:
                 attention_mask=mask_BT,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([] if texts is None else [texts]),
             )
         chosen_BT, logp_BT = output_BT[:, prompt_length:], torch.stack(sampler.logp_T, dim=1)
-        completions_B = self._completions(chosen_BT.tolist(), logp_BT.tolist(), set(sampling.stop_token_ids))
+        ends_B = [None] * len(rows) if texts is None else texts.lengths_B
+        completions_B = self._completions(chosen_BT.tolist(), logp_BT.tolist(), ends_B, set(sampling.stop_token_ids))
         for request in batch:
             yield Group(request.prompt, [next(completions_B) for _ in request.seeds], self.version)
 
     def _completions(
-        self, token_ids_B: list[list[int]], logp_B: list[list[float]], stop: set[int]
+        self, token_ids_B: list[list[int]], logp_B: list[list[float]], ends_B: Sequence[int | None], stop: set[int]
     ) -> Iterator[Completion]:
-        ends = [next((place + 1 for place, token in enumerate(row) if token in stop), len(row)) for row in token_ids_B]
-        ids_B = [row[:end] for row, end in zip(token_ids_B, ends, strict=True)]
-        for ids, logp, text in zip(ids_B, logp_B, self._reader.texts(ids_B), strict=True):
-            yield Completion(ids, logp[: len(ids)], "stop" if ids[-1] in stop else "length", text)
+        """`ends_B`: tokens up to the end of a stop text, where there is one."""
+        ids_B = [row[:end] for row, end in zip(token_ids_B, ends_B, strict=True)]
+        lengths_B = [next((place + 1 for place, token in enumerate(ids) if token in stop), None) for ids in ids_B]
+        ids_B = [ids[:length] for ids, length in zip(ids_B, lengths_B, strict=True)]
+        parts = zip(ids_B, lengths_B, ends_B, logp_B, self._reader.texts(ids_B), strict=True)
+        for ids, length, end, logp, text in parts:
+            is_finished = length is not None or end is not None
+            yield Completion(ids, logp[: len(ids)], "stop" if is_finished else "length", text)
 
 
 @contextlib.contextmanager
@@ -129,15 +135,15 @@ class _SeededSampler(LogitsProcessor):
     so a completion depends on its seed and prompt alone and not on its neighbours in the batch.
     """
 
-    def __init__(self, seeds_B: Sequence[int], sampling: Sampling) -> None:
+    def __init__(self, seeds_B: Sequence[int], shaping: Shaping, *, greedy: bool) -> None:
         self.generators_B = [torch.Generator().manual_seed(seed) for seed in seeds_B]
         self.logp_T: list[Tensor] = []
         """(B,) float32 for each decoded token."""
-        self.greedy = sampling.temperature == 0
-        self.warpers: Any = _warpers(sampling)
+        self.greedy = greedy
+        self.shaping = shaping
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp_BV: Tensor = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
+        logp_BV = self.shaping(input_ids, scores).log_softmax(dim=-1)
         noisy_BV = logp_BV
         if not self.greedy:
             width = logp_BV.shape[-1]
@@ -145,19 +151,3 @@ class _SeededSampler(LogitsProcessor):
             noisy_BV = logp_BV - (-uniform_BV.to(logp_BV.device).clamp_min(1e-20).log()).log()
         self.logp_T.append(logp_BV.gather(-1, noisy_BV.argmax(dim=-1, keepdim=True)).squeeze(-1))
         return noisy_BV
-
-
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Penalty, temperature and truncation, in vLLM's order."""
-    warpers = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature not in (0, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.min_p > 0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    if sampling.top_k > 0:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers

@@ -50,11 +50,18 @@ class VllmEngine:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            stop=list(sampling.stop),
             stop_token_ids=list(sampling.stop_token_ids),
+            min_tokens=sampling.min_tokens,
+            bad_words=list(sampling.bad_words),
+            logit_bias=dict(sampling.logit_bias) or None,
+            allowed_token_ids=list(sampling.allowed_token_ids) or None,
             ignore_eos=True,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=False,
+            detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
@@ -155,6 +162,15 @@ class VllmEngine:
 
 
 def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
+    if settings.tokenizer_files is None:
+        return _start(settings, model_path, None)
+    with tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-") as folder:
+        for name, content in settings.tokenizer_files.items():
+            (Path(folder) / name).write_bytes(content)
+        return _start(settings, model_path, folder)
+
+
+def _start(settings: EngineSettings, model_path: str, tokenizer_path: str | None) -> LLMEngine:
     on_cpu = current_platform.is_cpu()
     more: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE} if on_cpu else {}
     if settings.lora_rank is not None:
@@ -163,7 +179,8 @@ def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
     arguments = EngineArgs(
         model=model_path,
         load_format="safetensors",  # `auto` falls back to pickle
-        skip_tokenizer_init=True,
+        tokenizer=tokenizer_path,
+        skip_tokenizer_init=tokenizer_path is None,
         generation_config="vllm",
         dtype=settings.dtype,  # type: ignore[arg-type]
         seed=settings.seed,

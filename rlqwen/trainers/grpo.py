@@ -148,7 +148,13 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         """One optimiser update."""
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
-            logp_N, entropy_N = self.policy.logprobs(micro, temperature=self.args.temperature, entropy=True)
+            is_first = micro.old_logp_N is None
+            logp_N, entropy_N = self.policy.logprobs(
+                micro,
+                temperature=self.args.temperature,
+                entropy=True,
+                truncation=self.args.truncation if is_first else None,
+            )
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
             loss = loss + self.router_loss(micro, update.micro_batches)
             self.updater.backward(loss)
@@ -202,4 +208,8 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                     micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
                 if self.plan.updates_per_step > 1:
                     with self.policy.inference():
-                        micro.old_logp_N = self.policy.logprobs(moved, temperature=temperature)[0].cpu()
+                        logp_N, _ = self.policy.logprobs(
+                            moved, temperature=temperature, truncation=self.args.truncation
+                        )
+                    micro.old_logp_N = logp_N.cpu()
+                    micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()

@@ -91,6 +91,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.rollouts: Rollouts | None = None
         """On the main rank, once something has been sampled."""
         self.completions = CompletionLog(self.output_dir)
+        if args.correction_note:
+            self._note(args.correction_note)
         self._draws = 0
         self._rollout_progress: dict[str, Any] | None = None
         """Of the engine, where a run that goes on has not started it yet."""

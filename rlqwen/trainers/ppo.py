@@ -152,8 +152,11 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         for micro in (micro for update in updates for micro in update.micro_batches):
             moved = micro.to(self.policy.device)
             with self.policy.inference():
-                logp_N, _, hidden_NC = self.policy.logprobs_and_hidden(moved, temperature=temperature)
+                logp_N, _, hidden_NC = self.policy.logprobs_and_hidden(
+                    moved, temperature=temperature, truncation=self.args.truncation
+                )
                 micro.old_logp_N = logp_N.cpu()
+                micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()
                 micro.old_value_N = self.critic.values(moved, hidden_NC).cpu()
             if self.args.kl_coef:
                 micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlqwen.batch import Branch, Tree, pack
 from rlqwen.check.resources import uses_vllm
 from rlqwen.config import OnlineConfig, RolloutConfig
+from rlqwen.config.generation import GenerationKwargs
 from rlqwen.errors import ConfigError
 from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
@@ -61,6 +62,9 @@ class Rollouts:
             self.compute_dtype = args.rollout.dtype
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
         self.lora_rank, self.note = choose_sync(policy, args.rollout)
+        ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
+        self.sampling = sampling_of(args, ends)
+        _refuse_unknown_tokens(args.generation_kwargs, policy.base_model.config.vocab_size)
         self.engine = build_engine(
             args.rollout,
             model_path=model_path,
@@ -70,15 +74,7 @@ class Rollouts:
             max_model_length=self.max_model_length,
             seed=args.seed,
             lora_rank=self.lora_rank,
-        )
-        self.sampling = Sampling(
-            max_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p or 0.0,
-            repetition_penalty=args.repetition_penalty,
-            stop_token_ids=stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn),
+            reads_text=self.sampling.reads_text,
         )
         self.version = 1
         self._synced_version = 0
@@ -200,6 +196,36 @@ class Rollouts:
         """End the engine."""
         self._ahead.close()
         self.engine.close()
+
+
+def sampling_of(args: OnlineConfig, ends: Sequence[int]) -> Sampling:
+    """How completions are drawn; `ends`: token ids that end a completion in any case."""
+    more = args.generation_kwargs
+    return Sampling(
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=more.presence_penalty,
+        frequency_penalty=more.frequency_penalty,
+        stop=tuple(more.stop),
+        stop_token_ids=tuple(dict.fromkeys([*ends, *more.stop_token_ids])),
+        min_tokens=more.min_tokens,
+        bad_words=tuple(more.bad_words),
+        logit_bias=tuple(more.logit_bias.items()),
+        allowed_token_ids=tuple(more.allowed_token_ids),
+    )
+
+
+def _refuse_unknown_tokens(drawn: GenerationKwargs, vocabulary: int) -> None:
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        unknown = [token for token in getattr(drawn, name) if not 0 <= token < vocabulary]
+        if unknown:
+            raise ConfigError(
+                f"generation_kwargs.{name} names token {unknown[0]}, and the model has tokens 0 to {vocabulary - 1}"
+            )
 
 
 def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:
