@@ -90,7 +90,7 @@ def compare_runs(ours: Path, theirs: Path) -> Comparison:
 
 def measures_time(key: str) -> bool:
     """Whether a metric says how long something took, and so is never the same twice."""
-    return key.startswith("time/") or key.rpartition("/")[2] in ("time", "seconds")
+    return key.startswith("time/") or key.rpartition("/")[2] in ("time", "seconds", "wait_seconds")
 
 
 def _compare_metrics(

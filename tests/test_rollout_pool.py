@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from patience import wait_until
-from test_rollout_shaping import SHAPED, asked, assert_shaped, assert_stopped, text_of_two
+from test_rollout_shaping import SHAPED, asked, assert_shaped, assert_stopped, sampling_by, text_of_two
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -149,7 +149,7 @@ def test_logprobs_are_of_what_was_drawn_from(
 ) -> None:
     """The same, to the logprob, as the transformers engine draws from."""
     pool.load_weights(pool.version + 1, model.state_dict().items(), canary(model))
-    sampling = Sampling(**{"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE} | options)
+    sampling = sampling_by(options, tokenizer)
     assert_shaped(list(pool.generate(asked(sampling))), model, tokenizer, sampling)
 
 
