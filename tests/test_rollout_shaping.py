@@ -109,9 +109,9 @@ def assert_stopped(groups: list[Group], tokenizer: PreTrainedTokenizerBase, stop
         for completion in group.completions:
             reasons.add(completion.finish_reason)
             assert len(completion.logprobs) == len(completion.token_ids)
-            assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            assert stop not in tokenizer.decode(completion.token_ids[:-1], skip_special_tokens=True)
-            assert (stop in completion.text) == (completion.finish_reason == "stop")
+            assert stop not in tokenizer.decode(completion.token_ids[:-1])
+            assert (stop in tokenizer.decode(completion.token_ids)) == (completion.finish_reason == "stop")
+            assert stop in completion.text or completion.finish_reason == "length"
             assert completion.is_truncated == (completion.finish_reason == "length")
     assert reasons == {"stop", "length"}
 

@@ -73,9 +73,9 @@ class StopTexts(StoppingCriteria):
         return torch.tensor([length is not None for length in self.lengths_B], device=input_ids.device)
 
     def _is_complete(self, ids: list[int]) -> bool:
-        """Whether the last token completes a stop text."""
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        before = self._tokenizer.decode(ids[:-1], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        """Whether the last token completes a stop text, which may be a special token's."""
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=False))
+        before = str(self._tokenizer.decode(ids[:-1], skip_special_tokens=False)).rstrip("\N{REPLACEMENT CHARACTER}")
         return any(text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in self._texts)
 
 

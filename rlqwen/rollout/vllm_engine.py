@@ -62,6 +62,7 @@ class VllmEngine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=bool(sampling.stop),
+            skip_special_tokens=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
