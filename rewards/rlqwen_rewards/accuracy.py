@@ -3,9 +3,9 @@ r"""Is the final answer right? Read as a person would; formulas are compared by 
 The last box of a completion, GSM8K's `####`, or the formula behind "the answer is" is its answer. A solution says
 what is right in the same forms, or bare. Both are written in one notation, read, and compared by what they are:
 
-- **Numbers** are equal exactly (1,234 is 1234, 2 2/3 is 8/3), or to six places where one is a decimal. A number must
-  be worked out: for 86, neither `19 + 67` nor `\frac{172}{2}` is paid, `10^6` is for 1,000,000; and for a formula no
-  expression that stands in the prompt.
+- **Numbers** are equal exactly (1,234 is 1234, 2 2/3 is 8/3, five is 5), or to six places where one is a decimal. A
+  number must be worked out: for 86, neither `19 + 67` nor `\frac{172}{2}` is paid, for 1024 `2^{10}` is not, but
+  `10^6` is a way to write 1,000,000. No expression is paid that stands in the prompt and not in the solution.
 - **Units** may be left out or added. Where both have one, they must measure the same, and are converted: 1 m is
   100 cm, 10 m is not 10 cm. What is counted (72 clips) is not compared. A single letter is a unit only in `\text{}`:
   `5m` is a product. A duration of several units needs its units.
@@ -22,10 +22,12 @@ what is right in the same forms, or bare. Both are written in one notation, read
 | `2\frac{2}{3}` | `2 2/3`, `8/3`, `2.666667` | `2`, `2/3` |
 | `\frac{1}{3}` | `1/3`, `2/6`, `0.333333` | `0.3`, `3` |
 | `86` | `86.0`, `x = 86`, `19 + 67 = 86` | `19 + 67`, `172/2`, `1 = 2 = 86` |
+| `2^{10}` | `1024`, `2^{10}` | `2`, `10`, `20` |
+| `1024` | `1024`, `1.024e3` | `2^{10}`, `4 \times 256` |
 | `50%` | `50\%`, `0.5`, `\frac{1}{2}`, `50` | `5000`, `0.5\%` |
 | `0.5` | `50\%`, `1/2`, `.5` | `50` |
 | `10 cm` | `10`, `10\text{ cm}`, `100 mm`, `0.1 m` | `10 m`, `0.1`, `10 kg` |
-| `72 clips` | `72`, `72 paper clips`, `72` | `27 clips` |
+| `72 clips` | `72`, `72 paper clips`, `72\text{ clips}` | `27 clips` |
 | `2 hours 30 minutes` | `150 minutes`, `2.5 h`, `2小时30分` | `2`, `30`, `2.5`, `150` |
 | `B` | `(B)`, `B.`, `\text{B}`, `B. 12` | `A`, `12`, `A, B` |
 | `B. 12` | `B`, `(B)`, `12`, `(B) 12` | `C`, `C. 12`, `B. 13` |
@@ -69,7 +71,7 @@ _TIMEOUT = 3  # seconds for one comparison; an ordinary one takes milliseconds
 _LONGEST_ANSWER = 1000
 
 _INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})\.?")
-_ANSWER_IS = re.compile(r"(?:answer|solution)(?: is|:)\s*(?!not\b)(\S.*)|答案[是为:：]\s*(\S.*)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"(?:answer|solution)(?: is|:)\s*(?!not\b)(\S.*)|答案?[是为:：]\s*(\S.*)", re.IGNORECASE)
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)")
 _OPERATION = re.compile(
     r"(?<=[\w)}\]!|])\s*[-+*/^=]|!|\\(?:times|cdot|div|frac|sqrt|binom|int|sum|prod|lim|log|ln|sin|cos|tan)(?![A-Za-z])|[\w)]\("

@@ -22,8 +22,9 @@ _CONFIG = (
         ),
     ),
 )
-_EQUALS, _APPROX = re.compile(r"\s*(?<![<>!\\])=\s*"), re.compile(r"\s*\\approx(?![A-Za-z])\s*")
-_NAME = re.compile(r"\\?[^\W\d_][^=+*/,;<>]{0,30}")
+_EQUALS = re.compile(r"\s*(?<![<>!\\])=\s*|\s*\\in(?![A-Za-z])\s*(?=\\\{|[(\[])")
+_APPROX = re.compile(r"\s*\\approx(?![A-Za-z])\s*")
+_NAME = re.compile(r"\\?[^\W\d_][^=+*/,;<>]{0,30}|\([A-Za-z](?:\s*,\s*[A-Za-z]){1,4}\)")
 _INDEX = re.compile(r"_\d+$")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z]*\{)")
 _IRRATIONAL = re.compile(r"\\(?:sqrt|pi|ln|log|sin|cos|tan|exp)(?![A-Za-z])|(?<![A-Za-z])e\b")
@@ -87,7 +88,7 @@ def _same_without_names(gold: str, answer: str) -> bool | None:
 
 
 def _sides(text: str) -> list[str]:
-    return split(text, _EQUALS) if "=" in text and len(split(text, SEPARATOR)) == 1 else [text]
+    return split(text, _EQUALS) if _EQUALS.search(text) and len(split(text, SEPARATOR)) == 1 else [text]
 
 
 def _same_name(gold: str, answer: str) -> bool:
@@ -140,10 +141,10 @@ def _same_items(gold: str, left: Reading, answer: str, right: Reading) -> bool:
                 and right.kind == "list"
                 and all(same(gold, item) for item in right.items)
             )
-        return isinstance(left, Amount) and left.number is None and _same_formula(gold, answer)
+        return isinstance(left, Amount) and left.number is None and _same_formula(left.text, answer)
     if isinstance(left, Items) and isinstance(right, Amount):
         is_formula = left.kind == "ratio" or (left.kind not in ("list", "rows", "range") and right.number is None)
-        return is_formula and _same_formula(gold, answer)
+        return is_formula and _same_formula(gold, right.text)
     return False
 
 
@@ -180,6 +181,8 @@ def _same_amount(gold: Amount, answer: Amount) -> bool:
         # An expression is paid for a number only where no number says it exactly.
         is_exact = gold.number.form == "decimal" and _IRRATIONAL.search(answer.text)
         return bool(is_exact) and ratio in (None, 1) and _same_formula(gold.text, answer.text)
+    if answer.number.form == "power" and gold.number.form != "power":
+        return False
     value = answer.number.value * (ratio or 1)
     if answer.number.form == "fraction" and gold.number.form != "fraction" and answer.number.value.denominator == 1:
         return False

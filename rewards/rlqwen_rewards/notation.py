@@ -8,7 +8,7 @@ from functools import lru_cache
 _SIGNS = {
     "\u3000": " ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
     "。": ".", "、": ",", "【": "[", "】": "]", "《": "(", "》": ")", "「": '"', "」": '"', "“": '"', "”": '"',
-    "‘": "'", "’": "'", "′": "'", "″": "''", "−": "-", "–": "-", "—": "-", "―": "-", "‐": "-", "‑": "-", "∶": ":",
+    "‘": "'", "’": "'", "′": "'", "″": "''", "−": "-", "–": "-", "—": "-", "―": "-", "‐": "-", "‑": "-", "∶": ":", "～": "-",
     "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*",
     "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "≃": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
@@ -22,7 +22,7 @@ _FRACTIONS = {
     sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKD", sign).split("\u2044"))
     for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 }
-_FULL_WIDTH = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_FULL_WIDTH = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)}
 _CHARACTERS = str.maketrans({**_FULL_WIDTH, **_SIGNS, **_POWERS, **_FRACTIONS})
 
 _END = r"(?![A-Za-z])"
@@ -45,8 +45,10 @@ _REWRITES = [
         (r"\{\s*\\(?:rm|bf|it|sf)\s+([^{}]*)\}", r"\\text{\1}"),
         (r"\\math(?:rm|bf|it)\s*\{\s*([eid])\s*\}", r"\1"),
         (r"\\(?:text(?:rm|bf|it|normal|sf|tt)|math(?:rm|bf|it|sf|tt)|[mh]box|operatorname\*?)\s*\{", r"\\text{"),
-        (r"\\text\s*\{\s*\}", ""),
+        (r"\\text\s*\{\s*[.,;]?\s*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\text\s*\{\s*(,?\s*(?:and|or|或者?|和|与|及))\s*\}", r" \1 "),
+        (r"\\text\s*\{([^{}]*?)\s+(and|or)\s*\}", r"\\text{\1} \2 "),
+        (r"\\cr" + _END, r"\\\\"),
         (r"\\lbrace" + _END, r"\\{"),
         (r"\\rbrace" + _END, r"\\}"),
         (r"\\(?:leqslant|leq)" + _END + "|<=", r"\\le "),
@@ -66,7 +68,7 @@ _WRAPPERS = [
     re.compile(pattern)
     for pattern in (
         r"\$\$([^$]*)\$\$", r"\$([^$]+)(?<!\\)\$", r"\\\(((?:(?!\\\)).)*)\\\)", r"\\\[((?:(?!\\\]).)*)\\\]",
-        r"\*\*([^*]+)\*\*", r'"([^"]*)"', r"`([^`]*)`", r"\\text\{([^{}]*)\}", r"\{([^{}]*)\}",
+        r"\*\*([^*]+)\*\*", r'"([^"]*)"', r"`([^`]*)`", r"\\(?:text|underline|boldsymbol|bm)\s*\{([^{}]*)\}", r"\{([^{}]*)\}",
     )
 ]  # fmt: skip
 _DOLLAR = re.compile(r"(?<!\\)\$")

@@ -81,8 +81,8 @@ def _unsigned(part: dict[str, str | None]) -> Number | None:
         tail = Fraction(int(period), (10 ** len(period) - 1) * 10**places)
         return Number(Fraction(digits.rstrip(".")) + tail, "fraction")
     if part["exponent"]:
-        form: Form = "decimal" if part["mantissa"] else "power"
-        return Number(Fraction(part["mantissa"] or 1) * Fraction(10) ** int(part["exponent"]), form)
+        value = Fraction(part["mantissa"] or 1) * Fraction(10) ** int(part["exponent"])
+        return Number(value, "decimal" if part["mantissa"] else "integer")
     base, power = int(part["base"] or 0), int(part["power"] or 0)
     return Number(Fraction(base**power), "power") if len(str(base)) * power < _MAX_DIGITS else None
 

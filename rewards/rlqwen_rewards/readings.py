@@ -88,6 +88,7 @@ SEPARATOR = re.compile(
     r"\s*[,;]\s*(?:(?:and|or)\b|\\(?:lor|land|vee|wedge)(?![A-Za-z]))?|\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*"
     r"|\s*\\(?:lor|land|vee|wedge)(?![A-Za-z])\s*|(?<=[\d}A-Za-z)])\s*(?:或者?|和|与|以及)\s*|\s*(?:或者?|以及)\s*"
 )
+_BUILDER = re.compile(r"[A-Za-z](?:\s*\\in\s*\\mathbb\{R\})?\s*(?:\||\\mid\b|:)\s*(\S.*)")
 _ROW, _CELL = re.compile(r"\s*\\\\\s*(?:\[[^\]]*\])?"), re.compile(r"\s*(?<!\\)&\s*")
 _GRID = re.compile(
     r"(?:\(|\[|(?P<system>\\\{)|\\lbrack)?\s*\\begin\s*\{(?P<name>[pbB]?matrix|smallmatrix|array|[dr]?cases|aligned|gathered)\*?\}"
@@ -104,13 +105,21 @@ _CURRENCY = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<unit>(?:US|HK|CA|AU)?\$|[€£¥]|(?:USD|RMB|EUR|Rs\.?)(?=[\s\d]))\s*(?P<amount>\S.*)"
 )
 _CONNECTIVES = re.compile(
-    r"\b(?:or|and|to|of|than|out|if|not|is|are|was|more|less|but|plus|minus|times|maybe)\b|[或和与到至]"
+    r"\b(?:or|and|to|than|out|if|not|is|are|was|more|less|but|plus|minus|times|maybe)\b|[或和与到至]"
 )
 _PIECE = re.compile(r"\s*(?:,|and\b)?\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]+|[一-鿿]+|\^\\circ|''?)")
 _PIECE_UNITS = {"'": ("angle", Fraction(1, 60)), "''": ("angle", Fraction(1, 3600)), "分": ("time", Fraction(60))}
 _WORD = re.compile(
     r"[^\W\d_]{3,}(?:[ '-][^\W\d_]+){0,4}|(?:[Nn]o|NO|[Oo]n|[Uu]p|[Ii]t|OK)(?: [^\W\d_]{2,}){0,4}|[一-鿿]{1,20}"
 )
+_NUMBERS = {
+    word: number
+    for words in (
+        "zero one two three four five six seven eight nine ten eleven twelve",
+        "零 一 二 三 四 五 六 七 八 九 十",
+    )
+    for number, word in enumerate(words.split())
+}
 _ARTICLE = re.compile(r"^(?:the|an?) ", re.IGNORECASE)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:\s+|[.,:;]\s*)[A-Za-z]{2,}|[一-鿿]")
 
@@ -171,7 +180,8 @@ def _read_brackets(text: str) -> Reading | None:
     if "" in items:
         return None
     if (opening, closing) == (r"\{", r"\}"):
-        return Items("set", items) if "|" not in content and r"\mid" not in content else None
+        builder = _BUILDER.fullmatch(content)
+        return read(builder[1]) if builder else Items("set", items)
     if len(items) == 1:
         return read(items[0]) if (opening, closing) == ("(", ")") else None
     opening, closing = ("(" if opening == r"\langle" else opening), (")" if closing == r"\rangle" else closing)
@@ -255,6 +265,8 @@ def _is_bare_unit(rest: str, unit: str) -> bool:
 
 def _read_words(text: str) -> Reading | None:
     text = plain_text(text).strip("!. ")
+    if text.casefold() in _NUMBERS:
+        return Amount(text, Number(Fraction(_NUMBERS[text.casefold()]), "integer"))
     if not _WORD.fullmatch(text):
         return None
     return Words(_ARTICLE.sub("", text.replace("-", " ")).casefold())
