@@ -28,6 +28,7 @@ from rlqwen.critic import ScalarModel, ValueHead
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.policy import Policy
 from rlqwen.sequence import SequenceGroup
+from rlqwen.types import Truncation
 
 LONE_PROMPT = [Tree(list(range(1, 60)), [Branch([7, 8])])]
 """All targets lie in the second half, so that the first rank has none."""
@@ -67,7 +68,9 @@ def token_loss(policy: Policy, batch: PackedBatch) -> dict:
     """Values and gradients of a loss on logprobs, entropies, a value head and the routers."""
     head = ValueHead(64, train_trunk=True, device=torch.device("cpu"), sequence=policy.sequence)
     torch.nn.init.ones_(head.head.weight)
-    logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(batch, temperature=0.7, entropy=True)
+    logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(
+        batch, temperature=0.7, entropy=True, truncation=Truncation(top_p=0.8, min_p=0.01)
+    )
     values_N = head.values(batch, hidden_NC)
     sums_S = logp_N.new_zeros(batch.num_sequences).index_add(0, batch.sequence_N, logp_N)  # a loss on whole sequences
     balance = policy.router_loss(1.0)
@@ -75,7 +78,7 @@ def token_loss(policy: Policy, batch: PackedBatch) -> dict:
     loss.backward()
     grads = gradients(policy.model) | gradients(head.head)
     policy.model.zero_grad()
-    values = [logp_N, entropy_N, values_N, torch.as_tensor(balance), policy.reference_logprobs(batch)]
+    values = [logp_N, entropy_N, batch.log_kept_N, values_N, torch.as_tensor(balance), policy.reference_logprobs(batch)]
     with policy.inference():
         values += policy.logprobs_and_collision(batch)
     return {"values": [value.detach() for value in values], "gradients": grads}
