@@ -493,6 +493,22 @@ _PART = re.compile(
 
 
 SAME = r"""
+x+y=7 -> y+x=7
+x+y=7 -> x=7-y
+19+67=86 -> 86
+86 -> 19+67=86
+y''+y=0 -> y+y''=0
+f'(x)=2x -> 2x
+1h 30m -> 90 minutes
+25^\circ\text{C} -> 25℃
+25^\circ\text{C} -> 25
+2\mathbf{i} + 3\mathbf{j} -> 3\mathbf{j}+2\mathbf{i}
+B -> \mathbf{B}
+B -> \mathbf{(B)}
+72 -> \mathbf{72}
+B -> \text{(B) } 12
+x^2+y^2=1 -> y^2+x^2=1
+x=2y -> 2y
 1234 -> 1{,}234
 1234 -> 1\,234
 1234 -> 1,\!234
@@ -671,6 +687,18 @@ x\in\{1,2\} -> 1,2
 """
 
 DIFFERENT = r"""
+x+y=7 -> 7
+y' -> y
+y''+y=0 -> 0
+f'(x)=2x -> f(x)=2x
+1h 30m -> h 30m
+A: 3, B: 4 -> A
+25^\circ\text{C} -> 25\text{ F}
+2\mathbf{i} + 3\mathbf{j} -> 2\mathbf{i} + 3
+a=b=3 -> 3
+x^2+y^2=1 -> 1
+2y=0 -> 0
+5 -> x=5=y
 1024 -> 2^{10}
 16 -> 4^2
 7 -> 7\text{ apples and }3\text{ pears}

@@ -30,6 +30,7 @@ _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z]*\{)")
 _IRRATIONAL = re.compile(r"\\(?:sqrt|pi|ln|log|sin|cos|tan|exp)(?![A-Za-z])|(?<![A-Za-z])e\b")
 _BASE = re.compile(r"\d\s*_")
 _JUXTAPOSED = re.compile(r"(?<![\d_^.])[\d.]+\s+\d")
+_PRIMES = re.compile(r"([A-Za-z])('+)")
 _HUGE = re.compile(r"\d\s*\^\s*\{?\s*\(?[\d.]+\}?\s*\^|\^\s*\{?\s*\d{5,}|\d{4,}\s*!|!\s*!|\d\}?\)*!\^")
 
 
@@ -79,7 +80,9 @@ def _same_without_names(gold: str, answer: str) -> bool | None:
     if len(golds) == len(answers) == 1:
         return None
     if len(golds) > 1:
-        is_named = len(golds) == 2 and _NAME.fullmatch(golds[0])
+        is_named = len(golds) == 2 and (_NAME.fullmatch(golds[0]) or not _VARIABLE.search(golds[0]))
+        if not is_named and len(answers) == 1:
+            return False
         if not is_named or (len(answers) > 1 and not _same_name(golds[0], answers[0])):
             return None  # an equation as such
     value = golds[-1]
@@ -211,6 +214,7 @@ def _formula(text: str) -> tuple[Any, ...]:
     """The SymPy object of a formula that is all of the text, or nothing."""
     if not text or _JUXTAPOSED.search(text):  # math-verify adds numbers that stand side by side
         return ()
+    text = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2]) * 'p'}}}", text)  # math-verify drops them
     try:
         found: list[Any] = parse(
             f"${text.replace('$', '')}$",

@@ -44,7 +44,8 @@ _REWRITES = [
         (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\{\s*\\(?:rm|bf|it|sf)\s+([^{}]*)\}", r"\\text{\1}"),
         (r"\\math(?:rm|bf|it)\s*\{\s*([eid])\s*\}", r"\1"),
-        (r"\\(?:text(?:rm|bf|it|normal|sf|tt)|math(?:rm|bf|it|sf|tt)|[mh]box|operatorname\*?)\s*\{", r"\\text{"),
+        (r"\\(?:text(?:rm|bf|it|normal|sf|tt)|math(?:rm|it|sf|tt)|[mh]box|operatorname\*?)\s*\{", r"\\text{"),
+        (r"\\mathbf\s*\{(?!\s*[A-Za-z]\s*\})", r"\\text{"),  # a single bold letter is a vector
         (r"\\text\s*\{\s*[.,;]?\s*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
         (r"\\text\s*\{\s*(,?\s*(?:and|or|或者?|和|与|及))\s*\}", r" \1 "),
         (r"\\text\s*\{([^{}]*?)\s+(and|or)\s*\}", r"\\text{\1} \2 "),
@@ -68,7 +69,7 @@ _WRAPPERS = [
     re.compile(pattern)
     for pattern in (
         r"\$\$([^$]*)\$\$", r"\$([^$]+)(?<!\\)\$", r"\\\(((?:(?!\\\)).)*)\\\)", r"\\\[((?:(?!\\\]).)*)\\\]",
-        r"\*\*([^*]+)\*\*", r'"([^"]*)"', r"`([^`]*)`", r"\\(?:text|underline|boldsymbol|bm)\s*\{([^{}]*)\}", r"\{([^{}]*)\}",
+        r"\*\*([^*]+)\*\*", r'"([^"]*)"', r"`([^`]*)`", r"\\(?:text|underline|boldsymbol|bm|mathbf)\s*\{([^{}]*)\}", r"\{([^{}]*)\}",
     )
 ]  # fmt: skip
 _DOLLAR = re.compile(r"(?<!\\)\$")

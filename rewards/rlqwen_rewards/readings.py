@@ -67,6 +67,7 @@ _CHOICE = re.compile(
     rf"(?:{_CHOICE_WORD}\s*)?(?:\((?P<a>[A-Ja-j])\)|(?P<b>[A-J]))[.):]?"
     r"|(?:\((?P<c>[A-J])\)[.:]?\s*|(?P<d>[A-J])(?:[.)]\s*|:\s+))(?P<content>\S.*)",
 )
+_OPTION = re.compile(r"\b[A-J][.):]\s")
 _OPERATOR_FIRST = re.compile(r"[-+*/^=<>]|\\(?:times|cdot|div|cup|cap|pm|le|ge|ne|in)\b")
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _MONTH = rf"(?P<month>{'|'.join(_MONTHS)})[a-z]*\.?"
@@ -152,8 +153,11 @@ def _read_grid(text: str) -> Reading | None:
 
 def _read_choice(text: str) -> Reading | None:
     match = _CHOICE.fullmatch(plain_text(text))
-    if match is None or (match["content"] and _OPERATOR_FIRST.match(match["content"])):
+    if match is None:
         return None
+    content = match["content"] or ""
+    if _OPERATOR_FIRST.match(content) or _OPTION.search(content):
+        return None  # `A + B`, or several options
     return Choice((match["a"] or match["b"] or match["c"] or match["d"]).upper(), match["content"])
 
 
@@ -191,13 +195,15 @@ def _read_brackets(text: str) -> Reading | None:
 def _read_compound(text: str) -> Reading | None:
     """2 hours 30 minutes, 5 feet 3 inches, 1小时20分: units of one dimension, from the largest down."""
     text = plain_text(text)
-    total, sizes, dimensions, position = Fraction(0), [], set(), 0
+    total, position = Fraction(0), 0
+    sizes: list[Fraction] = []
+    dimensions: set[str] = set()
     while position < len(text):
         match = _PIECE.match(text, position)
         if match is None:
             return None
         name = match["unit"]
-        unit = read_unit(name)
+        unit = read_unit("min" if name == "m" and dimensions == {"time"} else name)
         known = _PIECE_UNITS.get(name) or (unit.dimension and (unit.dimension[0][0], unit.factor))
         if not known:
             return None
@@ -238,7 +244,7 @@ def _read_amount(text: str) -> Reading | None:
         match = _BARE_UNIT.fullmatch(rest)
         if match and _is_bare_unit(rest, match["unit"]):
             return Amount(text[: len(text) - len(rest)].strip(), number, read_unit(match["unit"].strip()))
-    tail = _UPRIGHT_UNIT.fullmatch(text) or _DEGREES.fullmatch(text)
+    tail = _DEGREES.fullmatch(text) or _UPRIGHT_UNIT.fullmatch(text)
     if tail and (amount := tail["amount"].strip()) and amount[-1] not in "+-*/=^(":
         name = plain_text(tail["unit"]).strip(" .")
         if name and not _CONNECTIVES.search(name) and not _PROSE.search(plain_text(amount)):
