@@ -155,6 +155,12 @@ def test_learned_thoughts_reach_a_template_that_has_no_field_for_them(tokenizer,
         for row in ({"messages": [user("q"), turn]}, {"prompt": [user("q")], "completion": [turn]}):
             (out,), _ = tokenize_sft([row], tokenizer, config)
             assert tokenizer.decode(out.token_ids).endswith("assistant\n<think>\nhm\n</think>\n\n2<|im_end|>")
+        judge = build_tokenizer()
+        judge.chat_template = Path(template_files[name]).read_text()
+        (pair,), _ = tokenize_scored(
+            [{"prompt": [user("q")], "chosen": [turn], "rejected": [PLAIN]}], judge, RewardConfig()
+        )
+        assert tokenizer.decode(pair.chosen.token_ids) == "<think>\nhm\n</think>\n\n2<|im_end|>\n"
 
 
 def test_a_completion_of_several_turns_begins_as_it_was_asked_for(tokenizer):

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlqwen.config import RolloutConfig
+from rlqwen.data.guard import CompletionReader
 from rlqwen.errors import ConfigError, ResourceError, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import build_engine
 from rlqwen.rollout.pool import RolloutPool
@@ -174,7 +175,7 @@ def test_groups_come_once_with_text_and_reason(pool: RolloutPool, tokenizer: Pre
             assert len(completion.logprobs) == len(completion.token_ids) <= MAX_TOKENS
             assert not set(completion.token_ids[:-1]) & set(stop)
             assert (completion.token_ids[-1] in stop) == (completion.finish_reason == "stop")
-            assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            assert [completion.text] == CompletionReader(tokenizer).texts([completion.token_ids])
     assert reasons == {"stop", "length"}
 
 

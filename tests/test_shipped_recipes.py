@@ -100,6 +100,10 @@ def test_every_recipe_is_right_and_each_algorithm_trains_offline(found):
     assert not wrong
 
 
+def test_no_recipe_joins_question_and_answer_without_the_chat_template(found):
+    assert not [name for name, (_, said) in found.items() if "are plain text" in " ".join(said.split())]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_names_nothing_but_the_hub_and_what_comes_with_rlqwen(path):
     text = path.read_text("utf-8")

@@ -12,6 +12,8 @@ from rlqwen.data.form import RowForm, describe
 from rlqwen.data.guard import Guard, Piece, control_tokens
 from rlqwen.data.preferences import PreferenceRow, read_pairs
 from rlqwen.data.report import DataReport
+from rlqwen.data.template import default_template
+from rlqwen.data.thoughts import thoughts_in_content
 from rlqwen.data.turns import to_turns, without_marks
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
@@ -47,7 +49,10 @@ def scored_pieces(
             Piece(prompt + completion[:first], True, in_loss=True),
             *cover.pieces(hidden, in_loss=True),
         ]
-    turns = without_marks([*to_turns(prompt, "user"), *to_turns(completion, "assistant")])
+    answer = to_turns(completion, "assistant")
+    if "reasoning_content" not in default_template(tokenizer):  # such a template would leave the field out
+        answer = [thoughts_in_content(turn) for turn in answer]
+    turns = without_marks([*to_turns(prompt, "user"), *answer])
     (turns, tools), cover = guard.hide((turns, tools))
     rendered = str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
     # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.
