@@ -147,7 +147,7 @@ def make_ours(model: Path, rows: list[dict[str, str]], folder: Path, completion:
     trainer = GRPOTrainer(
         str(model), parity_reward, GRPOConfig(**arguments, max_steps=10_000, rollout={"engine": engine}), rows
     )
-    trainer._begin()
+    trainer._begin(None)
     return trainer
 
 
