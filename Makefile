@@ -1,5 +1,6 @@
 # make quickstart   a tiny Qwen3 learns arithmetic by SFT and then GRPO, on this machine's CPU
 # make test         the test suite
+# make test-fast    the tests of under a second each
 # make faults       every injected fault, the long ones too; writes FAULTS.md
 # make check        lint, format, types
 # make lock         write requirements/ anew from what is installed
@@ -11,14 +12,17 @@ INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test faults check format lock install clean
+.PHONY: quickstart test test-fast faults check format lock install clean
 
 quickstart: install
 	$(BIN)/rlqwen run recipes/quickstart_sft.yaml recipes/quickstart_grpo.yaml
 	@echo "To have rlqwen on your path: source $(BIN)/activate"
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault --fault-table FAULTS.md

@@ -18,7 +18,21 @@ import pytest
 
 from rlqwen.tiny import build_tiny_qwen3
 
-pytest_plugins = ["fault_table", "pytester"]
+pytest_plugins = ["fault_table", "slow_list", "pytester"]
+
+
+LONGEST_FIRST = (
+    "test_learning.py", "test_docs.py", "test_rollout_pool.py", "test_ranks_trainers.py", "test_ranks_sharded.py",
+    "test_tensor_parallel.py", "test_shipped_recipes.py", "test_rollout_lora.py", "test_rollout_processes.py",
+    "test_rollout_cluster.py", "test_sequence.py", "test_end_to_end.py", "test_scoring.py",
+)  # fmt: skip
+"""Files that would hold the end up if one of two workers began one of them last."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,9 @@ SMALL: dict[str, list[str] | str] = {
         "--engine",
         "transformers",
         "--max-tokens",
-        "4",
+        "8",
+        "--rewards",
+        "my_reward.py:tokens",  # a model of random weights is never right
     ],
     "rlqwen export runs/gsm8k out --dtype bfloat16": [],
     "rlqwen run quickstart_sft quickstart_dpo": stages("sft", "dpo"),
@@ -154,6 +156,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Pa
     }
     del grpo["data"]["eval"]
     (folder / "grpo.yaml").write_text(yaml.safe_dump(grpo))
+    (folder / "my_reward.py").write_text(
+        "def tokens(completion_ids, **kwargs):\n    return [sum(ids) for ids in completion_ids]\n"
+    )
     row = '{"prompt": [{"role": "user", "content": "%d + 1 = ?"}], "solution": "%d"}\n'
     turns = '{"messages": [{"role": "user", "content": "%d + 1 = ?"}, {"role": "assistant", "content": "%d"}]}\n'
     (folder / "train.jsonl").write_text("".join(turns % (i, i + 1) for i in range(8)))
