@@ -34,17 +34,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     known = read_list(LIST)
     for item in items:
-        if bare(item.nodeid) in known:
+        if not known.isdisjoint((bare(item.nodeid), file_of(item.nodeid))):
             item.add_marker("slow")
 
 
 def read_list(path: Path) -> set[str]:
-    """Node ids without parameters."""
+    """Node ids without parameters, or files where all of their tests are slow."""
     return {line for line in path.read_text().splitlines() if line and line[0] != "#"} if path.exists() else set()
 
 
 def bare(nodeid: str) -> str:
     return nodeid.partition("[")[0]
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def now() -> tuple[float, float]:
@@ -82,7 +86,7 @@ class Clock:
             cpu, wall = since(self.begun)
             report.cpu_s, report.wall_s = cpu - self.paid[0], wall - self.paid[1]
             if call.when == "setup":
-                names = [(item.nodeid.partition("::")[0], name) for name in getattr(item, "fixturenames", ())]
+                names = [(file_of(item.nodeid), name) for name in getattr(item, "fixturenames", ())]
                 report.cpu_s += sum(self.shared[name][0] for name in names if name in self.shared)
                 report.wall_s += sum(self.shared[name][1] for name in names if name in self.shared)
         self.begun, self.paid = now(), (0.0, 0.0)
@@ -123,7 +127,8 @@ class SlowList:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         slow = self.slow()
         if self.path is not None:
-            kept = read_list(self.path) - {bare(nodeid) for nodeid in self.taken}
+            measured = {of(nodeid) for nodeid in self.taken for of in (bare, file_of)}
+            kept = read_list(self.path) - measured
             lines = "\n".join(sorted(kept | set(slow)))
             self.path.write_text(f"# Written by pytest --write-slow; see slow_list.py.\n{lines}\n")
         elif "not slow" in self.markers and slow:
