@@ -153,8 +153,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> Pa
         "per_device_train_batch_size": 8,
         "max_completion_length": 8,
         "eval_on_start": False,
+        "eval_strategy": "no",
     }
-    del grpo["data"]["eval"]
+    grpo["data"] = {"train": {"generator": "arithmetic", "args": {"size": 64}}}
     (folder / "grpo.yaml").write_text(yaml.safe_dump(grpo))
     (folder / "my_reward.py").write_text(
         "def tokens(completion_ids, **kwargs):\n    return [sum(ids) for ids in completion_ids]\n"
