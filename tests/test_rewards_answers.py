@@ -57,6 +57,29 @@ def test_a_box_goes_before_hashes_and_an_empty_box_marks_nothing():
     assert marked_answer(r"\boxed{}") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<answer>\n72\n</answer>", "72"),
+        ("<answer>72 clips</answer>.", "72 clips"),
+        ("<answer>71</answer> <answer>72</answer>", "71, 72"),
+        ("<answer>\\boxed{5}</answer>", "5"),
+        ("<answer>72", None),
+        ("<answer></answer>", None),
+        ("72</answer>", None),
+    ],
+)
+def test_an_answer_may_stand_in_tags(text, answer):
+    assert marked_answer(text) == answer
+
+
+def test_endless_tags_take_linear_time():
+    start = time.monotonic()
+    assert marked_answer("<answer>" * 50_000) is None
+    assert marked_answer("<answer>5</answer>" + "<answer>" * 50_000) == "5"
+    assert time.monotonic() - start < 5
+
+
 def test_final_text_needs_closed_reasoning():
     assert final_text("<think>1</think>2</think>3") == "3"
     assert final_text("<think>never closed") is None

@@ -96,6 +96,8 @@ HEDGES = [
     "#### 71 or 72",
     "#### 71\n#### 72",
     "\\boxed{71}\n#### 72",
+    "<answer>71</answer> <answer>72</answer>",
+    "<answer>71 or 72</answer>",
     "\\boxed{72}\n#### 71",
 ]
 
@@ -114,6 +116,9 @@ def test_several_answers_are_not_the_right_one(text):
         r"\boxed{72}, that is, \boxed{72}",
         "The answer is $\\boxed{72}$.\n#### 72",
         "\\boxed{72}\n#### 72 clips",
+        "\\boxed{72}\n\n#### Check\n48 + 24 = 72",
+        "<answer>72</answer>",
+        "<answer>So it is $\\boxed{72}$.</answer>",
         "The answer is $71$. Wait, that is wrong. The answer is $72$.",
         "**Answer:** \\(72\\)",
         "答案是 $72$。",

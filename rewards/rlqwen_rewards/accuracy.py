@@ -1,6 +1,7 @@
 r"""Is the final answer right? Read as a person would; formulas are compared by math-verify.
 
-The last box of a completion, GSM8K's `####`, or the formula behind "the answer is" is its answer. A solution says
+The last box of a completion, GSM8K's `####`, `<answer>...</answer>`, or the formula behind "the answer is" is its
+answer. A solution says
 what is right in the same forms, or bare. Both are written in one notation, read, and compared by what they are:
 
 - **Numbers** are equal exactly (1,234 is 1234, 2 2/3 is 8/3, five is 5), or to six places where one is a decimal. A
@@ -71,6 +72,7 @@ _TIMEOUT = 3  # seconds for one comparison; an ordinary one takes milliseconds
 _LONGEST_ANSWER = 1000
 
 _INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})\.?")
+_NUMBER_FIRST = re.compile(r"[-+$\\({ ]*\d")
 _ANSWER_IS = re.compile(r"(?:answer|solution)(?: is|:)\s*(?!not\b)(\S.*)|答案?[是为:：]\s*(\S.*)", re.IGNORECASE)
 _INLINE = re.compile(r"(?<!\\)\$([^$]+)\$|\\\((.+?)\\\)")
 _OPERATION = re.compile(
@@ -113,8 +115,9 @@ def _answer(text: str, plain: bool) -> str | None:
     """What a completion gives as its answer; a box and a `####` behind it must agree."""
     boxed = boxed_answer(text)
     if boxed and "####" in text:
-        return join(filter(None, (boxed, hashed_answer(text[boxes(text)[-1][1] :]))))
-    return boxed or hashed_answer(text) or stated_answer(text) or (unmarked_answer(text) if plain else None)
+        hashed = hashed_answer(text[boxes(text)[-1][1] :])
+        return join((boxed, hashed)) if hashed and _NUMBER_FIRST.match(hashed) else boxed  # else it is a heading
+    return boxed or marked_answer(text) or stated_answer(text) or (unmarked_answer(text) if plain else None)
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,8 @@ def reasoning_accuracy_reward(
 class Accuracy:
     """1 if the final answer equals column `solution` (or `answer`), by math-verify; 0 if not.
 
-    The answer is what the last box, or GSM8K's `####`, or "the answer is $...$" holds, after `</think>` if there is
-    one; several answers where one is asked for are wrong, and so is an expression that the prompt asks to work out. A
+    The answer is what the last box, GSM8K's `####`, `<answer>...</answer>` or "the answer is $...$" holds, after
+    `</think>` if there is one; several answers where one is asked for are wrong, and so is an expression that the prompt asks to work out. A
     completion that never closes its reasoning, or opens it again after its answer, is wrong. None (missing) where
     there is no solution or it can't be read. The module's text says what counts as equal.
     """

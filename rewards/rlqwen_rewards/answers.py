@@ -20,6 +20,7 @@ _TAIL = 2000
 
 _HASHED = re.compile(r"####\s*(\S[^\n]*)")
 _MISSING = frozenset(("", "nan", "NaN", "<NA>", "NaT"))
+_TAGGED = re.compile("<answer>(.*?)</answer>", re.DOTALL)
 _LONGEST_JOINT = 80
 _JOINING_WORDS = 3
 _HEDGE = re.compile(
@@ -160,6 +161,13 @@ def hashed_answer(text: str) -> str | None:
     return join(contents)
 
 
+def tagged_answer(text: str) -> str | None:
+    """What stands between `<answer>` and `</answer>`; of several, all."""
+    end = text.rfind("</answer>")
+    found = _TAGGED.findall(text[: end + len("</answer>")]) if end >= 0 else []
+    return join(map(str.strip, found)) or None
+
+
 def stated_answer(text: str) -> str | None:
     """The formula behind "the answer is"; all of them if there are several that nothing takes back."""
     tail = text[-_TAIL:]
@@ -181,8 +189,8 @@ def unmarked_answer(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a text marks as such: boxed, else behind `####`, else None. Never an empty string."""
-    return boxed_answer(text) or hashed_answer(text) or None
+    """The answer that a text marks: boxed, else behind `####`, else in `<answer>`, else None. Never an empty string."""
+    return boxed_answer(text) or hashed_answer(text) or tagged_answer(text) or None
 
 
 def solutions_of(reward: str, solution: Sequence[Any] | None, answer: Sequence[Any] | None) -> Sequence[Any]:
