@@ -102,6 +102,7 @@ def _token_facts(data: DataReport, model: str) -> list[tuple[str, str]]:
     if data.num_loss_tokens:
         ends = f"{data.end_of_turn!r} at the end of {data.eos_in_loss:.1%} of what is learned"
         facts.append(("in the loss", f"{data.num_loss_tokens:,} tokens; {ends}"))
+    facts += [("form", line) for line in data.form]
     facts.append(("cut", f"{data.count('truncated'):,} rows by {data.num_cut_tokens:,} tokens"))
     dropped = [f"{data.count(fate):,} {what}" for fate, what in _DROPPED.items() if data.count(fate)]
     reasons = f": {', '.join(dropped)}" if dropped else ""
