@@ -1,21 +1,46 @@
 """Rows and token ids on disk: the same values as in memory, in files that are shared, mended and found again."""
 
+import copy
 import datetime
 import decimal
 import json
+import os
 import random
+import re
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
-from rlqwen.config import DataConfig
+from rlqwen.checkpoint.origin import digest_rows
+from rlqwen.config import DataConfig, DPOConfig, RewardConfig, SFTConfig, TrainerConfig
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import as_rows, load_recipe_data, load_rows
+from rlqwen.data import (
+    TokenizedRow,
+    as_rows,
+    find_prompt,
+    load_recipe_data,
+    load_rows,
+    longest_prompt,
+    tokenize_labelled,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_scored,
+    tokenize_sft,
+    tokenizing,
+    worker_pool,
+)
 from rlqwen.data import rows_on_disk as storage
+from rlqwen.data.packing import fill_bins
 from rlqwen.data.rows_on_disk import RowCodec, content_digest, encode_row, folder_of, keep_rows
+from rlqwen.data.tokenization import SFTJob
+from rlqwen.data.tokenizing import count_processes, digest_of_job
 from rlqwen.data.views import Joined, Mapped, Overlaid, Selected
-from rlqwen.errors import ConfigError, DataError
+from rlqwen.errors import ConfigError, DataError, ResourceError
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +48,7 @@ def small_limits(tmp_path, monkeypatch):
     """A few rows are many here, and lie in a cache of the test's own."""
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "STORED_FROM", 4)
-    monkeypatch.setattr("rlqwen.data.sources.STORED_FROM", 4)
+    monkeypatch.setattr(tokenizing, "BATCH", 3)
     monkeypatch.setattr(storage, "BATCH", 3)
 
 
@@ -110,7 +135,6 @@ def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path, monkeypatch):
     weighted = [source.model_copy(update={"weight": 1.0 + place}) for place, source in enumerate(sources)]
     stored = [load_rows(mixture, seed=3) for mixture in (sources, weighted)]
     monkeypatch.setattr(storage, "STORED_FROM", 1000)
-    monkeypatch.setattr("rlqwen.data.sources.STORED_FROM", 1000)
     kept = [load_rows(mixture, seed=3) for mixture in (sources, weighted)]
     assert stored == kept
     assert isinstance(kept[0], list)
@@ -148,3 +172,178 @@ def test_a_scripts_dataset_is_read_where_it_lies(shuffled):
     assert content_digest(view) != content_digest(as_rows(dataset.select(range(8))))
     with pytest.raises(DataError, match="row 5: a row must be a dict"):
         list(as_rows([*rows[:5], "text"]))
+
+
+# Token ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_path):
+    return AutoTokenizer.from_pretrained(tiny_model_path)
+
+
+TURNS = [
+    {"messages": [{"role": "user", "content": f"{n} + {n}"}, {"role": "assistant", "content": "=" * (1 + 5 * (n % 5))}]}
+    for n in range(10)
+]
+TEXTS = [{"text": "1 + 1" * (1 + n % 4)} for n in range(8)]
+PROMPTS = [{"prompt": "1" * (1 + n % 7), "solution": n, "more": {"a": [n]}} for n in range(11)]
+PAIRS = [
+    {
+        "prompt": f"{n}",
+        "chosen": "2" * (1 + n % 6),
+        "rejected": "33" if n % 4 else "",
+        "margin": None if n % 3 else n - 4,
+    }
+    for n in range(10)
+]
+LABELLED = [{"prompt": f"{n}", "completion": "4" * (n % 3 + 1), "label": bool(n % 2)} for n in range(9)]
+
+CASES = {
+    "sft": (TURNS, lambda rows, tokenizer: tokenize_sft(rows, tokenizer, SFTConfig(max_length=24))),
+    "sft dropped": (
+        [*TURNS, *TEXTS],
+        lambda rows, tokenizer: tokenize_sft(rows, tokenizer, SFTConfig(max_length=24, truncation_mode="drop")),
+    ),
+    "prompts": (PROMPTS, lambda rows, tokenizer: tokenize_prompts(rows, tokenizer, max_prompt_length=5)),
+    "pairs": (PAIRS, lambda rows, tokenizer: tokenize_preferences(rows, tokenizer, DPOConfig(max_length=6))),
+    "labelled": (LABELLED, lambda rows, tokenizer: tokenize_labelled(rows, tokenizer, DPOConfig())),
+    "scored": (PAIRS, lambda rows, tokenizer: tokenize_scored(rows, tokenizer, RewardConfig())),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp_path, caplog):
+    rows, tokenize = CASES[case]
+    stored, report = tokenize(rows, tokenizer)
+    assert not isinstance(stored, list)
+    assert str(tmp_path / "cache" / "data" / "tokens-") in report.source
+    found, again = tokenize(rows, tokenizer)
+    assert found == stored
+    assert "tokenised before" in again.source
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "STORED_FROM", 1000)
+        kept, expected = tokenize(rows, tokenizer)
+    assert isinstance(kept, list)
+    assert stored == kept
+    assert [list(map(repr, part)) for part in (stored[2:4], [stored[-1]])] == [
+        list(map(repr, part)) for part in (kept[2:4], [kept[-1]])
+    ]
+    assert replace(report, source=None) == replace(again, source=None) == expected
+    assert digest_rows(stored) == digest_rows(found)
+    (file,) = tmp_path.glob("cache/data/tokens-*/rows.arrow")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    mended, _ = tokenize(rows, tokenizer)
+    assert mended == kept
+    assert "is damaged (its digest does not fit): the rows are tokenised anew" in caplog.text
+
+
+def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):
+    keys = {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig()))}
+    assert keys == {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(learning_rate=1, packing=True, seed=1)))}
+    keys.add(digest_of_job(TURNS[:-1], SFTJob(tokenizer, SFTConfig())))
+    keys.add(digest_of_job(TURNS[::-1], SFTJob(tokenizer, SFTConfig())))
+    keys.add(digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(max_length=7))))
+    keys.add(digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(chat_template_kwargs={"enable_thinking": False}))))
+    template = tmp_path / "template.jinja"
+    for text in ("{{ messages }}", "{{ messages }}!"):
+        template.write_text(text)
+        keys.add(digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(chat_template_path=str(template)))))
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template += " "
+    keys.add(digest_of_job(TURNS, SFTJob(changed, SFTConfig())))
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["<new>"])
+    keys.add(digest_of_job(TURNS, SFTJob(changed, SFTConfig())))
+    assert len(keys) == 9
+
+
+def test_every_key_that_tokenising_reads_is_in_the_caches_key():
+    """Those that all trainers have are left out of it."""
+    common = set(TrainerConfig.model_fields) - {"dataset_num_proc", "trust_remote_code"}
+    for path in Path(tokenizing.__file__).parent.glob("*.py"):
+        read = set(re.findall(r"config\.(\w+)", path.read_text("utf-8")))
+        assert not read & common, f"{path.name} reads keys that rlqwen.data.jobs.data_settings leaves out"
+
+
+def test_a_bad_row_among_many_is_named_and_nothing_is_kept(tokenizer, tmp_path):
+    rows = [*TURNS[:7], {"prompt": "no answer"}, *TURNS[7:], {"nothing": 1}]
+    with pytest.raises(DataError, match="row 7: nothing to learn"):
+        tokenize_sft(rows, tokenizer, SFTConfig())
+    faults = []
+    kept, report = tokenize_sft(rows, tokenizer, SFTConfig(), faults=faults)
+    assert [str(fault)[:6] for fault in faults] == ["row 7:", "row 11"]
+    assert len(kept) == report.num_kept == 10
+    assert kept[9].token_ids == tokenize_sft(TURNS, tokenizer, SFTConfig())[0][9].token_ids
+    with pytest.raises(DataError, match=r"7 of 11 prompts.*row 2 has 3, .* and 2 more"):
+        tokenize_prompts(PROMPTS, tokenizer, max_prompt_length=2, overlong="refuse")
+    assert len(list(tmp_path.glob("cache/data/tokens-*/"))) == 1
+    assert not list(tmp_path.glob("cache/data/.writing*"))
+
+
+def test_bins_on_disk_are_those_of_best_fit(tokenizer):
+    config = SFTConfig(max_length=40)
+    rows, _ = tokenize_sft([*TURNS, *TURNS[3:], *TURNS[1:]], tokenizer, config)
+    bins = fill_bins(rows, 40)
+    expected: list[list[TokenizedRow]] = []
+    for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
+        room = [40 - sum(len(one.token_ids) for one in one_bin) for one_bin in expected]
+        fits = [(left, place) for place, left in enumerate(room) if left >= len(row.token_ids)]
+        if fits:
+            expected[min(fits)[1]].append(row)
+        else:
+            expected.append([row])
+    assert bins == expected == fill_bins(list(rows), 40)
+    assert digest_rows(bins) != digest_rows(fill_bins(rows, 50))
+
+
+def test_prompts_are_found_by_their_row(tokenizer):
+    prompts, _ = tokenize_prompts(PROMPTS, tokenizer, max_prompt_length=5)
+    assert [find_prompt(prompts, prompt.index) for prompt in prompts] == prompts
+    assert longest_prompt(prompts) == longest_prompt(list(prompts)) == 5
+    other, _ = tokenize_prompts([row | {"solution": 0} for row in PROMPTS], tokenizer, max_prompt_length=5)
+    assert digest_rows(other) != digest_rows(prompts), "the answers count too"
+
+
+# In several processes
+
+
+def test_processes_give_what_one_gives(tokenizer, monkeypatch, tmp_path):
+    rows = [*TURNS, {"nothing": 1}, *TEXTS, *TURNS, {"nothing": 2}]
+    faults, same_faults = [], []
+    alone, expected = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=1), faults=faults)
+    together, report = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=2), faults=same_faults)
+    assert together == alone
+    assert digest_rows(together) == digest_rows(alone)
+    assert replace(report, source=None) == replace(expected, source=None)
+    assert [str(fault) for fault in same_faults] == [str(fault) for fault in faults] != []
+
+
+def test_the_pool_keeps_the_order_and_raises_the_first_error():
+    parts = [(number, 1009) for number in (20, 3, 11, 0, 2)]
+    with closing(worker_pool.WorkerPool(2, pow, 7)) as pool:
+        assert list(pool.map(iter(parts))) == [pow(7, start, modulus) for start, modulus in parts]
+        with pytest.raises(ValueError, match="3rd argument cannot be 0"):
+            list(pool.map(iter([*parts, (1, 0), (1, 1009)])))
+
+
+def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokenizer, monkeypatch, caplog):
+    with closing(worker_pool.WorkerPool(1, os.path.join, "job")) as pool:
+        pool._workers[0]._process.kill()
+        with pytest.raises(ResourceError, match="dataset_num_proc"):
+            list(pool.map(iter([(0, [])])))
+    stubborn = copy.copy(tokenizer)
+    stubborn.of_its_own = lambda: None
+    kept, _ = tokenize_sft(TURNS, stubborn, SFTConfig(dataset_num_proc=2))
+    assert len(kept) == len(TURNS)
+    assert "in one process, because this tokenizer does not pickle" in caplog.text
+
+
+def test_processes_are_counted_by_rows_and_cpus(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert [count_processes(None, rows) for rows in (100, 9_999, 10_000)] == [1, 1, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert count_processes(None, 10_000) == 2
+    assert count_processes(3, 10) == 3

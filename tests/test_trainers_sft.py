@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.data import TokenizedRow
+from rlqwen.data.packing import fill_bins
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
-from rlqwen.trainers.sft import fill_bins
 
 
 def rows(count: int = 24) -> list[dict]:

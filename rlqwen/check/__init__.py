@@ -1,6 +1,6 @@
 """What can be found wrong without a device: small checks that trainers use too, and `rlqwen check` over a recipe."""
 
-from rlqwen.check.arithmetic import BatchPlan, plan_batch, prompt_room
+from rlqwen.check.arithmetic import BatchPlan, plan_batch, prompt_room, refuse_stream
 from rlqwen.check.model import check_model_path, check_vocabulary
 from rlqwen.check.pipeline import check_before_run, check_pipeline
 from rlqwen.check.recipe import check_recipe
@@ -18,4 +18,5 @@ __all__ = [
     "check_vocabulary",
     "plan_batch",
     "prompt_room",
+    "refuse_stream",
 ]

@@ -21,10 +21,10 @@ class BatchPlan:
     """All of it in one line."""
 
 
-def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> BatchPlan:
+def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) -> BatchPlan:
     """Prompts x generations = completions = micro-batch x accumulation x ranks, and the updates that come of it.
 
-    `num_rows`: rows that are left after tokenising and packing. Raises ConfigError if the batch doesn't come out even.
+    `num_rows`: rows that are left after tokenising and packing; None for a stream. Raises ConfigError if the batch doesn't come out even.
     """
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     split = f"{size} a micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
@@ -49,10 +49,27 @@ def plan_batch(config: TrainerConfig, num_rows: int, num_ranks: int = 1) -> Batc
         line = f"{_count(rows, _row_name(config))} an update = {split}"
     total = config.max_steps
     if total < 0:
-        total = math.ceil(_rows_in_all(config, num_rows) / rows) * updates
-    epochs = total / updates * rows / max(num_rows, 1)
-    text = f"{line}; {_count(total, 'update')} in all = {epochs:.3g} epochs"
+        total = math.ceil(_rows_in_all(config, num_rows or 0) / rows) * updates
+    text = f"{line}; {_count(total, 'update')} in all"
+    if num_rows is not None:
+        text += f" = {total / updates * rows / max(num_rows, 1):.3g} epochs"
     return BatchPlan(rows, updates, total, per_update, text)
+
+
+def refuse_stream(config: TrainerConfig) -> None:
+    """Raise ConfigError for what a stream of training rows does not go with."""
+    if not isinstance(config, SFTConfig | OnlineConfig):
+        raise ConfigError(
+            f"{type(config).__name__} cannot train on a stream, as sft, grpo and ppo can: leave streaming out, or take a "
+            "number of rows first, as in list(stream.take(10_000))"
+        )
+    if config.max_steps < 0 and not (isinstance(config, OnlineConfig) and config.total_completions is not None):
+        raise ConfigError(
+            "max_steps: the training data is a stream, and how many rows it has is not known; set it, for example to 1000"
+        )
+    for key in ("eval_strategy", "save_strategy"):
+        if getattr(config, key) == "epoch":
+            raise ConfigError(f"{key}: 'epoch' is unknown of a stream before it ends; set it to 'steps'")
 
 
 def prompt_room(context: int, config: OnlineConfig) -> int:

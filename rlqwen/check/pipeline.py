@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlqwen.check.model import check_model_path
 from rlqwen.check.recipe import check_recipe
@@ -9,8 +10,10 @@ from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
 from rlqwen.check.rewards import check_reward_columns, resolve_rewards
 from rlqwen.config import DPOConfig, OnlineConfig, Recipe
-from rlqwen.data import load_rows
+from rlqwen.data import first_rows, load_rows
 from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
+
+Row = dict[str, Any]
 
 
 def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
@@ -57,8 +60,12 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
             resolve_rewards(sampled.rewards)
         if place and recipe.rewards:
             rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
-            rows = load_rows(recipe.data.train, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
+            rows = first_rows(recipe.data) if recipe.data.is_streamed else _training_rows(recipe)
             check_reward_columns(rewards, rows, "data.train")
+
+
+def _training_rows(recipe: Recipe) -> Sequence[Row]:
+    return load_rows(recipe.data.train, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
 
 
 def _check_reference(recipe: Recipe, earlier: Sequence[Recipe]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlqwen.check.arithmetic import refuse_stream
 from rlqwen.check.model import ModelFacts, read_model
 from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
@@ -12,7 +13,7 @@ from rlqwen.check.rewards import check_rewards
 from rlqwen.check.tokens import describe_batch, describe_data, describe_untokenized, tokenize
 from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import DataReport, clean_recipe_data, load_rows
+from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
 from rlqwen.errors import DataError
 from rlqwen.metrics.run_folder import refuse_used_folder
 from rlqwen.quantization import require_bitsandbytes
@@ -98,6 +99,11 @@ def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | Non
     if sampled:
         return None
     with report.collecting():
+        if part == "train" and recipe.data.is_streamed:
+            refuse_stream(recipe.train)
+            rows = first_rows(recipe.data)
+            report.facts.append(("data.train", f"a stream, of which the first {len(rows)} rows are checked"))
+            return rows
         return load_rows(source, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
     return None
 
@@ -118,10 +124,10 @@ def _clean(
     if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
         return train, evaluation
     with report.collecting():
-        data = clean_recipe_data(recipe.data, train, evaluation)
-        assert data.cleaning is not None
-        listed = f"; listed in {data.cleaning.folder}" if data.cleaning.dropped and data.cleaning.folder else ""
-        report.facts.append(("cleaning", data.cleaning.summary() + listed))
-        report.warnings += data.cleaning.warnings
-        return data.train, data.eval
+        train, evaluation, cleaning = clean_recipe_data(recipe.data, train, evaluation)
+        assert cleaning is not None
+        listed = f"; listed in {cleaning.folder}" if cleaning.dropped and cleaning.folder else ""
+        report.facts.append(("cleaning", cleaning.summary() + listed))
+        report.warnings += cleaning.warnings
+        return train, evaluation
     return None, None

@@ -35,6 +35,7 @@ def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataRepo
         max_prompt_length=prompt_room(model.context, config),
         overlong=config.overlong_prompts,
         chat_template_kwargs=config.chat_template_kwargs,
+        num_proc=config.dataset_num_proc,
     )
     return data
 
@@ -56,11 +57,16 @@ def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, S
             report.facts.append((name, f"{len(rows)} rows"))
     packs = isinstance(recipe.train, SFTConfig) and recipe.train.packing
     if parts["data.train"] and not packs:
-        report.facts.append(("batch", plan_batch(recipe.train, len(parts["data.train"])).text))
+        num_rows = None if recipe.data.is_streamed else len(parts["data.train"])
+        report.facts.append(("batch", plan_batch(recipe.train, num_rows).text))
 
 
 def describe_batch(report: CheckReport, recipe: Recipe, data: DataReport) -> None:
-    num_rows, config = data.num_kept, recipe.train
+    config = recipe.train
+    if recipe.data.is_streamed:
+        report.facts.append(("batch", plan_batch(config, None).text))
+        return
+    num_rows = data.num_kept
     if isinstance(config, SFTConfig) and config.packing and config.max_length:
         num_rows = math.ceil(data.num_tokens / config.max_length)
     plan = plan_batch(config, num_rows)

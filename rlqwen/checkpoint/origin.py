@@ -23,6 +23,7 @@ _INCIDENTAL = {
     "run_name",
     "report_to",
     "disable_tqdm",
+    "dataset_num_proc",
     "logging_steps",
     "resume_from_checkpoint",
     "resume_allow_changes",
@@ -106,7 +107,10 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
-    """Digest of tokenised rows, in order."""
+    """Digest of tokenised rows, in order; those on disk have one of their own."""
+    known: str | None = getattr(rows, "digest", None)
+    if known is not None:
+        return known
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         _feed(digest, row)

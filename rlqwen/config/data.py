@@ -60,6 +60,9 @@ class SourceConfig(Config):
     """Share of this source when several are mixed, 1 beside others that have one. None for all: all rows are used."""
     limit: int | None = Field(default=None, gt=0)
     """Take only the first so many rows."""
+    streaming: bool = False
+    """Read and tokenise rows while training, in their own order, never all of them at once: for `data.train` of sft, grpo
+    and ppo, with `train.max_steps`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceConfig":
@@ -101,6 +104,26 @@ class DataConfig(Config):
         parts = [self.train, *([self.eval] if self.eval else [])]
         sources = [source for part in parts for source in (part if isinstance(part, list) else [part])]
         return [source.sampled for source in sources if source.sampled is not None]
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the training rows are never all there."""
+        return isinstance(self.train, SourceConfig) and self.train.streaming
+
+    @model_validator(mode="after")
+    def _streams_stand_alone(self) -> "DataConfig":
+        several = [one for part in (self.train, self.eval) if isinstance(part, list) for one in part]
+        if any(source.streaming for source in several):
+            raise ValueError(
+                "streaming: sources that are mixed must be there as a whole; take streaming out, or mix none"
+            )
+        if isinstance(self.eval, SourceConfig) and self.eval.streaming:
+            raise ValueError("eval.streaming: evaluation needs the same rows every time; set eval.limit instead")
+        if self.is_streamed and self.cleaning:
+            raise ValueError(
+                "cleaning compares all rows, which a stream never has: take train.streaming or cleaning out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _overlap_needs_eval(self) -> "DataConfig":

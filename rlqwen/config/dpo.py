@@ -35,7 +35,6 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     refused: ClassVar[dict[str, str]] = PreferenceConfig.refused | {
         "rpo_alpha": "use loss_type: [sigmoid, sft] with loss_weights: [1, rpo_alpha]",
         "max_completion_length": "use max_length, which bounds prompt and answer together",
-        "dataset_num_proc": "leave it out: rows are tokenised in batches, by one process",
         "router_aux_loss_coef": "leave it out: the router's load-balancing loss is not trained",
         "generate_during_eval": "use `rlqwen eval` on the trained model",
         "model_adapter_name": "give a PeftModel: the reference is the model as given",

@@ -51,6 +51,8 @@ class TrainerConfig(ArgumentsConfig):
     max_steps: int = -1
     """Optimizer updates (GRPO: as in TRL, also updates); -1: as `num_train_epochs` says."""
     shuffle_dataset: bool = True
+    dataset_num_proc: int | None = Field(default=None, ge=1)
+    """Processes that tokenise. None: one, or from 10,000 rows on one per CPU."""
 
     learning_rate: float = Field(default=2e-5, ge=0)
     lr_scheduler_type: str = "linear"

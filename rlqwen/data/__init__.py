@@ -4,13 +4,15 @@ from rlqwen.data.chat import ChatFormat
 from rlqwen.data.cleaning import CleaningReport, clean_rows
 from rlqwen.data.comparisons import tokenize_comparisons
 from rlqwen.data.encoding import TokenizedRow
-from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
-from rlqwen.data.recipe import RecipeData, clean_recipe_data, load_recipe_data
+from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
+from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
+from rlqwen.data.prompts import find_prompt, longest_prompt, tokenize_prompts
+from rlqwen.data.recipe import RecipeData, clean_recipe_data, first_rows, load_recipe_data
 from rlqwen.data.report import DataReport
 from rlqwen.data.scored import scored_pieces, tokenize_scored
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.template import load_chat_template
-from rlqwen.data.tokenization import tokenize_conversation, tokenize_prompts, tokenize_sft
+from rlqwen.data.tokenization import tokenize_conversation, tokenize_sft
 
 __all__ = [
     "ChatFormat",
@@ -23,9 +25,12 @@ __all__ = [
     "as_rows",
     "clean_recipe_data",
     "clean_rows",
+    "find_prompt",
+    "first_rows",
     "load_chat_template",
     "load_recipe_data",
     "load_rows",
+    "longest_prompt",
     "scored_pieces",
     "tokenize_comparisons",
     "tokenize_conversation",

@@ -11,6 +11,9 @@ from rlqwen.data.views import View
 
 Item = TypeVar("Item")
 
+TOKENS = pa.list_(pa.int32())
+MASK = pa.list_(pa.bool_())
+
 
 class Codec(Protocol[Item]):
     """How items become columns of an Arrow file, and come back equal."""

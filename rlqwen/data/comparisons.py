@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config.dpo import UNPAIRED, DPOConfig
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.preference_formats import is_pair
-from rlqwen.data.preferences import LabelledRow, PreferenceRow, tokenize_labelled, tokenize_preferences
+from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
+from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
 from rlqwen.data.report import DataReport
 from rlqwen.errors import DataError
 
@@ -20,7 +21,7 @@ _LABELS = {"label", "kto_tag"}
 
 def tokenize_comparisons(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: DPOConfig
-) -> tuple[list[PreferenceRow] | list[LabelledRow], DataReport]:
+) -> tuple[Sequence[PreferenceRow] | Sequence[LabelledRow], DataReport]:
     """Pairs of all rows, in order; single answers where the rows are labelled.
 
     Raises DataError for labelled rows where a loss compares two answers.

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import pyarrow as pa
+
+from rlqwen.data.arrow_file import MASK, TOKENS, numbers_at
 from rlqwen.data.guard import Piece
 from rlqwen.errors import DataError
 
@@ -12,9 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-
-_BATCH = 512
-_PROGRESS_AFTER_S = 3.0
 
 
 @dataclass(slots=True)
@@ -27,33 +27,26 @@ class TokenizedRow:
 
 
 def tokenize_rows(
+    start: int,
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     write: Callable[[int, Row], list[list[Piece]]],
     faults: list[DataError] | None = None,
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
-    """(row number, its sequences) in order, a batch of rows at a time; a bar appears when it takes long on a terminal.
+    """(row number, its sequences) in order, of rows of which the first has the number `start`.
 
     `write` gives the pieces of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
     such a list, ends it all.
     """
-    from tqdm import tqdm
-
-    if not rows:
-        raise DataError("the dataset is empty")
-    with tqdm(total=len(rows), desc="Tokenising", unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
-        for start in range(0, len(rows), _BATCH):
-            numbers = range(start, min(start + _BATCH, len(rows)))
-            batch: dict[int, list[list[Piece]]] = {}
-            for number in numbers:
-                try:
-                    batch[number] = write(number, rows[number])
-                except DataError as fault:
-                    refuse(fault, faults)
-            encoded = iter(encode(tokenizer, [pieces for sequences in batch.values() for pieces in sequences]))
-            for number, sequences in batch.items():
-                yield number, list(islice(encoded, len(sequences)))
-            bar.update(len(numbers))
+    batch: dict[int, list[list[Piece]]] = {}
+    for number, row in enumerate(rows, start):
+        try:
+            batch[number] = write(number, row)
+        except DataError as fault:
+            refuse(fault, faults)
+    encoded = iter(encode(tokenizer, [pieces for sequences in batch.values() for pieces in sequences]))
+    for number, sequences in batch.items():
+        yield number, list(islice(encoded, len(sequences)))
 
 
 def refuse(fault: DataError, faults: list[DataError] | None) -> None:
@@ -94,3 +87,19 @@ def trim(row: TokenizedRow) -> TokenizedRow:
     """Without what follows the last token in the loss: nothing there is learned or read."""
     end = len(row.loss_mask) - row.loss_mask[::-1].index(True)
     return TokenizedRow(row.token_ids[:end], row.loss_mask[:end])
+
+
+class SequenceCodec:
+    """Training sequences as columns."""
+
+    schema: ClassVar[pa.Schema] = pa.schema([("token_ids", TOKENS), ("loss_mask", MASK)])
+
+    def encode(self, items: Sequence[TokenizedRow]) -> pa.RecordBatch:
+        columns = [
+            pa.array([row.token_ids for row in items], TOKENS),
+            pa.array([row.loss_mask for row in items], MASK),
+        ]
+        return pa.record_batch(columns, schema=self.schema)
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> TokenizedRow:
+        return TokenizedRow(numbers_at(batch.column(0), place), numbers_at(batch.column(1), place))

@@ -5,9 +5,11 @@ an answer the loss covers what the assistant wrote, end-of-turn tokens included.
 all answers to it, whatever is cut.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
@@ -16,8 +18,11 @@ from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
 from rlqwen.data.form import RowForm, describe, look_at, note_row, unlike_trl
 from rlqwen.data.formats import normalise_row
 from rlqwen.data.guard import Piece
+from rlqwen.data.jobs import Tally, TokenizingJob, data_settings
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
-from rlqwen.data.report import DataReport, Fate, first_of, percentiles
+from rlqwen.data.preference_rows import LabelledCodec, LabelledRow, PairCodec, PreferenceRow
+from rlqwen.data.report import NAMED, DataReport, Fate, first_of, percentiles
+from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.data.turns import to_turns
 from rlqwen.data.unused import Unused
 from rlqwen.data.writer import Writer
@@ -28,31 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-
-
-@dataclass(slots=True)
-class PreferenceRow:
-    """A prompt and two answers to it; each answer goes on from the prompt's last token."""
-
-    index: int
-    """Row number in the dataset, from 0."""
-    prompt_ids: list[int]
-    """Empty only for texts that have no common beginning; the first token of an answer is then not in the loss."""
-    chosen: TokenizedRow
-    """Tokens after the prompt; in the loss are those that the assistant wrote, end-of-turn tokens included."""
-    rejected: TokenizedRow
-    margin: float | None = None
-    """By how much the chosen answer is better, where the data says so."""
-
-
-@dataclass(slots=True)
-class LabelledRow:
-    """A prompt and one answer that is good or bad."""
-
-    index: int
-    prompt_ids: list[int]
-    completion: TokenizedRow
-    label: bool
+Item = TypeVar("Item")
 
 
 def tokenize_preferences(
@@ -61,36 +42,14 @@ def tokenize_preferences(
     config: PreferenceConfig,
     *,
     faults: list[DataError] | None = None,
-) -> tuple[list[PreferenceRow], DataReport]:
+) -> tuple[Sequence[PreferenceRow], DataReport]:
     """Pairs of all rows, in order.
 
     Pairs that are too long, have an answer without a token in the loss, or two equal answers (as they are, or once
     cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left; given a list of
     `faults`, puts them there instead.
     """
-    return read_pairs(rows, tokenizer, config, PreferenceWriter(tokenizer, config), faults)
-
-
-def read_pairs(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    config: PreferenceConfig,
-    writer: "PairWriter",
-    faults: list[DataError] | None,
-) -> tuple[list[PreferenceRow], DataReport]:
-    """As `tokenize_preferences`, with the text that `writer` makes of them."""
-    kept, report = _Reader(tokenizer, config, to_pair_rows, writer).read(rows, faults)
-    missing = [f"row {one.index}" for one in kept if "margin" not in one.columns[0]]
-    if isinstance(config, RewardConfig) and 0 < len(missing) < len(kept):
-        report.warnings.append(f"no margin, hence 0, beside rows that have one: {first_of(missing)}")
-    negative = [f"row {one.index}" for one in kept if (one.columns[0].get("margin") or 0) < 0]
-    if negative:
-        report.warnings.append(f"margins below 0, as if the rejected answer were better: {first_of(negative)}")
-    pairs = []
-    for one in kept:
-        chosen, rejected = one.answers
-        pairs.append(PreferenceRow(one.index, one.prompt_ids, chosen, rejected, one.columns[0].get("margin")))
-    return pairs, report
+    return tokenize_all(rows, PairJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
 def tokenize_labelled(
@@ -99,19 +58,9 @@ def tokenize_labelled(
     config: PreferenceConfig,
     *,
     faults: list[DataError] | None = None,
-) -> tuple[list[LabelledRow], DataReport]:
+) -> tuple[Sequence[LabelledRow], DataReport]:
     """Labelled answers of all rows, in order; a pair gives two. Counts and errors as `tokenize_preferences`."""
-    writer = PreferenceWriter(tokenizer, config)
-    kept, report = _Reader(tokenizer, config, to_labelled_rows, writer).read(rows, faults)
-    labelled = [
-        LabelledRow(one.index, one.prompt_ids, answer, columns["label"])
-        for one in kept
-        for answer, columns in zip(one.answers, one.columns, strict=True)
-    ]
-    labels = {row.label for row in labelled}
-    if len(labels) == 1:
-        report.warnings.append(f"all labels are {str(*labels).lower()}: there is nothing to tell good from bad by")
-    return labelled, report
+    return tokenize_all(rows, LabelledJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
 @dataclass(slots=True)
@@ -133,31 +82,44 @@ class _Answers:
         return len(self.prompt_ids) + sum(len(answer.token_ids) for answer in self.answers)
 
 
-class _Reader:
-    """Tokenises rows of answers, cuts them to length, and counts what is left out and why.
+class AnswersJob(TokenizingJob[Item]):
+    """Tokenises rows of answers, cuts them to length, and counts what is left out and why."""
 
-    `split` goes from a normalised row to `prompt` and `completion` of each of its answers.
-    """
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig) -> None:
+        super().__init__(tokenizer)
+        self.config = config
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        config: PreferenceConfig,
-        split: Callable[[Row, str], list[Row]],
-        writer: "PairWriter",
-    ) -> None:
-        self.tokenizer, self.config, self.split, self.writer = tokenizer, config, split, writer
-        self.found: dict[int, list[Row]] = {}
-        self.reads_margin = isinstance(config, RewardConfig)
+    @cached_property
+    def writer(self) -> "PairWriter":
+        return PreferenceWriter(self.tokenizer, self.config)
 
-    def read(self, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[_Answers], DataReport]:
-        report = DataReport(num_rows=len(rows))
+    def settings(self) -> Any:
+        return data_settings(self.config, PreferenceConfig, apart_from=("pad_token", "disable_dropout"))
+
+    @abstractmethod
+    def split(self, row: Row, where: str) -> list[Row]:
+        """`prompt` and `completion` of each answer of a normalised row."""
+
+    @abstractmethod
+    def items(self, kept: list[_Answers], tally: Tally) -> list[Item]:
+        """What rows that are kept become."""
+
+    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Item], Tally]:
+        tally = Tally(DataReport(num_rows=len(rows)))
+        report = tally.report
+        found: dict[int, list[Row]] = {}
+
+        def write(number: int, row: Row) -> list[list[Piece]]:
+            where = f"row {number}"
+            row = normalise_row(row, where)
+            answers = found[number] = self.split(row, where)
+            return self._pieces(row, answers, where)
+
         kept: list[_Answers] = []
-        lengths: list[int] = []
-        for number, (prompt, *sequences) in tokenize_rows(rows, self.tokenizer, self._write, faults):
+        for number, (prompt, *sequences) in tokenize_rows(start, rows, self.tokenizer, write, faults):
             answers = [_after(prompt, sequence) for sequence in sequences]
-            whole = _Answers(number, prompt.token_ids, answers, self.found.pop(number))
-            lengths.append(whole.length)
+            whole = _Answers(number, prompt.token_ids, answers, found.pop(number))
+            tally.lengths.append(whole.length)
             row = _cut(whole, self.config)
             fate = self._reason_to_leave_out(row)
             if fate is not None:
@@ -168,23 +130,35 @@ class _Reader:
                 report.note("truncated", number)
                 report.num_cut_tokens += whole.num_tokens - row.num_tokens
             kept.append(row)
-        self._describe(kept, report)
-        form = look_at(rows, self._note_form)
-        self.writer.describe(report, form)
-        report.lengths = percentiles(lengths)
-        if not kept and not faults:
-            refuse(DataError(self._nothing_left(report)), faults)
-        return kept, report
+        self._count(kept, tally)
+        return self.items(kept, tally), tally
 
-    def _write(self, number: int, row: Row) -> list[list[Piece]]:
-        where = f"row {number}"
-        row = normalise_row(row, where)
-        answers = self.found[number] = self.split(row, where)
+    def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
+        self.writer.describe(report, look_at(rows, self._note_form))
+
+    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+        report = tally.report
+        report.lengths = percentiles(tally.lengths)
+        report.end_of_turn = tally.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
+        report.name_unused()
+        report.eos_in_loss = tally.counts["ended"] / max(tally.counts["answers"], 1)
+        for fate, text in (
+            ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
+            ("empty_answer", "empty answers, which teach to end the turn at once"),
+        ):
+            if numbers := report.rows.get(cast(Fate, fate)):
+                named = [f"row {number}" for number in numbers[:NAMED]]
+                report.warnings.append(f"{text}: {first_of(named, len(numbers))}")
+        if not report.num_kept and not faults:
+            refuse(DataError(self._nothing_left(report)), faults)
+        return report
+
+    def _pieces(self, row: Row, answers: list[Row], where: str) -> list[list[Piece]]:
         first, completions = answers[0], [one["completion"] for one in answers]
         pieces = self.writer.pieces(first["prompt"], completions, first.get("tools"), where)
         has_turns = any(not isinstance(one, str) for one in (first["prompt"], *completions))
         whole = [[*to_turns(first["prompt"], "user"), *to_turns(one, "assistant")] for one in completions]
-        read = read_columns(row, has_turns=has_turns, margin=self.reads_margin)
+        read = read_columns(row, has_turns=has_turns, margin=isinstance(self.config, RewardConfig))
         self.writer.note_unused(row, read, whole if has_turns else [])
         return pieces
 
@@ -201,30 +175,21 @@ class _Reader:
             return "equal_sides"
         return None
 
-    def _describe(self, kept: list[_Answers], report: DataReport) -> None:
-        report.num_kept, report.end_of_turn = len(kept), self.writer.end_token
-        answers = [answer for row in kept for answer in row.answers]
+    def _count(self, kept: list[_Answers], tally: Tally) -> None:
+        report, stop_ids = tally.report, self.writer.stop_ids
+        report.num_kept = len(kept)
         report.num_tokens = sum(row.num_tokens for row in kept)
-        report.num_loss_tokens = sum(sum(answer.loss_mask) for answer in answers)
-        stop_ids, num_ended = self.writer.stop_ids, 0
+        report.num_loss_tokens = sum(sum(answer.loss_mask) for row in kept for answer in row.answers)
         for row in kept:
             ended = [answer.token_ids[-1] in stop_ids for answer in row.answers]
-            num_ended += sum(ended)
+            tally.counts.update(ended=sum(ended), answers=len(ended))
             if not all(ended):
                 report.note("no_end", row.index)
             if any(tuple(answer.token_ids) in self.writer.empty_answers for answer in row.answers):
                 report.note("empty_answer", row.index)
-        report.eos_in_loss = num_ended / len(answers) if answers else 0.0
         report.warnings = self.writer.warnings()
         report.columns, report.turn_keys = self.writer.unused.take()
-        report.name_unused()
-        told: tuple[tuple[Fate, str], ...] = (
-            ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
-            ("empty_answer", "empty answers, which teach to end the turn at once"),
-        )
-        for fate, text in told:
-            if numbers := report.rows.get(fate):
-                report.warnings.append(f"{text}: {first_of([f'row {number}' for number in numbers])}")
+        tally.ends = [self.writer.end_token]
 
     def _nothing_left(self, report: DataReport) -> str:
         limit = self.config.max_length
@@ -237,10 +202,63 @@ class _Reader:
         return f"none of {report.num_rows} rows has anything to learn from: {said} (lengths {report.lengths})"
 
 
+class PairJob(AnswersJob[PreferenceRow]):
+    """Rows to pairs."""
+
+    codec = PairCodec()
+
+    def split(self, row: Row, where: str) -> list[Row]:
+        return to_pair_rows(row, where)
+
+    def items(self, kept: list[_Answers], tally: Tally) -> list[PreferenceRow]:
+        pairs = [
+            PreferenceRow(row.index, row.prompt_ids, row.answers[0], row.answers[1], row.columns[0].get("margin"))
+            for row in kept
+        ]
+        for row in kept:
+            if "margin" not in row.columns[0]:
+                tally.name("missing", f"row {row.index}")
+            if (row.columns[0].get("margin") or 0) < 0:
+                tally.name("negative", f"row {row.index}")
+        return pairs
+
+    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+        report = super().finish(tally, faults)
+        if isinstance(self.config, RewardConfig) and 0 < tally.counts["missing"] < report.num_kept:
+            report.warnings.append(f"no margin, hence 0, beside rows that have one: {tally.first_of('missing')}")
+        if tally.counts["negative"]:
+            named = tally.first_of("negative")
+            report.warnings.append(f"margins below 0, as if the rejected answer were better: {named}")
+        return report
+
+
+class LabelledJob(AnswersJob[LabelledRow]):
+    """Rows to single answers with their labels."""
+
+    codec = LabelledCodec()
+
+    def split(self, row: Row, where: str) -> list[Row]:
+        return to_labelled_rows(row, where)
+
+    def items(self, kept: list[_Answers], tally: Tally) -> list[LabelledRow]:
+        labelled = [
+            LabelledRow(row.index, row.prompt_ids, answer, columns["label"])
+            for row in kept
+            for answer, columns in zip(row.answers, row.columns, strict=True)
+        ]
+        tally.counts.update(str(row.label).lower() for row in labelled)
+        return labelled
+
+    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+        report = super().finish(tally, faults)
+        labels = [label for label in ("true", "false") if tally.counts[label]]
+        if len(labels) == 1:
+            report.warnings.append(f"all labels are {labels[0]}: there is nothing to tell good from bad by")
+        return report
+
+
 class PairWriter(Protocol):
     """What a reader of answers asks of a Writer."""
-
-    unused: Unused
 
     @property
     def end_token(self) -> str: ...
@@ -251,11 +269,13 @@ class PairWriter(Protocol):
     @property
     def empty_answers(self) -> set[tuple[int, ...]]: ...
 
+    unused: Unused
+
+    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
+
     def pieces(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
     ) -> list[list[Piece]]: ...
-
-    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
 
     @property
     def format(self) -> ChatFormat: ...

@@ -4,18 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlqwen.config.data import DataConfig
+from rlqwen.config.data import DataConfig, SourceConfig
 from rlqwen.data.cleaning import CleaningReport, clean_rows
-from rlqwen.data.sources import load_rows
+from rlqwen.data.sources import load_rows, stream_rows
+from rlqwen.data.streams import StreamedRows
 
 Row = dict[str, Any]
+_FIRST = 1000
 
 
 @dataclass(slots=True)
 class RecipeData:
     """What a run trains and is evaluated on."""
 
-    train: Sequence[Row]
+    train: Sequence[Row] | StreamedRows
     eval: Sequence[Row] | None
     cleaning: CleaningReport | None = None
     """None where the recipe asks for no cleaning."""
@@ -23,14 +25,25 @@ class RecipeData:
 
 def load_recipe_data(data: DataConfig) -> RecipeData:
     """Load training and eval rows and clean them as the recipe says; everything wrong with them is an InputError."""
-    train = load_rows(data.train, seed=data.mixing_seed, cache_dir=data.cache_dir)
     evaluation = load_rows(data.eval, seed=data.mixing_seed, cache_dir=data.cache_dir) if data.eval else None
-    return clean_recipe_data(data, train, evaluation)
+    if data.is_streamed:
+        assert isinstance(data.train, SourceConfig)
+        return RecipeData(stream_rows(data.train), evaluation)
+    train = load_rows(data.train, seed=data.mixing_seed, cache_dir=data.cache_dir)
+    return RecipeData(*clean_recipe_data(data, train, evaluation))
 
 
-def clean_recipe_data(data: DataConfig, train: Sequence[Row], evaluation: Sequence[Row] | None) -> RecipeData:
+def first_rows(data: DataConfig) -> list[Row]:
+    """The first training rows of a stream, for who checks what they are like."""
+    assert isinstance(data.train, SourceConfig)
+    return stream_rows(data.train).first(_FIRST)
+
+
+def clean_recipe_data(
+    data: DataConfig, train: Sequence[Row], evaluation: Sequence[Row] | None
+) -> tuple[Sequence[Row], Sequence[Row] | None, CleaningReport | None]:
     """The second half of `load_recipe_data`, for who has loaded the rows already."""
     if data.cleaning is None:
-        return RecipeData(train, evaluation)
+        return train, evaluation, None
     cleaned = clean_rows(train, data.cleaning, evaluation)
-    return RecipeData(cleaned.train, cleaned.eval, cleaned.report)
+    return cleaned.train, cleaned.eval, cleaned.report

@@ -1,8 +1,10 @@
 """What became of the rows: counted while tokenising, printed by `check` and at the start of a run."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
 
 from rlqwen.data.unused import unused_line
 
@@ -10,7 +12,7 @@ Fate = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "
 """What may become of a row. `no_end`: kept, but the token that ends generation is not in the loss of all its answers.
 `empty_answer`: kept, but nothing but that token is in the loss of one of them."""
 
-_NAMED = 5
+NAMED = 5
 
 
 @dataclass(slots=True)
@@ -42,6 +44,8 @@ class DataReport:
     """Columns that tokenising did not read -> rows in which they are filled; of prompts, what rewards may take."""
     turn_keys: dict[str, int] = field(default_factory=dict)
     """Keys of turns that nothing reads, the chat template neither -> rows that have them."""
+    source: str | None = None
+    """Where the token ids come from: a file, and whether it was there already, or a stream; None: made in memory."""
 
     def note(self, fate: Fate, number: int) -> None:
         """Count row `number` under what became of it."""
@@ -76,6 +80,26 @@ class DataReport:
         """Pairs left out because both answers are the same."""
         return self.count("equal_sides")
 
+    def merge(self, other: "DataReport") -> None:
+        """Add the counts of the rows that come next; shares and percentiles are for who knows all rows."""
+        for count in ("num_rows", "num_kept", "num_cut_tokens", "num_dropped_tokens", "num_tokens", "num_loss_tokens"):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+        for fate, numbers in other.rows.items():
+            self.rows.setdefault(fate, []).extend(numbers)
+        for mine, theirs in ((self.columns, other.columns), (self.turn_keys, other.turn_keys)):
+            for name, number in theirs.items():
+                mine[name] = mine.get(name, 0) + number
+        self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
+        self.notes += [note for note in other.notes if note not in self.notes]
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it; what `of_plain` takes."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain(cls, values: dict[str, Any]) -> "DataReport":
+        return cls(**values)
+
     def summary(self) -> str:
         """One line for people."""
         parts = [f"{self.num_kept} of {self.num_rows} rows", f"{self.num_tokens} tokens"]
@@ -94,16 +118,17 @@ class DataReport:
         ]
 
 
-def first_of(items: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
-    more = f" and {len(items) - _NAMED} more" if len(items) > _NAMED else ""
-    return ", ".join(items[:_NAMED]) + more
+def first_of(items: Sequence[str], count: int | None = None) -> str:
+    """The first few, and how many more there are of `count` (None: of these)."""
+    count = len(items) if count is None else count
+    more = f" and {count - NAMED} more" if count > NAMED else ""
+    return ", ".join(items[:NAMED]) + more
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
     """Nearest-rank percentiles; empty for no lengths."""
-    ordered = sorted(lengths)
-    if not ordered:
+    if not lengths:
         return {}
-    ranks = {name: -(-len(ordered) * percent // 100) for name, percent in (("p50", 50), ("p90", 90), ("p99", 99))}
-    return {name: ordered[rank - 1] for name, rank in ranks.items()} | {"max": ordered[-1]}
+    ordered = np.sort(np.asarray(lengths))
+    ranks = {f"p{percent}": -(-len(ordered) * percent // 100) for percent in (50, 90, 99)}
+    return {name: int(ordered[rank - 1]) for name, rank in ranks.items()} | {"max": int(ordered[-1])}

@@ -5,15 +5,19 @@ holds a conversation and a tokenizer, so it is trained on what `apply_chat_templ
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
 from rlqwen.data.form import RowForm, describe
 from rlqwen.data.guard import Guard, Piece, control_tokens
-from rlqwen.data.preferences import PreferenceRow, read_pairs
+from rlqwen.data.jobs import Tally
+from rlqwen.data.preference_rows import PreferenceRow
+from rlqwen.data.preferences import PairJob, PairWriter
 from rlqwen.data.report import DataReport
 from rlqwen.data.template import default_template
 from rlqwen.data.thoughts import thoughts_in_content
+from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.data.turns import to_turns, without_marks
 from rlqwen.data.writer import Writer
 from rlqwen.errors import DataError
@@ -65,21 +69,32 @@ def tokenize_scored(
     config: RewardConfig,
     *,
     faults: list[DataError] | None = None,
-) -> tuple[list[PreferenceRow], DataReport]:
+) -> tuple[Sequence[PreferenceRow], DataReport]:
     """Pairs of all rows, in order, as `tokenize_preferences` gives them, but written whole.
 
     The prompt is what the tokens of both sides have in common at their beginning.
     """
-    pairs, report = read_pairs(rows, tokenizer, config, _ScoredWriter(tokenizer, config), faults)
-    # Nothing is generated from a reward model, so where its sequences end is of no account.
-    report.num_loss_tokens, report.eos_in_loss = 0, 0.0
-    report.rows.pop("no_end", None)
-    for pair in pairs:
-        _share_beginning(pair)
-    report.num_tokens = sum(
-        len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs
-    )
-    return pairs, report
+    return tokenize_all(rows, ScoredJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
+
+
+class ScoredJob(PairJob):
+    """Rows to pairs that a reward model reads."""
+
+    @cached_property
+    def writer(self) -> "PairWriter":
+        return _ScoredWriter(self.tokenizer, self.config)
+
+    def items(self, kept: list[Any], tally: Tally) -> list[PreferenceRow]:
+        pairs = super().items(kept, tally)
+        # Nothing is generated from a reward model, so where its sequences end is of no account.
+        tally.report.num_loss_tokens, tally.counts["ended"] = 0, 0
+        tally.report.rows.pop("no_end", None)
+        for pair in pairs:
+            _share_beginning(pair)
+        tally.report.num_tokens = sum(
+            len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs
+        )
+        return pairs
 
 
 class _ScoredWriter(Writer):

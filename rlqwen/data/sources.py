@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.config.data import SourceConfig
+from rlqwen.data import rows_on_disk
 from rlqwen.data.bundled import PREFIX, bundled_file
 from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
-from rlqwen.data.rows_on_disk import STORED_FROM, GivenRows, TableRows, keep_rows
+from rlqwen.data.rows_on_disk import GivenRows, TableRows, keep_rows
+from rlqwen.data.streams import StreamedRows
 from rlqwen.data.values import without_filling
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
@@ -48,6 +50,17 @@ def load_rows(
     return _mix(sources, loaded, random.Random(seed))
 
 
+def stream_rows(source: SourceConfig) -> StreamedRows:
+    """The rows of a source as a stream; each is brought into our form when it is read."""
+
+    def begin(epoch: int) -> Iterator[tuple[str, Row]]:
+        return islice(_read_source(source), source.limit)
+
+    return StreamedRows(
+        str(source.path or source.generator), begin, lambda number, one: prepare_row(one[1], source, one[0])
+    )
+
+
 def as_rows(data: Any) -> Sequence[Row]:
     """Rows of what a script passes as a dataset: datasets.Dataset, or any sized sequence of dicts; in our form.
 
@@ -70,7 +83,7 @@ def as_rows(data: Any) -> Sequence[Row]:
     if not len(data):
         raise DataError("the dataset is empty")
     rows = TableRows(data) if hasattr(data, "to_list") and hasattr(data, "with_format") else GivenRows(data)
-    return rows if len(rows) >= STORED_FROM else list(rows)
+    return rows if len(rows) >= rows_on_disk.STORED_FROM else list(rows)
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
@@ -126,7 +139,8 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     assert source.path is not None
     split = source.split or "train"
     try:
-        dataset = load_dataset(source.path, source.name, split=split, revision=source.revision)
+        how = {"streaming": True} if source.streaming else {}
+        dataset = load_dataset(source.path, source.name, split=split, revision=source.revision, **how)
     except Exception as error:  # the hub's client raises many kinds: a boundary
         raise DataError(
             f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
@@ -189,4 +203,4 @@ def _mix(sources: Sequence[SourceConfig], loaded: Sequence[Sequence[Row]], rng: 
     order = array("q", (number for number, count in enumerate(counts) for _ in range(count)))
     rng.shuffle(order)
     mixed = Selected(Joined(loaded), array("q", (next(queues[number]) for number in order)))
-    return mixed if len(mixed) >= STORED_FROM else list(mixed)
+    return mixed if len(mixed) >= rows_on_disk.STORED_FROM else list(mixed)

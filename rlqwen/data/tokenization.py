@@ -1,20 +1,18 @@
 """Rows to token ids: sequences with their loss masks for SFT, prompts for GRPO."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat
-from rlqwen.data.encoding import TokenizedRow, encode, refuse, tokenize_rows, trim
-from rlqwen.data.form import RowForm, describe, look_at
-from rlqwen.data.formats import normalise_row, to_prompt_row
-from rlqwen.data.guard import Piece
-from rlqwen.data.report import DataReport, first_of, percentiles
+from rlqwen.data.encoding import SequenceCodec, TokenizedRow, encode, refuse, tokenize_rows, trim
+from rlqwen.data.jobs import Tally, TokenizingJob, data_settings
+from rlqwen.data.report import DataReport, percentiles
 from rlqwen.data.sft import SFTWriter, all_in_loss
-from rlqwen.data.unused import Unused
-from rlqwen.data.writer import eos_warnings
+from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.errors import DataError
-from rlqwen.types import Message, Prompt
+from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +51,7 @@ def tokenize_sft(
     config: SFTConfig,
     *,
     faults: list[DataError] | None = None,
-) -> tuple[list[TokenizedRow], DataReport]:
+) -> tuple[Sequence[TokenizedRow], DataReport]:
     """Sequences and loss masks of all rows, in order; rows that are too long or have no loss are left out and counted.
 
     Conversations are written by the chat template (`config.chat_template_path`, else the tokenizer's). Text, and
@@ -61,119 +59,68 @@ def tokenize_sft(
     added at their end; prompt and completion are tokenised apart, as in generation. Raises DataError for a row that
     can't be learned from, and if nothing is left, naming the reason; given a list of `faults`, puts them there instead.
     """
-    report = DataReport(num_rows=len(rows))
-    writer = SFTWriter(tokenizer, config)
-    kept: list[TokenizedRow] = []
-    lengths: list[int] = []
-    for number, (row,) in tokenize_rows(rows, tokenizer, writer.write, faults):
-        length = len(row.token_ids)
-        lengths.append(length)
-        is_long = config.max_length is not None and length > config.max_length
-        if is_long and config.truncation_mode != "drop":
-            row = _truncate(row, config)
-        is_dropped = is_long and config.truncation_mode == "drop"
-        if is_dropped or True not in row.loss_mask:
-            report.note("overlong" if is_dropped else "empty_mask", number)
-            report.num_dropped_tokens += length
-            continue
-        if is_long:
-            report.note("truncated", number)
-            report.num_cut_tokens += length - len(row.token_ids)
-        row = trim(row)
-        if row.token_ids[-1] not in writer.stop_ids:
-            report.note("no_end", number)
-        kept.append(row)
-    report.num_kept = len(kept)
-    report.lengths = percentiles(lengths)
-    report.end_of_turn = writer.end_token
-    report.warnings = writer.warnings()
-    writer.describe(report, rows)
-    report.columns, report.turn_keys = writer.unused.take()
-    report.name_unused()
-    report.num_tokens = sum(len(row.token_ids) for row in kept)
-    report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
-    if kept:
-        report.eos_in_loss = 1 - report.count("no_end") / len(kept)
-    elif not faults:
-        refuse(DataError(_nothing_to_learn(report, config)), faults)
-    return kept, report
+    return tokenize_all(rows, SFTJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
-def tokenize_prompts(
-    rows: Sequence[Row],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_prompt_length: int | None,
-    overlong: Literal["drop", "refuse"] = "drop",
-    chat_template: str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    faults: list[DataError] | None = None,
-) -> tuple[list[Prompt], DataReport]:
-    """Prompts ready to sample from, with the rows' other columns for the rewards; `index` is the row's number.
+class SFTJob(TokenizingJob[TokenizedRow]):
+    """Rows to training sequences."""
 
-    Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
-    more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
-    Given a list of `faults`, errors are put there instead of being raised. Which columns are not used only the caller
-    can say, who knows the rewards: `report.name_unused`.
-    """
-    report = DataReport(num_rows=len(rows))
-    found: dict[int, Row] = {}
-    unused = Unused()
-    opening: set[int] = set()
-    chat: ChatFormat | None = None
+    codec = SequenceCodec()
 
-    def write(number: int, row: Row) -> list[list[Piece]]:
-        nonlocal chat
-        where = f"row {number}"
-        given = normalise_row(row, where)
-        row = found[number] = to_prompt_row(given, where)
-        if isinstance(row["prompt"], str):
-            unused.note_prompt(given, row)
-            pieces = [Piece(row["prompt"], True)]
-        else:
-            chat = chat or ChatFormat(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
-            unused.note_prompt(given, row, chat.render)
-            pieces = chat.prompt(row["prompt"], where, tools=row.get("tools"))
-        if "".join(piece.text for piece in pieces).rstrip().endswith("<think>"):
-            opening.add(number)
-        return [pieces]
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
+        super().__init__(tokenizer)
+        self.config = config
 
-    prompts: list[Prompt] = []
-    overlong_rows: list[str] = []
-    lengths: list[int] = []
-    for number, (tokenized,) in tokenize_rows(rows, tokenizer, write, faults):
-        length = len(tokenized.token_ids)
-        lengths.append(length)
-        row = found.pop(number)
-        content = row.pop("prompt")
-        if not length:
-            refuse(DataError(f"row {number}: the prompt is empty"), faults)
-            continue
-        if max_prompt_length is not None and length > max_prompt_length:
-            overlong_rows.append(f"row {number} has {length}")
-            report.note("overlong", number)
-            report.num_dropped_tokens += length
-            continue
-        prompts.append(Prompt(number, tokenized.token_ids, content, row, opens_reasoning=number in opening))
-    if overlong_rows and (overlong == "refuse" or not prompts):
-        refuse(DataError(_too_long(overlong_rows, len(rows), max_prompt_length)), faults)
-    report.num_kept = len(prompts)
-    report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    report.lengths = percentiles(lengths)
-    report.end_of_turn = chat.end_of_turn if chat else tokenizer.eos_token
-    report.warnings = eos_warnings(tokenizer, report.end_of_turn)
-    report.columns, report.turn_keys = unused.take()
-    _describe_prompts(report, rows)
-    return prompts, report
+    @cached_property
+    def writer(self) -> SFTWriter:
+        return SFTWriter(self.tokenizer, self.config)
 
+    def settings(self) -> Any:
+        return data_settings(self.config, SFTConfig, apart_from=("packing", "pad_token", "eval_generation"))
 
-def _describe_prompts(report: DataReport, rows: Sequence[Row]) -> None:
-    def note(form: RowForm, row: Row) -> None:
-        form.num_rows += 1
-        form.num_text += isinstance(to_prompt_row(normalise_row(row, "row"), "row")["prompt"], str)
+    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[TokenizedRow], Tally]:
+        config, writer, tally = self.config, self.writer, Tally(DataReport(num_rows=len(rows)))
+        report = tally.report
+        kept: list[TokenizedRow] = []
+        for number, (row,) in tokenize_rows(start, rows, self.tokenizer, writer.write, faults):
+            length = len(row.token_ids)
+            tally.lengths.append(length)
+            is_long = config.max_length is not None and length > config.max_length
+            if is_long and config.truncation_mode != "drop":
+                row = _truncate(row, config)
+            is_dropped = is_long and config.truncation_mode == "drop"
+            if is_dropped or True not in row.loss_mask:
+                report.note("overlong" if is_dropped else "empty_mask", number)
+                report.num_dropped_tokens += length
+                continue
+            if is_long:
+                report.note("truncated", number)
+                report.num_cut_tokens += length - len(row.token_ids)
+            row = trim(row)
+            if row.token_ids[-1] not in writer.stop_ids:
+                report.note("no_end", number)
+            kept.append(row)
+        report.num_kept = len(kept)
+        report.num_tokens = sum(len(row.token_ids) for row in kept)
+        report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
+        report.warnings = writer.warnings()
+        report.columns, report.turn_keys = writer.unused.take()
+        tally.ends = [writer.end_token]
+        return kept, tally
 
-    hint = "for a chat model make them turns, for example by a system_prompt beside the data's path"
-    describe(report, look_at(rows, note), preserves=True, hint=hint, unlike_trl=[])
+    def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
+        self.writer.describe(report, rows)
+
+    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+        report = tally.report
+        report.lengths = percentiles(tally.lengths)
+        report.end_of_turn = tally.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
+        report.name_unused()
+        if report.num_kept:
+            report.eos_in_loss = 1 - report.count("no_end") / report.num_kept
+        elif not faults:
+            refuse(DataError(_nothing_to_learn(report, self.config)), faults)
+        return report
 
 
 def _truncate(row: TokenizedRow, config: SFTConfig) -> TokenizedRow:
@@ -192,10 +139,3 @@ def _nothing_to_learn(report: DataReport, config: SFTConfig) -> str:
             f"max_length={config.max_length} (lengths {report.lengths})"
         )
     return f"none of {report.num_rows} rows has anything to learn from, so the loss would be 0: {'; '.join(reasons)}"
-
-
-def _too_long(overlong_rows: list[str], num_rows: int, limit: int | None) -> str:
-    return (
-        f"{len(overlong_rows)} of {num_rows} prompts are longer than max_prompt_length={limit} tokens: "
-        f"{first_of(overlong_rows)}; raise it, or shorten them"
-    )

@@ -1,5 +1,6 @@
 """Sequences whose items are read or computed when they are asked for, so that data may be larger than memory."""
 
+import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,3 +96,16 @@ class Overlaid(View[dict[str, Any]]):
 
     def item(self, place: int) -> dict[str, Any]:
         return self.rows[place] | self.changes.get(place, {})
+
+
+class Batches(View[Sequence[Item]]):
+    """`rows` in parts of `size`, the last one perhaps smaller."""
+
+    def __init__(self, rows: Sequence[Item], size: int) -> None:
+        self.rows, self.size = rows, size
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.size)
+
+    def item(self, place: int) -> Sequence[Item]:
+        return self.rows[place * self.size : (place + 1) * self.size]

@@ -82,7 +82,7 @@ def given_answers(
     return groups
 
 
-def _prompts(model: EvalModel, rows: Sequence[Row], config: EvalConfig) -> tuple[list[Prompt], DataReport]:
+def _prompts(model: EvalModel, rows: Sequence[Row], config: EvalConfig) -> tuple[Sequence[Prompt], DataReport]:
     return tokenize_prompts(
         rows,
         model.facts.tokenizer,

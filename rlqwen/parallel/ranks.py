@@ -100,13 +100,13 @@ class Ranks:
         """Which of the shares is this rank's."""
         return self.rank // self.ranks_per_row
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of what all hold: every `data_size`-th, so that shares differ by one at most."""
         return self.shares(items)[self.data_rank]
 
-    def shares(self, items: Sequence[T]) -> list[list[T]]:
+    def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
         """Every share."""
-        return [list(items[share :: self.data_size]) for share in range(self.data_size)]
+        return [items[share :: self.data_size] for share in range(self.data_size)]
 
     def from_main(self, value: T, *, patient: bool = False) -> T:
         """The main rank's value, on every rank; anything that pickles.

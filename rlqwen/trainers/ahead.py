@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from rlqwen.data import find_prompt
 from rlqwen.rollout import RolloutEngine
 from rlqwen.scoring import Scorer, Tally
 from rlqwen.types import Completion, Group, GroupRequest, Prompt
@@ -76,12 +77,12 @@ class Draw:
         return {"name": self.name, "version": self.version, "groups": groups, "tally": self._tally.plain()}
 
     @classmethod
-    def restored(cls, progress: dict[str, Any], prompts: dict[int, Prompt], scorer: Scorer) -> "Draw":
-        """What `progress` told of; `prompts`: the training rows by their index."""
+    def restored(cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer) -> "Draw":
+        """What `progress` told of; `prompts`: the training rows."""
         draw = cls(progress["name"], (), scorer, progress["version"])
         draw._groups = [
             Group(
-                prompts[group["prompt"]],
+                find_prompt(prompts, group["prompt"]),
                 [Completion(*completion) for completion in group["completions"]],
                 draw.version,
                 rewards=group["rewards"],

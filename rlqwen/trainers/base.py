@@ -5,7 +5,7 @@ A trainer supplies `step` (one batch of rows to one or more updates) and `evalua
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
-from rlqwen.check import check_vocabulary, plan_batch
+from rlqwen.check import check_vocabulary, plan_batch, refuse_stream
 from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
+from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.errors import NonFiniteError, Preempted, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
 from rlqwen.metrics import plot_curves, write_summary
@@ -30,6 +31,7 @@ from rlqwen.tiny import resolve_model_path
 from rlqwen.trainers.best import BestMetric
 from rlqwen.trainers.dealing import count_tokens
 from rlqwen.trainers.evaluating import Evaluating
+from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.scheduling import Scheduling
 from rlqwen.trainers.stopping import StopRequest
 from rlqwen.trainers.stream import RowStream
@@ -88,8 +90,10 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """The micro-batches that `_tokens_per_update` is of."""
         self._tokens_per_update = 0.0
         self.lead = Lead(self.ranks, self.policy)
-        self.train_rows: list[Row] = []
-        self.eval_rows: list[Row] | None = None
+        self.train_rows: Sequence[Row] = []
+        self.new_stream: Callable[[], ItemStream[Row]] | None = None
+        """Begins the training data where that is a stream; `train_rows` is empty then."""
+        self.eval_rows: Sequence[Row] | None = None
         self.best = BestMetric(args, self.default_best_metric)
         self.reports: dict[str, DataReport] = {}
         """What tokenising the data did, by `train` and `eval`."""
@@ -117,6 +121,19 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             device=pick_device(self.args.use_cpu),
             sequence=self.ranks.sequence,
         )
+
+    def read_training_data(self, dataset: Any) -> None:
+        """Tokenise the training rows, or, of a stream, the first of them."""
+        rows = as_stream(dataset)
+        if rows is None:
+            self.train_rows = self.prepare_rows(dataset, evaluation=False)
+            return
+        refuse_stream(self.args)
+        self.new_stream = self.prepare_stream(rows)
+
+    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Row]]:
+        """What begins the training data of a stream anew."""
+        raise NotImplementedError  # `refuse_stream` knows who has one
 
     # What a trainer supplies
 
@@ -160,6 +177,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """Leave the run folder complete; the summary comes last, and says that it is."""
         restored = self._go_back_to_best()
         final = self._final_evaluation(restored) if self.eval_rows else None
+        if isinstance(self.stream, ItemStream):
+            self._note(f"train: read of the stream: {self.stream.summary()}")
         self.save_model(self.output_dir / "final")
         self._notify("on_train_end")
         if not self.ranks.is_main:
@@ -187,9 +206,14 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self.origin()
         if checkpoint is not None:
             self._refuse_changes(checkpoint)
-        self.plan = plan_batch(self.args, len(self.train_rows), self.ranks.data_size)
+        num_rows = None if self.new_stream else len(self.train_rows)
+        self.plan = plan_batch(self.args, num_rows, self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
-        self.stream = RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
+        self.stream = (
+            self.new_stream()
+            if self.new_stream
+            else RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
+        )
         self.updater = build_updater(
             self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
@@ -202,6 +226,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
         for name, report in (cleaning | self.reports).items():
             self._note(f"{name}: {report.summary()}")
+            if isinstance(report, DataReport) and report.source:
+                self._note(f"{name}: {report.source}")
             for warning in report.warnings:
                 self._note(f"{name}: warning: {warning}")
             for note in [*report.form, *report.notes] if isinstance(report, DataReport) else ():
@@ -238,7 +264,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self._notify("on_step_begin")
         self.updates: list[UpdateResult] = []
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
-        self.state.epoch = self.stream.position / max(len(self.train_rows), 1)
+        self.state.epoch = self.stream.epoch
         metrics |= {
             "grad_norm": self.updates[-1].grad_norm,
             "learning_rate": self.updates[-1].lr,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rlqwen.batch import Branch, Tree
 from rlqwen.config import DPOConfig
 from rlqwen.data import LabelledRow, PreferenceRow
+from rlqwen.data.views import Mapped
 from rlqwen.errors import DataError
 
 
@@ -26,6 +27,14 @@ def to_comparison(row: PreferenceRow | LabelledRow) -> Comparison:
         sides = ((row.chosen, True), (row.rejected, False))
         answers = [Branch(side.token_ids, side.loss_mask, label=label) for side, label in sides]
     return Comparison(Tree(row.prompt_ids, answers))
+
+
+class Comparisons(Mapped[PreferenceRow | LabelledRow, Comparison]):
+    """Tokenised rows as trees, made when they are asked for."""
+
+    def __init__(self, rows: Sequence[PreferenceRow] | Sequence[LabelledRow]) -> None:
+        super().__init__(rows, to_comparison)
+        self.digest: str | None = getattr(rows, "digest", None)
 
 
 def add_mismatched(rows: list[Comparison]) -> None:

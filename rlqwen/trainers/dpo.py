@@ -35,7 +35,14 @@ from rlqwen.reference import (
     write_logprobs,
 )
 from rlqwen.trainers.base import BaseTrainer
-from rlqwen.trainers.comparisons import Comparison, add_mismatched, are_pairs, balance_warnings, to_comparison
+from rlqwen.trainers.comparisons import (
+    Comparison,
+    Comparisons,
+    add_mismatched,
+    are_pairs,
+    balance_warnings,
+    to_comparison,
+)
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
 
@@ -88,7 +95,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         if self.args.precompute_ref_log_probs:
             config = self.policy.reference_config
             self._reference_digests = digest_weights(self.policy.reference_weights()), digest_config(config)
-        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        self.read_training_data(train_dataset)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
         if self.args.precompute_ref_log_probs:
@@ -103,11 +110,13 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
                 f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: they must agree"
             )
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Comparison]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Comparison]:
         tokenized, report = tokenize_comparisons(as_rows(dataset), self.processing_class, self.args)
         name = "eval" if evaluation else "train"
         self.reports[name] = report
-        rows = [to_comparison(row) for row in tokenized]
+        if "kto" not in self.args.loss_type and not self.args.precompute_ref_log_probs:
+            return Comparisons(tokenized)
+        rows = [to_comparison(row) for row in tokenized]  # each is to be filled in below
         if "kto" in self.args.loss_type:
             add_mismatched(rows)
             report.warnings += balance_warnings(rows, self.args)
@@ -188,7 +197,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             logp_N, micro, ref_logp_S=ref_logp_S, ld_alpha=self.args.ld_alpha, log_collision_N=log_collision_N
         )
 
-    def _kl(self, rows: list[Comparison], batch_size: int) -> Tensor | None:
+    def _kl(self, rows: Sequence[Comparison], batch_size: int) -> Tensor | None:
         """KTO's estimate over all `rows`; None where no loss asks for it."""
         trees = [row.mismatched for row in rows if row.mismatched is not None]
         if not trees:
@@ -197,7 +206,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             own = Answers.join([self._answers(micro) for micro in self._batches(trees, batch_size)])
         return kto_kl(self._of_all_ranks(own))
 
-    def compute_evaluation(self, rows: list[Comparison]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[Comparison]) -> Metrics:
         """The loss and what it is made of, over all `rows` as one batch."""
         size = self.args.per_device_eval_batch_size
         own = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])

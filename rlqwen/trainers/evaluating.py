@@ -2,6 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from rlqwen.errors import DataError
@@ -13,7 +14,7 @@ class Evaluating(Saving, ABC):
     """The part of a trainer that evaluates."""
 
     @abstractmethod
-    def compute_evaluation(self, rows: list[Any]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[Any]) -> Metrics:
         """Figures of the present policy on `rows`; keys without the prefix `eval/`."""
 
     def evaluate(self, eval_dataset: Any = None) -> Metrics:
@@ -33,7 +34,7 @@ class Evaluating(Saving, ABC):
         return metrics
 
     @abstractmethod
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Any]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Any]:
         """Tokenise a dataset."""
 
     def _final_evaluation(self, restored: bool) -> Metrics:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlqwen.data import find_prompt
 from rlqwen.types import Completion, Group, Outcome, Prompt
 
 
@@ -47,7 +48,7 @@ def pack_groups(groups: Sequence[Group]) -> PackedGroups:
 
 def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group]:
     """The groups again, with the prompts that this rank holds, and without texts."""
-    by_index = {prompt.index: prompt for prompt in prompts}
+    found = {index: find_prompt(prompts, index) for index in set(packed.prompt_indices)}
     token_ids, logprobs = packed.token_ids.tolist(), packed.logprobs.tolist()
     completions, start = [], 0
     for length, truncated in zip(packed.lengths, packed.truncated, strict=True):
@@ -58,7 +59,7 @@ def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group
     for place, size in enumerate(packed.sizes):
         groups.append(
             Group(
-                by_index[packed.prompt_indices[place]],
+                found[packed.prompt_indices[place]],
                 completions[start : start + size],
                 packed.versions[place],
                 rewards=packed.rewards[place],

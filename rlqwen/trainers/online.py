@@ -14,7 +14,10 @@ from rlqwen.batch import PackedBatch, Tree
 from rlqwen.check import prompt_room
 from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
-from rlqwen.data import as_rows, tokenize_prompts
+from rlqwen.data import DataReport, as_rows, longest_prompt, tokenize_prompts
+from rlqwen.data.jobs import Tally
+from rlqwen.data.prompts import PromptJob
+from rlqwen.data.streams import StreamedRows
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
 from rlqwen.registry import Reward, check_rows, taken_columns
@@ -22,6 +25,7 @@ from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 from rlqwen.trainers.group_wire import pack_groups, unpack_groups
+from rlqwen.trainers.item_stream import WINDOW, ItemStream, describe_first
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
 from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
@@ -84,7 +88,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self._columns: set[str] = set()
         """Of all rows, for the scorer."""
         self.lead.run(self._start_scorer)
-        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        self.read_training_data(train_dataset)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
         self.workers_folder = self._folder_for_workers()
@@ -97,7 +101,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self._rollout_progress: dict[str, Any] | None = None
         """Of the engine, where a run that goes on has not started it yet."""
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Prompt]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Prompt]:
         room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
         prompts, report = tokenize_prompts(
             as_rows(dataset),
@@ -105,14 +109,36 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             max_prompt_length=room,
             overlong=self.args.overlong_prompts,
             chat_template_kwargs=self.args.chat_template_kwargs,
+            num_proc=self.args.dataset_num_proc,
         )
-        name = "eval" if evaluation else "train"
+        self._look_at(prompts, report, "eval" if evaluation else "train")
+        return prompts
+
+    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Prompt]]:
+        job = PromptJob(
+            self.processing_class,
+            max_prompt_length=prompt_room(self.policy.base_model.config.max_position_embeddings, self.args),
+            overlong=self.args.overlong_prompts,
+            chat_template=None,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+        self._look_at(job.run(0, rows.first(WINDOW), None)[0], describe_first(rows, job), "train")
+
+        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[Prompt], Tally]:
+            prompts, tally = job.run(start, window, None)
+            if self.args.overlong_prompts == "refuse" and tally.report.num_overlong:
+                job.finish(tally, None)  # which refuses
+            return prompts, tally
+
+        return lambda: ItemStream(rows, make)
+
+    def _look_at(self, prompts: Sequence[Prompt], report: DataReport, name: str) -> None:
+        """Check the rewards against the rows' columns, and keep the report."""
         columns, lines = check_rows(self.rewards, (prompt.columns for prompt in prompts), f"{name}_dataset")
         self._columns |= columns
         report.warnings += lines
         report.name_unused(taken_columns(self.rewards))
         self.reports[name] = report
-        return prompts
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
         """This rank's packed micro-batches of trees of completions, as large as the config allows."""
@@ -149,7 +175,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         draw, number = self._draw_name(0), self.args.num_generations
         lag = self.args.rollout.max_staleness
         if not lag:
-            return self.sample(prompts_P, num_generations=number, draw=draw, among=self.train_rows)
+            return self.sample(prompts_P, num_generations=number, draw=draw, among=self.train_rows or prompts_P)
         size, left = self.plan.rows_per_step, self.state.max_steps - self.state.global_step
         coming = [
             (self._draw_name(step), self.stream.peek((step - 1) * size, size))
@@ -158,7 +184,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         ]
         return self._on_all(
             lambda: self.require_rollouts().take(prompts_P, num_generations=number, draw=draw, coming=coming),
-            self.train_rows,
+            self.train_rows or prompts_P,
         )
 
     def _draw_name(self, ahead: int) -> str:
@@ -209,7 +235,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.scorer.reset_metrics()
         return metrics
 
-    def compute_evaluation(self, rows: list[Prompt]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[Prompt]) -> Metrics:
         """Mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
         count = self.args.num_generations_eval or 1
         groups, _ = self.sample(rows, num_generations=count, draw="eval", among=rows)
@@ -223,7 +249,6 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         if self.rollouts is None:
             if self.scorer is None:
                 self._start_scorer()
-            rows = self.train_rows + (self.eval_rows or [])
             with same_random_state():  # a run that goes on starts its engine later
                 assert self.scorer is not None
                 self.rollouts = Rollouts(
@@ -232,15 +257,25 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                     self.scorer,
                     self.args,
                     model_path=self.workers_folder,
-                    longest_prompt=max(len(prompt.token_ids) for prompt in rows),
+                    longest_prompt=self._longest_prompt(),
                     end_of_turn=self.reports["train"].end_of_turn,
                 )
             if self._rollout_progress is not None:
-                self.rollouts.restore_progress(self._rollout_progress, self.train_rows)
+                self.rollouts.restore_progress(self._rollout_progress, self.train_rows or self._coming_prompts())
             self.stop.listen()  # Ray takes SIGTERM for itself
             if self.rollouts.note is not None:
                 self._note(self.rollouts.note)
         return self.rollouts
+
+    def _longest_prompt(self) -> int:
+        """In tokens; of a stream, what a prompt may have at most."""
+        if self.new_stream is not None:
+            return prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
+        return max(map(longest_prompt, (self.train_rows, self.eval_rows or [])))
+
+    def _coming_prompts(self) -> list[Prompt]:
+        """Of a stream, those that may have been sampled ahead, and one to look at the weights with."""
+        return self.stream.peek(0, self.args.rollout.max_staleness * self.plan.rows_per_step + 1)
 
     def _folder_for_workers(self) -> str:
         """Where rollout workers, and a critic, find config, tokenizer and the weights that they start with."""

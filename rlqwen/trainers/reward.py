@@ -66,7 +66,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         # The saved model finds a sequence's last token by looking for padding.
         self.policy.base_model.config.pad_token_id = self.processing_class.pad_token_id
-        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        self.read_training_data(train_dataset)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
 
@@ -85,7 +85,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             sequence=self.ranks.sequence,
         )
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[PreferenceRow]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[PreferenceRow]:
         rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
         return rows
@@ -105,7 +105,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})
         return self._means(sums, rows) | tokens | {"time/train": time.monotonic() - started}
 
-    def compute_evaluation(self, rows: list[PreferenceRow]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[PreferenceRow]) -> Metrics:
         """Mean loss, share of pairs that are ranked right, and mean rewards of either side."""
         totals = Totals(tokens=0, sequences=len(rows))
         sums: Metrics = {}
@@ -114,7 +114,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             add_up(sums, {**figures, "loss": loss * len(rows)})
         return self._means(sums, rows)
 
-    def _means(self, sums: Metrics, rows: list[PreferenceRow]) -> Metrics:
+    def _means(self, sums: Metrics, rows: Sequence[PreferenceRow]) -> Metrics:
         """Over the pairs of all ranks."""
         return {key: value / len(rows) for key, value in self.ranks.sum(sums).items()}
 
@@ -129,7 +129,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
             center_coefficient=self.args.center_rewards_coefficient,
         )
 
-    def _micro_batches(self, rows: list[PreferenceRow], size: int) -> Iterator[PackedBatch]:
+    def _micro_batches(self, rows: Sequence[PreferenceRow], size: int) -> Iterator[PackedBatch]:
         """This rank's packed pairs, chosen before rejected."""
         limit = self.args.max_tokens_per_micro_batch
         return micro_batches(

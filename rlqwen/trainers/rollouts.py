@@ -94,8 +94,7 @@ class Rollouts:
     def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
         self.version = progress["version"]
-        by_index = {prompt.index: prompt for prompt in prompts_P}
-        self._ahead.restore([Draw.restored(draw, by_index, self.scorer) for draw in progress["ahead"]])
+        self._ahead.restore([Draw.restored(draw, prompts_P, self.scorer) for draw in progress["ahead"]])
         if progress["synced"]:
             self._sync(prompts_P)
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from rlqwen.reference import digest_config, digest_weights
 from rlqwen.registry import Reward
 from rlqwen.secrets import redact_values
 from rlqwen.trainers.best import BestMetric, Verdict
+from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics, Telling
 
@@ -54,9 +56,10 @@ class Saving(Telling):
 
     best: BestMetric
     ranks: Ranks
-    stream: RowStream[Any]
-    train_rows: list[Any]
-    eval_rows: list[Any] | None
+    stream: RowStream[Any] | ItemStream[Any]
+    new_stream: Callable[[], ItemStream[Any]] | None
+    train_rows: Sequence[Any]
+    eval_rows: Sequence[Any] | None
     updater: Updater
     reports: dict[str, DataReport]
     rewards: list[Reward] = []  # noqa: RUF012 - trainers without rewards have none
@@ -178,7 +181,7 @@ class Saving(Telling):
                 "model.config": digest_config(policy.base_model.config),
                 "model.dtype": f"{policy.original_dtype}, computing in {policy.compute_dtype}",
                 "tokenizer": digest_tokenizer(self.processing_class),
-                "data.train": digest_rows(self.train_rows),
+                "data.train": self.new_stream().digest if self.new_stream else digest_rows(self.train_rows),
                 "data.eval": digest_rows(self.eval_rows) if self.eval_rows else None,
                 **reward_origin(self.rewards),
                 **config_origin(self.args.model_dump(mode="json")),

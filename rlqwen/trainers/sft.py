@@ -5,9 +5,8 @@ Example:
     trainer.train()
 """
 
-import bisect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import PackedBatch, Tree
 from rlqwen.config import SFTConfig
-from rlqwen.data import TokenizedRow, as_rows, load_chat_template, tokenize_sft
+from rlqwen.data import as_rows, load_chat_template, tokenize_sft
+from rlqwen.data.jobs import Tally
+from rlqwen.data.packing import Bin, make_bins
+from rlqwen.data.streams import StreamedRows
+from rlqwen.data.tokenization import SFTJob
+from rlqwen.data.views import Batches, Mapped, View
 from rlqwen.errors import ConfigError
 from rlqwen.likelihood import Likelihood, measure_likelihood, sequence_tree
 from rlqwen.losses import Totals, sft_loss
@@ -23,18 +27,22 @@ from rlqwen.metrics import CompletionLog
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches, pack_share
 from rlqwen.trainers.generation import GenerationEvaluation
+from rlqwen.trainers.item_stream import ItemStream, describe_first
 from rlqwen.trainers.telling import Metrics
 
-Bin = list[TokenizedRow]
-"""Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
 
-
-class EvalBins(list[Bin]):
+class EvalBins(View[Bin]):
     """An evaluation set, and what to let the policy write for it."""
 
-    def __init__(self, bins: list[Bin], generation: GenerationEvaluation) -> None:
-        super().__init__(bins)
-        self.generation = generation
+    def __init__(self, bins: Sequence[Bin], generation: GenerationEvaluation) -> None:
+        self.bins, self.generation = bins, generation
+        self.digest: str | None = getattr(bins, "digest", None)
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def item(self, place: int) -> Bin:
+        return self.bins[place]
 
 
 class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
@@ -58,7 +66,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         Args:
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
             train_dataset: a datasets.Dataset or a list of rows: `messages`, `prompt` and `completion`, `text`,
-                ShareGPT or Alpaca columns.
+                ShareGPT or Alpaca columns; or, with `max_steps`, a datasets.IterableDataset of them.
             eval_dataset: the same, never trained on.
             processing_class: the tokenizer; None loads the model's.
             peft_config: a peft.LoraConfig; None trains all weights.
@@ -72,7 +80,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         )
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
-        self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        self.read_training_data(train_dataset)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
             written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalBins) else []
@@ -80,16 +88,24 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         elif self.args.eval_generation is not None:
             raise ConfigError("eval_generation needs rows to write for: give eval_dataset, or data.eval in a recipe")
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> list[Bin]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Bin]:
         rows = as_rows(dataset)
         tokenized, report = tokenize_sft(rows, self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
-        bins = [[row] for row in tokenized]
-        if self.args.packing and self.args.max_length is not None:
-            bins = fill_bins(tokenized, self.args.max_length)
+        bins = make_bins(tokenized, self.args.max_length if self.args.packing else None)
         if not evaluation or self.args.eval_generation is None:
             return bins
         return EvalBins(bins, GenerationEvaluation(rows, self.lead.policy, self.processing_class, self.args))
+
+    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Bin]]:
+        job, capacity = SFTJob(self.processing_class, self.args), self.args.max_length if self.args.packing else None
+        self.reports["train"] = describe_first(rows, job)
+
+        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[Bin], Tally]:
+            sequences, tally = job.run(start, window, None)
+            return make_bins(sequences, capacity), tally
+
+        return lambda: ItemStream(rows, make)
 
     def step(self, rows: list[Bin]) -> Metrics:
         """One update on the mean loss of all target tokens of `rows`."""
@@ -108,7 +124,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
         return self.ranks.sum(sums) | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
 
-    def compute_evaluation(self, rows: list[Bin]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
         writes, which goes to `completions/` of the run folder."""
         own = measure_likelihood(self.policy, self._shared(rows, self.args.per_device_eval_batch_size))
@@ -131,37 +147,10 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             return micro_batches(_trees(rows), self.ranks, max_tokens=budget)
         return self._shared(rows, self.args.per_device_train_batch_size)
 
-    def _shared(self, rows: list[Bin], size: int) -> Iterator[PackedBatch]:
+    def _shared(self, rows: Sequence[Bin], size: int) -> Iterator[PackedBatch]:
         """This rank's part of `rows`, in micro-batches of `size` rows."""
-        shares = self.ranks.shares(rows)
-        return pack_share([[_trees(part) for part in _batches_of(share, size)] for share in shares], self.ranks)
+        return pack_share([Mapped(Batches(share, size), _trees) for share in self.ranks.shares(rows)], self.ranks)
 
 
-def _batches_of(bins: list[Bin], size: int) -> Iterator[list[Bin]]:
-    for start in range(0, len(bins), size):
-        yield bins[start : start + size]
-
-
-def _trees(bins: list[Bin]) -> list[Tree]:
+def _trees(bins: Sequence[Bin]) -> list[Tree]:
     return [sequence_tree(row) for sequences in bins for row in sequences]
-
-
-def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> list[Bin]:
-    """Best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
-
-    Bins are not padded and sequences in one never see each other; only the batch size changes its meaning.
-    """
-    bins: list[Bin] = []
-    space: list[tuple[int, int]] = []  # (room left, bin), ascending
-    for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
-        size = len(row.token_ids)
-        place = bisect.bisect_left(space, (size, -1))
-        if place == len(space):
-            bins.append([row])
-            room, number = capacity - size, len(bins) - 1
-        else:
-            room, number = space.pop(place)
-            bins[number].append(row)
-            room -= size
-        bisect.insort(space, (room, number))
-    return bins

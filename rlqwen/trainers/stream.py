@@ -5,6 +5,7 @@ two epochs.
 """
 
 import random
+from array import array
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -24,8 +25,13 @@ class RowStream(Generic[Row]):
         self.shuffle = shuffle
         self.position = position
         """Rows taken so far."""
-        self._orders: dict[int, list[int]] = {}
+        self._orders: dict[int, array[int]] = {}
         """Of the epochs that are looked at, the present one and perhaps the next."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the rows that are over, counted in parts."""
+        return self.position / len(self.rows)
 
     def take(self, count: int) -> list[Row]:
         """The next `count` rows."""
@@ -53,7 +59,7 @@ class RowStream(Generic[Row]):
     def _row(self, position: int) -> Row:
         epoch, place = divmod(position, len(self.rows))
         if epoch not in self._orders:
-            order = list(range(len(self.rows)))
+            order = array("q", range(len(self.rows)))
             if self.shuffle:
                 random.Random(f"{self.seed}/{epoch}").shuffle(order)
             now = self.position // len(self.rows)

@@ -1,0 +1,104 @@
+"""What preference rows become: a prompt with two answers, or with one and its label; and how they lie on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+
+from rlqwen.data.arrow_file import MASK, TOKENS, numbers_at
+from rlqwen.data.encoding import TokenizedRow
+
+_PROMPT = [("index", pa.int64()), ("prompt_ids", TOKENS)]
+
+
+@dataclass(slots=True)
+class PreferenceRow:
+    """A prompt and two answers to it; each answer goes on from the prompt's last token."""
+
+    index: int
+    """Row number in the dataset, from 0."""
+    prompt_ids: list[int]
+    """Empty only for texts that have no common beginning; the first token of an answer is then not in the loss."""
+    chosen: TokenizedRow
+    """Tokens after the prompt; in the loss are those that the assistant wrote, end-of-turn tokens included."""
+    rejected: TokenizedRow
+    margin: float | None = None
+    """By how much the chosen answer is better, where the data says so."""
+
+
+@dataclass(slots=True)
+class LabelledRow:
+    """A prompt and one answer that is good or bad."""
+
+    index: int
+    prompt_ids: list[int]
+    completion: TokenizedRow
+    label: bool
+
+
+def _answer_fields(name: str) -> list[tuple[str, pa.DataType]]:
+    return [(f"{name}_ids", TOKENS), (f"{name}_mask", MASK)]
+
+
+def _answer_columns(answers: Sequence[TokenizedRow]) -> list[pa.Array]:
+    return [
+        pa.array([answer.token_ids for answer in answers], TOKENS),
+        pa.array([answer.loss_mask for answer in answers], MASK),
+    ]
+
+
+def _prompt_columns(rows: "Sequence[PreferenceRow] | Sequence[LabelledRow]") -> list[pa.Array]:
+    return [pa.array([row.index for row in rows], pa.int64()), pa.array([row.prompt_ids for row in rows], TOKENS)]
+
+
+def _answer_at(batch: pa.RecordBatch, column: int, place: int) -> TokenizedRow:
+    return TokenizedRow(numbers_at(batch.column(column), place), numbers_at(batch.column(column + 1), place))
+
+
+class PairCodec:
+    """Pairs as columns."""
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [*_PROMPT, *_answer_fields("chosen"), *_answer_fields("rejected"), ("margin", pa.float64())]
+    )
+
+    def encode(self, items: Sequence[PreferenceRow]) -> pa.RecordBatch:
+        columns = [
+            *_prompt_columns(items),
+            *_answer_columns([row.chosen for row in items]),
+            *_answer_columns([row.rejected for row in items]),
+            pa.array([row.margin for row in items], pa.float64()),
+        ]
+        return pa.record_batch(columns, schema=self.schema)
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> PreferenceRow:
+        return PreferenceRow(
+            batch.column(0)[place].as_py(),
+            numbers_at(batch.column(1), place),
+            _answer_at(batch, 2, place),
+            _answer_at(batch, 4, place),
+            batch.column(6)[place].as_py(),
+        )
+
+
+class LabelledCodec:
+    """Labelled answers as columns."""
+
+    schema: ClassVar[pa.Schema] = pa.schema([*_PROMPT, *_answer_fields("completion"), ("label", pa.bool_())])
+
+    def encode(self, items: Sequence[LabelledRow]) -> pa.RecordBatch:
+        columns = [
+            *_prompt_columns(items),
+            *_answer_columns([row.completion for row in items]),
+            pa.array([row.label for row in items], pa.bool_()),
+        ]
+        return pa.record_batch(columns, schema=self.schema)
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> LabelledRow:
+        return LabelledRow(
+            batch.column(0)[place].as_py(),
+            numbers_at(batch.column(1), place),
+            _answer_at(batch, 2, place),
+            batch.column(4)[place].as_py(),
+        )

@@ -1,0 +1,220 @@
+"""Rows to prompts ready to sample from, in memory or with their token ids on disk."""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rlqwen.data.arrow_file import TOKENS, ArrowRows, numbers_at
+from rlqwen.data.chat import ChatFormat
+from rlqwen.data.encoding import refuse, tokenize_rows
+from rlqwen.data.form import RowForm, describe, look_at
+from rlqwen.data.formats import normalise_row, to_prompt_row
+from rlqwen.data.guard import Piece
+from rlqwen.data.jobs import Tally, TokenizingJob
+from rlqwen.data.report import DataReport, percentiles
+from rlqwen.data.rows_on_disk import content_digest
+from rlqwen.data.tokenizing import tokenize_all
+from rlqwen.data.unused import Unused
+from rlqwen.data.views import View
+from rlqwen.data.writer import eos_warnings
+from rlqwen.errors import DataError
+from rlqwen.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+def tokenize_prompts(
+    rows: Sequence[Row],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_prompt_length: int | None,
+    overlong: Literal["drop", "refuse"] = "drop",
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    faults: list[DataError] | None = None,
+    num_proc: int | None = None,
+) -> tuple[Sequence[Prompt], DataReport]:
+    """Prompts ready to sample from, with the rows' other columns for the rewards; `index` is the row's number.
+
+    Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
+    more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
+    Given a list of `faults`, errors are put there instead of being raised. Which columns are not used only the caller
+    can say, who knows the rewards: `report.name_unused`.
+    """
+    job = PromptJob(
+        tokenizer,
+        max_prompt_length=max_prompt_length,
+        overlong=overlong,
+        chat_template=chat_template,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    return tokenize_all(rows, job, faults=faults, num_proc=num_proc)
+
+
+class PromptCodec:
+    """Row numbers and token ids of prompts; what else belongs to a prompt is in its row."""
+
+    schema: ClassVar[pa.Schema] = pa.schema(
+        [("index", pa.int64()), ("token_ids", TOKENS), ("opens_reasoning", pa.bool_())]
+    )
+
+    def encode(self, items: Sequence[Prompt]) -> pa.RecordBatch:
+        columns = [
+            pa.array([prompt.index for prompt in items], pa.int64()),
+            pa.array([prompt.token_ids for prompt in items], TOKENS),
+            pa.array([prompt.opens_reasoning for prompt in items], pa.bool_()),
+        ]
+        return pa.record_batch(columns, schema=self.schema)
+
+    def decode(self, batch: pa.RecordBatch, place: int) -> tuple[int, list[int], bool]:
+        return batch.column(0)[place].as_py(), numbers_at(batch.column(1), place), batch.column(2)[place].as_py()
+
+
+class PromptJob(TokenizingJob[Prompt]):
+    """Rows to prompts."""
+
+    codec = PromptCodec()
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        max_prompt_length: int | None,
+        overlong: Literal["drop", "refuse"],
+        chat_template: str | None,
+        chat_template_kwargs: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.limit, self.overlong = max_prompt_length, overlong
+        self.template, self.template_kwargs = chat_template, chat_template_kwargs
+
+    @cached_property
+    def unused(self) -> Unused:
+        return Unused()
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, chat_template=self.template, chat_template_kwargs=self.template_kwargs)
+
+    def settings(self) -> Any:
+        return [self.limit, self.overlong, self.template, self.template_kwargs]
+
+    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Prompt], Tally]:
+        tally = Tally(DataReport(num_rows=len(rows)))
+        report = tally.report
+        unused, found = self.unused, dict[int, Row]()
+        opening: set[int] = set()
+
+        def write(number: int, row: Row) -> list[list[Piece]]:
+            where = f"row {number}"
+            given = normalise_row(row, where)
+            row = found[number] = to_prompt_row(given, where)
+            if isinstance(row["prompt"], str):
+                unused.note_prompt(given, row)
+                pieces = [Piece(row["prompt"], True)]
+            else:
+                unused.note_prompt(given, row, self.chat.render)
+                pieces = self.chat.prompt(row["prompt"], where, tools=row.get("tools"))
+            if "".join(piece.text for piece in pieces).rstrip().endswith("<think>"):
+                opening.add(number)
+            return [pieces]
+
+        prompts: list[Prompt] = []
+        for number, (tokenized,) in tokenize_rows(start, rows, self.tokenizer, write, faults):
+            length = len(tokenized.token_ids)
+            tally.lengths.append(length)
+            if not length:
+                refuse(DataError(f"row {number}: the prompt is empty"), faults)
+                continue
+            if self.limit is not None and length > self.limit:
+                tally.name("overlong", f"row {number} has {length}")
+                report.note("overlong", number)
+                report.num_dropped_tokens += length
+                continue
+            prompts.append(to_prompt(number, tokenized.token_ids, found.pop(number), number in opening))
+        report.num_kept = len(prompts)
+        report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        report.columns, report.turn_keys = unused.take()
+        tally.ends = [self.chat.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
+        return prompts, tally
+
+    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+        report = tally.report
+        if report.num_overlong and (self.overlong == "refuse" or not report.num_kept):
+            refuse(DataError(_too_long(tally, self.limit)), faults)
+        report.lengths = percentiles(tally.lengths)
+        report.end_of_turn = tally.end_of_turn(self.tokenizer.eos_token)
+        report.warnings = eos_warnings(self.tokenizer, report.end_of_turn) + report.warnings
+        return report
+
+    def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
+        def note(form: RowForm, row: Row) -> None:
+            form.num_rows += 1
+            form.num_text += isinstance(to_prompt_row(normalise_row(row, "row"), "row")["prompt"], str)
+
+        hint = "for a chat model make them turns, for example by a system_prompt beside the data's path"
+        describe(report, look_at(rows, note), preserves=True, hint=hint, unlike_trl=[])
+
+    def present(self, stored: ArrowRows[Any], rows: Sequence[Row]) -> Sequence[Prompt]:
+        return StoredPrompts(stored, rows)
+
+
+class StoredPrompts(View[Prompt]):
+    """Prompts whose token ids are in one file and whose columns are in the rows that they were made of."""
+
+    def __init__(self, stored: ArrowRows[tuple[int, list[int], bool]], rows: Sequence[Row]) -> None:
+        self.stored, self.rows = stored, rows
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def item(self, place: int) -> Prompt:
+        index, token_ids, opens_reasoning = self.stored.item(place)
+        return to_prompt(index, token_ids, prompt_row(index, self.rows[index]), opens_reasoning)
+
+    @cached_property
+    def digest(self) -> str:
+        """Stands for all of the content, the rows' other columns too."""
+        return hashlib.blake2b(f"{self.stored.digest}{content_digest(self.rows)}".encode(), digest_size=16).hexdigest()
+
+
+def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
+    """The prompt of row `index`, which is one of these; all rows of a dataset are in their order."""
+    if not isinstance(prompts, View):
+        return next(prompt for prompt in prompts if prompt.index == index)
+    place: int = bisect_left(prompts, index, key=lambda prompt: prompt.index)
+    found: Prompt = prompts.item(place)
+    return found
+
+
+def longest_prompt(prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt; 0 for none."""
+    if isinstance(prompts, StoredPrompts):
+        return max(pc.max(piece.value_lengths()).as_py() or 0 for piece in prompts.stored.column("token_ids"))
+    return max((len(prompt.token_ids) for prompt in prompts), default=0)
+
+
+def prompt_row(number: int, row: Row) -> Row:
+    """A row as rewards see it, with its prompt."""
+    return to_prompt_row(normalise_row(row, f"row {number}"), f"row {number}")
+
+
+def to_prompt(number: int, token_ids: list[int], row: Row, opens_reasoning: bool) -> Prompt:
+    """Put a prompt together; `row` is of `prompt_row`, and is used up."""
+    content = row.pop("prompt")
+    return Prompt(number, token_ids, content, row, opens_reasoning=opens_reasoning)
+
+
+def _too_long(tally: Tally, limit: int | None) -> str:
+    return (
+        f"{tally.report.num_overlong} of {tally.report.num_rows} prompts are longer than max_prompt_length={limit} "
+        f"tokens: {tally.first_of('overlong')}; raise it, or shorten them"
+    )

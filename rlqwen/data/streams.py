@@ -1,0 +1,50 @@
+"""Rows that come one after the other and are never all there: a datasets.IterableDataset, or a source read as it goes."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from rlqwen.data.values import without_filling
+from rlqwen.errors import DataError
+
+Row = dict[str, Any]
+
+
+class StreamedRows:
+    """Rows that can be read again from their beginning: `begin(epoch)` gives those of one pass, in the same order
+    whenever it is called for the same epoch; `prepare(number, row)` brings one into our form."""
+
+    def __init__(
+        self,
+        name: str,
+        begin: Callable[[int], Iterator[Any]],
+        prepare: Callable[[int, Any], Row] = lambda number, row: row,
+    ) -> None:
+        self.name, self._begin, self._prepare = name, begin, prepare
+
+    def read(self, epoch: int, start: int = 0) -> Iterator[Row]:
+        """Rows of a pass, from number `start` on; those before it are not looked at."""
+        rows = islice(self._begin(epoch), start, None)
+        return (self._prepare(number, row) for number, row in enumerate(rows, start))
+
+    def first(self, count: int) -> list[Row]:
+        """The first rows, for who wants to see what they are like; DataError if there are none."""
+        rows = list(islice(self.read(0), count))
+        if not rows:
+            raise DataError(f"{self.name} holds no rows")
+        return rows
+
+
+def as_stream(data: Any) -> StreamedRows | None:
+    """The stream that a dataset is; None if it is none."""
+    if isinstance(data, StreamedRows):
+        return data
+    if hasattr(data, "__len__") or not (hasattr(data, "__iter__") and hasattr(data, "set_epoch")):
+        return None
+
+    def begin(epoch: int) -> Iterator[Any]:
+        data.set_epoch(epoch)  # a stream that shuffles does so anew
+        return iter(data)
+
+    schema = data.features.arrow_schema if getattr(data, "features", None) else None
+    return StreamedRows("the stream", begin, lambda number, row: without_filling(dict(row), schema))

@@ -1,0 +1,128 @@
+"""Training items made of a stream of rows as they are needed, in the place of RowStream.
+
+Rows are read and tokenised a window at a time. How far the stream has come is the place of its window and the number of
+items taken from that, so that going on reads the same rows again, and no item is repeated or lost.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from rlqwen.checkpoint.origin import digest_rows
+from rlqwen.data import DataReport
+from rlqwen.data.jobs import Tally, TokenizingJob
+from rlqwen.data.report import percentiles
+from rlqwen.data.streams import StreamedRows
+from rlqwen.errors import DataError
+
+Item = TypeVar("Item")
+Make = Callable[[int, list[dict[str, Any]]], tuple[Sequence[Item], Tally]]
+
+WINDOW = 512
+"""Rows that are tokenised at a time; with packing, those that bins are filled from."""
+
+
+@dataclass(slots=True)
+class _Window(Generic[Item]):
+    epoch: int
+    start: int
+    """Number of its first row within the epoch."""
+    items: Sequence[Item]
+
+
+class ItemStream(Generic[Item]):
+    """Items of a stream, epoch after epoch; `make(start, rows)` makes them of a window of rows, and counts."""
+
+    def __init__(self, rows: StreamedRows, make: Make[Item]) -> None:
+        self._rows, self._make = rows, make
+        self._tally = Tally()
+        self._windows: deque[_Window[Item]] = deque()
+        self._reader: Iterator[dict[str, Any]] | None = None
+        self._next = (0, 0)
+        """Epoch and row number at which the next window begins."""
+        self._taken = 0
+        """Items of the first window that are taken."""
+        self._found = False
+        """Whether an item has come of this pass."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the stream that are over."""
+        return float(self._windows[0].epoch if self._windows else self._next[0])
+
+    @property
+    def digest(self) -> str:
+        """Stands for the data: digest of what comes of the first window."""
+        return f"a stream that begins with {digest_rows(ItemStream(self._rows, self._make)._first_window())}"
+
+    def take(self, count: int) -> list[Item]:
+        """The next `count` items."""
+        items = self.peek(0, count)
+        self._taken += count
+        while self._windows and self._taken >= len(self._windows[0].items):
+            self._taken -= len(self._windows.popleft().items)
+        return items
+
+    def peek(self, skip: int, count: int) -> list[Item]:
+        """The `count` items after the next `skip`, which stay to be taken."""
+        start = self._taken + skip
+        while sum(len(window.items) for window in self._windows) < start + count:
+            self._windows.append(self._read_window())
+        items = (item for window in self._windows for item in window.items)
+        return list(islice(items, start, start + count))
+
+    def ended_epoch(self, count: int) -> bool:
+        """Never: where a stream ends is known only when it is over."""
+        return False
+
+    def progress(self) -> dict[str, int]:
+        """How far the stream has come."""
+        epoch, row = (self._windows[0].epoch, self._windows[0].start) if self._windows else self._next
+        return {"epoch": epoch, "row": row, "taken": self._taken}
+
+    def restore_progress(self, progress: dict[str, int]) -> None:
+        """Go on from there."""
+        self._windows.clear()
+        self._reader = None
+        self._next = progress["epoch"], progress["row"]
+        self._taken = progress["taken"]
+
+    def summary(self) -> str:
+        """What became of all rows that were read, those of later passes counted again."""
+        self._tally.report.lengths = percentiles(self._tally.lengths)
+        return self._tally.report.summary()
+
+    def _first_window(self) -> Sequence[Item]:
+        return self._read_window().items
+
+    def _read_window(self) -> _Window[Item]:
+        epoch, start = self._next
+        if self._reader is None:
+            self._reader = self._rows.read(epoch, start)
+            self._found = start > 0
+        rows = list(islice(self._reader, WINDOW))
+        items: Sequence[Item] = []
+        if rows:
+            items, tally = self._make(start, rows)
+            self._tally.add(tally)
+        self._found |= len(items) > 0
+        self._next = epoch, start + len(rows)
+        if len(rows) < WINDOW:
+            self._reader, self._next = None, (epoch + 1, 0)
+            if not self._found:
+                raise DataError(f"{self._rows.name}: none of its {start + len(rows)} rows has anything to learn from")
+        return _Window(epoch, start, items)
+
+
+def describe_first(rows: StreamedRows, job: TokenizingJob[Any]) -> DataReport:
+    """What becomes of the first rows of a stream; raises what is wrong with them."""
+    first = rows.first(WINDOW)
+    _, tally = job.run(0, first, None)
+    job.describe(tally.report, first)
+    report = job.finish(tally, None)
+    report.source = (
+        f"a stream, read and tokenised as training goes, in its own order; this is of its first {report.num_rows} rows"
+    )
+    return report
