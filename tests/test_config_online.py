@@ -58,6 +58,7 @@ def test_transformers_names_and_text_are_taken() -> None:
         ({"vllm_structured_outputs_regex": "a"}, "constrained decoding is not supported"),
         ({"use_transformers_continuous_batching": True}, "'engine': 'vllm'"),
         ({"cache_implementation": "static"}, "'engine': 'vllm'"),
+        ({"vllm_importance_sampling_cap": 2, "vllm_importance_sampling_clip_max": 3}, "old name for"),
         ({"vllm_importance_sampling_clip_min": 4.0}, "must be below vllm_importance_sampling_clip_max=3"),
         ({"rollout": {"max_staleness": 1}, "repetition_penalty": 1.1}, "repetition_penalty shapes the sampler's"),
     ],

@@ -107,7 +107,12 @@ class OnlineConfig(TrainerConfig):
         if "use_vllm" in values:
             rollout.setdefault("engine", "vllm" if values.pop("use_vllm") else "transformers")
         if "vllm_importance_sampling_cap" in values:
-            values.setdefault("vllm_importance_sampling_clip_max", values.pop("vllm_importance_sampling_cap"))
+            cap = values.pop("vllm_importance_sampling_cap")
+            if values.setdefault("vllm_importance_sampling_clip_max", cap) != cap:
+                raise ValueError(
+                    f"vllm_importance_sampling_cap={cap!r} is TRL's old name for vllm_importance_sampling_clip_max, which "
+                    f"is {values['vllm_importance_sampling_clip_max']!r}: leave it out"
+                )
         if values.get("top_k", 0) in (-1, None):
             values["top_k"] = 0  # as vLLM and transformers say that there is no limit
         if rollout:
