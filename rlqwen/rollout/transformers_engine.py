@@ -100,14 +100,19 @@ class TransformersEngine:
             )
         chosen_BT, logp_BT = output_BT[:, prompt_length:], torch.stack(sampler.logp_T, dim=1)
         ends_B = [None] * len(rows) if texts is None else texts.lengths_B
-        completions_B = self._completions(chosen_BT.tolist(), logp_BT.tolist(), ends_B, set(sampling.stop_token_ids))
+        completions_B = self._completions(chosen_BT.tolist(), logp_BT.tolist(), set(sampling.stop_token_ids), ends_B)
         for request in batch:
             yield Group(request.prompt, [next(completions_B) for _ in request.seeds], self.version)
 
     def _completions(
-        self, token_ids_B: list[list[int]], logp_B: list[list[float]], ends_B: Sequence[int | None], stop: set[int]
+        self,
+        token_ids_B: list[list[int]],
+        logp_B: list[list[float]],
+        stop: set[int],
+        ends_B: Sequence[int | None] | None = None,
     ) -> Iterator[Completion]:
         """`ends_B`: tokens up to the end of a stop text, where there is one."""
+        ends_B = ends_B or [None] * len(token_ids_B)
         ids_B = [row[:end] for row, end in zip(token_ids_B, ends_B, strict=True)]
         lengths_B = [next((place + 1 for place, token in enumerate(ids) if token in stop), None) for ids in ids_B]
         ids_B = [ids[:length] for ids, length in zip(ids_B, lengths_B, strict=True)]
