@@ -165,7 +165,7 @@ def references(trainer):
         for parameter in trainer.policy.trained_parameters:
             parameter += 0.1 * torch.randn_like(parameter)
         answers = trainer._answers(pack([row.answers for row in trainer.train_rows]))
-    assert (answers.logp_S - answers.ref_logp_S).abs().min() > 1e-3
+    assert (answers.logp_S - answers.ref_logp_S).abs().mean() > 0.1  # about 1 over seeds; one answer may come near 0
     return answers.ref_logp_S
 
 
