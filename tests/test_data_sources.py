@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import SourceConfig
-from rlqwen.data import as_rows, load_rows
+from rlqwen.data import as_rows, files, load_rows
 from rlqwen.data.sources import read_source
 from rlqwen.errors import ConfigError, DataError
 
@@ -287,3 +287,32 @@ def test_rows_that_come_with_rlqwen(name, columns):
         DataError, match=r"did you mean 'builtin:questions'\? there are: instructions_zh, pairs, questions"
     ):
         read_source(SourceConfig(path="builtin:question"))
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_large_json_file_is_read_part_by_part(tmp_path, monkeypatch, indent):
+    rows = [{"text": f"[{number}], 中{'}' * (number % 5)}", "list": [[], {"a": [number]}]} for number in range(40)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8")
+    whole = load(path)
+    monkeypatch.setattr(files, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(files, "_PART_CHARACTERS", 7)
+    monkeypatch.setattr(files, "_read_whole_json", None)
+    assert load(path) == whole == rows
+    write_jsonl(path, rows)
+    assert load(path) == rows
+
+
+def test_a_large_json_file_is_refused_as_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE_BYTES", 0)
+    for text, words in (
+        ('[\n{"prompt": "1"},\n{"prompt": }\n]', r"a\.json, line 3: not valid JSON"),
+        ('{\n"prompt": "1"}', r"must hold a list of objects, this one holds an object"),
+        ('[{"prompt": "1"}, 3]', r"a\.json, row 1: a row must be a JSON object, this is a number"),
+        ('[{"prompt": "1"}] []', r"a\.json, line 1: not valid JSON"),
+        ('[{"prompt": "1"},]', r"a\.json, line 1: not valid JSON"),
+        ("[]", r"a\.json holds no rows"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(DataError, match=words):
+            load(tmp_path / "a.json")

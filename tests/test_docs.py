@@ -95,6 +95,7 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_sft quickstart_grpo": stages("sft", "grpo"),
     "rlqwen run quickstart_ppo": "with its first stage, above",
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
+    "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
     "python benchmarks/grpo_vs_trl.py --steps 4 --workload skewed --engines transformers": "as the one above",
 }
 """What is added to a command, or where else it is run; of files of the reader's, `files` makes small ones."""

@@ -1,7 +1,6 @@
 """Rows from local files, each with the place it came from, so that an error can name the line."""
 
 import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,9 @@ from rlqwen.errors import DataError
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
+WHOLE_BYTES = 1 << 25
+"""A JSON file of more is read part by part."""
+_PART_CHARACTERS = 1 << 20
 _EXCERPT = 60
 _FIELD_LIMIT = 2**31 - 1
 
@@ -75,6 +77,62 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    done = 0
+    if path.stat().st_size > WHOLE_BYTES:
+        if _holds_lines(path):
+            yield from _read_jsonl(path)
+            return
+        try:
+            for row in _elements(path):
+                yield f"{path}, row {done}", _require_mapping(row, f"{path}, row {done}")
+                done += 1
+            return
+        except (ValueError, RecursionError):
+            pass  # read as a whole, it is refused with the place of the fault, or is in a form that is read so
+    for number, one in enumerate(_read_whole_json(path)):
+        if number >= done:
+            yield one
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether the first line is a JSON object on its own."""
+    with path.open("rb") as file:
+        try:
+            return isinstance(json.loads(file.readline()), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _elements(path: Path) -> Iterator[Any]:
+    """The elements of a file that holds a list, of which only a part is in memory; ValueError for any other."""
+    decoder, text, start = json.JSONDecoder(), "", 0
+    wanted, may_end = "[", False
+    with path.open(encoding="utf-8-sig") as file:
+        while True:
+            text, start = text[start:].lstrip(), 0
+            if text and text[0] == "]" and may_end:
+                if (text[1:] + file.read()).strip():
+                    raise ValueError("more than a list")
+                return
+            if text and wanted:
+                if text[0] != wanted:
+                    raise ValueError(f"no {wanted!r}")
+                may_end = wanted == "["
+                wanted, start = "", 1
+                continue
+            try:
+                element, start = decoder.raw_decode(text)
+            except ValueError:
+                more = file.read(_PART_CHARACTERS)
+                if not more:
+                    raise
+                text += more
+                continue
+            yield element
+            wanted, may_end = ",", True
+
+
+def _read_whole_json(path: Path) -> Iterator[tuple[str, Row]]:
     text = _decode(path.read_bytes(), str(path))
     if not text.strip():
         return
@@ -101,14 +159,20 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     """Every value stays the text that it is: `007` is not the number 7."""
-    text = _decode(path.read_bytes(), str(path))
     csv.field_size_limit(_FIELD_LIMIT)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from _csv_rows(path, csv.DictReader(file, strict=True))
+
+
+def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, Row]]:
     while True:
         try:
             row = next(reader, None)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+        except UnicodeDecodeError:
+            _decode(path.read_bytes(), str(path))  # which says where
+            raise
         if row is None:
             return
         where = f"{path}, line {reader.line_num}"
