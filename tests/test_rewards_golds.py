@@ -493,6 +493,13 @@ _PART = re.compile(
 
 
 SAME = r"""
+12 -> 12 m
+12 -> 12m
+18 -> 18 \text{ dollars every day at the farmers' market}
+20 -> 20\ \text{students}\ .
+40 -> 40 \text{ years old}
+18 -> \text{Total} = 18
+-5 -> -\$5
 x+y=7 -> y+x=7
 x+y=7 -> x=7-y
 19+67=86 -> 86
@@ -687,6 +694,10 @@ x\in\{1,2\} -> 1,2
 """
 
 DIFFERENT = r"""
+10 -> 10 or more
+10 -> \ge 10
+72 -> 72x
+12 -> 12 more people
 x+y=7 -> 7
 y' -> y
 y''+y=0 -> 0

@@ -8,8 +8,8 @@ what is right in the same forms, or bare. Both are written in one notation, read
   number must be worked out: for 86, neither `19 + 67` nor `\frac{172}{2}` is paid, for 1024 `2^{10}` is not, but
   `10^6` is a way to write 1,000,000. No expression is paid that stands in the prompt and not in the solution.
 - **Units** may be left out or added. Where both have one, they must measure the same, and are converted: 1 m is
-  100 cm, 10 m is not 10 cm. What is counted (72 clips) is not compared. A single letter is a unit only in `\text{}`:
-  `5m` is a product. A duration of several units needs its units.
+  100 cm, 10 m is not 10 cm. What is counted (72 clips) is not compared. A single letter in a solution is a unit
+  only in `\text{}`: `5m` is a product. A duration of several units needs its units.
 - **Percent**: 50% is 50 where the sign is left out, and is 0.5; 50 is not 0.5.
 - **Choices**: where the solution is `B. 12`, both `B` and `12` are right; where it is `B`, `(B)` and `B. 12` are,
   and 12 is not.

@@ -167,7 +167,7 @@ def _pair_up(golds: tuple[str, ...], answers: tuple[str, ...], *, is_ordered: bo
 
 def _same_amount(gold: Amount, answer: Amount) -> bool:
     ratio = None
-    if gold.unit and gold.unit.dimension and answer.number is None:
+    if (gold.number or (gold.unit and gold.unit.dimension)) and answer.number is None:
         answer = read_measure(answer.text) or answer
     if answer.unit and answer.unit.dimension and gold.number is None:
         gold = read_measure(gold.text) or gold

@@ -72,6 +72,7 @@ _WRAPPERS = [
         r"\*\*([^*]+)\*\*", r'"([^"]*)"', r"`([^`]*)`", r"\\(?:text|underline|boldsymbol|bm|mathbf)\s*\{([^{}]*)\}", r"\{([^{}]*)\}",
     )
 ]  # fmt: skip
+_LAST = re.compile(r"(?:[\s.,;]|(?<!\\)\\(?=$))+$")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _THOUSANDS = re.compile(
     r"(?<![\d.,])(?<!\d )\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d.,/}])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| \d)"
@@ -101,7 +102,7 @@ def unwrap(text: str) -> str:
     """The text without trailing punctuation, and without one sign or command around all of it."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;").strip()
+        text = _LAST.sub("", text.strip())
         for wrapper in _WRAPPERS:
             if match := wrapper.fullmatch(text):
                 text = match[1]
