@@ -163,6 +163,22 @@ def test_learned_thoughts_reach_a_template_that_has_no_field_for_them(tokenizer,
         assert tokenizer.decode(pair.chosen.token_ids) == "<think>\nhm\n</think>\n\n2<|im_end|>\n"
 
 
+def test_a_template_that_drops_all_thoughts_goes_on_from_the_block_it_opens(tokenizer, tmp_path):
+    # As DeepSeek-R1-Distill-Qwen's: answers alone are written, and the generation prompt opens a think block.
+    path = tmp_path / "template.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    for answer, learned in ((THINKS, "hm\n</think>\n\n2"), (PLAIN, "\n</think>\n\n2")):
+        row = {"prompt": [user("q"), THINKS, user("r")], "completion": [answer]}
+        (out,), _ = tokenize_sft([row], tokenizer, SFTConfig(chat_template_path=str(path)))
+        assert tokenizer.decode(out.token_ids).endswith(
+            f"r<|im_end|><|im_start|>assistant\n<think>\n{learned}<|im_end|>"
+        )
+        assert tokenizer.decode(out.token_ids).count("hm") == learned.count("hm")
+
+
 def test_a_completion_of_several_turns_begins_as_it_was_asked_for(tokenizer):
     completion = [THINKS, user("sure?"), PLAIN]
     (row,), _ = tokenize_sft([{"prompt": [user("q")], "completion": completion}], tokenizer, SFTConfig())

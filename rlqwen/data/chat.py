@@ -200,7 +200,7 @@ class ChatFormat:
         """Split a turn into what the generation prompt has of it and what the model then writes."""
         text, thoughts = turn.text, thoughts_of(turn.message)
         if thoughts and thoughts not in text:  # the template drops the thoughts of a last turn too
-            text = f"<think>\n{thoughts}\n</think>\n\n{text}"
+            text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
         if is_cut_thought(turn.message["content"]):
             text = _EMPTY_BLOCK.sub("", text)  # which the template writes before it
         if text.startswith(self.opening):
