@@ -119,6 +119,25 @@ def test_plain_takes_the_last_number_or_formula():
     assert grade("First $3$, then $5$", "5", plain=True) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("text", "solution", "expected"),
+    [
+        ("The answer is 72. That took 3 steps.", "72", 1.0),
+        ("The answer is the number of clips, which is 72.", "72", 1.0),
+        ("答案是 72 元。", "72", 1.0),
+        ("The answer is (B).", "B", 1.0),
+        ("**Answer: B**", "B", 1.0),
+        ("B", "B", 1.0),
+        ("Answer: Paris", "Paris", 1.0),
+        ("The answer is 71. The answer is 72.", "72", 0.0),
+        ("The answer is A. Or the answer is B.", "B", 0.0),
+        ("The answer is 71. Wait, that is wrong. The answer is 72.", "72", 1.0),
+    ],
+)
+def test_plain_takes_what_the_text_says_is_the_answer(text, solution, expected):
+    assert grade(text, solution, plain=True) == expected
+
+
 def test_any_of_several_solutions_will_do():
     assert grade(r"\boxed{2}", ["1", "2"]) == 1.0
     assert grade(r"\boxed{3}", ["1", "2"]) == 0.0

@@ -84,8 +84,9 @@ def grade(text: str, solution: Any, *, plain: bool = False, prompt: Any = None) 
     """1.0 if the answer in `text` equals the solution, 0.0 if not or if there is none.
 
     None if the solution itself cannot be read. A comparison that runs out of time is 0.0, because only a formula made
-    for it does so. `plain` also takes an answer that nothing marks: the last formula or number of the text. An answer
-    of over 1,000 characters is no answer. A solution may be a list of which any will do.
+    for it does so. `plain` also takes an answer that nothing marks: what "the answer is" says, else the last
+    formula or number of the text. An answer of over 1,000 characters is no answer. A solution may be a list of which any
+    will do.
     """
     if isinstance(solution, str):
         return _grade(text, solution, plain, prompt)
@@ -220,7 +221,7 @@ class Accuracy:
     """
 
     plain: bool = False
-    """Take an unmarked answer too: the last formula or number of the text."""
+    """Take an unmarked answer too: what "the answer is" says, else the last formula or number of the text."""
 
     required_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("solution", "answer"),)
 

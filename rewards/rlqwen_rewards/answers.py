@@ -15,6 +15,11 @@ _STATED = re.compile(
 )
 _ONE_FORMULA = re.compile(_FORMULA, re.DOTALL)
 _UNMARKED = re.compile(rf"({_FORMULA})|(?<![\w.])(?<!\d)-?[$€£¥]?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?%?", re.DOTALL)
+_SAID = re.compile(
+    r"(?:answer(?:\s+is\b|\s*[:：])|答案\s*[是为:：]+)[\s*_:]*(?!not\b)(\S[^\n]*?)(?=[.。!！]?[\s*_]*(?:\n|$)|[.。!！]\s)",
+    re.IGNORECASE,
+)
+_CHOICE = re.compile(r"[\s*_]*(\(?[A-Z]\)?)[\s*_.。]*")
 _TAIL = 2000
 """Characters at the end of a text in which an answer without a box is looked for; a degenerate text costs seconds else."""
 
@@ -183,8 +188,24 @@ def stated_answer(text: str) -> str | None:
 
 
 def unmarked_answer(text: str) -> str | None:
-    """The last formula or number of a text."""
-    found = [match[0] for match in _UNMARKED.finditer(text[-_TAIL:])]
+    """What a text says behind "the answer is", all of it if it says so repeatedly; else its last formula or number."""
+    tail = text[-_TAIL:]
+    said = list(_SAID.finditer(tail))
+    if not said:
+        return _choice_or_number(tail)
+    contents = [_choice_or_number(said[-1][1]) or said[-1][1]]
+    for earlier, later in zip(said[-2::-1], said[:0:-1], strict=True):
+        if not is_joint(tail[earlier.end() : later.start()]):
+            break
+        contents.insert(0, _choice_or_number(earlier[1]) or earlier[1])
+    return join(contents)
+
+
+def _choice_or_number(text: str) -> str | None:
+    """A letter that stands alone, else the last formula or number."""
+    if choice := _CHOICE.fullmatch(text):
+        return choice[1]
+    found = [match[0] for match in _UNMARKED.finditer(text)]
     return found[-1].strip() if found else None
 
 
