@@ -11,6 +11,7 @@
     ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
     ├── SaveError (OSError)              a checkpoint or a file of the run cannot be written
     ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
+    │   └── Interrupted (KeyboardInterrupt)   the same by Ctrl-C: exit code 130
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
     ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
     ├── WatchStop (RuntimeError)         the guard found a symptom whose action is to stop
@@ -69,9 +70,15 @@ class SaveError(RlqwenError, OSError):
 
 
 class Preempted(RlqwenError):
-    """The run was told to stop (SIGTERM, SIGUSR1), and can go on from its last checkpoint."""
+    """The run was told to stop (SIGTERM, SIGUSR1, SIGHUP), and can go on from its last checkpoint."""
 
     exit_code = 75  # EX_TEMPFAIL: a scheduler may start the job again
+
+
+class Interrupted(Preempted, KeyboardInterrupt):
+    """The run was stopped by Ctrl-C, or by a notebook's stop button, and can go on from its last checkpoint."""
+
+    exit_code = 130
 
 
 class NonFiniteError(RlqwenError, RuntimeError):

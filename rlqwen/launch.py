@@ -18,6 +18,8 @@ from rlqwen.supervisor import SUPERVISED, describe_exit
 
 MAX_EXIT_S = 20.0
 """For ranks to end by themselves once one has failed, or after Ctrl-C; then they are killed."""
+LEAVE_S = 10.0
+"""For the other ranks to leave by themselves once one has saved and left."""
 _POLL_S = 0.05
 _SHOWN = 20_000
 """Last characters of a failed rank's output."""
@@ -44,7 +46,8 @@ def launch(command: Sequence[str], num_ranks: int) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="rlqwen-ranks-") as folder:
         ranks = _Ranks(command, num_ranks, Path(folder))
-        before = {number: signal.signal(number, ranks.pass_on) for number in _PASSED_ON}
+        heard = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, say
+        before = {number: signal.signal(number, ranks.pass_on) for number in heard}
         try:
             ranks.start()
             code = ranks.wait()
@@ -97,11 +100,9 @@ class _Ranks:
         first = min(failed, key=lambda rank: (codes[rank] in _LEAVING, (codes[rank] or 0) > 0, rank))
         code = codes[first]
         assert code is not None
-        if code not in _LEAVING or self.asked_to_stop == signal.SIGINT:
+        if code not in _LEAVING or not self._wait_for_all(LEAVE_S):
             self._report(first, code)
             self.end()
-        else:
-            self._wait_for_all(MAX_EXIT_S)
         return code
 
     def _report(self, rank: int, code: int) -> None:

@@ -103,7 +103,8 @@ class _Child:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._pass_on) for number in _PASSED_ON}
+        heard = [number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # by nohup, say
+        self._before = {number: signal.signal(number, self._pass_on) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -252,17 +252,34 @@ class SendOnce(TrainerCallback):
                 os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_with_the_code_for_again(tiny_model_path, tmp_path, number):
+@pytest.fixture
+def ctrl_c(request):
+    """Python's own handler, which a shell that runs the tests in the background has not left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGTERM, "SIGTERM", 75),
+        (signal.SIGUSR1, "SIGUSR1", 75),
+        (signal.SIGHUP, "SIGHUP", 75),
+        (signal.SIGINT, "Ctrl-C", 130),
+    ],
+)
+def test_a_signal_saves_and_ends_with_the_code_for_again(tiny_model_path, tmp_path, ctrl_c, number, name, code):
     before = signal.getsignal(number)
-    make(tiny_model_path, tmp_path / "straight").train()
-    trainer = make(tiny_model_path, tmp_path / "run")
+    make(tiny_model_path, tmp_path / "straight", save_steps=100).train()
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(number))
-    with pytest.raises(Preempted, match=f"{number.name}: saved after update 3") as caught:
+    with pytest.raises(Preempted, match=rf"{name}: saved after update 3; go on with train\(resume_from") as caught:
         trainer.train()
-    assert caught.value.exit_code == 75
+    assert caught.value.exit_code == code
+    assert isinstance(caught.value, KeyboardInterrupt) == (number == signal.SIGINT)
     assert signal.getsignal(number) == before
-    make(tiny_model_path, tmp_path / "run").train(resume_from_checkpoint=True)
+    make(tiny_model_path, tmp_path / "run", save_steps=100).train(resume_from_checkpoint=True)
     comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
     assert comparison.is_exact, str(comparison)
 
@@ -274,6 +291,50 @@ def test_a_second_signal_ends_at_once(tiny_model_path, tmp_path):
         trainer.train()
     assert caught.value.code == 143
     assert names(tmp_path / "run") == ["step-000002"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_ctrl_c_leaves_at_once(tiny_model_path, tmp_path, ctrl_c, first, second):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks.append(SendOnce(first, second))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert type(caught.value) is KeyboardInterrupt
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_ctrl_c_with_nothing_to_save_leaves_at_once(tiny_model_path, tmp_path, ctrl_c):
+    trainer = make(tiny_model_path, tmp_path / "run")  # saves update 2, which the signal comes right after
+    trainer.callbacks.append(SendOnce(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert type(caught.value) is KeyboardInterrupt
+    assert names(tmp_path / "run") == ["step-000002"]
+
+
+def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctrl_c):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks.append(SendOnce(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_a_closed_terminal_sends_the_signal_twice(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path / "run")
+    trainer.callbacks.append(SendOnce(signal.SIGHUP, signal.SIGHUP))
+    with pytest.raises(Preempted, match="SIGHUP: saved after update 3"):
+        trainer.train()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tiny_model_path, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        trainer = make(tiny_model_path, tmp_path / "run")
+        trainer.callbacks.append(SendOnce(signal.SIGHUP))
+        assert trainer.train().global_step == 4
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # Pipelines

@@ -15,7 +15,7 @@ from patience import PATIENCE_S
 from rlqwen import __version__, pipeline
 from rlqwen.cli import main
 from rlqwen.config import RewardSpec
-from rlqwen.errors import ConfigError, RewardFailure, RewardSpecError
+from rlqwen.errors import ConfigError, Interrupted, Preempted, RewardFailure, RewardSpecError
 from rlqwen.evaluation import EvalConfig, evaluation_config
 from rlqwen.metrics import MetricLogger, read_summary, write_summary
 from rlqwen.recipe import load_recipe, load_recipes
@@ -215,8 +215,10 @@ def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_it_begins(reci
         (ZeroDivisionError("oh"), 1, "Traceback (most recent call last)", True),
         (RewardSpecError("two rewards"), 2, "rlqwen: two rewards", False),
         (KeyboardInterrupt(), 130, "rlqwen: interrupted", False),
+        (Interrupted("Ctrl-C: saved after update 3"), 130, "rlqwen: Ctrl-C: saved after update 3", False),
+        (Preempted("SIGTERM: saved after update 3"), 75, "rlqwen: SIGTERM: saved after update 3", False),
     ],
-    ids=["ours", "a bug", "input", "ctrl-c"],
+    ids=["ours", "a bug", "input", "ctrl-c", "ctrl-c that saved", "sigterm"],
 )
 def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, capsys, error, code, printed, logged):
     def fail(trainer):
@@ -231,7 +233,36 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
         assert "in fail" in log.read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_run_says_how_it_goes_on_in_the_users_own_words(recipes, fake_trainers, monkeypatch, capsys):
+    def stop(trainer):
+        (trainer.output_dir / "checkpoints" / "step-000003").mkdir(parents=True)
+        raise Interrupted("Ctrl-C: saved after update 3")
+
+    monkeypatch.setattr(FakeTrainer, "train", stop)
+    assert main(["run", "sft.yaml", "train.run_name=my run", "--allow-changes"]) == 130
+    assert capsys.readouterr().err == (
+        "rlqwen: Ctrl-C: saved after update 3\n"
+        "rlqwen: go on with: rlqwen run sft.yaml 'train.run_name=my run' --allow-changes --resume\n"
+    )
+
+
+def test_what_is_loaded_is_said_before_torch_is_imported(recipes):
+    """The first line comes from a process that has not imported it yet, and is there before that takes its seconds."""
+    program = (
+        "import sys\n"
+        "from rlqwen.cli import main, training\n"
+        "def prepare(**_): print('torch' in sys.modules, flush=True); sys.exit(0)\n"
+        "training.prepare = prepare\n"
+        "main(['run', 'sft.yaml'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("rlqwen: loading torch and transformers for sft of ")
+    assert first.endswith(" on arithmetic, in runs/sft")
+    assert second == "False"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
     """A stand-in trainer waits in a process of its own; its `finally` must run."""
     program = (
@@ -252,7 +283,7 @@ def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with process:
         try:
-            assert process.stdout.readline() == b"training\n"
+            assert any(line == b"training\n" for line in process.stdout)
             os.kill(process.pid, number)
             assert process.wait(timeout=PATIENCE_S) == code
         finally:

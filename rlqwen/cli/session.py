@@ -34,10 +34,11 @@ def prepare(*, resumable: bool = False) -> None:
     """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about.
 
     `resumable`: the exit code says that the command may be run again, and SIGUSR1, which schedulers send ahead of the
-    end, means the same.
+    end, means the same, as does SIGHUP, unless nohup has it ignored.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1) if resumable else (signal.SIGTERM,):
-        signal.signal(number, _end_resumable if resumable else _terminate)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if resumable else (signal.SIGTERM,):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_resumable if resumable else _terminate)
     import torch
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,11 +1,15 @@
 """`rlqwen run` and `rlqwen check`."""
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from rlqwen.cli.session import console, prepare, read_recipes
 from rlqwen.errors import ConfigError, RlqwenError
+
+if TYPE_CHECKING:
+    from rlqwen.config import Recipe
 
 
 @click.command()
@@ -49,16 +53,19 @@ def run(
     rlqwen run my.yaml --nproc-per-node 8
     torchrun --nnodes 2 --nproc-per-node 8 ... -m rlqwen run my.yaml
 
-    On SIGTERM or SIGUSR1 the update in progress is finished and saved, and the exit code is 75: run it again with
-    --resume. A second signal ends it at once.
+    On Ctrl-C the update in progress is finished and saved, and the exit code is 130; on SIGTERM, SIGUSR1 or SIGHUP (the
+    terminal was closed) it is 75. The command that goes on is printed. A second signal ends it at once.
     """
     if nproc_per_node > 1:
         os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for so many ranks
     recipes = read_recipes(words)
+    from rlqwen.cli.going_on import say_what_comes, telling_how_to_go_on
     from rlqwen.launch import is_rank, launch_command_line
     from rlqwen.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
 
     arguments = context.find_root().obj
+    if not is_supervised() and os.environ.get("RANK", "0") == "0":
+        say_what_comes(recipes)
     if is_supervised():
         end_with_supervisor()
     elif max_restarts and is_rank():
@@ -68,6 +75,12 @@ def run(
         context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
+    with telling_how_to_go_on(arguments, recipes):
+        _train(recipes, resume=resume, allow_changes=allow_changes)
+
+
+def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> None:
+    """Train in this process, which may be one rank of several."""
     prepare(resumable=True)
     from rlqwen.check import check_before_run
     from rlqwen.config import ParallelConfig

@@ -33,6 +33,8 @@ _EVALUATION_NAMES = {
     "completions/mean_length": "len",
     "completions/truncated": "cut off",
 }
+_PACE_STEPS = 2
+"""Steps after the first, which imports, compiles and starts engines, before a pace is worth telling."""
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_POINTS = 32
 
@@ -94,7 +96,8 @@ class PlainDisplay:
     def _show_now(self, step: int, metrics: Mapping[str, float]) -> None:
         self._held = None
         parts = [self._position(step), *headline(metrics), *details(metrics), *speed(metrics)]
-        self._write("  ".join([*parts, f"eta {format_duration(self._progress.remaining())}"]))
+        remaining = self._progress.remaining()
+        self._write("  ".join([*parts, *([] if remaining is None else [f"eta {format_duration(remaining)}"])]))
 
     def _position(self, step: int) -> str:
         width = len(str(self._total_steps))
@@ -170,11 +173,13 @@ class Progress:
         return self._clock() - self._start
 
     def remaining(self) -> float | None:
-        """Seconds to go; None before any step."""
+        """Seconds to go, 0 at the end; None until two steps have followed the first one seen, which warms up."""
         step, now = self._latest
-        if self._first is None or step == 0:
+        if step >= self._total_steps:
+            return 0.0
+        if self._first is None or step < self._first[0] + _PACE_STEPS:
             return None
-        first_step, first_time = self._first if step > self._first[0] else (0, self._start)
+        first_step, first_time = self._first
         return (self._total_steps - step) * (now - first_time) / (step - first_step)
 
 

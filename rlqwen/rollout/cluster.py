@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,8 @@ def _start_private(sent_bytes: int) -> _PrivateCluster:
     # In a session of its own, so that Ctrl-C doesn't reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     os.environ[guard.MARK] = folder
+    # Ray's processes inherit it: the trainer still needs them to save when its terminal is closed. Ray sees to SIGINT.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         context: Any = ray.init(
             address="local",
@@ -114,6 +117,7 @@ def _start_private(sent_bytes: int) -> _PrivateCluster:
         watcher.communicate()
         raise
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # What the trainer starts from here on is not Ray's.
         del os.environ[guard.MARK]
     _private = _PrivateCluster(watcher, Path(context.address_info["session_dir"]))

@@ -65,7 +65,8 @@ def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
     for fd in (connection_fd, trace_fd):
         os.set_inheritable(fd, False)
     # A handler rather than SIG_IGN, which programs started by a reward would inherit.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the trainer too, which then saves
+        signal.signal(number, lambda *_: None)
     connection = Connection(connection_fd)
     setup: Setup = pickle.loads(connection.recv_bytes())
     alive_end, worker_end = os.pipe()

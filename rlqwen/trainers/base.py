@@ -19,7 +19,7 @@ from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
-from rlqwen.errors import NonFiniteError, Preempted, RolloutError, SaveError
+from rlqwen.errors import NonFiniteError, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
@@ -40,8 +40,6 @@ from rlqwen.trainers.watching import Watching
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
-
-_GO_ON = "the run goes on with `rlqwen run RECIPE --resume`"
 
 
 class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
@@ -155,7 +153,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included.
 
         `resume_from_checkpoint`: True goes on from the newest complete checkpoint of the run folder, a path from that
-        one; None: as the config says. Raises Preempted, all saved, when SIGTERM or SIGUSR1 came.
+        one; None: as the config says. Raises Preempted, all saved, when SIGTERM, SIGUSR1 or SIGHUP came, and on Ctrl-C
+        or a notebook's stop Interrupted, which is a KeyboardInterrupt too; a second Ctrl-C leaves at once.
         """
         self._started = self._last_save = time.monotonic()
         try:
@@ -163,6 +162,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
                 self._finish()
+                if self.stop.name is not None:  # else the next recipe of a pipeline would begin
+                    raise self.stop.ended("it came after the last update; the run is finished")
         except OSError as error:
             if isinstance(error, SaveError) or not is_storage_error(error):
                 raise
@@ -253,10 +254,16 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
                 # A scheduler's signal may reach the workers too, and end them before the update is done.
                 if self.stop.name is None:
                     raise
-                raise Preempted(f"{self.stop.name}: the update in progress was lost; {_GO_ON}") from error
+                raise self.stop.ended("the update in progress was lost" + self._how_to_go_on) from error
+            self.stop.worth_saving = self._saved_step != self.state.global_step
             if any(self.ranks.gather(self.stop.name is not None)):
                 self.save_checkpoint()
-                raise Preempted(f"{self.stop.name or 'stopped'}: saved after update {self.state.global_step}; {_GO_ON}")
+                raise self.stop.ended(f"saved after update {self.state.global_step}" + self._how_to_go_on)
+
+    @property
+    def _how_to_go_on(self) -> str:
+        """For a script; the command line prints its own command."""
+        return "" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)"
 
     def _one_step(self) -> None:
         before = self.state.global_step

@@ -1,20 +1,34 @@
-"""SIGTERM and SIGUSR1, with which schedulers announce the end: save after the update in progress, and leave."""
+"""Signals that ask a run to stop: save after the update in progress, and leave.
 
+SIGTERM and SIGUSR1 come from schedulers ahead of the end, SIGINT from Ctrl-C or a notebook's stop button, SIGHUP from a
+terminal that was closed.
+"""
+
+import contextlib
+import os
 import signal
+import stat
 import sys
 import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from rlqwen.errors import Interrupted, Preempted
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remembers the first signal; a second one ends the process by way of every `finally`."""
+    """Remember the first signal; a second one ends the process by way of every `finally`.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
         """Of the signal that came; None as long as none did."""
+        self.worth_saving = False
+        """Whether updates were made that no checkpoint holds. Without any, Ctrl-C leaves at once."""
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -23,11 +37,12 @@ class StopRequest:
             return
         for number in _SIGNALS:
             current = signal.getsignal(number)
-            if current != self._receive:
+            if current != self._receive and current is not signal.SIG_IGN:
                 self._before.setdefault(number, current)
                 signal.signal(number, self._receive)
 
     def __enter__(self) -> Self:
+        self.name, self.worth_saving = None, False
         self.listen()
         return self
 
@@ -36,7 +51,38 @@ class StopRequest:
             signal.signal(number, handler)
         self._before.clear()
 
+    def ended(self, what: str) -> Preempted:
+        """Return the error with which the trainer leaves: a KeyboardInterrupt where it was Ctrl-C."""
+        name = "Ctrl-C" if self.name == "SIGINT" else self.name or "stopped"
+        return (Interrupted if self.name == "SIGINT" else Preempted)(f"{name}: {what}")
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self.name is not None:
+            if self.name == "SIGHUP" == signal.Signals(number).name:
+                return  # shell and kernel each send one when a terminal is closed
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             sys.exit(128 + number)
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            if not self.worth_saving:
+                raise KeyboardInterrupt
+            _tell("rlqwen: Ctrl-C: saving after this update; press it again to leave at once")
+
+
+def _leave_terminal() -> None:
+    """Send what is printed from now on nowhere: a write to a terminal that is gone is an error."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+
+def _tell(text: str) -> None:
+    # The signal may have come in the middle of another print, which Python lets no handler join.
+    with contextlib.suppress(RuntimeError, OSError):
+        print(text, file=sys.stderr, flush=True)

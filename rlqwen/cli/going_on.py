@@ -1,0 +1,69 @@
+"""How a run goes on that was told to stop: the command is printed, in the user's own words."""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from rlqwen.cli.session import RUN_AGAIN
+from rlqwen.config import Recipe
+from rlqwen.errors import InputError, Interrupted, Preempted
+from rlqwen.secrets import redact
+
+
+@contextmanager
+def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) -> Iterator[None]:
+    """End the command where the run was told to stop: say what was saved, and what to type to go on.
+
+    `arguments`: what rlqwen was started with.
+    """
+    try:
+        yield
+    except Preempted as stop:
+        text, code = redact(str(stop)), stop.exit_code
+    except KeyboardInterrupt:
+        text, code = "interrupted", Interrupted.exit_code
+    except SystemExit as end:
+        if end.code != RUN_AGAIN:
+            raise
+        text, code = "told to stop", RUN_AGAIN
+    else:
+        return
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"rlqwen: {text}", err=True)
+        command = resume_command(arguments, recipes)
+        if command:
+            click.echo(f"rlqwen: go on with: {command}", err=True)
+    raise click.exceptions.Exit(code)
+
+
+def resume_command(arguments: Sequence[str], recipes: Sequence[Recipe]) -> str | None:
+    """Return the command that goes on; None where there is nothing to go on from."""
+    from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER
+    from rlqwen.stages import plan_stages
+    from rlqwen.supervisor import is_supervised
+
+    try:
+        stages = plan_stages(recipes, resume=True)
+    except InputError:
+        return None
+    saved = [any((Path(recipe.output_dir) / CHECKPOINTS_FOLDER).glob("step-*")) for recipe in recipes]
+    if not any(saved) and not any(stage.finished for stage in stages):
+        return None
+    if "RANK" in os.environ and not is_supervised():
+        return "the same torchrun command, with --resume at its end"
+    # A supervisor adds resume=auto to the words of a run that it starts again.
+    words = [word for word in arguments if word not in ("--resume", "resume=auto")]
+    return redact(shlex.join(["rlqwen", *words, "--resume"]))
+
+
+def say_what_comes(recipes: Sequence[Recipe]) -> None:
+    """Print what will be loaded, before torch is imported, which takes seconds."""
+    for place, recipe in enumerate(recipes):
+        sources = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
+        names = [source.path or source.generator or "pairs to be sampled" for source in sources]
+        what = f"{recipe.algorithm} of {recipe.model.path} on {', '.join(names)}, in {recipe.output_dir}"
+        click.echo(f"rlqwen: {'then' if place else 'loading torch and transformers for'} {redact(what)}")
