@@ -249,6 +249,9 @@ def test_remaining_time_leaves_the_start_up_out():
     assert progress.remaining() is None
     now[0] = 60.0
     progress.advance(1)
+    now[0] = 62.0
+    progress.advance(2)
+    assert progress.remaining() is None  # one step is no pace
     now[0] = 64.0
     progress.advance(3)
     assert progress.remaining() == 16.0  # 8 steps at 2 s, although the first took a minute

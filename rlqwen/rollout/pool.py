@@ -7,7 +7,7 @@ same seeds.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ _PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to 
 SMALL_MODEL_BYTES = 32 * 1024**2
 """Below this, a second thread gained nothing (0.8 M parameters: 0.31 s a rollout against 0.27 s), and cost tenfold
 where another process kept a core busy."""
+PROGRESS_S = 10.0
+"""Between two lines on how far the start of the workers is."""
 CANCEL_WAIT = 0.5
 """Seconds after which a wait looks whether it was cancelled."""
 OVERCOMMIT = 1.5
@@ -150,13 +152,18 @@ class RolloutPool:
             "rollout/restarts": float(self.num_restarts),
         }
 
-    def wait_until_ready(self) -> None:
-        """Return once every worker is up and holds the pool's weights."""
+    def wait_until_ready(self, announce: Callable[[str], None] | None = None) -> None:
+        """Return once every worker is up and holds the pool's weights; tells `announce` now and then how far that is."""
         nothing: deque[GroupRequest] = deque()
+        started = said = time.monotonic()
         while any(slot.waiting is not None for slot in self._slots):
             for reference in self._ready():
                 self._settle(reference, nothing)
             self._replace_late(nothing)
+            num_up, now = sum(slot.waiting is None for slot in self._slots), time.monotonic()
+            if announce and (num_up == len(self._slots) or now - said > PROGRESS_S):
+                announce(f"rollout workers: {num_up} of {len(self._slots)} up after {now - started:.0f} s")
+                said = now
 
     def cancel(self) -> None:
         """See RolloutEngine."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import PackedBatch, Tree
 from rlqwen.check import prompt_room
+from rlqwen.check.resources import uses_vllm
 from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
 from rlqwen.data import DataReport, as_rows, longest_prompt, tokenize_prompts
@@ -249,6 +250,10 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         if self.rollouts is None:
             if self.scorer is None:
                 self._start_scorer()
+            if uses_vllm(self.args.rollout):
+                self._note(
+                    f"starting Ray and {self.args.rollout.num_workers} vLLM worker(s), which takes a minute or less"
+                )
             with same_random_state():  # a run that goes on starts its engine later
                 assert self.scorer is not None
                 self.rollouts = Rollouts(
@@ -260,11 +265,12 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                     longest_prompt=self._longest_prompt(),
                     end_of_turn=self.reports["train"].end_of_turn,
                 )
-            if self._rollout_progress is not None:
-                self.rollouts.restore_progress(self._rollout_progress, self.train_rows or self._coming_prompts())
             self.stop.listen()  # Ray takes SIGTERM for itself
             if self.rollouts.note is not None:
                 self._note(self.rollouts.note)
+            self.rollouts.wait_until_ready(self._note)
+            if self._rollout_progress is not None:
+                self.rollouts.restore_progress(self._rollout_progress, self.train_rows or self._coming_prompts())
         return self.rollouts
 
     def _longest_prompt(self) -> int:

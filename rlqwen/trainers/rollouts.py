@@ -7,7 +7,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
+from rlqwen.rollout.pool import RolloutPool
 from rlqwen.scoring import Scorer
 from rlqwen.trainers.ahead import Ahead, Draw
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
@@ -85,6 +86,11 @@ class Rollouts:
                 "transformers engine samples in the trainer's own process: set it to 0, or install vllm"
             )
         self._ahead = Ahead(self.engine)
+
+    def wait_until_ready(self, announce: Callable[[str], None]) -> None:
+        """Return once the engine is up; one in the trainer's process always is."""
+        if isinstance(self.engine, RolloutPool):
+            self.engine.wait_until_ready(announce)
 
     def progress(self) -> dict[str, Any]:
         """Which weights the engine samples from, and what it has sampled for the coming steps."""
