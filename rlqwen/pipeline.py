@@ -9,7 +9,7 @@ from rlqwen.config import Recipe
 from rlqwen.errors import InputError, MainRankFailed, Preempted
 from rlqwen.metrics import plot_pipeline, refuse_used_folder, write_pipeline_summary
 from rlqwen.metrics.report import pipeline_folder
-from rlqwen.metrics.run_folder import ERROR_FILE, RECIPE_FILE
+from rlqwen.metrics.run_folder import ERROR_FILE, KEPT_RECIPE, RECIPE_FILE
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.pairs import sample_pairs
 from rlqwen.parallel import Lead, Ranks
@@ -62,8 +62,11 @@ def run_recipe(recipe: Recipe, announce: Callable[[str], None], ranks: Ranks | N
         return sample_pairs(recipe, announce)
 
     def write_recipe() -> None:
-        if not (trainer.output_dir / RECIPE_FILE).is_file() or not recipe.train.resume_from_checkpoint:
-            write_resolved(recipe, trainer.output_dir / RECIPE_FILE)
+        path = trainer.output_dir / RECIPE_FILE
+        if not path.is_file() or not recipe.train.resume_from_checkpoint:
+            if path.is_file() and recipe.train.overwrite_output_dir:
+                path.rename(trainer.output_dir / KEPT_RECIPE)
+            write_resolved(recipe, path)
 
     try:
         trainer = build_trainer(Lead(ranks).run(prepare))

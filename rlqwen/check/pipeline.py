@@ -9,9 +9,10 @@ from rlqwen.check.recipe import check_recipe
 from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
 from rlqwen.check.rewards import check_reward_columns, resolve_rewards
+from rlqwen.check.run_folder import check_run_folder
 from rlqwen.config import DPOConfig, OnlineConfig, Recipe
 from rlqwen.data import first_rows, load_rows
-from rlqwen.metrics.run_folder import FINAL_FOLDER, refuse_used_folder
+from rlqwen.metrics.run_folder import FINAL_FOLDER
 
 Row = dict[str, Any]
 
@@ -22,6 +23,8 @@ def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
         report = check_recipe(recipe, starting_model(recipe, earlier), to_train=models_to_train(earlier))
+        with report.collecting():
+            check_run_folder(recipe, earlier)
         with report.collecting():
             _check_reference(recipe, earlier)
         reports.append(report)
@@ -49,7 +52,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
     """
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
-        refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
+        check_run_folder(recipe, earlier)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
         _check_reference(recipe, earlier)

@@ -15,7 +15,6 @@ from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
 from rlqwen.errors import DataError
-from rlqwen.metrics.run_folder import refuse_used_folder
 from rlqwen.quantization import require_bitsandbytes
 
 Row = dict[str, Any]
@@ -28,8 +27,6 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     """
     report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
     start = start or recipe
-    with report.collecting():
-        refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
     if note := recipe.train.parallel.unused_note():
         report.warnings.append(note)
     model = _check_model(report, recipe, start)

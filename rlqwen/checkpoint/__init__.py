@@ -12,13 +12,12 @@ from rlqwen.checkpoint.checkpoints import (
 )
 from rlqwen.checkpoint.folder import find_fault, is_storage_error, sync_file
 from rlqwen.checkpoint.random_state import random_state, restore_random_state, same_random_state
-from rlqwen.checkpoint.run_folder import clear_run_folder, cut_back, open_run_folder
+from rlqwen.checkpoint.run_folder import cut_back, open_run_folder
 from rlqwen.checkpoint.values import read_values, write_values
 
 __all__ = [
     "Retention",
     "checkpoint_folder",
-    "clear_run_folder",
     "complete_checkpoints",
     "cut_back",
     "find_fault",

@@ -1,11 +1,10 @@
-"""The run folder: made, cleared, and cut back to the checkpoint that a run goes on from."""
+"""The run folder: made, and cut back to the checkpoint that a run goes on from."""
 
-import shutil
 from pathlib import Path
 
 from rlqwen.errors import ConfigError
 from rlqwen.metrics.completions import COMPLETIONS_FOLDER
-from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER, RUN_FILES, refuse_used_folder
+from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER, mark_run_folder, refuse_unmarked, refuse_used_folder
 from rlqwen.metrics.sinks import METRICS_FILE
 
 
@@ -13,8 +12,8 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
     """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`,
     or with `resume` the newest there.
 
-    One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is deleted
-    here: that waits until training begins, after everything else has been found right.
+    One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is moved
+    aside here: that waits until training begins, after everything else has been found right.
     """
     if output_dir is None:
         names = [default_name, *(f"{default_name}-{number}" for number in range(2, 10_000))]
@@ -25,23 +24,17 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
         folder = Path(output_dir)
         can_go_on = (folder / CHECKPOINTS_FOLDER).is_dir()
         refuse_used_folder(folder, overwrite=overwrite or resume or can_go_on)
+        if overwrite and not resume:
+            refuse_unmarked(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        mark_run_folder(folder)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
     return folder
-
-
-def clear_run_folder(folder: Path) -> None:
-    """Delete what a run left there."""
-    for path in (folder / name for name in RUN_FILES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def cut_back(folder: Path, *, step: int, metrics_bytes: int) -> None:

@@ -37,7 +37,8 @@ class TrainerConfig(ArgumentsConfig):
     output_dir: str | None = None
     """The run folder. None: `runs/{algorithm}-{model name}`."""
     overwrite_output_dir: bool = False
-    """Start anew in a folder that holds a run already; otherwise that is refused."""
+    """Start anew in a folder that holds a run already, which is moved aside to `previous-N` in it; otherwise that is
+    refused."""
     run_name: str | None = None
     """Name of the run for the metric sinks. None: the run folder's name."""
 

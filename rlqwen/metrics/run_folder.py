@@ -1,6 +1,7 @@
 """What lies in a run folder, and the refusal to write over a run."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rlqwen.errors import ConfigError
@@ -28,18 +29,75 @@ WRITTEN_BY_EVALUATION = ("completions", "reward_failures")
 """What an evaluation before training leaves there, too."""
 
 
+RUN_MARKER = ".rlqwen-run"
+"""A file that a run puts into its folder when that holds none of RUN_FILES; what is named so there later is a run's own."""
+KEPT_RECIPE = ".recipe-before.yaml"
+"""The recipe of the run that was there before, until that run is moved aside."""
+_BESIDE = ("curves.png", ERROR_FILE, "restarts.jsonl")
+"""What is moved aside with RUN_FILES."""
+
+
+def mark_run_folder(folder: Path) -> None:
+    """Mark the folder as a run's, unless it holds files of the same names that no run wrote."""
+    if not find_run_files(folder):
+        (folder / RUN_MARKER).touch()
+
+
+def move_run_aside(folder: Path) -> Path | None:
+    """Move what a run left there into `previous-N` of the folder, and return that; None if there was nothing."""
+    if not find_run_files(folder):
+        return None
+    refuse_unmarked(folder)
+    number = next(number for number in range(1, 1_000_000) if not (folder / f"previous-{number}").exists())
+    aside = folder / f"previous-{number}"
+    aside.mkdir()
+    for name in (*RUN_FILES, *_BESIDE):
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    if (folder / KEPT_RECIPE).exists():
+        (folder / KEPT_RECIPE).rename(aside / RECIPE_FILE)
+    return aside
+
+
+def refuse_unmarked(path: str | Path) -> None:
+    """Raises ConfigError if the folder holds files under a run's names that no run wrote."""
+    found = find_run_files(path)
+    if found and not (Path(path) / RUN_MARKER).exists():
+        raise ConfigError(
+            f"output_dir {str(path)!r} holds {', '.join(found)}, but no run of rlqwen wrote that (there is no {RUN_MARKER} "
+            "beside it), so it is not moved aside: choose another folder, or move it away yourself"
+        )
+
+
+def refuse_needed_inside(path: str | Path, needed: Mapping[str, str]) -> None:
+    """Raises ConfigError if the run needs something that lies in the folder which it is to clear.
+
+    `needed`: key of the config -> file or folder that it names; what is not there is passed over.
+    """
+    folder = Path(path).resolve()
+    for key, name in needed.items():
+        there = Path(name)
+        with contextlib.suppress(OSError, RuntimeError):  # no file's name, or no user's home
+            there = there.expanduser().resolve()
+        if there.is_relative_to(folder) and there.exists():
+            raise ConfigError(
+                f"{key} {name[:200]!r} lies in output_dir {str(path)!r}, which train.overwrite_output_dir=true clears: "
+                "choose another output_dir, or move it out of there"
+            )
+
+
 def refuse_used_folder(path: str | Path, *, overwrite: bool, apart_from: Collection[str] = ()) -> None:
     """Raises ConfigError if the folder holds a run and may not be overwritten, or one that is still going on.
 
-    `apart_from`: files that are no sign of a run here.
+    `apart_from`: files that are no sign of a run here. `overwrite`: the run there may be moved aside, or gone on with.
     """
     refuse_running(path)
     found = [name for name in find_run_files(path) if name not in apart_from]
     if found and not overwrite:
         raise ConfigError(
             f"output_dir {str(path)!r} holds a run already (found {', '.join(found)}): choose another folder, "
-            "go on from its last checkpoint with --resume, or set train.overwrite_output_dir=true to delete that run and "
-            "start anew"
+            "go on from its last checkpoint with --resume, or set train.overwrite_output_dir=true to move that run "
+            "aside and start anew"
         )
 
 

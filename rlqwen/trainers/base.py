@@ -22,6 +22,7 @@ from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.errors import NonFiniteError, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
 from rlqwen.metrics import plot_curves, write_summary
+from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.model_sources import commits
 from rlqwen.packed_model import PackedModel
@@ -65,7 +66,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         model_name = model if isinstance(model, str) else config._name_or_path or type(model).__name__
         self.args: Args = args
         default_name = f"{self.algorithm}-{Path(model_name).name}"
-        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name))
+        needed = {"model": model_name, "ref_model": getattr(args, "ref_model", None)}
+        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name, needed))
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
@@ -98,8 +100,11 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self.cleaning: CleaningReport | None = None
         """What cleaning did to the rows before that, where a recipe asked for it."""
 
-    def _open_run_folder(self, default_name: str) -> Path:
-        """Make the run folder this process's own, or refuse it."""
+    def _open_run_folder(self, default_name: str, needed: dict[str, Any]) -> Path:
+        """Make the run folder this process's own, or refuse it; `needed`: what may not lie in one that is cleared."""
+        if self.args.output_dir and self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
+            names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
+            refuse_needed_inside(self.args.output_dir, names)
         folder = open_run_folder(
             self.args.output_dir,
             default_name,

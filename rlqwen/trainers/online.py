@@ -21,6 +21,7 @@ from rlqwen.data.prompts import PromptJob
 from rlqwen.data.streams import StreamedRows
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
+from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.registry import Reward, check_rows, taken_columns
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer
@@ -76,6 +77,13 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         reward_processing_classes: Any,
         reference: bool | nn.Module,
     ) -> None:
+        funcs = (
+            reward_funcs if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+        )
+        if args.output_dir and args.overwrite_output_dir and not args.resume_from_checkpoint:
+            names = [func for func in funcs if isinstance(func, str)]
+            paths = {f"reward_funcs[{place}]": name.rpartition(":")[0] or name for place, name in enumerate(names)}
+            refuse_needed_inside(args.output_dir, paths)
         super().__init__(
             model,
             args,

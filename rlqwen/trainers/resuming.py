@@ -8,7 +8,6 @@ from typing import Any
 from transformers.trainer_callback import ExportableState
 
 from rlqwen.checkpoint import (
-    clear_run_folder,
     complete_checkpoints,
     cut_back,
     read_values,
@@ -19,7 +18,7 @@ from rlqwen.checkpoint import (
 )
 from rlqwen.checkpoint.origin import differences
 from rlqwen.errors import ConfigError
-from rlqwen.metrics.run_folder import WRITTEN_BY_EVALUATION, refuse_used_folder
+from rlqwen.metrics.run_folder import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
 from rlqwen.trainers.saving import ORIGIN, PROGRESS, RANDOM, STATE_FILE, Saving
 
 
@@ -29,7 +28,7 @@ class Resuming(Saving):
     _changes: list[str] = []  # noqa: RUF012 - replaced, never changed
 
     def _choose_checkpoint(self, resume: bool | str | Path | None) -> Path | None:
-        """The checkpoint to go on from, complete and verified; None to begin, in a folder that is cleared where it may be.
+        """The checkpoint to go on from, complete and verified; None to begin, in a folder whose run is moved aside where it may be.
 
         For the main rank alone.
         """
@@ -47,7 +46,7 @@ class Resuming(Saving):
             if chosen is None and resume is True:
                 raise ConfigError(
                     f"there is no complete checkpoint in {str(self.output_dir)!r} to go on from: start without resuming "
-                    "(train.overwrite_output_dir=true deletes what is there), or set resume: auto in the recipe to "
+                    "(train.overwrite_output_dir=true moves what is there aside), or set resume: auto in the recipe to "
                     "begin where there is none"
                 )
         overwrite = self.args.overwrite_output_dir or (resume == "auto" and chosen is None)
@@ -55,7 +54,9 @@ class Resuming(Saving):
             # The constructor has refused what others left there, unless there were checkpoints to go on from.
             refuse_used_folder(self.output_dir, overwrite=overwrite, apart_from=WRITTEN_BY_EVALUATION)
         if chosen is None and overwrite:
-            clear_run_folder(self.output_dir)
+            aside = move_run_aside(self.output_dir)
+            if aside is not None:
+                self._note(f"the run that was in {self.output_dir} is in {aside} now")
         return chosen
 
     def _usable_checkpoints(self) -> Iterator[Path]:
