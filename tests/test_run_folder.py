@@ -12,11 +12,11 @@ from rlqwen.pipeline import run_recipe
 from rlqwen.trainers.sft import SFTTrainer
 
 
-def recipe(model: str | Path, folder: str | Path, **more) -> Recipe:
+def recipe(start: str | Path, folder: str | Path, **more) -> Recipe:
     return Recipe.parse(
         {
             "algorithm": "sft",
-            "model": {"path": str(model)},
+            "model": {"path": str(start)},
             "data": {"train": {"generator": "arithmetic", "args": {"kind": "sft", "size": 8}}},
             "train": {"max_steps": 1, "save_strategy": "no", "overwrite_output_dir": True},
             "output_dir": str(folder),
