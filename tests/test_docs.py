@@ -96,6 +96,7 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_ppo": "with its first stage, above",
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
+    "python benchmarks/grpo_vs_trl.py": "as the one above",
     "python benchmarks/grpo_vs_trl.py --steps 4 --workload skewed --engines transformers": "as the one above",
 }
 """What is added to a command, or where else it is run; of files of the reader's, `files` makes small ones."""
@@ -107,13 +108,16 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Without their comments, as they stand in fenced blocks, in lines set off by four blanks, or in backticks."""
+    """Without their comments, as they stand in fenced blocks, in lines set off by four blanks, or in backticks; those of the
+    benchmarks' own help too."""
     lines = []
     for page in PAGES:
         text = (ROOT / page).read_text("utf-8")
         lines += [line for block in blocks(page, "bash") for line in block.splitlines()]
         lines += re.findall(r"^    ((?:rlqwen|python|make) .*)$", text, re.MULTILINE)
         lines += re.findall(r"`((?:rlqwen run|python benchmarks/|make) [^`]+)`", text)
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        lines += re.findall(r"^    (python benchmarks/[^\[\n]+)", script.read_text("utf-8"), re.MULTILINE)
     bare = (" ".join(line.partition("#")[0].split()) for line in lines)
     return [line for line in dict.fromkeys(bare) if COMMAND.fullmatch(line)]
 
