@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.errors import ModelError
-from rlqwen.parallel import gathered
+from rlqwen.parallel import exact_weight, gathered
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
 from rlqwen.tensor_parallel import whole_weights
 
@@ -254,7 +254,7 @@ def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str,
     state = {**module._parameters, **module._buffers}
     with whole_weights([module]):
         own = {
-            name: replaced.get(name, tensor).detach()
+            name: (replaced[name] if name in replaced else exact_weight(tensor, dtype)).detach()
             for name, tensor in state.items()
             if tensor is not None and name not in module._non_persistent_buffers_set
         }

@@ -23,7 +23,7 @@ from rlqwen.errors import ModelError
 from rlqwen.hidden import hidden_states, packs_prefixes, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
-from rlqwen.parallel import gathered, is_sharded
+from rlqwen.parallel import gathered, has_exact, is_sharded, keep_exact
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import SequenceGroup
@@ -197,7 +197,7 @@ class PackedModel:
             weights = checkpoint_weights(self.base_model, dtype=dtype)
             if write:
                 write_model(folder, self.base_model, weights)
-            elif self.is_sharded:
+            elif self.is_sharded or any(map(has_exact, self.model.parameters())):
                 for _ in weights:
                     pass
 
@@ -225,9 +225,13 @@ class PackedModel:
             weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")
             with gathered(self.trained_parameters, modify=True):
                 set_peft_model_state_dict(self.model, weights)
+            for parameter in self.trained_parameters:
+                with gathered([parameter]):
+                    keep_exact(parameter, parameter.detach())
             return
         saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
         with torch.no_grad(), whole_weights(self.base_model.modules()):
             for name, weight in self.base_model.state_dict(keep_vars=True).items():
                 with gathered([weight], modify=True):
                     weight.copy_(saved[name])
+                keep_exact(weight, saved[name])

@@ -137,7 +137,7 @@ def _sft(model, folder, **options):
     from rlqwen import SFTConfig, SFTTrainer
 
     size = options.pop("size", 6) // launched()
-    defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": size, "max_steps": 3}
+    defaults = {"max_steps": 3, **COMMON, "output_dir": str(folder), "per_device_train_batch_size": size}
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
     peft_config = options.pop("peft_config", None)
     return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:], peft_config=peft_config)
@@ -177,6 +177,7 @@ COMMON = {
 
 CASES = {
     "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
+    "sft_plain": lambda model, folder: _sft(model, folder),
     "sft_tokens": lambda model, folder: _sft(model, folder, max_tokens_per_micro_batch=60),
     "sft_packed": lambda model, folder: _sft(model, folder, packing=True, max_length=60, size=2),
     "dpo": lambda model, folder: _dpo(model, folder),
@@ -228,12 +229,13 @@ WAYS = {
     "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},
     "offload3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL, "offload_optimizer": True, "offload_parameters": True}},
     "bf16_3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "bf16": True},
-    "overflow": {"deepspeed": {"fp16": {"enabled": True, "initial_scale_power": 30}}, "parallel": {"zero_stage": 2}},
-    "saved": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "save_strategy": "steps", "save_steps": 2},
+    "saved1": {"parallel": {"zero_stage": 1}, "save_strategy": "steps", "save_steps": 2},
+    "saved2": {"parallel": {"zero_stage": 2}, "save_strategy": "steps", "save_steps": 2},
+    "saved3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "save_strategy": "steps", "save_steps": 2},
     "given": {
         "deepspeed": {
             "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1,
-            "fp16": {"enabled": True},
+            "fp16": {"enabled": True, "initial_scale_power": 12},
             "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         },
     },
@@ -245,6 +247,32 @@ WAYS = {
     },
 }  # fmt: skip
 """Ways to carry a case out: `case@way` is `case` with these arguments."""
+OFFLOAD = {"device": "cpu"}
+STAGES = {
+    "stage0": {"stage": 0},
+    "stage1": {"stage": 1},
+    "stage2": {"stage": 2},
+    "stage2_offload": {"stage": 2, "offload_optimizer": OFFLOAD},
+    "stage3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "stage3_offload": {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD,
+    },
+}  # fmt: skip
+OVERFLOW_UPDATES = 7
+for _name, _stage in STAGES.items():
+    for _way, _power in (("overflow", 20), ("overflows", 40)):
+        WAYS[f"{_way}_{_name}"] = {
+            "deepspeed": {"fp16": {"enabled": True, "initial_scale_power": _power}, "zero_optimization": _stage},
+            "max_steps": OVERFLOW_UPDATES if _way == "overflow" else 2, "eval_strategy": "no", "eval_on_start": False,
+        }  # fmt: skip
+"""Some updates overflow, the first among them, or all do; the scale of the loss begins at 2 to that power."""
+
+
+def answer_fp16(patch: "pytest.MonkeyPatch", capable: bool) -> None:
+    """Answer DeepSpeed's question whether this machine computes in float16, which PyTorch does on any, if slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: capable)
 
 
 def launched() -> int:
@@ -260,11 +288,15 @@ def run_case(name: str, model: str, folder: Path) -> dict:
     print(name, file=sys.stderr, flush=True)
     try:
         case, _, way = name.partition("@")
+        way, _, emulated = way.partition("+")
         with pytest.MonkeyPatch.context() as patch:
+            if way:
+                answer_fp16(patch, not emulated)
             for key, value in WAYS.get(way, {}).items():
                 patch.setitem(COMMON, key, value)
             trainer = CASES[case](model, folder / name)
-        trainer.train()
+            memories = follow_memory(trainer) if way.startswith("overflow") else []
+            trainer.train()
     except RlqwenError as error:
         return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
     state = load_file(folder / name / "final" / "model.safetensors")  # the model's own may lie in shards
@@ -272,7 +304,26 @@ def run_case(name: str, model: str, folder: Path) -> dict:
         "history": trainer.state.log_history,
         "digest": digest_weights(state),
         "position": trainer.stream.position,
+        "memories": memories,
     }
+
+
+def follow_memory(trainer) -> list[list]:
+    """Before each update: the scale of the loss, and a digest of this rank's weights and of what the updater remembers."""
+    from rlqwen.reference import digest_weights
+
+    memories, update = [], trainer.update
+
+    def followed(micro_batches):
+        weights = {
+            name: getattr(weight, "ds_tensor", weight) for name, weight in trainer.policy.model.named_parameters()
+        }
+        remembered = dict(trainer.updater._state())
+        memories.append([trainer.updater.scale.value, digest_weights(weights), digest_weights(remembered)])
+        return update(micro_batches)
+
+    trainer.update = followed
+    return memories
 
 
 def launch(names: list[str], model: Path, folder: Path) -> "subprocess.CompletedProcess[str]":

@@ -24,6 +24,7 @@ class Engine:
         deepspeed = _quiet_deepspeed()
         assert part.module is not None
         self.part = part
+        rounded = _rounded_by(config, part.parameters)
         self.engine, *_ = deepspeed.initialize(model=part.module, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
         self.stage = int(self.engine.zero_optimization_stage())
@@ -47,6 +48,10 @@ class Engine:
             self.zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._scaled_norm)
             self.zero.check_grad_overflow = True
             self.zero.check_overflow = lambda partition_gradients=True: None  # an infinite norm says it
+        for parameter in part.parameters if self.keeps_master else ():
+            parameter.engine = self  # type: ignore[attr-defined]
+        for parameter, value in rounded:
+            self.set_master(parameter, value)
 
     def _touch(self, parameter: Tensor) -> None:
         self.touched = self._came = True
@@ -103,13 +108,23 @@ class Engine:
         """Whether the optimizer's weights are more exact than the model's."""
         return bool(self.engine.bfloat16_enabled() or self.engine.fp16_enabled())
 
+    def master_of(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 weight that the optimizer keeps; on all ranks together."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
+
+    def set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Replace the float32 weight that the optimizer keeps."""
+        self._set(parameter, value, None)
+
     def state_of(self, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by name; on all ranks together. Nothing before the first update."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.keeps_master:
-            yield f"{name}/master", safe_get_full_fp32_param(parameter)
-        if not self.optimizer.state:
+            yield f"{name}/master", self.master_of(parameter)
+        if not any(self.optimizer.state.values()):
             return
         self._link()
         for key in ("exp_avg", "exp_avg_sq"):
@@ -137,7 +152,7 @@ class Engine:
                 if key in ("exp_avg", "exp_avg_sq"):
                     self._set(parameter, value, key)
                 elif key == "master" and self.keeps_master:
-                    self._set(parameter, value, None)
+                    self.set_master(parameter, value)
 
     def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
         if self.stage < 3:
@@ -150,13 +165,27 @@ class Engine:
         self.zero.set_local_hp_param(padded.to(self.engine.device), parameter, key)
 
     def _link(self) -> None:
+        """Let parameters find their moments, which DeepSpeed does once, when the first group alone has any."""
         if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _flat(self, group: dict[str, Any]) -> list[Tensor]:
         if self.stage < 3:
             return list(group["params"])
         return list(self.zero.fp32_partitioned_groups_flat) if group is self.optimizer.param_groups[0] else []
+
+
+def _rounded_by(config: dict[str, Any], parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The weights that the engine's dtype cannot hold, as they are: DeepSpeed makes the optimizer's from what it has
+    rounded, so that a model would change before its first update."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((dtype for key, dtype in dtypes.items() if config[key]["enabled"]), torch.float32)
+    return [
+        (parameter, parameter.detach().to("cpu", torch.float32, copy=True))
+        for parameter in parameters
+        if not torch.equal(parameter.detach().to(dtype).to(parameter.dtype), parameter.detach())
+    ]
 
 
 def _quiet_deepspeed() -> Any:

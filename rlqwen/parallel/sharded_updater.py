@@ -35,9 +35,10 @@ class ShardedUpdater(Updater):
 
     def _backward(self, loss: Tensor) -> None:
         for engine in self.engines:
-            engine.scale_loss(self.scale.value)
-        # DeepSpeed takes the mean over ranks of what is to be added up.
-        scaled = loss * (self.scale.value * self.engines[0].averages_over)
+            # DeepSpeed takes the mean over ranks of what is to be added up. A larger loss would make up for it, too,
+            # but overflow in float16 at a scale at which no rank's gradient does.
+            engine.scale_loss(self.scale.value / engine.averages_over)
+        scaled = loss * self.scale.value
         for engine in self.engines:
             engine.before_backward(scaled)
         scaled.backward()

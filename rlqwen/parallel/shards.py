@@ -4,12 +4,34 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether each rank holds but a shard of it."""
     return hasattr(parameter, "ds_id")
+
+
+def has_exact(parameter: Tensor) -> bool:
+    """Whether the optimizer keeps a float32 value of it that is more exact than the model's."""
+    return hasattr(parameter, "engine")
+
+
+def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The weight as it is best known for a file of `dtype` (None: the most exact): the optimizer's float32 one where the
+    model computes with a rounded one. All ranks together."""
+    engine = getattr(parameter, "engine", None)
+    if engine is None or dtype == parameter.dtype:
+        return parameter
+    return engine.master_of(parameter)  # type: ignore[no-any-return]
+
+
+def keep_exact(parameter: Tensor, value: Tensor) -> None:
+    """Give the optimizer the float32 value of a weight that was written rounded into the model, where it keeps one."""
+    engine = getattr(parameter, "engine", None)
+    if engine is not None:
+        engine.set_master(parameter, value)
 
 
 @contextmanager
