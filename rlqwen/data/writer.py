@@ -80,6 +80,7 @@ def eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     return [
         (
             f"the chat template ends turns with {end_token!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}: "
-            f"generation must stop at {end_token!r} too; set eos_token: {end_token!r}"
+            f"rollouts and generation_config.json of final/ stop at both; set eos_token: {end_token!r} for the tokenizer "
+            "to name it too"
         )
     ]
