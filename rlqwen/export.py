@@ -25,7 +25,7 @@ from rlqwen.loading import align_stop_tokens, load_generation_config, local_fold
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.model_card import write_card
 from rlqwen.model_files import write_model
-from rlqwen.model_sources import SAFE, refuse_pickles
+from rlqwen.model_sources import SAFE, check_vocabulary, refuse_pickles
 from rlqwen.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -73,6 +73,7 @@ def export_model(options: ExportOptions) -> int:
     model = _load(source)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, trust_remote_code=False)
+    check_vocabulary(tokenizer, base.config, f"{source.model} with the tokenizer of {source.tokenizer}")
     if source.adapter is not None:
         base.generation_config = load_generation_config(source.tokenizer) or base.generation_config
         align_stop_tokens(base, tokenizer)

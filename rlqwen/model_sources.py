@@ -1,4 +1,5 @@
-"""Where models come from: never a pickle, a hub revision where one is named, and which commit it was."""
+"""Where models come from: never a pickle, a hub revision where one is named, which commit it was; and whether their
+tokenizer fits them."""
 
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,23 @@ def note_commit(name: str, loaded: Any) -> None:
 def commits() -> dict[str, str]:
     """Hub id -> commit, of every model and dataset that this process has loaded."""
     return dict(_commits)
+
+
+def check_vocabulary(tokenizer: Any, config: Any, what: str) -> None:
+    """Raise ModelError if the tokenizer has tokens for which the model of `config` has no row in its embedding.
+
+    `what`: names the model in the message. A model may well have more rows than tokens, as Qwen's do.
+    """
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_rows = getattr(text_config, "vocab_size", None)  # a model of a user's need not say
+    beyond = (
+        {}
+        if num_rows is None
+        else {index: token for token, index in tokenizer.get_vocab().items() if index >= num_rows}
+    )
+    if beyond:
+        raise ModelError(
+            f"{what}: its tokenizer has {len(tokenizer):,} tokens and its embedding {num_rows:,} rows, so that "
+            f"{len(beyond):,} tokens, the first {beyond[min(beyond)]!r}, have none: save the model after "
+            "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that came with it"
+        )

@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import rlqwen
 from rlqwen.cli import main
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.export import ExportOptions, export_model
 from rlqwen.loading import align_stop_tokens
+from rlqwen.scoring.reward_model import RewardModel
 
 PAIRS = [
     {
@@ -143,6 +144,15 @@ def test_trainers_refuse_tokens_without_a_row(short, tmp_path, algorithm):
     folder, message = short
     with pytest.raises(ModelError, match=message):
         train(algorithm, folder, tmp_path / "run")
+
+
+def test_exports_and_reward_models_refuse_tokens_without_a_row(short, tmp_path):
+    folder, message = short
+    with pytest.raises(ModelError, match=message):
+        export_model(ExportOptions(str(folder), str(tmp_path / "out")))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    with pytest.raises(ModelError, match=message):
+        RewardModel(model, AutoTokenizer.from_pretrained(folder)).load()
 
 
 def test_the_command_line_refuses_tokens_without_a_row(short, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import ModelConfig
 from rlqwen.errors import ModelError
-from rlqwen.model_sources import refuse_pickles
+from rlqwen.model_sources import check_vocabulary, refuse_pickles
 from rlqwen.tiny import resolve_model_path
 
 if TYPE_CHECKING:
@@ -74,21 +74,6 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
     return ModelFacts(
         tokenizer, int(config.max_position_embeddings), dtype, _weight_bytes(Path(path)) if is_local else 0
     )
-
-
-def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", config: Any, what: str) -> None:
-    """Raise ModelError if the tokenizer has tokens for which the model of `config` has no row in its embedding.
-
-    `what`: names the model in the message. A model may well have more rows than tokens, as Qwen's do.
-    """
-    num_rows = config.get_text_config().vocab_size
-    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= num_rows}
-    if beyond:
-        raise ModelError(
-            f"{what}: its tokenizer has {len(tokenizer):,} tokens and its embedding {num_rows:,} rows, so that "
-            f"{len(beyond):,} tokens, the first {beyond[min(beyond)]!r}, have none: save the model after "
-            "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that came with it"
-        )
 
 
 def _is_on_hub(model_id: str, revision: str | None) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ModelError
-from rlqwen.model_sources import note_commit, pinned, split_revision
+from rlqwen.model_sources import check_vocabulary, note_commit, pinned, split_revision
 
 
 class RewardModel:
@@ -55,6 +55,7 @@ class RewardModel:
         if getattr(self._model, "config", None) is not None:
             # The classification head looks for the last token that is not padding.
             self._model.config.pad_token_id = self._tokenizer.pad_token_id
+            check_vocabulary(self._tokenizer, self._model.config, f"reward model {path or self.name!r}")
         self._model.eval()
         self._is_loaded = True
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
 from rlqwen.batch import PackedBatch
-from rlqwen.check import check_vocabulary, plan_batch, refuse_stream
+from rlqwen.check import plan_batch, refuse_stream
 from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
@@ -24,7 +24,7 @@ from rlqwen.loading import load_model, load_tokenizer, local_folder, split_built
 from rlqwen.metrics import plot_curves, write_summary
 from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
-from rlqwen.model_sources import commits
+from rlqwen.model_sources import check_vocabulary, commits
 from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import Lead, Part, UpdateResult, build_updater, pick_device
 from rlqwen.policy import Policy

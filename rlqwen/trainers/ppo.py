@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.advantages import gae, token_rewards, whiten
 from rlqwen.batch import Branch, PackedBatch, Tree
-from rlqwen.check import check_vocabulary
 from rlqwen.config import PPOConfig
 from rlqwen.critic import Critic, ScalarModel, ValueHead
 from rlqwen.errors import ConfigError
 from rlqwen.loading import load_reference, load_scalar_model
 from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
+from rlqwen.model_sources import check_vocabulary
 from rlqwen.parallel import Part
 from rlqwen.reference import digest_weights
 from rlqwen.trainers.kl_control import KLController
