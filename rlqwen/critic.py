@@ -18,7 +18,7 @@ from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.hidden import last_tokens
 from rlqwen.packed_model import PackedModel
-from rlqwen.parallel import gathered
+from rlqwen.parallel import exact_weight, gathered, keep_exact
 from rlqwen.sequence import SequenceGroup
 
 HEAD_FILE = "value_head.safetensors"
@@ -126,13 +126,16 @@ class ValueHead:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
         with gathered(self.head.parameters()):
-            if write:
-                save_file({"weight": self.head.weight.detach().float().cpu()}, folder / HEAD_FILE)
+            weight = exact_weight(self.head.weight, None).detach().float().cpu()
+        if write:
+            save_file({"weight": weight.contiguous()}, folder / HEAD_FILE)
 
     def restore(self, folder: Path) -> None:
         """See Critic."""
+        weight = load_file(folder / HEAD_FILE)["weight"]
         with gathered(self.head.parameters(), modify=True):
-            self.head.weight.data.copy_(load_file(folder / HEAD_FILE)["weight"])
+            self.head.weight.data.copy_(weight)
+        keep_exact(self.head.weight, weight)
 
 
 def scalar_peft_config(peft_config: Any) -> Any:

@@ -178,6 +178,10 @@ COMMON = {
 CASES = {
     "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
     "sft_plain": lambda model, folder: _sft(model, folder),
+    "sft_on": lambda model, folder: _sft(
+        model, folder, max_steps=2, resume_allow_changes=True,
+        resume_from_checkpoint=str(folder.parent / "sft@saved1" / "checkpoints" / "step-000002"),
+    ),
     "sft_tokens": lambda model, folder: _sft(model, folder, max_tokens_per_micro_batch=60),
     "sft_packed": lambda model, folder: _sft(model, folder, packing=True, max_length=60, size=2),
     "dpo": lambda model, folder: _dpo(model, folder),
@@ -229,6 +233,7 @@ WAYS = {
     "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},
     "offload3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL, "offload_optimizer": True, "offload_parameters": True}},
     "bf16_3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "bf16": True},
+    "bf16_2": {"parallel": {"zero_stage": 2}, "bf16": True},
     "saved1": {"parallel": {"zero_stage": 1}, "save_strategy": "steps", "save_steps": 2},
     "saved2": {"parallel": {"zero_stage": 2}, "save_strategy": "steps", "save_steps": 2},
     "saved3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}, "save_strategy": "steps", "save_steps": 2},
@@ -251,14 +256,13 @@ OFFLOAD = {"device": "cpu"}
 STAGES = {
     "stage0": {"stage": 0},
     "stage1": {"stage": 1},
-    "stage2": {"stage": 2},
     "stage2_offload": {"stage": 2, "offload_optimizer": OFFLOAD},
     "stage3": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "stage3_offload": {
         "stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD,
     },
 }  # fmt: skip
-OVERFLOW_UPDATES = 7
+OVERFLOW_UPDATES = 6
 for _name, _stage in STAGES.items():
     for _way, _power in (("overflow", 20), ("overflows", 40)):
         WAYS[f"{_way}_{_name}"] = {

@@ -18,9 +18,11 @@ from rlqwen.parallel.sharded_updater import ShardedUpdater
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
 EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2"]
 ROUNDED = ["sft@auto", "sft@bf16_3", "sft@given", "sft@given+emulated"]
-OVERFLOW = [*(f"sft_plain@overflow_{stage}" for stage in STAGES), "sft_plain@overflow_stage2+emulated"]
-OVERFLOWS = [f"sft_plain@overflows_{way}" for way in ("stage1", "stage2_offload", "stage3", "stage2+emulated")]
+OVERFLOW = [f"sft_plain@overflow_{way}" for way in (*STAGES, "stage1+emulated")]
+OVERFLOWS = [f"sft_plain@overflows_{way}" for way in ("stage1", "stage2_offload", "stage3", "stage1+emulated")]
 SAVED = [f"sft@saved{stage}" for stage in (1, 2, 3)]
+ON = ["sft_on@bf16_2", "sft_on@bf16_3"]
+CHECKPOINT = "sft@saved1/checkpoints/step-000002"
 LONG = [f"{case}@zero{stage}" for case in ("dpo", "reward", "ppo", "grpo") for stage in (1, 2, 3)]
 SHOWN = ("loss", "grad_norm", "eval/loss", "eval/reward/mean", "critic/grad_norm", "kl")
 
@@ -28,7 +30,7 @@ SHOWN = ("loss", "grad_norm", "eval/loss", "eval/reward/mean", "critic/grad_norm
 @pytest.fixture(scope="module")
 def runs(tiny_model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    return folder, run_on_two_ranks([*EXACT, *ROUNDED, *OVERFLOW, *OVERFLOWS, *SAVED], tiny_model_path, folder)
+    return folder, run_on_two_ranks([*EXACT, *ROUNDED, *OVERFLOW, *OVERFLOWS, *SAVED, *ON], tiny_model_path, folder)
 
 
 def check(name, by_rank, model, alone, rel):
@@ -129,6 +131,14 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, runs, tiny_model_p
     assert last["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
     ours, theirs = (load_file(root / "final" / "model.safetensors") for root in (tmp_path / "on", folder / name))
     assert all(ours[key].allclose(theirs[key], atol=1e-6) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ON)
+def test_an_engine_that_rounds_goes_on_from_exact_weights(name, runs):
+    """A float32 checkpoint, no update more (after which there is no curve to draw), and the same bits in final/."""
+    ours, saved = (load_file(runs[0] / part / "model.safetensors") for part in (f"{name}/final", CHECKPOINT))
+    assert all(ours[key].equal(saved[key]) for key in saved)
+    assert not all(saved[key].equal(saved[key].bfloat16().float()) for key in saved)
 
 
 @pytest.mark.slow_fault

@@ -129,11 +129,13 @@ class Engine:
         self._link()
         for key in ("exp_avg", "exp_avg_sq"):
             yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
-        yield f"{name}/step", torch.as_tensor(next(iter(self.optimizer.state.values()))["step"])
+        step = next(state["step"] for state in self.optimizer.state.values() if state)
+        yield f"{name}/step", torch.as_tensor(step)
 
     def restore_weights(self) -> None:
-        """Take over weights that were written into the model."""
-        self.zero.refresh_fp32_params()
+        """Take over weights that were written into the model; those that it rounds came by `set_master`."""
+        if not self.keeps_master:
+            self.zero.refresh_fp32_params()
 
     def restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Put back what `state_of` gave of each of the part's parameters."""
