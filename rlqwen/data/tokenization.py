@@ -8,6 +8,7 @@ from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.encoding import SequenceCodec, TokenizedRow, encode, refuse, tokenize_rows, trim
 from rlqwen.data.jobs import Tally, TokenizingJob, data_settings
+from rlqwen.data.prompts import tokenize_prompts
 from rlqwen.data.report import DataReport, percentiles
 from rlqwen.data.sft import SFTWriter, all_in_loss
 from rlqwen.data.tokenizing import tokenize_all
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+
+__all__ = ["SFTJob", "tokenize_conversation", "tokenize_prompts", "tokenize_sft"]
 
 
 def tokenize_conversation(
