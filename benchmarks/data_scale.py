@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def make_rows(path: Path, count: int) -> None:
     rng = random.Random(0)
     syllables = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]
     words = ["".join(rng.choices(syllables, k=1 + min(rank // 300, 3))) for rank in range(5000)]
-    weights = [1 / (rank + 2) for rank in range(len(words))]
+    weights = list(accumulate(1 / (rank + 2) for rank in range(len(words))))
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             lengths = [int(size * rng.uniform(0.5, 1.5)) for size in WORDS_PER_TURN]
-            question, answer = (" ".join(rng.choices(words, weights, k=length)) for length in lengths)
+            question, answer = (" ".join(rng.choices(words, cum_weights=weights, k=length)) for length in lengths)
             messages = [
                 {"role": "user", "content": f"{number}: {question}"},
                 {"role": "assistant", "content": answer},
