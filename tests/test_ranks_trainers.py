@@ -7,7 +7,8 @@ from patience import PATIENCE_S
 from ranked import CASES, run_case, run_on_two_ranks
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-NAMES = [name for name in CASES if not name.startswith(("fail", "kill", "vllm", "stopped", "blown_up"))]
+OTHERS = ("fail", "kill", "vllm", "stopped", "blown_up", "sft_on", "sft_plain")
+NAMES = [name for name in CASES if not name.startswith(OTHERS)]
 UNLIKE = ("time/", "/time", "seconds", "tokens/trained")
 """Figures that may differ: seconds, and tokens, because a prompt whose completions are on two ranks is on both."""
 
