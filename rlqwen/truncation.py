@@ -4,7 +4,8 @@ The sampler's logprobs are of the truncated distribution, renormalised: log p(to
 kept). The trainer's are of the whole. Their ratio would shrink with every token, though both have the same weights; so
 the trainer takes the same term off its own (`chunked_log_kept`).
 
-Ties at the edge are cut so that exactly k tokens stay, or the fewest that reach top-p, as vLLM does on GPUs.
+Ties at the edge are cut so that exactly k tokens stay, or the fewest that reach top-p, as vLLM does on GPUs. On CPU it
+keeps the ties of the k-th token (`Truncation.keeps_ties`), of which bfloat16 has many: a gap at every token else.
 
 Shapes: N tokens, V vocabulary, C hidden size, K the likeliest tokens.
 """
@@ -52,7 +53,7 @@ def log_kept(logits_NV: Tensor, target_N: Tensor, truncation: Truncation) -> Ten
     """
     probs_NV = logits_NV.softmax(-1)
     own_N = probs_NV.gather(1, target_N[:, None])[:, 0]
-    mass_N, least_N = _kept_mass(probs_NV, truncation, min(truncation.top_k or LIKELY, probs_NV.shape[1]))
+    mass_N, least_N = _kept_mass(probs_NV, truncation, _first_width(probs_NV, truncation))
     return (mass_N + own_N.masked_fill(own_N >= least_N, 0.0)).log()
 
 
@@ -63,6 +64,15 @@ def truncated(logits_BV: Tensor, truncation: Truncation) -> Tensor:
     kept_BV = _is_kept(probs_BV[:, : truncation.top_k or None], probs_BV, truncation)
     kept_BV = torch.nn.functional.pad(kept_BV, (0, probs_BV.shape[1] - kept_BV.shape[1]))
     return logits_BV.masked_fill(~torch.zeros_like(kept_BV).scatter(1, order_BV, kept_BV), -torch.inf)
+
+
+def _first_width(probs_NV: Tensor, truncation: Truncation) -> int:
+    """How many of the likeliest tokens to sort: all that `top_k` may keep, else those that mostly suffice."""
+    width = min(truncation.top_k or LIKELY, probs_NV.shape[1])
+    if not (truncation.top_k and truncation.keeps_ties):
+        return width
+    edge_N1 = probs_NV.topk(width).values[:, -1:]
+    return int((probs_NV >= edge_N1).sum(1).amax())
 
 
 def _kept_mass(probs_NV: Tensor, truncation: Truncation, width: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +94,8 @@ def _is_kept(ordered_NK: Tensor, probs_NV: Tensor, truncation: Truncation) -> Te
     Without `top_k`, top-p is a share of all that min-p leaves of `probs_NV`.
     """
     floor_N1 = truncation.min_p * ordered_NK[:, :1]
+    if truncation.top_k and truncation.keeps_ties:
+        floor_N1 = floor_N1.maximum(ordered_NK[:, : truncation.top_k][:, -1:])
     kept_NK = ordered_NK >= floor_N1
     if truncation.top_p < 1:
         candidates_NK = ordered_NK.masked_fill(~kept_NK, 0.0)

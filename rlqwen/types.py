@@ -90,9 +90,11 @@ class Truncation:
     """So many of the likeliest; 0: all."""
     min_p: float = 0.0
     """Those at least this share as likely as the likeliest; 0: all."""
+    keeps_ties: bool = False
+    """Tokens exactly as likely as the `top_k`-th stay as well, as with vLLM's sampler on CPU."""
 
     def __bool__(self) -> bool:
-        return self != Truncation()
+        return bool(self.top_p < 1 or self.top_k or self.min_p)
 
 
 @dataclass(slots=True, frozen=True)

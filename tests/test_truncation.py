@@ -61,6 +61,22 @@ def test_ties_at_the_edge_are_cut_by_number():
     assert (~truncated(probs.log(), Truncation(top_p=0.6)).isinf()).sum() == 3
 
 
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 3}, {"top_k": 3, "top_p": 0.6}, {"top_k": 3, "min_p": 0.5}, {"top_k": 9}], ids=str
+)
+def test_ties_of_the_kth_token_may_stay_as_vllms_sampler_on_cpu_keeps_them(cut):
+    topk_topp_sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
+    logits = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15], [0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    truncation = Truncation(**cut, keeps_ties=True)
+    sampled = logits.masked_fill(
+        logits < logits.amax(1, keepdim=True) + torch.tensor(truncation.min_p).log(), -torch.inf
+    )
+    k, p = torch.full((2,), min(truncation.top_k, 5)), torch.full((2,), truncation.top_p)
+    sampled = topk_topp_sampler.apply_top_k_top_p_pytorch(sampled, k, p if truncation.top_p < 1 else None)
+    expected = (logits.log_softmax(-1) - sampled.log_softmax(-1))[:, 0]
+    torch.testing.assert_close(log_kept(logits, torch.tensor([0, 0]), truncation), expected)
+
+
 def test_chunks_change_nothing():
     hidden, head = torch.randn(50, 16), torch.randn(300, 16)
     target = torch.randint(300, (50,))

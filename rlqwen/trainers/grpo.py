@@ -153,7 +153,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                 micro,
                 temperature=self.args.temperature,
                 entropy=True,
-                truncation=self.args.truncation if is_first else None,
+                truncation=self.truncation if is_first else None,
             )
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
             loss = loss + self.router_loss(micro, update.micro_batches)
@@ -208,8 +208,6 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                     micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
                 if self.plan.updates_per_step > 1:
                     with self.policy.inference():
-                        logp_N, _ = self.policy.logprobs(
-                            moved, temperature=temperature, truncation=self.args.truncation
-                        )
+                        logp_N, _ = self.policy.logprobs(moved, temperature=temperature, truncation=self.truncation)
                     micro.old_logp_N = logp_N.cpu()
                     micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()

@@ -4,7 +4,7 @@ Shapes: P prompts a rollout, G completions a prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from rlqwen.trainers.group_wire import pack_groups, unpack_groups
 from rlqwen.trainers.item_stream import WINDOW, ItemStream, describe_first
 from rlqwen.trainers.rollouts import Rollouts, describe_groups
 from rlqwen.trainers.telling import Metrics
-from rlqwen.types import Group, Prompt
+from rlqwen.types import Group, Prompt, Truncation
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
@@ -148,6 +148,13 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         report.warnings += lines
         report.name_unused(taken_columns(self.rewards))
         self.reports[name] = report
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What the engine keeps of the policy's distribution; None: all."""
+        given = self.args.truncation
+        is_vllm_on_cpu = uses_vllm(self.args.rollout) and self.policy.device.type == "cpu"
+        return given and replace(given, keeps_ties=is_vllm_on_cpu)
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
         """This rank's packed micro-batches of trees of completions, as large as the config allows."""

@@ -153,7 +153,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             moved = micro.to(self.policy.device)
             with self.policy.inference():
                 logp_N, _, hidden_NC = self.policy.logprobs_and_hidden(
-                    moved, temperature=temperature, truncation=self.args.truncation
+                    moved, temperature=temperature, truncation=self.truncation
                 )
                 micro.old_logp_N = logp_N.cpu()
                 micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()
