@@ -1,7 +1,5 @@
 """`python -m rlqwen` is the command line."""
 
-import sys
+from rlqwen.cli import run_process
 
-from rlqwen.cli import main
-
-sys.exit(main())
+run_process()

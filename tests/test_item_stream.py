@@ -195,3 +195,4 @@ def test_a_recipe_streams_a_file(tiny_model_path, tmp_path, capsys, monkeypatch)
     said = " ".join("".join(capsys.readouterr()).split())
     assert "read and tokenised as training goes, in its own order" in said
     assert "read of the stream: " in said
+    assert "EOS in the loss of 100%" in said.split("read of the stream: ")[1]

@@ -1,8 +1,11 @@
 """The command line. Nothing heavy is imported before a command needs it, so that `--help` is quick."""
 
+import atexit
+import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -11,12 +14,24 @@ from rlqwen.cli.data import data
 from rlqwen.cli.evaluation import evaluate
 from rlqwen.cli.export import export
 from rlqwen.cli.listing import recipes, rewards
-from rlqwen.cli.session import Interrupts, wait_for_cause
+from rlqwen.cli.session import RUN_AGAIN, Interrupts, wait_for_cause
 from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
 
 INTERRUPTED = 130
+
+
+def run_process() -> NoReturn:
+    """Run the command line and end this process."""
+    code = main()
+    if code in (INTERRUPTED, RUN_AGAIN):
+        # Ray, interrupted while it starts, may crash in the interpreter's own clean-up, and the exit code with it.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -91,8 +91,10 @@ class ItemStream(Generic[Item]):
 
     def summary(self) -> str:
         """What became of all rows that were read, those of later passes counted again."""
-        self._tally.report.lengths = percentiles(self._tally.lengths)
-        return self._tally.report.summary()
+        report = self._tally.report
+        report.lengths = percentiles(self._tally.lengths)
+        report.eos_in_loss = 1 - report.count("no_end") / max(report.num_kept, 1)
+        return report.summary()
 
     def _first_window(self) -> Sequence[Item]:
         return self._read_window().items
