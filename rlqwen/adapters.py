@@ -42,7 +42,7 @@ def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
         config.ensure_weight_tying |= bool(touched & {"embed_tokens", "lm_head"})
     try:
         with warnings.catch_warnings():
-            if getattr(config, "trainable_token_indices", None):  # which PEFT ties, and yet does not see here
+            if getattr(config, "trainable_token_indices", None):  # PEFT ties these weights, but does not detect it here
                 warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied modules")
             return get_peft_model(model, config)  # type: ignore[no-any-return]
     except (ValueError, TypeError) as error:
@@ -161,7 +161,7 @@ def head_weight(model: PreTrainedModel) -> Tensor:
 
 
 def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
-    """(V, C) weight of an embedding or head some of whose rows PEFT trains apart, those rows in it; differentiable."""
+    """Return the (V, C) weight of an embedding or head with the rows that PEFT trains put in; differentiable."""
     layer = wrapper.token_adapter
     active = [] if layer.disable_adapters else layer.active_adapters
     return layer.get_merged_weights(active)

@@ -86,7 +86,7 @@ class ScalarModel(PackedModel):
 
     @property
     def _head(self) -> Any:
-        """The model's own head, within an adapter's wrapper where it has one."""
+        """Return the model's own head, within an adapter's wrapper if there is one."""
         return self.base_model.score
 
 

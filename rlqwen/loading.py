@@ -89,7 +89,7 @@ def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: Tra
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """transformers would report what is meant, such as a new head, as if it were a fault."""
+    """Silence transformers while loading, because it reports intended changes, such as a new head, as faults."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -147,8 +147,10 @@ def stop_token_ids(
 
 
 def take_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
-    """Give the tokenizer the EOS token that was asked for, and padding where it has none, as TRL does; ConfigError for a
-    token that it does not know."""
+    """Set the tokenizer's EOS token to `eos_token`, and its padding token if it has none, as TRL does.
+
+    Raises ConfigError for a token that is not in the vocabulary.
+    """
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ConfigError(f"eos_token: {eos_token!r} is not in the tokenizer's vocabulary")
@@ -160,8 +162,8 @@ def take_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) ->
 def align_stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
 ) -> None:
-    """Make the model's configs name the tokenizer's special tokens, as TRL's do, and the token that ends a turn: whoever
-    loads the folder that they are saved to then generates no further than it was taught. Ids are only ever added."""
+    """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs, so that
+    whoever loads the saved folder stops generating where the model was taught to stop. Ids are only ever added."""
     with _quiet_loading():
         align_special_tokens(model, tokenizer)
     if not model.can_generate() or model.generation_config is None:

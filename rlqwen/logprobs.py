@@ -102,6 +102,6 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(n, V) float32 logits over the temperature."""
+    """Return (n, V) float32 logits divided by the temperature."""
     logits = (hidden @ weight.T).float()
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -65,9 +65,11 @@ def write_model(
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:
-    """Checkpoint names and shapes of a model of the same class and config, without its weights: what an adapter, a
-    quantisation or an engine has made of this one's modules does not show. None, with a warning, for a class of a
-    user's that takes more than a config."""
+    """Return checkpoint names and shapes of a model of the same class and config, without its weights.
+
+    Adapters, quantisation and engines do not change them. None, with a warning, for a user's class whose constructor
+    needs more than a config.
+    """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -82,7 +84,7 @@ def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None
 
 
 def _check_weight(name: str, tensor: Tensor, missing: dict[str, tuple[int, ...]], model: PreTrainedModel) -> None:
-    """Take `name` out of the `missing`; ModelError if it is not among them or has another shape."""
+    """Remove `name` from `missing`; raise ModelError if it is not there or has another shape."""
     shape = missing.pop(name, None)
     if shape is None:
         raise ModelError(

@@ -79,7 +79,7 @@ def check_vocabulary(tokenizer: Any, config: Any, what: str) -> None:
     `what`: names the model in the message. A model may well have more rows than tokens, as Qwen's do.
     """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    num_rows = getattr(text_config, "vocab_size", None)  # a model of a user's need not say
+    num_rows = getattr(text_config, "vocab_size", None)  # a user's own model may not have it
     beyond = (
         {}
         if num_rows is None

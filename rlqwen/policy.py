@@ -91,7 +91,7 @@ class Policy(PackedModel):
         entropy: bool = False,
         truncation: Truncation | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(N,) float32 logprobs of the batch's targets in nats, and (N,) entropies where asked; with gradient.
+        """Return (N,) float32 logprobs of the batch's targets in nats, and (N,) entropies if asked; with gradient.
 
         `truncation`: the sampler's; fills in `batch.log_kept_N`, and changes nothing of what is returned.
         """

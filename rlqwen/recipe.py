@@ -107,7 +107,7 @@ def is_recipe(name: str) -> bool:
 
 
 def copy_recipe(name: str, target: str | Path = ".") -> Path:
-    """Copy a packaged recipe to a file or into a folder, and return where it went. Nothing is overwritten.
+    """Copy a packaged recipe to a file or into a folder, and return the new path. Nothing is overwritten.
 
     The copy is a user's own, so it does not carry `overwrite_output_dir`, which only lets a quickstart run again.
     """

@@ -209,7 +209,7 @@ def check_columns(reward: Reward, columns: Collection[str], where: str) -> None:
 
 
 def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], where: str) -> tuple[set[str], list[str]]:
-    """Check that each column that a reward cannot do without is in some row of `where`.
+    """Check that each column that a reward requires is in some row of `where`.
 
     Rows of several tasks need not have all of them: a reward is given None where a row lacks one.
 
@@ -237,7 +237,7 @@ def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], whe
 
 
 def taken_columns(rewards: Iterable[Reward]) -> set[str] | None:
-    """Columns that at least one of the rewards may be given; None for all, where one takes any."""
+    """Return the columns that at least one reward may be given; None for all, if one takes any."""
     taken: set[str] = set()
     for reward in rewards:
         if reward.accepts_any_column:
@@ -247,7 +247,7 @@ def taken_columns(rewards: Iterable[Reward]) -> set[str] | None:
 
 
 def _column_choices(reward: Reward) -> list[tuple[str, ...]]:
-    """Columns of which the data must have one of each tuple."""
+    """Return tuples of columns; the data must have one column of each tuple."""
     return [(one,) for one in reward.required if one not in PROTOCOL] + list(reward.column_choices)
 
 

@@ -30,7 +30,7 @@ def chunked_log_kept(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """(N,) float32 log of the probability that the truncation keeps, no gradient; see `log_kept`.
+    """Return (N,) float32 log of the probability that the truncation keeps, no gradient; see `log_kept`.
 
     Args:
         hidden_NC: (N, C) hidden states that predict the targets.
@@ -46,7 +46,7 @@ def chunked_log_kept(
 
 
 def log_kept(logits_NV: Tensor, target_N: Tensor, truncation: Truncation) -> Tensor:
-    """(N,) log of the probability of the tokens that are kept, the target among them.
+    """Return (N,) log of the probability of the kept tokens; the target always counts as kept.
 
     The target was drawn, so it is kept where the sampler computes, and where rounding or older weights put the edge just
     on its other side, it counts as kept here too: else a single token would void a whole completion.
@@ -58,7 +58,7 @@ def log_kept(logits_NV: Tensor, target_N: Tensor, truncation: Truncation) -> Ten
 
 
 def truncated(logits_BV: Tensor, truncation: Truncation) -> Tensor:
-    """The logits, with -inf for every token that is not kept."""
+    """Return the logits with -inf for every token that is not kept."""
     ordered_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = ordered_BV.softmax(-1)
     kept_BV = _is_kept(probs_BV[:, : truncation.top_k or None], probs_BV, truncation)
@@ -67,7 +67,7 @@ def truncated(logits_BV: Tensor, truncation: Truncation) -> Tensor:
 
 
 def _first_width(probs_NV: Tensor, truncation: Truncation) -> int:
-    """How many of the likeliest tokens to sort: all that `top_k` may keep, else those that mostly suffice."""
+    """Return how many of the likeliest tokens to sort: all that `top_k` may keep, else a usually sufficient number."""
     width = min(truncation.top_k or LIKELY, probs_NV.shape[1])
     if not (truncation.top_k and truncation.keeps_ties):
         return width
@@ -76,7 +76,7 @@ def _first_width(probs_NV: Tensor, truncation: Truncation) -> int:
 
 
 def _kept_mass(probs_NV: Tensor, truncation: Truncation, width: int) -> tuple[Tensor, Tensor]:
-    """(N,) probability of all that is kept, and (N,) that of the least likely token of it."""
+    """Return (N,) probability of all kept tokens, and (N,) probability of the least likely of them."""
     ordered_NK = probs_NV.topk(width).values
     kept_NK = _is_kept(ordered_NK, probs_NV, truncation)
     mass_N = ordered_NK.masked_fill(~kept_NK, 0.0).sum(1)
@@ -89,7 +89,7 @@ def _kept_mass(probs_NV: Tensor, truncation: Truncation, width: int) -> tuple[Te
 
 
 def _is_kept(ordered_NK: Tensor, probs_NV: Tensor, truncation: Truncation) -> Tensor:
-    """(N, K) bool: which of the K likeliest tokens, likeliest first, stay: min-p, then top-k, then top-p of the rest.
+    """Return (N, K) bool: whether each of the K likeliest tokens stays: min-p, then top-k, then top-p of the rest.
 
     Without `top_k`, top-p is a share of all that min-p leaves of `probs_NV`.
     """

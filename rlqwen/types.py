@@ -82,7 +82,7 @@ class Group:
 
 @dataclass(slots=True, frozen=True)
 class Truncation:
-    """Which tokens are kept of a distribution; it depends on nothing but the distribution."""
+    """Rule for which tokens of a distribution are kept; it depends on nothing but the distribution."""
 
     top_p: float = 1.0
     """The fewest likeliest tokens that have this probability together; 1: all."""
@@ -99,8 +99,8 @@ class Truncation:
 
 @dataclass(slots=True, frozen=True)
 class Sampling:
-    """How completions are drawn; names and meanings of vLLM's SamplingParams, the order in which they apply included:
-    allowed tokens, bad words, `min_tokens`, bias, penalties, temperature, min-p, top-k, top-p."""
+    """Sampling parameters, with the names, meanings and order of vLLM's SamplingParams: allowed tokens, bad words,
+    `min_tokens`, bias, penalties, temperature, min-p, top-k, top-p."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -127,7 +127,7 @@ class Sampling:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the engine needs a tokenizer."""
+        """Return whether the engine needs a tokenizer."""
         return bool(self.stop or self.bad_words)
 
 

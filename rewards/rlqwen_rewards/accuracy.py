@@ -81,7 +81,7 @@ _OPERATION = re.compile(
 
 
 def grade(text: str, solution: Any, *, plain: bool = False, prompt: Any = None) -> float | None:
-    """1.0 if the answer in `text` equals the solution, 0.0 if not or if there is none.
+    """Return 1.0 if the answer in `text` equals the solution, 0.0 if it does not or if there is no answer.
 
     None if the solution itself cannot be read. A comparison that runs out of time is 0.0, because only a formula made
     for it does so. `plain` also takes an answer that nothing marks: what "the answer is" says, else the last
@@ -113,7 +113,7 @@ def _grade(text: str, solution: str, plain: bool, prompt: Any) -> float | None:
 
 
 def _answer(text: str, plain: bool) -> str | None:
-    """What a completion gives as its answer; a box and a `####` behind it must agree."""
+    """Return the answer that a completion gives; a box and a `####` after it must agree."""
     boxed = boxed_answer(text)
     if boxed and "####" in text:
         hashed = hashed_answer(text[boxes(text)[-1][1] :])
@@ -133,7 +133,7 @@ class _Gold:
 
 @lru_cache(maxsize=8192)
 def _gold(solution: str) -> _Gold | None:
-    """The solution as it is compared; None if there is none."""
+    """Return the solution in the form that is compared; None if there is none."""
     text = canonical(_unmark(solution)) if given_solutions(solution) else ""
     if not text:
         return None
@@ -145,7 +145,7 @@ def _gold(solution: str) -> _Gold | None:
 
 
 def _searched(solution: str) -> str | None:
-    """The answer in a sentence: behind "the answer is", or its only formula."""
+    """Return the answer in a sentence: the text after "the answer is", or the only formula."""
     stated = _ANSWER_IS.search(solution)
     formulas = _INLINE.findall(solution)
     found = next(filter(None, stated.groups()), "") if stated else "".join(formulas[0]) if len(formulas) == 1 else ""
@@ -167,18 +167,18 @@ def _unmark(text: str) -> str:
 
 
 def _compare_integers(gold: _Gold, answer: str) -> float | None:
-    """The grade of two plain integers, without all else that there is to an answer; None if they aren't that."""
+    """Grade two plain integers by a fast path; None if either is not a plain integer."""
     integer = _integer(answer) if gold.integer is not None else None
     return None if integer is None else float(gold.integer == integer)
 
 
 def _integer(text: str) -> int | None:
-    """A plain integer, read without all else that there is to an answer; None if it isn't that."""
+    """Read a plain integer by a fast path; None if the text is not one."""
     return int(text.rstrip(".").replace(",", "")) if _INTEGER.fullmatch(text) else None
 
 
 def _stands_in_prompt(answer: str, prompt: Any) -> bool:
-    """Whether the answer is an expression that the prompt asks to work out or to write otherwise."""
+    """Return whether the answer is an expression that the prompt asks to evaluate or to rewrite."""
     if prompt is None or not _OPERATION.search(answer):
         return False
     number = read_number(answer)

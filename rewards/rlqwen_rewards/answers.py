@@ -57,7 +57,7 @@ def text_of(completion: Any) -> str:
 def texts_of(
     completions: Sequence[Any], prompts: Sequence[Any] | None = None, opened: Sequence[bool] | None = None
 ) -> list[str]:
-    """The texts of completions, each with the `<think>` that its prompt ended with, as some chat templates write it.
+    """Return the texts of completions, each preceded by the `<think>` that ends its prompt in some chat templates.
 
     `opened` says whose prompts did. Without it a prompt's own text tells; where a prompt is messages, whose template
     is not known here, a completion that closes reasoning which it never opened does.
@@ -77,7 +77,7 @@ def _was_opened(text: str, prompt: Any) -> bool:
 
 
 def final_text(text: str, delimiters: Sequence[str] = (CLOSE,)) -> str | None:
-    """What follows the reasoning; the whole text if there is none.
+    """Return the text after the reasoning; the whole text if there is no reasoning.
 
     None if the reasoning was never closed, or opened again after an answer.
     """
@@ -89,7 +89,7 @@ def final_text(text: str, delimiters: Sequence[str] = (CLOSE,)) -> str | None:
 
 
 def _answers_between_blocks(text: str) -> bool:
-    """Whether an answer stands before or between the reasoning blocks of a text, whose last block is open."""
+    """Return whether an answer stands before or between the reasoning blocks of a text whose last block is open."""
     first = text.find(OPEN)
     if first < 0 or (first == 0 and text.find(OPEN, 1) < 0):
         return False
@@ -119,7 +119,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""What the last box holds; boxes that nothing but separators or a few words part are one answer, `a, b`.
+    r"""Return the content of the last box; boxes with only separators or a few words between them are joined as `a, b`.
 
     Joining keeps a model from hedging: neither `\boxed{1} or \boxed{2}` nor `\boxed{1}; \boxed{2}` is the answer 2.
     """
@@ -137,7 +137,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def is_joint(gap: str) -> bool:
-    """Whether the text between two answers gives both, rather than that the later replaces the earlier."""
+    """Return whether the text between two answers joins them, rather than replaces the first by the second."""
     if len(gap) > _LONGEST_JOINT or CLOSE in gap:
         return False
     gap = _DECORATION.sub(" ", gap).strip()
@@ -147,12 +147,12 @@ def is_joint(gap: str) -> bool:
 
 
 def join(contents: Iterable[str]) -> str:
-    """Several answers as one, each of them once."""
+    """Join several answers into one, without duplicates."""
     return ", ".join(dict.fromkeys(contents))
 
 
 def hashed_answer(text: str) -> str | None:
-    """GSM8K's form: the rest of the line after the last `####`; of several, all that nothing takes back."""
+    """Return the rest of the line after the last `####` (GSM8K); of several, all that are not corrected later."""
     if "####" not in text:
         return None
     found = list(_HASHED.finditer(text))
@@ -167,14 +167,14 @@ def hashed_answer(text: str) -> str | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands between `<answer>` and `</answer>`; of several, all."""
+    """Return the text between `<answer>` and `</answer>`; with several tags, all of the texts."""
     end = text.rfind("</answer>")
     found = _TAGGED.findall(text[: end + len("</answer>")]) if end >= 0 else []
     return join(map(str.strip, found)) or None
 
 
 def stated_answer(text: str) -> str | None:
-    """The formula behind "the answer is"; all of them if there are several that nothing takes back."""
+    """Return the formula after "the answer is"; all of them if there are several and none is corrected later."""
     tail = text[-_TAIL:]
     found = list(_STATED.finditer(tail))
     if not found:
@@ -188,7 +188,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def unmarked_answer(text: str) -> str | None:
-    """What a text says behind "the answer is", all of it if it says so repeatedly; else its last formula or number."""
+    """Return what follows "the answer is" (all of it if repeated); otherwise the last formula or number."""
     tail = text[-_TAIL:]
     said = list(_SAID.finditer(tail))
     if not said:
@@ -202,7 +202,7 @@ def unmarked_answer(text: str) -> str | None:
 
 
 def _choice_or_number(text: str) -> str | None:
-    """A letter that stands alone, else the last formula or number."""
+    """Return a letter that stands alone, otherwise the last formula or number."""
     if choice := _CHOICE.fullmatch(text):
         return choice[1]
     found = [match[0] for match in _UNMARKED.finditer(text)]
@@ -210,7 +210,7 @@ def _choice_or_number(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a text marks: boxed, else behind `####`, else in `<answer>`, else None. Never an empty string."""
+    """Return the marked answer: boxed, else after `####`, else in `<answer>`, else None; never an empty string."""
     return boxed_answer(text) or hashed_answer(text) or tagged_answer(text) or None
 
 
@@ -223,6 +223,6 @@ def solutions_of(reward: str, solution: Sequence[Any] | None, answer: Sequence[A
 
 
 def given_solutions(solution: Any) -> list[Any]:
-    """The right answers of one row, of which any will do; none where the data has none (None, NaN, empty)."""
+    """Return the accepted answers of one row; an empty result if the data has none (None, NaN, empty)."""
     given = list(solution) if isinstance(solution, list | tuple) else [solution]
     return [one for one in given if one is not None and str(one).strip() not in _MISSING]

@@ -35,7 +35,7 @@ _HUGE = re.compile(r"\d\s*\^\s*\{?\s*\(?[\d.]+\}?\s*\^|\^\s*\{?\s*\d{5,}|\d{4,}\
 
 
 def is_meaningful(text: str) -> bool:
-    """Whether a gold says something that another text can be compared with."""
+    """Return whether a gold answer has content that another text can be compared with."""
     reading = read(text)
     if isinstance(reading, Items):
         return all(map(is_meaningful, reading.items))
@@ -45,7 +45,7 @@ def is_meaningful(text: str) -> bool:
 
 
 def same(gold: str, answer: str) -> bool:
-    """Whether the answer says what the gold says. May run long on a formula made for it."""
+    """Return whether the answer equals the gold answer. A hostile formula can make this run for a long time."""
     if squeeze(gold) == squeeze(answer):
         return True
     gold, answer = _exact(gold, gold), _exact(answer, gold)
@@ -67,7 +67,7 @@ def same(gold: str, answer: str) -> bool:
 
 
 def _exact(text: str, gold: str) -> str:
-    r"""What is approximated in `\frac{1}{3} \approx 0.33`; where the gold is a decimal, what that is about."""
+    r"""Return the exact side of `\frac{1}{3} \approx 0.33`, or the approximate side if the gold answer is a decimal."""
     first, *others = split(text, _APPROX)
     number = read_number(gold)
     is_decimal = number is not None and number.form == "decimal"
@@ -75,7 +75,7 @@ def _exact(text: str, gold: str) -> str:
 
 
 def _same_without_names(gold: str, answer: str) -> bool | None:
-    """Compare what stands behind `x =`; None if neither has that. Every number of a chain `1 = 2 = 72` must be right."""
+    """Compare the parts after `x =`; None if neither text has one. All numbers of `1 = 2 = 72` must be right."""
     golds, answers = _sides(gold), _sides(answer)
     if len(golds) == len(answers) == 1:
         return None
@@ -95,7 +95,7 @@ def _sides(text: str) -> list[str]:
 
 
 def _same_name(gold: str, answer: str) -> bool:
-    """Whether two names are one; a number at a name may be left out, as in `x_1 = 1, x_2 = 2` for `x = 1, x = 2`."""
+    """Return whether two names match; an index may be omitted, as in `x_1 = 1, x_2 = 2` for `x = 1, x = 2`."""
     left, right = squeeze(gold), squeeze(answer)
     return left == right or _INDEX.sub("", left) == right or left == _INDEX.sub("", right)
 
@@ -120,7 +120,7 @@ def _same_moment(left: Moment, right: Moment) -> bool:
 
 
 def _letters(reading: Reading) -> str | None:
-    """The letters of several choices, `AC` for `A, C`."""
+    """Return the letters of several choices, `AC` for `A, C`."""
     if not isinstance(reading, Items) or not reading.items:
         return None
     choices = [read(item) for item in reading.items]
@@ -211,7 +211,7 @@ def _same_formula(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def _formula(text: str) -> tuple[Any, ...]:
-    """The SymPy object of a formula that is all of the text, or nothing."""
+    """Return the SymPy object of a formula that takes up the whole text, in a tuple that is otherwise empty."""
     if not text or _JUXTAPOSED.search(text):  # math-verify adds numbers that stand side by side
         return ()
     text = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2]) * 'p'}}}", text)  # math-verify drops them

@@ -13,7 +13,7 @@ _ANSWER = re.compile(r"\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 
 
 def think_format_reward(completions: list[Any], **columns: Any) -> list[float]:
-    """1 if the completion begins with one `<think>...</think>`, else 0. TRL's reward of this name.
+    """Return 1 if the completion begins with one `<think>...</think>`, else 0, as TRL's reward of this name.
 
     Unlike TRL's it knows prompts that end with `<think>`; see `Format`.
     """

@@ -88,7 +88,7 @@ _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 
 @lru_cache(maxsize=4096)
 def canonical(text: str) -> str:
-    r"""One notation for what reads the same: `１，２３４元` is `1234元`, `\left(\dfrac12\right)` is `(\frac{1}{2})`."""
+    r"""Write equal notations alike: `１，２３４元` becomes `1234元`, `\left(\dfrac12\right)` becomes `(\frac{1}{2})`."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -99,7 +99,7 @@ def canonical(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """The text without trailing punctuation, and without one sign or command around all of it."""
+    """Remove trailing punctuation, and one sign or command that encloses the whole text."""
     while True:
         before = text
         text = _LAST.sub("", text.strip())
@@ -111,12 +111,12 @@ def unwrap(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    r"""A key of canonical text: equal keys read the same. `\text{ cm}`, `{x}` and `\frac{1}{2}` are `cm`, `x`, `1/2`."""
+    r"""Return a comparison key of canonical text: `\text{ cm}`, `{x}` and `\frac{1}{2}` give `cm`, `x`, `1/2`."""
     return _SPACE.sub("", _tidy(text))
 
 
 def contains(text: str, expression: str) -> bool:
-    """Whether an expression stands in a text, not as a part of a larger number, word or power; both canonical."""
+    """Return whether a text contains an expression outside larger numbers, words and powers; both canonical."""
     pattern = r"\s*".join(map(re.escape, squeeze(expression)))
     return re.search(rf"(?<![\w.^\\]){pattern}(?![\w^]|\.\d)", _tidy(text)) is not None
 
@@ -126,12 +126,12 @@ def _tidy(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """The words of a text, without LaTeX's commands for upright type."""
+    """Return the words of a text, without LaTeX's commands for upright type."""
     return " ".join(_TEXT.sub(r"\1", text).split())
 
 
 def depths(text: str) -> Iterator[tuple[int, int, int]]:
-    """(start, end, depth after it) of each bracket, brace and environment's begin or end."""
+    """Yield (start, end, depth after it) of each bracket, brace and begin or end of an environment."""
     depth = 0
     for match in _BRACKET.finditer(text):
         if match[0] in _OPENING:
@@ -156,7 +156,7 @@ def split(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def brackets_around(text: str) -> tuple[str, str, str] | None:
-    """(opening, content, closing) where one pair of brackets holds all of the text."""
+    """Return (opening, content, closing) if one pair of brackets encloses the whole text."""
     found = list(depths(text))
     if len(found) < 2 or found[0][0] != 0 or found[-1][1] != len(text) or found[-1][2] != 0:
         return None
@@ -178,7 +178,7 @@ def _outside(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _join_thousands(text: str) -> str:
-    """Take the marks of thousands out of numbers; inside of brackets a comma parts coordinates or members."""
+    """Remove thousands separators from numbers; inside brackets a comma separates coordinates or members."""
     if not _THOUSANDS.search(text):
         return text
     spans = list(_outside(text))

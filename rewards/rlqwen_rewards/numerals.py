@@ -40,13 +40,13 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that is all of the text (canonical notation); None if it is an expression or something else."""
+    """Read the number that takes up the whole text (canonical notation); None for an expression or other text."""
     match = _PATTERN.fullmatch(text.strip())
     return _number(match) if match else None
 
 
 def leading_number(text: str) -> tuple[Number, str] | None:
-    """The number that a text begins with, and the rest of the text."""
+    """Return the number at the beginning of a text, and the rest of the text."""
     match = _PATTERN.match(text)
     number = _number(match) if match else None
     return (number, text[match.end() :]) if match and number else None
@@ -88,7 +88,7 @@ def _unsigned(part: dict[str, str | None]) -> Number | None:
 
 
 def same_number(left: Number, right: Number) -> bool:
-    """Equal exactly, or to six places where one is a decimal, as math-verify has it."""
+    """Compare two numbers: exactly, or to six decimal places if one is a decimal, as math-verify does."""
     if left.value == right.value:
         return True
     if "decimal" not in (left.form, right.form):

@@ -127,7 +127,7 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:\s+|[.,:;]\s*)[A-Za-z]{2,}|[
 
 @lru_cache(maxsize=8192)
 def read(text: str) -> Reading:
-    """What a text in canonical notation says."""
+    """Parse a text in canonical notation into one of the answer types."""
     for reader in _READERS:
         if (reading := reader(text)) is not None:
             return reading
@@ -193,7 +193,7 @@ def _read_brackets(text: str) -> Reading | None:
 
 
 def _read_compound(text: str) -> Reading | None:
-    """2 hours 30 minutes, 5 feet 3 inches, 1小时20分: units of one dimension, from the largest down."""
+    """Read 2 hours 30 minutes, 5 feet 3 inches, 1小时20分: units of one dimension, largest first."""
     text = plain_text(text)
     total, position = Fraction(0), 0
     sizes: list[Fraction] = []
@@ -253,14 +253,14 @@ def _read_amount(text: str) -> Reading | None:
 
 
 def read_measure(text: str) -> Amount | None:
-    """A number and a unit of one letter, as in `0.1 m`, where nothing but the context tells it from a product."""
+    """Read a number and a one-letter unit, as in `0.1 m`, which only the context distinguishes from a product."""
     start = leading_number(text)
     unit = read_unit(start[1].strip()) if start and start[1].strip() else None
     return Amount(text, start[0], unit) if start and unit and unit.dimension else None
 
 
 def _is_bare_unit(rest: str, unit: str) -> bool:
-    """`5 apples`, `5cm`, `5 m/s` and `5元` have units; `5x`, `5m`, `5ab` and `5 or 6` are formulas or prose."""
+    """Return whether a unit follows, as in `5 apples`, `5cm`, `5 m/s`, `5元`, but not `5x`, `5m`, `5ab`, `5 or 6`."""
     unit = unit.strip(" .")
     if not unit or _CONNECTIVES.search(unit) or len(unit.split()) > 4:
         return False

@@ -73,7 +73,7 @@ class Unit:
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit:
-    """The unit that a text names; a thing that is counted if it is no unit of the table."""
+    """Return the unit that a text names; a unit outside the table is read as the name of a counted thing."""
     dimensions: dict[str, int] = {}
     factor, sign, prefix, position = Fraction(1), 1, 1, 0
     while position < len(text):

@@ -141,7 +141,7 @@ def _audit_part(part: Part, subject: Subject, near: float | None) -> PartAudit:
 
 
 def _usable(part: Part) -> Part:
-    """The part without the rows that cannot be tokenised: what has no text would be like all that has none."""
+    """Return the part without rows that cannot be tokenised, because rows without text would count as duplicates."""
     stay = [number for number in range(len(part.rows)) if number not in part.faulty_rows]
     return Part(part.name, [part.rows[number] for number in stay], [part.places[number] for number in stay])
 

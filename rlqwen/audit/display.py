@@ -73,7 +73,7 @@ def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
 
 
 def _title(part: PartAudit, audit: DataAudit) -> str:
-    """The recipe, or each file by its own name."""
+    """Return the recipe, or each file by its own name."""
     return audit.title if audit.is_recipe else ", ".join(part.sources)
 
 
@@ -83,7 +83,7 @@ def _equal(group: list[str]) -> str:
 
 
 def _alike(faults: list[str]) -> list[str]:
-    """Faults that say the same of several rows as one."""
+    """Merge faults that say the same of several rows."""
     places: dict[str, list[str]] = {}
     for fault in faults:
         match = _PLACED.fullmatch(fault)

@@ -54,7 +54,7 @@ class Part:
     """Places in `rows` of those that cannot be tokenised."""
 
     def short_places(self) -> list[str]:
-        """`line 3` where all rows are of one file, else `train.jsonl, line 3`, with folders where names alone are the same."""
+        """Return `line 3` if all rows are of one file, else `train.jsonl, line 3`, with folders if names repeat."""
         split = [place.rpartition(", ") for place in self.places]
         files = {file for file, _, _ in split}
         if len(files) == 1:
@@ -64,7 +64,7 @@ class Part:
 
 
 def _short_names(files: set[str]) -> dict[str, str]:
-    """Each file by its name; by its path below the folder of all where two have the same name."""
+    """Return the name of each file; its path below the common folder if two files have the same name."""
     names = {file: Path(file).name for file in files}
     if len(set(names.values())) == len(files):
         return names
@@ -165,7 +165,7 @@ def _find_rewards(recipe: Recipe) -> list[Reward] | None:
 
 
 def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, "PreTrainedTokenizerBase", int | None]:
-    """(model, its tokenizer, its context); those of the built-in one, with a warning, where the model is not there.
+    """Return (model, tokenizer, context); if the model is not there, the built-in one's, with a warning.
 
     A folder that holds a tokenizer and no model will do; it has no context.
     """
@@ -211,7 +211,7 @@ def guess_kind(sources: Sequence[SourceConfig]) -> Kind:
 
 
 def unmapped(row: Row) -> str:
-    """What is wrong with a row whose columns are of no form that we know, and how to mend it."""
+    """Explain why the columns of a row match no known form, and how to fix it."""
     return f"the columns {', '.join(map(str, row)) or '(none)'} are not mapped to any form of rows: {offer(row)}"
 
 

@@ -22,7 +22,7 @@ class BatchPlan:
 
 
 def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) -> BatchPlan:
-    """Prompts x generations = completions = micro-batch x accumulation x ranks, and the updates that come of it.
+    """Compute prompts x generations = completions = micro-batch x accumulation x ranks, and the resulting updates.
 
     `num_rows`: rows that are left after tokenising and packing; None for a stream. Raises ConfigError if the batch doesn't come out even.
     """
@@ -57,7 +57,7 @@ def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) 
 
 
 def refuse_stream(config: TrainerConfig) -> None:
-    """Raise ConfigError for what a stream of training rows does not go with."""
+    """Raise ConfigError for settings that do not work with a stream of training rows."""
     if not isinstance(config, SFTConfig | OnlineConfig):
         raise ConfigError(
             f"{type(config).__name__} cannot train on a stream, as sft, grpo and ppo can: leave streaming out, or take a "

@@ -57,7 +57,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
 
 
 def _tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts, name: str) -> DataReport:
-    """As `tokenize`; a fault names the part of the data that its row is in."""
+    """Call `tokenize`; name in each fault the part of the data that holds its row."""
     try:
         return tokenize(recipe, rows, model)
     except DataError as fault:

@@ -21,7 +21,7 @@ def resolve_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
 
 
 def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: str) -> list[str]:
-    """What rlqwen.registry.check_rows says of rows before their prompts are tokenised."""
+    """Return what rlqwen.registry.check_rows finds in rows before their prompts are tokenised."""
     if not rewards or not rows:
         return []
     written: dict[frozenset[str], frozenset[str]] = {}
@@ -43,7 +43,7 @@ def check_rewards(
     to_train: Collection[str],
     scoring: ScoringConfig,
 ) -> set[str] | None:
-    """Look at the rewards of a recipe; those named in `to_train` are models that an earlier recipe is yet to train.
+    """Check the rewards of a recipe; those named in `to_train` are models that an earlier recipe will train.
 
     Returns the columns that they take; None for all, also where a reward cannot be had.
     """

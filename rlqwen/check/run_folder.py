@@ -12,8 +12,8 @@ _NOT_NEEDED = ("output_dir", "resume_from_checkpoint", "run_name", "cache_dir")
 
 
 def check_run_folder(recipe: Recipe, earlier: Sequence[Recipe] = ()) -> None:
-    """Raise ConfigError for a folder that holds another run, or, where that is to be moved aside, what is no run's or
-    what this recipe needs; `earlier` recipes may not move that away either."""
+    """Raise ConfigError if the folder holds another run, or if moving a run aside would move files of no run or files
+    that this recipe needs; `earlier` recipes may not move those away either."""
     refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
     needed = dict(_paths(recipe.model_dump(mode="json")))
     if _clears(recipe):
@@ -31,7 +31,7 @@ def _clears(recipe: Recipe) -> bool:
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of a config by its dotted key; of `file.py:function` the file."""
+    """Yield (dotted key, string) for every string of a config; for a `file.py:function`, the file."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_NEEDED:

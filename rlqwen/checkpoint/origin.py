@@ -107,7 +107,7 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
-    """Digest of tokenised rows, in order; those on disk have one of their own."""
+    """Compute the digest of tokenised rows, in order; rows on disk have a digest of their own."""
     known: str | None = getattr(rows, "digest", None)
     if known is not None:
         return known

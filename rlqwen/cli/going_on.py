@@ -16,7 +16,7 @@ from rlqwen.secrets import redact
 
 @contextmanager
 def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) -> Iterator[None]:
-    """End the command where the run was told to stop: say what was saved, and what to type to go on.
+    """End the command if the run was told to stop: say what was saved, and how to resume.
 
     `arguments`: what rlqwen was started with.
     """
@@ -41,7 +41,7 @@ def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) ->
 
 
 def resume_command(arguments: Sequence[str], recipes: Sequence[Recipe]) -> str | None:
-    """Return the command that goes on; None where there is nothing to go on from."""
+    """Return the command that resumes the run; None if there is nothing to resume from."""
     from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER
     from rlqwen.stages import plan_stages
     from rlqwen.supervisor import is_supervised

@@ -31,7 +31,7 @@ def read_recipes(words: tuple[str, ...]) -> list[Any]:
 
 
 def prepare(*, resumable: bool = False) -> None:
-    """Before a command that loads models: end cleanly on SIGTERM, and silence what a user can do nothing about.
+    """Prepare a command that loads models: end cleanly on SIGTERM, silence warnings that a user cannot act on.
 
     `resumable`: the exit code says that the command may be run again, and SIGUSR1, which schedulers send ahead of the
     end, means the same, as does SIGHUP, unless nohup has it ignored.

@@ -107,7 +107,7 @@ class DataConfig(Config):
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the training rows are never all there."""
+        """Return whether the training rows are read as a stream, never all at once."""
         return isinstance(self.train, SourceConfig) and self.train.streaming
 
     @model_validator(mode="after")

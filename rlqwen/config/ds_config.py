@@ -116,7 +116,7 @@ def _check_optimizer(given: Mapping[str, Any]) -> None:
 
 
 def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Adopted]:
-    """The nearest `lr_scheduler_type`; the rates themselves are DeepSpeed's, see rlqwen.parallel.schedule."""
+    """Yield the nearest `lr_scheduler_type`; DeepSpeed computes the rates, see rlqwen.parallel.schedule."""
     kind, params = _at(given, "scheduler.type"), _at(given, "scheduler.params") or {}
     if kind is None:
         return
@@ -136,7 +136,7 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
         if key != "warmup_type" and value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"scheduler.params.{key} of the ds_config is {str(value)[:200]!r}, which is no number")
     if values.get("lr_scheduler_kwargs"):
-        raise ValueError(f"lr_scheduler_kwargs and scheduler.params of the ds_config ({kind}): say it once")
+        raise ValueError(f"lr_scheduler_kwargs and scheduler.params of the ds_config ({kind}): set only one of them")
     yield "scheduler.type", "lr_scheduler_type", _SCHEDULES[kind]
 
 

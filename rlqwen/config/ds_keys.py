@@ -34,12 +34,12 @@ OF_ENGINE = frozenset(
 
 
 def engine_keys(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a ds_config DeepSpeed itself is given."""
+    """Return the part of a ds_config that is passed on to DeepSpeed."""
     return {key: value for key, value in given.items() if key in OF_ENGINE}
 
 
 def unused_keys(given: Mapping[str, Any], zero_stage: int) -> list[str]:
-    """Key paths of a ds_config that change nothing here, those left out that ask for nothing."""
+    """Return the key paths of a ds_config that change nothing here, without those that ask for nothing."""
     return [
         path
         for path, value in _leaves(given)
@@ -48,14 +48,14 @@ def unused_keys(given: Mapping[str, Any], zero_stage: int) -> list[str]:
 
 
 def unused_note(given: Mapping[str, Any], zero_stage: int) -> str | None:
-    """One line that names them, or None."""
+    """Return one line that names the unused keys, or None."""
     unused = unused_keys(given, zero_stage)
     at = "" if zero_stage else ", of which ZeRO stage 0 carries out its batch, precision, optimizer and scheduler"
     return f"keys of the ds_config not used{at}: {', '.join(unused)}" if unused else None
 
 
 def _asks(path: str, value: Any, given: Mapping[str, Any]) -> bool:
-    """Whether it asks for anything: false, null and sections that are not enabled do not."""
+    """Return whether a value asks for anything: false, null and disabled sections do not."""
     section = given[path.partition(".")[0]]
     off = isinstance(section, Mapping) and section.get("enabled") is False
     return value is not None and value is not False and value != "auto" and not off

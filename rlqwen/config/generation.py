@@ -7,10 +7,10 @@ from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
 
-# What transformers' GenerationConfig calls the same.
+# Names of the same settings in transformers' GenerationConfig.
 _TRANSFORMERS_NAMES = {"stop_strings": "stop", "eos_token_id": "stop_token_ids", "min_new_tokens": "min_tokens"}
 
-# What is so in any case, and may be said.
+# Settings that always hold here, and may be given.
 _AS_ALWAYS: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1, None), "num_beams": (1,), "num_return_sequences": (1,), "do_sample": (True,),
     "use_cache": (True,), "detokenize": (True,), "skip_special_tokens": (True,), "ignore_eos": (False,),
@@ -31,7 +31,7 @@ OF_THE_CONFIG = {
 
 
 class GenerationKwargs(ArgumentsConfig):
-    """How completions are drawn, beyond what fields of the trainer's config say."""
+    """Sampling parameters beyond the fields of the trainer's config."""
 
     refused: ClassVar[dict[str, str]] = {
         "n": _GROUPS, "best_of": _GROUPS, "num_return_sequences": _GROUPS, "seed": _SEEDS, "logprobs": _LOGPROBS,
@@ -86,7 +86,7 @@ class GenerationKwargs(ArgumentsConfig):
     @field_validator("stop", "stop_token_ids", "bad_words", "allowed_token_ids", mode="before")
     @classmethod
     def _accept_one(cls, value: Any) -> Any:
-        """One text or id for a list of them; None for nothing."""
+        """Accept one text or id in place of a list; None for nothing."""
         return [value] if isinstance(value, str | int) else [] if value is None else value
 
     @field_validator("logit_bias", mode="before")
@@ -103,7 +103,7 @@ class GenerationKwargs(ArgumentsConfig):
 
 
 def read_generation_kwargs(values: dict[str, Any]) -> dict[str, Any]:
-    """A trainer's values, in which what `generation_kwargs` says of fields of their own stands in these, as TRL has it.
+    """Move values of `generation_kwargs` that have a field of their own into that field, as TRL does.
 
     Raises ValueError where the two say different things.
     """
@@ -112,7 +112,7 @@ def read_generation_kwargs(values: dict[str, Any]) -> dict[str, Any]:
         try:
             given = json.loads(given)
         except ValueError as error:
-            raise ValueError(f"generation_kwargs is text, and no JSON object: {error}") from None
+            raise ValueError(f"generation_kwargs is text, but not a JSON object: {error}") from None
     if given is None or not isinstance(given, dict):
         return {key: value for key, value in values.items() if key != "generation_kwargs" or value is not None}
     given, values = dict(given), dict(values)

@@ -32,7 +32,7 @@ _AS_ALWAYS: dict[str, tuple[Any, ...]] = {
 
 _ON_A_CLUSTER = "workers are Ray actors; set rollout.ray_address for a cluster"
 
-# What the trainer does not compute again, as it depends on what was written before, or on more than the distribution.
+# Settings that the trainer cannot reproduce: they depend on earlier tokens, or on more than the distribution.
 _UNCOMPARABLE = ("min_tokens", "presence_penalty", "frequency_penalty", "bad_words", "logit_bias", "allowed_token_ids")
 
 
@@ -164,12 +164,12 @@ class OnlineConfig(TrainerConfig):
 
     @property
     def truncation(self) -> Truncation | None:
-        """What the sampler keeps of the policy's distribution; None: all."""
+        """Return the truncation of the policy's distribution in the sampler; None: no truncation."""
         return Truncation(self.top_p, self.top_k, self.min_p or 0.0) or None
 
     @property
     def uncomparable(self) -> str | None:
-        """Why the sampler's logprobs cannot be compared with the trainer's; None where they can."""
+        """Return why the sampler's logprobs cannot be compared with the trainer's; None if they can."""
         drawn = self.generation_kwargs
         names = ["repetition_penalty"] if self.repetition_penalty != 1 else []
         names += [f"generation_kwargs.{name}" for name in _UNCOMPARABLE if getattr(drawn, name)]
@@ -180,7 +180,7 @@ class OnlineConfig(TrainerConfig):
 
     @property
     def correction_note(self) -> str | None:
-        """What to say of a correction that was asked for and is off."""
+        """Return a note if a correction was asked for and is off, otherwise None."""
         if not self.uncomparable or not self.vllm_importance_sampling_correction:
             return None
         return f"no importance correction, and sampling/logp_gap is not measured: {self.uncomparable}"

@@ -59,7 +59,7 @@ class ParallelConfig(ArgumentsConfig):
         return self
 
     def unused_note(self) -> str | None:
-        """One line that names the keys of the ds_config that change nothing; None where all do."""
+        """Return one line that names the ds_config keys that change nothing; None if all have an effect."""
         return unused_note(self.deepspeed, self.zero_stage) if isinstance(self.deepspeed, dict) else None
 
     @property

@@ -16,7 +16,7 @@ MASK = pa.list_(pa.bool_())
 
 
 class Codec(Protocol[Item]):
-    """How items become columns of an Arrow file, and come back equal."""
+    """Conversion of items to columns of an Arrow file and back, without loss."""
 
     schema: ClassVar[pa.Schema]
 
@@ -54,7 +54,7 @@ class ArrowRows(View[Item], Generic[Item]):
             yield from (self.codec.decode(batch, place) for place in range(len(batch)))
 
     def column(self, name: str) -> Iterator[pa.Array]:
-        """One column of the file, in its pieces."""
+        """Yield the chunks of one column of the file."""
         return (batch.column(name) for batch in self._batches)
 
 
@@ -66,6 +66,6 @@ def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
 
 
 def numbers_at(column: Any, place: int) -> list[Any]:
-    """The list of numbers or booleans in one row of a column."""
+    """Return the list of numbers or booleans in one row of a column."""
     values = column[place].values
     return values.to_numpy(zero_copy_only=False).tolist()  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ _FOLDER = Path(__file__).parent / "bundled_rows"
 
 
 def bundled_file(path: str) -> Path:
-    """Return the file of `builtin:NAME`; DataError that lists the names for an unknown one.
+    """Return the file of `builtin:NAME`; raise a DataError that lists the names for an unknown one.
 
     `questions`: `question`, `answer`, as openai/gsm8k. `instructions_zh`: `instruction`, `input`, `output`, as
     llamafactory/alpaca_zh. `pairs`: `chosen`, `rejected`, as trl-lib/ultrafeedback_binarized. 24 rows each.

@@ -51,7 +51,7 @@ class _Turn:
 
 
 class ChatFormat:
-    """A tokenizer's chat template, understood well enough to mask and to guard it.
+    """A tokenizer's chat template, with what is needed to mask its text and to guard control tokens.
 
     Raises ModelError if there is no template, or one that writes no generation prompt or doesn't end assistant turns
     with a special token. `chat_template` overrides the tokenizer's; `chat_template_kwargs` go to every rendering;
@@ -83,7 +83,7 @@ class ChatFormat:
         self._guard = Guard([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
 
     def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
-        """Pieces of a whole conversation; every assistant turn is in the loss, unless its row says otherwise."""
+        """Return pieces of a whole conversation; each assistant turn is in the loss unless its row says otherwise."""
         (messages, tools), cover = self._guard.hide((self._fold_thoughts(messages, 0), tools))
         if self.preserve_thinking is False:
             messages = drop_earlier_thoughts(messages)
@@ -104,7 +104,7 @@ class ChatFormat:
     def exchange(
         self, prompt: list[Message], completion: list[Message], where: str, *, tools: Any = None
     ) -> tuple[list[Piece], list[Piece]]:
-        """Pieces of a prompt as serving sends it, and of a completion, whose assistant turns are in the loss.
+        """Return pieces of a prompt as serving sends it, and of a completion whose assistant turns are in the loss.
 
         A completion that begins with another role goes on from no generation prompt: then the prompt is what stands
         before its first assistant turn.
@@ -142,11 +142,11 @@ class ChatFormat:
         return cover.pieces(self._render(messages, where, tools, add_generation_prompt=True))
 
     def empty_answer(self) -> list[Piece]:
-        """Pieces of an answer that says nothing, all in the loss."""
+        """Return pieces of an empty answer, all in the loss."""
         return self.exchange([_PROBE], [{"role": "assistant", "content": ""}], "chat template")[1]
 
     def render(self, messages: list[Message]) -> str:
-        """Text of a conversation as the template writes it; jinja2.TemplateError where it refuses."""
+        """Return the text that the template writes for a conversation; raise jinja2.TemplateError if it refuses."""
         return str(
             self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **self.kwargs)
         )
@@ -154,7 +154,7 @@ class ChatFormat:
     def _turns(
         self, messages: list[Message], where: str, tools: Any, kwargs: dict[str, Any] | None = None
     ) -> tuple[list[_Turn], str]:
-        """The assistant turns of a rendered conversation, and what follows the last."""
+        """Return the assistant turns of a rendered conversation, and the text after the last."""
         self._check_structure(messages, where, tools)
         text = self._render(messages, where, tools, kwargs=kwargs)
         turns: list[_Turn] = []
@@ -172,7 +172,7 @@ class ChatFormat:
         return turns, text[place:]
 
     def _find_turn(self, text: str, place: int, where: str) -> tuple[int, int]:
-        """Begin and end of the first assistant turn after `place`; its header is not a part of it."""
+        """Return begin and end of the first assistant turn after `place`, without its header."""
         header = text.find(self._header, place)
         end = text.find(self.end_of_turn, header + len(self._header)) if header >= 0 else -1
         if end < 0:
@@ -181,7 +181,7 @@ class ChatFormat:
         return header + len(self._header), end + len(self.end_of_turn)
 
     def _check_turn(self, turn: _Turn, where: str) -> None:
-        """What the template leaves out of a turn is an error; thoughts may be its custom (see `_continue`)."""
+        """Raise DataError if the template drops a part of a turn; it may drop thoughts (see `_continue`)."""
         answer = turn.message["content"].rpartition("</think>")[2].strip()
         if answer not in turn.text:
             raise DataError(f"{where}: the chat template writes another answer than the row has: {answer!r:.200}")
@@ -192,12 +192,12 @@ class ChatFormat:
             )
 
     def _as_last(self, message: Message, where: str, kwargs: dict[str, Any] | None = None) -> str:
-        """Text of a turn as the template writes it when no other follows."""
+        """Return the text that the template writes for a turn when no other follows."""
         text = self._render([_PROBE, message], where, kwargs=kwargs)
         return text[slice(*self._find_turn(text, 0, where))]
 
     def _continue(self, turn: _Turn, where: str) -> tuple[str, str]:
-        """Split a turn into what the generation prompt has of it and what the model then writes."""
+        """Split a turn into the text in the generation prompt and the text that the model then writes."""
         text, thoughts = turn.text, thoughts_of(turn.message)
         if thoughts and thoughts not in text:  # the template drops the thoughts of a last turn too
             text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
@@ -218,12 +218,12 @@ class ChatFormat:
         return self.opening, text[empty.end() :] if empty else text
 
     def _learned(self, cover: Cover, text: str, turn: _Turn) -> list[Piece]:
-        """What an assistant wrote, in the loss unless the row marks the turn (`in_loss: False`)."""
+        """Return pieces of an assistant's text, in the loss unless the row marks the turn (`in_loss: False`)."""
         is_barred = turn.message.get("in_loss") is False
         return cover.pieces(text, in_loss=not is_barred, is_barred=is_barred)
 
     def _fold_thoughts(self, messages: list[Message], first: int) -> list[Message]:
-        """Write thoughts in a field of their own into the content, for a template that would leave them out."""
+        """Move thoughts from their own field into the content, for a template that would drop them."""
         if self._writes_thoughts or all("reasoning_content" not in message for message in messages):
             return messages
         return messages[:first] + [thoughts_in_content(message) for message in messages[first:]]
@@ -283,7 +283,7 @@ class ChatFormat:
 
     @cached_property
     def writes_think_blocks(self) -> bool:
-        """The template knows think blocks: it writes thoughts, or opens a block in the generation prompt."""
+        """Return whether the template writes thoughts, or opens a think block in the generation prompt."""
         return self._writes_thoughts or bool(self.opening)
 
     def _find_generation_prompt(self) -> str:
@@ -296,7 +296,7 @@ class ChatFormat:
         return prompted[len(plain) :]
 
     def _render_answer(self) -> tuple[str, str]:
-        """What the template writes before and after the content of an assistant turn."""
+        """Return the text that the template writes before and after the content of an assistant turn."""
         rendered = self._render([_PROBE, {"role": "assistant", "content": MARK}], "chat template")
         before, _, after = rendered.rpartition(MARK)
         return before, after
@@ -313,7 +313,7 @@ class ChatFormat:
         return end
 
     def _require_header(self) -> None:
-        """ModelError if assistant turns begin otherwise than the generation prompt."""
+        """Raise ModelError if assistant turns begin differently from the generation prompt."""
         before = self._render_answer()[0]
         head = before[: match.start()] if (match := _THINK_AT_END.search(before)) else before
         if not head.endswith(self._header):

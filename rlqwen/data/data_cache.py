@@ -27,7 +27,7 @@ _MEND = "set data.cache_dir in the recipe, or the environment variable RLQWEN_CA
 
 
 def cache_root(given: str | Path | None = None) -> Path:
-    """The folder for data on disk: `given`, `data` in RLQWEN_CACHE, or `rlqwen` beside the datasets library's own.
+    """Return the folder for data: `given`, `data` in RLQWEN_CACHE, or `rlqwen` beside the datasets library's cache.
 
     Raises ConfigError if it cannot be written to.
     """
@@ -46,7 +46,7 @@ def cache_root(given: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def explained(root: Path) -> Iterator[None]:
-    """Turn an error of the disk into a ConfigError that says how to mend it."""
+    """Turn a disk error into a ConfigError that says how to fix it."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def explained(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder(root: Path) -> Iterator[Path]:
-    """A new folder in the cache, gone at the end unless it was renamed; its files stay readable where they are open."""
+    """Make a folder in the cache, deleted at the end unless renamed; files that are open stay readable."""
     folder = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
     try:
         yield folder
@@ -65,7 +65,7 @@ def scratch_folder(root: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """One process at a time; the system frees the lock of a process that died."""
+    """Hold a lock, so that one process works at a time; the system frees the lock of a process that died."""
     with (root / f".{name}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def locked(root: Path, name: str) -> Iterator[None]:
 
 
 def keep_file(written: Path, root: Path, name: str) -> Path:
-    """Give a finished file its name in the cache; an equal one that lies there already is used instead."""
+    """Move a finished file to its name in the cache; if an equal file is there already, use that one."""
     place = root / name
     if not (place.is_file() and filecmp.cmp(written, place, shallow=False)):
         written.replace(place)
@@ -86,7 +86,7 @@ def keep_file(written: Path, root: Path, name: str) -> Path:
 
 
 def keep_folder(written: Path, place: Path, meta: dict[str, Any]) -> None:
-    """Give a folder with a finished Arrow file its place in the cache; a damaged one there gives way."""
+    """Move a folder with a finished Arrow file to its place in the cache; replace a damaged one."""
     meta = meta | {"file": digest_file(written / ROWS_FILE)}
     (written / _META_FILE).write_text(json.dumps(meta), "utf-8")
     shutil.rmtree(place, ignore_errors=True)
@@ -94,7 +94,7 @@ def keep_folder(written: Path, place: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(place: Path) -> dict[str, Any] | None:
-    """What was noted of a folder of the cache; None if it is not there, or damaged, which the log says."""
+    """Read the metadata of a cache folder; None if it is missing or damaged (the log says so)."""
     if not place.is_dir():
         return None
     try:
@@ -108,6 +108,6 @@ def read_meta(place: Path) -> dict[str, Any] | None:
 
 
 def digest_file(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Compute the digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

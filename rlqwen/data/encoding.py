@@ -33,7 +33,7 @@ def tokenize_rows(
     write: Callable[[int, Row], list[list[Piece]]],
     faults: list[DataError] | None = None,
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
-    """(row number, its sequences) in order, of rows of which the first has the number `start`.
+    """Yield (row number, its sequences) in order; the first row has the number `start`.
 
     `write` gives the pieces of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
     such a list, ends it all.

@@ -95,7 +95,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether the first line is a JSON object on its own."""
+    """Return whether the first line is a JSON object on its own."""
     with path.open("rb") as file:
         try:
             return isinstance(json.loads(file.readline()), dict)
@@ -104,7 +104,7 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _elements(path: Path) -> Iterator[Any]:
-    """The elements of a file that holds a list, of which only a part is in memory; ValueError for any other."""
+    """Yield the elements of a file that holds a list, with only a part in memory; ValueError for other files."""
     decoder, text, start = json.JSONDecoder(), "", 0
     wanted, may_end = "[", False
     with path.open(encoding="utf-8-sig") as file:

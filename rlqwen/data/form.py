@@ -69,7 +69,7 @@ class RowForm:
 
 
 def look_at(rows: Sequence[Row], note: Callable[[RowForm, Row], None]) -> RowForm:
-    """The form of some of the rows; `note` reads one row into it. Rows that it refuses are passed over."""
+    """Determine the form of some of the rows; `note` reads one row into it. Rows that it refuses are skipped."""
     form = RowForm()
     for row in _spread(rows):
         try:
@@ -80,7 +80,7 @@ def look_at(rows: Sequence[Row], note: Callable[[RowForm, Row], None]) -> RowFor
 
 
 def note_row(form: RowForm, row: Row, answers: list[Row], chat: Callable[[], ChatFormat]) -> None:
-    """Read `prompt` and `completion` of each of a row's answers; `chat` is asked for only where there are turns."""
+    """Read `prompt` and `completion` of each answer in a row; `chat` is called only if there are turns."""
     prompt, completions = answers[0]["prompt"], [one["completion"] for one in answers]
     if all(isinstance(text, str) for text in (prompt, *completions)):
         form.note_text()
@@ -105,7 +105,7 @@ def describe(report: DataReport, form: RowForm, *, preserves: bool | None, hint:
 
 
 def unlike_trl(form: RowForm, *, apart: bool, assistant_only: bool | None) -> list[str]:
-    """What is learned otherwise than by TRL of the same rows, on purpose; `apart`: prompts have their own answers."""
+    """Describe what is learned differently from TRL, on purpose; `apart`: prompts have their own answers."""
     lines = []
     if apart and form.num_text:
         lines.append("prompt and answer are tokenised apart, as in generation")
@@ -122,7 +122,7 @@ def unlike_trl(form: RowForm, *, apart: bool, assistant_only: bool | None) -> li
 
 
 def _thinking(form: RowForm) -> list[str]:
-    """Which mode of a model that can think the rows train, where they hold turns without thoughts."""
+    """Return which mode of a thinking model the rows train, if they hold turns without thoughts."""
     total = form.turns.total()
     if form.turns["thinks"] == total:
         return []

@@ -43,7 +43,7 @@ FORM_COLUMNS = {
 
 
 def normalise_row(row: Row, where: str) -> Row:
-    """The row in our form (see the module); a row that is in it already comes back equal.
+    """Return the row in our form (see the module); a row that is already in it comes back equal.
 
     Missing values (rlqwen.data.values) are None in columns that we do not know, and no column where we do. `where`
     begins the message of a DataError: unknown role, malformed turn, or no column that we know.
@@ -71,7 +71,7 @@ def normalise_row(row: Row, where: str) -> Row:
 
 
 def _apply_system_column(row: Row, where: str) -> Row:
-    """Begin the row's turns with its system column; one that says otherwise than the system turn stays, unused."""
+    """Put the system column at the start of the turns; a column that differs from the system turn stays unused."""
     column = next((name for name in ("system", "system_prompt") if name in row), None)
     turns = row.get("prompt", row.get("messages"))
     if column is None or turns is None:
@@ -106,7 +106,7 @@ def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
 
 
 def to_prompt_row(row: Row, where: str) -> Row:
-    """A normalised row as GRPO needs it: `prompt`, and every other column.
+    """Return a normalised row as GRPO needs it: `prompt`, and every other column.
 
     Without a `prompt`, the prompt is `messages` up to its last assistant turn (all of them if it ends otherwise), or what
     Alpaca's columns ask. The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises

@@ -39,7 +39,7 @@ class Cover:
     texts: list[str] = field(default_factory=list)
 
     def pieces(self, text: str, *, in_loss: bool = False, is_barred: bool = False) -> list[Piece]:
-        """Pieces of a rendered text, hidden texts put back as ordinary text; none of them is empty."""
+        """Return pieces of a rendered text with the hidden texts put back as ordinary text; none is empty."""
         parts = re.split(f"{self.mark}(\\d+){self.mark}", text) if self.texts else [text]
         return [
             Piece(self.texts[int(part)] if place % 2 else part, place % 2 == 0, in_loss, is_barred)
@@ -56,12 +56,12 @@ class Guard:
         self._pattern = re.compile(f"(?:{'|'.join(map(re.escape, longest_first))})+" if longest_first else r"(?!)")
 
     def first(self, text: str) -> int | None:
-        """Position of the first guarded text, None if there is none."""
+        """Return the position of the first guarded text, None if there is none."""
         match = self._pattern.search(text)
         return match.start() if match else None
 
     def hide(self, value: Any) -> tuple[Any, Cover]:
-        """The value with each run of guarded texts replaced by a numbered mark, and what the marks stand for."""
+        """Replace each run of guarded texts by a numbered mark; return the value and the texts of the marks."""
         if not any(self._pattern.search(text) for text in strings(value)):
             return value, Cover()
         cover = Cover(unused_mark(strings(value)))
@@ -74,7 +74,7 @@ class Guard:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> set[str]:
-    """Texts of the special tokens that a chat template writes, and of those that begin, end, pad or stand for nothing.
+    """Return texts of special tokens that a chat template writes or that begin, end, pad or stand for nothing.
 
     `template`: the tokenizer's own by default; ChatML's tokens where there is none.
     """
@@ -90,7 +90,7 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = 
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[str]:
-    """Texts of all special tokens. Think and tool tags are none: in Qwen they are plain added tokens."""
+    """Return texts of all special tokens, without think and tool tags: Qwen has those as plain added tokens."""
     return {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
@@ -105,13 +105,13 @@ class CompletionReader:
         self._hidden = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
 
     def texts(self, token_ids: Collection[list[int]]) -> list[str]:
-        """The text of each completion."""
+        """Return the text of each completion."""
         shown = [[token for token in row if token not in self._hidden] for row in token_ids]
         return list(self._tokenizer.batch_decode(shown, skip_special_tokens=False))
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside lists and dicts, keys included."""
+    """Yield every text inside lists and dicts, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -124,7 +124,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def unused_mark(texts: Iterable[str]) -> str:
-    """A run of characters that none of the texts holds, to stand for text while a template is rendered."""
+    """Return characters that occur in none of the texts, to stand for text while a template is rendered."""
     mark, texts = MARK, list(texts)
     while any(mark in text for text in texts):
         mark += MARK

@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 
 def data_settings(config: TrainerConfig, kind: type[TrainerConfig], apart_from: Collection[str] = ()) -> dict[str, Any]:
-    """The keys of a trainer's config that its token ids may depend on: those of `kind` that not every trainer has.
+    """Return the config keys that a trainer's token ids may depend on: those of `kind` that not every trainer has.
 
     A chat template stands for its text, whatever file it is read from.
     """
@@ -33,7 +33,7 @@ def data_settings(config: TrainerConfig, kind: type[TrainerConfig], apart_from: 
 
 @dataclass(slots=True)
 class Tally:
-    """What is counted over a part of the rows, for the report."""
+    """Counts over a part of the rows, for the report."""
 
     report: DataReport = field(default_factory=DataReport)
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
@@ -46,7 +46,7 @@ class Tally:
     """The tokens that end what the model writes, each once."""
 
     def add(self, other: "Tally") -> None:
-        """Count the rows that come next."""
+        """Add the counts of the rows that come next."""
         self.report.merge(other.report)
         self.lengths += other.lengths
         self.counts.update(other.counts)
@@ -56,17 +56,17 @@ class Tally:
         self.ends += [end for end in other.ends if end not in self.ends]
 
     def name(self, kind: str, text: str) -> None:
-        """Count a row of a kind, and keep what to say of it if it is one of the first."""
+        """Count a row of a kind, and keep `text` if the row is one of the first of its kind."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED:
             self.named.setdefault(kind, []).append(text)
 
     def first_of(self, kind: str) -> str:
-        """The first few of a kind, and how many more there are."""
+        """Return the first few rows of a kind, and how many more there are."""
         return first_of(self.named[kind], self.counts[kind])
 
     def end_of_turn(self, eos: str | None) -> str | None:
-        """The token that ends turns, where rows had any, else `eos`."""
+        """Return the token that ends turns if rows had any, else `eos`."""
         return next((end for end in self.ends if end != eos), eos)
 
 
@@ -79,25 +79,25 @@ class TokenizingJob(ABC, Generic[Item]):
         self.tokenizer = tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is made of the rest at its first use."""
+        """Leave out attributes that are computed from the others at first use."""
         return {name: value for name, value in vars(self).items() if name not in ("writer", "chat", "unused")}
 
     @abstractmethod
     def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Item], Tally]:
-        """Items of the rows, of which the first has the number `start`; a bad row goes to `faults`, or is raised."""
+        """Make items of the rows, the first of which has the number `start`; add a bad row to `faults`, or raise."""
 
     @abstractmethod
     def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        """The report on all rows; a DataError, raised or noted, where they come to nothing."""
+        """Return the report on all rows; raise or note a DataError if no items remain."""
 
     @abstractmethod
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        """Say in the report what form the rows have, of which some are looked at."""
+        """Add the form of the rows to the report; only some rows are looked at."""
 
     @abstractmethod
     def settings(self) -> Any:
-        """What the items depend on beside rows and tokenizer, as JSON can hold it."""
+        """Return what the items depend on besides rows and tokenizer, as JSON values."""
 
     def present(self, stored: ArrowRows[Any], rows: Sequence[Row]) -> Sequence[Item]:
-        """The items of a file that `codec` wrote; `rows`: those that they were made of."""
+        """Return the items of a file that `codec` wrote; `rows`: the rows that they were made of."""
         return stored

@@ -14,12 +14,12 @@ _SIDES = {
 
 
 def unmapped_question(row: Row) -> str | None:
-    """Name of the column that seems to be what is asked, though it is not called `prompt`; None if there is none."""
+    """Return the column that seems to hold the question but is not called `prompt`; None if there is none."""
     return next((name for name in QUESTIONS if name != "prompt" and isinstance(row.get(name), str)), None)
 
 
 def conversation_map(row: Row) -> dict[str, str]:
-    """Column map by which a row becomes a conversation that the chat template writes; empty if none suggests itself."""
+    """Return a column map that makes the row a conversation for the chat template; empty if none is found."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     if question is None or answer in (None, question):
         return {}
@@ -29,20 +29,20 @@ def conversation_map(row: Row) -> dict[str, str]:
 
 
 def text_map(row: Row) -> dict[str, str]:
-    """Column map by which a row becomes a prompt and a completion as plain text."""
+    """Return a column map that makes the row a prompt and a completion as plain text."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     return {} if question is None or answer in (None, question) else {"prompt": question, "completion": answer}
 
 
 def prompt_map(row: Row) -> dict[str, str]:
-    """Column map by which a row becomes a prompt with, where there is an answer, its solution."""
+    """Return a column map that makes the row a prompt, with its solution if there is an answer."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     found = {"prompt": question} if question else {}
     return _without_same(found | ({"solution": answer} if found and answer not in (None, question) else {}))
 
 
 def pair_map(row: Row) -> dict[str, str]:
-    """Column map by which a row becomes a pair; empty unless both answers are found."""
+    """Return a column map that makes the row a pair; empty unless both answers are found."""
     found = {ours: _find(row, (ours, *names)) for ours, names in _SIDES.items()}
     question = _find(row, QUESTIONS)
     if None in found.values():
@@ -52,7 +52,7 @@ def pair_map(row: Row) -> dict[str, str]:
 
 
 def offer(row: Row, kind: str | None = None) -> str:
-    """Say how to map the row's columns for `sft`, `prompts` or `preference`; for None, for each that suggests itself."""
+    """Say how to map the row's columns for `sft`, `prompts` or `preference`; for None, every map that is found."""
     offers = []
     if kind in (None, "sft"):
         offers.append(("SFT of conversations", conversation_map(row)))
@@ -75,14 +75,14 @@ def offer_completion(row: Row) -> str:
 
 
 def paste(columns: dict[str, str]) -> str:
-    """Write a column map as a recipe and as the command line take it."""
+    """Write a column map in the syntax of recipes and of the command line."""
     recipe = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
     options = " ".join(f"--column {ours}={theirs}" for ours, theirs in columns.items())
     return f"columns: {{{recipe}}} ({options})"
 
 
 def _find(row: Row, names: tuple[str, ...]) -> str | None:
-    """The first of the names under which the row has a text or a number."""
+    """Return the first of the names whose column holds a text or a number."""
     return next((name for name in names if isinstance(row.get(name), str | int | float)), None)
 
 

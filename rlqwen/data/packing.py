@@ -30,7 +30,7 @@ class Bins(View[Bin]):
 
     @property
     def digest(self) -> str | None:
-        """Stands for the content, where that of the rows is known."""
+        """Return a digest of the content; None if the digest of the rows is not known."""
         inner = getattr(self.rows, "digest", None)
         if inner is None:
             return None
@@ -38,7 +38,7 @@ class Bins(View[Bin]):
 
 
 def make_bins(rows: Sequence[TokenizedRow], capacity: int | None) -> Sequence[Bin]:
-    """Bins of up to `capacity` tokens; None: one row each."""
+    """Fill bins of up to `capacity` tokens; None: one row per bin."""
     if capacity is not None:
         return fill_bins(rows, capacity)
     places = np.arange(len(rows))
@@ -46,7 +46,7 @@ def make_bins(rows: Sequence[TokenizedRow], capacity: int | None) -> Sequence[Bi
 
 
 def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> Bins:
-    """Best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
+    """Pack by best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
 
     Bins are not padded and sequences in one never see each other; only the batch size changes its meaning. Rows of the
     same length keep their order; of bins that are equally full, the first is filled.
@@ -78,7 +78,7 @@ def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> Bins:
 
 
 def count_tokens_of(rows: Sequence[TokenizedRow]) -> np.ndarray:
-    """(N,) int64: tokens of each row."""
+    """Return (N,) int64: tokens of each row."""
     if isinstance(rows, ArrowRows):
         pieces = [piece.value_lengths().to_numpy() for piece in rows.column("token_ids")]
         return np.asarray(np.concatenate(pieces), dtype=np.int64)

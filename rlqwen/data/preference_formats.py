@@ -58,7 +58,7 @@ def is_labelled(row: Row) -> bool:
 
 
 def read_columns(row: Row, *, has_turns: bool, margin: bool) -> set[str]:
-    """Columns of a normalised pair or labelled row that are read: those of its form, tools, and with `margin` that too."""
+    """Return the columns read of a normalised pair or labelled row: those of its form, tools, and `margin` if set."""
     if is_pair(row):
         read = {"prompt", *SIDES}
         scores = next((names for names in _SCORES if all(name in row for name in names)), None)
@@ -155,7 +155,7 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
 
 
 def _refuse_lost_prompt(row: Row, where: str, chosen: str) -> None:
-    """Raise DataError for answers whose prompt, or system prompt, stands in a column that would not be read."""
+    """Raise DataError for answers whose prompt or system prompt is in a column that would not be read."""
     question = unmapped_question(row)
     if question is not None and row[question].strip() not in chosen:
         raise DataError(

@@ -98,11 +98,11 @@ class AnswersJob(TokenizingJob[Item]):
 
     @abstractmethod
     def split(self, row: Row, where: str) -> list[Row]:
-        """`prompt` and `completion` of each answer of a normalised row."""
+        """Return `prompt` and `completion` of each answer of a normalised row."""
 
     @abstractmethod
     def items(self, kept: list[_Answers], tally: Tally) -> list[Item]:
-        """What rows that are kept become."""
+        """Make items of the rows that are kept."""
 
     def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Item], Tally]:
         tally = Tally(DataReport(num_rows=len(rows)))
@@ -203,7 +203,7 @@ class AnswersJob(TokenizingJob[Item]):
 
 
 class PairJob(AnswersJob[PreferenceRow]):
-    """Rows to pairs."""
+    """Job that turns rows into pairs."""
 
     codec = PairCodec()
 
@@ -225,7 +225,7 @@ class PairJob(AnswersJob[PreferenceRow]):
     def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
         report = super().finish(tally, faults)
         if isinstance(self.config, RewardConfig) and 0 < tally.counts["missing"] < report.num_kept:
-            report.warnings.append(f"no margin, hence 0, beside rows that have one: {tally.first_of('missing')}")
+            report.warnings.append(f"no margin, taken as 0, although other rows have one: {tally.first_of('missing')}")
         if tally.counts["negative"]:
             named = tally.first_of("negative")
             report.warnings.append(f"margins below 0, as if the rejected answer were better: {named}")
@@ -233,7 +233,7 @@ class PairJob(AnswersJob[PreferenceRow]):
 
 
 class LabelledJob(AnswersJob[LabelledRow]):
-    """Rows to single answers with their labels."""
+    """Job that turns rows into single answers with their labels."""
 
     codec = LabelledCodec()
 
@@ -289,7 +289,7 @@ class PreferenceWriter(Writer):
     """Writes a prompt and its answers as SFT writes a prompt and a completion."""
 
     def describe(self, report: DataReport, form: RowForm) -> None:
-        """Say in the report in what form the rows are learned."""
+        """Add to the report in what form the rows are learned."""
         hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
         other = unlike_trl(form, apart=True, assistant_only=None)
         describe(report, form, preserves=True, hint=hint, unlike_trl=other)

@@ -42,7 +42,7 @@ def tokenize_prompts(
     faults: list[DataError] | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Prompt], DataReport]:
-    """Prompts ready to sample from, with the rows' other columns for the rewards; `index` is the row's number.
+    """Return prompts ready to sample from, with the other columns for the rewards; `index` is the row's number.
 
     Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
     more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
@@ -79,7 +79,7 @@ class PromptCodec:
 
 
 class PromptJob(TokenizingJob[Prompt]):
-    """Rows to prompts."""
+    """Job that turns rows into prompts."""
 
     codec = PromptCodec()
 
@@ -182,12 +182,12 @@ class StoredPrompts(View[Prompt]):
 
     @cached_property
     def digest(self) -> str:
-        """Stands for all of the content, the rows' other columns too."""
+        """Return a digest of all of the content, including the rows' other columns."""
         return hashlib.blake2b(f"{self.stored.digest}{content_digest(self.rows)}".encode(), digest_size=16).hexdigest()
 
 
 def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
-    """The prompt of row `index`, which is one of these; all rows of a dataset are in their order."""
+    """Return the prompt of row `index`, which must be one of these; a dataset's rows are in order."""
     if not isinstance(prompts, View):
         return next(prompt for prompt in prompts if prompt.index == index)
     place: int = bisect_left(prompts, index, key=lambda prompt: prompt.index)
@@ -196,19 +196,19 @@ def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
 
 
 def longest_prompt(prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt; 0 for none."""
+    """Return the number of tokens of the longest prompt; 0 for none."""
     if isinstance(prompts, StoredPrompts):
         return max(pc.max(piece.value_lengths()).as_py() or 0 for piece in prompts.stored.column("token_ids"))
     return max((len(prompt.token_ids) for prompt in prompts), default=0)
 
 
 def prompt_row(number: int, row: Row) -> Row:
-    """A row as rewards see it, with its prompt."""
+    """Return a row as rewards see it, with its prompt."""
     return to_prompt_row(normalise_row(row, f"row {number}"), f"row {number}")
 
 
 def to_prompt(number: int, token_ids: list[int], row: Row, opens_reasoning: bool) -> Prompt:
-    """Put a prompt together; `row` is of `prompt_row`, and is used up."""
+    """Build a prompt; `row` comes from `prompt_row` and is modified."""
     content = row.pop("prompt")
     return Prompt(number, token_ids, content, row, opens_reasoning=opens_reasoning)
 

@@ -55,7 +55,7 @@ class DataReport:
         return len(self.rows.get(fate, ()))
 
     def name_unused(self, taken: Collection[str] | None = ()) -> None:
-        """Note columns and keys of turns that are not used; `taken`: columns that something else reads, None: all."""
+        """Note unused columns and keys of turns; `taken`: columns that something else reads, None: all."""
         columns = [] if taken is None else [name for name in self.columns if name not in taken]
         line = unused_line(columns, self.turn_keys)
         self.notes += [line] if line else []
@@ -81,7 +81,7 @@ class DataReport:
         return self.count("equal_sides")
 
     def merge(self, other: "DataReport") -> None:
-        """Add the counts of the rows that come next; shares and percentiles are for who knows all rows."""
+        """Add the counts of the rows that come next; shares and percentiles need all rows and are left out."""
         for count in ("num_rows", "num_kept", "num_cut_tokens", "num_dropped_tokens", "num_tokens", "num_loss_tokens"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
         for fate, numbers in other.rows.items():
@@ -93,7 +93,7 @@ class DataReport:
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def plain(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it; what `of_plain` takes."""
+        """Return the whole report as JSON values; `of_plain` reads it back."""
         return asdict(self)
 
     @classmethod
@@ -119,7 +119,7 @@ class DataReport:
 
 
 def first_of(items: Sequence[str], count: int | None = None) -> str:
-    """The first few, and how many more there are of `count` (None: of these)."""
+    """Return the first few, and how many more there are of `count` (None: of these)."""
     count = len(items) if count is None else count
     more = f" and {count - NAMED} more" if count > NAMED else ""
     return ", ".join(items[:NAMED]) + more

@@ -29,7 +29,7 @@ _TAG = "__rlqwen_type__"
 
 
 class RowCodec:
-    """One JSON text per row: Arrow's own columns would fill up rows of different keys, and mix types."""
+    """Codec of one JSON text per row, because Arrow columns would fill in missing keys and mix types."""
 
     schema: ClassVar[pa.Schema] = pa.schema([("row", pa.large_binary())])
 
@@ -37,7 +37,7 @@ class RowCodec:
         return self.batch([encode_row(row) for row in items])
 
     def batch(self, texts: Sequence[bytes]) -> pa.RecordBatch:
-        """A batch of rows that are JSON already."""
+        """Return a batch of rows that are already JSON."""
         return pa.record_batch([pa.array(texts, pa.large_binary())], schema=self.schema)
 
     def decode(self, batch: pa.RecordBatch, place: int) -> Row:
@@ -49,12 +49,12 @@ class RowCodec:
 
 
 def encode_row(row: Row) -> bytes:
-    """A row as JSON; TypeError for a value that would not come back."""
+    """Return a row as JSON; raise TypeError for a value that could not be read back."""
     return json.dumps(row, ensure_ascii=False, default=_tag).encode("utf-8", "surrogatepass")
 
 
 def _tag(value: Any) -> dict[str, Any]:
-    """What Parquet has and JSON has not."""
+    """Encode a value that Parquet has and JSON does not."""
     if isinstance(value, bytes):
         return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
     if isinstance(value, decimal.Decimal):
@@ -81,7 +81,7 @@ def _untag(value: dict[str, Any]) -> Any:
 
 
 def keep_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequence[Row]:
-    """All rows of an iterator: a list of a few, or else an Arrow file in the cache, named by its content."""
+    """Return all rows of an iterator: few as a list, many as an Arrow file in the cache, named by its content."""
     first = list(islice(rows, STORED_FROM))
     if len(first) < STORED_FROM:
         return first
@@ -99,7 +99,7 @@ def keep_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Seque
 
 
 def _encoded(rows: Iterable[Row], digest: Any) -> Iterator[list[bytes]]:
-    """JSON texts in batches, each fed to the digest."""
+    """Yield JSON texts in batches, and feed each to the digest."""
     stream = iter(rows)
     while batch := list(islice(stream, BATCH)):
         texts = []
@@ -125,7 +125,7 @@ class GivenRows(View[Row]):
         return normalise_row(self._raw(place), f"row {place}")
 
     def chunk(self, start: int, stop: int) -> list[Row]:
-        """Rows as they stand in the data, for who brings them into our form."""
+        """Return rows as they are in the data, not yet in our form."""
         return [self._raw(place) for place in range(start, stop)]
 
     def _raw(self, place: int) -> Row:
@@ -155,12 +155,12 @@ class TableRows(GivenRows):
 
 
 def chunk_of(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
-    """Some rows, in our form or as their source has them, whichever is cheaper."""
+    """Return some rows, in our form or as their source has them, whichever is cheaper."""
     return rows.chunk(start, stop) if isinstance(rows, GivenRows) else list(rows[start:stop])
 
 
 def content_digest(rows: Sequence[Row]) -> str:
-    """Digest of all rows in order; read off what is known of them where that will do."""
+    """Return a digest of all rows in order; known digests are reused where possible."""
     if isinstance(rows, ArrowRows):
         return rows.digest
     digest = hashlib.blake2b(type(rows).__name__.encode(), digest_size=16)
@@ -182,7 +182,7 @@ def _loosely(value: Any) -> bytes:
 
 
 def folder_of(rows: Sequence[Row]) -> Path | None:
-    """The folder of the cache that rows lie in, behind whatever views; None if they lie elsewhere."""
+    """Return the cache folder that holds the rows, looking through all views; None if they are elsewhere."""
     if isinstance(rows, ArrowRows):
         return rows.path.parent
     parts = rows.parts if isinstance(rows, Joined) else [rows.rows] if isinstance(rows, Selected | Overlaid) else []

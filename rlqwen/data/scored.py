@@ -37,7 +37,7 @@ def scored_pieces(
     *,
     is_sampled: bool = False,
 ) -> list[Piece]:
-    """What a reward model reads of a prompt and an answer to it; text is put together as it is, without an EOS token.
+    """Return what a reward model reads of a prompt and its answer; text is joined as it is, without an EOS token.
 
     It is one piece, but for control tokens that someone wrote: in turns they are text, and in an answer that is text
     too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
@@ -78,7 +78,7 @@ def tokenize_scored(
 
 
 class ScoredJob(PairJob):
-    """Rows to pairs that a reward model reads."""
+    """Job that turns rows into pairs that a reward model reads."""
 
     @cached_property
     def writer(self) -> "PairWriter":
@@ -111,7 +111,7 @@ class _ScoredWriter(Writer):
         ]
 
     def describe(self, report: DataReport, form: RowForm) -> None:
-        """Say in the report that rows are plain text; all of a conversation is read, with thoughts or without."""
+        """Say in the report that rows are plain text; a conversation is read in full, with or without thoughts."""
         hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
         text = RowForm(num_rows=form.num_rows, num_text=form.num_text)
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])

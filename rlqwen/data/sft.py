@@ -38,7 +38,7 @@ class SFTWriter(Writer):
         return [pieces]
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        """Say in the report in what form the rows are learned."""
+        """Add to the report in what form the rows are learned."""
         config = self._config
         form = look_at(rows, self._note_form)
         hint = "for a chat model make them turns: columns: {instruction: the column of the question, output: that of the answer}"
@@ -116,7 +116,7 @@ class SFTWriter(Writer):
 
 
 def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
-    """DataError for a mark that would not be followed: all is learned but assistant turns that are marked."""
+    """Raise DataError for a mark without effect: all turns are learned except marked assistant turns."""
     marked = next((turn["role"] for turn in messages if "in_loss" in turn and turn["role"] != "assistant"), None)
     if marked is not None:
         raise DataError(
@@ -126,5 +126,5 @@ def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
 
 
 def all_in_loss(pieces: list[Piece]) -> list[Piece]:
-    """The same text, all of it learned but for the turns that the row says must not be."""
+    """Return the same text, all of it learned except the turns that the row excludes."""
     return [replace(piece, in_loss=not piece.is_barred) for piece in pieces]

@@ -32,7 +32,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_rows(
     source: SourceConfig | list[SourceConfig], *, seed: int, cache_dir: str | Path | None = None
 ) -> Sequence[Row]:
-    """All rows of a source, or of several mixed; each in the form that rlqwen.data.formats describes.
+    """Load all rows of a source, or of a mixture of sources, in the form that rlqwen.data.formats describes.
 
     Many rows are written to an Arrow file in the data cache (`cache_dir`), and read from there when they are asked for.
 
@@ -51,7 +51,7 @@ def load_rows(
 
 
 def stream_rows(source: SourceConfig) -> StreamedRows:
-    """The rows of a source as a stream; each is brought into our form when it is read."""
+    """Return the rows of a source as a stream; each row is brought into our form when it is read."""
 
     def begin(epoch: int) -> Iterator[tuple[str, Row]]:
         return islice(_read_source(source), source.limit)
@@ -62,7 +62,7 @@ def stream_rows(source: SourceConfig) -> StreamedRows:
 
 
 def as_rows(data: Any) -> Sequence[Row]:
-    """Rows of what a script passes as a dataset: datasets.Dataset, or any sized sequence of dicts; in our form.
+    """Return rows, in our form, of a script's dataset: datasets.Dataset, or any sized sequence of dicts.
 
     Many rows stay where they are, and come into our form when they are asked for. Raises DataError for a stream, a DatasetDict, or an empty dataset.
     """

@@ -23,12 +23,12 @@ class StreamedRows:
         self.name, self._begin, self._prepare = name, begin, prepare
 
     def read(self, epoch: int, start: int = 0) -> Iterator[Row]:
-        """Rows of a pass, from number `start` on; those before it are not looked at."""
+        """Yield the rows of a pass from number `start` on; earlier rows are skipped without preparing them."""
         rows = islice(self._begin(epoch), start, None)
         return (self._prepare(number, row) for number, row in enumerate(rows, start))
 
     def first(self, count: int) -> list[Row]:
-        """The first rows, for who wants to see what they are like; DataError if there are none."""
+        """Return the first rows, to check their form; raise DataError if there are none."""
         rows = list(islice(self.read(0), count))
         if not rows:
             raise DataError(f"{self.name} holds no rows")
@@ -36,14 +36,14 @@ class StreamedRows:
 
 
 def as_stream(data: Any) -> StreamedRows | None:
-    """The stream that a dataset is; None if it is none."""
+    """Return the stream that a dataset is; None if it is not a stream."""
     if isinstance(data, StreamedRows):
         return data
     if hasattr(data, "__len__") or not (hasattr(data, "__iter__") and hasattr(data, "set_epoch")):
         return None
 
     def begin(epoch: int) -> Iterator[Any]:
-        data.set_epoch(epoch)  # a stream that shuffles does so anew
+        data.set_epoch(epoch)  # a stream that shuffles shuffles again
         return iter(data)
 
     schema = data.features.arrow_schema if getattr(data, "features", None) else None

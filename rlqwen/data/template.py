@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load_chat_template(path: str) -> str:
-    """Text of a chat template: `path` is a Jinja file, or a model folder or hub id whose tokenizer has one."""
+    """Load a chat template: `path` is a Jinja file, or a model folder or hub id whose tokenizer has one."""
     if Path(path).is_file():
         return Path(path).read_text("utf-8")
     if path.endswith((".jinja", ".jinja2")):
@@ -29,7 +29,7 @@ def load_chat_template(path: str) -> str:
 
 
 def default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Text of the tokenizer's chat template; ModelError if it has none."""
+    """Return the tokenizer's chat template; raise ModelError if it has none."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")

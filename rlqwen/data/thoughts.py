@@ -6,7 +6,7 @@ _TOOL_RESULT = ("<tool_response>", "</tool_response>")
 
 
 def thoughts_of(message: Message) -> str:
-    """An assistant's thoughts without blanks around them, empty if there are none; read as Qwen's templates read them."""
+    """Return an assistant's thoughts, stripped, empty if there are none; read as Qwen's templates read them."""
     thoughts = message.get("reasoning_content")
     if isinstance(thoughts, str):
         return thoughts.strip()
@@ -15,12 +15,12 @@ def thoughts_of(message: Message) -> str:
 
 
 def is_cut_thought(content: str) -> bool:
-    """True for an answer that begins to think and never ends it, as a sample that was cut off."""
+    """Return whether an answer begins a thought and never ends it, as a truncated sample does."""
     return content.lstrip().startswith("<think>") and "</think>" not in content
 
 
 def thoughts_in_content(message: Message) -> Message:
-    """The message with the thoughts of `reasoning_content` in front of its answer, in think tags."""
+    """Return the message with the thoughts of `reasoning_content` before its answer, in think tags."""
     thoughts = thoughts_of(message) if message.get("reasoning_content") else ""
     rest: Message = {key: value for key, value in message.items() if key != "reasoning_content"}
     if not thoughts:
@@ -29,7 +29,7 @@ def thoughts_in_content(message: Message) -> Message:
 
 
 def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:
-    """The conversation without the thoughts of assistant turns before the last question, which Qwen3's template drops.
+    """Drop thoughts of assistant turns before the last question, as Qwen3's template does.
 
     A tool's result is no question: a turn that thinks and calls a tool keeps its thoughts until the user speaks again.
     """

@@ -66,7 +66,7 @@ def tokenize_sft(
 
 
 class SFTJob(TokenizingJob[TokenizedRow]):
-    """Rows to training sequences."""
+    """Job that turns rows into training sequences."""
 
     codec = SequenceCodec()
 

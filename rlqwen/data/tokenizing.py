@@ -45,7 +45,7 @@ _PROGRESS_AFTER_S = 3.0
 
 @dataclass(slots=True)
 class Chunk:
-    """What a job made of some rows, as it goes from process to process and to disk."""
+    """Result of a job for some rows, in the form that is sent between processes and written to disk."""
 
     batch: pa.RecordBatch
     tally: Tally
@@ -54,7 +54,7 @@ class Chunk:
 
 
 def run_chunk(job: TokenizingJob[Any], start: int, rows: Sequence[Row], collects_faults: bool) -> Chunk:
-    """Do a part of a job; raises the first fault unless faults are collected."""
+    """Run a part of a job; raise the first fault unless faults are collected."""
     faults: list[DataError] = []
     items, tally = job.run(start, rows, faults if collects_faults else None)
     return Chunk(job.codec.encode(items), tally, faults, len(rows))
@@ -67,7 +67,7 @@ def tokenize_all(
     faults: list[DataError] | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Item], DataReport]:
-    """Items of all rows in order, and the report on them; a bar appears when it takes long on a terminal.
+    """Return items of all rows in order, and the report on them; long work shows a bar on a terminal.
 
     From `STORED_FROM` rows on, the items lie in an Arrow file in the data cache, and the same rows, tokenizer and
     settings find them there again. `num_proc`: processes; None: one, or for very many rows one per CPU. Raises the
@@ -115,7 +115,7 @@ def _in_memory(
 def _write(
     path: Path, rows: Sequence[Row], job: TokenizingJob[Any], faults: list[DataError] | None, num_proc: int | None
 ) -> tuple[str, DataReport]:
-    """Write the file; returns a digest of its content and the report."""
+    """Write the file; return a digest of its content and the report."""
     total, digest = Tally(), hashlib.blake2b(digest_size=16)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -132,7 +132,7 @@ def _write(
 
 
 def _feed(digest: Any, batch: pa.RecordBatch) -> None:
-    """By value, for the bytes of a file may change with the version of Arrow."""
+    """Feed values to the digest, because the bytes of a file may change with the version of Arrow."""
     for column in batch.columns:
         digest.update(repr(column.type).encode())
         while pa.types.is_list(column.type):
@@ -175,13 +175,13 @@ def _run_parts(
 
 
 def digest_of_job(rows: Sequence[Row], job: TokenizingJob[Any]) -> str:
-    """Digest of all that the items depend on: rows, tokenizer, settings, and the code that makes one of the other."""
+    """Digest all that the items depend on: rows, tokenizer, settings, and the code that makes the items."""
     parts = [type(job).__name__, job.settings(), content_digest(rows), digest_vocabulary(job.tokenizer), _code_digest()]
     return hashlib.blake2b(json.dumps(parts, default=repr).encode(), digest_size=16).hexdigest()
 
 
 def digest_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Digest of a tokenizer: vocabulary, merges, normaliser, added and special tokens, chat template."""
+    """Digest a tokenizer: vocabulary, merges, normaliser, added and special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = json.dumps(
         [
@@ -208,7 +208,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
 def count_processes(num_proc: int | None, num_rows: int) -> int:
-    """How many processes to tokenise in; None: as many as this rank's share of the CPUs where it is worth it."""
+    """Return the number of tokenising processes; None: this rank's share of the CPUs if there are many rows."""
     if num_proc is not None:
         return num_proc
     if num_rows < PARALLEL_FROM:

@@ -43,7 +43,7 @@ def normalise_messages(messages: Any, where: str, column: str) -> list[Message]:
 
 
 def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
-    """Instruction and input, a line break between them, are the user's turn; `history` holds earlier pairs, or turns.
+    """Join instruction and input by a line break into the user's turn; `history` holds earlier pairs, or turns.
 
     The answer is `output`, where there is one.
     """
@@ -78,7 +78,7 @@ def with_system(messages: list[Message], system_prompt: str | None) -> list[Mess
 
 
 def without_marks(messages: Any) -> Any:
-    """Turns without `in_loss`, which is for training alone; text as it is."""
+    """Return turns without `in_loss`, which only training reads; text is returned unchanged."""
     if not isinstance(messages, list) or not any("in_loss" in turn for turn in messages):
         return messages
     return [{key: value for key, value in turn.items() if key != "in_loss"} for turn in messages]
@@ -98,7 +98,7 @@ def normalise_tools(tools: Any, where: str) -> list[Any]:
 
 
 def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, bool]:
-    """(the turn in our form, whether it is a call that belongs to the assistant's turn before it)"""
+    """Return the turn in our form, and whether it is a call that belongs to the assistant's turn before it."""
     turn = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
     if "role" not in turn and "from" in turn:
         if column == "messages":
@@ -133,7 +133,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
 
 
 def _join_thoughts(turn: Message, place: str) -> None:
-    """Bring thoughts to `reasoning_content`, in place."""
+    """Move thoughts to `reasoning_content`, in place."""
     found = {key: turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str)}
     texts = {text for text in found.values() if text}
     if len(texts) > 1:
@@ -145,7 +145,7 @@ def _join_thoughts(turn: Message, place: str) -> None:
 
 
 def _mark_loss(turn: Message, place: str) -> None:
-    """Bring what says that a turn must not be learned to `in_loss: False`, in place.
+    """Replace any mark that a turn must not be learned by `in_loss: False`, in place.
 
     A mark that a turn of another role is to be learned stays as it stands, and is named as not used.
     """
@@ -165,7 +165,7 @@ def _mark_loss(turn: Message, place: str) -> None:
 
 
 def as_text(row: dict[str, Any], column: str, where: str) -> str:
-    """A column's text, or number as text; DataError for a list or an object, whose Python form nobody wants learned."""
+    """Return a column's text, or number as text; raise DataError for a list or an object, which is not text."""
     if isinstance(row[column], dict | list | tuple):
         raise DataError(f"{where}: column {column!r} must be text, not {row[column]!r:.80}")
     return str(row[column])

@@ -38,7 +38,7 @@ class Unused:
         conversations: Iterable[list[Message]] = (),
         render: Render | None = None,
     ) -> None:
-        """Count a normalised row, of which the columns `read` are read, and of whose turns the template reads some keys."""
+        """Count columns of a normalised row outside `read`, and keys of turns that the template does not read."""
         self.columns.update(name for name, value in row.items() if name not in read and value is not None)
         unread: set[str] = set()
         for messages in conversations:
@@ -50,7 +50,7 @@ class Unused:
         self.keys.update(unread)
 
     def note_prompt(self, given: Row, row: Row, render: Render | None = None) -> None:
-        """Count a normalised row and the `row` that `to_prompt_row` made of it, whose columns are the rewards' to read."""
+        """Count a normalised row and the `row` that `to_prompt_row` made of it, whose columns rewards may read."""
         has_solution = given.get("solution") is not None
         left: Row = {"completion": True} if has_solution and "completion" in given else {}
         if "prompt" in given:
@@ -64,14 +64,14 @@ class Unused:
             self.note(row | left, ("prompt", "tools"), [prompt], render)
 
     def take(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(columns, keys of turns) since the last call, each with the number of rows."""
+        """Return (columns, keys of turns) since the last call, each with its number of rows."""
         taken = dict(self.columns), dict(self.keys)
         self.columns, self.keys = Counter(), Counter()
         return taken
 
 
 def unused_line(columns: Collection[str], keys: Collection[str]) -> str | None:
-    """One line for people; None where all is used."""
+    """Return one line for users; None if everything is used."""
     parts = [
         f"{what} not used: {', '.join(map(str, names))}"
         for what, names in (("columns", columns), ("keys of turns", sorted(keys)))
@@ -81,7 +81,7 @@ def unused_line(columns: Collection[str], keys: Collection[str]) -> str | None:
 
 
 def _keys(message: Message) -> set[str]:
-    """Keys of a turn and of its calls that have no meaning of their own here."""
+    """Return the keys of a turn and of its calls that have no meaning of their own here."""
     keys = set(message) - _READ_KEYS
     for call in message.get("tool_calls") or ():
         keys.update(_CALL + key for key in call if key not in _READ_CALL_KEYS)
@@ -90,7 +90,7 @@ def _keys(message: Message) -> set[str]:
 
 
 def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
-    """(role, key) of everything that a rendering of the turns asks for; what says whether a turn is learned is none."""
+    """Return (role, key) of everything that a rendering of the turns reads, without marks of learned turns."""
     from jinja2 import TemplateError
 
     asked: set[tuple[str, str]] = set()
@@ -110,7 +110,7 @@ def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
 
 
 class _Watched(dict[str, Any]):
-    """Notes which of its keys are asked for."""
+    """Dict that notes which of its keys are read."""
 
     def __init__(self, values: Row, role: str, prefix: str, asked: set[tuple[str, str]]) -> None:
         super().__init__(values)

@@ -24,7 +24,7 @@ _BESIDE_A_NULL = {"type", "title", "description", "const"}
 
 
 def plain_row(row: Row, where: str) -> Row:
-    """Copy a row, with missing values as None and numpy's scalars and arrays as Python's.
+    """Copy a row: missing values become None, numpy scalars and arrays become Python's.
 
     Missing are NaN, NaT and NA, as a pandas table has them, at any depth. Raises DataError for half a surrogate pair.
     """
@@ -35,7 +35,7 @@ def plain_row(row: Row, where: str) -> Row:
 
 
 def parse_turns(value: Any, where: str, column: str) -> Any:
-    """Turns that stand in a text as JSON, or as Python writes them; any other value, and any other text, as it is.
+    """Parse turns in a text, as JSON or as Python writes them; other values and texts are returned unchanged.
 
     Raises DataError for a text that begins as turns do and cannot be read.
     """
@@ -56,7 +56,7 @@ def parse_turns(value: Any, where: str, column: str) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    """Whether an object is a turn, and not what a prompt or an answer in JSON happens to look like."""
+    """Return whether an object is a turn, rather than a prompt or an answer that happens to be JSON."""
     return (
         isinstance(value, dict)
         and _TURN_KEYS.issuperset(value)
@@ -66,7 +66,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def without_filling(row: Row, schema: Any = None) -> Row:
-    """Return a row of an Arrow table without the nulls by which Arrow gives each object the fields of all of them.
+    """Return a row of an Arrow table without the nulls that Arrow adds to give all objects the same fields.
 
     In turns and tools only: a tool call of one argument would otherwise show the arguments of every other tool. A null
     in a tool's schema stays where it is meant, as far as a table shows it: `default` and `example` of a property that may
@@ -98,7 +98,7 @@ def _plain(value: Any, where: str, column: str) -> Any:
 
 
 def _refuse_surrogates(text: str, where: str, column: str) -> None:
-    """Half a surrogate pair, as a JSON escape can make it, is no character: no tokenizer and no file takes it."""
+    """Raise DataError for half a surrogate pair (from a JSON escape), which no tokenizer or file accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -117,7 +117,7 @@ def _without_nones(value: Any) -> Any:
 
 
 def _tool_schema(value: Any, field: Any, is_required: bool = False) -> Any:
-    """A tool, or a part of its schema, without filling. `field`: its pyarrow type, where known."""
+    """Return a tool, or a part of its schema, without filling. `field`: its pyarrow type, where known."""
     if isinstance(value, list | tuple):
         return [_tool_schema(one, _item_type(field)) for one in value]
     if not isinstance(value, dict):

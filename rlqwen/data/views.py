@@ -19,7 +19,7 @@ class View(Sequence[Item]):
 
     @abstractmethod
     def item(self, place: int) -> Item:
-        """Give the item at `place`, 0 <= place < len(self)."""
+        """Return the item at `place`, 0 <= place < len(self)."""
 
     @overload
     def __getitem__(self, place: int) -> Item: ...
@@ -73,7 +73,7 @@ class Joined(View[Item]):
 
 
 class Mapped(View[Item], Generic[Source, Item]):
-    """What `function` makes of each item, computed anew whenever it is asked for."""
+    """Results of `function` for each item, computed again on every access."""
 
     def __init__(self, rows: Sequence[Source], function: Callable[[Source], Item]) -> None:
         self.rows, self.function = rows, function

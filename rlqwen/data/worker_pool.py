@@ -24,7 +24,7 @@ _AHEAD = 2
 
 
 class CannotTravel(Exception):
-    """The job cannot be sent to another process."""
+    """Error for a job that cannot be sent to another process."""
 
 
 class Worker:
@@ -50,20 +50,20 @@ class Worker:
         self._connection.send_bytes(job)
 
     def run(self, message: bytes) -> Any:
-        """What the worker answers; raises what it raised."""
+        """Return the worker's answer; raise what it raised."""
         try:
             self._connection.send_bytes(message)
             succeeded, answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise ResourceError(
-                "a process that tokenises has ended, perhaps for want of memory: set dataset_num_proc to fewer"
+                "a process that tokenises has ended, perhaps out of memory: lower dataset_num_proc"
             ) from None
         if not succeeded:
             raise answer
         return answer
 
     def close(self) -> None:
-        """End the process; once."""
+        """End the process; may be called once."""
         with contextlib.suppress(OSError):
             self._connection.close()
         self._process.kill()
@@ -86,7 +86,7 @@ class WorkerPool:
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
 
     def map(self, parts: Iterator[tuple[int, Sequence[Row]]]) -> Iterator[Any]:
-        """What becomes of each part, in order; no more than a few parts are in memory."""
+        """Yield the result of each part, in order; only a few parts are in memory."""
         waiting: deque[Future[Any]] = deque()
         for part in parts:
             waiting.append(self._threads.submit(self._run, pickle.dumps(part)))
@@ -96,7 +96,7 @@ class WorkerPool:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """End all workers, whatever they do."""
+        """End all workers, whatever they are doing."""
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(cancel_futures=True)
@@ -127,7 +127,7 @@ def main(descriptor: int) -> None:
 
 
 def _portable(error: Exception) -> bytes:
-    """An error that comes back as itself, or as one that tells of it."""
+    """Pickle an error; one that cannot be pickled becomes a RuntimeError with its text."""
     try:
         answer = pickle.dumps((False, error))
         pickle.loads(answer)

@@ -55,12 +55,12 @@ class Writer:
         return [self._vocab[token] for token in (self._eos, self.end_token)]
 
     def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
-        """Count what a row that has been written holds beside the columns `read` and what the template reads of turns."""
+        """Count what a written row holds besides the columns `read` and the keys that the template reads."""
         self.unused.note(row, read, conversations, self.format.render if "format" in vars(self) else None)
 
     @cached_property
     def empty_answers(self) -> set[tuple[int, ...]]:
-        """Token ids of answers that end at once: the end token alone, or, as the template writes it, after no thoughts."""
+        """Return token ids of empty answers: the end token alone, or as the template writes it, without thoughts."""
         empty = [[Piece(self._eos, True)]]
         if "format" in vars(self):
             empty.append([piece for piece in self.format.empty_answer() if piece.in_loss])

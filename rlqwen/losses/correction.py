@@ -9,7 +9,7 @@ from rlqwen.losses.reduction import Metrics, required, sequence_sum
 
 
 def compare_with_sampler(old_logp_N: Tensor, batch: PackedBatch, config: OnlineConfig) -> tuple[Tensor | None, Metrics]:
-    """Weights that correct for the sampler, or None where they are off, and sums over tokens for the metrics.
+    """Return weights that correct for the sampler (None if off), and sums over tokens for the metrics.
 
     `old_logp_N`: the policy's before the update. They and the sampler's are compared as what they are of: the same
     distribution, truncated the same way (`batch.log_kept_N`). Where the sampler also shaped it otherwise, such as by a
@@ -28,8 +28,8 @@ def compare_with_sampler(old_logp_N: Tensor, batch: PackedBatch, config: OnlineC
 
 
 def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: OnlineConfig) -> Tensor:
-    """(N,) weights that correct for the sampler's distribution not being the trainer's (truncated importance
-    sampling, https://fengyao.notion.site/off-policy-rl; masking, arXiv 2510.18855).
+    """Return (N,) weights that correct for the difference between the sampler's and the trainer's distributions
+    (truncated importance sampling, https://fengyao.notion.site/off-policy-rl; masking, arXiv 2510.18855).
 
     The ratio exp(logp - sampler_logp), of each token or of the whole completion, is truncated to
     [clip_min, clip_max], or set to 0 outside of it. `logp_N` is the policy's before the update, without gradient, of a

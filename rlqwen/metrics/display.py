@@ -173,7 +173,7 @@ class Progress:
         return self._clock() - self._start
 
     def remaining(self) -> float | None:
-        """Seconds to go, 0 at the end; None until two steps have followed the first one seen, which warms up."""
+        """Return the seconds left, 0 at the end; None until two steps follow the first one seen (warm-up)."""
         step, now = self._latest
         if step >= self._total_steps:
             return 0.0

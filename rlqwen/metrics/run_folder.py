@@ -44,7 +44,7 @@ def mark_run_folder(folder: Path) -> None:
 
 
 def move_run_aside(folder: Path) -> Path | None:
-    """Move what a run left there into `previous-N` of the folder, and return that; None if there was nothing."""
+    """Move the files of an earlier run into `previous-N` of the folder, and return that; None if there are none."""
     if not find_run_files(folder):
         return None
     refuse_unmarked(folder)
@@ -60,7 +60,7 @@ def move_run_aside(folder: Path) -> Path | None:
 
 
 def refuse_unmarked(path: str | Path) -> None:
-    """Raises ConfigError if the folder holds files under a run's names that no run wrote."""
+    """Raise ConfigError if the folder holds files under a run's names that no run wrote."""
     found = find_run_files(path)
     if found and not (Path(path) / RUN_MARKER).exists():
         raise ConfigError(
@@ -70,7 +70,7 @@ def refuse_unmarked(path: str | Path) -> None:
 
 
 def refuse_needed_inside(path: str | Path, needed: Mapping[str, str]) -> None:
-    """Raises ConfigError if the run needs something that lies in the folder which it is to clear.
+    """Raise ConfigError if the run needs something that is in the folder that it will clear.
 
     `needed`: key of the config -> file or folder that it names; what is not there is passed over.
     """
@@ -87,7 +87,7 @@ def refuse_needed_inside(path: str | Path, needed: Mapping[str, str]) -> None:
 
 
 def refuse_used_folder(path: str | Path, *, overwrite: bool, apart_from: Collection[str] = ()) -> None:
-    """Raises ConfigError if the folder holds a run and may not be overwritten, or one that is still going on.
+    """Raise ConfigError if the folder holds a run and may not be overwritten, or a run that still goes on.
 
     `apart_from`: files that are no sign of a run here. `overwrite`: the run there may be moved aside, or gone on with.
     """
@@ -97,7 +97,7 @@ def refuse_used_folder(path: str | Path, *, overwrite: bool, apart_from: Collect
         raise ConfigError(
             f"output_dir {str(path)!r} holds a run already (found {', '.join(found)}): choose another folder, "
             "go on from its last checkpoint with --resume, or set train.overwrite_output_dir=true to move that run "
-            "aside and start anew"
+            "aside and start again"
         )
 
 

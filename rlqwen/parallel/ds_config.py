@@ -17,7 +17,7 @@ def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
 
 
 def check_batch_size(args: TrainerConfig, data_size: int) -> int:
-    """Sequences of an update, over all ranks; ConfigError if a ds_config says another number."""
+    """Return the sequences per update over all ranks; raise ConfigError if a ds_config says another number."""
     given = read_ds_config(args.parallel.deepspeed or {}).get("train_batch_size", AUTO)
     size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     whole = size * accumulation * data_size
@@ -30,7 +30,7 @@ def check_batch_size(args: TrainerConfig, data_size: int) -> int:
 
 
 def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int, dtype: str) -> dict[str, Any]:
-    """The ds_config that an engine is made with: what of the user's it carries out, without "auto".
+    """Return the ds_config for an engine: the keys that it carries out of the user's, without "auto".
 
     `dtype`: `fp32`, `bf16` or `fp16`; `data_size`: ranks that see different rows.
 

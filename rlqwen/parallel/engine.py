@@ -109,7 +109,7 @@ class Engine:
         return bool(self.engine.bfloat16_enabled() or self.engine.fp16_enabled())
 
     def master_of(self, parameter: nn.Parameter) -> Tensor:
-        """The float32 weight that the optimizer keeps; on all ranks together."""
+        """Return the float32 weight that the optimizer keeps; call it on all ranks together."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
@@ -133,7 +133,7 @@ class Engine:
         yield f"{name}/step", torch.as_tensor(step)
 
     def restore_weights(self) -> None:
-        """Take over weights that were written into the model; those that it rounds came by `set_master`."""
+        """Adopt weights that were written into the model; rounded ones are set by `set_master` instead."""
         if not self.keeps_master:
             self.zero.refresh_fp32_params()
 
@@ -167,7 +167,7 @@ class Engine:
         self.zero.set_local_hp_param(padded.to(self.engine.device), parameter, key)
 
     def _link(self) -> None:
-        """Let parameters find their moments, which DeepSpeed does once, when the first group alone has any."""
+        """Link parameters to their moments again; DeepSpeed does so only once, when only the first group has any."""
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
@@ -179,8 +179,8 @@ class Engine:
 
 
 def _rounded_by(config: dict[str, Any], parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """The weights that the engine's dtype cannot hold, as they are: DeepSpeed makes the optimizer's from what it has
-    rounded, so that a model would change before its first update."""
+    """Return exact copies of the weights that the engine's dtype cannot hold, because DeepSpeed makes the optimizer's
+    weights from rounded ones, and the model would change before its first update."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((dtype for key, dtype in dtypes.items() if config[key]["enabled"]), torch.float32)
     return [

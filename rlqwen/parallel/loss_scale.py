@@ -5,7 +5,7 @@ from typing import Any
 
 
 class LossScale:
-    """Doubles when nothing has overflowed for a while, halves when something did (arXiv 1710.03740); 1 without float16.
+    """Dynamic loss scale: doubles after a while without overflow, halves on one (arXiv 1710.03740); 1 without fp16.
 
     Keys of `settings` are those of a ds_config's `fp16`: `loss_scale` (0: as above), `initial_scale_power`,
     `loss_scale_window`, `min_loss_scale`, `hysteresis` (overflows until it halves; 1 here, 2 in DeepSpeed),

@@ -16,7 +16,7 @@ from rlqwen.errors import ConfigError
 
 
 def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_updates: int) -> list[Any]:
-    """A schedule for each optimizer, which scales the learning rates of its groups alike.
+    """Build a schedule for each optimizer, which scales the learning rates of its groups alike.
 
     Raises ConfigError for arguments that it does not take.
     """
@@ -41,7 +41,7 @@ def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_upd
 
 
 def deepspeed_ratio(section: dict[str, Any], args: TrainerConfig, total_updates: int) -> Callable[[int], float]:
-    """The rate of each update, from 0, as a share of the learning rate, computed by DeepSpeed's own class.
+    """Return the rate per update, from 0, as a share of the learning rate, computed by DeepSpeed's own class.
 
     "auto", and a total that is left out, are filled in from `args` and the run, as transformers does. The first update
     has the class's first rate; DeepSpeed's engine makes one more update with the rate from which the warm-up starts.
@@ -76,7 +76,7 @@ def deepspeed_ratio(section: dict[str, Any], args: TrainerConfig, total_updates:
 
 
 def warmup_updates(args: TrainerConfig, total_updates: int) -> int:
-    """Warm-up in updates, from `warmup_steps` (a count, or a share below 1) or `warmup_ratio`."""
+    """Return the warm-up in updates, from `warmup_steps` (a count, or a share below 1) or `warmup_ratio`."""
     if args.warmup_steps >= 1:
         return int(args.warmup_steps)
     return math.ceil((args.warmup_steps or args.warmup_ratio) * total_updates)

@@ -35,8 +35,8 @@ class ShardedUpdater(Updater):
 
     def _backward(self, loss: Tensor) -> None:
         for engine in self.engines:
-            # DeepSpeed takes the mean over ranks of what is to be added up. A larger loss would make up for it, too,
-            # but overflow in float16 at a scale at which no rank's gradient does.
+            # DeepSpeed averages over ranks what must be added up. A larger loss would compensate for that too, but it
+            # overflows in float16 at a scale at which no rank's gradient does.
             engine.scale_loss(self.scale.value / engine.averages_over)
         scaled = loss * self.scale.value
         for engine in self.engines:

@@ -14,13 +14,13 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def has_exact(parameter: Tensor) -> bool:
-    """Whether the optimizer keeps a float32 value of it that is more exact than the model's."""
+    """Return whether the optimizer keeps a float32 value that is more exact than the model's."""
     return hasattr(parameter, "engine")
 
 
 def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The weight as it is best known for a file of `dtype` (None: the most exact): the optimizer's float32 one where the
-    model computes with a rounded one. All ranks together."""
+    """Return the most exact weight for a file of `dtype` (None: the most exact of all): the optimizer's float32 weight
+    if the model computes with a rounded one. Call it on all ranks together."""
     engine = getattr(parameter, "engine", None)
     if engine is None or dtype == parameter.dtype:
         return parameter
@@ -28,7 +28,7 @@ def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def keep_exact(parameter: Tensor, value: Tensor) -> None:
-    """Give the optimizer the float32 value of a weight that was written rounded into the model, where it keeps one."""
+    """Give the optimizer, if it keeps one, the float32 value of a weight that the model holds rounded."""
     engine = getattr(parameter, "engine", None)
     if engine is not None:
         engine.set_master(parameter, value)

@@ -32,7 +32,7 @@ class Cluster:
 
 
 def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
-    """Connect to Ray as `config` says; ResourceError if the workers would not fit, before anything waits for them.
+    """Connect to Ray as `config` says; raise ResourceError, before any wait, if the workers do not fit.
 
     `sent_bytes`: size of one version of what the workers are sent, from which the private object store is sized.
     """

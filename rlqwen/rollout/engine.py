@@ -61,7 +61,7 @@ def build_engine(
     lora_rank: int | None = None,
     reads_text: bool = False,
 ) -> RolloutEngine:
-    """The engine that `config` asks for. vLLM's workers start in the background; their first use waits for them.
+    """Build the engine that `config` names. vLLM's workers start in the background; their first use waits for them.
 
     `model_path`: a folder with config and weights to start from. `policy`: with the transformers engine, the policy
     to sample from. `compute_dtype`: `float32`, `bfloat16` or `float16`; `config.dtype` comes before it.

@@ -59,7 +59,7 @@ class GroupJob:
 
 
 def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:
-    """Name -> content of the files that make up a tokenizer: workers may be on machines that lack its folder."""
+    """Return name -> content of a tokenizer's files, because workers may be on machines that lack its folder."""
     with tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

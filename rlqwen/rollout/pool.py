@@ -153,7 +153,7 @@ class RolloutPool:
         }
 
     def wait_until_ready(self, announce: Callable[[str], None] | None = None) -> None:
-        """Return once every worker is up and holds the pool's weights; tells `announce` now and then how far that is."""
+        """Wait until every worker is up and holds the pool's weights; `announce` is told the progress."""
         nothing: deque[GroupRequest] = deque()
         started = said = time.monotonic()
         while any(slot.waiting is not None for slot in self._slots):

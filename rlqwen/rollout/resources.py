@@ -47,8 +47,8 @@ class ObjectStore:
 def plan_object_store(
     sent_bytes: int, temporary_folder: Path, *, shared_bytes: int | None = None, disk_bytes: int | None = None
 ) -> ObjectStore:
-    """Size the object store for versions of the weights of `sent_bytes`; ResourceError, with the arithmetic, if no
-    place has the room for one version.
+    """Size the object store for versions of the weights of `sent_bytes`; raise ResourceError, with the arithmetic,
+    if no place has room for one version.
 
     It holds the old and the new version where it can, and at least one, because the old one is dropped before the new
     one is put. `shared_bytes`, `disk_bytes`: free in /dev/shm and in `temporary_folder`; None measures them.

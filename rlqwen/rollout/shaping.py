@@ -18,10 +18,10 @@ _MARGIN = 16
 
 
 class Shaping(LogitsProcessor):
-    """All that `Sampling` says of the distribution, in vLLM's order; in float32."""
+    """Logits processor for everything that `Sampling` sets of the distribution, in vLLM's order; in float32."""
 
     def __init__(self, sampling: Sampling, prompt_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`prompt_length`: columns before the first token of a completion, padding included."""
+        """Take `prompt_length`: columns before the first token of a completion, including padding."""
         self._sampling = sampling
         self._prompt_length = prompt_length
         self._bad_words = bad_word_ids(tokenizer, sampling.bad_words)
@@ -52,10 +52,10 @@ class Shaping(LogitsProcessor):
 
 
 class StopTexts(StoppingCriteria):
-    """Ends a completion at the token that completes one of the texts."""
+    """Stopping criterion that ends a completion at the token that completes one of the texts."""
 
     def __init__(self, sampling: Sampling, prompt_length: int, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-        """`size`: completions that are decoded together."""
+        """Take `size`: the number of completions that are decoded together."""
         self._texts = sampling.stop
         self._min_tokens = sampling.min_tokens
         self._prompt_length = prompt_length
@@ -73,15 +73,15 @@ class StopTexts(StoppingCriteria):
         return torch.tensor([length is not None for length in self.lengths_B], device=input_ids.device)
 
     def _is_complete(self, ids: list[int]) -> bool:
-        """Whether the last token completes a stop text, which may be a special token's."""
+        """Return whether the last token completes a stop text; special tokens count as text."""
         text = str(self._tokenizer.decode(ids, skip_special_tokens=False))
         before = str(self._tokenizer.decode(ids[:-1], skip_special_tokens=False)).rstrip("\N{REPLACEMENT CHARACTER}")
         return any(text.find(stop, max(0, len(before) - len(stop) + 1)) >= 0 for stop in self._texts)
 
 
 def bad_word_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> list[list[int]]:
-    """Token sequences that must not be completed: each word at the start of a text and, where that is another single
-    token, after a space; as vLLM's SamplingParams.update_from_tokenizer reads `bad_words`."""
+    """Return token sequences that must not be completed: each word at the start of a text and, if that is another
+    single token, after a space; as vLLM's SamplingParams.update_from_tokenizer reads `bad_words`."""
     sequences: list[list[int]] = []
     for word in words:
         bare, spaced = (tokenizer.encode(f"{space}{word.lstrip()}", add_special_tokens=False) for space in ("", " "))
@@ -92,7 +92,7 @@ def bad_word_ids(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> li
 
 
 def _ends_in(written_BT: Tensor, tokens: Sequence[int]) -> Tensor:
-    """(B,) bool: which rows end in these tokens."""
+    """Return (B,) bool: whether each row ends in these tokens."""
     if written_BT.shape[1] < len(tokens):
         return torch.zeros(len(written_BT), dtype=torch.bool, device=written_BT.device)
     last_BK = written_BT[:, written_BT.shape[1] - len(tokens) :]

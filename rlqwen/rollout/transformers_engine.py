@@ -111,7 +111,7 @@ class TransformersEngine:
         stop: set[int],
         ends_B: Sequence[int | None] | None = None,
     ) -> Iterator[Completion]:
-        """`ends_B`: tokens up to the end of a stop text, where there is one."""
+        """Yield completions; `ends_B`: tokens up to the end of a stop text, if there is one."""
         ends_B = ends_B or [None] * len(token_ids_B)
         ids_B = [row[:end] for row, end in zip(token_ids_B, ends_B, strict=True)]
         lengths_B = [next((place + 1 for place, token in enumerate(ids) if token in stop), None) for ids in ids_B]

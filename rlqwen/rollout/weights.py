@@ -106,8 +106,8 @@ def publish(
 
 
 def sent_bytes(model_path: str, dtype: str, lora_rank: int | None) -> int:
-    """Size of one version: all weights of the checkpoint in `dtype`, or at most an adapter of `lora_rank` on every
-    projection."""
+    """Return the size of one version in bytes: all weights of the checkpoint in `dtype`, or at most an adapter of
+    `lora_rank` on every projection."""
     import torch
 
     shapes = _checkpoint_shapes(Path(model_path)).items()

@@ -109,8 +109,8 @@ class Ledger:
         self._tally.add(tally)
 
     def metrics(self) -> dict[str, float]:
-        """Samples by outcome, and seconds of calls and of waiting for them, of each reward; the means of what rewards
-        logged; since the reset."""
+        """Return, since the reset: samples by outcome, and seconds of calls and of waiting for them, for each reward;
+        the means of what rewards logged."""
         metrics = {name: statistics.fmean(values) for name, values in self._tally.logged.items()}
         for reward in self._rewards:
             for outcome in OUTCOMES:
@@ -133,12 +133,12 @@ class Ledger:
         batch.waiting_since = now
 
     def add_call(self, job: Job, number: int) -> None:
-        """Take note that a call begins (1) or ends (-1)."""
+        """Record that a call begins (1) or ends (-1)."""
         self.count_waiting(job.batch)
         job.batch.running[job.reward] += number
 
     def waited_for_hanging(self, batch: Batch) -> dict[str, float]:
-        """Each reward of which a call ran out of time -> seconds waited for it."""
+        """Return reward -> seconds waited, for each reward of which a call ran out of time."""
         names = [self._rewards[reward].name for reward in batch.hanging]
         return {name: batch.tally.waited[name] for name in names}
 

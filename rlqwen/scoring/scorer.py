@@ -110,7 +110,7 @@ class Scorer:
             self._begin(job)
 
     def wait(self, batch: Batch | None = None) -> list[Group]:
-        """The groups of a batch, scored, in the order of submission; None: all since the last plain wait.
+        """Return the scored groups of a batch in the order of submission; None: all since the last plain wait.
 
         Raises RewardFailure as soon as it is certain that a reward fails on too large a share of them, or hangs for too
         long (rlqwen.scoring.waiting), and then forgets the batch. Rewards of this process are called here, in the caller's thread. `metrics` tells of the calls
@@ -161,8 +161,8 @@ class Scorer:
         self.wait()
 
     def metrics(self) -> dict[str, float]:
-        """Since the last reset: for each reward, samples by outcome, seconds of its calls, and seconds that `wait`
-        waited for them; workers replaced; what rewards gave to `log_metric`."""
+        """Return, since the last reset: for each reward, samples by outcome, seconds of its calls, and seconds that
+        `wait` waited for them; workers replaced; what rewards gave to `log_metric`."""
         with self._changed:
             return self._ledger.metrics() | {"scoring/restarts": self._num_restarts() - self._restarts_before}
 

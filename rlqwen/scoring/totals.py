@@ -19,7 +19,7 @@ from rlqwen.types import Group
 
 
 def total_rewards(group: Group, weights: Mapping[str, float]) -> list[float | None]:
-    """Add up the weighted rewards of each completion; None where the total is missing.
+    """Add up the weighted rewards of each completion; None if the total is missing.
 
     `weights`: reward name -> weight, for every reward of the group.
     """

@@ -12,8 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class WaitBudget:
-    """Warn when more than `scoring.max_wait_share` of a step is spent waiting for a reward whose calls run into their
-    deadline, and stop the run once that has cost `scoring.max_wait_seconds` without a step in between that was better.
+    """Limit on the time spent waiting for rewards that hang.
+
+    It warns when more than `scoring.max_wait_share` of a step is spent waiting for a reward whose calls run into their
+    deadline, and stops the run once that has cost `scoring.max_wait_seconds` without a better step in between.
 
     A step is the time from the end of one wait to the end of the next. A reward that is slow, but answers in time, is
     not hanging.
@@ -27,7 +29,7 @@ class WaitBudget:
         self._warned: set[str] = set()
 
     def check(self, hanging: Mapping[str, float]) -> None:
-        """Warn of, or raise RewardFailure for, what is above the share so far in this step.
+        """Warn of rewards above the share in this step; raise RewardFailure if the total lost is too large.
 
         `hanging`: reward whose calls ran out of time in this step -> seconds waited for it in this step.
         """
@@ -53,7 +55,7 @@ class WaitBudget:
                 )
 
     def end_step(self, hanging: Mapping[str, float]) -> None:
-        """Close the account of a step."""
+        """End a step: add up the time lost to rewards above the share, and reset the others."""
         above = self._above(hanging)
         self._lost = Counter({name: self._lost[name] + seconds for name, seconds in above.items()})
         self._began = time.monotonic()
@@ -64,5 +66,5 @@ class WaitBudget:
 
 
 _ADVICE = (
-    "Mend the reward, lower scoring.timeout, or raise scoring.num_workers; scoring.max_wait_share: 1 waits however long"
+    "Fix the reward, lower scoring.timeout, or raise scoring.num_workers; scoring.max_wait_share: 1 waits however long"
 )

@@ -78,7 +78,7 @@ class Draw:
 
     @classmethod
     def restored(cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer) -> "Draw":
-        """What `progress` told of; `prompts`: the training rows."""
+        """Rebuild a draw from its `progress`; `prompts`: the training rows."""
         draw = cls(progress["name"], (), scorer, progress["version"])
         draw._groups = [
             Group(

@@ -101,7 +101,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """What cleaning did to the rows before that, where a recipe asked for it."""
 
     def _open_run_folder(self, default_name: str, needed: dict[str, Any]) -> Path:
-        """Make the run folder this process's own, or refuse it; `needed`: what may not lie in one that is cleared."""
+        """Open the run folder for this process, or refuse it; `needed`: files that a cleared one must not hold."""
         if self.args.output_dir and self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
             names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
             refuse_needed_inside(self.args.output_dir, names)
@@ -126,7 +126,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         )
 
     def read_training_data(self, dataset: Any) -> None:
-        """Tokenise the training rows, or, of a stream, the first of them."""
+        """Tokenise the training rows, or the first rows of a stream."""
         rows = as_stream(dataset)
         if rows is None:
             self.train_rows = self.prepare_rows(dataset, evaluation=False)
@@ -135,7 +135,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self.new_stream = self.prepare_stream(rows)
 
     def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Row]]:
-        """What begins the training data of a stream anew."""
+        """Return a function that begins the training data of a stream again."""
         raise NotImplementedError  # `refuse_stream` knows who has one
 
     # What a trainer supplies
@@ -155,7 +155,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     # What users call
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainerState:
-        """Train to the end, and leave the run folder complete. Returns the state, its `log_history` included.
+        """Train to the end, and complete the run folder. Return the state, including its `log_history`.
 
         `resume_from_checkpoint`: True goes on from the newest complete checkpoint of the run folder, a path from that
         one; None: as the config says. Raises Preempted, all saved, when SIGTERM, SIGUSR1 or SIGHUP came, and on Ctrl-C
@@ -267,7 +267,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
 
     @property
     def _how_to_go_on(self) -> str:
-        """For a script; the command line prints its own command."""
+        """Return how a script resumes; the command line prints its own command."""
         return "" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)"
 
     def _one_step(self) -> None:

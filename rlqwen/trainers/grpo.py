@@ -169,8 +169,8 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         return deal(flat, self.plan.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share. What has no gradient is left out of the forward, not out of the totals; a completion
-        whose reward is missing is left out of both."""
+        """Make micro-batches of a share. Completions without a gradient are left out of the forward, not of the totals;
+        completions whose reward is missing are left out of both."""
         trees, tokens, sequences = [], 0, 0
         for group, indices in share:
             branches = []

@@ -33,7 +33,7 @@ class _Window(Generic[Item]):
 
 
 class ItemStream(Generic[Item]):
-    """Items of a stream, epoch after epoch; `make(start, rows)` makes them of a window of rows, and counts."""
+    """Items of a stream, epoch after epoch; `make(start, rows)` makes the items of a window of rows, and counts."""
 
     def __init__(self, rows: StreamedRows, make: Make[Item]) -> None:
         self._rows, self._make = rows, make
@@ -49,16 +49,16 @@ class ItemStream(Generic[Item]):
 
     @property
     def epoch(self) -> float:
-        """Passes over the stream that are over."""
+        """Return the number of completed passes over the stream."""
         return float(self._windows[0].epoch if self._windows else self._next[0])
 
     @property
     def digest(self) -> str:
-        """Stands for the data: digest of what comes of the first window."""
+        """Return a digest of the data, made from the items of the first window."""
         return f"a stream that begins with {digest_rows(ItemStream(self._rows, self._make)._first_window())}"
 
     def take(self, count: int) -> list[Item]:
-        """The next `count` items."""
+        """Return the next `count` items."""
         items = self.peek(0, count)
         self._taken += count
         while self._windows and self._taken >= len(self._windows[0].items):
@@ -66,7 +66,7 @@ class ItemStream(Generic[Item]):
         return items
 
     def peek(self, skip: int, count: int) -> list[Item]:
-        """The `count` items after the next `skip`, which stay to be taken."""
+        """Return the `count` items after the next `skip`, without taking them."""
         start = self._taken + skip
         while sum(len(window.items) for window in self._windows) < start + count:
             self._windows.append(self._read_window())
@@ -74,23 +74,23 @@ class ItemStream(Generic[Item]):
         return list(islice(items, start, start + count))
 
     def ended_epoch(self, count: int) -> bool:
-        """Never: where a stream ends is known only when it is over."""
+        """Return False: the end of a stream is known only after it is reached."""
         return False
 
     def progress(self) -> dict[str, int]:
-        """How far the stream has come."""
+        """Return how far the stream has come."""
         epoch, row = (self._windows[0].epoch, self._windows[0].start) if self._windows else self._next
         return {"epoch": epoch, "row": row, "taken": self._taken}
 
     def restore_progress(self, progress: dict[str, int]) -> None:
-        """Go on from there."""
+        """Continue from the position returned by `progress`."""
         self._windows.clear()
         self._reader = None
         self._next = progress["epoch"], progress["row"]
         self._taken = progress["taken"]
 
     def summary(self) -> str:
-        """What became of all rows that were read, those of later passes counted again."""
+        """Return a summary of what became of all rows read; rows of later passes are counted again."""
         report = self._tally.report
         report.lengths = percentiles(self._tally.lengths)
         report.eos_in_loss = 1 - report.count("no_end") / max(report.num_kept, 1)
@@ -119,7 +119,7 @@ class ItemStream(Generic[Item]):
 
 
 def describe_first(rows: StreamedRows, job: TokenizingJob[Any]) -> DataReport:
-    """What becomes of the first rows of a stream; raises what is wrong with them."""
+    """Report what becomes of the first rows of a stream; raise an error if they are faulty."""
     first = rows.first(WINDOW)
     _, tally = job.run(0, first, None)
     job.describe(tally.report, first)

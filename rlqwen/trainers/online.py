@@ -151,7 +151,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
 
     @property
     def truncation(self) -> Truncation | None:
-        """What the engine keeps of the policy's distribution; None: all."""
+        """Return the truncation of the policy's distribution in the engine; None: no truncation."""
         given = self.args.truncation
         is_vllm_on_cpu = uses_vllm(self.args.rollout) and self.policy.device.type == "cpu"
         return given and replace(given, keeps_ties=is_vllm_on_cpu)
@@ -289,13 +289,13 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         return self.rollouts
 
     def _longest_prompt(self) -> int:
-        """In tokens; of a stream, what a prompt may have at most."""
+        """Return the tokens of the longest prompt; for a stream, the limit for a prompt."""
         if self.new_stream is not None:
             return prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
         return max(map(longest_prompt, (self.train_rows, self.eval_rows or [])))
 
     def _coming_prompts(self) -> list[Prompt]:
-        """Of a stream, those that may have been sampled ahead, and one to look at the weights with."""
+        """Return a stream's prompts that may have been sampled ahead, and one to check the weights with."""
         return self.stream.peek(0, self.args.rollout.max_staleness * self.plan.rows_per_step + 1)
 
     def _folder_for_workers(self) -> str:

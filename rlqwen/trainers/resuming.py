@@ -28,7 +28,7 @@ class Resuming(Saving):
     _changes: list[str] = []  # noqa: RUF012 - replaced, never changed
 
     def _choose_checkpoint(self, resume: bool | str | Path | None) -> Path | None:
-        """The checkpoint to go on from, complete and verified; None to begin, in a folder whose run is moved aside where it may be.
+        """Return the checkpoint to resume from, complete and verified; None to begin, with an old run moved aside.
 
         For the main rank alone.
         """

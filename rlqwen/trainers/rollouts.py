@@ -88,7 +88,7 @@ class Rollouts:
         self._ahead = Ahead(self.engine)
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
-        """Return once the engine is up; one in the trainer's process always is."""
+        """Wait until the engine is up; an engine in the trainer's process always is."""
         if isinstance(self.engine, RolloutPool):
             self.engine.wait_until_ready(announce)
 
@@ -204,7 +204,7 @@ class Rollouts:
 
 
 def sampling_of(args: OnlineConfig, ends: Sequence[int]) -> Sampling:
-    """How completions are drawn; `ends`: token ids that end a completion in any case."""
+    """Return the sampling parameters; `ends`: token ids that end a completion in any case."""
     more = args.generation_kwargs
     return Sampling(
         max_tokens=args.max_completion_length,

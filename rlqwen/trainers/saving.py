@@ -83,7 +83,7 @@ class Saving(Telling):
         return folder
 
     def align_stop_tokens(self) -> None:
-        """Let the model's configs name the tokens that it is taught to stop at."""
+        """Write the tokens at which the model learns to stop to the model's configs."""
         report = self.reports.get("train")
         align_stop_tokens(self.policy.base_model, self.processing_class, report.end_of_turn if report else None)
 

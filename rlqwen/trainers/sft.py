@@ -61,7 +61,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
-        """TRL's signature and meaning.
+        """Take the arguments of TRL's SFTTrainer, with the same meaning.
 
         Args:
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.

@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remember the first signal; a second one ends the process by way of every `finally`.
+    """Request to stop: remembers the first signal; a second one ends the process but runs every `finally`.
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
@@ -52,7 +52,7 @@ class StopRequest:
         self._before.clear()
 
     def ended(self, what: str) -> Preempted:
-        """Return the error with which the trainer leaves: a KeyboardInterrupt where it was Ctrl-C."""
+        """Return the error to end training with: a KeyboardInterrupt if it was Ctrl-C."""
         name = "Ctrl-C" if self.name == "SIGINT" else self.name or "stopped"
         return (Interrupted if self.name == "SIGINT" else Preempted)(f"{name}: {what}")
 
@@ -73,7 +73,7 @@ class StopRequest:
 
 
 def _leave_terminal() -> None:
-    """Send what is printed from now on nowhere: a write to a terminal that is gone is an error."""
+    """Send later output to /dev/null, because a write to a terminal that is gone is an error."""
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):

@@ -30,7 +30,7 @@ class RowStream(Generic[Row]):
 
     @property
     def epoch(self) -> float:
-        """Passes over the rows that are over, counted in parts."""
+        """Return the number of passes over the rows, including the fraction of the current one."""
         return self.position / len(self.rows)
 
     def take(self, count: int) -> list[Row]:
