@@ -3,6 +3,7 @@
 import copy
 import datetime
 import decimal
+import errno
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
@@ -19,6 +21,7 @@ from rlqwen.checkpoint.origin import digest_rows
 from rlqwen.config import DataConfig, DPOConfig, RewardConfig, SFTConfig, TrainerConfig
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.config.data import SourceConfig
+from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.data import (
     TokenizedRow,
     as_rows,
@@ -35,6 +38,7 @@ from rlqwen.data import (
     worker_pool,
 )
 from rlqwen.data import rows_on_disk as storage
+from rlqwen.data.data_cache import explained
 from rlqwen.data.packing import fill_bins
 from rlqwen.data.rows_on_disk import RowCodec, content_digest, encode_row, folder_of, keep_rows
 from rlqwen.data.tokenization import SFTJob
@@ -125,6 +129,33 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path):
         load_rows(SourceConfig(path=str(path)), seed=0, cache_dir=tmp_path / "file" / "inside")
     data = load_recipe_data(DataConfig(train=SourceConfig(path=str(path)), cache_dir=str(tmp_path / "own")))
     assert folder_of(data.train) == tmp_path / "own"
+
+
+def test_errors_of_a_source_are_not_taken_for_the_caches(tmp_path):
+    root = tmp_path / "cache" / "data"
+    for error in (
+        ConnectionError("the hub is away"),
+        FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "image.png")),
+        OSError(errno.EMFILE, "Too many open files"),
+    ):
+        with pytest.raises(type(error)) as caught, explained(root):
+            raise error
+        assert caught.value is error
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied", str(root / "rows.arrow")),
+        FileExistsError(errno.EEXIST, "File exists", str(root.parent)),
+    ):
+        with pytest.raises(ConfigError, match=r"data cache .* cannot be written to"), explained(root):
+            raise error
+
+
+def test_digests_tell_long_arrays_apart_and_take_any_keys():
+    arrays = [np.arange(2000), np.arange(2000)]
+    arrays[1][1000] = 0
+    assert len({content_digest([{"prompt": "1", "x": array}]) for array in arrays}) == 2
+    keys = [{"prompt": "1", "x": {(1, n): 2}} for n in range(2)]
+    assert len({content_digest([row]) for row in keys}) == 2
 
 
 def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path, monkeypatch):
@@ -260,6 +291,15 @@ def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):
     assert len(keys) == 9
 
 
+def test_a_column_is_used_as_soon_as_the_evaluation_reads_it(tokenizer):
+    rows = [row | {"gold": "2"} for row in TURNS]
+    evaluation = EvalGenerationConfig(metrics=["exact_match"], reference="gold")
+    _, report = tokenize_sft(rows, tokenizer, SFTConfig())
+    assert "columns not used: gold" in report.notes
+    _, report = tokenize_sft(rows, tokenizer, SFTConfig(eval_generation=evaluation))
+    assert not report.notes, "the rows are the same, and were tokenised before"
+
+
 def test_every_key_that_tokenising_reads_is_in_the_caches_key():
     """Those that all trainers have are left out of it."""
     common = set(TrainerConfig.model_fields) - {"dataset_num_proc", "trust_remote_code"}
@@ -327,6 +367,13 @@ def test_the_pool_keeps_the_order_and_raises_the_first_error():
         assert list(pool.map(iter(parts))) == [pow(7, start, modulus) for start, modulus in parts]
         with pytest.raises(ValueError, match="3rd argument cannot be 0"):
             list(pool.map(iter([*parts, (1, 0), (1, 1009)])))
+
+
+def test_workers_start_at_once_whatever_the_size_of_the_job(monkeypatch):
+    """A tokenizer is more than a socket takes before the other side reads, which it does once it has started."""
+    monkeypatch.setattr(worker_pool, "_BOOTSTRAP", "import time; time.sleep(20)")
+    with closing(worker_pool.WorkerPool(2, os.path.join, "x" * 2**24)):
+        pass
 
 
 def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokenizer, monkeypatch, caplog):

@@ -9,6 +9,7 @@ import pytest
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
 from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_sft
 from rlqwen.data.formats import add_system_prompt, normalise_row
+from rlqwen.data.preferences import PairJob
 from rlqwen.errors import DataError
 from rlqwen.tiny import build_tokenizer, read_trl_template
 
@@ -336,6 +337,13 @@ def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
     assert (report.num_kept, report.num_equal_sides) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has anything to learn from: 1 have equal answers"):
         tokenize_preferences([equal], tokenizer, DPOConfig())
+
+
+def test_empty_answers_are_found_after_rows_of_text(tokenizer):
+    job = PairJob(tokenizer, DPOConfig())
+    job.run(0, [TEXTS], None)
+    _, tally = job.run(1, [PAIR | {"rejected": answer("")}], None)
+    assert tally.report.rows["empty_answer"] == [1]
 
 
 def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):

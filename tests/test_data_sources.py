@@ -1,10 +1,12 @@
 """Rows from files, folders, Python objects and mixtures; and what a broken file says."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from rlqwen.config import SourceConfig
 from rlqwen.data import as_rows, files, load_rows
@@ -301,6 +303,40 @@ def test_a_large_json_file_is_read_part_by_part(tmp_path, monkeypatch, indent):
     assert load(path) == whole == rows
     write_jsonl(path, rows)
     assert load(path) == rows
+
+
+def test_a_large_json_file_of_one_line_is_not_in_memory_as_a_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text(" " + json.dumps([{"text": "中" * 2000} for _ in range(600)], ensure_ascii=False), "utf-8-sig")
+    monkeypatch.setattr(files, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(files, "_PART_CHARACTERS", 1000)
+    assert peak_of_reading(path) < path.stat().st_size / 10
+
+
+def test_few_rows_of_a_parquet_file_are_objects_at_a_time(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_list([{"text": f"{number}" * 400} for number in range(8000)]).to_parquet(path)
+    assert peak_of_reading(path) < 8000 * 400 / 2
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_list([{"text": f"{number}" * 9} for number in range(3000)]).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[4:4000] = b"\xff" * 3996
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read from row 0 on"):
+        load(path)
+
+
+def peak_of_reading(path):
+    """Bytes of Python objects that reading all rows, one after the other, takes at most."""
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in files.read_rows(path))
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_large_json_file_is_refused_as_a_small_one(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ digest of the Arrow file, so nothing damaged is used. Several processes may shar
 """
 
 import contextlib
+import errno
 import fcntl
 import filecmp
 import hashlib
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 ROWS_FILE = "rows.arrow"
 _META_FILE = "meta.json"
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR),
+}
 _MEND = "set data.cache_dir in the recipe, or the environment variable RLQWEN_CACHE, to a folder with room"
 
 
@@ -46,11 +51,21 @@ def cache_root(given: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def explained(root: Path) -> Iterator[None]:
-    """Turn a disk error into a ConfigError that says how to fix it."""
+    """Turn an error of the cache's disk into a ConfigError that says how to fix it; raise all others as they are."""
     try:
         yield
     except OSError as error:
+        if not _is_of_cache(error, root):
+            raise
         raise ConfigError(f"the data cache {str(root)!r} cannot be written to ({error.strerror}): {_MEND}") from error
+
+
+def _is_of_cache(error: OSError, root: Path) -> bool:
+    """Return whether an error may come from writing to `root`; errors from Arrow name no file."""
+    if not isinstance(error.filename, str | bytes):
+        return error.errno in _DISK_ERRORS
+    place = Path(os.fsdecode(error.filename)).absolute()
+    return place.is_relative_to(root.absolute()) or root.absolute().is_relative_to(place)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Rows from local files, each with the place it came from, so that an error can name the line."""
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 WHOLE_BYTES = 1 << 25
 """A JSON file of more is read part by part."""
 _PART_CHARACTERS = 1 << 20
+_BLANKS = re.compile(r"\s*")
+_PARQUET_ROWS = 512
+"""As many are made Python objects at a time."""
 _EXCERPT = 60
 _FIELD_LIMIT = 2**31 - 1
 
@@ -95,8 +100,10 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Return whether the first line is a JSON object on its own."""
+    """Return whether the first line is a JSON object on its own; a long line that begins a list is not read."""
     with path.open("rb") as file:
+        if not file.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            return False
         try:
             return isinstance(json.loads(file.readline()), dict)
         except (ValueError, RecursionError):
@@ -109,27 +116,34 @@ def _elements(path: Path) -> Iterator[Any]:
     wanted, may_end = "[", False
     with path.open(encoding="utf-8-sig") as file:
         while True:
-            text, start = text[start:].lstrip(), 0
-            if text and text[0] == "]" and may_end:
-                if (text[1:] + file.read()).strip():
+            start = _skip_blanks(text, start)
+            found = text[start : start + 1]
+            if found == "]" and may_end:
+                if (text[start + 1 :] + file.read()).strip():
                     raise ValueError("more than a list")
                 return
-            if text and wanted:
-                if text[0] != wanted:
+            if found and wanted:
+                if found != wanted:
                     raise ValueError(f"no {wanted!r}")
                 may_end = wanted == "["
-                wanted, start = "", 1
+                wanted, start = "", start + 1
                 continue
             try:
-                element, start = decoder.raw_decode(text)
+                element, start = decoder.raw_decode(text, start)
             except ValueError:
-                more = file.read(_PART_CHARACTERS)
+                rest = text[start:]
+                more = file.read(max(_PART_CHARACTERS, len(rest)))  # twice as much each time: long elements end soon
                 if not more:
                     raise
-                text += more
+                text, start = rest + more, 0
                 continue
             yield element
             wanted, may_end = ",", True
+
+
+def _skip_blanks(text: str, start: int) -> int:
+    match = _BLANKS.match(text, start)
+    return match.end() if match else start
 
 
 def _read_whole_json(path: Path) -> Iterator[tuple[str, Row]]:
@@ -193,8 +207,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.lib.ArrowException as error:
         raise DataError(f"{path}: not a valid Parquet file ({error})") from None
+    batches = file.iter_batches(_PARQUET_ROWS)
     number = 0
-    for batch in file.iter_batches():
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.lib.ArrowException, OSError) as error:
+            raise DataError(f"{path}: cannot be read from row {number} on ({error})") from None
+        if batch is None:
+            return
         for row in batch.to_pylist():
             yield f"{path}, row {number}", without_filling(row, file.schema_arrow)
             number += 1

@@ -176,7 +176,7 @@ class AnswersJob(TokenizingJob[Item]):
         return None
 
     def _count(self, kept: list[_Answers], tally: Tally) -> None:
-        report, stop_ids = tally.report, self.writer.stop_ids
+        report, stop_ids, empty_answers = tally.report, self.writer.stop_ids, self.writer.empty_answers
         report.num_kept = len(kept)
         report.num_tokens = sum(row.num_tokens for row in kept)
         report.num_loss_tokens = sum(sum(answer.loss_mask) for row in kept for answer in row.answers)
@@ -185,7 +185,7 @@ class AnswersJob(TokenizingJob[Item]):
             tally.counts.update(ended=sum(ended), answers=len(ended))
             if not all(ended):
                 report.note("no_end", row.index)
-            if any(tuple(answer.token_ids) in self.writer.empty_answers for answer in row.answers):
+            if any(tuple(answer.token_ids) in empty_answers for answer in row.answers):
                 report.note("empty_answer", row.index)
         report.warnings = self.writer.warnings()
         report.columns, report.turn_keys = self.writer.unused.take()

@@ -178,7 +178,16 @@ def content_digest(rows: Sequence[Row]) -> str:
 
 
 def _loosely(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass")
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_whole)
+    except TypeError:  # keys that JSON has not
+        text = repr(value)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _whole(value: Any) -> Any:
+    """Return what stands for a value; the repr of a long numpy array shows only its ends."""
+    return value.tolist() if type(value).__module__ == "numpy" else repr(value)
 
 
 def folder_of(rows: Sequence[Row]) -> Path | None:

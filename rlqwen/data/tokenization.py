@@ -79,7 +79,10 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         return SFTWriter(self.tokenizer, self.config)
 
     def settings(self) -> Any:
-        return data_settings(self.config, SFTConfig, apart_from=("packing", "pad_token", "eval_generation"))
+        wanted = self.config.eval_generation  # the report names columns that it reads as used
+        reads = None if wanted is None else wanted.reference or "solution"
+        apart_from = ("packing", "pad_token", "eval_generation")
+        return data_settings(self.config, SFTConfig, apart_from) | {"eval_reference": reads}
 
     def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[TokenizedRow], Tally]:
         config, writer, tally = self.config, self.writer, Tally(DataReport(num_rows=len(rows)))

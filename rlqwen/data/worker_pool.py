@@ -47,11 +47,15 @@ class Worker:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._connection.send_bytes(job)
+        self._job: bytes | None = job
+        """Goes with the first part: a process takes it only once it has started, and all should start at once."""
 
     def run(self, message: bytes) -> Any:
         """Return the worker's answer; raise what it raised."""
         try:
+            if self._job is not None:
+                self._connection.send_bytes(self._job)
+                self._job = None
             self._connection.send_bytes(message)
             succeeded, answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):

@@ -58,9 +58,12 @@ class Writer:
         """Count what a written row holds besides the columns `read` and the keys that the template reads."""
         self.unused.note(row, read, conversations, self.format.render if "format" in vars(self) else None)
 
-    @cached_property
+    @property
     def empty_answers(self) -> set[tuple[int, ...]]:
-        """Return token ids of empty answers: the end token alone, or as the template writes it, without thoughts."""
+        """Return token ids of empty answers: the end token alone, or as the template writes it, without thoughts.
+
+        The latter only once a row has used the template.
+        """
         empty = [[Piece(self._eos, True)]]
         if "format" in vars(self):
             empty.append([piece for piece in self.format.empty_answer() if piece.in_loss])
