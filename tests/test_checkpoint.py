@@ -320,6 +320,15 @@ def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctr
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
 
 
+def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.stop.listen()  # as an evaluation does that starts Ray
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM: saved after update 1"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
 def test_a_closed_terminal_sends_the_signal_twice(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path / "run")
     trainer.callbacks.append(SendOnce(signal.SIGHUP, signal.SIGHUP))

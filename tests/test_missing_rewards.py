@@ -47,6 +47,9 @@ def test_a_failed_call_makes_the_total_missing_and_none_stays_out_of_it():
     assert group.rewards["rises"] == [0.75, 3.25, 2.0]
     assert group.total_rewards_G == [0.75 + 1.0, None, 2.0 + 2.0]
     assert scored([8], rewards=(not_for_single_tokens,)).total_rewards_G == [None]
+    half = scored([8], [8, 9], rewards=(not_for_single_tokens, rises), weights=(1.0, 0.0))
+    assert half.total_rewards_G == [None, 1.0]
+    assert scored([8], rewards=(rises,), weights=(0.0,)).total_rewards_G == [0.0]  # of which a KL alone may be trained
     watched = scored([3, 4], [FAILING, 4], weights=(0.0, 2.0))
     assert watched.total_rewards_G == [1.5, 6.5]  # of weight 0, the failing reward is only watched
 

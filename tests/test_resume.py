@@ -27,7 +27,7 @@ from rlqwen import (
     SFTTrainer,
 )
 from rlqwen.cli import main
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, Preempted
 from rlqwen.metrics import read_metrics
 from rlqwen.verification import Comparison, Difference, compare_runs
 
@@ -168,6 +168,26 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tiny_model_path, tmp_path, na
     assert summary["initial_eval"] == pytest.approx(
         json.loads((tmp_path / "straight" / "summary.json").read_text())["initial_eval"], abs=60
     )
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """To rank 1 alone, after the last update."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model_path, tmp_path):
+    def train():
+        trainer = sft(tiny_model_path, tmp_path, per_device_train_batch_size=2, max_steps=1)
+        trainer.callbacks.append(SignalAtTheEnd())
+        with pytest.raises(Preempted) as caught:
+            trainer.train()
+        return str(caught.value), (tmp_path / "summary.json").is_file()
+
+    ended = "it came after the last update; the run is finished"
+    assert run_ranks(train) == [(f"stopped: {ended}", True), (f"SIGTERM: {ended}", True)]
 
 
 def test_two_ranks_write_a_checkpoint_that_two_and_one_can_use(tiny_model_path, tmp_path):

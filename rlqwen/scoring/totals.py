@@ -6,7 +6,7 @@ Two things look alike in `group.rewards`, where both are None, and are told apar
   sum, as in TRL. Where no reward applies, the total is missing.
 - The call failed (`timeout`, `error`, `invalid`): what it would have said is not known, so neither is the sum: the
   total is missing, whatever the other rewards said. A reward of weight 0 is only watched: its failures leave the total
-  as it is.
+  as it is, and it does not make a total of 0 where no other reward applies.
 
 A completion whose total is missing is as if it had not been sampled: it enters no baseline (rlqwen.advantages), no
 loss and none of the counts that losses divide by, and no mean of the metrics; `reward/missing` says how many there are,
@@ -28,10 +28,11 @@ def total_rewards(group: Group, weights: Mapping[str, float]) -> list[float | No
 
 def _total(group: Group, sample: int, weights: Mapping[str, float]) -> float | None:
     applying = []
+    nothing_counts = not any(weights.values())
     for name, weight in weights.items():
         if weight and group.outcomes[name][sample] != "ok":
             return None
         value = group.rewards[name][sample]
-        if value is not None:
+        if value is not None and (weight or nothing_counts):
             applying.append(weight * value)
     return sum(applying) if applying else None

@@ -167,7 +167,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
                 self._finish()
-                if self.stop.name is not None:  # else the next recipe of a pipeline would begin
+                # Else the next recipe of a pipeline would begin, on some ranks or on all.
+                if any(self.ranks.gather(self.stop.name is not None)):
                     raise self.stop.ended("it came after the last update; the run is finished")
         except OSError as error:
             if isinstance(error, SaveError) or not is_storage_error(error):

@@ -151,8 +151,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
 
     @property
     def truncation(self) -> Truncation | None:
-        """Return the truncation of the policy's distribution in the engine; None: no truncation."""
-        given = self.args.truncation
+        """Return the truncation of the policy's distribution in the engine; None: no truncation, or nothing is compared."""
+        given = None if self.args.uncomparable else self.args.truncation
         is_vllm_on_cpu = uses_vllm(self.args.rollout) and self.policy.device.type == "cpu"
         return given and replace(given, keeps_ties=is_vllm_on_cpu)
 

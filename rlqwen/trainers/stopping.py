@@ -42,7 +42,8 @@ class StopRequest:
                 signal.signal(number, self._receive)
 
     def __enter__(self) -> Self:
-        self.name, self.worth_saving = None, False
+        if self.name == "SIGINT":  # Ctrl-C ended what came before, such as an evaluation
+            self.name = None
         self.listen()
         return self
 
@@ -50,6 +51,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        self.name, self.worth_saving = None, False
 
     def ended(self, what: str) -> Preempted:
         """Return the error to end training with: a KeyboardInterrupt if it was Ctrl-C."""
