@@ -208,6 +208,16 @@ def test_a_scripts_dataset_is_read_where_it_lies(shuffled):
 # Token ids
 
 
+@pytest.mark.parametrize("count", [2, 9])
+def test_rows_that_a_transform_makes_are_what_is_trained(tokenizer, count):
+    table = Dataset.from_list([{"question": f"{n}", "text": "as stored"} for n in range(count)])
+    made = table.with_transform(lambda batch: {"text": [f"Q: {question}" for question in batch["question"]]})
+    assert as_rows(made) == [{"text": f"Q: {n}"} for n in range(count)]
+    rows, _ = tokenize_sft(as_rows(made), tokenizer, SFTConfig())
+    assert tokenizer.decode(rows[1].token_ids).startswith("Q: 1")
+    assert as_rows(table.with_format("torch"))[1] == {"question": "1", "text": "as stored"}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_path):
     return AutoTokenizer.from_pretrained(tiny_model_path)

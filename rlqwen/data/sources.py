@@ -82,7 +82,9 @@ def as_rows(data: Any) -> Sequence[Row]:
         )
     if not len(data):
         raise DataError("the dataset is empty")
-    rows = TableRows(data) if hasattr(data, "to_list") and hasattr(data, "with_format") else GivenRows(data)
+    is_table = hasattr(data, "to_list") and hasattr(data, "with_format")
+    is_made_when_read = is_table and (data.format or {}).get("type") == "custom"  # by `set_transform`
+    rows = TableRows(data) if is_table and not is_made_when_read else GivenRows(data)
     return rows if len(rows) >= rows_on_disk.STORED_FROM else list(rows)
 
 
