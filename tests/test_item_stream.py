@@ -1,6 +1,7 @@
 """Training on a stream: rows as they come, exact resume, and what a stream does not go with."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -9,13 +10,16 @@ from rlqwen import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SF
 from rlqwen.cli import main
 from rlqwen.config import DataConfig
 from rlqwen.config.data import SourceConfig
-from rlqwen.data import load_recipe_data
+from rlqwen.data import find_prompts, load_recipe_data
 from rlqwen.data.jobs import Tally
 from rlqwen.data.report import DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.trainers import item_stream
+from rlqwen.trainers.ahead import Draw
+from rlqwen.trainers.group_wire import pack_groups, unpack_groups
 from rlqwen.trainers.item_stream import ItemStream
+from rlqwen.types import Completion, Group, Prompt
 from rlqwen.verification import compare_runs
 
 
@@ -142,6 +146,19 @@ def test_a_stream_in_its_order_is_the_rows_in_their_order(tiny_model_path, tmp_p
     losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (whole, streamed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert streamed.state.epoch == 1
+
+
+def test_rows_of_two_passes_are_told_apart_by_their_place():
+    """Every pass numbers its rows from 0, and shuffled ones have other rows under the same number."""
+    prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
+    groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
+    assert [group.prompt for group in unpack_groups(pack_groups(groups[:8]), prompts[:8])] == prompts[:8]
+    scorer = SimpleNamespace(open=lambda: None)
+    plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "outcomes": {}, "totals": [], "extras": {}}
+             for prompt in prompts]  # fmt: skip
+    told = {"name": "train/3", "version": 1, "groups": plain[8:], "tally": {"counts": [], "seconds": {}, "logged": {}}}
+    assert [group.prompt for group in Draw.restored(told, prompts, scorer, 8).score()] == prompts[8:]
+    assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 
 def test_what_a_stream_does_not_go_with_is_named(tiny_model_path, tmp_path):

@@ -6,7 +6,7 @@ from rlqwen.data.comparisons import tokenize_comparisons
 from rlqwen.data.encoding import TokenizedRow
 from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
 from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
-from rlqwen.data.prompts import find_prompt, longest_prompt, tokenize_prompts
+from rlqwen.data.prompts import find_prompt, find_prompts, longest_prompt, tokenize_prompts
 from rlqwen.data.recipe import RecipeData, clean_recipe_data, first_rows, load_recipe_data
 from rlqwen.data.report import DataReport
 from rlqwen.data.scored import scored_pieces, tokenize_scored
@@ -26,6 +26,7 @@ __all__ = [
     "clean_recipe_data",
     "clean_rows",
     "find_prompt",
+    "find_prompts",
     "first_rows",
     "load_chat_template",
     "load_recipe_data",

@@ -195,6 +195,18 @@ def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
     return found
 
 
+def find_prompts(prompts: Sequence[Prompt], indices: Sequence[int], start: int = 0) -> list[Prompt]:
+    """Return the prompts of these rows: those from place `start` on if they are the rows, in this order, else by index.
+
+    Each pass over a stream numbers its rows from 0, so two prompts of a stream may have the same index.
+    """
+    there = prompts[start : start + len(indices)]
+    if [prompt.index for prompt in there] == list(indices):
+        return list(there)
+    found = {index: find_prompt(prompts, index) for index in set(indices)}
+    return [found[index] for index in indices]
+
+
 def longest_prompt(prompts: Sequence[Prompt]) -> int:
     """Return the number of tokens of the longest prompt; 0 for none."""
     if isinstance(prompts, StoredPrompts):

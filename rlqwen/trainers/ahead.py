@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from rlqwen.data import find_prompt
+from rlqwen.data import find_prompts
 from rlqwen.rollout import RolloutEngine
 from rlqwen.scoring import Scorer, Tally
 from rlqwen.types import Completion, Group, GroupRequest, Prompt
@@ -77,12 +77,14 @@ class Draw:
         return {"name": self.name, "version": self.version, "groups": groups, "tally": self._tally.plain()}
 
     @classmethod
-    def restored(cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer) -> "Draw":
-        """Rebuild a draw from its `progress`; `prompts`: the training rows."""
+    def restored(cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer, start: int = 0) -> "Draw":
+        """Rebuild a draw from its `progress`; `prompts`: the training rows, and `start` the place of its own
+        where they are in the order of the draws."""
         draw = cls(progress["name"], (), scorer, progress["version"])
+        found = find_prompts(prompts, [group["prompt"] for group in progress["groups"]], start)
         draw._groups = [
             Group(
-                find_prompt(prompts, group["prompt"]),
+                prompt,
                 [Completion(*completion) for completion in group["completions"]],
                 draw.version,
                 rewards=group["rewards"],
@@ -90,7 +92,7 @@ class Draw:
                 total_rewards_G=group["totals"],
                 extras=group["extras"],
             )
-            for group in progress["groups"]
+            for group, prompt in zip(progress["groups"], found, strict=True)
         ]
         draw._tally = Tally.of_plain(progress["tally"])
         return draw

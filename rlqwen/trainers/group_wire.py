@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlqwen.data import find_prompt
+from rlqwen.data import find_prompts
 from rlqwen.types import Completion, Group, Outcome, Prompt
 
 
@@ -48,7 +48,7 @@ def pack_groups(groups: Sequence[Group]) -> PackedGroups:
 
 def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group]:
     """The groups again, with the prompts that this rank holds, and without texts."""
-    found = {index: find_prompt(prompts, index) for index in set(packed.prompt_indices)}
+    found = find_prompts(prompts, packed.prompt_indices)
     token_ids, logprobs = packed.token_ids.tolist(), packed.logprobs.tolist()
     completions, start = [], 0
     for length, truncated in zip(packed.lengths, packed.truncated, strict=True):
@@ -59,7 +59,7 @@ def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group
     for place, size in enumerate(packed.sizes):
         groups.append(
             Group(
-                found[packed.prompt_indices[place]],
+                found[place],
                 completions[start : start + size],
                 packed.versions[place],
                 rewards=packed.rewards[place],

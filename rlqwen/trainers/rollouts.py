@@ -100,7 +100,12 @@ class Rollouts:
     def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
         self.version = progress["version"]
-        self._ahead.restore([Draw.restored(draw, prompts_P, self.scorer) for draw in progress["ahead"]])
+        draws: list[Draw] = []
+        start = 0
+        for draw in progress["ahead"]:
+            draws.append(Draw.restored(draw, prompts_P, self.scorer, start))
+            start += len(draw["groups"])
+        self._ahead.restore(draws)
         if progress["synced"]:
             self._sync(prompts_P)
 
