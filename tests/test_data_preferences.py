@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
-from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_sft
+from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_scored, tokenize_sft
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.preferences import PairJob
 from rlqwen.errors import DataError
@@ -337,6 +337,16 @@ def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
     assert (report.num_kept, report.num_equal_sides) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has anything to learn from: 1 have equal answers"):
         tokenize_preferences([equal], tokenizer, DPOConfig())
+
+
+def test_a_reward_model_reads_by_the_template_that_it_is_given(tokenizer, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_text(tokenizer.chat_template)
+    bare = build_tokenizer()
+    bare.chat_template = None
+    (pair,), _ = tokenize_scored([PAIR], bare, RewardConfig(chat_template_path=str(path)))
+    assert [pair] == tokenize_scored([PAIR], tokenizer, RewardConfig())[0]
+    assert bare.chat_template is None
 
 
 def test_empty_answers_are_found_after_rows_of_text(tokenizer):

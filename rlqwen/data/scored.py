@@ -4,6 +4,7 @@ The policy is trained on pieces that its generation must reproduce (rlqwen.data.
 holds a conversation and a tokenizer, so it is trained on what `apply_chat_template` gives, and scored on the same.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from rlqwen.data.jobs import Tally
 from rlqwen.data.preference_rows import PreferenceRow
 from rlqwen.data.preferences import PairJob, PairWriter
 from rlqwen.data.report import DataReport
-from rlqwen.data.template import default_template
+from rlqwen.data.template import default_template, load_chat_template
 from rlqwen.data.thoughts import thoughts_in_content
 from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.data.turns import to_turns, without_marks
@@ -79,6 +80,12 @@ def tokenize_scored(
 
 class ScoredJob(PairJob):
     """Job that turns rows into pairs that a reward model reads."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: RewardConfig) -> None:
+        if config.chat_template_path is not None:  # the trained model's tokenizer gets this template
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = load_chat_template(config.chat_template_path)
+        super().__init__(tokenizer, config)
 
     @cached_property
     def writer(self) -> "PairWriter":
