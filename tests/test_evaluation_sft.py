@@ -65,6 +65,13 @@ def test_the_same_weights_write_the_same_at_every_evaluation_and_training_goes_o
     assert losses[0] == losses[1]
 
 
+def test_the_end_that_was_asked_for_ends_what_is_written(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, eos_token="<|endoftext|>")
+    ends = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
+    assert ends.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
+    assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in ends
+
+
 def test_another_eval_set_brings_its_own_prompts(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, generation={"metrics": ["label"], "labels": ["yes", "no"]})
     assert trainer.evaluate()["eval/label/unparsable"] == 1

@@ -41,8 +41,6 @@ class GenerationEvaluation:
         )
         self.engine = TransformersEngine(policy, tokenizer, max_model_length=context, max_num_seqs=config.max_num_seqs)
         stop_ids = stop_token_ids(tokenizer, policy.base_model.generation_config, report.end_of_turn)
-        if args.eos_token is not None:
-            stop_ids = (*stop_ids, int(tokenizer.convert_tokens_to_ids(args.eos_token)))  # type: ignore[arg-type]
         sampling = Sampling(config.max_tokens, temperature=config.temperature, stop_token_ids=stop_ids)
         self.requests = [
             GroupRequest(prompt, (sampling_seed(args.seed, "eval", prompt.index, 0),), sampling) for prompt in prompts
