@@ -18,6 +18,7 @@ from rlqwen.config import RewardSpec
 from rlqwen.errors import ConfigError, Interrupted, Preempted, RewardFailure, RewardSpecError
 from rlqwen.evaluation import EvalConfig, evaluation_config
 from rlqwen.metrics import MetricLogger, read_summary, write_summary
+from rlqwen.metrics.run_folder import mark_run_folder, move_run_aside
 from rlqwen.recipe import load_recipe, load_recipes
 
 SFT = """\
@@ -231,6 +232,31 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
     assert log.is_file() == logged
     if logged:
         assert "in fail" in log.read_text()
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_stopped_run_does_not_offer_the_one_that_it_was_to_replace(
+    recipes, fake_trainers, monkeypatch, capsys, moved
+):
+    folder = Path("runs/sft")
+    leave_a_run(folder)
+
+    def stop(trainer):
+        if moved:
+            move_run_aside(folder)
+            (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeTrainer, "train", stop)
+    assert main(["run", "sft.yaml", "train.overwrite_output_dir=true"]) == 130
+    assert ("go on with" in capsys.readouterr().err) == moved
+
+
+def leave_a_run(folder: Path) -> None:
+    """A run of before."""
+    folder.mkdir(parents=True)
+    mark_run_folder(folder)
+    (folder / "checkpoints" / "step-000009").mkdir(parents=True)
 
 
 def test_a_stopped_run_says_how_it_goes_on_in_the_users_own_words(recipes, fake_trainers, monkeypatch, capsys):

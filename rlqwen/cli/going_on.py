@@ -20,7 +20,10 @@ def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) ->
 
     `arguments`: what rlqwen was started with.
     """
+    to_move: set[tuple[Path, int]] = set()
     try:
+        if "--resume" not in arguments:
+            to_move = _earlier_runs(recipes)
         yield
     except Preempted as stop:
         text, code = redact(str(stop)), stop.exit_code
@@ -34,7 +37,8 @@ def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) ->
         return
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"rlqwen: {text}", err=True)
-        command = resume_command(arguments, recipes)
+        # An earlier run that was to be moved aside, and is still there, would be resumed instead of this one.
+        command = None if to_move & _earlier_runs(recipes) else resume_command(arguments, recipes)
         if command:
             click.echo(f"rlqwen: go on with: {command}", err=True)
     raise click.exceptions.Exit(code)
@@ -58,6 +62,20 @@ def resume_command(arguments: Sequence[str], recipes: Sequence[Recipe]) -> str |
     # A supervisor adds resume=auto to the words of a run that it starts again.
     words = [word for word in arguments if word not in ("--resume", "resume=auto")]
     return redact(shlex.join(["rlqwen", *words, "--resume"]))
+
+
+def _earlier_runs(recipes: Sequence[Recipe]) -> set[tuple[Path, int]]:
+    """Return what marks runs in the folders that are to be overwritten, each with its inode, which moving changes."""
+    from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER
+    from rlqwen.metrics.summary import SUMMARY_FILE
+
+    folders = [
+        Path(recipe.output_dir)
+        for recipe in recipes
+        if recipe.train.overwrite_output_dir and not recipe.train.resume_from_checkpoint and recipe.resume != "auto"
+    ]
+    marks = [folder / name for folder in folders for name in (CHECKPOINTS_FOLDER, SUMMARY_FILE)]
+    return {(mark, mark.stat().st_ino) for mark in marks if mark.exists()}
 
 
 def say_what_comes(recipes: Sequence[Recipe]) -> None:
