@@ -279,7 +279,8 @@ def test_a_step_larger_than_the_data_is_a_warning(tiny_model_path, tmp_path):
 
 def test_a_used_run_folder_is_a_fault(tiny_model_path, tmp_path):
     (tmp_path / "run" / "final").mkdir(parents=True)
-    assert "holds a run already" in str(the_fault(check_recipe(recipe_of(tiny_model_path, [CHAT], tmp_path))))
+    (report,) = check_pipeline([recipe_of(tiny_model_path, [CHAT], tmp_path)])
+    assert "holds a run already" in str(the_fault(report))
 
 
 def test_a_later_stage_is_checked_with_the_model_that_it_will_go_on_from(tiny_model_path, tmp_path):

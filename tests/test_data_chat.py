@@ -47,6 +47,25 @@ def test_answer_and_end_of_turn_are_in_the_loss_and_nothing_else(tokenizer):
     assert mask == [False] * 16 + [True] * 10 + [False]
 
 
+@pytest.mark.parametrize(
+    ("content", "is_dropped"),
+    [
+        ("Sure! <think>t</think>a", True),
+        ("<think>t</think>a <think>b</think> c", True),
+        ("<think>t</think>a", False),
+        ("t</think>a", False),
+        ("a", False),
+    ],
+)
+def test_text_that_the_template_drops_beside_thoughts_is_warned_of(content, is_dropped):
+    tokenizer = build_tokenizer()
+    rows = [{"messages": [USER, {"role": "assistant", "content": content}]}]
+    for template, warned in ((read_trl_template("qwen3"), is_dropped), (read_trl_template("qwen2_5"), False)):
+        tokenizer.chat_template = template
+        _, report = tokenize_sft(rows, tokenizer, SFTConfig())
+        assert any("several think blocks" in warning for warning in report.warnings) is warned
+
+
 def test_all_tokens_but_the_first_are_in_the_loss_if_asked(tokenizer):
     ids, mask = tokenize_conversation(tokenizer, [USER, ANSWER], assistant_only=False)
     assert mask == [False] + [True] * (len(ids) - 1)

@@ -17,6 +17,7 @@ import yaml
 from patience import PATIENCE_S
 
 from rlqwen.cli import main
+from rlqwen.metrics.run_folder import mark_run_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/MOE.md")
@@ -193,6 +194,8 @@ def prepare(line: str) -> None:
     if "runs/dpo/final" in line or "runs/sft/final" in line or "runs/quickstart/grpo/final" in line or "gsm8k" in line:
         for name in ("sft", "dpo", "quickstart/grpo", "gsm8k"):
             if not Path("runs", name).exists():
+                Path("runs", name).mkdir(parents=True)
+                mark_run_folder(Path("runs", name))
                 shutil.copytree(Path("tiny").resolve(), Path("runs", name, "final"))
     if "runs/reward/final" in line and not Path("runs/reward").exists():
         run_here(

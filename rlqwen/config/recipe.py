@@ -128,7 +128,7 @@ class Recipe(Config):
 
     @property
     def reuses_folder(self) -> bool:
-        """Whether `output_dir` may hold a run already: one to be deleted, or to go on with."""
+        """Return whether `output_dir` may hold a run already: one to be moved aside, or to go on with."""
         return bool(self.train.overwrite_output_dir or self.train.resume_from_checkpoint or self.resume)
 
     @model_validator(mode="before")

@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.data.guard import MARK, Cover, Guard, Piece, control_tokens, special_tokens
 from rlqwen.data.template import default_template
-from rlqwen.data.thoughts import drop_earlier_thoughts, is_cut_thought, thoughts_in_content, thoughts_of
+from rlqwen.data.thoughts import (
+    drop_earlier_thoughts,
+    is_cut_thought,
+    text_beside_thoughts,
+    thoughts_in_content,
+    thoughts_of,
+)
 from rlqwen.data.turns import without_marks
 from rlqwen.errors import DataError, ModelError
 from rlqwen.types import Message
@@ -70,6 +76,8 @@ class ChatFormat:
         self.template = chat_template or default_template(tokenizer)
         self.kwargs = chat_template_kwargs or {}
         self.preserve_thinking = preserve_thinking
+        self.drops_text = False
+        """Whether the template has left out what some answer says outside its think block, beside the end of it."""
         self._known_structures: set[tuple[str, ...]] = set()
         prompt = self._find_generation_prompt()
         opening = _THINK_AT_END.search(prompt)
@@ -185,6 +193,8 @@ class ChatFormat:
         answer = turn.message["content"].rpartition("</think>")[2].strip()
         if answer not in turn.text:
             raise DataError(f"{where}: the chat template writes another answer than the row has: {answer!r:.200}")
+        if text_beside_thoughts(turn.message["content"]) and turn.message["content"].strip() not in turn.text:
+            self.drops_text = True
         calls = turn.message.get("tool_calls") or []
         if any(call["function"]["name"] not in turn.text for call in calls):
             raise DataError(

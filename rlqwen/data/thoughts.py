@@ -1,7 +1,10 @@
 """Where a turn keeps its thoughts: in a field of their own, or in think tags before the answer."""
 
+import re
+
 from rlqwen.types import Message
 
+_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _TOOL_RESULT = ("<tool_response>", "</tool_response>")
 
 
@@ -17,6 +20,11 @@ def thoughts_of(message: Message) -> str:
 def is_cut_thought(content: str) -> bool:
     """Return whether an answer begins a thought and never ends it, as a truncated sample does."""
     return content.lstrip().startswith("<think>") and "</think>" not in content
+
+
+def text_beside_thoughts(content: str) -> str:
+    """Return what stands before and between the think blocks of an answer, which Qwen's templates leave out."""
+    return "".join(_BLOCK.split(content)[:-1]).strip()
 
 
 def thoughts_in_content(message: Message) -> Message:

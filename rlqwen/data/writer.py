@@ -70,7 +70,14 @@ class Writer:
         return {tuple(row.token_ids) for row in encode(self._tokenizer, empty)}
 
     def warnings(self) -> list[str]:
-        return [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
+        """Return what to warn of in the rows that have been written so far."""
+        found = [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
+        if "format" in vars(self) and self.format.drops_text:
+            found.append(
+                "some answers have text before <think>, or several think blocks, of which the chat template writes only "
+                "the last and what follows it; `rlqwen data show` shows what is learned"
+            )
+        return found
 
     def with_eos(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
