@@ -38,7 +38,7 @@ from rlqwen.data import (
     worker_pool,
 )
 from rlqwen.data import rows_on_disk as storage
-from rlqwen.data.data_cache import explained
+from rlqwen.data.data_cache import explained, scratch_folder
 from rlqwen.data.packing import fill_bins
 from rlqwen.data.rows_on_disk import RowCodec, content_digest, encode_row, folder_of, keep_rows
 from rlqwen.data.tokenization import SFTJob
@@ -401,6 +401,17 @@ def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokeni
 def test_processes_are_counted_by_rows_and_cpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [count_processes(None, rows) for rows in (100, 9_999, 10_000)] == [1, 1, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert count_processes(None, 10_000) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenises, and the others wait
+    assert count_processes(None, 10_000) == 8
     assert count_processes(3, 10) == 3
+
+
+def test_the_scratch_of_a_killed_process_is_removed_after_a_day(tmp_path):
+    old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
+    for folder in (old, new):
+        (folder / "data").mkdir(parents=True)
+    for path in (old / "data", old):
+        os.utime(path, (0, 0))
+    with scratch_folder(tmp_path) as folder:
+        assert folder.stat().st_mode & 0o777 == new.stat().st_mode & 0o777
+    assert list(tmp_path.iterdir()) == [new]

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_FILE = "rows.arrow"
 _META_FILE = "meta.json"
+_SCRATCH = ".writing-"
+_ABANDONED_S = 24 * 3600.0
 _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR),
@@ -71,11 +74,22 @@ def _is_of_cache(error: OSError, root: Path) -> bool:
 @contextlib.contextmanager
 def scratch_folder(root: Path) -> Iterator[Path]:
     """Make a folder in the cache, deleted at the end unless renamed; files that are open stay readable."""
-    folder = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
+    _remove_abandoned(root)
+    private = Path(tempfile.mkdtemp(dir=root, prefix=_SCRATCH))
+    folder = private / "data"  # with the usual rights, for a cache that several users share
+    folder.mkdir()
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove the scratch folders of processes that were killed: those that nothing was written to for a day."""
+    for folder in root.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < time.time() - _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -208,9 +208,12 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
 def count_processes(num_proc: int | None, num_rows: int) -> int:
-    """Return the number of tokenising processes; None: this rank's share of the CPUs if there are many rows."""
+    """Return the number of tokenising processes; None: one per CPU if there are many rows.
+
+    Of several ranks one tokenises, and the others wait for it.
+    """
     if num_proc is not None:
         return num_proc
     if num_rows < PARALLEL_FROM:
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return len(os.sched_getaffinity(0))
