@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -36,11 +36,12 @@ def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) ->
     else:
         return
     if os.environ.get("RANK", "0") == "0":
-        click.echo(f"rlqwen: {text}", err=True)
         # An earlier run that was to be moved aside, and is still there, would be resumed instead of this one.
         command = None if to_move & _earlier_runs(recipes) else resume_command(arguments, recipes)
-        if command:
-            click.echo(f"rlqwen: go on with: {command}", err=True)
+        with suppress(OSError):  # after SIGHUP there is no terminal
+            click.echo(f"rlqwen: {text}", err=True)
+            if command:
+                click.echo(f"rlqwen: go on with: {command}", err=True)
     raise click.exceptions.Exit(code)
 
 

@@ -64,8 +64,8 @@ def refuse_unmarked(path: str | Path) -> None:
     found = find_run_files(path)
     if found and not (Path(path) / RUN_MARKER).exists():
         raise ConfigError(
-            f"output_dir {str(path)!r} holds {', '.join(found)}, but no run of rlqwen wrote that (there is no {RUN_MARKER} "
-            "beside it), so it is not moved aside: choose another folder, or move it away yourself"
+            f"output_dir {str(path)!r} holds {', '.join(found)}, but no run of rlqwen wrote that, or an early version did "
+            f"(there is no {RUN_MARKER} beside it), so it is not moved aside: choose another folder, or move it away yourself"
         )
 
 
