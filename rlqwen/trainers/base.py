@@ -21,7 +21,7 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.errors import NonFiniteError, RolloutError, SaveError
 from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
-from rlqwen.metrics import plot_curves, write_summary
+from rlqwen.metrics import plot_curves, read_metrics, write_summary
 from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
 from rlqwen.model_sources import check_vocabulary, commits
@@ -188,9 +188,11 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._note(f"train: read of the stream: {self.stream.summary()}")
         self.save_model(self.output_dir / "final")
         self._notify("on_train_end")
-        if not self.ranks.is_main:
-            return
-        plot_curves(self.output_dir)
+        Lead(self.ranks).run(lambda: self._write_results(final))  # what fails there must end the other ranks too
+
+    def _write_results(self, final: Metrics | None) -> None:
+        if read_metrics(self.output_dir):  # none if a finished checkpoint was resumed into another folder
+            plot_curves(self.output_dir)
         write_summary(
             self.output_dir,
             algorithm=self.algorithm,
