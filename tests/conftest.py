@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RLQWEN_DISPLAY", "off")
 
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ import numpy as np
 import pytest
 
 from rlqwen.tiny import build_tiny_qwen3
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and with them the processes that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["fault_table", "slow_list", "pytester"]
 
