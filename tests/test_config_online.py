@@ -48,7 +48,7 @@ def test_transformers_names_and_text_are_taken() -> None:
         ({"generation_kwargs": {"stop": [""]}}, "empty text"),
         ({"generation_kwargs": {"temperature": 0.5}, "temperature": 0.7}, "temperature=0.5, and temperature is 0.7"),
         ({"generation_kwargs": {"min_tokens": 600}}, "must not be above max_completion_length=512"),
-        ({"generation_kwargs": "{"}, "no JSON object"),
+        ({"generation_kwargs": "{"}, "not a JSON object"),
         ({"generation_kwargs": 3}, "generation_kwargs"),
         ({"vllm_mode": "server"}, "'vllm_mode' has no meaning in rlqwen: workers are Ray actors"),
         ({"vllm_enable_sleep_mode": True}, r"set rollout\.gpu_memory_utilization"),
