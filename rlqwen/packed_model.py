@@ -20,6 +20,7 @@ from rlqwen.adapters import add_adapter, changes_base, check_wrappers, checkpoin
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
+from rlqwen.experts import use_compute_dtype
 from rlqwen.hidden import hidden_states, packs_prefixes, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
@@ -117,6 +118,7 @@ class PackedModel:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
         use_packed_attention(self.base_model)
+        use_compute_dtype(self.base_model)
         self.model.train()
 
     @property

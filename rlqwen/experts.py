@@ -1,0 +1,62 @@
+"""Experts of a mixture in the forward's precision: torch.autocast does not cover the grouped product.
+
+transformers' own choice for experts, `grouped_mm`, takes its operands in the dtype of the weights. Trained weights are
+float32, so that under autocast to bfloat16 the experts, which are nearly all of the model, would run in float32. Its
+other implementations, `eager` and `batched_mm`, are made of products that autocast covers.
+
+Shapes: T tokens, E experts, K experts per token, C hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    batched_mm_experts_forward,
+    grouped_mm_experts_forward,
+)
+
+GROUPED_EXPERTS = "rlqwen_grouped_mm"
+_WEIGHTS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias"})
+
+
+def use_compute_dtype(model: PreTrainedModel) -> None:
+    """Have experts that transformers runs as grouped products run in autocast's dtype; others are left as they are."""
+    chosen = model.get_experts_implementation()
+    ours = {name: GROUPED_EXPERTS if value == "grouped_mm" else value for name, value in chosen.items()}
+    if ours != chosen:
+        model.set_experts_implementation(ours)
+
+
+def grouped_experts(module: Any, hidden_TC: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Return the (T, C) output of experts as `grouped_mm` computes it, operands in autocast's dtype where it is on.
+
+    Gradients reach the weights of `module` in their own dtype, through the casts. Decoding a few tokens goes through
+    `batched_mm`, which reads the chosen experts alone.
+    """
+    device = hidden_TC.device.type
+    if not torch.is_autocast_enabled(device):
+        return grouped_mm_experts_forward(module, hidden_TC, experts_TK, weights_TK)
+    if not torch.is_grad_enabled() and experts_TK.numel() <= module.num_experts:
+        return batched_mm_experts_forward(module, hidden_TC, experts_TK, weights_TK)
+    dtype = torch.get_autocast_dtype(device)
+    cast: Any = _Cast(module, dtype)
+    output_TC = grouped_mm_experts_forward(cast, hidden_TC.to(dtype), experts_TK, weights_TK)
+    return output_TC.to(hidden_TC.dtype)
+
+
+class _Cast:
+    """The experts' module, its weights in another dtype; adapters on them are part of what is cast."""
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        self._module = module
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to(self._dtype) if name in _WEIGHTS else value
+
+
+ALL_EXPERTS_FUNCTIONS.register(GROUPED_EXPERTS, grouped_experts)
