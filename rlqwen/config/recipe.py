@@ -85,7 +85,9 @@ class ModelConfig(Config):
     """The policy's starting weights."""
 
     path: str
-    """Hub id, folder, or `builtin:tiny-qwen3`: about a million random weights, for tests and the quickstart."""
+    """Hub id, folder, or `builtin:NAME`: about a million random weights, for tests and the quickstart. Names: tiny-qwen2,
+    tiny-qwen3, tiny-qwen3-moe, tiny-qwen3-next, tiny-qwen3.5, tiny-qwen3.5-moe, and these two with `-text` (no vision
+    tower)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights that are not trained; trained weights are float32."""
     lora: LoraSettings | None = None
