@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.errors import ModelError
+from rlqwen.lora_targets import resolve_targets
 from rlqwen.parallel import exact_weight, gathered
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
 from rlqwen.tensor_parallel import whole_weights
@@ -32,11 +33,15 @@ VLLM_MAX_RANK = 512
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
 
-def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
-    """`model` with an adapter of `config`; a fully trained embedding stays tied to the head where it was."""
+def add_adapter(model: PreTrainedModel, config: Any) -> tuple[PeftModel, list[str]]:
+    """Put an adapter of `config` on `model`; a fully trained embedding stays tied to the head where it was.
+
+    Returns the model, and notes for the user on what the targets' names came to (rlqwen.lora_targets).
+    """
     if isinstance(model, PeftModel):
         raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
     config = copy.deepcopy(config)  # PEFT writes into it
+    notes = resolve_targets(model, config) if isinstance(config, LoraConfig) else []
     if model.config.tie_word_embeddings and getattr(config, "modules_to_save", None):
         touched = {name.rpartition(".")[2] for name in config.modules_to_save}
         config.ensure_weight_tying |= bool(touched & {"embed_tokens", "lm_head"})
@@ -44,7 +49,7 @@ def add_adapter(model: PreTrainedModel, config: Any) -> PeftModel:
         with warnings.catch_warnings():
             if getattr(config, "trainable_token_indices", None):  # PEFT ties these weights, but does not detect it here
                 warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied modules")
-            return get_peft_model(model, config)  # type: ignore[no-any-return]
+            return get_peft_model(model, config), notes
     except (ValueError, TypeError) as error:
         raise ModelError(f"the adapter cannot be put on this model: {error}") from error
 
@@ -126,9 +131,25 @@ def adapted_weight(layer: Any) -> Tensor:
     total = base
     for adapter in layer.active_adapters if not layer.disable_adapters else ():
         if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
-            delta = layer.get_delta_weight(adapter).to(base.device, torch.float32)
+            delta = _delta(layer, adapter).to(base.device, torch.float32)
             total = total + (_dora(layer, adapter, base, delta) - base if layer.use_dora.get(adapter) else delta)
     return total
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """What an adapter adds to the weight; in float32 for parameters, where PEFT would round to the base's dtype."""
+    if not isinstance(layer, lora_layers.ParamWrapper):
+        return layer.get_delta_weight(adapter)  # type: ignore[no-any-return]
+    wrapper: Any = layer
+    scaling: float = wrapper.scaling[adapter]
+    down: Tensor = wrapper.lora_A[adapter].weight.float()
+    up: Tensor = wrapper.lora_B[adapter].weight.float()
+    if wrapper.num_experts == 1:
+        return up @ down * scaling
+    down_ERI = down.reshape(wrapper.num_experts, -1, down.shape[-1])
+    up_ORE = up.reshape(up.shape[0], -1, wrapper.num_experts)
+    order = "eoi" if wrapper._did_swap_in_out_features else "eio"
+    return torch.einsum(f"ore,eri->{order}", up_ORE, down_ERI) * scaling
 
 
 def _base_weight(layer: Any) -> Tensor:
@@ -169,7 +190,7 @@ def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
 
 def lora_obstacle(model: PeftModel) -> str | None:
     """Why vLLM cannot apply the adapter itself, so that merged weights must be sent; None if it can."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     misplaced = sorted({name.rpartition(".")[2] for name in layers} - VLLM_PROJECTIONS)
     if len(model.active_adapters) != 1:
@@ -182,7 +203,7 @@ def lora_obstacle(model: PeftModel) -> str | None:
         return "trainable_token_indices trains rows of the embedding beside the adapter"
     if model.active_peft_config.bias != "none":
         return "biases are trained beside the adapter"
-    if getattr(base.config, "num_experts", None):
+    if getattr(base.config.get_text_config(), "num_experts", None):
         return "the model is a mixture of experts"
     if misplaced:
         return f"vLLM puts no adapter on {', '.join(misplaced)}"

@@ -75,8 +75,10 @@ class PackedModel:
             )
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = self._wanted_dtype(args)
+        self.notes: list[str] = []
+        """For the user, on what was made of the arguments."""
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
+            model, self.notes = add_adapter(model, peft_config)
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""
         if self.quantized_bits and args.parallel.zero_stage == 3:

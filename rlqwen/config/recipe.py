@@ -38,10 +38,13 @@ class LoraSettings(Config):
     """None: twice `r`."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    """Names, ends of names, or one regular expression. `all-linear`: every linear layer but the head, without a
+    mixture's experts and routers. `experts`, or `gate_proj`, `up_proj`, `down_proj`, reach the experts, `gate` the
+    routers; `[all-linear, experts]` is both. Never a vision tower. A name that matches nothing is refused."""
     exclude_modules: str | list[str] | None = None
     """Names, or a regular expression, of modules that get no adapter."""
     target_parameters: list[str] | None = None
-    """Parameters that are no module's `weight`, such as fused experts: `mlp.experts.gate_up_proj`."""
+    """Parameters by name, such as `mlp.experts.gate_up_proj`; `target_modules` finds a mixture's own by itself."""
     layers_to_transform: int | list[int] | None = None
     """Only these decoder layers, from 0; `target_modules` must then be a list of names."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)

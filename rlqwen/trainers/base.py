@@ -244,8 +244,9 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self._note(self.plan.text)
         if unused := self.args.parallel.unused_note():
             self._note(unused)
-        if self.policy.routers.note:
-            self._note(self.policy.routers.note)
+        for note in (*self.policy.notes, self.policy.routers.note):
+            if note:
+                self._note(note)
         self._notify("on_train_begin")
         if checkpoint is not None:
             self._restore_random_state(checkpoint)
