@@ -9,7 +9,7 @@ Shapes: T tokens in the row; a block has B sequences of at most Q queries and K 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rlqwen.attention_rules import read_call, read_mask, refusal
 from rlqwen.sequence import SequenceGroup
 
 PACKED_ATTENTION = "rlqwen_packed"
@@ -58,6 +59,10 @@ class Layout:
     """(T,) where each token of the row stands in the blocks' real queries, one block after another."""
     spans: list[Span]
     """A span a branch, in the order of the row."""
+    position_T: Tensor
+    """(T,) where each token stands in its sequence."""
+    _windowed: dict[int, list[Tensor | None]] = field(default_factory=dict, repr=False)
+    """Masks of the blocks by the width of the window that they were made for."""
 
     @classmethod
     def build(cls, spans: Sequence[Span]) -> "Layout":
@@ -68,11 +73,34 @@ class Layout:
         sequences += [span for span in spans if span.end > span.start]
         blocks = [_block(bucket) for bucket in _buckets(sequences)]
         row = torch.cat([block.query_BQ.flatten()[block.real_R] for block in blocks])
-        return cls(blocks, torch.argsort(row), spans)
+        position = torch.zeros(len(row), dtype=torch.long)
+        for span in sequences:
+            first = span.prefix_end - span.prefix_start
+            position[span.start : span.end] = torch.arange(first, first + span.end - span.start)
+        return cls(blocks, torch.argsort(row), spans, position)
 
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout on another device."""
-        return Layout([block.to(device) for block in self.blocks], self.order_T.to(device), self.spans)
+        blocks = [block.to(device) for block in self.blocks]
+        return Layout(blocks, self.order_T.to(device), self.spans, self.position_T.to(device))
+
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """Return each block's mask where a query sees `window` tokens up to itself, or all (None); see Block.mask."""
+        if window is None:
+            return [block.mask for block in self.blocks]
+        if window not in self._windowed:
+            self._windowed[window] = [self._windowed_mask(block, window) for block in self.blocks]
+        return self._windowed[window]
+
+    def _windowed_mask(self, block: Block, window: int) -> Tensor | None:
+        if block.key_BK.shape[1] <= window:
+            return block.mask
+        if block.mask is None:
+            column = torch.arange(block.key_BK.shape[1], device=block.key_BK.device)
+            distance = column[:, None] - column
+            return ((distance >= 0) & (distance < window))[None, None]
+        distance = self.position_T[block.query_BQ][:, :, None] - self.position_T[block.key_BK][:, None, :]
+        return block.mask & (distance < window)[:, None]
 
 
 def _buckets(sequences: Sequence[Span]) -> list[list[Span]]:
@@ -117,7 +145,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
@@ -127,22 +155,26 @@ def packed_attention(
     """Attention function of transformers' interface; query (1, H, T, D), key and value (1, H_kv, T, D).
 
     With a `sequence` group, T is this rank's slice of the row, and the layout is the whole row's. Returns (1, T, H, D).
-    Raises ValueError without a layout: the model was called outside rlqwen's packed forward.
+    Raises ValueError without a layout: the model was called outside rlqwen's packed forward; ModelError for attention
+    that is more than causal or windowed, see rlqwen.attention_rules.
     """
     if layout is None:
         raise ValueError(f"the attention {PACKED_ATTENTION!r} needs `layout`: call the model through Policy")
+    masks = layout.masks(read_call(module, attention_mask, kwargs).window)
     query_T, key_T, value_T = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if sequence is not None:
+        if value_T.shape[2] != query_T.shape[2]:
+            raise refusal("parallel.sequence_parallel_size: the model", "has values narrower than its keys")
         query_T, key_T, value_T = sequence.to_heads(query_T, key_T, value_T)
     grouped = query_T.shape[1] != key_T.shape[1]
     outputs = []
-    for block in layout.blocks:
+    for block, mask in zip(layout.blocks, masks, strict=True):
         attended = F.scaled_dot_product_attention(
             _gather(query_T, block.query_BQ),
             _gather(key_T, block.key_BK),
             _gather(value_T, block.key_BK),
-            attn_mask=block.mask,
-            is_causal=block.mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=grouped,
@@ -158,4 +190,4 @@ def _gather(tensor_T: Tensor, index_BL: Tensor) -> Tensor:
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(PACKED_ATTENTION, read_mask)

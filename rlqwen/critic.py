@@ -59,6 +59,8 @@ class ScalarModel(PackedModel):
 
     def __init__(self, model: nn.Module, args: TrainerConfig, *, peft_config: Any = None, **options: Any) -> None:
         super().__init__(model, args, peft_config=scalar_peft_config(peft_config), **options)
+        trunk = self.base_model.base_model
+        self._check_forward(lambda hidden_RC: hidden_RC, lambda ids: trunk(input_ids=ids, use_cache=False)[0])
 
     def scores(self, batch: PackedBatch) -> Tensor:
         """(S,) float32: the model's answer at each sequence's last token, which is what transformers reads too."""

@@ -3,6 +3,8 @@
 Shapes: T tokens in the row, R places asked for, S sequences, C hidden size.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,19 +16,39 @@ from rlqwen.batch import PackedBatch
 from rlqwen.sequence import SequenceGroup
 
 # Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
-PACKABLE_LAYERS = {"full_attention", "attention"}
+PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}
+# Kinds of rotary position embedding that choose their frequencies by the longest sequence of the row.
+ROW_WIDE_ROPE = {"dynamic", "longrope"}
 
 
 def packs_prefixes(config: Any) -> bool:
-    """Whether a model of this configuration can share a prefix; linear, recurrent or sliding layers cannot."""
+    """Whether a model of this configuration can share a prefix; linear or recurrent layers cannot."""
+    config = config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None)
-    return layers is None or set(layers) <= PACKABLE_LAYERS
+    return (layers is None or set(layers) <= PACKABLE_LAYERS) and not _rope_types(config) & ROW_WIDE_ROPE
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embedding of the config, which gives one for all layers or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {entry["rope_type"] for entry in each if "rope_type" in entry}
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Have the model attend as packed rows need it, where it can share prefixes."""
     if packs_prefixes(model.config):
         model.set_attn_implementation(PACKED_ATTENTION)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have the model attend as transformers has it by default, inside."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        use_packed_attention(model)
 
 
 def hidden_states(

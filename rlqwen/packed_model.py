@@ -21,9 +21,10 @@ from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.experts import use_compute_dtype
-from rlqwen.hidden import hidden_states, packs_prefixes, use_packed_attention
+from rlqwen.hidden import hidden_states, last_tokens, own_attention, packs_prefixes, use_packed_attention
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
+from rlqwen.model_support import check_config, check_forward
 from rlqwen.parallel import gathered, has_exact, is_sharded, keep_exact
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
@@ -65,6 +66,7 @@ class PackedModel:
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
             sequence: the ranks that forward a row together, each a slice of it; ModelError if this model cannot.
         """
+        check_config(model.config)
         self.device = torch.device(device)
         self.sequence = sequence or SequenceGroup()
         self.sequence.check(model.config)
@@ -122,6 +124,25 @@ class PackedModel:
         use_packed_attention(self.base_model)
         use_compute_dtype(self.base_model)
         self.model.train()
+
+    def _check_forward(self, head: Callable[[Tensor], Tensor], own: Callable[[Tensor], Tensor]) -> None:
+        """ModelError where packed rows are computed wrongly, see rlqwen.model_support.
+
+        `head` makes answers of hidden states; `own` lets the model itself make (1, L, V) answers of (1, L) token ids.
+        """
+
+        def packed(batch: PackedBatch) -> Tensor:
+            sequence_S = torch.arange(batch.num_sequences, device=self.device)
+            arguments = (self.base_model, batch, last_tokens(batch), sequence_S)
+            return head(hidden_states(*arguments, sequence=SequenceGroup()).to(self.compute_dtype))
+
+        def plain(sequences: list[list[int]]) -> Tensor:
+            with own_attention(self.base_model):
+                return torch.stack([own(torch.tensor([ids], device=self.device))[0, -1] for ids in sequences])
+
+        exact = self.compute_dtype == torch.float32 and not self.quantized_bits
+        with self.inference(), self.autocast():
+            check_forward(self.base_model, packed, plain, exact=exact)
 
     @property
     def base_model(self) -> PreTrainedModel:

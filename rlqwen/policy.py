@@ -25,8 +25,9 @@ from rlqwen.adapters import adapter_rank, adapter_weights, check_adapter, checkp
 from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
-from rlqwen.hidden import hidden_states, use_packed_attention
-from rlqwen.logprobs import chunked_log_collision, chunked_logprobs
+from rlqwen.hidden import hidden_states, own_attention, use_packed_attention
+from rlqwen.logprobs import chunked_log_collision, chunked_logprobs, scaled_logits
+from rlqwen.model_support import check_config, check_head
 from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
@@ -71,9 +72,13 @@ class Policy(PackedModel):
             self._reference = self._freeze(reference)
         if self.has_adapter:
             check_adapter(self.model, reference=self.has_reference and self._reference is None)
+        check_head(self.base_model)
+        self._check_forward(self._logits, lambda ids: self.base_model(input_ids=ids, use_cache=False).logits)
 
     def _freeze(self, model: Any) -> PreTrainedModel:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_config(model.config)
+        check_head(model)
         if quantized_bits(model):
             prepare_quantized(model)
             model = model.to(self.device).eval().requires_grad_(False)
@@ -82,6 +87,9 @@ class Policy(PackedModel):
             model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
         return model  # type: ignore[no-any-return]
+
+    def _logits(self, hidden_RC: Tensor) -> Tensor:
+        return scaled_logits(hidden_RC, head_weight(self.base_model).to(hidden_RC.dtype), 1.0)
 
     def logprobs(
         self,
@@ -225,16 +233,14 @@ class Policy(PackedModel):
             )
         model = self.base_model
         checkpointing = model.is_gradient_checkpointing
-        model.set_attn_implementation("sdpa")
         if checkpointing:
             model.gradient_checkpointing_disable()
         try:
-            with self.inference(), self.autocast(), whole_model(self.model):
+            with own_attention(model), self.inference(), self.autocast(), whole_model(self.model):
                 yield model
         finally:
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            use_packed_attention(model)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its checkpoint name, adapters merged, tied heads included, in the compute dtype.

@@ -29,6 +29,8 @@ class SequenceGroup:
 
     def check(self, config: Any) -> None:
         """ModelError where the model's query heads cannot be dealt out evenly."""
+        if self.size == 1:
+            return
         heads = config.get_text_config().num_attention_heads
         if heads % self.size:
             fitting = [size for size in range(2, heads + 1) if heads % size == 0]

@@ -24,13 +24,14 @@ def rows(count: int = 24) -> list[dict]:
     ]
 
 
-def make_trainer(model, folder, *, train=None, **options):
+def make_trainer(model, folder, *, train=None, peft_config=None, **options):
     defaults = {"output_dir": str(folder), "per_device_train_batch_size": 8, "max_steps": 3, "save_strategy": "no"}
     return SFTTrainer(
         str(model),
         args=SFTConfig(**defaults | options),
         train_dataset=rows() if train is None else train,
         eval_dataset=rows(6),
+        peft_config=peft_config,
     )
 
 

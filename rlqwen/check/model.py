@@ -56,6 +56,8 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
     check_model_path(model.path)
     from transformers import AutoConfig, AutoTokenizer
 
+    from rlqwen.model_support import check_config
+
     arguments = model.init_kwargs if model.path.startswith("builtin:") else {}
     path = resolve_model_path(model.path, scratch, **arguments)
     is_local = Path(path).expanduser().is_dir()
@@ -70,6 +72,7 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
             return None
         raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
     check_vocabulary(tokenizer, config, f"model.path {path!r}")
+    check_config(config)
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     return ModelFacts(
         tokenizer, int(config.max_position_embeddings), dtype, _weight_bytes(Path(path)) if is_local else 0
