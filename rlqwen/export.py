@@ -77,7 +77,7 @@ def export_model(options: ExportOptions) -> int:
     if source.adapter is not None:
         base.generation_config = load_generation_config(source.tokenizer) or base.generation_config
         align_stop_tokens(base, tokenizer)
-    if options.int8 and getattr(base.config, "num_experts", None):
+    if options.int8 and getattr(base.config.get_text_config(), "num_experts", None):
         raise ModelError(f"{options.source!r} is a mixture of experts; int8 is written for dense models only")
     weights = checkpoint_weights(base, dtype=getattr(torch, options.dtype) if options.dtype else None)
     partial = destination.with_name(f".{destination.name}.partial")

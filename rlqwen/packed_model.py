@@ -149,6 +149,11 @@ class PackedModel:
         """The transformers model, adapters inside it where there are any."""
         return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[no-any-return]
 
+    @property
+    def text_config(self) -> Any:
+        """Config of the text model: the model's own, or the part of it where the model sees images too."""
+        return self.base_model.config.get_text_config()
+
     def has_base_of(self, folder: str) -> bool:
         """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
         if not self.has_adapter:

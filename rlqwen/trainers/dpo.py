@@ -104,7 +104,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
     def _check_reference(self) -> None:
         if self.args.sync_ref_model and self.policy.has_adapter:
             raise ConfigError("sync_ref_model mixes whole weights, of which a model with an adapter trains none")
-        ours, theirs = self.policy.base_model.config.vocab_size, self.policy.reference_config.vocab_size
+        ours, theirs = self.policy.text_config.vocab_size, self.policy.reference_config.get_text_config().vocab_size
         if ours != theirs:
             raise ModelError(
                 f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: they must agree"

@@ -32,7 +32,7 @@ class GenerationEvaluation:
         config = args.eval_generation
         rows = rows[: config.limit]
         self.measure = TextMeasure(config.metrics, rows, reference=config.reference, labels=config.labels)
-        context = policy.base_model.config.max_position_embeddings
+        context = policy.text_config.max_position_embeddings
         prompts, report = tokenize_prompts(
             rows,
             tokenizer,

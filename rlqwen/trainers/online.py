@@ -111,7 +111,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         """Of the engine, where a run that goes on has not started it yet."""
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Prompt]:
-        room = prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
+        room = prompt_room(self.policy.text_config.max_position_embeddings, self.args)
         prompts, report = tokenize_prompts(
             as_rows(dataset),
             self.processing_class,
@@ -126,7 +126,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
     def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Prompt]]:
         job = PromptJob(
             self.processing_class,
-            max_prompt_length=prompt_room(self.policy.base_model.config.max_position_embeddings, self.args),
+            max_prompt_length=prompt_room(self.policy.text_config.max_position_embeddings, self.args),
             overlong=self.args.overlong_prompts,
             chat_template=None,
             chat_template_kwargs=self.args.chat_template_kwargs,
@@ -291,7 +291,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
     def _longest_prompt(self) -> int:
         """Return the tokens of the longest prompt; for a stream, the limit for a prompt."""
         if self.new_stream is not None:
-            return prompt_room(self.policy.base_model.config.max_position_embeddings, self.args)
+            return prompt_room(self.policy.text_config.max_position_embeddings, self.args)
         return max(map(longest_prompt, (self.train_rows, self.eval_rows or [])))
 
     def _coming_prompts(self) -> list[Prompt]:

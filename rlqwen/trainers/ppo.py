@@ -96,7 +96,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         if config.kind == "head":
             if model is not None:
                 raise ConfigError("value_model is for a critic of its own: leave it out, or set critic.kind to 'model'")
-            size = self.policy.base_model.config.hidden_size
+            size = self.policy.text_config.hidden_size
             return ValueHead(
                 size, train_trunk=config.train_trunk, device=self.policy.device, sequence=self.ranks.sequence
             )

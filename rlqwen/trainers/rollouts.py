@@ -65,7 +65,7 @@ class Rollouts:
         self.lora_rank, self.note = choose_sync(policy, args.rollout)
         ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
-        _refuse_unknown_tokens(args.generation_kwargs, policy.base_model.config.vocab_size)
+        _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = build_engine(
             args.rollout,
             model_path=model_path,
