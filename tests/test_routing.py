@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig
+from test_lora_targets import moe
 from test_policy import make_model, skewed_trees
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -41,9 +42,9 @@ def test_an_even_load_costs_k_and_a_collapsed_one_e():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
 def test_the_loss_on_a_packed_row_is_transformers_own_on_each_token_once(kind, checkpointing):
-    model = make_model(kind)
+    model = moe(kind)
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing, router_aux_loss_coef=0.5))
     trees = skewed_trees()
     policy.logprobs(pack(trees))
@@ -92,11 +93,16 @@ def test_figures_say_how_even_the_load_is():
     assert policy.routers.metrics(lambda value: [value]) == {}
 
 
-def test_frozen_routers_bear_no_loss_unless_it_is_asked_for():
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
+def test_frozen_routers_bear_no_loss_unless_it_is_asked_for(kind):
     def routers(coefficient, **lora):
         config = LoraConfig(r=2, **lora)
         args = SFTConfig(router_aux_loss_coef=coefficient)
-        return Policy(make_model("qwen3_moe"), args, peft_config=config).routers
+        return Policy(moe(kind), args, peft_config=config).routers
+
+    assert Policy(moe(kind), SFTConfig()).routers.coefficient == 0.001  # transformers' default
+    assert routers(None, target_modules=["all-linear", "experts"]).coefficient == 0
+    assert routers(None, target_modules=["gate"]).coefficient == 0.001
 
     assert routers(None, target_modules=["q_proj"]).coefficient == 0
     assert "routers are frozen" in routers(None, target_modules=["q_proj"]).note
