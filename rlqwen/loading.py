@@ -181,6 +181,24 @@ def align_stop_tokens(
             )
 
 
+def text_tokenizer(processing_class: Any) -> Any:
+    """Return the tokenizer of a processor for text and images; anything else as it is. A processor is named in a warning.
+
+    The tokenizer writes conversations by the processor's chat template if it has none.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if isinstance(processing_class, PreTrainedTokenizerBase) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return processing_class
+    warnings.warn(
+        f"processing_class is a {type(processing_class).__name__}: its tokenizer alone is used and saved, because rlqwen "
+        "trains on text",
+        stacklevel=2,
+    )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    return tokenizer
+
+
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
     """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
     name_or_path, revision = split_revision(name_or_path)

@@ -59,7 +59,7 @@ def test_sharegpt_roles_become_the_templates():
         ({"messages": [{"content": "q"}]}, "turn 0 of 'messages' has no 'role'"),
         ({"messages": [{"from": "human", "value": "q"}]}, "belong in a column named 'conversations'"),
         ({"messages": "q"}, "column 'messages' must be a list of turns"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 0 of 'prompt': content must be text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part of type 'image'"),
         ({"messages": TURNS, "tools": "[{"}, "column 'tools' is not valid JSON"),
         ({"messages": TURNS, "tools": ["add"]}, "column 'tools' must be a list of function descriptions"),
         ({"instruction": "i", "output": "o", "history": [["a"]]}, "'history' must hold pairs"),

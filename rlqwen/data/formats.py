@@ -16,6 +16,7 @@ pairs and for labelled answers.
 from typing import Any
 
 from rlqwen.data.mapping import paste, prompt_map
+from rlqwen.data.media import refuse_media
 from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalise_pair, rename_columns
 from rlqwen.data.turns import (
     ALPACA_COLUMNS,
@@ -46,8 +47,9 @@ def normalise_row(row: Row, where: str) -> Row:
     """Return the row in our form (see the module); a row that is already in it comes back equal.
 
     Missing values (rlqwen.data.values) are None in columns that we do not know, and no column where we do. `where`
-    begins the message of a DataError: unknown role, malformed turn, or no column that we know.
+    begins the message of a DataError: images, unknown role, malformed turn, or no column that we know.
     """
+    refuse_media(row, where)
     row = plain_row(row, where)
     row = {column: value for column, value in row.items() if value is not None or column not in FORM_COLUMNS}
     row = rename_columns(row, where)

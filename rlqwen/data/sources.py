@@ -16,6 +16,7 @@ from rlqwen.data.bundled import PREFIX, bundled_file
 from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.generators import generate
+from rlqwen.data.media import media_advice
 from rlqwen.data.rows_on_disk import GivenRows, TableRows, keep_rows
 from rlqwen.data.streams import StreamedRows
 from rlqwen.data.values import without_filling
@@ -154,7 +155,11 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
 
 def _table_rows(dataset: Any) -> Iterator[Row]:
     schema = dataset.features.arrow_schema if getattr(dataset, "features", None) else None
-    return (without_filling(row, schema) for row in dataset)
+    try:
+        for row in dataset:
+            yield without_filling(row, schema)
+    except ImportError as error:  # of what decodes images
+        raise DataError(f"rows of the data set hold media ({error}), {media_advice()}") from error
 
 
 def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:

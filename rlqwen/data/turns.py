@@ -8,6 +8,7 @@ must not be learned. Other keys stay, for the chat template to read; rlqwen.data
 import json
 from typing import Any
 
+from rlqwen.data.media import refuse_turn_media
 from rlqwen.data.turn_names import LOSS_KEYS, ROLES, THOUGHT_KEYS
 from rlqwen.data.values import parse_turns
 from rlqwen.errors import DataError
@@ -116,6 +117,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
         raise DataError(f"{place} has no 'role': {message!r:.80}")
     if "content" not in turn and "value" in turn:
         turn["content"] = turn.pop("value")
+    refuse_turn_media(turn, place)
     turn["content"] = _plain_content(turn.get("content", ""), place)
     is_call = turn["role"] in _CALL_ROLES
     if is_call:
@@ -180,7 +182,7 @@ def _plain_content(content: Any, place: str) -> str:
         ]
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
-    raise DataError(f"{place}: content must be text; images and other parts are not supported: {content!r:.80}")
+    raise DataError(f"{place}: content must be text, or parts of type 'text': {content!r:.80}")
 
 
 def _normalise_calls(calls: Any, place: str) -> list[dict[str, Any]]:

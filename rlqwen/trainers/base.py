@@ -20,7 +20,14 @@ from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.errors import NonFiniteError, RolloutError, SaveError
-from rlqwen.loading import load_model, load_tokenizer, local_folder, split_builtin_arguments, take_eos_token
+from rlqwen.loading import (
+    load_model,
+    load_tokenizer,
+    local_folder,
+    split_builtin_arguments,
+    take_eos_token,
+    text_tokenizer,
+)
 from rlqwen.metrics import plot_curves, read_metrics, write_summary
 from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
@@ -77,7 +84,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
         self.args = args
-        self.processing_class = processing_class or load_tokenizer(model_name, args)
+        self.processing_class = text_tokenizer(processing_class) or load_tokenizer(model_name, args)
         take_eos_token(self.processing_class, getattr(args, "eos_token", None))
         self.policy = self.load_policy(
             model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
