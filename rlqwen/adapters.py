@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlqwen.config import LoraSettings
 from rlqwen.errors import ModelError
 from rlqwen.lora_targets import resolve_targets
 from rlqwen.parallel import exact_weight, gathered
@@ -31,6 +32,14 @@ VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj
 """Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
 VLLM_MAX_RANK = 512
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """Return PEFT's config of a recipe's `model.lora`."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        **settings.model_dump() | {"lora_alpha": settings.lora_alpha or 2 * settings.r},
+    )
 
 
 def add_adapter(model: PreTrainedModel, config: Any) -> tuple[PeftModel, list[str]]:

@@ -126,7 +126,8 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
 def saved_dtype(folder: str) -> torch.dtype | None:
     """The dtype that the folder's config gives its weights; None where it doesn't say."""
     config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    name = config.get("dtype") or config.get("torch_dtype")
+    parts = (config, config.get("text_config") or {})
+    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     return getattr(torch, name) if name else None
 
 

@@ -206,7 +206,9 @@ def test_a_sound_sft_recipe_tells_model_data_template_and_batch(tiny_model_path,
     report = check_recipe(recipe_of(tiny_model_path, [CHAT] * 3, tmp_path))
     assert report.faults == []
     facts = dict(report.facts)
-    assert list(facts) == ["model", "data.train", "template", "data.train form", "batch"]
+    assert list(facts) == [
+        "model", "parameters", "trained", "memory", "data.train", "template", "data.train form", "batch"
+    ]  # fmt: skip
     assert facts["data.train"].startswith("3 of 3 rows")
     assert "EOS in the loss of 100%" in facts["data.train"]
     assert "<|im_end|>" in facts["template"]
@@ -219,7 +221,9 @@ def test_a_sound_grpo_recipe_names_rewards_with_origin(tiny_model_path, tmp_path
     facts = dict(report.facts)
     assert facts["rewards"].startswith("accuracy x 1 (rlqwen ")
     assert facts["batch"].startswith("1 prompt x 8 generations = 8 completions")
-    assert set(facts) == {"model", "rewards", "data.train", "template", "batch", "rollout"}
+    assert set(facts) == {
+        "model", "parameters", "trained", "memory", "rewards", "data.train", "template", "thinking", "batch", "rollout"
+    }  # fmt: skip
 
 
 def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):

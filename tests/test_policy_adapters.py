@@ -11,14 +11,13 @@ from test_policy import make_model, padded_logprobs, skewed_trees
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlqwen.adapters import checkpoint_weights
+from rlqwen.adapters import checkpoint_weights, lora_config
 from rlqwen.batch import pack
 from rlqwen.config import LoraSettings, SFTConfig
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.model_files import write_model
 from rlqwen.policy import Policy
 from rlqwen.rollout.weights import ExpectedWeights
-from rlqwen.trainers.build import lora_config
 
 ALL = "all-linear"
 PROJECTIONS_AND_ENDS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]

@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_NO_WEIGHTS = "weights (model.safetensors)"
+NO_TOKENIZER = "a tokenizer (tokenizer.json)"
 _HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What the rest of the checks needs to know of a model."""
+class ConfigFacts:
+    """What the config of a model says."""
 
-    tokenizer: "PreTrainedTokenizerBase"
+    path: str
+    """A folder, or a hub id."""
+    options: dict[str, Any]
+    """Arguments of every `from_pretrained`."""
+    config: Any
+    """transformers' own, whole: of a model that sees images too, text and vision."""
     context: int
     """Largest number of tokens that the model can attend to."""
     dtype: str
@@ -34,27 +41,55 @@ class ModelFacts:
     """Of the weight files; 0 where unknown."""
 
 
+@dataclass(frozen=True)
+class ModelFacts(ConfigFacts):
+    """What the rest of the checks needs to know of a model."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+
+
 def check_model_path(path: str, key: str = "model.path") -> None:
     """Raise ModelError unless `path`, the value of `key`, is a complete model folder, a built-in model, or may be a
     hub id."""
+    missing = what_is_missing(path, key)
+    if missing:
+        raise _incomplete(Path(path).expanduser(), key, missing)
+
+
+def what_is_missing(path: str, key: str = "model.path") -> list[str]:
+    """Return what a folder without any weights lacks for a run, though its config can be checked; else nothing.
+
+    Raises ModelError as `check_model_path` does for anything else that is wrong, such as a missing shard.
+    """
     if path.startswith("builtin:"):
-        return
+        return []
     folder = Path(path).expanduser()
     if folder.is_dir():
-        _check_folder(folder, key)
-    elif folder.exists():
+        return _check_folder(folder, key)
+    if folder.exists():
         raise ModelError(f"{key} {path!r} is a file; give the folder that holds config, weights and tokenizer")
-    elif not _may_be_hub_id(path):
+    if not _may_be_hub_id(path):
         raise ModelError(f"{key} {path!r}: there is no such folder{_near_folder(folder)}, and it is no hub id")
+    return []
 
 
 def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
-    """Config and tokenizer, without weights; None if the model is on the hub and cannot be reached.
+    """Read config and tokenizer of a complete model; None if it is on the hub and cannot be reached.
 
     `scratch`: a folder where a built-in model is built. Raises ModelError for what is wrong with a local model.
     """
     check_model_path(model.path)
-    from transformers import AutoConfig, AutoTokenizer
+    facts = read_config(model, scratch)
+    return None if facts is None else read_tokenizer(facts)
+
+
+def read_config(model: ModelConfig, scratch: Path) -> ConfigFacts | None:
+    """Read the config alone; None if the model is on the hub and cannot be reached.
+
+    `scratch`: a folder where a built-in model is built. Raises ModelError for a local config that cannot be read, or of
+    a model that rlqwen does not compute.
+    """
+    from transformers import AutoConfig
 
     from rlqwen.model_support import check_config
 
@@ -66,17 +101,32 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
         options |= {"revision": model.revision or "main", "local_files_only": not _is_on_hub(path, model.revision)}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         if not is_local:
             return None
         raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
-    check_vocabulary(tokenizer, config, f"model.path {path!r}")
     check_config(config)
-    dtype = str(config.dtype or "float32").removeprefix("torch.")
-    return ModelFacts(
-        tokenizer, int(config.max_position_embeddings), dtype, _weight_bytes(Path(path)) if is_local else 0
-    )
+    text = config.get_text_config()
+    dtype = str(config.dtype or text.dtype or "float32").removeprefix("torch.")
+    num_bytes = _weight_bytes(Path(path).expanduser()) if is_local else 0
+    return ConfigFacts(path, options, config, int(text.max_position_embeddings), dtype, num_bytes)
+
+
+def read_tokenizer(facts: ConfigFacts) -> ModelFacts | None:
+    """Read the tokenizer of a model whose config was read; None if it is on the hub and cannot be reached.
+
+    Raises ModelError for a local one that cannot be read, or has tokens that the embedding lacks.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(facts.path, **facts.options)
+    except (OSError, ValueError) as error:
+        if not Path(facts.path).expanduser().is_dir():
+            return None
+        raise ModelError(f"model.path {facts.path!r}: config or tokenizer cannot be read: {error}") from error
+    check_vocabulary(tokenizer, facts.config, f"model.path {facts.path!r}")
+    return ModelFacts(**vars(facts), tokenizer=tokenizer)
 
 
 def _is_on_hub(model_id: str, revision: str | None) -> bool:
@@ -96,22 +146,30 @@ def _is_on_hub(model_id: str, revision: str | None) -> bool:
     return True
 
 
-def _check_folder(folder: Path, key: str) -> None:
+def _check_folder(folder: Path, key: str) -> list[str]:
+    """As `what_is_missing`, for a folder."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{key} {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
             "or merge the adapter into it first"
         )
     refuse_pickles(folder)
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        missing.append("weights (model.safetensors)")
+    has_config = (folder / "config.json").is_file()
+    has_weights = any((folder / name).is_file() for name in _WEIGHTS)
+    missing = [] if has_config else ["config.json"]
+    if not has_weights:
+        missing.append(_NO_WEIGHTS)
     if not any((folder / name).is_file() for name in _TOKENIZER):
-        missing.append("a tokenizer (tokenizer.json)")
+        missing.append(NO_TOKENIZER)
     missing += _missing_shards(folder)
-    if missing:
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-        raise ModelError(f"{key} {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
+    if missing and (has_weights or not has_config):
+        raise _incomplete(folder, key, missing)
+    return missing
+
+
+def _incomplete(folder: Path, key: str, missing: list[str]) -> ModelError:
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
+    return ModelError(f"{key} {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
 
 
 def _missing_shards(folder: Path) -> list[str]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.check.arithmetic import refuse_stream
-from rlqwen.check.model import ModelFacts, read_model
+from rlqwen.check.memory import describe_parameters
+from rlqwen.check.model import NO_TOKENIZER, ModelFacts, read_config, read_tokenizer, what_is_missing
 from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
 from rlqwen.check.rewards import check_rewards
-from rlqwen.check.tokens import describe_batch, describe_data, describe_untokenized, tokenize
+from rlqwen.check.tokens import describe_batch, describe_data, describe_thinking, describe_untokenized, tokenize
 from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
@@ -45,6 +46,8 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
                     tokenized.name_unused(taken)
                 describe_data(report, f"data.{name}", tokenized)
                 if name == "train":
+                    if isinstance(recipe.train, OnlineConfig):
+                        describe_thinking(report, recipe.train, model)
                     describe_batch(report, recipe, tokenized)
     if not model:
         describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
@@ -69,16 +72,31 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFac
         with report.collecting():
             require_bitsandbytes("model.quantization")
     with report.collecting(), tempfile.TemporaryDirectory() as scratch:
-        model = read_model(start.model, Path(scratch))
-        if model is None:
+        missing = what_is_missing(start.model.path)
+        found = read_config(start.model, Path(scratch))
+        if found is None:
             report.warnings.append(
                 f"model {start.model.path!r} is not on this machine and the hub cannot be reached: "
-                "template, loss masks, lengths and context were not checked"
+                "parameters, template, loss masks, lengths and context were not checked"
             )
             return None
         yet_to_train = "" if start is recipe else f", to be trained from {start.model.path}"
-        size = f", {model.num_bytes / 1e6:,.1f} MB of weights" if model.num_bytes else ""
-        report.facts.append(("model", f"{recipe.model.path}{yet_to_train}, context {model.context:,}{size}"))
+        size = f", {found.num_bytes / 1e6:,.1f} MB of weights" if found.num_bytes else ""
+        line = f"{recipe.model.path}{yet_to_train}, context {found.context:,}, {found.dtype}{size}"
+        report.facts.append(("model", line))
+        if missing:
+            report.warnings.append(
+                f"{start.model.path} lacks {' and '.join(missing)}: checked without; a run would refuse it"
+            )
+        describe_parameters(report, recipe, found.config, found.dtype)
+        if NO_TOKENIZER in missing:
+            return None
+        model = read_tokenizer(found)
+        if model is None:
+            report.warnings.append(
+                f"the tokenizer of {start.model.path!r} is not on this machine: template, loss masks and lengths were not "
+                "checked"
+            )
         return model
     return None
 

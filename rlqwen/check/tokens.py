@@ -51,6 +51,22 @@ def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
             report.warnings.append(warning)
 
 
+def describe_thinking(report: CheckReport, config: OnlineConfig, model: ModelFacts) -> None:
+    """Tell whether completions begin with a thought, where the template knows of thoughts."""
+    if "<think>" not in str(model.tokenizer.chat_template):
+        return
+    prompt = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
+    )
+    end = str(prompt).rstrip()
+    if end.endswith("<think>"):
+        report.facts.append(("thinking", "on: the prompt opens the thought, which counts as part of the completion"))
+    elif end.endswith("</think>"):
+        report.facts.append(("thinking", "off: the prompt ends with an empty thought"))
+    else:
+        report.facts.append(("thinking", "left to the model: the prompt opens no thought"))
+
+
 def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, Sequence[Row] | None]) -> None:
     for name, rows in parts.items():
         if rows:

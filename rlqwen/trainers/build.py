@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from peft import LoraConfig
-
-from rlqwen.config import LoraSettings, ModelConfig, Recipe
+from rlqwen.adapters import lora_config
+from rlqwen.config import ModelConfig, Recipe
 from rlqwen.data import RecipeData, load_recipe_data
 from rlqwen.quantization import bitsandbytes_config
 from rlqwen.scoring import build_rewards
@@ -65,11 +64,3 @@ def model_arguments(model: ModelConfig) -> dict[str, Any]:
     if model.quantization is not None:
         arguments["quantization_config"] = bitsandbytes_config(model.quantization)
     return arguments
-
-
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """PEFT's config of a recipe's `model.lora`."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        **settings.model_dump() | {"lora_alpha": settings.lora_alpha or 2 * settings.r},
-    )

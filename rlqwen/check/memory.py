@@ -1,0 +1,107 @@
+"""What a recipe trains of its model, and the memory that takes: told in a check's report."""
+
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.check.parameters import (
+    ParameterCounts,
+    chosen_experts,
+    count_parameters,
+    meta_model,
+    short_count,
+    trained_parameters,
+)
+from rlqwen.check.report import CheckReport
+from rlqwen.check.resources import uses_vllm
+from rlqwen.config import DPOConfig, GRPOConfig, OnlineConfig, PPOConfig, Recipe
+from rlqwen.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SHARED = {
+    1: "ZeRO-1 shares Adam's state out among the ranks",
+    2: "ZeRO-2 shares gradients and Adam's state out among the ranks",
+    3: "ZeRO-3 shares all of it out among the ranks",
+}
+
+
+def describe_parameters(report: CheckReport, recipe: Recipe, config: Any, dtype: str) -> None:
+    """Add to the report how many parameters there are, which are trained, frozen and carried, and their memory.
+
+    `config`: transformers' config of the starting model, of weights saved in `dtype`. A model that cannot be built is a
+    warning, because a stranger's code may still load it; an adapter that does not fit is a fault.
+    """
+    try:
+        model = meta_model(config, scalar=recipe.algorithm == "reward")
+    except ModelError as error:
+        report.warnings.append(f"parameters were not counted: {error}")
+        return
+    counts = count_parameters(config, model)
+    report.facts.append(("parameters", _parts_in_words(counts, config)))
+    if counts.carried:
+        kept = ", ".join(f"{part} {short_count(number)}" for part, number in counts.carried.items())
+        report.facts.append(("carried", f"{kept}: neither trained nor used, and kept in every folder that is written"))
+    with report.collecting():
+        report.facts.append(("trained", _trained_in_words(report, recipe, model, counts)))
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        report.facts.append(("memory", _memory_in_words(recipe, trained, counts.total, dtype)))
+
+
+def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
+    used, experts = chosen_experts(config.get_text_config())
+    named = []
+    for part, number in counts.parts.items():
+        chosen = f" ({used} of {experts} a token)" if part == "routed experts" and experts else ""
+        named.append(f"{part} {short_count(number)}{chosen}")
+    if "head" not in counts.parts:
+        named.append("head tied to the embedding")
+    active = f", {short_count(counts.active)} active for each token" if counts.active != counts.total else ""
+    return f"{short_count(counts.total)}{active}: {', '.join(named)}"
+
+
+def _trained_in_words(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", counts: ParameterCounts) -> str:
+    if recipe.model.lora is None:
+        return f"all {short_count(counts.total)}"
+    targets, notes = trained_parameters(model, recipe.model.lora)
+    report.warnings += notes
+    trained = sum(targets.values())
+    named = ", ".join(f"{target} {short_count(number)}" for target, number in sorted(targets.items()))
+    return f"{short_count(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
+
+
+def _memory_in_words(recipe: Recipe, trained: int, total: int, dtype: str) -> str:
+    """Bytes of weights, gradients and Adam's two moments: those of activations depend on the rows, and are not told."""
+    settings, train = recipe.model, recipe.train
+    if settings.lora is None:
+        parts = {"weights": 4 * trained}
+    else:
+        frozen_dtype = dtype if settings.dtype == "auto" else settings.dtype
+        each = settings.quantization.bits / 8 if settings.quantization else _BYTES.get(frozen_dtype, 4)
+        width = f"{settings.quantization.bits} bits" if settings.quantization else frozen_dtype
+        parts = {f"frozen weights in {width}": int(total * each), "adapters": 4 * trained}
+    parts |= {"gradients": 4 * trained, "Adam": 8 * trained}
+    if isinstance(train, PPOConfig) and train.critic.kind == "model" and train.critic.path is None:
+        parts["the critic, another such model"] = sum(parts.values())
+    if settings.lora is None and _holds_reference(recipe):
+        parts["the reference in bfloat16"] = 2 * total
+    told = (
+        f"{_gigabytes(sum(parts.values()))}: {', '.join(f'{part} {_gigabytes(size)}' for part, size in parts.items())}"
+    )
+    if train.parallel.zero_stage:
+        told += f"; {_SHARED[train.parallel.zero_stage]}"
+    if isinstance(train, OnlineConfig) and uses_vllm(train.rollout):
+        told += f"; each rollout worker holds {_gigabytes(2 * total)} of weights in bfloat16 besides"
+    return f"{told}; activations come on top"
+
+
+def _holds_reference(recipe: Recipe) -> bool:
+    """Whether a frozen copy of the model stands beside the one that is trained."""
+    train = recipe.train
+    if isinstance(train, DPOConfig):
+        return train.needs_reference and not train.precompute_ref_log_probs
+    return (isinstance(train, GRPOConfig) and train.beta > 0) or (isinstance(train, PPOConfig) and train.kl_coef > 0)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 5e8 else f"{size / 1e6:,.1f} MB"
