@@ -63,14 +63,14 @@ class Layout:
     """(T,) where each token stands in its sequence."""
     _windowed: dict[int, list[Tensor | None]] = field(default_factory=dict, repr=False)
     """Masks of the blocks by the width of the window that they were made for."""
+    computed: dict[str, Any] = field(default_factory=dict)
+    """What layers other than attention have worked out of the spans, on their device."""
 
     @classmethod
     def build(cls, spans: Sequence[Span]) -> "Layout":
         """Blocks for the prefixes, each once, and for the branches."""
         spans = list(spans)
-        prefixes = dict.fromkeys(span[:2] for span in spans if span.prefix_end > span.prefix_start)
-        sequences = [Span(start, start, start, end) for start, end in prefixes]
-        sequences += [span for span in spans if span.end > span.start]
+        sequences = sequences_of(spans)
         blocks = [_block(bucket) for bucket in _buckets(sequences)]
         row = torch.cat([block.query_BQ.flatten()[block.real_R] for block in blocks])
         position = torch.zeros(len(row), dtype=torch.long)
@@ -101,6 +101,13 @@ class Layout:
             return ((distance >= 0) & (distance < window))[None, None]
         distance = self.position_T[block.query_BQ][:, :, None] - self.position_T[block.key_BK][:, None, :]
         return block.mask & (distance < window)[:, None]
+
+
+def sequences_of(spans: Sequence[Span]) -> list[Span]:
+    """List the row's runs of tokens: each prefix once, as a span without a prefix, then the branches; no empty ones."""
+    prefixes = dict.fromkeys(span[:2] for span in spans if span.prefix_end > span.prefix_start)
+    sequences = [Span(start, start, start, end) for start, end in prefixes]
+    return sequences + [span for span in spans if span.end > span.start]
 
 
 def _buckets(sequences: Sequence[Span]) -> list[list[Span]]:

@@ -11,21 +11,47 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlqwen import delta_net
 from rlqwen.attention import PACKED_ATTENTION
 from rlqwen.batch import PackedBatch
 from rlqwen.sequence import SequenceGroup
 
-# Layers whose state runs through the sequence cannot see a prefix that lies elsewhere in the row.
 PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}
 # Kinds of rotary position embedding that choose their frequencies by the longest sequence of the row.
 ROW_WIDE_ROPE = {"dynamic", "longrope"}
 
 
+def packing_obstacle(config: Any) -> str | None:
+    """Why a model of this configuration cannot share a prefix among sequences; None: it can.
+
+    Attention can, and the delta-net layers that rlqwen.delta_net knows. Layers of another kind cannot: they would carry
+    the state of one sequence of the row into the next.
+    """
+    text = config.get_text_config(decoder=True)
+    others = _recurrent_layers(text)
+    if delta_net.is_delta_net(text):
+        others.discard(delta_net.LAYER)
+    if others:
+        return f"{text.model_type} has layers of type {', '.join(sorted(others))}"
+    row_wide = _rope_types(text) & ROW_WIDE_ROPE
+    return f"{text.model_type} has rope_type {', '.join(sorted(row_wide))}" if row_wide else None
+
+
 def packs_prefixes(config: Any) -> bool:
-    """Whether a model of this configuration can share a prefix; linear or recurrent layers cannot."""
-    config = config.get_text_config(decoder=True)
-    layers = getattr(config, "layer_types", None)
-    return (layers is None or set(layers) <= PACKABLE_LAYERS) and not _rope_types(config) & ROW_WIDE_ROPE
+    """Return whether a model of this configuration can share a prefix; see `packing_obstacle`."""
+    return packing_obstacle(config) is None
+
+
+def cutting_obstacle(config: Any) -> str | None:
+    """Why ranks cannot each forward a slice of a row through a model of this configuration; None: they can."""
+    text = config.get_text_config(decoder=True)
+    if recurrent := _recurrent_layers(text):
+        return f"{text.model_type} has layers that carry a state along the sequence ({', '.join(sorted(recurrent))})"
+    return packing_obstacle(config)
+
+
+def _recurrent_layers(text_config: Any) -> set[str]:
+    return set(getattr(text_config, "layer_types", None) or ()) - PACKABLE_LAYERS
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -36,9 +62,18 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Have the model attend as packed rows need it, where it can share prefixes."""
-    if packs_prefixes(model.config):
-        model.set_attn_implementation(PACKED_ATTENTION)
+    """Have the text layers of `model` run as packed rows need it, where it can share prefixes.
+
+    Raises ModelError where its delta-net layers are not as expected.
+    """
+    config: Any = model.config
+    if not packs_prefixes(config):
+        return
+    text = config.get_text_config(decoder=True)
+    if delta_net.is_delta_net(text):
+        delta_net.install(text)
+    parts = [name for name in config.sub_configs if getattr(config, name) is text]
+    model.set_attn_implementation(dict.fromkeys(parts, PACKED_ATTENTION) if parts else PACKED_ATTENTION)
 
 
 @contextlib.contextmanager
@@ -81,14 +116,15 @@ def last_tokens(batch: PackedBatch) -> Tensor:
 def _packed(
     model: PreTrainedModel, batch: PackedBatch, sequence: SequenceGroup, router_logits: list[Tensor] | None
 ) -> Tensor:
-    output = model.base_model(
-        input_ids=sequence.cut(batch.input_ids),
-        position_ids=sequence.cut(batch.position_ids),
-        layout=batch.layout,
-        sequence=sequence if sequence.size > 1 else None,
-        use_cache=False,
-        **_recording(router_logits),
-    )
+    with delta_net.checked(model, batch.layout):
+        output = model.base_model(
+            input_ids=sequence.cut(batch.input_ids),
+            position_ids=sequence.cut(batch.position_ids),
+            layout=batch.layout,
+            sequence=sequence if sequence.size > 1 else None,
+            use_cache=False,
+            **_recording(router_logits),
+        )
     if router_logits is not None:
         real = sequence.num_real(batch.num_tokens)
         router_logits += [logits_TE[:real] for logits_TE in output.router_logits]

@@ -21,7 +21,14 @@ from rlqwen.batch import PackedBatch
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.experts import use_compute_dtype
-from rlqwen.hidden import hidden_states, last_tokens, own_attention, packs_prefixes, use_packed_attention
+from rlqwen.hidden import (
+    cutting_obstacle,
+    hidden_states,
+    last_tokens,
+    own_attention,
+    packing_obstacle,
+    use_packed_attention,
+)
 from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
 from rlqwen.model_support import check_config, check_forward
@@ -70,10 +77,10 @@ class PackedModel:
         self.device = torch.device(device)
         self.sequence = sequence or SequenceGroup()
         self.sequence.check(model.config)
-        if self.sequence.size > 1 and not packs_prefixes(model.config):
+        if self.sequence.size > 1 and (obstacle := cutting_obstacle(model.config)):
             raise ModelError(
-                f"parallel.sequence_parallel_size={self.sequence.size}: {model.config.model_type} has layers that carry "
-                "a state along the sequence, so that it cannot be cut; leave it at 1"
+                f"parallel.sequence_parallel_size={self.sequence.size}: {obstacle}, so that a row cannot be cut into "
+                "slices; leave it at 1"
             )
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = self._wanted_dtype(args)
@@ -81,6 +88,8 @@ class PackedModel:
         """For the user, on what was made of the arguments."""
         if peft_config is not None:
             model, self.notes = add_adapter(model, peft_config)
+        if obstacle := packing_obstacle(model.config):
+            self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""
         if self.quantized_bits and args.parallel.zero_stage == 3:

@@ -19,6 +19,8 @@ LAYERS = [
         "attention",
         "attention_rules",
         "batch",
+        "delta_net",
+        "delta_plan",
         "hidden",
         "experts",
         "lora_targets",
