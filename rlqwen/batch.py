@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class Branch:
     """Whether it is a good answer: of a pair, the chosen one is, the rejected one is not."""
     ref_logprob: float | None = None
     """The reference's log-probability of the whole branch, where it was computed before."""
+    experts: np.ndarray | None = None
+    """(tokens, L, K) experts that the sampler chose for each token in each decoder layer; may lack the last tokens."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,8 @@ class Tree:
 
     prefix: list[int]
     branches: list[Branch]
+    prefix_experts: np.ndarray | None = None
+    """(tokens, L, K) experts that the sampler chose for the prefix."""
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +97,8 @@ class PackedBatch:
     """(N,) float: the critic's value of what stands before each target, before the first update on this rollout."""
     advantage_N: Tensor | None = None
     """(N,) float: advantages token by token, where they are not one for the whole sequence."""
+    experts_TLK: Tensor | None = None
+    """(T, L, K) int16: experts to choose in each decoder layer, -1 where none are recorded; None: all by the routers."""
     return_N: Tensor | None = None
     """(N,) float: what the critic should have said."""
 
@@ -143,7 +150,29 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         labels_S=torch.tensor([branch.label for branch in branches]),
         sampler_logp_N=torch.tensor([x for values in row.sampler_logprobs for x in values or ()]) if sampled else None,
         ref_logp_S=torch.tensor([branch.ref_logprob for branch in branches]) if referred else None,
+        experts_TLK=_experts(trees, len(row.token_ids)),
     )
+
+
+def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
+    """(T, L, K) recorded experts of a row of these trees; None where nothing is recorded."""
+    parts: list[tuple[int, np.ndarray]] = []
+    place = 0
+    for tree in trees:
+        if not tree.branches:
+            continue
+        recorded = [(len(tree.prefix), tree.prefix_experts)]
+        recorded += [(len(branch.token_ids), branch.experts) for branch in tree.branches]
+        for count, experts in recorded:
+            if experts is not None and count:
+                parts.append((place, experts[:count]))
+            place += count
+    if not parts:
+        return None
+    whole = np.full((num_tokens, *parts[0][1].shape[1:]), -1, dtype=np.int16)
+    for start, experts in parts:
+        whole[start : start + len(experts)] = experts
+    return torch.from_numpy(whole)
 
 
 @dataclass(slots=True)
@@ -192,7 +221,7 @@ def idle_batch(tree: Tree) -> PackedBatch:
     Any loss of it is 0, with a gradient of 0 for every weight: what a rank does while others still have work, because
     ranks that hold weights in shards must all make the same forwards.
     """
-    branch = replace(tree.branches[0], token_ids=tree.branches[0].token_ids[:1], loss_mask=None)
+    branch = replace(tree.branches[0], token_ids=tree.branches[0].token_ids[:1], loss_mask=None, experts=None)
     if branch.sampler_logprobs is not None:
         branch.sampler_logprobs = branch.sampler_logprobs[:1]
     batch = pack([Tree(tree.prefix[:1], [branch])])
@@ -213,7 +242,7 @@ def split_trees(
     branches = tokens = 0
     for tree in trees:
         whole = not divisible or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
-        pieces = [tree] if whole else [Tree(tree.prefix, [branch]) for branch in tree.branches]
+        pieces = [tree] if whole else [replace(tree, branches=[branch]) for branch in tree.branches]
         for piece in pieces:
             joins = not whole and bool(current) and current[-1].prefix is piece.prefix
             cost = piece.num_tokens - (len(piece.prefix) if joins else 0)

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlqwen import delta_net
-from rlqwen.attention import PACKED_ATTENTION
+from rlqwen.attention import PACKED_ATTENTION, Span
 from rlqwen.batch import PackedBatch
+from rlqwen.routing_replay import replay_arguments
 from rlqwen.sequence import SequenceGroup
 
 PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}
@@ -124,6 +125,7 @@ def _packed(
             sequence=sequence if sequence.size > 1 else None,
             use_cache=False,
             **_recording(router_logits),
+            **replay_arguments(model, _own_experts(batch, sequence)),
         )
     if router_logits is not None:
         real = sequence.num_real(batch.num_tokens)
@@ -147,8 +149,12 @@ def _sequential(
         index = index_R[sequence_R == sequence]
         if not len(index) and len(index_R):
             continue
+        experts = None if batch.experts_TLK is None else torch.cat([batch.experts_TLK[part] for part in _parts(span)])
         output = model.base_model(
-            input_ids=torch.cat([prefix, branch], dim=1), use_cache=False, **_recording(router_logits)
+            input_ids=torch.cat([prefix, branch], dim=1),
+            use_cache=False,
+            **_recording(router_logits),
+            **replay_arguments(model, experts),
         )
         inside = index - span.start + prefix.shape[1]
         hidden.append(output.last_hidden_state[0][torch.where(index < span.start, prefix.shape[1] - 1, inside)])
@@ -159,6 +165,18 @@ def _sequential(
     if router_logits is not None:
         router_logits += [torch.cat(layer) for layer in zip(*recorded, strict=True)]
     return torch.cat(hidden)
+
+
+def _parts(span: Span) -> tuple[slice, slice]:
+    """Where the tokens of a branch and its prefix lie in the row."""
+    return slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)
+
+
+def _own_experts(batch: PackedBatch, sequence: SequenceGroup) -> Tensor | None:
+    """Recorded experts of this rank's slice of the row; of its padding, those of the row's first token."""
+    if batch.experts_TLK is None or sequence.size == 1:
+        return batch.experts_TLK
+    return batch.experts_TLK[sequence.cut(torch.arange(batch.num_tokens, device=batch.input_ids.device)[None])[0]]
 
 
 def _recording(router_logits: list[Tensor] | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from rlqwen.model_support import check_config, check_forward
 from rlqwen.parallel import gathered, has_exact, is_sharded, keep_exact
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.routing import RouterBalance
+from rlqwen.routing_replay import RoutingReplay
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import shard_layers, whole_weights
 
@@ -110,6 +111,8 @@ class PackedModel:
         self._prepare_training(args)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
+        self.replay: RoutingReplay | None = None
+        """Where experts that a batch has recorded are chosen again."""
 
     def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
         if args.fp16:

@@ -31,6 +31,7 @@ from rlqwen.model_support import check_config, check_head
 from rlqwen.packed_model import PackedModel
 from rlqwen.parallel import gathered, whole_model
 from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.routing_replay import RoutingReplay
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import whole_weights
 from rlqwen.truncation import chunked_log_kept
@@ -74,6 +75,15 @@ class Policy(PackedModel):
             check_adapter(self.model, reference=self.has_reference and self._reference is None)
         check_head(self.base_model)
         self._check_forward(self._logits, lambda ids: self.base_model(input_ids=ids, use_cache=False).logits)
+
+    def replay_routing(self) -> None:
+        """Have policy and reference choose the experts that a batch has recorded; ConfigError for a dense model.
+
+        The reference too: else its KL to the policy would count tokens that the two send to other experts by rounding.
+        """
+        self.replay = RoutingReplay(self.base_model)
+        if self._reference is not None:
+            RoutingReplay(self._reference)
 
     def _freeze(self, model: Any) -> PreTrainedModel:
         model = model.get_base_model() if isinstance(model, PeftModel) else model

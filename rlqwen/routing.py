@@ -102,12 +102,17 @@ class RouterBalance:
         }
 
 
-def trains_routers(model: PreTrainedModel) -> bool:
-    """Whether a weight of a router, or of an adapter on one, is trained."""
+def routers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the modules that choose experts, by name."""
     recorders: Any = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits", [])
     recorders = recorders if isinstance(recorders, list) else [recorders]
     classes = tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
-    routers = [module for module in model.modules() if isinstance(module, classes)]
+    return {name: module for name, module in model.named_modules() if isinstance(module, classes)}
+
+
+def trains_routers(model: PreTrainedModel) -> bool:
+    """Whether a weight of a router, or of an adapter on one, is trained."""
+    routers = list(routers_of(model).values())
     ours = {id(parameter) for router in routers for parameter in router.parameters() if parameter.requires_grad}
     return bool(ours) or any(_wraps(module, routers) for module in model.modules())
 

@@ -9,7 +9,10 @@ Example:
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Message = dict[str, Any]
 """A chat turn: `role`, `content` and what else the chat template reads."""
@@ -52,6 +55,9 @@ class Completion:
     finish_reason: FinishReason
     text: str
     """Decoded without special tokens, for rewards and for people."""
+    experts: "np.ndarray | None" = None
+    """(tokens, L, K) experts that the sampler chose for each token in each of L layers, -1 where it did not say; may lack
+    the last tokens, which nothing was sampled from. None: not asked for."""
 
     @property
     def is_truncated(self) -> bool:
@@ -73,6 +79,8 @@ class Group:
     total_rewards_G: list[float | None] = field(default_factory=list)
     """Weighted sum over reward functions; None where it is missing, see rlqwen.scoring.totals."""
     advantages_G: list[float] = field(default_factory=list)
+    prompt_experts: "np.ndarray | None" = None
+    """(tokens, L, K) experts that the sampler chose for the prompt, see Completion.experts."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
     """What reward functions gave to `log_extra`: column -> a value for each completion."""
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig, Config
 
@@ -55,11 +55,25 @@ class RolloutConfig(ArgumentsConfig):
     """0: each step trains on groups of the present weights. k: on groups of the weights of k steps ago, so that workers
     sample the coming steps' groups while the policy trains; importance weights correct for the difference. More than 1
     gives slow rewards more time."""
+    routing_replay: bool = False
+    """For mixtures of experts: have the trainer's forward choose the experts that vLLM chose for each token, with the
+    weights that its own routers give them (R3, arXiv 2510.11370). Off-policy gaps shrink where rounding alone would send
+    tokens to other experts. Policy and reference alike; a critic keeps its own."""
     ray_address: str | None = None
     """Address of a running Ray cluster. None starts a private one on this machine and ends it with the run."""
+
     canary_tolerance: float | None = Field(default=None, gt=0)
     """Mean logprob gap a token allowed after a sync. None: 1e-3 in float32, 0.1 in bfloat16 and float16, whose rounding
     alone moves an unlikely token by more than that, but not the mean."""
+
+    @model_validator(mode="after")
+    def _experts_come_from_vllm(self) -> "RolloutConfig":
+        if self.routing_replay and self.engine == "transformers":
+            raise ValueError(
+                "routing_replay=true replays experts that vLLM chose, and engine is 'transformers', which samples with the "
+                "trainer's own routers: leave one of them out"
+            )
+        return self
 
 
 class RewardSpec(Config):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from rlqwen.types import FinishReason, Sampling
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-Sampled = tuple[list[int], list[float], FinishReason]
-"""Token ids, their logprobs, and why the completion ended."""
+Sampled = tuple[list[int], list[float], FinishReason, "np.ndarray | None"]
+"""Token ids, their logprobs, why the completion ended, and the experts of prompt and completion, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class EngineSettings:
     """Largest rank of the adapters that are loaded as weights; None: whole weights are."""
     tokenizer_files: dict[str, bytes] | None = None
     """Name -> content of the tokenizer's files, for requests that name texts; None: requests are of token ids alone."""
+    returns_experts: bool = False
+    """Whether completions come with the experts that a mixture chose."""
 
 
 @dataclass(frozen=True)

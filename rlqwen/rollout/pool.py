@@ -91,6 +91,7 @@ class RolloutPool:
             num_threads=joined.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
             lora_rank=lora_rank,
             tokenizer_files=files_of(tokenizer) if reads_text else None,
+            returns_experts=config.routing_replay,
         )
         self._slots = Slots(config, self._settings, joined)
 
@@ -252,12 +253,16 @@ class RolloutPool:
                 other.deadline = time.monotonic() + self.config.generate_timeout
         if isinstance(answer, Exception):
             raise answer
-        completions_G, version = answer
-        return Group(flight.request.prompt, self._completions(completions_G), version)
+        completions_G, version, prompt_experts = answer
+        completions = self._completions(completions_G)
+        return Group(flight.request.prompt, completions, version, prompt_experts=prompt_experts)
 
     def _completions(self, sampled_G: list[Sampled]) -> list[Completion]:
         texts_G = self._reader.texts([sampled[0] for sampled in sampled_G])
-        return [Completion(*sampled, text) for sampled, text in zip(sampled_G, texts_G, strict=True)]
+        return [
+            Completion(token_ids, logprobs, reason, text, experts)
+            for (token_ids, logprobs, reason, experts), text in zip(sampled_G, texts_G, strict=True)
+        ]
 
     def _settle(self, reference: Any, pending: deque[GroupRequest]) -> None:
         """Take in a worker's acknowledgement; send it the weights that it lacks."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine, SamplingParams
@@ -16,6 +17,8 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from rlqwen.errors import RolloutError
+from rlqwen.rollout.expert_record import ExpertRecord
 from rlqwen.rollout.messages import EngineSettings, Sampled
 from rlqwen.rollout.weights import LoadReport, WeightBundle
 from rlqwen.types import Canary, Sampling
@@ -38,6 +41,30 @@ class VllmEngine:
         """Set once the weights were wrong after a reload in place and right after a rebuild."""
         self._adapter: LoRARequest | None = None
         """What every request is drawn with."""
+        self._prompts: dict[str, list[int]] = {}
+        """Of the requests in flight, where experts are recorded."""
+        self._record = self._record_experts()
+
+    def _record_experts(self) -> ExpertRecord | None:
+        """The record of experts on CPU, for a new engine; vLLM keeps its own elsewhere."""
+        if not self._settings.returns_experts or not current_platform.is_cpu():
+            return None
+        if self._settings.tensor_parallel_size > 1:
+            raise RolloutError(
+                "rollout.routing_replay: vLLM on CPU tells experts of engines of one process alone: set "
+                "rollout.tensor_parallel_size to 1"
+            )
+        (record,) = self._llm.collective_rpc(_record_on)
+        return record
+
+    def _experts(self, request_id: str, completion: Any) -> np.ndarray | None:
+        """(prompt + sampled - 1, L, K) experts of a request that finished, where they are asked for."""
+        if not self._settings.returns_experts:
+            return None
+        prompt = self._prompts.pop(request_id)
+        if self._record is not None:
+            return self._record.take(request_id, prompt, len(completion.token_ids))
+        return completion.routed_experts  # type: ignore[no-any-return]
 
     def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
         """Queue one completion. Each is a request of its own, so that its seed alone decides it; the prefix cache
@@ -67,6 +94,8 @@ class VllmEngine:
             skip_clone=True,
         )
         self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter)
+        if self._settings.returns_experts:
+            self._prompts[request_id] = token_ids
 
     def step(self) -> Iterator[tuple[str, Sampled]]:
         """Decode one token of every running request; yields those that finished."""
@@ -74,17 +103,26 @@ class VllmEngine:
             if output.finished:
                 completion: Any = output.outputs[0]  # type: ignore[index]  # nothing is pooled here
                 # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
-                yield output.request_id, (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion))
+                experts = self._experts(output.request_id, completion)
+                yield (
+                    output.request_id,
+                    (list(completion.token_ids), completion.logprobs.logprobs, _reason(completion), experts),
+                )
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache, which a draw that is to repeat to the bit must not find filled."""
         self._llm.reset_prefix_cache()
+        if self._record is not None:
+            self._record.forget_prompts()
 
     def abort(self, request_ids: list[str]) -> None:
         if request_ids:
             self._llm.abort_request(request_ids)
         while self._llm.has_unfinished_requests():
             self._llm.step()
+        self._prompts.clear()
+        if self._record is not None:
+            self._record.forget_requests()
 
     def load(self, bundle: WeightBundle) -> LoadReport:
         """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
@@ -93,6 +131,9 @@ class VllmEngine:
         """
         started = time.monotonic()
         weights = bundle.tensors()
+        if self._record is not None:
+            self._record.forget_requests()  # the last canary among them
+            self._record.forget_prompts()
         if self._settings.lora_rank is not None:
             self._replace_adapter(weights, bundle.version)
             return LoadReport(bundle.version, self._canary_gap(bundle.canary), False, time.monotonic() - started)
@@ -141,6 +182,7 @@ class VllmEngine:
             del self._llm
             cleanup_dist_env_and_memory()
             self._llm = _build(self._settings, folder)
+            self._record = self._record_experts()
 
     def _canary_gap(self, canary: Canary | None) -> float | None:
         """Mean absolute difference between this engine's logprobs of the canary and the trainer's; NaN if any is."""
@@ -177,6 +219,8 @@ def _start(settings: EngineSettings, model_path: str, tokenizer_path: str | None
     if settings.lora_rank is not None:
         rank = next(rank for rank in _LORA_RANKS if rank >= settings.lora_rank)
         more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    if settings.returns_experts and not on_cpu:
+        more["enable_return_routed_experts"] = True
     arguments = EngineArgs(
         model=model_path,
         load_format="safetensors",  # `auto` falls back to pickle
@@ -199,6 +243,10 @@ def _start(settings: EngineSettings, model_path: str, tokenizer_path: str | None
         **more,
     )
     return LLMEngine.from_engine_args(arguments)
+
+
+def _record_on(worker: Any) -> ExpertRecord:
+    return ExpertRecord(worker, CPU_BLOCK_SIZE)
 
 
 def _forget_expert_layout(worker: Any) -> None:

@@ -23,10 +23,14 @@ from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
 from rlqwen.rollout.weights import LoadReport, WeightBundle
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rlqwen.rollout.vllm_engine import VllmEngine
 
 T = TypeVar("T")
-Answer: TypeAlias = "Future[tuple[list[Sampled], int]]"
+Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
+"""A group's completions, the version of the weights that drew them, and the prompt's experts, if asked for."""
+Answer: TypeAlias = "Future[Drawn]"
 
 
 @dataclass
@@ -35,6 +39,8 @@ class _Running:
 
     future: Answer
     completions_G: list[Sampled | None]
+    num_prompt: int
+    """Tokens of the prompt."""
 
 
 class RolloutWorker:
@@ -52,8 +58,8 @@ class RolloutWorker:
         """Process id of this worker."""
         return os.getpid()
 
-    async def sample(self, job: GroupJob) -> tuple[list[Sampled], int]:
-        """The completions of one group, in the order of its seeds, and the version of the weights that drew them."""
+    async def sample(self, job: GroupJob) -> Drawn:
+        """The completions of one group, in the order of its seeds, and what they have in common."""
         future: Answer = Future()
         self._thread.submit(lambda: self._thread.add_group(job, future), future)
         return await asyncio.wrap_future(future)
@@ -128,7 +134,7 @@ class EngineThread(threading.Thread):
                 self._begin(one, answer)
 
     def _begin(self, job: GroupJob, future: Answer) -> None:
-        group = _Running(future, [None] * len(job.seeds))
+        group = _Running(future, [None] * len(job.seeds), len(job.token_ids))
         for place, seed in enumerate(job.seeds):
             self._num_requests += 1
             request_id = str(self._num_requests)
@@ -166,7 +172,8 @@ class EngineThread(threading.Thread):
             group.completions_G[place] = sampled
             done_G = [completion for completion in group.completions_G if completion is not None]
             if len(done_G) == len(group.completions_G):
-                group.future.set_result((done_G, self._version))
+                prompt_experts, own_G = _split_experts(done_G, group.num_prompt)
+                group.future.set_result((own_G, self._version, prompt_experts))
 
     def _fail_for_good(self, error: WorkerDied) -> None:
         for group, _ in self._running.values():
@@ -175,6 +182,16 @@ class EngineThread(threading.Thread):
         while True:
             _, future = self._work.get()
             future.set_exception(error)
+
+
+def _split_experts(sampled_G: list[Sampled], num_prompt: int) -> tuple["np.ndarray | None", list[Sampled]]:
+    """The prompt's experts once, as the first completion met them, and each completion with its own alone."""
+    if sampled_G[0][3] is None:
+        return None, sampled_G
+    own_G: list[Sampled] = []
+    for token_ids, logprobs, reason, experts in sampled_G:
+        own_G.append((token_ids, logprobs, reason, None if experts is None else experts[num_prompt:].copy()))
+    return sampled_G[0][3][:num_prompt].copy(), own_G
 
 
 def _require_model(folder: Path) -> None:

@@ -5,11 +5,14 @@ steps: with those that the run began with), whatever the timing. A draw is sampl
 weights, so no group mixes two versions.
 """
 
+import base64
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
+
+import numpy as np
 
 from rlqwen.data import find_prompts
 from rlqwen.rollout import RolloutEngine
@@ -18,6 +21,29 @@ from rlqwen.types import Completion, Group, GroupRequest, Prompt
 
 CANCEL_AGAIN = 1.0
 """Seconds after which a draw that was cancelled, and goes on, is cancelled once more."""
+
+
+def _plain_experts(group: Group) -> dict[str, Any]:
+    """What `Draw.progress` holds of recorded experts; nothing where there are none."""
+    if group.prompt_experts is None:
+        return {}
+    own = [plain_array(completion.experts) for completion in group.completions]
+    return {"experts": own, "prompt_experts": plain_array(group.prompt_experts)}
+
+
+def plain_array(array: np.ndarray | None) -> list[Any] | None:
+    """Return an array as JSON can hold it: dtype, shape, and its bytes in base64."""
+    if array is None:
+        return None
+    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode("ascii")]
+
+
+def array_of(plain: list[Any] | None) -> np.ndarray | None:
+    """Return the array that `plain_array` wrote."""
+    if plain is None:
+        return None
+    dtype, shape, content = plain
+    return np.frombuffer(base64.b64decode(content), dtype=dtype).reshape(shape)
 
 
 class Draw:
@@ -67,6 +93,7 @@ class Draw:
             {
                 "prompt": group.prompt.index,
                 "completions": [[c.token_ids, c.logprobs, c.finish_reason, c.text] for c in group.completions],
+                **_plain_experts(group),
                 "rewards": group.rewards,
                 "outcomes": group.outcomes,
                 "totals": group.total_rewards_G,
@@ -85,8 +112,14 @@ class Draw:
         draw._groups = [
             Group(
                 prompt,
-                [Completion(*completion) for completion in group["completions"]],
+                [
+                    Completion(token_ids, logprobs, reason, text, array_of(experts))
+                    for (token_ids, logprobs, reason, text), experts in zip(
+                        group["completions"], group.get("experts") or [None] * len(group["completions"]), strict=True
+                    )
+                ],
                 draw.version,
+                prompt_experts=array_of(group.get("prompt_experts")),
                 rewards=group["rewards"],
                 outcomes=group["outcomes"],
                 total_rewards_G=group["totals"],

@@ -295,6 +295,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
             **self.policy.routers.metrics(self.ranks.gather),
+            **(self.policy.replay.metrics(self.ranks.gather) if self.policy.replay else {}),
         }
         metrics = self.ranks.from_main(metrics)
         self._notify("on_step_end")

@@ -5,6 +5,7 @@ many micro-batches the others have, and makes up the difference with idle ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -79,4 +80,4 @@ def add_up(sums: dict[str, float], more: Mapping[str, Tensor | float]) -> None:
 
 
 def _pieces(tree: Tree) -> list[Tree]:
-    return [Tree(tree.prefix, [branch]) for branch in tree.branches]
+    return [replace(tree, branches=[branch]) for branch in tree.branches]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlqwen.data import find_prompts
-from rlqwen.types import Completion, Group, Outcome, Prompt
+from rlqwen.types import Completion, FinishReason, Group, Outcome, Prompt
 
 
 @dataclass(slots=True)
@@ -27,6 +27,9 @@ class PackedGroups:
     rewards: list[dict[str, list[float | None]]]
     outcomes: list[dict[str, list[Outcome]]]
     total_rewards: list[list[float | None]]
+    experts: list[np.ndarray | None]
+    """Of each completion."""
+    prompt_experts: list[np.ndarray | None]
 
 
 def pack_groups(groups: Sequence[Group]) -> PackedGroups:
@@ -43,6 +46,8 @@ def pack_groups(groups: Sequence[Group]) -> PackedGroups:
         rewards=[group.rewards for group in groups],
         outcomes=[group.outcomes for group in groups],
         total_rewards=[group.total_rewards_G for group in groups],
+        experts=[completion.experts for completion in completions],
+        prompt_experts=[group.prompt_experts for group in groups],
     )
 
 
@@ -51,9 +56,10 @@ def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group
     found = find_prompts(prompts, packed.prompt_indices)
     token_ids, logprobs = packed.token_ids.tolist(), packed.logprobs.tolist()
     completions, start = [], 0
-    for length, truncated in zip(packed.lengths, packed.truncated, strict=True):
+    for length, truncated, experts in zip(packed.lengths, packed.truncated, packed.experts, strict=True):
         part = slice(start, start + length)
-        completions.append(Completion(token_ids[part], logprobs[part], "length" if truncated else "stop", text=""))
+        reason: FinishReason = "length" if truncated else "stop"
+        completions.append(Completion(token_ids[part], logprobs[part], reason, "", experts))
         start += length
     groups, start = [], 0
     for place, size in enumerate(packed.sizes):
@@ -65,6 +71,7 @@ def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group
                 rewards=packed.rewards[place],
                 outcomes=packed.outcomes[place],
                 total_rewards_G=packed.total_rewards[place],
+                prompt_experts=packed.prompt_experts[place],
             )
         )
         start += size

@@ -184,10 +184,15 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                 tokens += len(completion.token_ids)
                 if advantage or self._trains_without_advantage:
                     branches.append(
-                        Branch(completion.token_ids, sampler_logprobs=completion.logprobs, advantage=advantage)
+                        Branch(
+                            completion.token_ids,
+                            sampler_logprobs=completion.logprobs,
+                            advantage=advantage,
+                            experts=completion.experts,
+                        )
                     )
             if branches:
-                trees.append(Tree(group.prompt.token_ids, branches))
+                trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
         return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
 
     @property

@@ -19,6 +19,7 @@ from rlqwen.data import DataReport, as_rows, longest_prompt, tokenize_prompts
 from rlqwen.data.jobs import Tally
 from rlqwen.data.prompts import PromptJob
 from rlqwen.data.streams import StreamedRows
+from rlqwen.errors import ConfigError
 from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
 from rlqwen.metrics.run_folder import refuse_needed_inside
@@ -92,6 +93,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             callbacks=callbacks,
             reference=reference,
         )
+        if args.rollout.routing_replay:
+            self._replay_routing()
         self.rewards = build_rewards(reward_funcs, tokenizers=reward_processing_classes)
         self.scorer: Scorer | None = None
         self._columns: set[str] = set()
@@ -109,6 +112,14 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self._draws = 0
         self._rollout_progress: dict[str, Any] | None = None
         """Of the engine, where a run that goes on has not started it yet."""
+
+    def _replay_routing(self) -> None:
+        if not uses_vllm(self.args.rollout):
+            raise ConfigError(
+                "rollout.routing_replay=true replays experts that vLLM chose, and vllm is not installed: install it, or "
+                "leave routing_replay out"
+            )
+        self.policy.replay_routing()
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Prompt]:
         room = prompt_room(self.policy.text_config.max_position_embeddings, self.args)

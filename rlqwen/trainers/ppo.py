@@ -245,12 +245,13 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                     group.completions[index].token_ids,
                     sampler_logprobs=group.completions[index].logprobs,
                     reward=self._score(group, index),
+                    experts=group.completions[index].experts,
                 )
                 for index in indices
                 if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]
             if branches:
-                trees.append(Tree(group.prompt.token_ids, branches))
+                trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
         tokens = sum(len(branch.token_ids) for tree in trees for branch in tree.branches)
         sequences = sum(len(tree.branches) for tree in trees)
         return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
