@@ -11,6 +11,7 @@ from rlqwen.check import check_before_run, check_recipe
 from rlqwen.check.parameters import count_parameters, meta_model, short_count, trained_parameters
 from rlqwen.config import LoraSettings, Recipe
 from rlqwen.errors import ModelError
+from rlqwen.recipe import list_recipes, load_recipe
 from rlqwen.tiny import resolve_model_path
 
 CONFIGS = Path(__file__).parent / "samples" / "configs"
@@ -195,3 +196,29 @@ def test_thinking_is_told_as_the_template_has_it(tmp_path):
         assert report.faults == []
         told[name] = dict(report.facts)["thinking"].partition(":")[0]
     assert told == {"Qwen3.5-4B": "on", "Qwen3.5-9B": "off", "Qwen3-8B": "left to the model"}
+
+
+STAND_INS = {
+    "openai/gsm8k": "builtin:questions",
+    "llamafactory/alpaca_zh": "builtin:instructions_zh",
+    "trl-lib/ultrafeedback_binarized": "builtin:pairs",
+}
+"""Hub datasets of the recipes -> rows of the same columns that come with rlqwen."""
+SHIPPED = [recipe for recipe in list_recipes() if not recipe.name.startswith("quickstart")]
+
+
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
+def test_every_shipped_recipe_fits_the_config_of_its_model(recipe, tmp_path, monkeypatch):
+    loaded = load_recipe(recipe.name)
+    size = loaded.model.path.removeprefix("Qwen/").removesuffix("-Base").removesuffix("-Instruct")
+    loaded.model.path = str(folder_of(size, tmp_path / "model"))
+    loaded.data.train.path = STAND_INS[loaded.data.train.path]
+    monkeypatch.chdir(tmp_path)
+    if loaded.model.quantization is not None:
+        monkeypatch.setattr("rlqwen.check.recipe.require_bitsandbytes", lambda key: None)
+    report = check_recipe(loaded)
+    assert report.faults == []
+    facts = dict(report.facts)
+    assert {"parameters", "trained", "memory", "batch"} <= set(facts)
+    assert ("in_proj_qkv" in facts["trained"]) == (size.startswith(("Qwen3.5", "Qwen3.6")) and "lora" in recipe.name)
+    assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]

@@ -102,9 +102,13 @@ def trained_parameters(model: "PreTrainedModel", settings: LoraSettings) -> tupl
     import torch
 
     from rlqwen.adapters import add_adapter, check_wrappers, lora_config
+    from rlqwen.critic import scalar_peft_config
 
+    config = lora_config(settings)
+    if model.get_output_embeddings() is None:
+        config = scalar_peft_config(config)
     with torch.device("meta"):
-        adapted, notes = add_adapter(model, lora_config(settings))
+        adapted, notes = add_adapter(model, config)
     check_wrappers(adapted)
     trained: dict[str, int] = {}
     for name, parameter in adapted.named_parameters():
