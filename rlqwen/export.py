@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rlqwen.adapters import VLLM_PROJECTIONS, check_adapter, checkpoint_weights
 from rlqwen.check import check_model_path
@@ -24,6 +24,7 @@ from rlqwen.errors import ConfigError, ModelError
 from rlqwen.loading import align_stop_tokens, load_generation_config, local_folder
 from rlqwen.metrics.run_folder import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.model_card import write_card
+from rlqwen.model_classes import load_causal, load_scalar
 from rlqwen.model_files import write_model
 from rlqwen.model_sources import SAFE, check_vocabulary, refuse_pickles
 from rlqwen.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
@@ -148,8 +149,8 @@ def _load(source: Source) -> Any:
         if hasattr(config, "quantization_config"):
             require_bitsandbytes(f"the quantised model {source.model!r}")
         scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-        auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-        model = auto.from_pretrained(source.model, dtype="auto", trust_remote_code=False, **SAFE)
+        arguments: dict[str, Any] = {"dtype": "auto", **SAFE}
+        model: Any = load_scalar(source.model, **arguments)[0] if scores else load_causal(source.model, **arguments)
         if quantized_bits(model):
             prepare_quantized(model)
         if source.adapter is not None:

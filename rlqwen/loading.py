@@ -1,9 +1,7 @@
 """Models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
-import contextlib
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,19 +10,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_utils import align_special_tokens
-from transformers.utils import logging
 
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.model_sources import note_commit, pinned, refuse_pickles, split_revision
+from rlqwen.model_classes import load_causal, load_scalar, quiet_loading
+from rlqwen.model_sources import pinned, refuse_pickles, split_revision
 from rlqwen.parallel import pick_device
 from rlqwen.quantization import require_bitsandbytes
 
@@ -34,20 +30,13 @@ _LOADING_ARGUMENTS = ("dtype", "quantization_config")
 
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
-    """AutoModelForCausalLM.from_pretrained with our errors."""
+    """Load a causal language model by name, see rlqwen.model_classes; ModelError where it cannot be."""
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     if arguments.get("quantization_config") is not None:
         require_bitsandbytes("quantization_config")
         # Quantised weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=args.trust_remote_code, **arguments
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {name_or_path!r} cannot be loaded: {error}") from error
-    note_commit(name_or_path, model)
-    return model
+    return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
 
 
 def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
@@ -56,23 +45,7 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
     Raises ModelError, also where the folder has a head of several labels.
     """
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
-    try:
-        with _quiet_loading():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path,
-                num_labels=1,
-                trust_remote_code=args.trust_remote_code,
-                output_loading_info=True,
-                **arguments,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model {name_or_path!r} cannot be loaded as one with a scalar head: {error}") from error
-    missing = set(report["missing_keys"])
-    unexpected = missing - {"score.weight"}
-    if unexpected:
-        raise ModelError(f"model {name_or_path!r} lacks weights: {', '.join(sorted(unexpected)[:5])}")
-    note_commit(name_or_path, model)
-    return model, not missing
+    return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
 
 
 def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:
@@ -85,17 +58,6 @@ def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: Tra
         _, args = split_builtin_arguments(model, args)
     arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
     return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence transformers while loading, because it reports intended changes, such as a new head, as faults."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Args]:
@@ -124,9 +86,9 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
 
 
 def saved_dtype(folder: str) -> torch.dtype | None:
-    """The dtype that the folder's config gives its weights; None where it doesn't say."""
+    """The dtype that the folder's config gives its weights, those of its text model; None where it doesn't say."""
     config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    parts = (config, config.get("text_config") or {})
+    parts = (config.get("text_config") or {}, config)
     name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     return getattr(torch, name) if name else None
 
@@ -165,7 +127,7 @@ def align_stop_tokens(
 ) -> None:
     """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs, so that
     whoever loads the saved folder stops generating where the model was taught to stop. Ids are only ever added."""
-    with _quiet_loading():
+    with quiet_loading():
         align_special_tokens(model, tokenizer)
     if not model.can_generate() or model.generation_config is None:
         return

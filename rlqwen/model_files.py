@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from rlqwen.carried_weights import CarriedWeights, carried_by
 from rlqwen.errors import ModelError
+from rlqwen.model_classes import whole_architecture
 
 MAX_SHARD_BYTES = 5 * 1000**3
 _HEAD = "lm_head.weight"
@@ -30,11 +32,14 @@ def write_model(
 ) -> int:
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
-    `weights` come under their checkpoint names; a tied head is left out. `quantization`: what the config says of how
-    they are quantised. Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not
-    the weights that a model of this config has.
+    `weights` come under their checkpoint names; a tied head is left out. What the model carries (rlqwen.carried_weights)
+    is copied beside them, with the config of the whole. `quantization`: what the config says of how they are quantised.
+    Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not the weights that a
+    model of this config has.
     """
     folder = Path(folder)
+    carried = carried_by(model) or CarriedWeights("nothing")
+    carried.require_writable()
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -54,14 +59,26 @@ def write_model(
         shards.add(name, tensor)
     if missing:
         raise ModelError(f"the weights to save lack {_listed(sorted(missing))}, which {type(model).__name__} has")
+    for name, tensor in carried.tensors():
+        shards.add(name, tensor)
     num_bytes = shards.close()
     config.dtype = max((dtype for dtype in dtypes if dtype.is_floating_point), key=lambda dtype: dtypes[dtype])
     if model._auto_class is not None:
         custom_object_save(model, folder, config=config)
-    config.save_pretrained(folder)
+    _write_config(folder, config, model, carried)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     return num_bytes
+
+
+def _write_config(folder: Path, config: Any, model: PreTrainedModel, carried: CarriedWeights) -> None:
+    if carried.whole_config is None:
+        config.save_pretrained(folder)
+    else:
+        whole = carried.config_of(config, whole_architecture(model, carried.whole_config), config.dtype)
+        (folder / "config.json").write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+    for name, content in carried.files.items():
+        (folder / name).write_bytes(content)
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:

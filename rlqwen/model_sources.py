@@ -1,6 +1,8 @@
 """Where models come from: never a pickle, a hub revision where one is named, which commit it was; and whether their
 tokenizer fits them."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,43 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHT_NAMES = ("pytorch_model", "model", "consolidated", "adapter_model", "tf_model", "flax_model")
 
 _commits: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    dtype: str
+    """As safetensors names it: `BF16`."""
+    shape: tuple[int, ...]
+    span: tuple[int, int]
+    """First byte in the file, and the one after the last."""
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the weights of a model's folder by name, from the headers of its safetensors files; empty without any."""
+    stored: dict[str, StoredTensor] = {}
+    for path in _weight_files(folder):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = (8 + size + offset for offset in entry["data_offsets"])
+                stored[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), (start, end))
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that `from_pretrained` reads: a checkpoint's folder has other safetensors files beside them."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:

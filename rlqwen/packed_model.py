@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rlqwen.adapters import add_adapter, changes_base, check_wrappers, checkpoint_weights
 from rlqwen.batch import PackedBatch
+from rlqwen.carried_weights import carried_by, carry, count_text
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.experts import use_compute_dtype
@@ -38,6 +39,7 @@ from rlqwen.routing import RouterBalance
 from rlqwen.routing_replay import RoutingReplay
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import shard_layers, whole_weights
+from rlqwen.text_only import text_only
 
 ADAPTER_FOLDER = "adapter"
 
@@ -70,10 +72,12 @@ class PackedModel:
         """Take over `model`; it is changed in place.
 
         Args:
-            model: a transformers model, its weights plain or bitsandbytes', or a PeftModel around one.
+            model: a transformers model, its weights plain or bitsandbytes', or a PeftModel around one. Of one with a
+                vision tower the text model is taken over; see rlqwen.text_only.
             peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
             sequence: the ranks that forward a row together, each a slice of it; ModelError if this model cannot.
         """
+        model = text_only(model)
         check_config(model.config)
         self.device = torch.device(device)
         self.sequence = sequence or SequenceGroup()
@@ -103,6 +107,7 @@ class PackedModel:
         self.model: Any = model.to(self.device)
         self.root = Root(self.model)
         self.has_adapter = isinstance(model, PeftModel)
+        self._carry_unused()
         if self.has_adapter:
             check_wrappers(model)
         self.is_tensor_parallel = args.parallel.autotp_size > 1
@@ -156,6 +161,21 @@ class PackedModel:
         with self.inference(), self.autocast():
             check_forward(self.base_model, packed, plain, exact=exact)
 
+    def _carry_unused(self) -> None:
+        """Find what a model that was given as an object has left of its checkpoint."""
+        base: Any = self.base_model
+        name = base.config._name_or_path
+        is_found = carried_by(base) is not None or carry(base, name)
+        self.kept_note: str | None = None
+        """What is kept as it is, or cannot be, for people; None where nothing is."""
+        if carried := carried_by(base):
+            self.kept_note = carried.summary()
+        elif name and not is_found and base._keys_to_ignore_on_load_unexpected:
+            self.kept_note = (
+                f"{name!r} is neither a folder here nor in the hub's cache, so that what {type(base).__name__} has left of "
+                "it (a vision tower, multi-token prediction), if it had any, is not in the folders that are written"
+            )
+
     @property
     def base_model(self) -> PreTrainedModel:
         """The transformers model, adapters inside it where there are any."""
@@ -174,12 +194,24 @@ class PackedModel:
         return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
 
     def check_trainable(self) -> None:
-        """ModelError if the weights are quantised and there is no adapter to train."""
+        """ModelError if the weights are quantised and there is no adapter to train, or cannot be saved."""
+        if carried := carried_by(self.base_model):
+            carried.require_writable()
         if self.quantized_bits and not self.has_adapter:
             raise ModelError(
                 f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
                 "recipe) to train an adapter on them, or load the model without quantization"
             )
+
+    @property
+    def frozen_note(self) -> str | None:
+        """Which weights the user has frozen, for people; None where there are none, or an adapter is trained instead."""
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        if self.has_adapter or not frozen:
+            return None
+        number = sum(weight.numel() for weight in frozen.values())
+        names = ", ".join(list(frozen)[:3]) + (", ..." if len(frozen) > 3 else "")
+        return f"frozen, as they came: {len(frozen)} weights ({count_text(number)} parameters): {names}"
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]:

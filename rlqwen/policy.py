@@ -34,6 +34,7 @@ from rlqwen.quantization import prepare_quantized, quantized_bits, use_training_
 from rlqwen.routing_replay import RoutingReplay
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import whole_weights
+from rlqwen.text_only import text_only
 from rlqwen.truncation import chunked_log_kept
 from rlqwen.types import Truncation
 
@@ -63,6 +64,7 @@ class Policy(PackedModel):
             reference: whether `reference_logprobs` will be asked for, or the model to ask, which is frozen. True is the
                 model as given: with a new adapter that is the model with the adapter off, else a frozen copy.
         """
+        model = text_only(model)
         if reference is True and peft_config is None and not _has_new_adapter(model):
             reference = copy.deepcopy(model)  # as it is now: what follows changes it in place
         super().__init__(model, args, peft_config=peft_config, device=device, sequence=sequence)
@@ -86,7 +88,7 @@ class Policy(PackedModel):
             RoutingReplay(self._reference)
 
     def _freeze(self, model: Any) -> PreTrainedModel:
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = text_only(model.get_base_model() if isinstance(model, PeftModel) else model)
         check_config(model.config)
         check_head(model)
         if quantized_bits(model):

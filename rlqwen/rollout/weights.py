@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.errors import WeightSyncError
+from rlqwen.model_sources import stored_tensors
 from rlqwen.types import Canary
 
 if TYPE_CHECKING:
@@ -168,16 +169,17 @@ def _list(kind: str, names: list[str], limit: int = 5) -> str:
 
 
 def _checkpoint_shapes(folder: Path) -> Shapes:
-    """Names and shapes from the headers of the folder's safetensors files; empty where there are none."""
-    shapes: Shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    """Return names and shapes of the folder's weights, without those that its text-only class ignores and that nobody
+    trains; empty where there are none."""
+    shapes = {name: stored.shape for name, stored in stored_tensors(folder).items()}
+    from rlqwen.carried_weights import ignored_in_folder
+
+    for name in ignored_in_folder(folder, shapes):
+        del shapes[name]
     return shapes
 
 
 def _is_tied(folder: Path) -> bool:
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return bool(config.get("text_config", config).get("tie_word_embeddings", False))
+    return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))

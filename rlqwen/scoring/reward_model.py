@@ -6,7 +6,7 @@ from typing import Any
 
 from rlqwen.errors import ModelError
 from rlqwen.loading import text_tokenizer
-from rlqwen.model_sources import check_vocabulary, note_commit, pinned, split_revision
+from rlqwen.model_sources import check_vocabulary, pinned, split_revision
 
 
 class RewardModel:
@@ -94,20 +94,18 @@ class RewardModel:
 
 def _load_model(path: str) -> Any:
     import torch
-    from transformers import AutoModelForSequenceClassification
+
+    from rlqwen.model_classes import load_scalar
 
     name, arguments = pinned(path)
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, trust_remote_code=False, **arguments
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"reward model {path!r} cannot be loaded as sequence classification: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        model: Any
+        model, has_head = load_scalar(name, **arguments)
+    except ModelError as error:
+        raise ModelError(f"reward model {path!r}: {error}") from error
+    if not has_head:
         raise ModelError(
-            f"reward model {path!r} lacks weights ({missing}), so its scores would be random; "
+            f"reward model {path!r} lacks weights (score.weight), so its scores would be random; "
             "give a model that was trained as a reward model, with one label"
         )
-    note_commit(name, model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

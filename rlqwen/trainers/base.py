@@ -251,7 +251,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self._note(self.plan.text)
         if unused := self.args.parallel.unused_note():
             self._note(unused)
-        for note in (*self.policy.notes, self.policy.routers.note):
+        for note in (self.policy.kept_note, self.policy.frozen_note, *self.policy.notes, self.policy.routers.note):
             if note:
                 self._note(note)
         self._notify("on_train_begin")

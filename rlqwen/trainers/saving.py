@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 
+from rlqwen.carried_weights import carried_by
 from rlqwen.checkpoint import (
     Retention,
     checkpoint_folder,
@@ -186,6 +187,9 @@ class Saving(Telling):
                 **reward_origin(self.rewards),
                 **config_origin(self.args.model_dump(mode="json")),
             }
+            carried = carried_by(policy.base_model)
+            if carried and carried.weights:
+                self._origin["model.carried"] = carried.digest()
             if self.recipe is not None:
                 self._origin |= flatten([spec.model_dump(mode="json") for spec in self.recipe.rewards], "rewards")
             if isinstance(policy.model, PeftModel):
