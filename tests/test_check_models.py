@@ -1,6 +1,10 @@
 """Parameters of every Qwen by its config alone, and recipes checked against a folder without weights."""
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,7 +64,19 @@ def folder_of(name: str, folder: Path, *, tokenizer: bool = True) -> Path:
     (folder / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
     if tokenizer:
         kind = "tiny-qwen3.5" if name.startswith(("Qwen3.5", "Qwen3.6", "Qwen3.8")) else "tiny-qwen3"
-        AutoTokenizer.from_pretrained(resolve_model_path(f"builtin:{kind}", folder / "tiny")).save_pretrained(folder)
+        for file in tiny_tokenizer(kind).iterdir():
+            shutil.copy(file, folder)
+    return folder
+
+
+@functools.cache
+def tiny_tokenizer(kind: str) -> Path:
+    """The folder of a tiny model's tokenizer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(f"builtin:{kind}", scratch))
+    folder = Path(tempfile.mkdtemp(prefix=f"rlqwen-test-{kind}-"))
+    atexit.register(shutil.rmtree, folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -222,3 +238,22 @@ def test_every_shipped_recipe_fits_the_config_of_its_model(recipe, tmp_path, mon
     assert {"parameters", "trained", "memory", "batch"} <= set(facts)
     assert ("in_proj_qkv" in facts["trained"]) == (size.startswith(("Qwen3.5", "Qwen3.6")) and "lora" in recipe.name)
     assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]
+
+
+def test_memory_counts_the_critic_the_reference_and_what_is_quantised(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlqwen.check.recipe.require_bitsandbytes", lambda key: None)
+    model = folder_of("Qwen2.5-7B", tmp_path / "model")
+    online = {
+        "data": {"train": {"path": "builtin:questions", "columns": {"prompt": "question", "solution": "answer"}}},
+        "rewards": ["accuracy"],
+        "rollout": {"engine": "transformers"},
+    }
+    ppo = sft_recipe(model, tmp_path, algorithm="ppo", train={"max_completion_length": 64}, **online)
+    whole, trained = 7_615_616_512, 16 * 7_615_616_512
+    memory = dict(check_recipe(ppo).facts)["memory"]
+    assert memory.startswith(f"{(2 * trained + 2 * whole) / 1e9:,.1f} GB: weights 30.5 GB")
+    assert "the critic, another such model 121.8 GB, the reference 15.2 GB; activations" in memory
+    quantized = {"path": str(model), "lora": {"r": 8}, "quantization": {"bits": 4}}
+    memory = dict(check_recipe(sft_recipe(model, tmp_path, model=quantized)).facts)["memory"]
+    linear = 822_121_472 + 5_703_204_864  # attention with its biases, and MLP
+    assert f"frozen weights in 4 bits {(0.5 * linear + 2 * (whole - linear)) / 1e9:,.1f} GB" in memory

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTIZED = ("attention", "delta-net", "MLP", "shared experts")
+"""Parts of linear layers, which bitsandbytes quantises; fused experts, embedding and head it leaves."""
 _SHARED = {
     1: "ZeRO-1 shares Adam's state out among the ranks",
     2: "ZeRO-2 shares gradients and Adam's state out among the ranks",
@@ -45,7 +47,7 @@ def describe_parameters(report: CheckReport, recipe: Recipe, config: Any, dtype:
     with report.collecting():
         report.facts.append(("trained", _trained_in_words(report, recipe, model, counts)))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        report.facts.append(("memory", _memory_in_words(recipe, trained, counts.total, dtype)))
+        report.facts.append(("memory", _memory_in_words(recipe, trained, counts, dtype)))
 
 
 def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
@@ -70,29 +72,31 @@ def _trained_in_words(report: CheckReport, recipe: Recipe, model: "PreTrainedMod
     return f"{short_count(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
 
 
-def _memory_in_words(recipe: Recipe, trained: int, total: int, dtype: str) -> str:
+def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:
     """Bytes of weights, gradients and Adam's two moments: those of activations depend on the rows, and are not told."""
-    settings, train = recipe.model, recipe.train
+    settings, train, total = recipe.model, recipe.train, counts.total
     if settings.lora is None:
         parts = {"weights": 4 * trained}
     else:
         frozen_dtype = dtype if settings.dtype == "auto" else settings.dtype
-        each = settings.quantization.bits / 8 if settings.quantization else _BYTES.get(frozen_dtype, 4)
-        width = f"{settings.quantization.bits} bits" if settings.quantization else frozen_dtype
-        parts = {f"frozen weights in {width}": int(total * each), "adapters": 4 * trained}
+        width, size = frozen_dtype, total * _BYTES.get(frozen_dtype, 4)
+        if settings.quantization is not None:
+            quantized = sum(counts.parts.get(part, 0) for part in _QUANTIZED)
+            width = f"{settings.quantization.bits} bits"
+            size -= int(quantized * (_BYTES.get(frozen_dtype, 4) - settings.quantization.bits / 8))
+        parts = {f"frozen weights in {width}": size, "adapters": 4 * trained}
     parts |= {"gradients": 4 * trained, "Adam": 8 * trained}
     if isinstance(train, PPOConfig) and train.critic.kind == "model" and train.critic.path is None:
         parts["the critic, another such model"] = sum(parts.values())
     if settings.lora is None and _holds_reference(recipe):
-        parts["the reference in bfloat16"] = 2 * total
-    told = (
-        f"{_gigabytes(sum(parts.values()))}: {', '.join(f'{part} {_gigabytes(size)}' for part, size in parts.items())}"
-    )
+        parts["the reference"] = total * (4 if train.bf16 is False else 2)
+    named = ", ".join(f"{part} {_gigabytes(size)}" for part, size in parts.items())
+    line = f"{_gigabytes(sum(parts.values()))}: {named}"
     if train.parallel.zero_stage:
-        told += f"; {_SHARED[train.parallel.zero_stage]}"
+        line += f"; {_SHARED[train.parallel.zero_stage]}"
     if isinstance(train, OnlineConfig) and uses_vllm(train.rollout):
-        told += f"; each rollout worker holds {_gigabytes(2 * total)} of weights in bfloat16 besides"
-    return f"{told}; activations come on top"
+        line += f"; each rollout worker holds {_gigabytes(2 * total)} of weights in bfloat16 besides"
+    return f"{line}; activations come on top"
 
 
 def _holds_reference(recipe: Recipe) -> bool:

@@ -132,15 +132,20 @@ def _part_of(name: str) -> str:
 
 
 def _vision_tower(config: Any) -> int:
-    """Parameters of the class that sees images too, less those of its text model; 0 without a vision tower."""
+    """Parameters of the vision tower in the class that sees images too; 0 without one."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     if getattr(config, "vision_config", None) is None:
         return 0
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = 1  # the tower does not depend on the text model's depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
     try:
         with torch.device("meta"):
-            whole: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+            whole: Any = AutoModelForImageTextToText.from_config(config)
     except (ValueError, KeyError, AttributeError, ImportError):
         return 0
     named = whole.named_parameters()
