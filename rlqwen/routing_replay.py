@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlqwen.errors import ConfigError
+from rlqwen.config import RolloutConfig
 from rlqwen.routing import routers_of
 
 KEYWORD = "routed_experts"
@@ -31,10 +31,7 @@ class RoutingReplay:
     def __init__(self, model: PreTrainedModel) -> None:
         """Put the hooks on; ConfigError where the model has no routers."""
         routers = routers_of(model)
-        if not routers:
-            raise ConfigError(
-                f"rollout.routing_replay is for mixtures of experts, and {type(model).__name__} is none: leave it out"
-            )
+        RolloutConfig.check_experts(type(model).__name__, len(routers))
         self._now: dict[nn.Module, Tensor] = {}
         """Recorded experts of the layer that runs, by router."""
         self._differ: Tensor | None = None

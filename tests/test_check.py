@@ -226,6 +226,13 @@ def test_a_sound_grpo_recipe_names_rewards_with_origin(tiny_model_path, tmp_path
     }  # fmt: skip
 
 
+def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path, tmp_path):
+    for model, is_dense in ((tiny_model_path, True), ("builtin:tiny-qwen3-moe", False)):
+        recipe = recipe_of(model, [SUM] * 4, tmp_path, **GRPO, rollout={"routing_replay": True})
+        faults = [str(fault) for fault in check_recipe(recipe).faults if "routing_replay" in str(fault)]
+        assert bool(faults) == is_dense, faults
+
+
 def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("rlqwen.check.rewards.why_not", lambda: "no Landlock")
     for isolation, num_faults in (("required", 1), ("off", 0)):

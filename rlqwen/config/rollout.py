@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig, Config
+from rlqwen.errors import ConfigError
 
 
 class RolloutConfig(ArgumentsConfig):
@@ -74,6 +75,12 @@ class RolloutConfig(ArgumentsConfig):
                 "trainer's own routers: leave one of them out"
             )
         return self
+
+    @staticmethod
+    def check_experts(model: str, num_experts: int) -> None:
+        """ConfigError where routing is to be replayed in a model without experts."""
+        if not num_experts:
+            raise ConfigError(f"rollout.routing_replay is for mixtures of experts, and {model} is none: leave it out")
 
 
 class RewardSpec(Config):
