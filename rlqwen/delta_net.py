@@ -249,20 +249,22 @@ def _scan(
 
     decay (N, H, 1, 1): of the state over a whole chunk.
     """
+    sizes = [
+        depth.end - depth.start for depth in depths
+    ]  # split: each slice's own gradient would be as large as the row
+    parts = zip(*(tensor.split(sizes) for tensor in (query, old_key, new_value, attention, key, decay)), strict=True)
     outputs: list[Tensor] = []
     states = new_value  # of the parents at the depth before; none are read at the first
-    for depth in depths:
-        own = slice(depth.start, depth.end)
-        added = new_value[own]
+    for depth, (own_query, own_old_key, added, own_attention, own_key, own_decay) in zip(depths, parts, strict=True):
+        count = depth.num_parents
         if depth.parent is None:
-            output = attention[own] @ added
+            output = own_attention @ added
         else:
             states = states.index_select(0, depth.parent)
-            added = added - old_key[own] @ states
-            output = query[own] @ states + attention[own] @ added
+            added = added - own_old_key @ states
+            output = own_query @ states + own_attention @ added
         outputs.append(output)
-        if depth.num_parents:
-            parents = slice(depth.start, depth.start + depth.num_parents)
-            update = key[parents].transpose(-1, -2) @ added[: depth.num_parents]
-            states = update if depth.parent is None else states[: depth.num_parents] * decay[parents] + update
+        if count:
+            update = own_key[:count].transpose(-1, -2) @ added[:count]
+            states = update if depth.parent is None else states[:count] * own_decay[:count] + update
     return torch.cat(outputs)
