@@ -98,6 +98,20 @@ SMALL: dict[str, list[str] | str] = {
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
     "python benchmarks/grpo_vs_trl.py": "as the one above",
+    "python benchmarks/packed_vs_sequential.py --rounds 5": [
+        "--models",
+        "qwen3_5_text",
+        "--workload",
+        "short",
+        "--rounds",
+        "1",
+        "--hidden",
+        "64",
+        "--layers",
+        "2",
+        "--vocab",
+        "512",
+    ],
     "python benchmarks/grpo_vs_trl.py --steps 4 --workload skewed --engines transformers": "as the one above",
 }
 """What is added to a command, or where else it is run; of files of the reader's, `files` makes small ones."""
