@@ -16,8 +16,10 @@ from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig
 from rlqwen.batch import Tree, pack, split_trees
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError
+from rlqwen.hidden import _own_experts
 from rlqwen.policy import Policy
 from rlqwen.routing import routers_of
+from rlqwen.sequence import SequenceGroup
 from rlqwen.trainers.ahead import Draw
 from rlqwen.trainers.dealing import share_trees
 from rlqwen.trainers.group_wire import pack_groups, unpack_groups
@@ -177,6 +179,18 @@ def test_records_follow_their_tokens():
     )
 
 
+def test_a_rank_of_a_sequence_group_takes_its_slice():
+    batch = pack(with_experts(skewed_trees()))
+    group = SequenceGroup()
+    group.size, length = 4, -(-batch.num_tokens // 4)
+    for group.rank in range(4):
+        own = _own_experts(batch, group)
+        real = group.num_real(batch.num_tokens)
+        assert own.shape[0] == length
+        start = group.rank * length
+        assert torch.equal(own[:real], batch.experts_TLK[start : start + real])
+
+
 def group_with_experts() -> Group:
     experts = np.arange(2 * 3 * 2, dtype=np.uint8).reshape(2, 3, 2)
     completions = [Completion([1, 2, 3], [-0.5] * 3, "stop", "x", experts), Completion([4], [-0.5], "length", "y")]
@@ -207,7 +221,8 @@ def test_what_vllm_records_is_what_the_trainer_would_choose(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": f"{a} + {a} = ?" * 4}]} for a in (3, 3, 4, 3)]
     args = GRPOConfig(
         output_dir=str(tmp_path), max_steps=2, save_strategy="no", learning_rate=1e-2, num_generations=4,
-        per_device_train_batch_size=8, max_completion_length=12, bf16=False,
+        per_device_train_batch_size=8, max_completion_length=24, bf16=False,
+        generation_kwargs={"stop_token_ids": list(range(40))},  # some end while others, with their prompt, go on
         model_init_kwargs={"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
         rollout={"routing_replay": True}, scoring={"in_process": ["length_reward"]},
     )  # fmt: skip

@@ -7,7 +7,7 @@ Shapes: T tokens of a step, L decoder layers, K experts per token.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ class ExpertRecord:
         """Layer -> (T, K) of the step that runs."""
         self._requests: dict[str, list[tuple[int, np.ndarray]]] = {}
         """Internal id of a request -> first position and (T, L, K) of each step that it was part of."""
+        self._prompts: dict[str, list[int]] = {}
+        """Internal id -> prompt, of requests whose blocks are not kept yet."""
         self._blocks: dict[bytes, np.ndarray] = {}
         """Digest of a prompt up to the end of a block -> the block's (tokens, L, K)."""
         config = worker.model_config
@@ -54,36 +56,59 @@ class ExpertRecord:
             rows = np.full((count, *self._shape), NOT_RECORDED, dtype=np.int16)
             for layer, experts in self._steps.items():
                 rows[:, layer] = experts[start : start + count]
+            if request_id not in self._requests:
+                self._prompts[request_id] = list(self._runner.requests[request_id].prompt_token_ids)
             self._requests.setdefault(request_id, []).append((int(batch.num_computed_tokens_cpu[place]), rows))
             start += count
         return result
 
     def take(self, request_id: str, prompt: Sequence[int], num_sampled: int) -> np.ndarray:
         """Return the (prompt + sampled - 1, L, K) experts of a request that finished, and forget it."""
-        whole = np.full((len(prompt) + num_sampled - 1, *self._shape), NOT_RECORDED, dtype=np.int16)
+        self._keep_blocks()
         found = [name for name in self._requests if name.rpartition("-")[0] == request_id]
+        whole = self._experts_of(found, len(prompt) + num_sampled - 1)
         for name in found:
-            for first, rows in self._requests.pop(name):
-                whole[first : first + len(rows)] = rows[: len(whole) - first]
-        self._share_blocks(prompt, whole)
+            del self._requests[name]
+            self._prompts.pop(name, None)
+        for block, digest in self._blocks_of(prompt):
+            if (whole[block] == NOT_RECORDED).all(
+                (1, 2)
+            ).any() and digest in self._blocks:  # it came from the prefix cache
+                whole[block] = self._blocks[digest]
         return whole
 
-    def _share_blocks(self, prompt: Sequence[int], whole: np.ndarray) -> None:
-        """Fill in the blocks that came from the prefix cache, and keep those that it may give to others."""
+    def _experts_of(self, names: Sequence[str], count: int) -> np.ndarray:
+        """(count, L, K) what the steps of a request recorded, by its internal ids."""
+        whole = np.full((count, *self._shape), NOT_RECORDED, dtype=np.int16)
+        for name in names:
+            for first, rows in self._requests[name]:
+                if first < count:
+                    whole[first : first + len(rows)] = rows[: count - first]
+        return whole
+
+    def _keep_blocks(self) -> None:
+        """Keep the blocks of all prompts that have passed, because the prefix cache gives them to others from then on."""
+        for name, prompt in list(self._prompts.items()):
+            whole = self._experts_of([name], len(prompt))
+            if (whole[-1] == NOT_RECORDED).all():
+                continue  # a part of it is yet to come
+            del self._prompts[name]
+            for block, digest in self._blocks_of(prompt):
+                if digest not in self._blocks and not (whole[block] == NOT_RECORDED).all((1, 2)).any():
+                    self._blocks[digest] = whole[block].copy()
+
+    def _blocks_of(self, prompt: Sequence[int]) -> Iterator[tuple[slice, bytes]]:
+        """Full blocks of a prompt, and a digest of all up to the end of each."""
         digest = b""
         for start in range(0, len(prompt) - self._block_size + 1, self._block_size):
             block = slice(start, start + self._block_size)
             digest = hashlib.blake2b(digest + np.asarray(prompt[block], dtype=np.int64).tobytes()).digest()
-            known = self._blocks.get(digest)
-            if (whole[block] == NOT_RECORDED).all((1, 2)).any():
-                if known is not None:
-                    whole[block] = known
-            elif known is None:
-                self._blocks[digest] = whole[block].copy()
+            yield block, digest
 
     def forget_requests(self) -> None:
         """Forget requests that were given up."""
         self._requests.clear()
+        self._prompts.clear()
 
     def forget_prompts(self) -> None:
         """Forget what the prefix cache no longer holds."""
