@@ -28,6 +28,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from rlqwen.errors import ModelError, SaveError
 from rlqwen.model_sources import StoredTensor, split_revision, stored_tensors
+from rlqwen.vision_language import towers
 
 _ATTRIBUTE = "_rlqwen_carried"
 _CONFIG_FILE = "config.json"
@@ -183,7 +184,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     if folder is None or not (folder / _CONFIG_FILE).is_file():
         return False
     stored = stored_tensors(folder)
-    ignored = ignored_names(stored, type(model.config), model)
+    ignored = set() if towers(model) else ignored_names(stored, type(model.config), model)
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     names = [name for name in stored if name in ignored and name not in own]
     _forget_foreign_conversions(model, [name for name in stored if name not in ignored])
@@ -195,7 +196,8 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
             "the plain weights beside them: start from the unquantised model, with model.quantization where memory is short"
         )
     is_part = isinstance(raw.get("text_config"), dict) and raw.get("model_type") != model.config.model_type
-    if not names and not is_part:
+    processor = processor_files(folder)
+    if not names and not is_part and not processor:
         return True
     files = {path.name: path for path in {stored[name].path for name in names}}
     opened = {name: _OpenFile(path) for name, path in files.items()}
@@ -203,7 +205,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
         str(source),
         {name: _StoredWeight(opened[stored[name].path.name], stored[name]) for name in names},
         raw if is_part else None,
-        processor_files(folder),
+        processor,
         obstacle,
     )
     return True

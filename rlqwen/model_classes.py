@@ -14,7 +14,6 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -29,6 +28,7 @@ from transformers.utils import logging
 from rlqwen.carried_weights import carry, whole_config_class
 from rlqwen.errors import ModelError
 from rlqwen.model_sources import note_commit
+from rlqwen.vision_language import auto_class, is_read_from_whole
 
 _SCALAR = "ForSequenceClassification"
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
@@ -66,7 +66,7 @@ def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any)
     """
     try:
         arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(_class_of_config(name, arguments)).from_pretrained(
             name, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
         )
     except (OSError, ValueError, ImportError) as error:
@@ -81,6 +81,7 @@ def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
     A causal model gets a new one. Raises ModelError, also where weights are missing, or the head has several labels.
     """
+    _refuse_without_scalar_class(name, arguments)
     try:
         arguments = _with_text_config(name, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, trust_remote_code, arguments)
         if "config" in arguments:
@@ -135,6 +136,26 @@ def _refuse_missing(name: str, missing: set[str]) -> None:
         )
 
 
+def _class_of_config(name: str, arguments: dict[str, Any]) -> type[PreTrainedConfig] | None:
+    """Return transformers' class of the config that the model will be loaded with; None for one of remote code."""
+    if "config" in arguments:
+        return type(arguments["config"])
+    hub = {key: arguments[key] for key in ("revision",) if key in arguments}
+    return whole_config_class(PreTrainedConfig.get_config_dict(name, **hub)[0])
+
+
+def _refuse_without_scalar_class(name: str, arguments: dict[str, Any]) -> None:
+    try:
+        found: Any = _class_of_config(name, arguments)
+    except (OSError, ValueError):  # which loading says better
+        return
+    if found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and found not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"model {name!r}: transformers has no class with a scalar head for {found.model_type}; take a text model, or "
+            "Qwen3.5, as reward model and critic"
+        )
+
+
 def _with_text_config(name: str, classes: Any, trust_remote_code: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return `arguments` with the text config of a composite checkpoint, so that the text-only class is loaded."""
     hub = {key: arguments[key] for key in ("revision",) if key in arguments}
@@ -148,7 +169,7 @@ def _with_text_config(name: str, classes: Any, trust_remote_code: bool, argument
         name, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **others
     )
     text = whole.get_text_config()
-    if text is whole or type(text) not in classes:
+    if text is whole or type(text) not in classes or not is_read_from_whole(classes[type(text)]):
         return arguments
     # The class of the whole goes by the entry of the whole, and its checkpoint has one weight for both then.
     text.tie_word_embeddings = text.tie_word_embeddings or whole.tie_word_embeddings

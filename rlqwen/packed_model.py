@@ -40,6 +40,7 @@ from rlqwen.routing_replay import RoutingReplay
 from rlqwen.sequence import SequenceGroup
 from rlqwen.tensor_parallel import shard_layers, whole_weights
 from rlqwen.text_only import text_only
+from rlqwen.vision_language import towers, without_towers
 
 ADAPTER_FOLDER = "adapter"
 
@@ -78,6 +79,8 @@ class PackedModel:
             sequence: the ranks that forward a row together, each a slice of it; ModelError if this model cannot.
         """
         model = text_only(model)
+        for tower in towers(getattr(model, "get_base_model", lambda: model)()).values():
+            tower.requires_grad_(False)
         check_config(model.config)
         self.device = torch.device(device)
         self.sequence = sequence or SequenceGroup()
@@ -92,7 +95,7 @@ class PackedModel:
         self.notes: list[str] = []
         """For the user, on what was made of the arguments."""
         if peft_config is not None:
-            model, self.notes = add_adapter(model, peft_config)
+            model, self.notes = add_adapter(model, without_towers(peft_config, model))
         if obstacle := packing_obstacle(model.config):
             self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
         self.quantized_bits = quantized_bits(model)

@@ -22,6 +22,7 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 
 from rlqwen.carried_weights import CarriedWeights, carried_by, carry, set_carried
 from rlqwen.errors import ModelError
+from rlqwen.vision_language import is_read_from_whole
 
 _LOADING_STATE = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
 """What `from_pretrained` leaves on a quantised model."""
@@ -52,6 +53,8 @@ def _text_view(whole: Any) -> Any:
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING if head == "lm_head" else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     text: Any = whole.config.get_text_config()
     if text is whole.config or type(text) not in classes or not hasattr(whole, head):
+        return None
+    if not is_read_from_whole(classes[type(text)]):
         return None
     others = _other_weights(whole, layers)
     raw = _config_of(whole)

@@ -41,6 +41,7 @@ LAYERS = [
         "carried_weights",
         "model_classes",
         "text_only",
+        "vision_language",
         "model_sources",
         "model_files",
         "quantization",
