@@ -128,6 +128,9 @@ def test_what_cannot_share_a_prefix_runs_one_sequence_after_another(family):
     model = make(model_type, **options)
     assert not packs_prefixes(model.config)
     policy = Policy(copy.deepcopy(model), SFTConfig())
+    [note] = policy.notes
+    assert note.startswith(model_type)
+    assert note.endswith("sequences are forwarded one after another, each with its prompt again")
     tree = skewed_trees()[-1]
     torch.testing.assert_close(policy.logprobs(pack([tree]))[0], padded_logprobs(model, [tree]), atol=5e-5, rtol=1e-5)
 
