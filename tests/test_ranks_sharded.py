@@ -16,7 +16,7 @@ from rlqwen.parallel.loss_scale import LossScale
 from rlqwen.parallel.sharded_updater import ShardedUpdater
 
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
-EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2"]
+EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2", "grpo_idle@zero3"]
 ROUNDED = ["sft@auto", "sft@bf16_3", "sft@given", "sft@given+emulated"]
 OVERFLOW = [f"sft_plain@overflow_{way}" for way in (*STAGES, "stage1+emulated")]
 OVERFLOWS = [f"sft_plain@overflows_{way}" for way in ("stage1", "stage2_offload", "stage3", "stage1+emulated")]

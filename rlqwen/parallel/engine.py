@@ -80,6 +80,15 @@ class Engine:
             self.zero.exit_backward()
         self.engine._running_engine_backward = False
 
+    def start_over(self) -> None:
+        """Have the next backward replace what gradients of an update before are kept, instead of adding to them.
+
+        Of ZeRO-3, which keeps them until a first backward comes to each weight.
+        """
+        if self.stage == 3:
+            self.zero.micro_step_id = 0
+            self.zero._epilogue_ran_this_backward = False
+
     def finish_gradient(self) -> float:
         """Add up over the ranks what has been gathered; returns the gradient's norm, not finite where an entry isn't."""
         if not self.touched:

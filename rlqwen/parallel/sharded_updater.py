@@ -54,6 +54,7 @@ class ShardedUpdater(Updater):
         """The gradient is exactly 0, yet momentum and weight decay still move the weights."""
         for engine in self.engines:
             for parameter in engine.part.parameters:
+                engine.start_over()
                 with gathered([parameter]):
                     self._backward(parameter.float().sum() * 0.0)
 
