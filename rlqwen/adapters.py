@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.config import LoraSettings
+from rlqwen.delta_net import LAYER
 from rlqwen.errors import ModelError
 from rlqwen.lora_targets import resolve_targets
 from rlqwen.parallel import exact_weight, gathered
@@ -214,6 +215,8 @@ def lora_obstacle(model: PeftModel) -> str | None:
         return "biases are trained beside the adapter"
     if getattr(base.config.get_text_config(), "num_experts", None):
         return "the model is a mixture of experts"
+    if LAYER in (getattr(base.config.get_text_config(), "layer_types", None) or ()):
+        return "vLLM has no adapters for models with delta-net layers on every machine"
     if misplaced:
         return f"vLLM puts no adapter on {', '.join(misplaced)}"
     rank = adapter_rank(model)

@@ -5,11 +5,7 @@ from importlib.util import find_spec
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
 from rlqwen.rollout import plan_workers
-
-
-def uses_vllm(rollout: RolloutConfig) -> bool:
-    """Whether `rollout` means vLLM workers on this machine."""
-    return rollout.engine == "vllm" or (rollout.engine is None and find_spec("vllm") is not None)
+from rlqwen.rollout.resources import uses_vllm
 
 
 def check_resources(rollout: RolloutConfig) -> str:

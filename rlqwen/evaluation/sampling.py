@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import track
 
 from rlqwen.check import prompt_room
-from rlqwen.check.resources import uses_vllm
 from rlqwen.config import OnlineConfig
 from rlqwen.data import DataReport, tokenize_prompts
 from rlqwen.data.references import own_answer
@@ -17,6 +16,7 @@ from rlqwen.evaluation.config import EvalConfig
 from rlqwen.evaluation.loading import EvalModel, policy_of
 from rlqwen.loading import load_generation_config, stop_token_ids
 from rlqwen.rollout import RolloutEngine, build_engine
+from rlqwen.rollout.resources import uses_vllm
 from rlqwen.scoring import Scorer
 from rlqwen.trainers.rollouts import sampling_seed
 from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling

@@ -1,14 +1,14 @@
 """What a trainer asks of a rollout engine, and the choice between them."""
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
+from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
+from rlqwen.rollout.served_model import engine_dtype, read_config, text_config
 from rlqwen.types import Canary, Group, GroupRequest
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def build_engine(
     have stop texts or bad words (`Sampling.reads_text`), for which vLLM's workers need the tokenizer. Raises
     ResourceError.
     """
-    dtype = compute_dtype if config.dtype == "auto" else config.dtype
+    dtype, note = choose_dtype(config, model_path, compute_dtype)
+    if note is not None:
+        warnings.warn(note, stacklevel=2)
     length = min(max_model_length, _context_length(model_path) or max_model_length)
     if _choose(config) == "transformers":
         if policy is None:
@@ -92,6 +94,16 @@ def build_engine(
     )
 
 
+def choose_dtype(config: RolloutConfig, model_path: str, compute_dtype: str) -> tuple[str, str | None]:
+    """Return the dtype that the engine computes in, and what to say where it is not the trainer's, `compute_dtype`.
+
+    Raises ConfigError where vLLM's kernels on this hardware cannot compute the model in the dtype that is asked for.
+    """
+    if uses_vllm(config):
+        return engine_dtype(config, model_path, compute_dtype, on_gpu=samples_on_gpu(config))
+    return compute_dtype if config.dtype == "auto" else config.dtype, None
+
+
 def _choose(config: RolloutConfig) -> str:
     missing = [name for name in ("vllm", "ray") if find_spec(name) is None]
     if config.engine == "vllm" and missing:
@@ -111,7 +123,5 @@ def _choose(config: RolloutConfig) -> str:
 
 def _context_length(model_path: str) -> int | None:
     """Tokens that the model's positions reach, from its config; None where that doesn't say."""
-    path = Path(model_path) / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    length: int | None = config.get("text_config", config).get("max_position_embeddings")
+    length: int | None = text_config(read_config(model_path)).get("max_position_embeddings")
     return length

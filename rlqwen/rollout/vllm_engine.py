@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from rlqwen.errors import RolloutError
+from rlqwen.rollout import qwen3_5_classes
+from rlqwen.rollout.cpu_seeds import keep_seeds_of_split_prompts
 from rlqwen.rollout.expert_record import ExpertRecord
 from rlqwen.rollout.messages import EngineSettings, Sampled
+from rlqwen.rollout.served_model import is_qwen3_5, text_view
 from rlqwen.rollout.weights import LoadReport, WeightBundle
 from rlqwen.types import Canary, Sampling
 
@@ -205,15 +209,18 @@ class VllmEngine:
 
 
 def _build(settings: EngineSettings, model_path: str) -> LLMEngine:
-    if settings.tokenizer_files is None:
-        return _start(settings, model_path, None)
-    with tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-") as folder:
-        for name, content in settings.tokenizer_files.items():
-            (Path(folder) / name).write_bytes(content)
-        return _start(settings, model_path, folder)
+    """Start an engine; what it reads once lies in folders that go away again."""
+    with ExitStack() as stack:
+        tokenizer_path = None
+        if settings.tokenizer_files is not None:
+            tokenizer_path = stack.enter_context(tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-"))
+            for name, content in settings.tokenizer_files.items():
+                (Path(tokenizer_path) / name).write_bytes(content)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlqwen-text-")))
+        return _start(settings, text_view(Path(model_path), scratch / "model"), tokenizer_path)
 
 
-def _start(settings: EngineSettings, model_path: str, tokenizer_path: str | None) -> LLMEngine:
+def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | None) -> LLMEngine:
     on_cpu = current_platform.is_cpu()
     more: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE} if on_cpu else {}
     if settings.lora_rank is not None:
@@ -221,8 +228,13 @@ def _start(settings: EngineSettings, model_path: str, tokenizer_path: str | None
         more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if settings.returns_experts and not on_cpu:
         more["enable_return_routed_experts"] = True
+    if on_cpu:
+        keep_seeds_of_split_prompts()
+    if is_qwen3_5(model_path):
+        qwen3_5_classes.register()
+        more["worker_extension_cls"] = qwen3_5_classes.WORKER_EXTENSION
     arguments = EngineArgs(
-        model=model_path,
+        model=str(model_path),
         load_format="safetensors",  # `auto` falls back to pickle
         tokenizer=tokenizer_path,
         skip_tokenizer_init=tokenizer_path is None,

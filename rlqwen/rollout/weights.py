@@ -5,7 +5,6 @@ compared with what the checkpoint holds before any worker sees it: vLLM keeps a 
 without a word.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.errors import WeightSyncError
 from rlqwen.model_sources import stored_tensors
+from rlqwen.rollout.served_model import read_config
 from rlqwen.types import Canary
 
 if TYPE_CHECKING:
@@ -180,6 +180,5 @@ def _checkpoint_shapes(folder: Path) -> Shapes:
 
 
 def _is_tied(folder: Path) -> bool:
-    path = folder / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    config = read_config(folder)
     return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.batch import PackedBatch, Tree
 from rlqwen.check import prompt_room
-from rlqwen.check.resources import uses_vllm
 from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
 from rlqwen.data import DataReport, as_rows, longest_prompt, tokenize_prompts
@@ -24,6 +23,7 @@ from rlqwen.losses import Totals
 from rlqwen.metrics import CompletionLog
 from rlqwen.metrics.run_folder import refuse_needed_inside
 from rlqwen.registry import Reward, check_rows, taken_columns
+from rlqwen.rollout.resources import uses_vllm
 from rlqwen.scoring import Scorer, build_rewards
 from rlqwen.trainers.base import BaseTrainer
 from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
@@ -292,8 +292,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                     end_of_turn=self.reports["train"].end_of_turn,
                 )
             self.stop.listen()  # Ray takes SIGTERM for itself
-            if self.rollouts.note is not None:
-                self._note(self.rollouts.note)
+            for note in self.rollouts.notes:
+                self._note(note)
             self.rollouts.wait_until_ready(self._note)
             if self._rollout_progress is not None:
                 self.rollouts.restore_progress(self._rollout_progress, self.train_rows or self._coming_prompts())

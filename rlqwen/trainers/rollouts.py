@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.batch import Branch, Tree, pack
-from rlqwen.check.resources import uses_vllm
 from rlqwen.config import OnlineConfig, RolloutConfig
 from rlqwen.config.generation import GenerationKwargs
 from rlqwen.errors import ConfigError
 from rlqwen.loading import stop_token_ids
 from rlqwen.policy import Policy
 from rlqwen.rollout import build_engine
+from rlqwen.rollout.engine import choose_dtype
 from rlqwen.rollout.pool import RolloutPool
+from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
 from rlqwen.scoring import Scorer
 from rlqwen.trainers.ahead import Ahead, Draw
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
@@ -58,16 +58,17 @@ class Rollouts:
         self.policy = policy
         self.scorer = scorer
         self.args = args
-        self.compute_dtype = str(policy.compute_dtype).removeprefix("torch.")
-        if args.rollout.dtype != "auto":
-            self.compute_dtype = args.rollout.dtype
+        own_dtype = str(policy.compute_dtype).removeprefix("torch.")
+        self.compute_dtype, dtype_note = choose_dtype(args.rollout, model_path, own_dtype)
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
-        self.lora_rank, self.note = choose_sync(policy, args.rollout)
+        self.lora_rank, sync_note = choose_sync(policy, args.rollout)
+        self.notes = [note for note in (dtype_note, sync_note) if note is not None]
+        """For the user, on what was chosen."""
         ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
         _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = build_engine(
-            args.rollout,
+            args.rollout.model_copy(update={"dtype": self.compute_dtype}),
             model_path=model_path,
             tokenizer=tokenizer,
             policy=policy,
@@ -246,8 +247,7 @@ def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str 
     if (not policy.has_adapter and not config.lora) or not uses_vllm(config):
         return None, None
     obstacle = policy.lora_obstacle
-    gpus = config.num_gpus_per_worker
-    on_gpu = torch.cuda.is_available() if gpus is None else gpus > 0
+    on_gpu = samples_on_gpu(config)
     if config.lora and obstacle:
         raise ConfigError(
             f"rollout.lora is true, but the workers cannot apply the policy's adapter: {obstacle}; leave rollout.lora "
