@@ -96,7 +96,7 @@ class Policy(PackedModel):
             model = model.to(self.device).eval().requires_grad_(False)
             use_training_products(model)
         else:
-            model = model.to(self.device, self.compute_dtype).eval().requires_grad_(False)
+            model = _cast_as_autocast(model.to(self.device), self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
         return model  # type: ignore[no-any-return]
 
@@ -275,6 +275,18 @@ class Policy(PackedModel):
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """The adapter's weights under PEFT's names, scaling folded in."""
         return adapter_weights(self.model)
+
+
+def _cast_as_autocast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast to `dtype`, in place, the weights that autocast would, and return the model.
+
+    In half precision vectors keep their own dtype, such as the decay rates of delta-net layers, and so do buffers: of
+    the frequencies of rotary embeddings, rounded ones would turn distant tokens by whole radians.
+    """
+    for weight in model.parameters():
+        if weight.ndim > 1 or dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+    return model
 
 
 def _has_new_adapter(model: nn.Module) -> bool:

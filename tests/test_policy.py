@@ -169,6 +169,21 @@ def test_reference_copy_stays_while_the_policy_moves():
     torch.testing.assert_close(policy.reference_logprobs(batch), policy.logprobs(batch)[0].detach())
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_next"])
+def test_a_reference_in_half_precision_rounds_only_what_autocast_does(kind):
+    """Its rotary embedding, rounded, would see far tokens elsewhere than the policy does, and its states would decay
+    at another rate."""
+    policy = Policy(make_model(kind), SFTConfig(bf16=True), reference=True)
+    reference = policy._reference
+    assert all(ours.equal(theirs) for ours, theirs in zip(policy.model.buffers(), reference.buffers(), strict=True))
+    for ours, theirs in zip(policy.model.parameters(), reference.parameters(), strict=True):
+        assert theirs.equal(ours if ours.ndim == 1 else ours.bfloat16())
+    batch = pack([Tree([i % 50 for i in range(200)], [Branch([7, 8, 9])])])
+    with torch.no_grad():
+        gap = policy.logprobs(batch)[0] - policy.reference_logprobs(batch)
+    assert gap.abs().max() < 0.05
+
+
 def test_export_holds_the_tied_head():
     exported = dict(Policy(make_model(tie_word_embeddings=True), SFTConfig()).export_weights())
     assert torch.equal(exported["lm_head.weight"], exported["model.embed_tokens.weight"])
