@@ -69,7 +69,7 @@ def test_a_row_with_media_is_refused_with_what_to_do(row, message):
 
 @pytest.mark.parametrize(
     "column",
-    [{"images": []}, {"images": None}, {"image": ""}, {"image": {"bytes": None, "path": None}}, {"image": float("nan")},
+    [{"images": []}, {"images": "[]"}, {"images": None}, {"image": ""}, {"image": {"bytes": None, "path": None}}, {"image": float("nan")},
      {"image": 7}, {"image": "ghcr.io/org/sandbox:3"}, {"videos": np.array([])}, {"points": np.zeros(3)}],
 )  # fmt: skip
 def test_a_row_without_media_passes(column):

@@ -17,6 +17,7 @@ _MEDIA_FILE = re.compile(
 )
 _DECODED = ("PIL", "torchcodec")
 """Packages whose objects `datasets` makes of images and videos."""
+_EMPTY = ("", b"", "[]")
 _STORED = {"bytes", "path"}
 """Keys of an image, a video or a sound in the tables of `datasets`."""
 
@@ -60,7 +61,7 @@ def _first(value: Any) -> Any:
     """Return the value, or the first one of a list of any depth; None where there is nothing."""
     while isinstance(value, list | tuple) or type(value).__module__ == "numpy":
         value = value.tolist() if hasattr(value, "tolist") else next((one for one in value if one is not None), None)
-    if isinstance(value, str | bytes) and not value.strip():
+    if isinstance(value, str | bytes) and value.strip() in _EMPTY:
         return None
     if isinstance(value, dict) and all(one is None for one in value.values()):
         return None
