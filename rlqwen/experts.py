@@ -24,10 +24,11 @@ _WEIGHTS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias
 
 def use_compute_dtype(model: PreTrainedModel) -> None:
     """Have experts that transformers runs as grouped products run in autocast's dtype; others are left as they are."""
-    chosen = model.get_experts_implementation()
-    ours = {name: GROUPED_EXPERTS if value == "grouped_mm" else value for name, value in chosen.items()}
-    if ours != chosen:
-        model.set_experts_implementation(ours)
+    config: Any = model.config
+    text = config.get_text_config()
+    if getattr(text, "_experts_implementation", None) == "grouped_mm":
+        parts = [name for name in config.sub_configs if getattr(config, name) is text]
+        model.set_experts_implementation(dict.fromkeys(parts, GROUPED_EXPERTS) if parts else GROUPED_EXPERTS)
 
 
 def grouped_experts(module: Any, hidden_TC: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
