@@ -141,7 +141,7 @@ class CarriedWeights:
         counts: dict[str, int] = {}
         for name, weight in self.weights.items():
             shape = weight.shape if isinstance(weight, Tensor) else weight.entry.shape
-            kind = _kind(name)
+            kind = kind_of(name)
             counts[kind] = counts.get(kind, 0) + torch.Size(shape).numel()
         return counts
 
@@ -192,7 +192,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     obstacle = None
     if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(_DTYPES)):
         obstacle = (
-            f"model {str(source)!r} is quantised, with weights ({_kind(names[0])}) that are copied as they are and would not fit "
+            f"model {str(source)!r} is quantised, with weights ({kind_of(names[0])}) that are copied as they are and would not fit "
             "the plain weights beside them: start from the unquantised model, with model.quantization where memory is short"
         )
     is_part = isinstance(raw.get("text_config"), dict) and raw.get("model_type") != model.config.model_type
@@ -287,14 +287,15 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
     return values
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """What users call the part that a weight of this name belongs to."""
     parts = name.split(".")
     return next((_KINDS[part] for part in parts[:-1] if part in _KINDS), parts[0])
 
 
 def count_text(number: int) -> str:
     """Return a large number for people: `1.5 B`."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)

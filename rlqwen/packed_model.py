@@ -45,6 +45,14 @@ from rlqwen.vision_language import towers, without_towers
 ADAPTER_FOLDER = "adapter"
 
 
+def check_cuttable(config: Any, size: int) -> None:
+    """Raise ModelError where `size` ranks cannot each forward a slice of a row through a model of this config."""
+    if size > 1 and (obstacle := cutting_obstacle(config)):
+        raise ModelError(
+            f"parallel.sequence_parallel_size={size}: {obstacle}, so that a row cannot be cut into slices; leave it at 1"
+        )
+
+
 class Root(nn.Module):
     """Around a model: what is computed with its weights is computed through here, those of its head included, so that an
     engine that keeps weights in shards has put them together by then."""
@@ -85,11 +93,7 @@ class PackedModel:
         self.device = torch.device(device)
         self.sequence = sequence or SequenceGroup()
         self.sequence.check(model.config)
-        if self.sequence.size > 1 and (obstacle := cutting_obstacle(model.config)):
-            raise ModelError(
-                f"parallel.sequence_parallel_size={self.sequence.size}: {obstacle}, so that a row cannot be cut into "
-                "slices; leave it at 1"
-            )
+        check_cuttable(model.config, self.sequence.size)
         self.original_dtype: torch.dtype = model.dtype
         self.compute_dtype = self._wanted_dtype(args)
         self.notes: list[str] = []

@@ -18,6 +18,17 @@ from torch import Tensor
 from rlqwen.errors import ModelError
 
 
+def check_heads(config: Any, size: int) -> None:
+    """Raise ModelError where the model's query heads cannot be dealt out evenly to `size` ranks."""
+    heads = config.get_text_config().num_attention_heads
+    if heads % size:
+        fitting = [number for number in range(2, heads + 1) if heads % number == 0]
+        raise ModelError(
+            f"parallel.sequence_parallel_size={size} does not divide the model's {heads} attention heads "
+            f"({heads} / {size} is {heads / size:.3g}); it can be {', '.join(map(str, fitting))}"
+        )
+
+
 class SequenceGroup:
     """The ranks that hold one row together; alone, everything is as it was."""
 
@@ -29,15 +40,7 @@ class SequenceGroup:
 
     def check(self, config: Any) -> None:
         """ModelError where the model's query heads cannot be dealt out evenly."""
-        if self.size == 1:
-            return
-        heads = config.get_text_config().num_attention_heads
-        if heads % self.size:
-            fitting = [size for size in range(2, heads + 1) if heads % size == 0]
-            raise ModelError(
-                f"parallel.sequence_parallel_size={self.size} does not divide the model's {heads} attention heads "
-                f"({heads} / {self.size} is {heads / self.size:.3g}); it can be {', '.join(map(str, fitting))}"
-            )
+        check_heads(config, self.size)
 
     def cut(self, row_1T: Tensor) -> Tensor:
         """This rank's slice of a row (1, anything), which is padded with zeros to a multiple of the ranks."""

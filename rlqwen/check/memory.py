@@ -2,15 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rlqwen.carried_weights import count_text
+from rlqwen.check.model import ConfigFacts
 from rlqwen.check.parameters import (
     ParameterCounts,
     chosen_experts,
     count_parameters,
     meta_model,
-    short_count,
     trained_parameters,
 )
 from rlqwen.check.report import CheckReport
+from rlqwen.check.settings import check_settings
 from rlqwen.config import DPOConfig, GRPOConfig, OnlineConfig, PPOConfig, Recipe
 from rlqwen.errors import ModelError
 from rlqwen.rollout.resources import uses_vllm
@@ -28,26 +30,27 @@ _SHARED = {
 }
 
 
-def describe_parameters(report: CheckReport, recipe: Recipe, config: Any, dtype: str) -> None:
+def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> None:
     """Add to the report how many parameters there are, which are trained, frozen and carried, and their memory.
 
-    `config`: transformers' config of the starting model, of weights saved in `dtype`. A model that cannot be built is a
+    `facts`: of the starting model. A model that cannot be built is a
     warning, because a stranger's code may still load it; an adapter that does not fit is a fault.
     """
     try:
-        model = meta_model(config, scalar=recipe.algorithm == "reward")
+        model = meta_model(facts.config, scalar=recipe.algorithm == "reward")
     except ModelError as error:
         report.warnings.append(f"parameters were not counted: {error}")
         return
-    counts = count_parameters(config, model)
-    report.facts.append(("parameters", _parts_in_words(counts, config)))
+    check_settings(report, recipe, facts, model)
+    counts = count_parameters(facts.config, model, facts.folder)
+    report.facts.append(("parameters", _parts_in_words(counts, facts.config)))
     if counts.carried:
-        kept = ", ".join(f"{part} {short_count(number)}" for part, number in counts.carried.items())
+        kept = ", ".join(f"{part} {count_text(number)}" for part, number in counts.carried.items())
         report.facts.append(("carried", f"{kept}: neither trained nor used, and kept in every folder that is written"))
     with report.collecting():
         report.facts.append(("trained", _trained_in_words(report, recipe, model, counts)))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        report.facts.append(("memory", _memory_in_words(recipe, trained, counts, dtype)))
+        report.facts.append(("memory", _memory_in_words(recipe, trained, counts, facts.dtype)))
 
 
 def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
@@ -55,21 +58,21 @@ def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
     named = []
     for part, number in counts.parts.items():
         chosen = f" ({used} of {experts} a token)" if part == "routed experts" and experts else ""
-        named.append(f"{part} {short_count(number)}{chosen}")
+        named.append(f"{part} {count_text(number)}{chosen}")
     if "head" not in counts.parts:
         named.append("head tied to the embedding")
-    active = f", {short_count(counts.active)} active for each token" if counts.active != counts.total else ""
-    return f"{short_count(counts.total)}{active}: {', '.join(named)}"
+    active = f", {count_text(counts.active)} active for each token" if counts.active != counts.total else ""
+    return f"{count_text(counts.total)}{active}: {', '.join(named)}"
 
 
 def _trained_in_words(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", counts: ParameterCounts) -> str:
     if recipe.model.lora is None:
-        return f"all {short_count(counts.total)}"
+        return f"all {count_text(counts.total)}"
     targets, notes = trained_parameters(model, recipe.model.lora)
     report.warnings += notes
     trained = sum(targets.values())
-    named = ", ".join(f"{target} {short_count(number)}" for target, number in sorted(targets.items()))
-    return f"{short_count(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
+    named = ", ".join(f"{target} {count_text(number)}" for target, number in sorted(targets.items()))
+    return f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
 
 
 def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:

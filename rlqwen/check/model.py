@@ -40,6 +40,12 @@ class ConfigFacts:
     num_bytes: int
     """Of the weight files; 0 where unknown."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the model lies on this machine; None for one on the hub."""
+        folder = Path(self.path).expanduser()
+        return folder if folder.is_dir() else None
+
 
 @dataclass(frozen=True)
 class ModelFacts(ConfigFacts):
@@ -122,7 +128,7 @@ def read_tokenizer(facts: ConfigFacts) -> ModelFacts | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(facts.path, **facts.options)
     except (OSError, ValueError) as error:
-        if not Path(facts.path).expanduser().is_dir():
+        if facts.folder is None:
             return None
         raise ModelError(f"model.path {facts.path!r}: config or tokenizer cannot be read: {error}") from error
     check_vocabulary(tokenizer, facts.config, f"model.path {facts.path!r}")

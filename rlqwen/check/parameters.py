@@ -4,8 +4,10 @@ Models are built on torch's meta device, where weights have shapes and no bytes:
 """
 
 import copy
+import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import LoraSettings
@@ -70,8 +72,11 @@ def meta_model(config: Any, *, scalar: bool = False) -> "PreTrainedModel":
         raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {error}") from error
 
 
-def count_parameters(config: Any, model: "PreTrainedModel") -> ParameterCounts:
-    """Count the parameters of `model`, which `meta_model` made of `config`, and of what is carried beside it."""
+def count_parameters(config: Any, model: "PreTrainedModel", folder: Path | None = None) -> ParameterCounts:
+    """Count the parameters of `model`, which `meta_model` made of `config`, and of what is carried beside it.
+
+    What is carried is counted in the weight files of `folder` where it has any, else by the config.
+    """
     parts = dict.fromkeys(_SHOWN, 0)
     for name, parameter in model.named_parameters():
         parts[_part_of(name)] += parameter.numel()
@@ -79,7 +84,12 @@ def count_parameters(config: Any, model: "PreTrainedModel") -> ParameterCounts:
     total, routed = sum(parts.values()), parts["routed experts"]
     used, experts = chosen_experts(text)
     active = total - (routed - routed * used // experts if experts else 0)
-    carried = {"vision tower": _vision_tower(config), "multi-token prediction": _multi_token_prediction(text, model)}
+    carried = None if folder is None else _carried_in(folder)
+    if carried is None:
+        carried = {
+            "vision tower": _vision_tower(config),
+            "multi-token prediction": _multi_token_prediction(text, model),
+        }
     return ParameterCounts(
         {part: number for part, number in parts.items() if number},
         {part: number for part, number in carried.items() if number},
@@ -119,12 +129,18 @@ def trained_parameters(model: "PreTrainedModel", settings: LoraSettings) -> tupl
     return trained, notes
 
 
-def short_count(number: int) -> str:
-    """Return a number of parameters in three digits: `34.7 B`, `29.1 M`, `1,234`."""
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
-        if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
-    return f"{number:,}"
+def _carried_in(folder: Path) -> dict[str, int] | None:
+    """Parameters of a folder's weights that the text model has no place for; None where the folder has no weights."""
+    from rlqwen.carried_weights import ignored_in_folder, kind_of
+    from rlqwen.model_sources import stored_tensors
+
+    stored = stored_tensors(folder)
+    if not stored:
+        return None
+    carried: dict[str, int] = {}
+    for name in sorted(ignored_in_folder(folder, stored)):
+        carried[kind_of(name)] = carried.get(kind_of(name), 0) + math.prod(stored[name].shape)
+    return carried
 
 
 def _part_of(name: str) -> str:

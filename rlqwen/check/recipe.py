@@ -8,12 +8,11 @@ from typing import Any
 from rlqwen.check.arithmetic import refuse_stream
 from rlqwen.check.memory import describe_parameters
 from rlqwen.check.model import NO_TOKENIZER, ModelFacts, read_config, read_tokenizer, what_is_missing
-from rlqwen.check.parameters import chosen_experts
 from rlqwen.check.report import CheckReport
 from rlqwen.check.resources import check_resources
 from rlqwen.check.rewards import check_rewards
 from rlqwen.check.tokens import describe_batch, describe_data, describe_thinking, describe_untokenized, tokenize
-from rlqwen.config import OnlineConfig, Recipe, RolloutConfig, SampledPairsConfig
+from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
 from rlqwen.errors import DataError
@@ -89,9 +88,7 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFac
             report.warnings.append(
                 f"{start.model.path} lacks {' and '.join(missing)}: checked without; a run would refuse it"
             )
-        describe_parameters(report, recipe, found.config, found.dtype)
-        if isinstance(recipe.train, OnlineConfig) and recipe.train.rollout.routing_replay:
-            RolloutConfig.check_experts(recipe.model.path, chosen_experts(found.config.get_text_config())[1])
+        describe_parameters(report, recipe, found)
         if NO_TOKENIZER in missing:
             return None
         model = read_tokenizer(found)

@@ -1,0 +1,36 @@
+"""Settings of a recipe that its model does not allow, found on a model without weights."""
+
+from typing import TYPE_CHECKING
+
+from rlqwen.check.model import ConfigFacts
+from rlqwen.check.parameters import chosen_experts
+from rlqwen.check.report import CheckReport
+from rlqwen.config import OnlineConfig, Recipe, RolloutConfig
+from rlqwen.hidden import packing_obstacle
+from rlqwen.packed_model import check_cuttable
+from rlqwen.routing import RouterBalance
+from rlqwen.sequence import check_heads
+from rlqwen.tensor_parallel import check_shardable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_settings(report: CheckReport, recipe: Recipe, facts: ConfigFacts, model: "PreTrainedModel") -> None:
+    """Add to the report each setting that the model does not allow; `model` is of `facts.config`, without weights."""
+    train = recipe.train
+    parallel = train.parallel
+    if obstacle := packing_obstacle(facts.config):
+        report.warnings.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
+    with report.collecting():
+        check_heads(facts.config, parallel.sequence_parallel_size)
+        check_cuttable(facts.config, parallel.sequence_parallel_size)
+    if parallel.autotp_size > 1 and recipe.model.lora is None:
+        with report.collecting():
+            check_shardable(model, parallel.autotp_size)
+    with report.collecting():
+        RouterBalance(model, train.router_aux_loss_coef)
+    if isinstance(train, OnlineConfig) and train.rollout.routing_replay:
+        with report.collecting():
+            _, experts = chosen_experts(facts.config.get_text_config())
+            RolloutConfig.check_experts(recipe.model.path, experts)
