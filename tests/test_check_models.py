@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLConfig
 
 from rlqwen.check import check_before_run, check_recipe
 from rlqwen.check.parameters import count_parameters, meta_model, trained_parameters
@@ -107,6 +107,15 @@ def test_parameters_are_those_of_the_files(kind, tmp_path):
     assert counts.total + sum(counts.carried.values()) == stored
     if kind.startswith("qwen3.5"):  # Qwen3-Next's config says nothing of multi-token prediction
         assert count_parameters(config, meta_model(config)) == counts
+
+
+def test_the_text_of_a_class_that_sees_images_too_is_counted_apart():
+    config = Qwen3VLConfig(text_config={"num_hidden_layers": 2}, vision_config={"depth": 2})
+    model = meta_model(config)
+    counts = count_parameters(config, model)
+    assert counts.carried.keys() == {"vision tower"}
+    assert counts.total + counts.carried["vision tower"] == sum(weight.numel() for weight in model.parameters())
+    assert set(counts.parts) == {"embedding", "attention", "MLP", "norms", "head"}
 
 
 def test_a_model_with_a_scalar_head_has_one_row_of_it():

@@ -48,8 +48,8 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
         kept = ", ".join(f"{part} {count_text(number)}" for part, number in counts.carried.items())
         report.facts.append(("carried", f"{kept}: neither trained nor used, and kept in every folder that is written"))
     with report.collecting():
-        report.facts.append(("trained", _trained_in_words(report, recipe, model, counts)))
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trained, told = _trained(report, recipe, model, counts)
+        report.facts.append(("trained", told))
         report.facts.append(("memory", _memory_in_words(recipe, trained, counts, facts.dtype)))
 
 
@@ -65,14 +65,16 @@ def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
     return f"{count_text(counts.total)}{active}: {', '.join(named)}"
 
 
-def _trained_in_words(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", counts: ParameterCounts) -> str:
+def _trained(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", counts: ParameterCounts) -> tuple[int, str]:
+    """Return how many parameters are trained, and which."""
     if recipe.model.lora is None:
-        return f"all {count_text(counts.total)}"
+        return counts.total, f"all {count_text(counts.total)}"
     targets, notes = trained_parameters(model, recipe.model.lora)
     report.warnings += notes
     trained = sum(targets.values())
     named = ", ".join(f"{target} {count_text(number)}" for target, number in sorted(targets.items()))
-    return f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
+    told = f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
+    return trained, told
 
 
 def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:

@@ -33,6 +33,8 @@ _SHOWN = (
     "embedding", "attention", "delta-net", "MLP", "routed experts", "shared experts", "routers", "norms", "head", "other",
 )  # fmt: skip
 """Parts in the order of the forward."""
+_TOWER = re.compile(r"\b(visual|vision_\w+|multi_modal_projector)\.")
+"""In names of what turns images into embeddings."""
 _INSIDE_ADAPTER = re.compile(r"(\.base_layer)*\.(lora_|modules_to_save|token_adapter|trainable_tokens)")
 
 
@@ -56,17 +58,26 @@ class ParameterCounts:
 def meta_model(config: Any, *, scalar: bool = False) -> "PreTrainedModel":
     """Build the text model of `config` without weights; with `scalar`, one that answers with a number.
 
-    Raises ModelError where transformers has no such model.
+    Where transformers has no class for the text part alone, the whole, its vision tower frozen. Raises ModelError where
+    it has neither.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
     text = copy.deepcopy(config.get_text_config())
+    is_whole = text is not config and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and not scalar
     try:
         with torch.device("meta"):
             if scalar:
                 text.num_labels = 1
                 return AutoModelForSequenceClassification.from_config(text)  # type: ignore[no-any-return]
+            if is_whole:
+                return AutoModelForImageTextToText.from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
             return AutoModelForCausalLM.from_config(text)  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(f"transformers cannot build a model of type {config.model_type!r}: {error}") from error
@@ -78,13 +89,17 @@ def count_parameters(config: Any, model: "PreTrainedModel", folder: Path | None 
     What is carried is counted in the weight files of `folder` where it has any, else by the config.
     """
     parts = dict.fromkeys(_SHOWN, 0)
+    tower = 0
     for name, parameter in model.named_parameters():
-        parts[_part_of(name)] += parameter.numel()
+        if _TOWER.search(name):
+            tower += parameter.numel()
+        else:
+            parts[_part_of(name)] += parameter.numel()
     text: Any = config.get_text_config()
     total, routed = sum(parts.values()), parts["routed experts"]
     used, experts = chosen_experts(text)
     active = total - (routed - routed * used // experts if experts else 0)
-    carried = None if folder is None else _carried_in(folder)
+    carried = {"vision tower": tower} if tower else None if folder is None else _carried_in(folder)
     if carried is None:
         carried = {
             "vision tower": _vision_tower(config),
@@ -165,7 +180,7 @@ def _vision_tower(config: Any) -> int:
     except (ValueError, KeyError, AttributeError, ImportError):
         return 0
     named = whole.named_parameters()
-    return sum(parameter.numel() for name, parameter in named if re.search(r"\b(visual|vision_\w+)\.", name))
+    return sum(parameter.numel() for name, parameter in named if _TOWER.search(name))
 
 
 def _multi_token_prediction(text_config: Any, model: "PreTrainedModel") -> int:
