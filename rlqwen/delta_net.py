@@ -158,7 +158,7 @@ def packed_rule(
             "a packed row runs through delta-net layers without a cache: call the model with use_cache=False"
         )
     plan = _plan(layout, query.shape[1], query.device)
-    kernel = _kernel() if query.device.type != "cpu" else None
+    kernel = _kernel(query.device.type)
     if kernel is not None:
         return staged_rule(kernel, plan, query, key, value, g, beta, use_qk_l2norm_in_kernel), None
     row = (query[0], key[0], value[0], g[0], beta[0])
@@ -169,8 +169,10 @@ def packed_rule(
 
 
 @functools.cache
-def _kernel() -> Callable[..., Any] | None:
-    """Return flash-linear-attention's kernel, found as transformers finds it; None where it is not installed."""
+def _kernel(device_type: str) -> Callable[..., Any] | None:
+    """Return flash-linear-attention's kernel, found as transformers finds it; None where it is not there, or on a CPU."""
+    if device_type == "cpu":
+        return None
     try:
         module: Any = importlib.import_module("fla.ops.gated_delta_rule")
     except (ImportError, RuntimeError, OSError, AttributeError):

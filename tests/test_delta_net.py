@@ -222,6 +222,19 @@ def test_a_kernel_of_sequence_lengths_gets_prefixes_then_branches(trees, calls):
     torch.testing.assert_close(results(output, row), results(recurrence(plan, *row).float(), row), atol=2e-5, rtol=1e-4)
 
 
+def test_a_model_through_that_kernel_equals_one_sequence_after_another(monkeypatch):
+    monkeypatch.setattr(delta_net, "_kernel", lambda device_type: varlen_kernel)
+    model = make("qwen3_5")
+    plain = copy.deepcopy(model)
+    batch = pack(edge_trees())
+    logp, _ = Policy(model, SFTConfig(gradient_checkpointing=True)).logprobs(batch)
+    logp.sum().backward()
+    expected = sequential_logprobs(plain, batch)
+    expected.sum().backward()
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(model, plain)
+
+
 def test_the_model_alone_is_as_it_was_after_its_functions_were_replaced():
     model = make("qwen3_5")
     ids = torch.tensor([tokens(50), tokens(50, 5)])
