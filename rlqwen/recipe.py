@@ -8,6 +8,7 @@ Relative paths inside a recipe are meant from the working directory.
 
 import difflib
 import re
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,9 @@ def load_recipes(paths_or_names: Sequence[str | Path], overrides: Sequence[str] 
     """Read the recipes of a pipeline.
 
     Each override goes to every recipe that has such a key (`train.num_generations` reaches no SFT recipe); one that
-    begins with an algorithm's name (`sft.train.max_steps=10`) goes to recipes of that algorithm only. An override
-    that fits none is an error.
+    begins with an algorithm's name (`sft.train.max_steps=10`) goes to recipes of that algorithm only. A value that lies in
+    the output folder of an earlier recipe is kept, with a warning, unless the override names the algorithm:
+    `model.path=...` is where a pipeline begins, not each of its stages. An override that fits none is an error.
     """
     parsed = [parse_override(text) for text in overrides]
     files = [find_recipe(path_or_name) for path_or_name in paths_or_names]
@@ -64,6 +66,8 @@ def load_recipes(paths_or_names: Sequence[str | Path], overrides: Sequence[str] 
     fitting: list[list[Override]] = [[] for _ in raws]
     for override in parsed:
         homes = [index for index, raw in enumerate(raws) if _fits(override, raw.get("algorithm"))]
+        if len(homes) > 1 and override.algorithm is None:
+            homes = [home for home in homes if not _goes_on(override, home, raws)]
         if not homes:
             # A recipe of the right algorithm says best what is wrong with the key.
             homes = [i for i, raw in enumerate(raws) if override.algorithm in (None, raw.get("algorithm"))][-1:]
@@ -236,6 +240,23 @@ def _locate(line: str, path: Path, overrides: Sequence[Override]) -> str:
         if line.startswith((f"{own_key}:", f"{own_key}.")) or (unknown and bool(unknown[1]) == bool(parent)):
             return f"override {override.text!r} of {path}: {line}"
     return f"{path}: {line}"
+
+
+def _goes_on(override: Override, place: int, raws: Sequence[dict[str, Any]]) -> bool:
+    """Return whether what the override would replace in a recipe is the result of an earlier one; warn if so."""
+    value: Any = raws[place]
+    for part in override.path:
+        value = value.get(part) if isinstance(value, dict) else None
+    earlier = [raw.get("output_dir") for raw in raws[:place]]
+    if not isinstance(value, str) or not any(isinstance(of, str) and Path(value).is_relative_to(of) for of in earlier):
+        return False
+    key, algorithm = ".".join(override.path), raws[place].get("algorithm")
+    warnings.warn(
+        f"{override.text} does not reach the {algorithm} recipe, which goes on from {value}; "
+        f"write {algorithm}.{key}=... to change that",
+        stacklevel=4,
+    )
+    return True
 
 
 def _assign(values: dict[str, Any], override: Override) -> None:

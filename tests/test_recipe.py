@@ -222,3 +222,17 @@ def test_a_copy_overwrites_no_run(recipe, tmp_path):
     assert not copied.train.overwrite_output_dir
     shipped = load_recipe(recipe.name)
     assert copied.train.model_copy(update={"overwrite_output_dir": shipped.train.overwrite_output_dir}) == shipped.train
+
+
+def test_where_a_pipeline_begins_is_not_where_its_later_stages_do(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    data = "data: {train: {generator: arithmetic}}"
+    first.write_text(f"algorithm: sft\nmodel: {{path: a}}\n{data}\noutput_dir: runs/one\n")
+    second.write_text(
+        f"algorithm: grpo\nmodel: {{path: runs/one/final}}\n{data}\nrewards: [accuracy]\noutput_dir: runs/two\n"
+    )
+    with pytest.warns(UserWarning, match=r"model\.path=b does not reach the grpo recipe.*runs/one/final"):
+        recipes = load_recipes([first, second], ["model.path=b"])
+    assert [recipe.model.path for recipe in recipes] == ["b", "runs/one/final"]
+    assert load_recipes([first, second], ["grpo.model.path=c"])[1].model.path == "c"
+    assert load_recipe(second, ["model.path=c"]).model.path == "c"

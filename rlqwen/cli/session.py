@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -20,14 +21,18 @@ _CAUSE_S = 15.0
 
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
-    """Recipes and overrides as they come from the command line."""
+    """Read recipes and overrides as they come from the command line; say what was warned of meanwhile."""
     from rlqwen.recipe import load_recipes
 
     overrides = [word for word in words if "=" in word and not Path(word).is_file()]
     names = [word for word in words if word not in overrides]
     if not names:
         raise click.UsageError("no recipe given; `rlqwen recipes` lists those that come with rlqwen")
-    return load_recipes(names, overrides)
+    with warnings.catch_warnings(record=True) as caught:
+        recipes = load_recipes(names, overrides)
+    for warning in caught:
+        click.echo(f"rlqwen: {warning.message}", err=True)
+    return recipes
 
 
 def prepare(*, resumable: bool = False) -> None:
