@@ -206,6 +206,18 @@ def test_sft_and_grpo_train_other_families(folder, tmp_path, lora):
     )
 
 
+def test_vllm_samples_windows_as_the_trainer_computes_them(tiny_model_path, tmp_path):
+    pytest.importorskip("vllm")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "head_dim": 32, "eos_token_id": tokenizer.eos_token_id}
+    make("mistral", **shape, **WINDOW, pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rollout = {"engine": "vllm", "num_workers": 1, "num_cpus_per_worker": 0.5}
+    trainer = make_grpo(tmp_path, tmp_path / "run", max_completion_length=24, rollout=rollout)
+    trainer.train()
+    assert max(steps(trainer, "sync/canary_gap") + steps(trainer, "sampling/logp_gap")) < 1e-5
+
+
 def test_check_refuses_a_family_by_its_config_alone(tiny_model_path, tmp_path):
     for file in tiny_model_path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
