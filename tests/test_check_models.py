@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -288,3 +289,20 @@ def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_pa
     parallel = {"sequence_parallel_size": 3}
     report = check_recipe(sft_recipe(mixture, tmp_path, parallel=parallel))
     assert ["it can be 2, 4, 8, 16, 32" in str(fault) for fault in report.faults] == [True]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_dtype_that_vllm_needs_of_delta_net_layers_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlqwen.rollout.resources._count_gpus", lambda: 0.0)
+    online = {
+        "algorithm": "grpo",
+        "data": {"train": {"path": "builtin:questions", "columns": {"prompt": "question", "solution": "answer"}}},
+        "rewards": ["accuracy"],
+        "train": {"max_completion_length": 64},
+    }
+    model = folder_of("Qwen3.5-4B", tmp_path / "model")
+    report = check_recipe(sft_recipe(model, tmp_path, **online, rollout={"engine": "vllm"}))
+    assert report.faults == []
+    assert "compute in bfloat16, not the policy's float32" in dict(report.facts)["rollout dtype"]
+    report = check_recipe(sft_recipe(model, tmp_path, **online, rollout={"engine": "vllm", "dtype": "float32"}))
+    assert ["compute in bfloat16 only" in " ".join(str(fault).split()) for fault in report.faults] == [True]

@@ -12,7 +12,7 @@ from rlqwen.check.parameters import (
     trained_parameters,
 )
 from rlqwen.check.report import CheckReport
-from rlqwen.check.settings import check_settings
+from rlqwen.check.settings import check_rollout_dtype, check_settings
 from rlqwen.config import DPOConfig, GRPOConfig, OnlineConfig, PPOConfig, Recipe
 from rlqwen.errors import ModelError
 from rlqwen.rollout.resources import uses_vllm
@@ -51,6 +51,7 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
         trained, told = _trained(report, recipe, model, counts)
         report.facts.append(("trained", told))
         report.facts.append(("memory", _memory_in_words(recipe, trained, counts, facts.dtype)))
+    check_rollout_dtype(report, recipe, facts)
 
 
 def _parts_in_words(counts: ParameterCounts, config: Any) -> str:

@@ -8,6 +8,7 @@ from rlqwen.check.report import CheckReport
 from rlqwen.config import OnlineConfig, Recipe, RolloutConfig
 from rlqwen.hidden import packing_obstacle
 from rlqwen.packed_model import check_cuttable
+from rlqwen.rollout.engine import choose_dtype
 from rlqwen.routing import RouterBalance
 from rlqwen.sequence import check_heads
 from rlqwen.tensor_parallel import check_shardable
@@ -34,3 +35,17 @@ def check_settings(report: CheckReport, recipe: Recipe, facts: ConfigFacts, mode
         with report.collecting():
             _, experts = chosen_experts(facts.config.get_text_config())
             RolloutConfig.check_experts(recipe.model.path, experts)
+
+
+def check_rollout_dtype(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> None:
+    """Add to the report the dtype that vLLM's kernels need where it is not the trainer's, or a fault where they have none.
+
+    A cluster (`ray_address`) is not looked into, nor is a model on the hub.
+    """
+    train = recipe.train
+    if not isinstance(train, OnlineConfig) or facts.folder is None or train.rollout.ray_address is not None:
+        return
+    compute_dtype = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32"  # of a trainer on CPU
+    with report.collecting():
+        _, note = choose_dtype(train.rollout, facts.path, compute_dtype)
+        report.facts += [("rollout dtype", note)] if note else []
