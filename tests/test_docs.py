@@ -97,6 +97,11 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_ppo": "with its first stage, above",
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
+    "python benchmarks/routing_replay.py": "its parts in tests/test_routing_replay.py",
+    "python benchmarks/routing_replay.py --initializer-range 0.1": "as the one above",
+    "python benchmarks/routing_replay.py --initializer-range 0.1 --prompts 16 --tokens 32 --model builtin:tiny-qwen3.5-moe": (
+        "as the one above"
+    ),
     "python benchmarks/grpo_vs_trl.py": "as the one above",
     "python benchmarks/packed_vs_sequential.py --rounds 5": [
         "--models",

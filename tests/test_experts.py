@@ -29,9 +29,12 @@ def operands(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", list(COMPUTE))
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next"])
-@pytest.mark.parametrize("lora", [None, {}, FUSED], ids=["full", "attention", "experts"])
-def test_experts_multiply_in_the_compute_dtype(lora, kind, precision, operands):
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [("qwen3_moe", None), ("qwen3_next", None), ("qwen3_moe", {}), ("qwen3_moe", FUSED)],
+    ids=["full", "next", "attention", "experts"],
+)
+def test_experts_multiply_in_the_compute_dtype(kind, lora, precision, operands):
     peft_config = None if lora is None else LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **lora)
     policy = Policy(make_model(kind), SFTConfig(**{precision: True} if precision else {}), peft_config=peft_config)
     logp, _ = policy.logprobs(pack(skewed_trees()))

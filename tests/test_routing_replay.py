@@ -2,6 +2,8 @@
 
 import copy
 import json
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -248,3 +250,7 @@ def test_what_vllm_records_is_what_the_trainer_would_choose(tmp_path):
     for batch in packed:
         unknown = (batch.experts_TLK[..., 0] < 0).all(1)
         assert unknown.sum() == batch.num_sequences  # the last token of each completion, which nothing came from
+    script: Any = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "routing_replay.py"))
+    gaps, differ = script["score"](trainer.policy, packed[-1:])
+    assert gaps.shape == differ.shape == (packed[-1].num_targets,)
+    assert not differ.any()
