@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.attention import Layout
@@ -58,7 +58,9 @@ def install(text_config: Any) -> None:
     problems = [f"{len(layers)} classes *GatedDeltaNet instead of 1"] if len(layers) != 1 else _unlike(layers[0])
     for name, parameters in _PARAMETERS.items():
         function = getattr(module, name, None)
-        known = [] if function is None else list(inspect.signature(function).parameters)
+        # The package `kernels` makes modules of functions.
+        called = function.forward if isinstance(function, nn.Module) else function
+        known = [] if called is None else list(inspect.signature(called).parameters)
         if getattr(function, "is_packed", False) is False and not set(parameters) <= set(known):
             problems.append(f"no function {name}({', '.join(parameters)})")
     if problems:
@@ -84,7 +86,7 @@ def _unlike(layer: type) -> list[str]:
 
 
 def _with_layout(original: Callable[..., Any], name: str, packed: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @functools.wraps(original, updated=())
     def function(*args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return original(*args, **kwargs)
@@ -124,13 +126,19 @@ def _plan(layout: Layout, num_tokens: int, device: torch.device) -> DeltaPlan:
 
 
 def packed_convolution(
-    original: Callable[..., Tensor], layout: Layout, hidden_states: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    original: Callable[..., Tensor],
+    layout: Layout,
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
 ) -> Tensor:
     """`original`, a causal convolution on (1, D, T) with `weight` (D, width), of each sequence after what precedes it."""
     row_TD = hidden_states[0].transpose(0, 1)
     order = _plan(layout, len(row_TD), row_TD.device).halos(weight.shape[-1])
     spread = order.spread(row_TD).transpose(0, 1)[None]
-    convolved_LD = original(spread, weight, *args, **kwargs)[0].transpose(0, 1)
+    convolved_LD = original(spread, weight, bias, activation=activation)[0].transpose(0, 1)
     return order.collect(convolved_LD).transpose(0, 1)[None]
 
 

@@ -265,6 +265,21 @@ def test_other_versions_of_transformers_are_refused(monkeypatch):
         Policy(make("qwen3_5"), SFTConfig())
 
 
+def test_functions_that_the_package_kernels_made_modules_of_are_known(monkeypatch):
+    module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
+    function = inspect.unwrap(module.causal_conv1d_fn)
+
+    class Function(torch.nn.Module):
+        def forward(self, hidden_states, weight, bias=None, activation=None, **kwargs):
+            return function(hidden_states, weight, bias, activation)
+
+    monkeypatch.setattr(module, "causal_conv1d_fn", Function())
+    batch = pack(edge_trees())
+    logp, _ = Policy(make("qwen3_5"), SFTConfig()).logprobs(batch)
+    assert module.causal_conv1d_fn.is_packed
+    torch.testing.assert_close(logp, sequential_logprobs(make("qwen3_5"), batch), atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_that_ignores_the_layout_is_found_out():
     model = make("qwen3_5")
     policy = Policy(model, SFTConfig())
