@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from rlqwen.adapters import VLLM_PROJECTIONS, check_adapter, checkpoint_weights
+from rlqwen.carried_weights import carried_by
 from rlqwen.check import check_model_path
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.loading import align_stop_tokens, load_generation_config, local_folder
@@ -183,11 +184,16 @@ def int8_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
 def _int8_config(model: nn.Module) -> dict[str, Any]:
     """What transformers and vLLM read: int8 weights, activations rounded to int8 for each token as they come."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    plain = [name for name in linear if name.rpartition(".")[2] not in VLLM_PROJECTIONS]
+    if carried := carried_by(model):  # the folder is of a class that names modules otherwise, and has others
+        leaves = sorted({name.rpartition(".")[2] for name in plain})
+        others = sorted({name.removeprefix("model.").partition(".")[0] for name in carried.weights})
+        plain = [rf"re:(.*\.)?{leaf}$" for leaf in leaves] + [rf"re:(model\.)?{other}\..*" for other in others]
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": [name for name in linear if name.rpartition(".")[2] not in VLLM_PROJECTIONS],
+        "ignore": plain,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

@@ -21,6 +21,7 @@ from rlqwen.carried_weights import carried_by
 from rlqwen.config import TrainerConfig
 from rlqwen.critic import ScalarModel
 from rlqwen.errors import ModelError, SaveError
+from rlqwen.export import ExportOptions, export_model
 from rlqwen.loading import load_model, load_scalar_model
 from rlqwen.policy import Policy
 from rlqwen.rollout.weights import ExpectedWeights, sent_bytes
@@ -241,3 +242,18 @@ def test_missing_weights_are_refused(sources: dict[str, Path], tmp_path: Path) -
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks weights.*model\.norm\.weight"):
         load_model(str(folder), ARGS)
+
+
+def test_export_casts_and_quantises_the_text_model_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = sources["tiny-qwen3.5"]
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    export_model(ExportOptions(str(source), str(tmp_path / "cast"), dtype="bfloat16"))
+    assert_kept(tmp_path / "cast", source)
+    pytest.importorskip("compressed_tensors", reason="reads int8 weights for transformers")
+    export_model(ExportOptions(str(source), str(tmp_path / "int8"), int8=True))
+    for cls in (AutoModelForCausalLM, Qwen3_5ForConditionalGeneration):
+        model = cls.from_pretrained(tmp_path / "int8")
+        gap = (logits(model) - expected).abs().mean()
+        assert 1e-6 < gap < 0.05
+    visual = Qwen3_5ForConditionalGeneration.from_pretrained(source).model.visual.state_dict()
+    assert all(torch.equal(model.model.visual.state_dict()[name], weight) for name, weight in visual.items())
