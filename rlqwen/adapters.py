@@ -17,14 +17,15 @@ from peft.tuners.lora import layer as lora_layers
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.config import LoraSettings
 from rlqwen.delta_net import LAYER
 from rlqwen.errors import ModelError
-from rlqwen.lora_targets import resolve_targets
+from rlqwen.float32_weights import written_dtype
+from rlqwen.lora_targets import resolve_targets, without_effect
 from rlqwen.parallel import exact_weight, gathered
 from rlqwen.quantization import dequantized_weight, is_8bit, is_quantized
 from rlqwen.tensor_parallel import whole_weights
@@ -118,6 +119,8 @@ def check_wrappers(model: PeftModel) -> None:
             raise ModelError(f"rlqwen trains LoRA, rsLoRA and DoRA adapters, not {type(config).__name__}'s")
     known = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper, TrainableTokensLayer)
     for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Conv1d):
+            raise ModelError(without_effect(name))
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(module, known):
             raise ModelError(
                 f"{name} is wrapped in PEFT's {type(module).__name__}, which rlqwen cannot merge into plain weights: use "
@@ -247,7 +250,7 @@ def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = No
     """Every weight under its checkpoint name, active adapters merged, quantised weights plain, a tied head included.
 
     Mixture-of-experts weights go back from transformers' fused form. `dtype` None keeps each weight's own: what it was
-    quantised from, and the base's for a merged one.
+    quantised from, and the base's for a merged one. Weights that `mark_float32` has marked are float32 in any case.
     """
     named = _plain_weights(model, "", dtype)
     for _, group in itertools.groupby(named, key=_layer_of):
@@ -280,18 +283,23 @@ def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str,
         replaced["weight"] = _with_trained_rows(module)
         module = module.original_module
     while isinstance(module, LoraLayer):
-        replaced[_adapted_name(module)] = adapted_weight(module).to(dtype or _base_weight(module).dtype)
+        base = _base_weight(module)
+        replaced[_adapted_name(module)] = adapted_weight(module).to(written_dtype(base, dtype) or base.dtype)
         module = module.base_layer
     if is_quantized(module):
         replaced.setdefault("weight", dequantized_weight(module))
     state = {**module._parameters, **module._buffers}
+    saved = {
+        name: (tensor, written_dtype(tensor, dtype))
+        for name, tensor in state.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+    own: dict[str, Tensor] = {}
     with whole_weights([module]):
-        own = {
-            name: (replaced[name] if name in replaced else exact_weight(tensor, dtype)).detach()
-            for name, tensor in state.items()
-            if tensor is not None and name not in module._non_persistent_buffers_set
-        }
-    return module, {name: tensor.to(dtype if tensor.is_floating_point() else None) for name, tensor in own.items()}
+        for name, (tensor, own_dtype) in saved.items():
+            weight = (replaced[name] if name in replaced else exact_weight(tensor, own_dtype)).detach()
+            own[name] = weight.to(own_dtype if weight.is_floating_point() else None)
+    return module, own
 
 
 def _active(module: Any) -> Any:

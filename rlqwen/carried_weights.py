@@ -180,7 +180,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
 
     Returns whether the source was found.
     """
-    folder = _cached_folder(str(source), revision) if str(source) else None
+    folder = cached_folder(str(source), revision) if str(source) else None
     if folder is None or not (folder / _CONFIG_FILE).is_file():
         return False
     stored = stored_tensors(folder)
@@ -271,7 +271,8 @@ def _forget_foreign_conversions(model: Any, own: Iterable[str]) -> None:
         ]
 
 
-def _cached_folder(source: str, revision: str | None) -> Path | None:
+def cached_folder(source: str, revision: str | None) -> Path | None:
+    """Return the folder of a model, where it is one or the hub's cache holds it; nothing is downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

@@ -1,11 +1,9 @@
 """Models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -83,14 +81,6 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(f"model {name_or_path!r} is no folder here and cannot be downloaded: {error}") from error
-
-
-def saved_dtype(folder: str) -> torch.dtype | None:
-    """The dtype that the folder's config gives its weights, those of its text model; None where it doesn't say."""
-    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    parts = (config.get("text_config") or {}, config)
-    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
-    return getattr(torch, name) if name else None
 
 
 def load_generation_config(folder: str) -> GenerationConfig | None:

@@ -49,6 +49,7 @@ def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
         modules |= matched
         parameters |= fused
     parameters |= parts.given_parameters(config.target_parameters or ())
+    parts.check_effect(modules | {name.removesuffix(".weight") for name in parameters})
     if parts.tower:
         config.exclude_modules = _without_tower(config.exclude_modules, parts.tower)
     elif parts.is_plain and (given == ALL_LINEAR or ALL_LINEAR not in names):
@@ -144,6 +145,12 @@ class _Parts:
         there = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(sorted(known))}"
         return f"{name!r} matches nothing that the {type(self._model).__name__} has for this adapter; {there}"
 
+    def check_effect(self, names: set[str]) -> None:
+        """Raise ModelError for an adapter that no forward would run."""
+        for name in sorted(names):
+            if isinstance(self._modules.get(name), nn.Conv1d):
+                raise ModelError(without_effect(name))
+
     def notes(self, names: Iterable[str], parameters: set[str]) -> list[str]:
         """Return what `all-linear` left out, and a projection that came with another."""
         adapted = {name.rpartition(".")[0] for name in parameters}
@@ -185,6 +192,14 @@ class _Parts:
             return False
         match = _LAYER.search(name)
         return match is None or int(match[1]) not in ([layers] if isinstance(layers, int) else layers)
+
+
+def without_effect(name: str) -> str:
+    """Return why the convolution `name` of a delta-net layer gets no adapter."""
+    return (
+        f"{name}: the delta-net layer reads the weight of its convolution and does not call it, so that an adapter on it "
+        "would have no effect; leave conv1d out of the targets, or put it into modules_to_save to train it whole"
+    )
 
 
 def _ends_in(key: str, names: Iterable[str]) -> bool:

@@ -25,8 +25,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
-from rlqwen.carried_weights import carry, whole_config_class
+from rlqwen.carried_weights import cached_folder, carry, whole_config_class
 from rlqwen.errors import ModelError
+from rlqwen.float32_weights import restore_float32
 from rlqwen.model_sources import note_commit
 from rlqwen.vision_language import auto_class, is_read_from_whole
 
@@ -124,6 +125,8 @@ def quiet_loading() -> Iterator[None]:
 def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> PreTrainedModel:
     note_commit(name, model)
     carry(model, name, revision=arguments.get("revision"))
+    if (folder := cached_folder(name, arguments.get("revision"))) is not None:
+        restore_float32(model, folder)
     return model
 
 

@@ -22,6 +22,7 @@ from rlqwen.carried_weights import carried_by, carry, count_text
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ModelError
 from rlqwen.experts import use_compute_dtype
+from rlqwen.float32_weights import mark_float32, saved_dtype
 from rlqwen.hidden import (
     cutting_obstacle,
     hidden_states,
@@ -30,7 +31,6 @@ from rlqwen.hidden import (
     packing_obstacle,
     use_packed_attention,
 )
-from rlqwen.loading import saved_dtype
 from rlqwen.model_files import write_model
 from rlqwen.model_support import check_config, check_forward
 from rlqwen.parallel import gathered, has_exact, is_sharded, keep_exact
@@ -95,6 +95,7 @@ class PackedModel:
         self.sequence.check(model.config)
         check_cuttable(model.config, self.sequence.size)
         self.original_dtype: torch.dtype = model.dtype
+        mark_float32(model)
         self.compute_dtype = self._wanted_dtype(args)
         self.notes: list[str] = []
         """For the user, on what was made of the arguments."""

@@ -39,6 +39,7 @@ LAYERS = [
         "data",
         "loading",
         "carried_weights",
+        "float32_weights",
         "model_classes",
         "text_only",
         "vision_language",

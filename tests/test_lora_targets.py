@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_policy import make_model, padded_logprobs, skewed_trees
 from transformers import (
     AutoModelForCausalLM,
@@ -160,3 +160,18 @@ def test_a_merged_expert_is_rounded_once():
     for expert in range(4):  # PEFT: A has the experts' rows one block after another, B their columns interleaved
         delta = up[:, expert::4] @ down[2 * expert : 2 * expert + 2] * layer.scaling["default"]
         torch.testing.assert_close(adapted_weight(layer)[expert], base[expert].float() + delta, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["out_proj", "conv1d"]}, {"target_parameters": ["conv1d.weight"]}]
+)
+def test_the_convolution_of_a_delta_net_gets_no_adapter(options):
+    """Its weight is read, not called, so that the adapter would never get a gradient, and its merged weight would be
+    another than the forward's."""
+    config = LoraConfig(**{"target_modules": ["out_proj"]} | options)
+    with pytest.raises(ModelError, match=r"linear_attn\.conv1d: .* would have no effect; leave conv1d out"):
+        Policy(make_model("qwen3_next"), SFTConfig(), peft_config=config)
+    model = get_peft_model(make_model("qwen3_next"), config) if "target_parameters" in options else None
+    if model is not None:
+        with pytest.raises(ModelError, match="would have no effect"):
+            Policy(model, SFTConfig())

@@ -79,6 +79,8 @@ def publish(
 ) -> WeightBundle:
     """Put `weights`, cast to `dtype`, into the object store by `put`; WeightSyncError if they aren't as `expected`.
 
+    Those that the checkpoint holds in float32 beside weights of half precision are sent so.
+
     A tied head is not sent but named as an alias of the embedding.
     """
     import torch
@@ -92,7 +94,8 @@ def publish(
         shapes[name] = tuple(tensor.shape)
         if name == _HEAD and expected.is_tied:
             continue
-        host = tensor.detach().to("cpu", target if tensor.is_floating_point() else None).contiguous()
+        own = torch.float32 if name in expected.float32_names else target
+        host = tensor.detach().to("cpu", own if tensor.is_floating_point() else None).contiguous()
         bits = _BIT_VIEWS.get(str(host.dtype))
         array = (host.view(getattr(torch, bits)) if bits else host).numpy()
         chunk.append((name, array, str(host.dtype)))
@@ -126,6 +129,7 @@ class ExpectedWeights:
     def __init__(self, model_path: str | None) -> None:
         self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
         self.is_tied = model_path is not None and _is_tied(Path(model_path))
+        self.float32_names: set[str] = set() if model_path is None else _float32_names(Path(model_path))
 
     def check(self, shapes: Shapes) -> dict[str, str]:
         """WeightSyncError unless `shapes` fits; returns the aliases, which is the head of a tied model."""
@@ -177,6 +181,12 @@ def _checkpoint_shapes(folder: Path) -> Shapes:
     for name in ignored_in_folder(folder, shapes):
         del shapes[name]
     return shapes
+
+
+def _float32_names(folder: Path) -> set[str]:
+    from rlqwen.float32_weights import float32_weights
+
+    return set(float32_weights(folder))
 
 
 def _is_tied(folder: Path) -> bool:
