@@ -14,7 +14,16 @@ USER = {"role": "user", "content": "12 + 34 = ?"}
 ANSWER = {"role": "assistant", "content": "\\boxed{46}"}
 THOUGHT = {"role": "assistant", "content": "<think>\n1\n</think>\n\n\\boxed{46}"}
 BLOCK = "<think>\n\n</think>\n\n"
-TEMPLATES = ("qwen2_5", "qwen3", "qwen3_training", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink")
+TEMPLATES = (
+    "qwen2_5",
+    "qwen3",
+    "qwen3_training",
+    "qwen3_instruct_2507",
+    "qwen3_5_think",
+    "qwen3_5_nothink",
+    "qwen3_6",
+    "qwen3_8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,8 @@ def test_an_answer_with_thoughts_is_tokenised_as_the_template_itself_does(tokeni
     ids, _ = tokenize_conversation(
         tokenizer, messages, chat_template=source, chat_template_kwargs={"enable_thinking": True}
     )
+    if template == "qwen3_8":  # which reads thoughts in their own field only
+        messages[-1] = ANSWER | {"reasoning_content": "1"}
     assert ids == tokenizer.apply_chat_template(messages, chat_template=source, return_dict=False)
 
 

@@ -14,6 +14,8 @@ end-of-turn token included; the line break after that token is never generated, 
   the turns that follow. `preserve_thinking: true` writes and learns each turn as if it were the last: each is then
   prompted as in serving, but the later ones see thoughts that serving would not show. `false` takes the thoughts out of
   earlier turns for templates that would keep them.
+- **Thoughts of learned turns** go where the template reads them: into the content for a template without
+  `reasoning_content`, out of the content for one that has only that field (Qwen3.8). Turns of a prompt stay as they are.
 - Prompt and answer are tokenised apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.guard).
 """
 
@@ -23,12 +25,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.data.guard import MARK, Cover, Guard, Piece, control_tokens, special_tokens
-from rlqwen.data.template import default_template
+from rlqwen.data.template import default_template, refusals
 from rlqwen.data.thoughts import (
     drop_earlier_thoughts,
     is_cut_thought,
+    reads_think_tags,
     text_beside_thoughts,
     thoughts_in_content,
+    thoughts_in_field,
     thoughts_of,
 )
 from rlqwen.data.turns import without_marks
@@ -78,6 +82,8 @@ class ChatFormat:
         self.preserve_thinking = preserve_thinking
         self.drops_text = False
         """Whether the template has left out what some answer says outside its think block, beside the end of it."""
+        self.moves_thoughts = False
+        """Whether some answer's thoughts were taken out of its content, where the template does not look for them."""
         self._known_structures: set[tuple[str, ...]] = set()
         prompt = self._find_generation_prompt()
         opening = _THINK_AT_END.search(prompt)
@@ -92,7 +98,7 @@ class ChatFormat:
 
     def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
         """Return pieces of a whole conversation; each assistant turn is in the loss unless its row says otherwise."""
-        (messages, tools), cover = self._guard.hide((self._fold_thoughts(messages, 0), tools))
+        (messages, tools), cover = self._guard.hide((self.place_thoughts(messages, 0), tools))
         if self.preserve_thinking is False:
             messages = drop_earlier_thoughts(messages)
         kwargs = {} if self.preserve_thinking is None else {"preserve_thinking": self.preserve_thinking}
@@ -101,11 +107,7 @@ class ChatFormat:
         for turn in turns:
             if self.preserve_thinking and not turn.is_last:
                 turn.text = self._as_last(turn.message, where, kwargs)
-            if self.preserve_thinking or turn.is_last:
-                opening, learned = self._continue(turn, where)
-            else:
-                learned = turn.text.removeprefix(self.opening)
-                opening = turn.text[: len(turn.text) - len(learned)]
+            opening, learned = (self._continue if self.preserve_thinking else self._split)(turn, where)
             pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
         return pieces + cover.pieces(rest)
 
@@ -117,8 +119,8 @@ class ChatFormat:
         A completion that begins with another role goes on from no generation prompt: then the prompt is what stands
         before its first assistant turn.
         """
-        folded = self._fold_thoughts([*prompt, *completion], len(prompt))
-        (messages, tools), cover = self._guard.hide((folded, tools))
+        placed = self.place_thoughts([*prompt, *completion], len(prompt))
+        (messages, tools), cover = self._guard.hide((placed, tools))
         turns, rest = self._turns(messages, where, tools)
         num_asked = sum(message["role"] == "assistant" for message in prompt)
         if num_asked == len(turns):
@@ -130,11 +132,11 @@ class ChatFormat:
             _, learned = self._continue(first, where)
             before = self._render(messages[: len(prompt)], where, tools, add_generation_prompt=True)
         else:
-            opening, learned = self._continue(first, where) if first.is_last else ("", first.text)
+            opening, learned = self._split(first, where)
             before = "".join(turn.before + turn.text for turn in turns[:num_asked]) + first.before + opening
         pieces = self._learned(cover, learned, first)
         for turn in turns[num_asked + 1 :]:
-            opening, learned = self._continue(turn, where) if turn.is_last else ("", turn.text)
+            opening, learned = self._split(turn, where)
             pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
         return cover.pieces(before), pieces + cover.pieces(rest)
 
@@ -152,6 +154,21 @@ class ChatFormat:
     def empty_answer(self) -> list[Piece]:
         """Return pieces of an empty answer, all in the loss."""
         return self.exchange([_PROBE], [{"role": "assistant", "content": ""}], "chat template")[1]
+
+    def place_thoughts(self, messages: list[Message], first: int = 0) -> list[Message]:
+        """Move thoughts of the turns from `first` on to where the template reads them."""
+        learned = messages[first:]
+        if not self._writes_thoughts:
+            if all("reasoning_content" not in message for message in learned):
+                return messages
+            return messages[:first] + [thoughts_in_content(message) for message in learned]
+        if not any("</think>" in message["content"] for message in learned) or self._reads_think_tags:
+            return messages
+        placed = [thoughts_in_field(message) for message in learned]
+        for message, moved in zip(learned, placed, strict=True):
+            self.moves_thoughts |= message is not moved
+            self.drops_text |= message is not moved and bool(text_beside_thoughts(message["content"]))
+        return messages[:first] + placed
 
     def render(self, messages: list[Message]) -> str:
         """Return the text that the template writes for a conversation; raise jinja2.TemplateError if it refuses."""
@@ -206,37 +223,51 @@ class ChatFormat:
         text = self._render([_PROBE, message], where, kwargs=kwargs)
         return text[slice(*self._find_turn(text, 0, where))]
 
+    def _split(self, turn: _Turn, where: str) -> tuple[str, str]:
+        """Split a turn as the template writes it into what its prompt ends in and what is learned."""
+        if turn.is_last:
+            return self._continue(turn, where)
+        text = self._without_empty_block(turn)
+        self._refuse_thoughts(turn, text, where)
+        learned = text.removeprefix(self.opening)
+        return text[: len(text) - len(learned)], learned
+
     def _continue(self, turn: _Turn, where: str) -> tuple[str, str]:
         """Split a turn into the text in the generation prompt and the text that the model then writes."""
-        text, thoughts = turn.text, thoughts_of(turn.message)
-        if thoughts and thoughts not in text:  # the template drops the thoughts of a last turn too
-            text = f"<think>\n{thoughts}\n</think>\n\n" + text.lstrip("\n")
-        if is_cut_thought(turn.message["content"]):
-            text = _EMPTY_BLOCK.sub("", text)  # which the template writes before it
+        thoughts = thoughts_of(turn.message)
+        if thoughts and thoughts not in turn.text:  # the template drops the thoughts of a last turn too
+            turn.text = f"<think>\n{thoughts}\n</think>\n\n" + turn.text.lstrip("\n")
+        text = self._without_empty_block(turn)
         if text.startswith(self.opening):
             return self.opening, text[len(self.opening) :]
         if "</think>" not in self.opening:
             opened = re.match(r"\s*<think>\s*", text)
             return self.opening, text[opened.end() :] if opened else f"\n</think>\n\n{text}"
+        self._refuse_thoughts(turn, text, where)
         empty = _EMPTY_BLOCK.match(text)
-        if empty is None and text.lstrip().startswith("<think>"):
-            raise DataError(
-                f"{where}: the answer thinks ({thoughts[:40]!r}), but the generation prompt says that it doesn't "
-                f"({self.generation_prompt!r}); set enable_thinking: true in chat_template_kwargs, or take the thoughts "
-                "out of the data"
-            )
+        if empty is None and text.lstrip().startswith("<think>"):  # a turn that is not learned
+            return "", text
         return self.opening, text[empty.end() :] if empty else text
+
+    def _without_empty_block(self, turn: _Turn) -> str:
+        """Return a turn's text without the empty block that the template writes before a thought that never ends."""
+        return _EMPTY_BLOCK.sub("", turn.text) if is_cut_thought(turn.message["content"]) else turn.text
+
+    def _refuse_thoughts(self, turn: _Turn, text: str, where: str) -> None:
+        """Raise DataError if a learned turn thinks although its generation prompt ends in an empty think block."""
+        is_learned = turn.message.get("in_loss") is not False
+        thinks = text.lstrip().startswith("<think>") and not _EMPTY_BLOCK.match(text)
+        if "</think>" in self.opening and is_learned and thinks:
+            raise DataError(
+                f"{where}: the answer thinks ({thoughts_of(turn.message)[:40]!r}), but the generation prompt says that it "
+                f"doesn't ({self.generation_prompt!r}); set enable_thinking: true in chat_template_kwargs, or take the "
+                "thoughts out of the data"
+            )
 
     def _learned(self, cover: Cover, text: str, turn: _Turn) -> list[Piece]:
         """Return pieces of an assistant's text, in the loss unless the row marks the turn (`in_loss: False`)."""
         is_barred = turn.message.get("in_loss") is False
         return cover.pieces(text, in_loss=not is_barred, is_barred=is_barred)
-
-    def _fold_thoughts(self, messages: list[Message], first: int) -> list[Message]:
-        """Move thoughts from their own field into the content, for a template that would drop them."""
-        if self._writes_thoughts or all("reasoning_content" not in message for message in messages):
-            return messages
-        return messages[:first] + [thoughts_in_content(message) for message in messages[first:]]
 
     def _check_structure(self, messages: list[Message], where: str, tools: Any) -> None:
         """Each sequence of roles is tried once: a template that silently leaves a turn out is an error."""
@@ -265,9 +296,7 @@ class ChatFormat:
         add_generation_prompt: bool = False,
         kwargs: dict[str, Any] | None = None,
     ) -> str:
-        from jinja2 import TemplateError
-
-        try:
+        with refusals(messages, where):
             text = self.tokenizer.apply_chat_template(
                 without_marks(messages),
                 tools=tools or None,
@@ -276,9 +305,6 @@ class ChatFormat:
                 tokenize=False,
                 **(self.kwargs | (kwargs or {})),
             )
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(f"{where}: the chat template refuses this conversation (roles {roles}): {error}") from None
         return str(text)
 
     @cached_property
@@ -290,6 +316,10 @@ class ChatFormat:
     def _writes_thoughts(self) -> bool:
         answer = {"role": "assistant", "content": "answer", "reasoning_content": MARK}
         return MARK in self._render([_PROBE, answer], "chat template")
+
+    @cached_property
+    def _reads_think_tags(self) -> bool:
+        return reads_think_tags(lambda messages: self._render(messages, "chat template"))
 
     @cached_property
     def writes_think_blocks(self) -> bool:

@@ -6,7 +6,7 @@ holds a conversation and a tokenizer, so it is trained on what `apply_chat_templ
 
 import copy
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
@@ -16,8 +16,8 @@ from rlqwen.data.jobs import Tally
 from rlqwen.data.preference_rows import PreferenceRow
 from rlqwen.data.preferences import PairJob, PairWriter
 from rlqwen.data.report import DataReport
-from rlqwen.data.template import default_template, load_chat_template
-from rlqwen.data.thoughts import thoughts_in_content
+from rlqwen.data.template import default_template, load_chat_template, refusals
+from rlqwen.data.thoughts import reads_think_tags, thoughts_in_content, thoughts_in_field
 from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.data.turns import to_turns, without_marks
 from rlqwen.data.writer import Writer
@@ -37,6 +37,7 @@ def scored_pieces(
     tools: Any = None,
     *,
     is_sampled: bool = False,
+    where: str = "conversation",
 ) -> list[Piece]:
     """Return what a reward model reads of a prompt and its answer; text is joined as it is, without an EOS token.
 
@@ -57,11 +58,20 @@ def scored_pieces(
     answer = to_turns(completion, "assistant")
     if "reasoning_content" not in default_template(tokenizer):  # such a template would leave the field out
         answer = [thoughts_in_content(turn) for turn in answer]
+    elif any("</think>" in turn["content"] for turn in answer) and not reads_think_tags(
+        partial(_render, tokenizer, where="chat template")
+    ):
+        answer = [thoughts_in_field(turn) for turn in answer]
     turns = without_marks([*to_turns(prompt, "user"), *answer])
     (turns, tools), cover = guard.hide((turns, tools))
-    rendered = str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
+    rendered = _render(tokenizer, turns, tools, where=where)
     # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.
     return cover.pieces(rendered, in_loss=True)
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], tools: Any = None, *, where: str) -> str:
+    with refusals(turns, where):
+        return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
 
 
 def tokenize_scored(
@@ -111,10 +121,11 @@ class _ScoredWriter(Writer):
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
     ) -> list[list[Piece]]:
         if any(not isinstance(one, str) for one in (prompt, *completions)):
-            _ = self.format  # refuses a template that cannot be trained with, and loads the one of chat_template_path
+            # `format` refuses a template that cannot be trained with, and loads the one of chat_template_path.
+            completions = [self.format.place_thoughts(to_turns(one, "assistant")) for one in completions]
         return [
             [],
-            *(scored_pieces(self._tokenizer, prompt, one, tools) for one in completions),
+            *(scored_pieces(self._tokenizer, prompt, one, tools, where=where) for one in completions),
         ]
 
     def describe(self, report: DataReport, form: RowForm) -> None:
@@ -124,7 +135,7 @@ class _ScoredWriter(Writer):
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
     def warnings(self) -> list[str]:
-        return []
+        return self.thought_warnings()
 
 
 def _share_beginning(pair: PreferenceRow) -> None:

@@ -1,10 +1,13 @@
-"""Where a chat template comes from."""
+"""Where a chat template comes from, and what it refuses."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlqwen.errors import ModelError
+from rlqwen.errors import DataError, ModelError
 from rlqwen.model_sources import split_revision
+from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,3 +43,15 @@ def default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
             "or give prompts and completions as plain text"
         )
     return str(template)
+
+
+@contextmanager
+def refusals(messages: list[Message], where: str) -> Iterator[None]:
+    """Raise DataError, with the row and the roles, for a conversation that a chat template refuses to write."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"{where}: the chat template refuses this conversation (roles {roles}): {error}") from None

@@ -1,7 +1,9 @@
 """Where a turn keeps its thoughts: in a field of their own, or in think tags before the answer."""
 
 import re
+from collections.abc import Callable
 
+from rlqwen.data.guard import MARK
 from rlqwen.types import Message
 
 _BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -36,6 +38,29 @@ def thoughts_in_content(message: Message) -> Message:
     return rest | {"content": f"<think>\n{thoughts}\n</think>\n\n" + message["content"].lstrip("\n")}
 
 
+def thoughts_in_field(message: Message) -> Message:
+    """Return the message with the thoughts of its content in `reasoning_content`, cut as Qwen's templates cut them.
+
+    Text before the thoughts is left out. The message itself if its content has no thoughts, or the field is filled.
+    """
+    content = message["content"]
+    if message["role"] != "assistant" or message.get("reasoning_content") or "</think>" not in content:
+        return message
+    answer = content.rpartition("</think>")[2].lstrip("\n")
+    return message | {"reasoning_content": thoughts_of(message), "content": answer}
+
+
+def reads_think_tags(render: Callable[[list[Message]], str]) -> bool:
+    """Return whether a template that writes `reasoning_content` also finds thoughts in think tags in the content.
+
+    Qwen3.8's doesn't: it writes the tags as part of an answer that follows an empty think block.
+    """
+    question, answer = {"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"}
+    in_field = render([question, answer | {"reasoning_content": MARK}])
+    in_tags = render([question, answer | {"content": f"<think>\n{MARK}\n</think>\n\nanswer"}])
+    return MARK in in_tags and in_tags.count("</think>") <= in_field.count("</think>")
+
+
 def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:
     """Drop thoughts of assistant turns before the last question, as Qwen3's template does.
 
@@ -51,7 +76,7 @@ def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:
 
 def _is_question(message: Message) -> bool:
     begin, end = _TOOL_RESULT
-    content = message["content"]
+    content = message["content"].strip()
     return message["role"] == "user" and not (content.startswith(begin) and content.endswith(end))
 
 

@@ -72,10 +72,22 @@ class Writer:
     def warnings(self) -> list[str]:
         """Return what to warn of in the rows that have been written so far."""
         found = [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
-        if "format" in vars(self) and self.format.drops_text:
+        return found + self.thought_warnings()
+
+    def thought_warnings(self) -> list[str]:
+        """Return what to warn of in the thoughts of the answers that have been written so far."""
+        if "format" not in vars(self):
+            return []
+        found = []
+        if self.format.drops_text:
             found.append(
                 "some answers have text before <think>, or several think blocks, of which the chat template writes only "
                 "the last and what follows it; `rlqwen data show` shows what is learned"
+            )
+        if self.format.moves_thoughts:
+            found.append(
+                "some answers have their thoughts in think tags, which the chat template reads only as "
+                "reasoning_content: they are learned as if they were given there; prompts stay as they are"
             )
         return found
 
