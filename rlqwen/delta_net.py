@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,6 +42,7 @@ _PARAMETERS = {
     RULE: ["query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"],
 }
 _CALLS = "delta_net_calls"
+_HUB_KERNELS = "transformers.integrations.hub_kernels"
 
 
 def is_delta_net(text_config: Any) -> bool:
@@ -70,10 +72,26 @@ def install(text_config: Any) -> None:
             f"transformers {transformers.__version__}: {module.__name__} has {' and '.join(problems)}, so that packed "
             "rows cannot run through its delta-net layers; install the transformers version that rlqwen names"
         )
+    logging.getLogger(_HUB_KERNELS).addFilter(_is_no_fallback)
     for name, packed in ((CONVOLUTION, packed_convolution), (RULE, packed_rule)):
         function = getattr(module, name)
         if not getattr(function, "is_packed", False):
             setattr(module, name, _with_layout(function, name, packed))
+
+
+def _is_no_fallback(record: logging.LogRecord) -> bool:
+    """Leave out transformers' advice to install kernels, which have no version for a CPU; `kernel_note` says it on a GPU."""
+    return "is falling back to its reference PyTorch implementation" not in record.getMessage()
+
+
+def kernel_note(text_config: Any, device_type: str) -> str | None:
+    """Say what would make the delta-net layers of this configuration faster on a device; None: nothing would."""
+    if device_type != "cuda" or not is_delta_net(text_config) or _kernel(device_type) is not None:
+        return None
+    return (
+        "delta-net layers are computed by PyTorch's operations, exactly but slower than by flash-linear-attention's "
+        "kernels: pip install flash-linear-attention"
+    )
 
 
 def _unlike(layer: type) -> list[str]:

@@ -20,6 +20,7 @@ from rlqwen.adapters import add_adapter, changes_base, check_wrappers, checkpoin
 from rlqwen.batch import PackedBatch
 from rlqwen.carried_weights import carried_by, carry, count_text
 from rlqwen.config import TrainerConfig
+from rlqwen.delta_net import kernel_note
 from rlqwen.errors import ModelError
 from rlqwen.experts import use_compute_dtype
 from rlqwen.float32_weights import mark_float32, saved_dtype
@@ -103,6 +104,8 @@ class PackedModel:
             model, self.notes = add_adapter(model, without_towers(peft_config, model))
         if obstacle := packing_obstacle(model.config):
             self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
+        if note := kernel_note(model.config.get_text_config(decoder=True), self.device.type):
+            self.notes.append(note)
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""
         if self.quantized_bits and args.parallel.zero_stage == 3:

@@ -13,7 +13,7 @@ import pytest
 from patience import PATIENCE_S
 
 from rlqwen import __version__, pipeline
-from rlqwen.cli import main
+from rlqwen.cli import main, session
 from rlqwen.config import RewardSpec
 from rlqwen.errors import ConfigError, Interrupted, Preempted, RewardFailure, RewardSpecError
 from rlqwen.evaluation import EvalConfig, evaluation_config
@@ -373,3 +373,12 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(recipes, m
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "rlqwen: interrupted\n"
+
+
+def test_warnings_of_rlqwen_are_lines_without_file_and_code():
+    format_warning = session._one_line(lambda message, category, filename, *rest: f"{filename}: {message}\n")
+    own = str(Path(session.__file__).parents[1] / "rollout" / "engine.py")
+    assert format_warning(UserWarning("workers compute in bfloat16"), UserWarning, own, 1, None) == (
+        "rlqwen: workers compute in bfloat16\n"
+    )
+    assert format_warning("x", UserWarning, "other/engine.py", 1, None) == "other/engine.py: x\n"

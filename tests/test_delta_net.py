@@ -4,6 +4,7 @@ import copy
 import importlib
 import inspect
 import itertools
+import logging
 
 import pytest
 import torch
@@ -297,3 +298,22 @@ def test_only_known_recurrent_layers_share_prefixes():
     assert packing_obstacle(other) == "qwen9 has layers of type linear_attention"
     other.layer_types = ["sliding_attention", "mamba", "full_attention"]
     assert packing_obstacle(other) == "qwen9 has layers of type mamba"
+
+
+def test_missing_kernels_are_named_once_where_they_would_run(monkeypatch, caplog):
+    """transformers advises to install what does not run on a CPU, at each function's first call."""
+    model = make("qwen3_5")
+    Policy(model, SFTConfig()).logprobs(pack(edge_trees()[:1]))
+    logging.getLogger("transformers.integrations.hub_kernels").handle(
+        logging.makeLogRecord(
+            {"msg": "`f` is falling back to its reference PyTorch implementation because", "levelno": 30}
+        )
+    )
+    assert not caplog.text
+    text = model.config.get_text_config(decoder=True)
+    assert delta_net.kernel_note(text, "cpu") is None
+    monkeypatch.setattr(delta_net, "_kernel", lambda device_type: None)
+    assert "pip install flash-linear-attention" in delta_net.kernel_note(text, "cuda")
+    assert delta_net.kernel_note(make_model().config, "cuda") is None
+    monkeypatch.setattr(delta_net, "_kernel", lambda device_type: varlen_kernel)
+    assert delta_net.kernel_note(text, "cuda") is None

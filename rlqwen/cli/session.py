@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
@@ -44,6 +45,7 @@ def prepare(*, resumable: bool = False) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if resumable else (signal.SIGTERM,):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end_resumable if resumable else _terminate)
+    warnings.formatwarning = _one_line(warnings.formatwarning)
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -51,6 +53,18 @@ def prepare(*, resumable: bool = False) -> None:
     disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
+
+
+def _one_line(otherwise: Callable[..., str]) -> Callable[..., str]:
+    """Format the warnings that rlqwen's own modules give without file, line and code; others as `otherwise` does."""
+    package = str(Path(__file__).parents[1]) + os.sep
+
+    def format_warning(message: Any, category: type[Warning], filename: str, *rest: Any, **named: Any) -> str:
+        if category is UserWarning and filename.startswith(package):
+            return f"rlqwen: {message}\n"
+        return otherwise(message, category, filename, *rest, **named)
+
+    return format_warning
 
 
 class Interrupts:
