@@ -6,6 +6,7 @@ logprobs are computed in chunks from the head's weight. Weights come whole again
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,6 +38,8 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
         from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
         from deepspeed.utils import groups
 
+    # Of the layers whose output it gathers, at every forward.
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
     # It would be compiled at the first start, with a lock that a killed run leaves behind for the next to wait on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
@@ -111,8 +114,6 @@ def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
     """DeepSpeed warns on import of what it doesn't find on a CPU."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
