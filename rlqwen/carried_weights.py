@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from rlqwen.errors import ModelError, SaveError
-from rlqwen.model_sources import StoredTensor, split_revision, stored_tensors
+from rlqwen.model_sources import StoredTensor, commit_of, split_revision, stored_tensors
 from rlqwen.vision_language import towers
 
 _ATTRIBUTE = "_rlqwen_carried"
@@ -151,7 +151,10 @@ class CarriedWeights:
             return None
         largest_first = sorted(self.counts().items(), key=lambda entry: -entry[1])
         parts = " and ".join(f"{kind} ({count_text(number)} parameters)" for kind, number in largest_first)
-        return f"not trained, and copied unchanged to every folder that is written: {parts} of {self.source}"
+        kept = f"not trained, and copied unchanged to every folder that is written: {parts} of {self.source}"
+        if "vision tower" in self.counts() and not self.files:
+            kept += f"; but no {_PROCESSOR_FILES[0]} was found there, without which a folder does not load for images"
+        return kept
 
     def config_of(self, config: PreTrainedConfig, architecture: str, dtype: torch.dtype) -> dict[str, Any]:
         """Return `whole_config` with what training has changed of its text config; `dtype`: of the trained weights."""
@@ -196,7 +199,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
             "the plain weights beside them: start from the unquantised model, with model.quantization where memory is short"
         )
     is_part = isinstance(raw.get("text_config"), dict) and raw.get("model_type") != model.config.model_type
-    processor = processor_files(folder)
+    processor = processor_files(folder) or (_downloaded_processor(str(source), folder) if names else {})
     if not names and not is_part and not processor:
         return True
     files = {path.name: path for path in {stored[name].path for name in names}}
@@ -247,6 +250,17 @@ def ignored_in_folder(folder: Path, names: Iterable[str]) -> set[str]:
 def processor_files(folder: Path) -> dict[str, bytes]:
     """Return name -> content of the files that a processor of images is loaded from; they are small."""
     return {name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()}
+
+
+def _downloaded_processor(source: str, snapshot: Path) -> dict[str, bytes]:
+    """Return the processor's files from the hub, of the same commit: loading a model leaves them there."""
+    if not (commit := commit_of(snapshot)):
+        return {}
+    try:
+        name, patterns = split_revision(source)[0], list(_PROCESSOR_FILES)
+        return processor_files(Path(snapshot_download(name, revision=commit, allow_patterns=patterns)))
+    except (OSError, ValueError, HFValidationError):
+        return {}
 
 
 def whole_config_class(config: Mapping[str, Any]) -> type[PreTrainedConfig] | None:

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from rlqwen.carried_weights import cached_folder, carry, whole_config_class
 from rlqwen.errors import ModelError
 from rlqwen.float32_weights import restore_float32
-from rlqwen.model_sources import note_commit
+from rlqwen.model_sources import commit_of, note_commit
 from rlqwen.vision_language import auto_class, is_read_from_whole
 
 _SCALAR = "ForSequenceClassification"
@@ -123,9 +123,9 @@ def quiet_loading() -> Iterator[None]:
 
 
 def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> PreTrainedModel:
-    note_commit(name, model)
     carry(model, name, revision=arguments.get("revision"))
     if (folder := cached_folder(name, arguments.get("revision"))) is not None:
+        note_commit(name, commit_of(folder))
         restore_float32(model, folder)
     return model
 

@@ -96,15 +96,22 @@ def refuse_pickles(name_or_path: str | Path) -> None:
         )
 
 
-def note_commit(name: str, loaded: Any) -> None:
-    """Remember the hub's commit that a model came from, or a dataset; of what came from here there is none."""
-    config, info = getattr(loaded, "config", None), getattr(loaded, "info", None)
-    commit = getattr(config, "_commit_hash", None)
-    if info is not None:
-        urls = getattr(info, "download_checksums", None) or ()
-        commit = next((url.partition("@")[2].partition("/")[0] for url in urls if "@" in url), None)
+def note_dataset(name: str, dataset: Any) -> None:
+    """Remember the hub's commit that a dataset came from; of what came from here there is none."""
+    info = getattr(dataset, "info", None)
+    urls = getattr(info, "download_checksums", None) or ()
+    note_commit(name, next((url.partition("@")[2].partition("/")[0] for url in urls if "@" in url), None))
+
+
+def note_commit(name: str, commit: str | None) -> None:
+    """Remember the hub's commit that a model or a dataset came from; nothing where there is none."""
     if commit:
         _commits[name] = commit
+
+
+def commit_of(snapshot: Path) -> str | None:
+    """Return the commit of a folder in the hub's cache; None for any other folder."""
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
 
 
 def commits() -> dict[str, str]:

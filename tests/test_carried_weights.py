@@ -23,6 +23,7 @@ from rlqwen.critic import ScalarModel
 from rlqwen.errors import ModelError, SaveError
 from rlqwen.export import ExportOptions, export_model
 from rlqwen.loading import load_model, load_scalar_model
+from rlqwen.model_sources import commits
 from rlqwen.policy import Policy
 from rlqwen.rollout.weights import ExpectedWeights, sent_bytes
 from rlqwen.tiny import resolve_model_path
@@ -257,3 +258,32 @@ def test_export_casts_and_quantises_the_text_model_alone(sources: dict[str, Path
         assert 1e-6 < gap < 0.05
     visual = Qwen3_5ForConditionalGeneration.from_pretrained(source).model.visual.state_dict()
     assert all(torch.equal(model.model.visual.state_dict()[name], weight) for name, weight in visual.items())
+
+
+def test_a_model_from_the_hub_is_kept_with_its_commit_and_its_processor(sources, tmp_path, monkeypatch):
+    """Loading a model alone leaves no files of its processor in the hub's cache: they are fetched, of that commit."""
+    commit, repository = "c" * 40, tmp_path / "models--owner--tiny"
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(sources["tiny-qwen3.5"], snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    contents = {path.name: path.read_bytes() for path in snapshot.glob("*preprocessor_config.json")}
+    for name in contents:
+        (snapshot / name).unlink()
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        if "allow_patterns" in options:
+            asked.append((name, options["revision"]))
+            for file, content in contents.items():
+                (snapshot / file).write_bytes(content)
+        return str(snapshot)
+
+    monkeypatch.setattr("rlqwen.carried_weights.snapshot_download", download)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = load_model("owner/tiny", ARGS.model_copy(update={"model_init_kwargs": {"cache_dir": str(tmp_path)}}))
+    Policy(model, ARGS).save(tmp_path / "out")
+    assert asked == [("owner/tiny", commit)]
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in contents} == contents
+    assert commits()["owner/tiny"] == commit

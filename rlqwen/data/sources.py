@@ -22,7 +22,7 @@ from rlqwen.data.streams import StreamedRows
 from rlqwen.data.values import without_filling
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
-from rlqwen.model_sources import note_commit
+from rlqwen.model_sources import note_dataset
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
             f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
             f"({type(error).__name__}: {error})"
         ) from error
-    note_commit(source.path, dataset)
+    note_dataset(source.path, dataset)
     return _numbered(_table_rows(dataset), source.path)
 
 
