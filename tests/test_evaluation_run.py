@@ -1,18 +1,20 @@
 """`rlqwen eval` for real on a tiny model: perplexity, metrics, reward models, win rates, and what it leaves."""
 
+import io
 import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.cli import main
 from rlqwen.data import load_rows, tokenize_conversation
 from rlqwen.errors import ConfigError
-from rlqwen.evaluation import EvalConfig, evaluate_model, evaluation_config
+from rlqwen.evaluation import EvalConfig, evaluate_model, evaluation_config, sampling
 from rlqwen.evaluation.win_rate import win_rate
 from rlqwen.tiny import build_tiny_qwen3
 
@@ -233,3 +235,10 @@ def test_metrics_alone_leave_a_recipe_s_rewards_out_but_a_comparison_needs_them(
     assert ([spec.name for spec in both.rewards], both.text_metrics) == (["accuracy"], ["rouge"])
     with pytest.raises(ConfigError, match="--metrics perplexity,rouge"):
         EvalConfig(model="m", data={"path": "rows.jsonl"})
+
+
+def test_sampling_outside_a_terminal_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
+    screen = io.StringIO()
+    assert list(sampling._told(iter("ab"), 2, Console(file=screen))) == ["a", "b"]
+    assert screen.getvalue() == "sampled 1 of 2 prompts\nsampled 2 of 2 prompts\n"

@@ -38,7 +38,7 @@ from rlqwen.metrics.display import (
     speed,
 )
 from rlqwen.metrics.figures import majority_right, pass_at_k, reward_figures, sample_counts
-from rlqwen.metrics.report import next_command, pick_samples, show_report
+from rlqwen.metrics.report import auto_class, next_command, pick_samples, show_report
 from rlqwen.types import Completion, Group, Prompt
 
 STEP = {
@@ -367,11 +367,22 @@ def test_final_screen_shows_figures_files_samples_and_the_next_command(tmp_path,
     assert "time" not in text.split("Sample")[0].split("accuracy")[1]
 
 
+def test_the_final_screen_names_the_class_that_loads_a_model(tmp_path):
+    assert auto_class(tmp_path) == "AutoModelForCausalLM"
+    for architecture, expected in (
+        ("Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
+        ("Qwen3_5ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        assert auto_class(tmp_path) == expected
+
+
 def test_samples_are_spread_over_prompts(groups):
     rows = [{"prompt_index": index, "n": n} for index in range(10) for n in range(2)]
     assert pick_samples(rows, 3) == [{"prompt_index": index, "n": 0} for index in (0, 3, 6)]
     assert pick_samples([], 3) == []
     assert next_command(Path("runs/x"), "sft").startswith("rlqwen run GRPO_RECIPE model.path=runs/x/final")
+    assert "--rewards runs/x/final" in next_command(Path("runs/x"), "reward")
     assert next_command(Path("runs/x"), "grpo") == "rlqwen eval runs/x/final --data runs/x/recipe.yaml -k 8"
 
 

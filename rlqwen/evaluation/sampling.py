@@ -1,6 +1,7 @@
 """Completions of a model, scored as they arrive; and answers that the data gives, in the same form."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlqwen.trainers.rollouts import sampling_seed
 from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling
 
 Row = dict[str, Any]
+_LINE_EVERY_S = 60.0
 
 
 def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, groups: list[Group]) -> None:
@@ -44,14 +46,25 @@ def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Sc
         )
         for prompt in prompts
     ]
-    console = Console(stderr=True)
     with _engine(model, prompts, config) as engine:
-        arriving = engine.generate(requests)
-        for group in track(arriving, "sampling", len(requests), console=console, disable=not console.is_terminal):
+        for group in _told(engine.generate(requests), len(requests), Console(stderr=True)):
             scorer.submit(group)
             groups.append(group)
         scorer.wait()
     groups.sort(key=lambda group: group.prompt.index)
+
+
+def _told(arriving: Iterable[Group], total: int, console: Console) -> Iterator[Group]:
+    """Pass groups on and say how many came: by a bar in a terminal, else by a line a minute."""
+    if console.is_terminal:
+        yield from track(arriving, "sampling", total, console=console)
+        return
+    last = time.monotonic()
+    for number, group in enumerate(arriving, 1):
+        if (now := time.monotonic()) - last >= _LINE_EVERY_S:
+            last = now
+            console.print(f"sampled {number:,} of {total:,} prompts")
+        yield group
 
 
 def own_answers(rows: Sequence[Row]) -> list[str]:

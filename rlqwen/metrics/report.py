@@ -1,5 +1,6 @@
 """The screen at the end of `rlqwen run`: figures before and after, files, samples, the next command."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ _FILES = {
     METRICS_FILE: "every logged step",
     COMPLETIONS_FOLDER: "completions with their rewards",
     RECIPE_FILE: "the recipe with every default filled in",
-    FINAL_FOLDER: "the trained model, for AutoModelForCausalLM.from_pretrained",
+    FINAL_FOLDER: "the trained model, for {auto_class}.from_pretrained",
 }
 
 
@@ -113,8 +114,19 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
     for path in shown:
         if path.exists():
             of_pipeline = " of all stages" if parent and path.parent == parent else ""
-            table.add_row(f"  {escape(str(path))}{'/' if path.is_dir() else ''}", _FILES[path.name] + of_pipeline)
+            what = _FILES[path.name].format(auto_class=auto_class(path)) + of_pipeline
+            table.add_row(f"  {escape(str(path))}{'/' if path.is_dir() else ''}", what)
     return table
+
+
+def auto_class(folder: Path) -> str:
+    """Return the class of transformers that loads the model in a folder: a reward model has a head of another kind."""
+    try:
+        architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
+    except (OSError, ValueError):
+        architectures = None
+    is_scalar = str(next(iter(architectures or ()), "")).endswith("ForSequenceClassification")
+    return "AutoModelForSequenceClassification" if is_scalar else "AutoModelForCausalLM"
 
 
 def next_command(run_dir: Path, algorithm: str) -> str:
@@ -124,6 +136,8 @@ def next_command(run_dir: Path, algorithm: str) -> str:
         return f"rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
     if algorithm == "sft":
         return f"rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
+    if algorithm == "reward":
+        return f"rlqwen eval MODEL --data PROMPTS --rewards {final}     (in a PPO or GRPO recipe: rewards: [{{name: {final}}}])"
     return f"rlqwen eval {final} --data {run_dir / RECIPE_FILE} -k 8"
 
 
