@@ -236,3 +236,10 @@ def test_where_a_pipeline_begins_is_not_where_its_later_stages_do(tmp_path: Path
     assert [recipe.model.path for recipe in recipes] == ["b", "runs/one/final"]
     assert load_recipes([first, second], ["grpo.model.path=c"])[1].model.path == "c"
     assert load_recipe(second, ["model.path=c"]).model.path == "c"
+
+
+def test_a_run_folder_in_the_wrong_place_is_not_lost_in_silence(sft):
+    with pytest.raises(ConfigError, match=r"give output_dir=elsewhere instead"):
+        load_recipe(sft, ["train.output_dir=elsewhere"])
+    same = load_recipe(sft).output_dir
+    assert load_recipe(sft, [f"train.output_dir={same}"]).train.output_dir == same

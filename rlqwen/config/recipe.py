@@ -159,6 +159,11 @@ class Recipe(Config):
         if "parallel" in values:
             train["parallel"] = values.pop("parallel")
         if "output_dir" in values:
+            if train.get("output_dir") not in (None, values["output_dir"]):
+                raise ValueError(
+                    f"train.output_dir: the run folder of a recipe is its output_dir, {values['output_dir']!r}: give "
+                    f"output_dir={train['output_dir']} instead (value given: {train['output_dir']!r})"
+                )
             train["output_dir"] = values["output_dir"]
         try:
             values["train"] = TRAINER_CONFIGS[algorithm](**train)
