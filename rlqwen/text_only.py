@@ -6,6 +6,7 @@ What is not of the text model is frozen, and carried into every folder that is w
 """
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from rlqwen.vision_language import is_read_from_whole
 
 _LOADING_STATE = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
 """What `from_pretrained` leaves on a quantised model."""
+_SCALES = re.compile(r"\.weight\..+$|\.(SCB|weight_format)$")
+"""Ends of the names that bitsandbytes' scales and formats have, of 4 and 8 bits, beside a quantised `X.weight`."""
 
 
 def text_only(model: Any) -> Any:
@@ -129,7 +132,7 @@ def _with_held(
     for name, tensor in held.items():
         stored = found.weights.get(name)
         if is_quantized:
-            if stored is None:
+            if _SCALES.sub(".weight", name) not in found.weights:
                 obstacle = f"{name!r} is quantised, and its plain weights are not to be found in {found.source!r}"
             continue
         if stored is None or not _is_cast_of(tensor, found.read(name)):

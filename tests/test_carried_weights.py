@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5ForSequenceClassification,
     Qwen3_5MoeForConditionalGeneration,
@@ -287,3 +288,15 @@ def test_a_model_from_the_hub_is_kept_with_its_commit_and_its_processor(sources,
     assert asked == [("owner/tiny", commit)]
     assert {name: (tmp_path / "out" / name).read_bytes() for name in contents} == contents
     assert commits()["owner/tiny"] == commit
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_a_quantised_model_of_the_whole_is_kept_from_its_plain_files(bits, sources, tmp_path):
+    source = sources["tiny-qwen3.5"]
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(
+        source, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
+    )
+    policy = Policy(model, ARGS, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    policy.check_trainable()
+    policy.save(tmp_path)
+    assert_kept(tmp_path, source)

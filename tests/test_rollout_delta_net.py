@@ -129,6 +129,12 @@ def test_text_view(folder: Path, tmp_path: Path) -> None:
     assert (view / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
 
 
+def test_text_view_is_tied_where_the_whole_is(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": {"model_type": "qwen3_5_text"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert json.loads((text_view(tmp_path, tmp_path / "view") / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_workers_are_sent_merged_weights(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

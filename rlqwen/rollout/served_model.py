@@ -74,6 +74,8 @@ def text_view(folder: Path, view: Path) -> Path:
     if text_class is None or "text_config" not in config:
         return folder
     part = config["text_config"]
+    # The class of the whole ties by either entry.
+    part["tie_word_embeddings"] = any(each.get("tie_word_embeddings", False) for each in (config, part))
     part |= {"architectures": [text_class], "model_type": f"{config['model_type']}_text"}
     view.mkdir()
     (view / "config.json").write_text(json.dumps(part), "utf-8")
