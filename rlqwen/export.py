@@ -8,6 +8,7 @@ Weights go from the loaded model to the files a shard at a time, so that they ar
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,10 @@ def export_model(options: ExportOptions) -> int:
             quantization=_int8_config(base) if options.int8 else None,
         )
         tokenizer.save_pretrained(partial)
-        write_card(partial, run=source.run, base=source.model, int8=options.int8)
+        left = _left_by_int8(base) if options.int8 else None
+        if left is not None:
+            warnings.warn(left, stacklevel=2)
+        write_card(partial, run=source.run, base=source.model, int8=options.int8, note=left)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
@@ -202,6 +206,21 @@ def _int8_config(model: nn.Module) -> dict[str, Any]:
             }
         },
     }
+
+
+def _left_by_int8(model: nn.Module) -> str | None:
+    """Say which layers' projections `int8_weights` leaves as they are, such as those of delta-net layers; None: none."""
+    projections = {
+        name: module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    left = {name: size for name, size in projections.items() if name.rpartition(".")[2] not in VLLM_PROJECTIONS}
+    if not left:
+        return None
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in left}))
+    share = sum(left.values()) / sum(projections.values())
+    return f"not in int8, but as they were: {names} ({share:.0%} of the projections' parameters)"
 
 
 def parse_size(text: str) -> int:

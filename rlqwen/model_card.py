@@ -17,8 +17,11 @@ loads this, and transformers with the package compressed-tensors.
 """
 
 
-def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False) -> Path:
-    """Write `folder/README.md` from the recipe and summary of `run`, where there is one. Returns its path."""
+def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False, note: str | None = None) -> Path:
+    """Write `folder/README.md` from the recipe and summary of `run`, where there is one. Returns its path.
+
+    `note`: what to say of the weights besides.
+    """
     recipes = _recipes(run)
     if recipes:
         base = recipes[0]["model"]["path"]
@@ -34,6 +37,8 @@ def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False)
     parts = [f"# {folder.name.removeprefix('.').removesuffix('.partial')}\n", _opening(base, algorithms, sources)]
     if int8:
         parts.append(_INT8)
+    if note is not None:
+        parts.append(f"{note[0].upper()}{note[1:]}.\n")
     if summary.get("final_eval"):
         parts.append(_figures(summary))
     if run is not None:

@@ -22,7 +22,7 @@ from rlqwen.config import SFTConfig
 from rlqwen.errors import ConfigError
 from rlqwen.export import ExportOptions, export_model, find_source, int8_weights, parse_size
 from rlqwen.policy import Policy
-from rlqwen.tiny import build_tiny_qwen3
+from rlqwen.tiny import build_tiny_qwen3, resolve_model_path
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1}
 
@@ -115,6 +115,13 @@ def test_int8_loads_in_transformers(run: Path, tmp_path: Path) -> None:
     weights = (out / "model.safetensors").stat().st_size
     assert weights < 0.75 * (run / "final" / "model.safetensors").stat().st_size
     assert "int8" in (out / "README.md").read_text()
+
+
+def test_int8_names_the_projections_that_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="in_proj_a, in_proj_b, in_proj_qkv, in_proj_z, out_proj") as caught:
+        export_model(ExportOptions(resolve_model_path("builtin:tiny-qwen3.5", tmp_path), str(out), int8=True))
+    assert str(caught[0].message).removeprefix("not") in (out / "README.md").read_text()
 
 
 def test_int8_rounds_to_half_a_step() -> None:
