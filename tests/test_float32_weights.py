@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -91,3 +93,15 @@ def test_a_float32_checkpoint_is_rounded_where_that_is_asked_for(mixed, tmp_path
     (tmp_path / "wide" / "config.json").write_text(json.dumps(config))
     model = load_model(str(tmp_path / "wide"), SFTConfig(model_init_kwargs={"dtype": "bfloat16"}))
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_frozen_ones_stay_exact_beside_an_engine_that_rounds(mixed, tmp_path):
+    def train():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DeepSpeed's import has many
+            options = {"learning_rate": 0.0, "max_steps": 1, "bf16": True, "parallel": {"zero_stage": 2}}
+            args = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **options)
+            SFTTrainer(str(mixed), args, ROWS, peft_config=LoraConfig(r=2, target_modules=["out_proj"])).train()
+
+    run_ranks(train)
+    assert_same_weights(load_file(tmp_path / "final" / "model.safetensors"), load_file(mixed / "model.safetensors"))

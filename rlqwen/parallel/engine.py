@@ -25,6 +25,8 @@ class Engine:
         assert part.module is not None
         self.part = part
         rounded = _rounded_by(config, part.parameters)
+        frozen = [p for p in part.module.parameters() if not p.requires_grad and p.is_floating_point()]
+        kept = _rounded_by(config, frozen) if not dist.is_initialized() or dist.get_rank() == 0 else []
         self.engine, *_ = deepspeed.initialize(model=part.module, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
         self.stage = int(self.engine.zero_optimization_stage())
@@ -52,6 +54,8 @@ class Engine:
             parameter.engine = self  # type: ignore[attr-defined]
         for parameter, value in rounded:
             self.set_master(parameter, value)
+        for parameter, value in kept:
+            parameter.exact = value  # type: ignore[attr-defined]
 
     def _touch(self, parameter: Tensor) -> None:
         self.touched = self._came = True

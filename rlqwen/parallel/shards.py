@@ -20,8 +20,11 @@ def has_exact(parameter: Tensor) -> bool:
 
 def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return the most exact weight for a file of `dtype` (None: the most exact of all): the optimizer's float32 weight
-    if the model computes with a rounded one. Call it on all ranks together."""
+    if the model computes with a rounded one, or on the main rank what a frozen one was. Call it on all ranks together."""
     engine = getattr(parameter, "engine", None)
+    exact: Tensor | None = getattr(parameter, "exact", None)
+    if exact is not None and dtype != parameter.dtype:
+        return exact
     if engine is None or dtype == parameter.dtype:
         return parameter
     return engine.master_of(parameter)  # type: ignore[no-any-return]
