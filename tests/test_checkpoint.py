@@ -100,6 +100,12 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 8, 10, 12]
 
 
+def test_a_setting_that_another_version_lacks_and_that_is_off_is_no_difference():
+    new = {"train.rollout.routing_replay": False, "train.other": None}
+    assert differences({}, new) == differences(new, {}) == []
+    assert len(differences({}, {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False})) == 3
+
+
 def test_differences_are_listed_by_name():
     was = flatten({"lr": 1e-5, "lora": {"r": 8, "targets": {"b", "a"}}, "rewards": [{"name": "x"}]}, "train")
     assert was == {

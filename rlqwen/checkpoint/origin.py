@@ -89,12 +89,20 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each entry that differs: `train.learning_rate: was 1e-05, is 2e-05`."""
+    """A line for each entry that differs: `train.learning_rate: was 1e-05, is 2e-05`.
+
+    A setting of the trainer that another version of rlqwen did not have, and that is off here, is no difference.
+    """
     absent = "absent"
+
+    def is_off(name: str) -> bool:
+        value = now.get(name, was.get(name))
+        return (name in was) is not (name in now) and name.startswith("train.") and (value is None or value is False)
+
     return [
         f"{name}: was {was.get(name, absent)!r}, is {now.get(name, absent)!r}"
         for name in [*was, *(name for name in now if name not in was)]
-        if was.get(name, absent) != now.get(name, absent)
+        if was.get(name, absent) != now.get(name, absent) and not is_off(name)
     ]
 
 
