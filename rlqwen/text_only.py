@@ -7,6 +7,7 @@ What is not of the text model is frozen, and carried into every folder that is w
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,22 @@ def text_only(model: Any) -> Any:
     if base is model:
         return view
     model.base_model.model = view
+    _rename_targets(model, view)
     return model
+
+
+def _rename_targets(model: Any, view: Any) -> None:
+    """Have the adapters' configs name layers as the text-only model does; warn that they are saved for that class."""
+    adapted = sorted(name for name, module in view.named_modules() if isinstance(module, BaseTunerLayer))
+    for config in model.peft_config.values():
+        pattern = getattr(config, "target_modules", None)
+        if isinstance(pattern, str) and adapted and not any(re.fullmatch(pattern, name) for name in adapted):
+            config.target_modules = set(adapted)
+    warnings.warn(
+        f"the adapter is saved as one of {type(view).__name__}: load it on what AutoModelForCausalLM gives, or use the "
+        "merged weights, which are of the class for images too",
+        stacklevel=4,
+    )
 
 
 def _text_view(whole: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -301,3 +301,14 @@ def test_a_quantised_model_of_the_whole_is_kept_from_its_plain_files(bits, sourc
     policy.check_trainable()
     policy.save(tmp_path)
     assert_kept(tmp_path, source)
+
+
+def test_an_adapter_on_the_whole_is_saved_as_one_that_the_text_only_class_loads(sources, tmp_path):
+    source = sources["tiny-qwen3.5"]
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
+    model = get_peft_model(Qwen3_5ForConditionalGeneration.from_pretrained(source), config)
+    with pytest.warns(UserWarning, match="saved as one of Qwen3_5ForCausalLM"):
+        policy = changed(Policy(model, ARGS))
+    policy.save_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), tmp_path)
+    torch.testing.assert_close(logits(loaded), own_logits(policy), atol=1e-5, rtol=0)
