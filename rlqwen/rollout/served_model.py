@@ -77,6 +77,8 @@ def text_view(folder: Path, view: Path) -> Path:
     # The class of the whole ties by either entry.
     part["tie_word_embeddings"] = any(each.get("tie_word_embeddings", False) for each in (config, part))
     part |= {"architectures": [text_class], "model_type": f"{config['model_type']}_text"}
+    if "quantization_config" in config:
+        part["quantization_config"] = config["quantization_config"]
     view.mkdir()
     (view / "config.json").write_text(json.dumps(part), "utf-8")
     for path in folder.iterdir():
