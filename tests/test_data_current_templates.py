@@ -265,6 +265,17 @@ def test_reasoning_effort_is_the_templates_own_and_an_unknown_one_is_refused():
         sft(tokenizer, {"messages": [user(), answer()]}, chat_template_kwargs={"reasoning_effort": "high"})
 
 
+def test_template_arguments_that_the_template_does_not_read_are_named():
+    kwargs = {"reasoning_effort": "low", "enable_thinking": True}
+    row = {"messages": [user(), answer()]}
+    for name, unread in (("qwen3_8", ""), ("qwen3_6", "reasoning_effort"), ("qwen2_5", ", ".join(kwargs))):
+        tokenizer = tokenizer_of(name)
+        _, report = tokenize_sft([row], tokenizer, SFTConfig(max_length=None, chat_template_kwargs=kwargs))
+        _, other = tokenize_prompts([row], tokenizer, max_prompt_length=None, chat_template_kwargs=kwargs)
+        line = [f"chat_template_kwargs that the chat template does not read: {unread}"] if unread else []
+        assert report.warnings == other.warnings == line
+
+
 @pytest.mark.fault("a conversation that the chat template refuses", "refused in one line, with row, roles and reason")
 @pytest.mark.parametrize(
     ("prompt", "reason"),

@@ -321,6 +321,11 @@ class ChatFormat:
     def _reads_think_tags(self) -> bool:
         return reads_think_tags(lambda messages: self._render(messages, "chat template"))
 
+    @property
+    def unread_kwargs(self) -> list[str]:
+        """Return names in `chat_template_kwargs` that the template does not mention, so that they change nothing."""
+        return [name for name in self.kwargs if not re.search(rf"\b{re.escape(name)}\b", self.template)]
+
     @cached_property
     def writes_think_blocks(self) -> bool:
         """Return whether the template writes thoughts, or opens a think block in the generation prompt."""

@@ -21,7 +21,7 @@ from rlqwen.data.rows_on_disk import content_digest
 from rlqwen.data.tokenizing import tokenize_all
 from rlqwen.data.unused import Unused
 from rlqwen.data.views import View
-from rlqwen.data.writer import eos_warnings
+from rlqwen.data.writer import eos_warnings, kwarg_warnings
 from rlqwen.errors import DataError
 from rlqwen.types import Prompt
 
@@ -143,6 +143,7 @@ class PromptJob(TokenizingJob[Prompt]):
         report.num_kept = len(prompts)
         report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         report.columns, report.turn_keys = unused.take()
+        report.warnings = kwarg_warnings(self.chat) if "chat" in vars(self) else []
         tally.ends = [self.chat.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
         return prompts, tally
 

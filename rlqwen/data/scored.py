@@ -135,7 +135,7 @@ class _ScoredWriter(Writer):
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
     def warnings(self) -> list[str]:
-        return self.thought_warnings()
+        return self.template_warnings()
 
 
 def _share_beginning(pair: PreferenceRow) -> None:

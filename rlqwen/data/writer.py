@@ -72,13 +72,13 @@ class Writer:
     def warnings(self) -> list[str]:
         """Return what to warn of in the rows that have been written so far."""
         found = [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
-        return found + self.thought_warnings()
+        return found + self.template_warnings()
 
-    def thought_warnings(self) -> list[str]:
-        """Return what to warn of in the thoughts of the answers that have been written so far."""
+    def template_warnings(self) -> list[str]:
+        """Return what to warn of in how the template wrote the answers so far."""
         if "format" not in vars(self):
             return []
-        found = []
+        found = kwarg_warnings(self.format)
         if self.format.drops_text:
             found.append(
                 "some answers have text before <think>, or several think blocks, of which the chat template writes only "
@@ -93,6 +93,13 @@ class Writer:
 
     def with_eos(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
+
+
+def kwarg_warnings(chat: ChatFormat) -> list[str]:
+    """Return a line on keys of `chat_template_kwargs` that the template does not read."""
+    if not chat.unread_kwargs:
+        return []
+    return [f"chat_template_kwargs that the chat template does not read: {', '.join(chat.unread_kwargs)}"]
 
 
 def eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) -> list[str]:
