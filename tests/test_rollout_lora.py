@@ -123,7 +123,8 @@ def test_without_an_adapter_and_for_experts_weights_are_sent(folder: Path) -> No
         None,
         None,
     )
-    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_experts": 2}
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_experts": 2, "num_experts_per_tok": 1}
     experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_key_value_heads=1, moe_intermediate_size=16))
     policy = Policy(experts, SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"]))
     assert "mixture of experts" in choose_sync(policy, RolloutConfig())[1]

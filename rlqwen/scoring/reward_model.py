@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ModelError
-from rlqwen.loading import text_tokenizer
 from rlqwen.model_sources import check_vocabulary, pinned, split_revision
 
 
@@ -51,6 +50,8 @@ class RewardModel:
                 self._tokenizer = default_tokenizer
             else:
                 raise ModelError(f"reward model {self.name!r} is a module without a path, so give its tokenizer")
+        from rlqwen.loading import text_tokenizer  # which imports transformers
+
         self._tokenizer = text_tokenizer(self._tokenizer)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
