@@ -171,6 +171,7 @@ def test_reasoning_that_the_template_opened_as_the_trainer_tells():
     assert rewards == [0.0, 1.0]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where the alarm meets a destructor
 @pytest.mark.parametrize(
     "answer",
     [
@@ -190,6 +191,23 @@ def test_running_out_of_time_is_wrong_for_a_completion(monkeypatch):
     monkeypatch.setattr(accuracy, "same", lambda *_: time.sleep(20))
     assert grade(r"\boxed{x+x}", "2x") == 0.0
     assert grade(r"\boxed{2x}", "2x") == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_alarm_that_a_destructor_swallows_rings_again(monkeypatch):
+    class Slow:
+        def __del__(self):
+            time.sleep(20)
+
+    def check(*_):
+        Slow()
+        time.sleep(20)
+
+    monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
+    monkeypatch.setattr(accuracy, "same", check)
+    start = time.monotonic()
+    assert grade(r"\boxed{x+x}", "2x") == 0.0
+    assert time.monotonic() - start < 15
 
 
 def test_running_out_of_time_is_none_for_a_gold(monkeypatch):

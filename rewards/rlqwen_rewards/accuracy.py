@@ -41,6 +41,7 @@ what is right in the same forms, or bare. Both are written in one notation, read
 """
 
 import re
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,8 +157,15 @@ def _searched(solution: str) -> str | None:
 def _within_time(check: Callable[[], bool]) -> bool:
     """Run a check; False if it takes too long. Signals reach the main thread only; elsewhere the caller's deadline holds."""
     seconds = _TIMEOUT if threading.current_thread() is threading.main_thread() else None
+
+    def repeatedly_timed() -> bool:
+        # Python drops an exception that is raised in a destructor: the alarm, which rings once, would be lost.
+        if seconds and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        return check()
+
     try:
-        return bool(timeout(seconds)(check)())
+        return bool(timeout(seconds)(repeatedly_timed)())
     except (TimeoutException, RecursionError, MemoryError):
         return False
 
