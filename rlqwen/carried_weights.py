@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from rlqwen.errors import ModelError, SaveError
-from rlqwen.model_sources import StoredTensor, commit_of, split_revision, stored_tensors
+from rlqwen.model_sources import StoredTensor, commit_of, read_config, split_revision, stored_tensors
 from rlqwen.vision_language import towers
 
 _ATTRIBUTE = "_rlqwen_carried"
@@ -191,7 +191,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     names = [name for name in stored if name in ignored and name not in own]
     _forget_foreign_conversions(model, [name for name in stored if name not in ignored])
-    raw: dict[str, Any] = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
+    raw = read_config(folder)
     obstacle = None
     if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(_DTYPES)):
         obstacle = (
@@ -242,9 +242,7 @@ def ignored_names(names: Iterable[str], config_class: type[PreTrainedConfig] | N
 
 def ignored_in_folder(folder: Path, names: Iterable[str]) -> set[str]:
     """Return those of a folder's names that its text-only class ignores on purpose; no weights are loaded."""
-    path = folder / _CONFIG_FILE
-    raw = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return ignored_names(names, whole_config_class(raw))
+    return ignored_names(names, whole_config_class(read_config(folder)))
 
 
 def processor_files(folder: Path) -> dict[str, bytes]:

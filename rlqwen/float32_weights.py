@@ -4,7 +4,6 @@ transformers rounds them to the checkpoint's dtype when it loads it. Here they a
 float32 in the forward, in every folder that is written, and on their way to the rollout workers.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from rlqwen.model_sources import StoredTensor, stored_tensors
+from rlqwen.model_sources import StoredTensor, read_config, stored_tensors
 
 _MARK = "keeps_float32"
 _HALF = (torch.bfloat16, torch.float16)
@@ -46,8 +45,7 @@ def float32_weights(folder: Path) -> dict[str, StoredTensor]:
 
 def saved_dtype(folder: str | Path) -> torch.dtype | None:
     """Return the dtype that the folder's config gives its weights, those of its text model; None where it doesn't say."""
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    config = read_config(folder)
     parts = (config.get("text_config") or {}, config)
     name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     return getattr(torch, name) if name else None

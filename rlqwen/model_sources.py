@@ -29,6 +29,18 @@ class StoredTensor:
     """First byte in the file, and the one after the last."""
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Return the folder's config.json; empty where there is none."""
+    path = Path(folder) / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return config
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Return whether head and embedding are one weight: the class of the whole goes by either entry of a config.json."""
+    return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the weights of a model's folder by name, from the headers of its safetensors files; empty without any."""
     stored: dict[str, StoredTensor] = {}

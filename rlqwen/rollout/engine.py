@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
+from rlqwen.model_sources import read_config
 from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
-from rlqwen.rollout.served_model import engine_dtype, read_config, text_config
+from rlqwen.rollout.served_model import engine_dtype, text_config
 from rlqwen.types import Canary, Group, GroupRequest
 
 if TYPE_CHECKING:

@@ -10,18 +10,13 @@ from typing import Any
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError
+from rlqwen.model_sources import is_tied, read_config
 
 TEXT_CLASSES = {"qwen3_5": "Qwen3_5ForCausalLM", "qwen3_5_moe": "Qwen3_5MoeForCausalLM"}
 """`model_type` of a config with a text part -> vLLM's class for that part."""
 _DELTA_NET_TYPES = {"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"}
 _CPU_HEAD_DIMS = (64, 128)
 """Sizes of a gated delta-net head that vLLM's CPU kernels have."""
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the folder's config.json; empty where there is none."""
-    path = Path(folder) / "config.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -74,8 +69,7 @@ def text_view(folder: Path, view: Path) -> Path:
     if text_class is None or "text_config" not in config:
         return folder
     part = config["text_config"]
-    # The class of the whole ties by either entry.
-    part["tie_word_embeddings"] = any(each.get("tie_word_embeddings", False) for each in (config, part))
+    part["tie_word_embeddings"] = is_tied(config)
     part |= {"architectures": [text_class], "model_type": f"{config['model_type']}_text"}
     if "quantization_config" in config:
         part["quantization_config"] = config["quantization_config"]

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.errors import WeightSyncError
-from rlqwen.model_sources import stored_tensors
-from rlqwen.rollout.served_model import read_config
+from rlqwen.model_sources import is_tied, read_config, stored_tensors
 from rlqwen.types import Canary
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class ExpectedWeights:
 
     def __init__(self, model_path: str | None) -> None:
         self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
-        self.is_tied = model_path is not None and _is_tied(Path(model_path))
+        self.is_tied = model_path is not None and is_tied(read_config(model_path))
         self.float32_names: set[str] = set() if model_path is None else _float32_names(Path(model_path))
 
     def check(self, shapes: Shapes) -> dict[str, str]:
@@ -187,8 +186,3 @@ def _float32_names(folder: Path) -> set[str]:
     from rlqwen.float32_weights import float32_weights
 
     return set(float32_weights(folder))
-
-
-def _is_tied(folder: Path) -> bool:
-    config = read_config(folder)
-    return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))
