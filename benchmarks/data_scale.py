@@ -54,7 +54,7 @@ def make_model(folder: Path, rows: Path, tokenizer_folder: str | None) -> None:
     """A tiny random model, with a tokenizer of a size that people use."""
     from transformers import AutoTokenizer
 
-    from rlqwen.tiny import build_tiny_qwen3
+    from rlqwen.models.tiny import build_tiny_qwen3
 
     build_tiny_qwen3(folder, hidden_size=32, num_layers=1, intermediate_size=64, num_heads=1, num_kv_heads=1)
     given = AutoTokenizer.from_pretrained(tokenizer_folder or folder)

@@ -34,7 +34,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from rlqwen import GRPOConfig, GRPOTrainer
-from rlqwen.tiny import build_tiny_qwen3
+from rlqwen.models.tiny import build_tiny_qwen3
 
 NUM_PROMPTS, NUM_GENERATIONS = 4, 8
 PHASES = ("step", "rollout", "update")

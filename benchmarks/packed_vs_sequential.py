@@ -29,11 +29,11 @@ from grpo_vs_trl import NUM_GENERATIONS, NUM_PROMPTS, WORKLOADS
 from transformers import AutoModelForCausalLM
 
 from rlqwen import GRPOConfig
-from rlqwen.batch import Branch, PackedBatch, Tree, pack
-from rlqwen.policy import Policy
-from rlqwen.tiny import build_tiny_qwen3
+from rlqwen.models.policy import Policy
+from rlqwen.models.tiny import build_tiny_qwen3
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 
-SEQUENTIAL = mock.patch("rlqwen.hidden.packing_obstacle", return_value="it is measured")
+SEQUENTIAL = mock.patch("rlqwen.packing.forward.packing_obstacle", return_value="it is measured")
 
 
 def make_batch(workload: dict, seed: int) -> PackedBatch:

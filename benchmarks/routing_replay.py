@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlqwen.batch import Branch, PackedBatch, Tree, pack
 from rlqwen.config import GRPOConfig, RolloutConfig
-from rlqwen.policy import Policy
+from rlqwen.models.moe_balance import routers_of
+from rlqwen.models.policy import Policy
+from rlqwen.models.tiny import resolve_model_path
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from rlqwen.rollout import build_engine
-from rlqwen.routing import routers_of
-from rlqwen.tiny import resolve_model_path
 from rlqwen.types import Group, GroupRequest, Prompt, Sampling
 
 SUMS = "What is {a} + {b}? Write the working, then the answer in a box."

@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length"]
 truncated."""
 
 Outcome = Literal["ok", "timeout", "error", "invalid"]
-"""What became of one sample's reward call; see rlqwen.scoring.totals for what follows from it."""
+"""What became of one sample's reward call; see rlqwen.rewards.total_reward for what follows from it."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Group:
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     """What became of each reward call, parallel to `rewards`."""
     total_rewards_G: list[float | None] = field(default_factory=list)
-    """Weighted sum over reward functions; None where it is missing, see rlqwen.scoring.totals."""
+    """Weighted sum over reward functions; None where it is missing, see rlqwen.rewards.total_reward."""
     advantages_G: list[float] = field(default_factory=list)
     prompt_experts: "np.ndarray | None" = None
     """(tokens, L, K) experts that the sampler chose for the prompt, see Completion.experts."""

@@ -20,19 +20,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlqwen.tiny import build_tiny_qwen3
+from rlqwen.models.tiny import build_tiny_qwen3
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and with them the processes that they interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["fault_table", "slow_list", "pytester"]
+pytest_plugins = ["tests.fault_table", "tests.slow_list", "pytester"]
 
 
 LONGEST_FIRST = (
-    "test_learning.py", "test_docs.py", "test_rollout_pool.py", "test_ranks_trainers.py", "test_ranks_sharded.py",
-    "test_tensor_parallel.py", "test_shipped_recipes.py", "test_rollout_lora.py", "test_rollout_processes.py",
-    "test_rollout_cluster.py", "test_sequence.py", "test_end_to_end.py", "test_scoring.py",
+    "test_learning.py", "test_docs.py", "test_pool.py", "test_ranks.py", "test_zero.py",
+    "test_tensor_parallel.py", "test_shipped_recipes.py", "test_vllm_lora.py", "test_processes.py",
+    "test_ray_cluster.py", "test_sequence_parallel.py", "test_end_to_end.py", "test_scorer.py",
 )  # fmt: skip
 """Files that would hold the end up if one of two workers began one of them last."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rlqwen.metrics.summary import package_versions
+from rlqwen.reporting.summary import package_versions
 
 # Worst first: a row shows the worst of its cases.
 FAILED, KNOWN_GAP, SKIPPED, HELD = "**failed**", "known gap", "not run here", "held"

@@ -6,7 +6,8 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from patience import PATIENCE_S
+
+from tests.patience import PATIENCE_S
 
 
 def run_forked(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from patience import PATIENCE_S
+
+from tests.patience import PATIENCE_S
 
 
 def run_ranks(function: Callable[[], Any], *, world_size: int = 2, deadline_s: float = PATIENCE_S) -> list[Any]:

@@ -1,6 +1,6 @@
 """Trainers that tests run on one rank, in their own process, and on two, by torchrun; what each leaves is compared.
 
-torchrun --nproc-per-node 2 tests/ranked.py MODEL FOLDER CASE [CASE ...]
+torchrun --nproc-per-node 2 -m tests.ranked MODEL FOLDER CASE [CASE ...]
 """
 
 import faulthandler
@@ -286,7 +286,7 @@ def launched() -> int:
 def run_case(name: str, model: str, folder: Path) -> dict:
     """What a case leaves on this rank: its history, and digests and sums of its weights; or its error."""
     from rlqwen.errors import RlqwenError
-    from rlqwen.reference import digest_weights
+    from rlqwen.models.reference_cache import digest_weights
 
     started = time.monotonic()
     print(name, file=sys.stderr, flush=True)
@@ -314,7 +314,7 @@ def run_case(name: str, model: str, folder: Path) -> dict:
 
 def follow_memory(trainer) -> list[list]:
     """Before each update: the scale of the loss, and a digest of this rank's weights and of what the updater remembers."""
-    from rlqwen.reference import digest_weights
+    from rlqwen.models.reference_cache import digest_weights
 
     memories, update = [], trainer.update
 
@@ -334,9 +334,10 @@ def launch(names: list[str], model: Path, folder: Path) -> "subprocess.Completed
     """Run cases on two ranks."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}",
-        str(Path(__file__)), str(model), str(folder), *names,
+        "-m", "tests.ranked", str(model), str(folder), *names,
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
 def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from patience import PATIENCE_S
 
 from rlqwen.cli import main
-from rlqwen.metrics.run_folder import mark_run_folder
+from rlqwen.run_folder.layout import mark_run_folder
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/MOE.md")
@@ -97,7 +97,7 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_ppo": "with its first stage, above",
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
-    "python benchmarks/routing_replay.py": "its parts in tests/test_routing_replay.py",
+    "python benchmarks/routing_replay.py": "its parts in tests/packing/test_routing_replay.py",
     "python benchmarks/routing_replay.py --initializer-range 0.1": "as the one above",
     "python benchmarks/routing_replay.py --initializer-range 0.1 --prompts 16 --tokens 32 --model builtin:tiny-qwen3.5-moe": (
         "as the one above"

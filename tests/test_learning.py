@@ -21,8 +21,8 @@ from rlqwen import (
     SFTTrainer,
 )
 from rlqwen.config import SampledPairsConfig
-from rlqwen.data.generators import generate
-from rlqwen.pairs import draw_pairs
+from rlqwen.data.generated_rows import generate
+from rlqwen.runs.pairs import draw_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +129,7 @@ def test_dpo_on_its_own_answers_raises_margin_and_accuracy(sums_model, pairs, he
 def share_right(model):
     """Of one answer to each held-out sum."""
     from rlqwen.evaluation import evaluate_model
-    from rlqwen.evaluation.config import EvalConfig
+    from rlqwen.evaluation.eval_config import EvalConfig
 
     config = EvalConfig(
         model=model,

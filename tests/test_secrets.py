@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from test_scoring import make_group, scoring
 
 from rlqwen.cli import main
 from rlqwen.secrets import is_secret, redact, redact_values, without_secrets
+from tests.rewards.test_scorer import make_group, scoring
 
 CANARY = "canary-5f2c-value"
 

@@ -41,8 +41,8 @@ import datasets
 from contextlib import redirect_stdout, redirect_stderr
 import rlqwen
 from rlqwen.cli import main
-from rlqwen.data.bundled import bundled_file
-from rlqwen.recipe import list_recipes
+from rlqwen.data.packaged_rows import bundled_file
+from rlqwen.config.recipe_yaml import list_recipes
 
 hub = {tuple(key): name for key, name in json.loads(sys.argv[1])}
 words = json.loads(sys.argv[2])

@@ -1,5 +1,6 @@
 """The run folder and its checkpoints: what is written, how it is kept whole, and how a run goes on from it."""
 
+from rlqwen.checkpoint.atomic_folder import find_fault, is_storage_error, sync_file
 from rlqwen.checkpoint.checkpoints import (
     Retention,
     checkpoint_folder,
@@ -10,10 +11,9 @@ from rlqwen.checkpoint.checkpoints import (
     set_aside,
     write_checkpoint,
 )
-from rlqwen.checkpoint.folder import find_fault, is_storage_error, sync_file
-from rlqwen.checkpoint.random_state import random_state, restore_random_state, same_random_state
-from rlqwen.checkpoint.run_folder import cut_back, open_run_folder
-from rlqwen.checkpoint.values import read_values, write_values
+from rlqwen.checkpoint.rng_state import random_state, restore_random_state, same_random_state
+from rlqwen.checkpoint.state_files import read_values, write_values
+from rlqwen.run_folder.lifecycle import cut_back, open_run_folder
 
 __all__ = [
     "Retention",

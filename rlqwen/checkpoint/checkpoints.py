@@ -10,11 +10,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlqwen.checkpoint.folder import find_fault, partial_of, put_in_place, remove, total_bytes, write_complete
+from rlqwen.checkpoint.atomic_folder import find_fault, partial_of, put_in_place, remove, total_bytes, write_complete
+from rlqwen.distributed import Ranks
 from rlqwen.errors import ConfigError
-from rlqwen.metrics.run_folder import CHECKPOINTS_FOLDER
-from rlqwen.packed_model import ADAPTER_FOLDER, PackedModel
-from rlqwen.parallel import Ranks
+from rlqwen.models.packed_model import ADAPTER_FOLDER, PackedModel
+from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER
 
 _ASIDE = "set-aside"
 

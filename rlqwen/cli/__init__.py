@@ -10,12 +10,12 @@ from typing import NoReturn
 import click
 
 from rlqwen import __version__
-from rlqwen.cli.data import data
-from rlqwen.cli.evaluation import evaluate
-from rlqwen.cli.export import export
-from rlqwen.cli.listing import recipes, rewards
+from rlqwen.cli.data_commands import data
+from rlqwen.cli.eval_command import evaluate
+from rlqwen.cli.export_command import export
+from rlqwen.cli.list_commands import recipes, rewards
+from rlqwen.cli.run_commands import check, run, verify_resume_command
 from rlqwen.cli.session import RUN_AGAIN, Interrupts, wait_for_cause
-from rlqwen.cli.training import check, run, verify_resume_command
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
 

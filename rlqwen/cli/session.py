@@ -23,7 +23,7 @@ _CAUSE_S = 15.0
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
     """Read recipes and overrides as they come from the command line; say what was warned of meanwhile."""
-    from rlqwen.recipe import load_recipes
+    from rlqwen.config.recipe_yaml import load_recipes
 
     overrides = [word for word in words if "=" in word and not Path(word).is_file()]
     names = [word for word in words if word not in overrides]
@@ -104,7 +104,7 @@ def wait_for_cause(error: Exception) -> None:
     process meanwhile."""
     if "RANK" not in os.environ or "torch" not in sys.modules:
         return
-    from rlqwen.parallel import is_loss_of_rank
+    from rlqwen.distributed import is_loss_of_rank
 
     if is_loss_of_rank(error):
         time.sleep(_CAUSE_S)

@@ -47,7 +47,7 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference; IPO's tau; in SimPO, CPO and ORPO the scale of the margin."""
     loss_type: list[PreferenceLoss] = Field(default=["sigmoid"], min_length=1)
-    """One loss, or several that are added; see rlqwen.losses.preference for formulas and papers. TRL's own, and ours:
+    """One loss, or several that are added; see rlqwen.algorithms.losses.preference for formulas and papers. TRL's own, and ours:
     `simpo`, `cpo`, `orpo` (no reference), `kto` (pairs or labelled answers)."""
     loss_weights: list[float] | None = None
     """A weight a loss; None: 1 each."""

@@ -13,7 +13,7 @@ class EvalGenerationConfig(ArgumentsConfig):
     """Evaluation of SFT by what the model writes: sampled in the trainer's own process, by transformers."""
 
     metrics: list[TextMetric] = Field(min_length=1)
-    """Figures of completions against the rows' right answers; see rlqwen.metrics.text."""
+    """Figures of completions against the rows' right answers; see rlqwen.evaluation.metrics.text_metrics."""
     reference: str | None = None
     """Column of the right answer, or of a list of them; `completion` is the row's own answer, which may also be its last
     assistant turn. None: `solution`, else the row's own answer, else `answer`."""

@@ -24,7 +24,7 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     """Passes over a rollout (mu in the paper)."""
 
     loss_type: LossType = "dapo"
-    """How the loss is clipped and normalised; see rlqwen.losses.grpo_loss for formulas and papers."""
+    """How the loss is clipped and normalised; see rlqwen.algorithms.losses.grpo_loss for formulas and papers."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """`sequence` is GSPO: one ratio a completion, the geometric mean of its tokens' ratios."""
     epsilon: float = Field(default=0.2, gt=0)

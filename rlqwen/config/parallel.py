@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
-from rlqwen.config.ds_keys import unused_note
+from rlqwen.config.deepspeed_keys import unused_note
 
 
 class ParallelConfig(ArgumentsConfig):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
-from rlqwen.config.ds_config import adopt_ds_config
+from rlqwen.config.deepspeed import adopt_ds_config
 from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 

@@ -2,17 +2,17 @@
 
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.cleaning import CleaningReport, clean_rows
-from rlqwen.data.comparisons import tokenize_comparisons
+from rlqwen.data.data_report import DataReport
 from rlqwen.data.encoding import TokenizedRow
+from rlqwen.data.preference_examples import tokenize_comparisons
 from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
 from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
 from rlqwen.data.prompts import find_prompt, find_prompts, longest_prompt, tokenize_prompts
-from rlqwen.data.recipe import RecipeData, clean_recipe_data, first_rows, load_recipe_data
-from rlqwen.data.report import DataReport
-from rlqwen.data.scored import scored_pieces, tokenize_scored
+from rlqwen.data.recipe_data import RecipeData, clean_recipe_data, first_rows, load_recipe_data
+from rlqwen.data.reward_rows import scored_pieces, tokenize_scored
 from rlqwen.data.sources import as_rows, load_rows
-from rlqwen.data.template import load_chat_template
-from rlqwen.data.tokenization import tokenize_conversation, tokenize_sft
+from rlqwen.data.template_source import load_chat_template
+from rlqwen.data.tokenize_rows import tokenize_conversation, tokenize_sft
 
 __all__ = [
     "ChatFormat",

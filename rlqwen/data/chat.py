@@ -16,7 +16,7 @@ end-of-turn token included; the line break after that token is never generated, 
   earlier turns for templates that would keep them.
 - **Thoughts of learned turns** go where the template reads them: into the content for a template without
   `reasoning_content`, out of the content for one that has only that field (Qwen3.8). Turns of a prompt stay as they are.
-- Prompt and answer are tokenised apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.guard).
+- Prompt and answer are tokenised apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.control_tokens).
 """
 
 import re
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.data.guard import MARK, Cover, Guard, Piece, control_tokens, special_tokens
-from rlqwen.data.template import default_template, refusals
-from rlqwen.data.thoughts import (
+from rlqwen.data.control_tokens import MARK, Cover, Guard, Piece, control_tokens, special_tokens
+from rlqwen.data.messages import without_marks
+from rlqwen.data.reasoning import (
     drop_earlier_thoughts,
     is_cut_thought,
     reads_think_tags,
@@ -35,7 +35,7 @@ from rlqwen.data.thoughts import (
     thoughts_in_field,
     thoughts_of,
 )
-from rlqwen.data.turns import without_marks
+from rlqwen.data.template_source import default_template, refusals
 from rlqwen.errors import DataError, ModelError
 from rlqwen.types import Message
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pyarrow as pa
 
 from rlqwen.data.arrow_file import MASK, TOKENS, numbers_at
-from rlqwen.data.guard import Piece
+from rlqwen.data.control_tokens import Piece
 from rlqwen.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,17 +8,16 @@ A row after `normalise_row` has, beside its other columns, one of
     text                         plain text
 
 A column `system`, or `system_prompt`, becomes the first turn of either. Columns that we do not know stay as they are, and
-so do keys of turns: rlqwen.data.unused names what training does not read. `to_prompt_row` turns any of the first three
+so do keys of turns: rlqwen.data.unused_columns names what training does not read. `to_prompt_row` turns any of the first three
 into what GRPO needs: a prompt, and a `solution` where an answer is known; rlqwen.data.preference_formats has the same for
 pairs and for labelled answers.
 """
 
 from typing import Any
 
-from rlqwen.data.mapping import paste, prompt_map
+from rlqwen.data.column_hints import paste, prompt_map
 from rlqwen.data.media import refuse_media
-from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalise_pair, rename_columns
-from rlqwen.data.turns import (
+from rlqwen.data.messages import (
     ALPACA_COLUMNS,
     from_alpaca,
     normalise_messages,
@@ -27,7 +26,8 @@ from rlqwen.data.turns import (
     with_system,
     without_marks,
 )
-from rlqwen.data.values import parse_turns, plain_row
+from rlqwen.data.plain_values import parse_turns, plain_row
+from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalise_pair, rename_columns
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -46,7 +46,7 @@ FORM_COLUMNS = {
 def normalise_row(row: Row, where: str) -> Row:
     """Return the row in our form (see the module); a row that is already in it comes back equal.
 
-    Missing values (rlqwen.data.values) are None in columns that we do not know, and no column where we do. `where`
+    Missing values (rlqwen.data.plain_values) are None in columns that we do not know, and no column where we do. `where`
     begins the message of a DataError: images, unknown role, malformed turn, or no column that we know.
     """
     refuse_media(row, where)

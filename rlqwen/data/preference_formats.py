@@ -21,9 +21,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlqwen.data.mapping import offer, paste, unmapped_question
-from rlqwen.data.turns import ALPACA_COLUMNS, from_alpaca, normalise_messages, to_turns
-from rlqwen.data.values import parse_turns
+from rlqwen.data.column_hints import offer, paste, unmapped_question
+from rlqwen.data.messages import ALPACA_COLUMNS, from_alpaca, normalise_messages, to_turns
+from rlqwen.data.plain_values import parse_turns
 from rlqwen.errors import DataError, PromptMismatch
 from rlqwen.types import Message
 

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
 from rlqwen.data.chat import ChatFormat
+from rlqwen.data.control_tokens import Piece
+from rlqwen.data.data_report import NAMED, DataReport, Fate, first_of, percentiles
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
-from rlqwen.data.form import RowForm, describe, look_at, note_row, unlike_trl
 from rlqwen.data.formats import normalise_row
-from rlqwen.data.guard import Piece
-from rlqwen.data.jobs import Tally, TokenizingJob, data_settings
+from rlqwen.data.messages import to_turns
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
 from rlqwen.data.preference_rows import LabelledCodec, LabelledRow, PairCodec, PreferenceRow
-from rlqwen.data.report import NAMED, DataReport, Fate, first_of, percentiles
-from rlqwen.data.tokenizing import tokenize_all
-from rlqwen.data.turns import to_turns
-from rlqwen.data.unused import Unused
-from rlqwen.data.writer import Writer
+from rlqwen.data.renderer import Writer
+from rlqwen.data.row_form import RowForm, describe, look_at, note_row, unlike_trl
+from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob, data_settings
+from rlqwen.data.tokenizing_run import tokenize_all
+from rlqwen.data.unused_columns import Unused
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 

@@ -11,17 +11,17 @@ import pyarrow.compute as pc
 
 from rlqwen.data.arrow_file import TOKENS, ArrowRows, numbers_at
 from rlqwen.data.chat import ChatFormat
+from rlqwen.data.control_tokens import Piece
+from rlqwen.data.data_report import DataReport, percentiles
 from rlqwen.data.encoding import refuse, tokenize_rows
-from rlqwen.data.form import RowForm, describe, look_at
 from rlqwen.data.formats import normalise_row, to_prompt_row
-from rlqwen.data.guard import Piece
-from rlqwen.data.jobs import Tally, TokenizingJob
-from rlqwen.data.report import DataReport, percentiles
+from rlqwen.data.renderer import eos_warnings, kwarg_warnings
+from rlqwen.data.row_form import RowForm, describe, look_at
 from rlqwen.data.rows_on_disk import content_digest
-from rlqwen.data.tokenizing import tokenize_all
-from rlqwen.data.unused import Unused
+from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
+from rlqwen.data.tokenizing_run import tokenize_all
+from rlqwen.data.unused_columns import Unused
 from rlqwen.data.views import View
-from rlqwen.data.writer import eos_warnings, kwarg_warnings
 from rlqwen.errors import DataError
 from rlqwen.types import Prompt
 

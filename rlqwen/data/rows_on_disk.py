@@ -16,7 +16,7 @@ import pyarrow as pa
 from rlqwen.data.arrow_file import ArrowRows, write_batches
 from rlqwen.data.data_cache import cache_root, explained, keep_file, scratch_folder
 from rlqwen.data.formats import normalise_row
-from rlqwen.data.values import without_filling
+from rlqwen.data.plain_values import without_filling
 from rlqwen.data.views import Joined, Overlaid, Selected, View
 from rlqwen.errors import DataError
 

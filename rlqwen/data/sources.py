@@ -12,17 +12,17 @@ from typing import Any
 
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import rows_on_disk
-from rlqwen.data.bundled import PREFIX, bundled_file
-from rlqwen.data.files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.formats import add_system_prompt, normalise_row
-from rlqwen.data.generators import generate
+from rlqwen.data.generated_rows import generate
 from rlqwen.data.media import media_advice
+from rlqwen.data.packaged_rows import PREFIX, bundled_file
+from rlqwen.data.plain_values import without_filling
+from rlqwen.data.row_files import SUFFIXES, list_folder, read_rows
 from rlqwen.data.rows_on_disk import GivenRows, TableRows, keep_rows
 from rlqwen.data.streams import StreamedRows
-from rlqwen.data.values import without_filling
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
-from rlqwen.model_sources import note_dataset
+from rlqwen.models.hub import note_dataset
 
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)

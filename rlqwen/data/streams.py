@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from rlqwen.data.values import without_filling
+from rlqwen.data.plain_values import without_filling
 from rlqwen.errors import DataError
 
 Row = dict[str, Any]

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from rlqwen.batch import pack, split_trees
 from rlqwen.config import SFTConfig
 from rlqwen.data import tokenize_sft
-from rlqwen.evaluation.loading import EvalModel, policy_of
-from rlqwen.likelihood import measure_likelihood, sequence_tree
+from rlqwen.evaluation.eval_model import EvalModel, policy_of
+from rlqwen.evaluation.likelihood import measure_likelihood, sequence_tree
+from rlqwen.packing.batch import pack, split_trees
 
 
 @dataclass(frozen=True)

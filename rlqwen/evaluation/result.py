@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ConfigError
+from rlqwen.evaluation.metrics.pass_at_k import RewardFigures
 from rlqwen.evaluation.win_rate import WinRate
-from rlqwen.metrics.completions import completion_rows
-from rlqwen.metrics.figures import RewardFigures
+from rlqwen.reporting.completions import completion_rows
 from rlqwen.secrets import redact_values
 from rlqwen.types import Group
 

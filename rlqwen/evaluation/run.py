@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlqwen.check.rewards import check_reward_columns
 from rlqwen.data import load_rows
-from rlqwen.evaluation.config import AGAINST_DATA, EvalConfig
-from rlqwen.evaluation.loading import EvalModel, find_model
+from rlqwen.evaluation.eval_config import AGAINST_DATA, EvalConfig
+from rlqwen.evaluation.eval_model import EvalModel, find_model
+from rlqwen.evaluation.metrics.pass_at_k import reward_figures
+from rlqwen.evaluation.metrics.text_metrics import TextMeasure
 from rlqwen.evaluation.perplexity import measure_perplexity
 from rlqwen.evaluation.result import (
     AGAINST_FILE,
@@ -24,9 +25,8 @@ from rlqwen.evaluation.result import (
 )
 from rlqwen.evaluation.sampling import given_answers, own_answers, sample
 from rlqwen.evaluation.win_rate import win_rates
-from rlqwen.metrics.figures import reward_figures
-from rlqwen.metrics.text import TextMeasure
-from rlqwen.scoring import Scorer, build_rewards
+from rlqwen.preflight.reward_check import check_reward_columns
+from rlqwen.rewards import Scorer, build_rewards
 from rlqwen.types import Group
 
 

@@ -8,18 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from rlqwen.check import prompt_room
 from rlqwen.config import OnlineConfig
 from rlqwen.data import DataReport, tokenize_prompts
 from rlqwen.data.references import own_answer
 from rlqwen.errors import DataError
-from rlqwen.evaluation.config import EvalConfig
-from rlqwen.evaluation.loading import EvalModel, policy_of
-from rlqwen.loading import load_generation_config, stop_token_ids
+from rlqwen.evaluation.eval_config import EvalConfig
+from rlqwen.evaluation.eval_model import EvalModel, policy_of
+from rlqwen.models.loading import load_generation_config, stop_token_ids
+from rlqwen.preflight import prompt_room
+from rlqwen.rewards import Scorer
 from rlqwen.rollout import RolloutEngine, build_engine
 from rlqwen.rollout.resources import uses_vllm
-from rlqwen.scoring import Scorer
-from rlqwen.trainers.rollouts import sampling_seed
+from rlqwen.rollout.sampler import sampling_seed
 from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling
 
 Row = dict[str, Any]

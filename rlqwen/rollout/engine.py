@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
-from rlqwen.model_sources import read_config
+from rlqwen.models.hub import read_config
 from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
 from rlqwen.rollout.served_model import engine_dtype, text_config
 from rlqwen.types import Canary, Group, GroupRequest
@@ -78,7 +78,7 @@ def build_engine(
     if _choose(config) == "transformers":
         if policy is None:
             raise ConfigError("rollout.engine 'transformers' samples from the policy: give build_engine a policy")
-        from rlqwen.rollout.transformers_engine import TransformersEngine
+        from rlqwen.rollout.engines.transformers import TransformersEngine
 
         return TransformersEngine(policy, tokenizer, max_model_length=length, max_num_seqs=config.max_num_seqs)
     from rlqwen.rollout.pool import RolloutPool

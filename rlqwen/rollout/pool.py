@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import RolloutConfig
-from rlqwen.data.guard import CompletionReader
+from rlqwen.data.control_tokens import CompletionReader
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
-from rlqwen.rollout import cluster
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share, files_of
-from rlqwen.rollout.slots import START_KEY, SYNC_KEY, Slot, Slots
-from rlqwen.rollout.weights import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish, sent_bytes
+from rlqwen.rollout import ray_cluster as cluster
+from rlqwen.rollout.actors import START_KEY, SYNC_KEY, Slot, Slots
+from rlqwen.rollout.weight_sync import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish, sent_bytes
+from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share, files_of
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 if TYPE_CHECKING:

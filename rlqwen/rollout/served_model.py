@@ -10,7 +10,7 @@ from typing import Any
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError
-from rlqwen.model_sources import is_tied, read_config
+from rlqwen.models.hub import is_tied, read_config
 
 TEXT_CLASSES = {"qwen3_5": "Qwen3_5ForCausalLM", "qwen3_5_moe": "Qwen3_5MoeForCausalLM"}
 """`model_type` of a config with a text part -> vLLM's class for that part."""

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rlqwen.errors import RolloutError, WorkerDied
-from rlqwen.rollout.messages import EngineSettings, GroupJob, Sampled, Share
-from rlqwen.rollout.weights import LoadReport, WeightBundle
+from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
+from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlqwen.rollout.vllm_engine import VllmEngine
+    from rlqwen.rollout.engines.vllm import VllmEngine
 
 T = TypeVar("T")
 Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
@@ -105,7 +105,7 @@ class EngineThread(threading.Thread):
         try:
             _require_model(Path(self.settings.model_path))
             _set_environment(self.settings)
-            from rlqwen.rollout.vllm_engine import VllmEngine
+            from rlqwen.rollout.engines.vllm import VllmEngine
 
             self._engine = VllmEngine(self.settings)
         except BaseException as error:  # noqa: BLE001 - the caller must hear of it, whatever it is

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from rlqwen.batch import PackedBatch
-from rlqwen.check import plan_batch, refuse_stream
 from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
+from rlqwen.distributed import Lead, Part, UpdateResult, build_updater, pick_device
 from rlqwen.errors import NonFiniteError, RolloutError, SaveError
-from rlqwen.loading import (
+from rlqwen.models.hub import check_vocabulary, commits
+from rlqwen.models.loading import (
     load_model,
     load_tokenizer,
     local_folder,
@@ -28,21 +28,21 @@ from rlqwen.loading import (
     take_eos_token,
     text_tokenizer,
 )
-from rlqwen.metrics import plot_curves, read_metrics, write_summary
-from rlqwen.metrics.run_folder import refuse_needed_inside
-from rlqwen.metrics.run_lock import lock_run_folder, unlock_run_folder
-from rlqwen.model_sources import check_vocabulary, commits
-from rlqwen.packed_model import PackedModel
-from rlqwen.parallel import Lead, Part, UpdateResult, build_updater, pick_device
-from rlqwen.policy import Policy
-from rlqwen.tiny import resolve_model_path
-from rlqwen.trainers.best import BestMetric
-from rlqwen.trainers.dealing import count_tokens
+from rlqwen.models.packed_model import PackedModel
+from rlqwen.models.policy import Policy
+from rlqwen.models.tiny import resolve_model_path
+from rlqwen.packing.batch import PackedBatch
+from rlqwen.preflight import plan_batch, refuse_stream
+from rlqwen.reporting import plot_curves, read_metrics, write_summary
+from rlqwen.run_folder.layout import refuse_needed_inside
+from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
+from rlqwen.trainers.best_checkpoint import BestMetric
+from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.evaluating import Evaluating
 from rlqwen.trainers.item_stream import ItemStream
+from rlqwen.trainers.micro_batching import count_tokens
+from rlqwen.trainers.preemption import StopRequest
 from rlqwen.trainers.scheduling import Scheduling
-from rlqwen.trainers.stopping import StopRequest
-from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics
 from rlqwen.trainers.watching import Watching
 

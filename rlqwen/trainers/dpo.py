@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree
+from rlqwen.algorithms.losses.preference import (
+    Answers,
+    AnswerTotals,
+    answer_logps,
+    kto_kl,
+    preference_loss,
+    read_answers,
+)
 from rlqwen.config import DPOConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_comparisons
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.loading import load_reference
-from rlqwen.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, preference_loss, read_answers
-from rlqwen.reference import (
+from rlqwen.models.loading import load_reference
+from rlqwen.models.reference_cache import (
     ReferenceKey,
     digest_config,
     digest_trees,
@@ -34,8 +40,10 @@ from rlqwen.reference import (
     read_logprobs,
     write_logprobs,
 )
+from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.trainers.base import BaseTrainer
-from rlqwen.trainers.comparisons import (
+from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
+from rlqwen.trainers.preference_trees import (
     Comparison,
     Comparisons,
     add_mismatched,
@@ -43,7 +51,6 @@ from rlqwen.trainers.comparisons import (
     balance_warnings,
     to_comparison,
 )
-from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
 
 _PROGRESS_AFTER_S = 3.0

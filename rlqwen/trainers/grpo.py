@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.advantages import carries_signal, group_advantages, soft_overlong_penalty
-from rlqwen.batch import Branch, Tree
+from rlqwen.algorithms.advantages import carries_signal, group_advantages, soft_overlong_penalty
+from rlqwen.algorithms.losses import Totals, grpo_loss
 from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
-from rlqwen.losses import Totals, grpo_loss
+from rlqwen.packing.batch import Branch, Tree
+from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
-from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from rlqwen.checkpoint.origin import digest_rows
+from rlqwen.checkpoint.fingerprint import digest_rows
 from rlqwen.data import DataReport
-from rlqwen.data.jobs import Tally, TokenizingJob
-from rlqwen.data.report import percentiles
+from rlqwen.data.data_report import percentiles
 from rlqwen.data.streams import StreamedRows
+from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
 from rlqwen.errors import DataError
 
 Item = TypeVar("Item")

@@ -10,26 +10,26 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree
-from rlqwen.check import prompt_room
+from rlqwen.algorithms.losses import Totals
 from rlqwen.checkpoint import same_random_state
 from rlqwen.config import OnlineConfig
 from rlqwen.data import DataReport, as_rows, longest_prompt, tokenize_prompts
-from rlqwen.data.jobs import Tally
 from rlqwen.data.prompts import PromptJob
 from rlqwen.data.streams import StreamedRows
+from rlqwen.data.tokenizing_jobs import Tally
 from rlqwen.errors import ConfigError
-from rlqwen.losses import Totals
-from rlqwen.metrics import CompletionLog
-from rlqwen.metrics.run_folder import refuse_needed_inside
-from rlqwen.registry import Reward, check_rows, taken_columns
+from rlqwen.packing.batch import PackedBatch, Tree
+from rlqwen.preflight import prompt_room
+from rlqwen.reporting import CompletionLog
+from rlqwen.rewards import Scorer, build_rewards
+from rlqwen.rewards.registry import Reward, check_rows, taken_columns
+from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.resources import uses_vllm
-from rlqwen.scoring import Scorer, build_rewards
+from rlqwen.rollout.sampler import Rollouts, describe_groups
+from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import BaseTrainer
-from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
-from rlqwen.trainers.group_wire import pack_groups, unpack_groups
 from rlqwen.trainers.item_stream import WINDOW, ItemStream, describe_first
-from rlqwen.trainers.rollouts import Rollouts, describe_groups
+from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt, Truncation
 

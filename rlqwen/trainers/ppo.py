@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.advantages import gae, token_rewards, whiten
-from rlqwen.batch import Branch, PackedBatch, Tree
+from rlqwen.algorithms.advantages import gae, token_rewards, whiten
+from rlqwen.algorithms.kl_controller import KLController
+from rlqwen.algorithms.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.config import PPOConfig
-from rlqwen.critic import Critic, ScalarModel, ValueHead
+from rlqwen.distributed import Part
 from rlqwen.errors import ConfigError
-from rlqwen.loading import load_reference, load_scalar_model
-from rlqwen.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
-from rlqwen.model_sources import check_vocabulary
-from rlqwen.parallel import Part
-from rlqwen.reference import digest_weights
-from rlqwen.trainers.kl_control import KLController
+from rlqwen.models.critic import Critic, ScalarModel, ValueHead
+from rlqwen.models.hub import check_vocabulary
+from rlqwen.models.loading import load_reference, load_scalar_model
+from rlqwen.models.reference_cache import digest_weights
+from rlqwen.packing.batch import Branch, PackedBatch, Tree
+from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
-from rlqwen.trainers.rollouts import describe_groups
 from rlqwen.trainers.telling import Metrics
 from rlqwen.types import Group, Prompt
 

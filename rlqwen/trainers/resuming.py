@@ -16,9 +16,9 @@ from rlqwen.checkpoint import (
     restore_weights,
     set_aside,
 )
-from rlqwen.checkpoint.origin import differences
+from rlqwen.checkpoint.fingerprint import differences
 from rlqwen.errors import ConfigError
-from rlqwen.metrics.run_folder import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
+from rlqwen.run_folder.layout import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
 from rlqwen.trainers.saving import ORIGIN, PROGRESS, RANDOM, STATE_FILE, Saving
 
 

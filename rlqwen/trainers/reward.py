@@ -14,16 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import Branch, PackedBatch, Tree
+from rlqwen.algorithms.losses import Totals, reward_loss
 from rlqwen.config import RewardConfig
-from rlqwen.critic import ScalarModel
 from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_scored
+from rlqwen.distributed import pick_device
 from rlqwen.errors import ModelError
-from rlqwen.loading import load_scalar_model
-from rlqwen.losses import Totals, reward_loss
-from rlqwen.parallel import pick_device
+from rlqwen.models.critic import ScalarModel
+from rlqwen.models.loading import load_scalar_model
+from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.trainers.base import BaseTrainer
-from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches
+from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
 
 

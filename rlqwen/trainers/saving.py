@@ -10,7 +10,6 @@ from typing import Any
 from peft import PeftModel
 from transformers.trainer_callback import ExportableState
 
-from rlqwen.carried_weights import carried_by
 from rlqwen.checkpoint import (
     Retention,
     checkpoint_folder,
@@ -23,7 +22,7 @@ from rlqwen.checkpoint import (
     write_checkpoint,
     write_values,
 )
-from rlqwen.checkpoint.origin import (
+from rlqwen.checkpoint.fingerprint import (
     config_origin,
     digest_rows,
     digest_tokenizer,
@@ -32,18 +31,18 @@ from rlqwen.checkpoint.origin import (
     reward_origin,
 )
 from rlqwen.config import Recipe
+from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.data import DataReport
-from rlqwen.loading import align_stop_tokens
-from rlqwen.metrics.run_folder import RECIPE_FILE
-from rlqwen.metrics.sinks import METRICS_FILE
-from rlqwen.parallel import Ranks, Updater
-from rlqwen.recipe import write_resolved
-from rlqwen.reference import digest_config, digest_weights
-from rlqwen.registry import Reward
+from rlqwen.distributed import Ranks, Updater
+from rlqwen.models.carried_weights import carried_by
+from rlqwen.models.loading import align_stop_tokens
+from rlqwen.models.reference_cache import digest_config, digest_weights
+from rlqwen.rewards.registry import Reward
+from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE
 from rlqwen.secrets import redact_values
-from rlqwen.trainers.best import BestMetric, Verdict
+from rlqwen.trainers.best_checkpoint import BestMetric, Verdict
+from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.item_stream import ItemStream
-from rlqwen.trainers.stream import RowStream
 from rlqwen.trainers.telling import Metrics, Telling
 
 STATE_FILE = "trainer_state.json"

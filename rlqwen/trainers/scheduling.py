@@ -2,7 +2,7 @@
 
 import time
 
-from rlqwen.check import BatchPlan
+from rlqwen.preflight import BatchPlan
 from rlqwen.trainers.saving import Saving
 
 

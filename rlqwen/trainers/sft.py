@@ -12,22 +12,22 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.batch import PackedBatch, Tree
+from rlqwen.algorithms.losses import Totals, sft_loss
 from rlqwen.config import SFTConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_sft
-from rlqwen.data.jobs import Tally
-from rlqwen.data.packing import Bin, make_bins
+from rlqwen.data.bins import Bin, make_bins
 from rlqwen.data.streams import StreamedRows
-from rlqwen.data.tokenization import SFTJob
+from rlqwen.data.tokenize_rows import SFTJob
+from rlqwen.data.tokenizing_jobs import Tally
 from rlqwen.data.views import Batches, Mapped, View
 from rlqwen.errors import ConfigError
-from rlqwen.likelihood import Likelihood, measure_likelihood, sequence_tree
-from rlqwen.losses import Totals, sft_loss
-from rlqwen.metrics import CompletionLog
+from rlqwen.evaluation.generation import GenerationEvaluation
+from rlqwen.evaluation.likelihood import Likelihood, measure_likelihood, sequence_tree
+from rlqwen.packing.batch import PackedBatch, Tree
+from rlqwen.reporting import CompletionLog
 from rlqwen.trainers.base import BaseTrainer
-from rlqwen.trainers.dealing import add_up, count_tokens, micro_batches, pack_share
-from rlqwen.trainers.generation import GenerationEvaluation
 from rlqwen.trainers.item_stream import ItemStream, describe_first
+from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches, pack_share
 from rlqwen.trainers.telling import Metrics
 
 

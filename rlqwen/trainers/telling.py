@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from rlqwen.config import TrainerConfig
-from rlqwen.metrics import MetricLogger
-from rlqwen.parallel import Ranks
+from rlqwen.distributed import Ranks
+from rlqwen.reporting import MetricLogger
 
 Metrics = dict[str, float]
 

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from rlqwen.errors import WatchStop
+from rlqwen.monitoring import Guard, Trip, Webhook, worst_action
 from rlqwen.trainers.resuming import Resuming
 from rlqwen.trainers.telling import Metrics
-from rlqwen.watch import Guard, Trip, Webhook, worst_action
 
 
 class Watching(Resuming):

@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_S
 
-from rlqwen.launch import launch
+from rlqwen.runs.launch import launch
+from tests.patience import PATIENCE_S
 
 PROGRAM = """
 import os, signal, sys, time
 import torch.distributed as dist
-from rlqwen.parallel import Ranks
+from rlqwen.distributed import Ranks
 ranks = Ranks()
 ranks.barrier()
 if ranks.rank == 1:
@@ -62,12 +62,10 @@ def test_a_rank_that_is_killed_ends_the_others(capfd):
 @pytest.mark.fault("SIGKILL of the launcher of ranks", "the ranks end: no orphans")
 def test_ranks_do_not_outlive_their_launcher(tmp_path):
     child = (
-        "import os, sys, time; from rlqwen.supervisor import end_with_supervisor; end_with_supervisor();"
+        "import os, sys, time; from rlqwen.runs.supervisor import end_with_supervisor; end_with_supervisor();"
         "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(1000)"
     )
-    code = (
-        f"import sys; from rlqwen.launch import launch; launch([sys.executable, '-c', {child!r}, {str(tmp_path)!r}], 2)"
-    )
+    code = f"import sys; from rlqwen.runs.launch import launch; launch([sys.executable, '-c', {child!r}, {str(tmp_path)!r}], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + DEADLINE_S
     while len([path for path in tmp_path.iterdir() if path.read_text()]) < 2:

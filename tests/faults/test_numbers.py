@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
-from rlqwen.metrics import read_metrics
+from rlqwen.reporting import read_metrics
 from rlqwen.types import Completion
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(12)]

@@ -1,10 +1,10 @@
 """Ranks that die: the others never wait for them."""
 
 import pytest
-from ranked import launch, run_on_two_ranks
 
-from rlqwen.checkpoint.folder import find_fault
-from rlqwen.metrics import read_metrics
+from rlqwen.checkpoint.atomic_folder import find_fault
+from rlqwen.reporting import read_metrics
+from tests.ranked import launch, run_on_two_ranks
 
 
 @pytest.mark.slow_fault

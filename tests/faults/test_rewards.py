@@ -5,7 +5,7 @@ import time
 import pytest
 
 from rlqwen.config import ScoringConfig
-from rlqwen.scoring import Scorer, build_rewards
+from rlqwen.rewards import Scorer, build_rewards
 from rlqwen.types import Completion, Group, Prompt
 
 TIMEOUT = 6.0

@@ -5,15 +5,15 @@ import time
 
 import pytest
 import torch
-from patience import PATIENCE_S
-from ranked import SUMS, prefers_even
 
 from rlqwen import GRPOConfig, GRPOTrainer
 from rlqwen.config import ScoringConfig
-from rlqwen.metrics import read_metrics
-from rlqwen.scoring import Scorer
-from rlqwen.trainers.ahead import Ahead, Draw
-from rlqwen.trainers.stream import RowStream
+from rlqwen.reporting import read_metrics
+from rlqwen.rewards import Scorer
+from rlqwen.rollout.prefetch import Ahead, Draw
+from rlqwen.trainers.data_stream import RowStream
+from tests.patience import PATIENCE_S
+from tests.ranked import SUMS, prefers_even
 
 
 class SlowToLeave:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from patience import PATIENCE_S
 
-from rlqwen.checkpoint.folder import find_fault
-from rlqwen.metrics import read_metrics, read_summary
+from rlqwen.checkpoint.atomic_folder import find_fault
+from rlqwen.reporting import read_metrics, read_summary
+from tests.patience import PATIENCE_S
 
 MARK = "RLQWEN_TEST_RUN"
 SFT = """\

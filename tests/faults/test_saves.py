@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from forked import run_forked
-from patience import wait_until
 from transformers import TrainerCallback
 
 from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.checkpoint import complete_checkpoints, find_fault
 from rlqwen.config import Recipe
 from rlqwen.errors import ConfigError, SaveError
-from rlqwen.verification import compare_runs, verify_resume
+from rlqwen.runs.verification import compare_runs, verify_resume
+from tests.forked import run_forked
+from tests.patience import wait_until
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}" * 3}]}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.data.cleaning.cache import cache_folder, load_outcome, store_outcome
+from rlqwen.data.cleaning.cleaning_report import CleaningReport, make_report
 from rlqwen.data.cleaning.outcome import Outcome
-from rlqwen.data.cleaning.report import CleaningReport, make_report
 from rlqwen.data.cleaning.steps import find_outcome
 from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.views import Selected, View

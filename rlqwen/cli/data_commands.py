@@ -1,0 +1,145 @@
+"""`rlqwen data check` and `rlqwen data show`."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rlqwen.cli.session import console, prepare
+from rlqwen.errors import ConfigError, DataError
+
+KINDS = ("sft", "prompts", "preference", "labelled")
+
+
+@click.group()
+def data() -> None:
+    """Look at data before training on it."""
+
+
+def _source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What is looked at, for both commands."""
+    options = (
+        click.argument("target", metavar="PATH|RECIPE"),
+        click.option(
+            "--model", help="Whose tokenizer and template to use. Default: the recipe's, else a tiny built-in."
+        ),
+        click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated."),
+        click.option("--kind", type=click.Choice(KINDS), help="What the rows are for. Default: as they look."),
+        click.option("--eval", "evaluation", metavar="PATH", help="Evaluation data beside the training data."),
+        click.option("--max-length", type=click.IntRange(min=2), help="Tokens beyond which a row counts as cut."),
+        click.option("--system-prompt", help="Put before every prompt as a system turn."),
+        click.option("--split", help="Split of a hub dataset."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@data.command()
+@_source_options
+@click.option(
+    "--near", type=click.FloatRange(0, 1), default=0.8, show_default=True, help="Similarity of near; 0: none."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
+@click.pass_context
+def check(context: click.Context, /, near: float, as_json: bool, **options: Any) -> None:
+    """Report what is in data and what training would make of it; ends with exit code 2 if rows are faulty.
+
+    Columns that are not mapped, with the map to paste; columns and keys of turns that are not used; rows and turns, what is
+    dropped or cut, empty loss masks, EOS in the loss, equal answers, answers to different
+    prompts, exact and near duplicates, overlap of train and eval, token lengths.
+
+    \b
+    rlqwen data check pairs.jsonl --column chosen=good --column rejected=bad --model Qwen/Qwen3-0.6B
+    rlqwen data check train.jsonl --eval test.jsonl --json
+    rlqwen data check my_recipe.yaml
+    """
+    with redirect_stdout(sys.stderr):
+        subject = _find_subject(**options)
+        from rlqwen.preflight.dataset import audit_data
+
+        audit = audit_data(subject, near or None)
+    if as_json:
+        click.echo(json.dumps(audit.as_dict(), ensure_ascii=False, indent=2))
+    else:
+        from rlqwen.preflight.dataset import show_audit
+
+        show_audit(audit, console())
+    if audit.num_faults:
+        context.exit(DataError.exit_code)
+
+
+@data.command()
+@_source_options
+@click.option("-n", "count", type=click.IntRange(min=1), default=3, show_default=True, help="Rows, from the first.")
+@click.option("--row", type=click.IntRange(min=0), help="Only the row of this number, from 0.")
+@click.option("--part", type=click.Choice(["train", "eval"]), default="train", show_default=True)
+@click.pass_context
+def show(context: click.Context, /, count: int, row: int | None, part: str, **options: Any) -> None:
+    """Print rows as training sees them: what is in the loss in green, or in ⟦brackets⟧, special tokens in bold.
+
+    \b
+    rlqwen data show pairs.jsonl --model Qwen/Qwen3-0.6B
+    rlqwen data show my_recipe.yaml --row 17
+    """
+    subject = _find_subject(**options)
+    from rlqwen.preflight.dataset import show_rows
+
+    if part not in subject.parts:
+        raise ConfigError(f"{subject.title} has no {part} data")
+    numbers = range(count) if row is None else range(row, row + 1)
+    screen = console()
+    for warning in subject.warnings:
+        click.echo(f"rlqwen: {warning}", err=True)
+    if not show_rows(subject, part, numbers, screen):
+        context.exit(DataError.exit_code)
+
+
+def _find_subject(
+    target: str, columns: tuple[str, ...], system_prompt: str | None, split: str | None, **options: Any
+) -> Any:
+    prepare()
+    from rlqwen.evaluation.eval_config import split_column
+    from rlqwen.preflight.dataset import find_subject
+
+    source: dict[str, Any] = {"system_prompt": system_prompt, "split": split}
+    source = {key: value for key, value in source.items() if value is not None}
+    if columns:
+        source["columns"] = dict(split_column(column) for column in columns)
+    return find_subject(target, source=source, **options)
+
+
+@data.command()
+@click.argument("model")
+@click.option("--data", "prompts", required=True, help="Prompts: a file, folder or hub id, or a generator's name.")
+@click.option("--rewards", "reward_names", required=True, help="What says which answer is better, by commas.")
+@click.option("--output", required=True, metavar="FILE", help="The JSONL file to write; must not be there yet.")
+@click.option("-k", "--num-samples", type=click.IntRange(min=2), default=8, show_default=True, help="Per prompt.")
+@click.option("--pairs-per-prompt", type=click.IntRange(min=1), default=1, show_default=True, help="At most.")
+@click.option("--min-gap", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Of a pair's rewards.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many prompts.")
+@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: vllm where it imports.")
+@click.option("--seed", type=int, default=42, show_default=True)
+def pairs(model: str, prompts: str, output: str, **options: Any) -> None:
+    """Sample answers from MODEL and write pairs of a better and a worse one, for DPO and reward modelling.
+
+    \b
+    rlqwen data pairs runs/sft/final --data prompts.jsonl --rewards accuracy --output pairs.jsonl
+    """
+    path = Path(output)
+    if path.exists():
+        raise ConfigError(f"--output {output} is there already; remove it, or give another file")
+    prepare()
+    from rlqwen.runs.pairs import draw_pairs, sampled_config, write_pairs
+
+    with redirect_stdout(sys.stderr):
+        rows, summary = draw_pairs(model, sampled_config(prompts, **options))
+    write_pairs(path, rows)
+    click.echo(f"{summary} in {path}")

@@ -1,0 +1,41 @@
+"""What DPO and its relatives learn from: pairs, or single answers with a label."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.config.dpo import UNPAIRED, DPOConfig
+from rlqwen.data.data_report import DataReport
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.preference_formats import is_pair
+from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
+from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
+from rlqwen.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+_LABELS = {"label", "kto_tag"}
+
+
+def tokenize_comparisons(
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: DPOConfig
+) -> tuple[Sequence[PreferenceRow] | Sequence[LabelledRow], DataReport]:
+    """Pairs of all rows, in order; single answers where the rows are labelled.
+
+    Raises DataError for labelled rows where a loss compares two answers.
+    """
+    labelled = next((number for number, row in enumerate(rows) if _is_labelled(row, number)), None)
+    if labelled is None:
+        return tokenize_preferences(rows, tokenizer, config)
+    if config.needs_pairs:
+        raise DataError(
+            f"row {labelled} is a single answer with a label, but loss_type {', '.join(config.loss_type)} compares a "
+            f"chosen with a rejected one; such rows go with loss_type {' and '.join(sorted(UNPAIRED))}"
+        )
+    return tokenize_labelled(rows, tokenizer, config)
+
+
+def _is_labelled(row: Row, number: int) -> bool:
+    return not _LABELS.isdisjoint(row) and not is_pair(normalise_row(row, f"row {number}"))

@@ -1,0 +1,130 @@
+"""What an SFT row becomes, and which of it is in the loss, by its columns and the config."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.config.sft import SFTConfig
+from rlqwen.data.column_hints import offer, offer_completion
+from rlqwen.data.control_tokens import Piece
+from rlqwen.data.data_report import DataReport
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.messages import as_text, to_turns
+from rlqwen.data.renderer import Writer
+from rlqwen.data.row_form import RowForm, describe, look_at, note_row, unlike_trl
+from rlqwen.errors import DataError
+from rlqwen.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+class SFTWriter(Writer):
+    """Decides by the row's columns and the config what is written and what is in the loss."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
+        super().__init__(tokenizer, config)
+        self._config = config
+        self._has_pairs = False
+
+    def write(self, number: int, row: Row) -> list[list[Piece]]:
+        """Pieces of the one sequence that row `number` becomes; DataError if there is nothing to learn in it."""
+        where = f"row {number}"
+        row = normalise_row(row, where)
+        pieces = self._pieces(row, where)
+        self._note_unused(row)
+        return [pieces]
+
+    def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
+        """Add to the report in what form the rows are learned."""
+        config = self._config
+        form = look_at(rows, self._note_form)
+        hint = "for a chat model make them turns: columns: {instruction: the column of the question, output: that of the answer}"
+        other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
+        describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
+
+    def _note_form(self, form: RowForm, row: Row) -> None:
+        row = normalise_row(row, "row")
+        if "messages" in row:
+            form.note_conversation(self.format, row["messages"], row.get("tools"))
+        elif "prompt" in row and "completion" in row:
+            self._has_pairs = self._config.completion_only_loss is not False
+            note_row(form, row, [row], lambda: self.format)
+        else:
+            form.note_text()
+
+    def _pieces(self, row: Row, where: str) -> list[Piece]:
+        text_field = self._config.dataset_text_field
+        if "messages" in row:
+            return self._conversation(row, where)
+        if "prompt" in row and "completion" in row:
+            return self._prompt_and_completion(row, where)
+        if row.get(text_field) is not None:
+            self._refuse_masks("assistant_only_loss", "completion_only_loss", where, "plain text")
+            return [Piece(self.with_eos(as_text(row, text_field, where)), True, in_loss=True)]
+        hint = offer_completion(row) if "prompt" in row else offer(row, "sft")
+        raise DataError(
+            f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "
+            f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"
+        )
+
+    def _note_unused(self, row: Row) -> None:
+        conversations = []
+        if "messages" in row:
+            read, conversations = {"messages", "tools"}, [row["messages"]]
+        elif "prompt" in row and "completion" in row:
+            read = {"prompt", "completion"}
+            if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
+                read.add("tools")
+                conversations = [[*to_turns(row["prompt"], "user"), *to_turns(row["completion"], "assistant")]]
+        else:
+            read = {self._config.dataset_text_field}
+        if self._config.eval_generation is not None:
+            read.update([self._config.eval_generation.reference or "solution", "answer"])
+        self.note_unused(row, read, conversations)
+
+    def _conversation(self, row: Row, where: str) -> list[Piece]:
+        self._refuse_masks("completion_only_loss", None, where, "a whole conversation")
+        pieces = self.format.conversation(row["messages"], where, tools=row.get("tools"))
+        if self._config.assistant_only_loss is not False:
+            return pieces
+        _refuse_marks(row["messages"], where, "assistant_only_loss")
+        return all_in_loss(pieces)
+
+    def _prompt_and_completion(self, row: Row, where: str) -> list[Piece]:
+        prompt, completion = row["prompt"], row["completion"]
+        completion_only = self._config.completion_only_loss is not False
+        if isinstance(prompt, str) and isinstance(completion, str):
+            self._refuse_masks("assistant_only_loss", None, where, "plain text")
+            pieces = [Piece(prompt, True), Piece(self.with_eos(completion), True, in_loss=True)]
+            return pieces if completion_only else all_in_loss(pieces)
+        before, after = to_turns(prompt, "user"), to_turns(completion, "assistant")
+        if not completion_only and self._config.assistant_only_loss:
+            return self.format.conversation([*before, *after], where, tools=row.get("tools"))
+        asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
+        if completion_only:
+            return [*asked, *answered]
+        _refuse_marks([*before, *after], where, "completion_only_loss")
+        return all_in_loss([*asked, *answered])
+
+    def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
+        for key in (first, second):
+            if key and getattr(self._config, key):
+                raise DataError(f"{where}: {key} is set, but the row is {what}, where it means nothing; leave it out")
+
+
+def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
+    """Raise DataError for a mark without effect: all turns are learned except marked assistant turns."""
+    marked = next((turn["role"] for turn in messages if "in_loss" in turn and turn["role"] != "assistant"), None)
+    if marked is not None:
+        raise DataError(
+            f"{where}: a turn of role {marked!r} is marked as not to be learned, but {key}: false learns all turns but "
+            "the assistant's that are marked; leave one of them out"
+        )
+
+
+def all_in_loss(pieces: list[Piece]) -> list[Piece]:
+    """Return the same text, all of it learned except the turns that the row excludes."""
+    return [replace(piece, in_loss=not piece.is_barred) for piece in pieces]

@@ -1,0 +1,219 @@
+"""Carries a tokenising job out over all rows: a few in memory, many in parallel onto disk, or found there again."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow as pa
+
+from rlqwen.data import rows_on_disk
+from rlqwen.data.arrow_file import ArrowRows, write_batches
+from rlqwen.data.data_cache import (
+    ROWS_FILE,
+    cache_root,
+    explained,
+    keep_folder,
+    locked,
+    read_meta,
+    scratch_folder,
+)
+from rlqwen.data.data_report import DataReport
+from rlqwen.data.rows_on_disk import BATCH, chunk_of, content_digest, folder_of
+from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
+from rlqwen.data.worker_pool import CannotTravel, WorkerPool
+from rlqwen.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+logger = logging.getLogger(__name__)
+
+PARALLEL_FROM = 10_000
+"""Fewer rows are done before more processes would have started."""
+_PROGRESS_AFTER_S = 3.0
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Result of a job for some rows, in the form that is sent between processes and written to disk."""
+
+    batch: pa.RecordBatch
+    tally: Tally
+    faults: list[DataError] = field(default_factory=list)
+    num_rows: int = 0
+
+
+def run_chunk(job: TokenizingJob[Any], start: int, rows: Sequence[Row], collects_faults: bool) -> Chunk:
+    """Run a part of a job; raise the first fault unless faults are collected."""
+    faults: list[DataError] = []
+    items, tally = job.run(start, rows, faults if collects_faults else None)
+    return Chunk(job.codec.encode(items), tally, faults, len(rows))
+
+
+def tokenize_all(
+    rows: Sequence[Row],
+    job: TokenizingJob[Item],
+    *,
+    faults: list[DataError] | None = None,
+    num_proc: int | None = None,
+) -> tuple[Sequence[Item], DataReport]:
+    """Return items of all rows in order, and the report on them; long work shows a bar on a terminal.
+
+    From `STORED_FROM` rows on, the items lie in an Arrow file in the data cache, and the same rows, tokenizer and
+    settings find them there again. `num_proc`: processes; None: one, or for very many rows one per CPU. Raises the
+    fault of the first bad row, or, given a list of `faults`, puts them all there.
+    """
+    if not rows:
+        raise DataError("the dataset is empty")
+    if len(rows) < rows_on_disk.STORED_FROM:
+        return _in_memory(rows, job, faults)
+    root = cache_root(folder_of(rows))
+    key = digest_of_job(rows, job)
+    place = root / f"tokens-{key}"
+    with locked(root, f"tokens-{key}"):
+        meta = read_meta(place)
+        if meta is not None:
+            report = DataReport.of_plain(meta["report"])
+            report.source = f"{len(rows):,} rows were tokenised before: read from {place}"
+            return job.present(_open(place, job, meta), rows), report
+        with explained(root), scratch_folder(root) as folder:
+            digest, report = _write(folder / ROWS_FILE, rows, job, faults, num_proc)
+            meta = {"digest": digest, "report": report.plain()}
+            if faults:  # what is looked at once needs no name
+                return job.present(_open(folder, job, meta), rows), report
+            keep_folder(folder, place, meta)
+    report.source = f"token ids are kept in {place}"
+    return job.present(_open(place, job, meta), rows), report
+
+
+def _open(folder: Path, job: TokenizingJob[Any], meta: dict[str, Any]) -> ArrowRows[Any]:
+    return ArrowRows(folder / ROWS_FILE, job.codec, meta["digest"])
+
+
+def _in_memory(
+    rows: Sequence[Row], job: TokenizingJob[Item], faults: list[DataError] | None
+) -> tuple[list[Item], DataReport]:
+    total, items = Tally(), list[Item]()
+    for start in range(0, len(rows), BATCH):
+        made, tally = job.run(start, list(rows[start : start + BATCH]), faults)
+        items += made
+        total.add(tally)
+    job.describe(total.report, rows)
+    return items, job.finish(total, faults)
+
+
+def _write(
+    path: Path, rows: Sequence[Row], job: TokenizingJob[Any], faults: list[DataError] | None, num_proc: int | None
+) -> tuple[str, DataReport]:
+    """Write the file; return a digest of its content and the report."""
+    total, digest = Tally(), hashlib.blake2b(digest_size=16)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for chunk in _chunks(rows, job, faults is not None, num_proc):
+            total.add(chunk.tally)
+            if faults is not None:
+                faults.extend(chunk.faults)
+            _feed(digest, chunk.batch)
+            yield chunk.batch
+
+    write_batches(path, job.codec.schema, batches())
+    job.describe(total.report, rows)
+    return digest.hexdigest(), job.finish(total, faults)
+
+
+def _feed(digest: Any, batch: pa.RecordBatch) -> None:
+    """Feed values to the digest, because the bytes of a file may change with the version of Arrow."""
+    for column in batch.columns:
+        digest.update(repr(column.type).encode())
+        while pa.types.is_list(column.type):
+            digest.update(column.value_lengths().to_numpy().tobytes())
+            column = column.flatten()
+        if column.null_count:
+            digest.update(column.is_null().to_numpy(zero_copy_only=False).tobytes())
+            column = column.drop_null()
+        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+
+
+def _chunks(
+    rows: Sequence[Row], job: TokenizingJob[Any], collects_faults: bool, num_proc: int | None
+) -> Iterator[Chunk]:
+    from tqdm import tqdm
+
+    starts = range(0, len(rows), BATCH)
+    parts = ((start, chunk_of(rows, start, min(start + BATCH, len(rows)))) for start in starts)
+    count = min(count_processes(num_proc, len(rows)), len(starts))
+    what = f"Tokenising in {count} processes" if count > 1 else "Tokenising"
+    with tqdm(total=len(rows), desc=what, unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
+        for chunk in _run_parts(parts, job, collects_faults, count):
+            yield chunk
+            bar.update(chunk.num_rows)
+
+
+def _run_parts(
+    parts: Iterator[tuple[int, list[Row]]], job: TokenizingJob[Any], collects_faults: bool, count: int
+) -> Iterator[Chunk]:
+    if count > 1:
+        try:
+            pool = WorkerPool(count, run_chunk, job, collects_faults)
+        except CannotTravel as error:
+            logger.warning("tokenising in one process, because this tokenizer does not pickle (%s)", error)
+        else:
+            with closing(pool):
+                yield from pool.map(parts)
+            return
+    yield from (run_chunk(job, start, part, collects_faults) for start, part in parts)
+
+
+def digest_of_job(rows: Sequence[Row], job: TokenizingJob[Any]) -> str:
+    """Digest all that the items depend on: rows, tokenizer, settings, and the code that makes the items."""
+    parts = [type(job).__name__, job.settings(), content_digest(rows), digest_vocabulary(job.tokenizer), _code_digest()]
+    return hashlib.blake2b(json.dumps(parts, default=repr).encode(), digest_size=16).hexdigest()
+
+
+def digest_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Digest a tokenizer: vocabulary, merges, normaliser, added and special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = json.dumps(
+        [
+            backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+            type(tokenizer).__name__,
+            sorted(tokenizer.added_tokens_decoder.items()),
+            tokenizer.special_tokens_map,
+            tokenizer.chat_template,
+        ],
+        default=repr,
+    )
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    digest = hashlib.blake2b("".join(f"{name} {version(name)}," for name in _LIBRARIES).encode(), digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_LIBRARIES = ("tokenizers", "transformers", "jinja2")
+
+
+def count_processes(num_proc: int | None, num_rows: int) -> int:
+    """Return the number of tokenising processes; None: one per CPU if there are many rows.
+
+    Of several ranks one tokenises, and the others wait for it.
+    """
+    if num_proc is not None:
+        return num_proc
+    if num_rows < PARALLEL_FROM:
+        return 1
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,28 @@
+"""On how many processes an update is carried out, and how: the only package that knows."""
+
+from rlqwen.distributed.device import pick_device
+from rlqwen.distributed.lr_schedule import warmup_updates
+from rlqwen.distributed.main_rank import Lead
+from rlqwen.distributed.optimizer_step import Updater, UpdateResult
+from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.ranks import Ranks, is_loss_of_rank
+from rlqwen.distributed.zero3_gather import exact_weight, gathered, has_exact, is_sharded, keep_exact, whole_model
+from rlqwen.distributed.zero_step import build_updater
+
+__all__ = [
+    "Lead",
+    "Part",
+    "Ranks",
+    "UpdateResult",
+    "Updater",
+    "build_updater",
+    "exact_weight",
+    "gathered",
+    "has_exact",
+    "is_loss_of_rank",
+    "is_sharded",
+    "keep_exact",
+    "pick_device",
+    "warmup_updates",
+    "whole_model",
+]

@@ -1,0 +1,199 @@
+"""How an update is carried out: gradients added up over the ranks, clipped, applied.
+
+Trainers call `backward` on each micro-batch's share of the loss and `step` once an update.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlqwen.config import TrainerConfig
+from rlqwen.distributed.deepspeed_config import fp16_settings
+from rlqwen.distributed.loss_scale import LossScale
+from rlqwen.distributed.lr_schedule import build_schedulers
+from rlqwen.distributed.moments import moments_are_finite
+from rlqwen.distributed.optimizer_state import MASTER, restore_optimizer, save_optimizer
+from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.ranks import Ranks
+from rlqwen.distributed.tensor_parallel import is_shard
+from rlqwen.errors import ConfigError, NonFiniteError
+
+
+@dataclass(slots=True, frozen=True)
+class UpdateResult:
+    """What became of one update."""
+
+    grad_norms: dict[str, float]
+    """Norm of each part's gradient before clipping."""
+    lr: float
+    """Learning rate of the first part."""
+    skipped: bool
+    """Loss, gradient or a moment was not finite: weights and optimiser are as before, to the bit."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the first part."""
+        return next(iter(self.grad_norms.values()))
+
+
+class Updater:
+    """Optimiser, schedule and clipping; one schedule scales the learning rates of all parts.
+
+    On several ranks each holds all weights, and gradients are added up once an update; see ShardedUpdater.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
+    ) -> None:
+        if not all(part.parameters for part in parts):
+            raise ConfigError("nothing to train: every weight of the model is frozen")
+        self.parts = list(parts)
+        self.ranks = ranks or Ranks()
+        self.max_grad_norm = args.max_grad_norm
+        self.max_nonfinite_steps = args.max_nonfinite_steps
+        self.scale = LossScale(args.fp16, fp16_settings(args))
+        self.optimizers = self._build_optimizers(args)
+        self.schedulers = build_schedulers(args, self.optimizers, total_updates)
+        self._finite = True
+        self._touched = False
+        self._nonfinite_in_a_row = 0
+
+    def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
+        return [build_adamw(self.parts, args)]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+        self._finite = self._finite and bool(torch.isfinite(loss.detach()))
+        self._touched = True
+        self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * self.scale.value).backward()
+
+    def step(self) -> UpdateResult:
+        """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
+        sound = all(self.ranks.gather(all(map(moments_are_finite, self.optimizers))))
+        norms = self._finish_gradients()
+        finite = all(self.ranks.gather(self._finite))
+        lr = self.schedulers[0].get_last_lr()[0]
+        overflowed = not all(map(math.isfinite, norms.values()))
+        skipped = overflowed or not (finite and sound)
+        self._apply(norms, skip=skipped)
+        if not skipped:
+            for scheduler in self.schedulers:
+                scheduler.step()
+        self._finite, self._touched = True, False
+        if not (overflowed and finite and sound and self.scale.can_fall):
+            self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skipped else 0
+        self.scale.update(overflow=overflowed)
+        if self._nonfinite_in_a_row >= self.max_nonfinite_steps:
+            culprit = "loss or gradient was" if sound else "a moment of the optimizer was"
+            raise NonFiniteError(
+                f"{culprit} not finite in {self._nonfinite_in_a_row} updates in a row "
+                f"(max_nonfinite_steps); no weight was changed by them. Lower learning_rate (now {lr:.3g}), or look at "
+                "the batches saved under nonfinite/ in the run folder"
+            )
+        return UpdateResult(norms, lr, skipped)
+
+    def _finish_gradients(self) -> dict[str, float]:
+        """Add up over the ranks what has been gathered; returns the norm of each part's gradient, before clipping."""
+        self._add_up_gradients()
+        norms = {}
+        for part in self.parts:
+            gradients = [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+            if self.scale.value != 1.0 and gradients:
+                torch._foreach_div_(gradients, self.scale.value)
+            norms[part.name] = self._norm(part)
+        return norms
+
+    def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
+        """Clip and update, or throw the gradients away."""
+        if not skip:
+            for part in self.parts:
+                if self.max_grad_norm:
+                    norm = torch.tensor(norms[part.name])
+                    nn.utils.clip_grads_with_norm_(part.parameters, self.max_grad_norm, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def save(self, folder: Path) -> None:
+        """Write what the optimiser and the schedule remember into `folder`; on every rank."""
+        tensors = dict(self._state())
+        if self.ranks.is_main:
+            memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.progress()}
+            save_optimizer(folder, tensors, self.optimizers, self.schedulers, memory)
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save` wrote, by the same updater or another; on every rank, with the weights put back."""
+        names = {name for part in self.parts for name, _ in part.named()}
+        states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
+        self._restore_state(states)
+        self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
+        self.scale.restore(memory["loss_scale"])
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """What is remembered of each parameter; on the main rank, all of it."""
+        for part in self.parts if self.ranks.is_main else ():
+            for name, parameter in part.named():
+                for key, value in self.optimizers[0].state.get(parameter, {}).items():
+                    yield f"{name}/{key}", torch.as_tensor(value).detach().cpu().contiguous()
+
+    def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
+        for part in self.parts:
+            for name, parameter in part.named():
+                if name not in states:
+                    continue
+                kept = {key: value.to(parameter.device) for key, value in states[name].items() if key != MASTER}
+                if MASTER in states[name]:
+                    parameter.data.copy_(states[name][MASTER])
+                if kept:
+                    self.optimizers[0].state[parameter] = kept
+
+    def _add_up_gradients(self) -> None:
+        """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one.
+
+        A weight without a gradient on any rank rests. Where nothing was to be trained on at all the gradient is exactly
+        0, which is another thing: momentum and weight decay still move the weights.
+        """
+        parameters = [parameter for part in self.parts for parameter in part.parameters]
+        by_rank = self.ranks.gather((self._touched, [weight.grad is not None for weight in parameters]))
+        touched, given = zip(*by_rank, strict=True)
+        for parameter, given_by in zip(parameters, zip(*given, strict=True), strict=True):
+            if any(touched) and not any(given_by):
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.ranks.world_size > 1:
+                dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
+
+    def _norm(self, part: Part) -> float:
+        """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
+        own = [parameter for parameter in part.parameters if parameter.grad is not None]
+        if self.ranks.tensor_group is None:
+            return float(_total_norm(own))
+        square = _total_norm(parameter for parameter in own if is_shard(parameter)).square()
+        dist.all_reduce(square, group=self.ranks.tensor_group)
+        rest = _total_norm(parameter for parameter in own if not is_shard(parameter))
+        return float((square + rest.square()).sqrt())
+
+
+def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optimizer:
+    """PyTorch's, for all parts together."""
+    return torch.optim.AdamW(
+        [group for part in parts for group in part.groups(args.weight_decay)],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=args.optim == "adamw_torch_fused",
+    )

@@ -1,0 +1,162 @@
+"""The processes that train together, and what they tell one another.
+
+Every rank holds every row and every group of completions (tokens are small), and takes its share of them by the same
+rule. So counts over the whole update, which losses are divided by, need no communication, and every rank knows how
+many forwards the others will make: a rank with fewer makes idle ones, and none waits for ever.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlqwen.config import ParallelConfig
+from rlqwen.errors import ConfigError, MainRankFailed
+from rlqwen.packing.sequence_parallel import SequenceGroup
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""A rank that dies closes its connections, and ends the wait for it at once."""
+
+
+def is_loss_of_rank(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone, or has told of an error of its own."""
+    if isinstance(error, MainRankFailed):
+        return True
+    while error is not None:
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return False
+
+
+class Ranks:
+    """This process among those of the run; one process needs no launcher and communicates nothing.
+
+    Messages between ranks go over gloo, through CPU memory, so that they never mix with the gradients' own traffic.
+    """
+
+    def __init__(self, config: ParallelConfig | None = None) -> None:
+        """Join the processes that torchrun (or `rlqwen run --nproc-per-node`) has started; alone without it.
+
+        Raises ConfigError where they don't divide into the groups that `config` asks for.
+        """
+        config = config or ParallelConfig()
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.ranks_per_row = config.ranks_per_row
+        """How many neighbouring ranks see the same rows; the first of them speaks for all."""
+        _check_division(self.world_size, config)
+        self._group: Any = None
+        self._patient_group: Any = None
+        if self.world_size > 1:
+            timeout = timedelta(seconds=config.timeout)
+            if not dist.is_initialized():
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, timeout=timeout)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            self._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.sequence = SequenceGroup(self._neighbours() if config.sequence_parallel_size > 1 else None)
+        """The ranks that forward a row together, a slice each."""
+        self.tensor_group: Any = self._neighbours() if config.autotp_size > 1 else None
+        """The ranks that hold a model together, a shard of each layer each."""
+        self.gradient_group: Any = self._counterparts() if config.autotp_size > 1 else None
+        """The ranks whose gradients add up: those with the same shards. None: all."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that samples, logs and writes what all share."""
+        return self.rank == 0
+
+    def _neighbours(self) -> Any:
+        """The group of the ranks that see the same rows as this one."""
+        groups = [
+            dist.new_group(list(range(first, first + self.ranks_per_row)))
+            for first in range(0, self.world_size, self.ranks_per_row)
+        ]
+        return groups[self.data_rank]
+
+    def _counterparts(self) -> Any:
+        """The group of the ranks that have this one's place among their neighbours."""
+        groups = [
+            dist.new_group(list(range(place, self.world_size, self.ranks_per_row)))
+            for place in range(self.ranks_per_row)
+        ]
+        return groups[self.rank % self.ranks_per_row]
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the rows are dealt."""
+        return self.world_size // self.ranks_per_row
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the shares is this rank's."""
+        return self.rank // self.ranks_per_row
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of what all hold: every `data_size`-th, so that shares differ by one at most."""
+        return self.shares(items)[self.data_rank]
+
+    def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """Every share."""
+        return [items[share :: self.data_size] for share in range(self.data_size)]
+
+    def from_main(self, value: T, *, patient: bool = False) -> T:
+        """The main rank's value, on every rank; anything that pickles.
+
+        `patient`: wait for it as long as the main rank lives, for it does work that has deadlines of its own.
+        """
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._patient_group if patient else self._group)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; anything that pickles."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._group)
+        return box
+
+    def gather_shares(self, value: T) -> list[T]:
+        """A value for each share of the rows, by share; ranks that see the same rows have the same one."""
+        return self.gather(value)[:: self.ranks_per_row]
+
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """The rows of all shares, in their order; without gradient. Numbers of rows may differ."""
+        if self.world_size == 1:
+            return tensor
+        return torch.cat(self.gather_shares(tensor.detach().cpu())).to(tensor.device)
+
+    def sum(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures added up over the shares of the rows; one may lack some."""
+        total: dict[str, float] = {}
+        for part in self.gather_shares(dict(figures)):
+            for key, value in part.items():
+                total[key] = total.get(key, 0.0) + value
+        return total
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier(group=self._group)
+
+
+def _check_division(world_size: int, config: ParallelConfig) -> None:
+    if world_size % config.ranks_per_row == 0:
+        return
+    name = "autotp_size" if config.autotp_size > 1 else "sequence_parallel_size"
+    wanted = -(-world_size // config.ranks_per_row) * config.ranks_per_row
+    raise ConfigError(
+        f"parallel.{name}={config.ranks_per_row} must divide the number of ranks, which is {world_size}: start the run "
+        f"with --nproc-per-node {wanted}, or set {name} to a divisor of {world_size}"
+    )

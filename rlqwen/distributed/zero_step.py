@@ -1,0 +1,101 @@
+"""Updates whose optimizer state, gradients and weights are shared out among the ranks: DeepSpeed ZeRO."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlqwen.config import TrainerConfig
+from rlqwen.distributed.deepspeed_config import check_batch_size, complete_ds_config
+from rlqwen.distributed.optimizer_step import Updater, build_adamw
+from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.ranks import Ranks
+from rlqwen.distributed.zero3_gather import gathered
+from rlqwen.distributed.zero_engine import Engine
+
+
+class ShardedUpdater(Updater):
+    """ZeRO stages 1 to 3, an engine a part. With bf16 or fp16 weights are computed with in that, and the optimizer keeps
+    float32 ones."""
+
+    def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
+        _join_alone()
+        dtype = _engine_dtype(self.parts, args)
+        self.engines: list[Engine] = []
+        for part in self.parts:
+            hidden = max(parameter.shape[-1] for parameter in part.parameters)
+            config = complete_ds_config(args, data_size=self.ranks.data_size, hidden_size=hidden, dtype=dtype)
+            assert part.module is not None
+            if dtype == "fp32":
+                part.module.float()
+            self.engines.append(Engine(part, build_adamw([part], args), config))
+        return [engine.optimizer for engine in self.engines]
+
+    def _backward(self, loss: Tensor) -> None:
+        for engine in self.engines:
+            # DeepSpeed averages over ranks what must be added up. A larger loss would compensate for that too, but it
+            # overflows in float16 at a scale at which no rank's gradient does.
+            engine.scale_loss(self.scale.value / engine.averages_over)
+        scaled = loss * self.scale.value
+        for engine in self.engines:
+            engine.before_backward(scaled)
+        scaled.backward()
+        for engine in self.engines:
+            engine.after_backward()
+
+    def _finish_gradients(self) -> dict[str, float]:
+        if not any(self.ranks.gather(self._touched)):
+            self._backward_zeros()
+        return {engine.part.name: engine.finish_gradient() for engine in self.engines}
+
+    def _backward_zeros(self) -> None:
+        """The gradient is exactly 0, yet momentum and weight decay still move the weights."""
+        for engine in self.engines:
+            for parameter in engine.part.parameters:
+                engine.start_over()
+                with gathered([parameter]):
+                    self._backward(parameter.float().sum() * 0.0)
+
+    def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
+        for engine in self.engines:
+            engine.apply(norms[engine.part.name], skip=skip)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for engine in self.engines:
+            for name, parameter in engine.part.named():
+                for key, value in engine.state_of(name, parameter):
+                    if self.ranks.is_main:
+                        yield key, value.detach().to("cpu", copy=True).reshape(value.shape).contiguous()
+
+    def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
+        for engine in self.engines:
+            engine.restore_weights()
+            engine.restore_state(states)
+
+
+def build_updater(parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks) -> Updater:
+    """The one that `args.parallel` asks for. ZeRO stage 0 shares nothing out, and is the plain one."""
+    check_batch_size(args, ranks.data_size)
+    kind = ShardedUpdater if args.parallel.zero_stage else Updater
+    return kind(parts, args, total_updates=total_updates, ranks=ranks)
+
+
+def _engine_dtype(parts: Sequence[Part], args: TrainerConfig) -> str:
+    """Of the weights that a forward reads. Where DeepSpeed finds no float16 instructions, as on most CPUs, they stay
+    float32, and the forward's products alone are float16, as without DeepSpeed."""
+    if args.fp16:
+        from deepspeed.accelerator import get_accelerator
+
+        return "fp16" if get_accelerator().is_fp16_supported() else "fp32"
+    on_gpu = parts[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if (on_gpu if args.bf16 is None else args.bf16) else "fp32"
+
+
+def _join_alone() -> None:
+    """DeepSpeed wants a group of processes even where there is one."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)

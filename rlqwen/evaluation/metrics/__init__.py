@@ -1,0 +1,1 @@
+"""Score generated texts and sampled answers. Pure functions."""

@@ -1,0 +1,1 @@
+"""Load, wrap, adapt and write models: policy, reference, critic, adapters, checkpoint formats."""

@@ -1,0 +1,69 @@
+"""Weights that a checkpoint of half precision holds in float32, such as the decay rates of delta-net layers (A_log).
+
+transformers rounds them to the checkpoint's dtype when it loads it. Here they are taken from the files again, and stay
+float32 in the forward, in every folder that is written, and on their way to the rollout workers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from rlqwen.models.hub import StoredTensor, read_config, stored_tensors
+
+_MARK = "keeps_float32"
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def restore_float32(model: Any, folder: Path) -> None:
+    """Give `model`, loaded from `folder` in half precision, the weights that the folder holds in float32 beside others."""
+    exact = float32_weights(folder)
+    half = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.dtype in _HALF and not _is_fused(name, weight)
+    }
+    if not exact or not half:
+        return
+    by_stored_name = {next(iter(revert_weight_conversion(model, {name: half[name]}))): half[name] for name in half}
+    for name in exact.keys() & by_stored_name.keys():
+        weight = by_stored_name[name]
+        if weight.shape == exact[name].shape:
+            with safe_open(exact[name].path, framework="pt") as file:
+                weight.data = file.get_tensor(name).to(weight.device)
+
+
+def float32_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Return the float32 weights of a folder by name; none unless its config says that weights are of half precision."""
+    if saved_dtype(folder) not in _HALF:
+        return {}
+    return {name: entry for name, entry in stored_tensors(folder).items() if entry.dtype == "F32"}
+
+
+def saved_dtype(folder: str | Path) -> torch.dtype | None:
+    """Return the dtype that the folder's config gives its weights, those of its text model; None where it doesn't say."""
+    config = read_config(folder)
+    parts = (config.get("text_config") or {}, config)
+    name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
+    return getattr(torch, name) if name else None
+
+
+def mark_float32(model: Any) -> None:
+    """Remember which weights of a model of half precision are float32, before training makes others so."""
+    if model.dtype in _HALF:
+        for weight in model.parameters():
+            if weight.dtype == torch.float32:
+                setattr(weight, _MARK, True)
+
+
+def written_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return what to write `weight` in where others are written in `dtype`; None: in its own."""
+    return torch.float32 if dtype is not None and hasattr(weight, _MARK) else dtype
+
+
+def _is_fused(name: str, weight: Tensor) -> bool:
+    """Whether it is several weights in a checkpoint, such as a layer's experts; a convolution's is one."""
+    return weight.ndim == 3 and not name.endswith("conv1d.weight")

@@ -1,0 +1,168 @@
+"""Models and tokenizers by name: a folder, a hub id, or a built-in model."""
+
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import align_special_tokens
+
+from rlqwen.config import TrainerConfig
+from rlqwen.distributed import pick_device
+from rlqwen.errors import ConfigError, ModelError
+from rlqwen.models.hub import pinned, refuse_pickles, split_revision
+from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
+from rlqwen.models.quantization import require_bitsandbytes
+
+Args = TypeVar("Args", bound=TrainerConfig)
+_LOADING_ARGUMENTS = ("dtype", "quantization_config")
+"""What `from_pretrained` must see of a built-in model's arguments."""
+
+
+def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
+    """Load a causal language model by name, see rlqwen.models.model_classes; ModelError where it cannot be."""
+    name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
+    if arguments.get("quantization_config") is not None:
+        require_bitsandbytes("quantization_config")
+        # Quantised weights are laid out for the device that they are loaded on.
+        arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
+    return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+
+
+def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
+    """A model that answers with one number, and whether its head was there already; a causal model gets a new one.
+
+    Raises ModelError, also where the folder has a head of several labels.
+    """
+    name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
+    return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+
+
+def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:
+    """The model that a policy is held against: as given, or loaded as `model` is; ModelError if they are one object."""
+    if ref_model is model and isinstance(model, nn.Module):
+        raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
+    if isinstance(ref_model, nn.Module):
+        return ref_model
+    if isinstance(model, str):
+        _, args = split_builtin_arguments(model, args)
+    arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
+    return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
+
+
+def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Args]:
+    """The shape of a built-in model, and the config without it: `from_pretrained` must not see it."""
+    if not model.startswith("builtin:"):
+        return {}, args
+    loading = {key: value for key, value in args.model_init_kwargs.items() if key in _LOADING_ARGUMENTS}
+    shape = {key: value for key, value in args.model_init_kwargs.items() if key not in _LOADING_ARGUMENTS}
+    return shape, args.model_copy(update={"model_init_kwargs": loading})
+
+
+def local_folder(name_or_path: str, revision: str | None = None) -> str:
+    """The folder itself, or where the hub's snapshot of a model lies on this machine, downloaded if need be."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        refuse_pickles(folder)
+        return str(folder)
+    name_or_path, named = split_revision(name_or_path)
+    revision = named or revision
+    try:
+        return snapshot_download(
+            name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        )
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ModelError(f"model {name_or_path!r} is no folder here and cannot be downloaded: {error}") from error
+
+
+def load_generation_config(folder: str) -> GenerationConfig | None:
+    """The folder's generation config, if it has one."""
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
+) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
+    configured = generation_config.eos_token_id if generation_config else None
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    if end_of_turn is not None:
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn))
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def take_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) -> None:
+    """Set the tokenizer's EOS token to `eos_token`, and its padding token if it has none, as TRL does.
+
+    Raises ConfigError for a token that is not in the vocabulary.
+    """
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(f"eos_token: {eos_token!r} is not in the tokenizer's vocabulary")
+        tokenizer.eos_token = eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def align_stop_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
+) -> None:
+    """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs, so that
+    whoever loads the saved folder stops generating where the model was taught to stop. Ids are only ever added."""
+    with quiet_loading():
+        align_special_tokens(model, tokenizer)
+    if not model.can_generate() or model.generation_config is None:
+        return
+    generation = model.generation_config
+    ids = list(stop_token_ids(tokenizer, generation, end_of_turn))
+    generation.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        if not generation.do_sample:
+            generation.do_sample = True
+            warnings.warn(
+                f"generation_config.json would not be saved, so do_sample is set to true: {error}", stacklevel=2
+            )
+
+
+def text_tokenizer(processing_class: Any) -> Any:
+    """Return the tokenizer of a processor for text and images; anything else as it is. A processor is named in a warning.
+
+    The tokenizer writes conversations by the processor's chat template if it has none.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", None)
+    if isinstance(processing_class, PreTrainedTokenizerBase) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return processing_class
+    warnings.warn(
+        f"processing_class is a {type(processing_class).__name__}: its tokenizer alone is used and saved, because rlqwen "
+        "trains on text",
+        stacklevel=2,
+    )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(processing_class, "chat_template", None)
+    return tokenizer
+
+
+def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
+    name_or_path, revision = split_revision(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path,
+            trust_remote_code=args.trust_remote_code,
+            revision=revision or args.model_init_kwargs.get("revision", "main"),
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

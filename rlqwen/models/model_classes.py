@@ -1,0 +1,183 @@
+"""Which class a checkpoint is loaded as: the text-only one, which carries what it has no place for.
+
+A Qwen3.5 folder is one of `Qwen3_5ForConditionalGeneration`; here it is loaded as `Qwen3_5ForCausalLM`, or with a
+scalar head as `Qwen3_5TextForSequenceClassification`. What is saved is a folder of the class for all of it again:
+`Qwen3_5ForConditionalGeneration`, or with a scalar head `Qwen3_5ForSequenceClassification`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoePreTrainedModel,
+    Qwen3_5MoeTextConfig,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import logging
+
+from rlqwen.errors import ModelError
+from rlqwen.models.carried_weights import cached_folder, carry, whole_config_class
+from rlqwen.models.float32_weights import restore_float32
+from rlqwen.models.hub import commit_of, note_commit
+from rlqwen.models.vision_language import auto_class, is_read_from_whole
+
+_SCALAR = "ForSequenceClassification"
+_DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+
+
+class Qwen3_5MoeTextForSequenceClassification(GenericForSequenceClassification, Qwen3_5MoePreTrainedModel):
+    """The class that transformers 5.19 lacks, as its Qwen3_5TextForSequenceClassification is for dense models."""
+
+    config: Qwen3_5MoeTextConfig  # type: ignore[assignment]  # as transformers' own text-only classes have it
+
+
+class Qwen3_5MoeForSequenceClassification(GenericForSequenceClassification, Qwen3_5MoePreTrainedModel):
+    """The same with a vision tower: what a folder of the text-only class above is saved as."""
+
+    config: Qwen3_5MoeConfig
+
+
+_OURS = {
+    Qwen3_5MoeTextConfig: Qwen3_5MoeTextForSequenceClassification,
+    Qwen3_5MoeConfig: Qwen3_5MoeForSequenceClassification,
+}
+for _config_class, _model_class in _OURS.items():
+    if _config_class not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        # Without exist_ok it does nothing for a config of transformers' own.
+        AutoModelForSequenceClassification.register(_config_class, _model_class, exist_ok=True)
+# By the name of the class, because names are converted for classes outside transformers only where that is registered.
+_conversions = get_checkpoint_conversion_mapping("qwen3_5_moe_text") or []
+register_checkpoint_conversion_mapping(Qwen3_5MoeTextForSequenceClassification.__name__, _conversions, overwrite=True)
+
+
+def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> PreTrainedModel:
+    """Load a causal language model, text-only where the checkpoint has more, which it then carries.
+
+    `arguments`: of `from_pretrained`. Raises ModelError, also where weights are missing.
+    """
+    try:
+        arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
+        loaded: Any = auto_class(_class_of_config(name, arguments)).from_pretrained(
+            name, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
+    model, report = loaded
+    _refuse_missing(name, set(report["missing_keys"]))
+    return _loaded(name, model, arguments)
+
+
+def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> tuple[PreTrainedModel, bool]:
+    """Load a model with a head of one label as `load_causal` does, and say whether its head was there already.
+
+    A causal model gets a new one. Raises ModelError, also where weights are missing, or the head has several labels.
+    """
+    _refuse_without_scalar_class(name, arguments)
+    try:
+        arguments = _with_text_config(name, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, trust_remote_code, arguments)
+        if "config" in arguments:
+            arguments["config"].num_labels = 1
+        else:
+            arguments["num_labels"] = 1
+        with quiet_loading():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                name, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+            )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded as one with a scalar head: {error}") from error
+    missing = set(report["missing_keys"])
+    _refuse_missing(name, missing - {"score.weight"})
+    return _loaded(name, model, arguments), not missing
+
+
+def whole_architecture(model: PreTrainedModel, whole: dict[str, Any]) -> str:
+    """Return the name of the class that a folder with the composite config `whole` and `model`'s weights is of."""
+    config_class = whole_config_class(whole)
+    is_scalar = hasattr(model, "score") and not model.can_generate()
+    named = next(iter(whole.get("architectures") or ()), None)
+    if named is not None and named.endswith(_SCALAR) is is_scalar:
+        return str(named)
+    classes: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if is_scalar else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return str(classes[config_class].__name__ if config_class in classes else type(model).__name__)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers while loading, because it reports intended changes, such as a new head, as faults."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> PreTrainedModel:
+    carry(model, name, revision=arguments.get("revision"))
+    if (folder := cached_folder(name, arguments.get("revision"))) is not None:
+        note_commit(name, commit_of(folder))
+        restore_float32(model, folder)
+    return model
+
+
+def _refuse_missing(name: str, missing: set[str]) -> None:
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ModelError(
+            f"model {name!r} lacks weights, which would be random: {', '.join(sorted(missing)[:5])}{more}; its config "
+            "names another class than its files are of, or a file is not whole"
+        )
+
+
+def _class_of_config(name: str, arguments: dict[str, Any]) -> type[PreTrainedConfig] | None:
+    """Return transformers' class of the config that the model will be loaded with; None for one of remote code."""
+    if "config" in arguments:
+        return type(arguments["config"])
+    hub = {key: arguments[key] for key in ("revision",) if key in arguments}
+    return whole_config_class(PreTrainedConfig.get_config_dict(name, **hub)[0])
+
+
+def _refuse_without_scalar_class(name: str, arguments: dict[str, Any]) -> None:
+    try:
+        found: Any = _class_of_config(name, arguments)
+    except (OSError, ValueError):  # which loading says better
+        return
+    if found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and found not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(
+            f"model {name!r}: transformers has no class with a scalar head for {found.model_type}; take a text model, or "
+            "Qwen3.5, as reward model and critic"
+        )
+
+
+def _with_text_config(name: str, classes: Any, trust_remote_code: bool, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return `arguments` with the text config of a composite checkpoint, so that the text-only class is loaded."""
+    hub = {key: arguments[key] for key in ("revision",) if key in arguments}
+    raw, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    if "config" in arguments or not isinstance(raw.get("text_config"), dict) or whole_config_class(raw) is None:
+        return arguments
+    loading = {key: arguments[key] for key in _DTYPE_ARGUMENTS if key in arguments}
+    others = {key: value for key, value in arguments.items() if key not in loading}
+    whole: Any
+    whole, others = AutoConfig.from_pretrained(
+        name, return_unused_kwargs=True, trust_remote_code=trust_remote_code, **others
+    )
+    text = whole.get_text_config()
+    if text is whole or type(text) not in classes or not is_read_from_whole(classes[type(text)]):
+        return arguments
+    # The class of the whole goes by the entry of the whole, and its checkpoint has one weight for both then.
+    text.tie_word_embeddings = text.tie_word_embeddings or whole.tie_word_embeddings
+    if text.dtype is None:
+        text.dtype = whole.dtype
+    if getattr(whole, "quantization_config", None) is not None:
+        text.quantization_config = whole.quantization_config
+    return {**others, **hub, **loading, "config": text}

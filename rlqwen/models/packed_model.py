@@ -1,0 +1,322 @@
+"""A transformers model in training: packed attention, adapters, precision, and the folders that it is written to.
+
+Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
+rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
+whatever they hold. With `bf16` the forward runs under autocast.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlqwen.config import TrainerConfig
+from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact
+from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
+from rlqwen.errors import ModelError
+from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers, checkpoint_weights
+from rlqwen.models.carried_weights import carried_by, carry, count_text
+from rlqwen.models.experts import use_compute_dtype
+from rlqwen.models.float32_weights import mark_float32, saved_dtype
+from rlqwen.models.model_support import check_config, check_forward
+from rlqwen.models.moe_balance import RouterBalance
+from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.models.text_only import text_only
+from rlqwen.models.vision_language import towers, without_towers
+from rlqwen.models.weight_files import write_model
+from rlqwen.packing.batch import PackedBatch
+from rlqwen.packing.delta_net import kernel_note
+from rlqwen.packing.forward import (
+    cutting_obstacle,
+    hidden_states,
+    last_tokens,
+    own_attention,
+    packing_obstacle,
+    use_packed_attention,
+)
+from rlqwen.packing.routing_replay import RoutingReplay
+from rlqwen.packing.sequence_parallel import SequenceGroup
+
+ADAPTER_FOLDER = "adapter"
+
+
+def check_cuttable(config: Any, size: int) -> None:
+    """Raise ModelError where `size` ranks cannot each forward a slice of a row through a model of this config."""
+    if size > 1 and (obstacle := cutting_obstacle(config)):
+        raise ModelError(
+            f"parallel.sequence_parallel_size={size}: {obstacle}, so that a row cannot be cut into slices; leave it at 1"
+        )
+
+
+class Root(nn.Module):
+    """Around a model: what is computed with its weights is computed through here, those of its head included, so that an
+    engine that keeps weights in shards has put them together by then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """`compute(*arguments)`"""
+        return compute(*arguments)
+
+
+class PackedModel:
+    """What a policy, a reward model and a critic have in common; see Policy and ScalarModel."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainerConfig,
+        *,
+        peft_config: Any = None,
+        device: torch.device | str = "cpu",
+        sequence: SequenceGroup | None = None,
+    ) -> None:
+        """Take over `model`; it is changed in place.
+
+        Args:
+            model: a transformers model, its weights plain or bitsandbytes', or a PeftModel around one. Of one with a
+                vision tower the text model is taken over; see rlqwen.models.text_only.
+            peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
+            sequence: the ranks that forward a row together, each a slice of it; ModelError if this model cannot.
+        """
+        model = text_only(model)
+        for tower in towers(getattr(model, "get_base_model", lambda: model)()).values():
+            tower.requires_grad_(False)
+        check_config(model.config)
+        self.device = torch.device(device)
+        self.sequence = sequence or SequenceGroup()
+        self.sequence.check(model.config)
+        check_cuttable(model.config, self.sequence.size)
+        self.original_dtype: torch.dtype = model.dtype
+        mark_float32(model)
+        self.compute_dtype = self._wanted_dtype(args)
+        self.notes: list[str] = []
+        """For the user, on what was made of the arguments."""
+        if peft_config is not None:
+            model, self.notes = add_adapter(model, without_towers(peft_config, model))
+        if obstacle := packing_obstacle(model.config):
+            self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
+        if note := kernel_note(model.config.get_text_config(decoder=True), self.device.type):
+            self.notes.append(note)
+        self.quantized_bits = quantized_bits(model)
+        """4 or 8 with bitsandbytes weights; None with plain ones."""
+        if self.quantized_bits and args.parallel.zero_stage == 3:
+            raise ModelError(
+                f"parallel.zero_stage=3 shards plain weights, and these have {self.quantized_bits} bits: set it to 2 at "
+                "most, or load the model without quantization"
+            )
+        if self.quantized_bits:
+            prepare_quantized(model)
+        self.model: Any = model.to(self.device)
+        self.root = Root(self.model)
+        self.has_adapter = isinstance(model, PeftModel)
+        self._carry_unused()
+        if self.has_adapter:
+            check_wrappers(model)
+        self.is_tensor_parallel = args.parallel.autotp_size > 1
+        """Whether this rank holds shards of the layers, and computes with them."""
+        shard_layers(self.model, args.parallel.autotp_size)
+        self._prepare_training(args)
+        self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
+        self._router_logits: list[Tensor] = []
+        self.replay: RoutingReplay | None = None
+        """Where experts that a batch has recorded are chosen again."""
+
+    def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
+        if args.fp16:
+            return torch.float16
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if (on_gpu if args.bf16 is None else args.bf16) else torch.float32
+
+    def _prepare_training(self, args: TrainerConfig) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        checkpointing = args.gradient_checkpointing
+        if checkpointing if checkpointing is not None else self.device.type == "cuda":
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.has_adapter:
+                self.base_model.enable_input_require_grads()
+        if args.disable_dropout:
+            for module in self.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        use_packed_attention(self.base_model)
+        use_compute_dtype(self.base_model)
+        self.model.train()
+
+    def _check_forward(self, head: Callable[[Tensor], Tensor], own: Callable[[Tensor], Tensor]) -> None:
+        """ModelError where packed rows are computed wrongly, see rlqwen.models.model_support.
+
+        `head` makes answers of hidden states; `own` lets the model itself make (1, L, V) answers of (1, L) token ids.
+        """
+
+        def packed(batch: PackedBatch) -> Tensor:
+            sequence_S = torch.arange(batch.num_sequences, device=self.device)
+            arguments = (self.base_model, batch, last_tokens(batch), sequence_S)
+            return head(hidden_states(*arguments, sequence=SequenceGroup()).to(self.compute_dtype))
+
+        def plain(sequences: list[list[int]]) -> Tensor:
+            with own_attention(self.base_model):
+                return torch.stack([own(torch.tensor([ids], device=self.device))[0, -1] for ids in sequences])
+
+        exact = self.compute_dtype == torch.float32 and not self.quantized_bits
+        with self.inference(), self.autocast():
+            check_forward(self.base_model, packed, plain, exact=exact)
+
+    def _carry_unused(self) -> None:
+        """Find what a model that was given as an object has left of its checkpoint."""
+        base: Any = self.base_model
+        name = base.config._name_or_path
+        is_found = carried_by(base) is not None or carry(base, name)
+        self.kept_note: str | None = None
+        """What is kept as it is, or cannot be, for people; None where nothing is."""
+        if carried := carried_by(base):
+            self.kept_note = carried.summary()
+        elif name and not is_found and base._keys_to_ignore_on_load_unexpected:
+            self.kept_note = (
+                f"{name!r} is neither a folder here nor in the hub's cache, so that what {type(base).__name__} has left of "
+                "it (a vision tower, multi-token prediction), if it had any, is not in the folders that are written"
+            )
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The transformers model, adapters inside it where there are any."""
+        return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[no-any-return]
+
+    @property
+    def text_config(self) -> Any:
+        """Config of the text model: the model's own, or the part of it where the model sees images too."""
+        return self.base_model.config.get_text_config()
+
+    def has_base_of(self, folder: str) -> bool:
+        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
+        if not self.has_adapter:
+            return not self.quantized_bits
+        changed = any(changes_base(config) for config in self.model.peft_config.values())
+        return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
+
+    def check_trainable(self) -> None:
+        """ModelError if the weights are quantised and there is no adapter to train, or cannot be saved."""
+        if carried := carried_by(self.base_model):
+            carried.require_writable()
+        if self.quantized_bits and not self.has_adapter:
+            raise ModelError(
+                f"{self.quantized_bits}-bit weights cannot be trained themselves: give peft_config (model.lora in a "
+                "recipe) to train an adapter on them, or load the model without quantization"
+            )
+
+    @property
+    def frozen_note(self) -> str | None:
+        """Which weights the user has frozen, for people; None where there are none, or an adapter is trained instead."""
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        if self.has_adapter or not frozen:
+            return None
+        number = sum(weight.numel() for weight in frozen.values())
+        names = ", ".join(list(frozen)[:3]) + (", ..." if len(frozen) > 3 else "")
+        return f"frozen, as they came: {len(frozen)} weights ({count_text(number)} parameters): {names}"
+
+    @property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def trained_names(self) -> list[str]:
+        """Names of `trained_parameters`, in the same order."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients and no dropout inside."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.quantized_bits == 8:
+            use_training_products(self.model)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def autocast(self) -> torch.autocast:
+        """The forward's precision."""
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def hidden_states(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
+        """Hidden states of the trained model, see rlqwen.packing.forward; what its routers said is kept for their loss."""
+        watches = self.routers.coefficient > 0 and torch.is_grad_enabled()
+        router_logits: list[Tensor] | None = [] if watches else None
+        with self.autocast():
+            hidden_RC = hidden_states(
+                self.base_model, batch, index_R, sequence_R, sequence=self.sequence, router_logits=router_logits
+            )
+        if router_logits is not None:
+            self._router_logits = router_logits
+        return hidden_RC
+
+    def router_loss(self, weight: float) -> Tensor | float:
+        """Load-balancing loss of the forward just made with gradient, weighted; 0 where there is none to add.
+
+        `weight`: the forward's share of the update, by tokens of the packed row.
+        """
+        logits, self._router_logits = self._router_logits, []
+        return self.routers.loss(logits, weight, self.sequence) if logits else 0.0
+
+    def save(
+        self, folder: Path | str, *, dtype: torch.dtype | None = None, adapter: bool = True, write: bool = True
+    ) -> None:
+        """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
+
+        Like all that saves, on every rank, of which one is to `write`, for the weights may lie in shards. `dtype` None
+        keeps each weight's own.
+        """
+        with contextlib.nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
+            weights = checkpoint_weights(self.base_model, dtype=dtype)
+            if write:
+                write_model(folder, self.base_model, weights)
+            elif self.is_sharded or any(map(has_exact, self.model.parameters())):
+                for _ in weights:
+                    pass
+
+    def save_adapter(self, folder: Path | str, *, write: bool = True) -> None:
+        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
+        with gathered(self.trained_parameters):
+            if write:
+                self.model.save_pretrained(folder, save_embedding_layers=False)
+
+    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+        """Write what `restore` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
+        self.save(folder, write=write)
+        if self.has_adapter:
+            self.save_adapter(folder / ADAPTER_FOLDER, write=write)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds but shards: forwards, saving and export then take all ranks."""
+        return self.is_tensor_parallel or any(map(is_sharded, self.model.parameters()))
+
+    def restore(self, folder: Path | str) -> None:
+        """Load what `save_trained`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
+        if self.has_adapter:
+            inner = Path(folder) / ADAPTER_FOLDER
+            weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")
+            with gathered(self.trained_parameters, modify=True):
+                set_peft_model_state_dict(self.model, weights)
+            for parameter in self.trained_parameters:
+                with gathered([parameter]):
+                    keep_exact(parameter, parameter.detach())
+            return
+        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
+        with torch.no_grad(), whole_weights(self.base_model.modules()):
+            for name, weight in self.base_model.state_dict(keep_vars=True).items():
+                with gathered([weight], modify=True):
+                    weight.copy_(saved[name])
+                keep_exact(weight, saved[name])

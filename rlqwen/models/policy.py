@@ -1,0 +1,313 @@
+"""The policy and its reference: one wrapper for every trainer.
+
+policy = Policy(load_model("Qwen/Qwen3-0.6B", args), args, peft_config=LoraConfig(...), reference=True)
+logp_N, entropy_N = policy.logprobs(batch, temperature=1.0)
+ref_logp_N = policy.reference_logprobs(batch)
+names_and_tensors = policy.export_weights()
+"""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlqwen.config import TrainerConfig
+from rlqwen.distributed import gathered, whole_model
+from rlqwen.distributed.tensor_parallel import whole_weights
+from rlqwen.errors import ConfigError
+from rlqwen.models.adapters import (
+    adapter_rank,
+    adapter_weights,
+    check_adapter,
+    checkpoint_weights,
+    head_weight,
+    lora_obstacle,
+)
+from rlqwen.models.model_support import check_config, check_head
+from rlqwen.models.packed_model import PackedModel
+from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.models.text_only import text_only
+from rlqwen.packing.batch import PackedBatch
+from rlqwen.packing.forward import hidden_states, own_attention, use_packed_attention
+from rlqwen.packing.logprobs import chunked_log_collision, chunked_logprobs, scaled_logits
+from rlqwen.packing.routing_replay import RoutingReplay
+from rlqwen.packing.sequence_parallel import SequenceGroup
+from rlqwen.packing.truncation import chunked_log_kept
+from rlqwen.types import Truncation
+
+REFERENCE_FILE = "reference.safetensors"
+_NOT_OF_THE_BASE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
+"""What PEFT's wrappers put into the names of the weights under them."""
+
+
+class Policy(PackedModel):
+    """A causal language model, its frozen reference, and the packed forward that both share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainerConfig,
+        *,
+        peft_config: Any = None,
+        reference: bool | nn.Module = False,
+        device: torch.device | str = "cpu",
+        sequence: SequenceGroup | None = None,
+    ) -> None:
+        """Take over `model`; it is changed in place.
+
+        Args:
+            model: a causal language model, or a PeftModel around one.
+            peft_config: a peft.LoraConfig; None trains all weights (or the PeftModel's adapter).
+            reference: whether `reference_logprobs` will be asked for, or the model to ask, which is frozen. True is the
+                model as given: with a new adapter that is the model with the adapter off, else a frozen copy.
+        """
+        model = text_only(model)
+        if reference is True and peft_config is None and not _has_new_adapter(model):
+            reference = copy.deepcopy(model)  # as it is now: what follows changes it in place
+        super().__init__(model, args, peft_config=peft_config, device=device, sequence=sequence)
+        self.chunk_size = args.logprob_chunk_size
+        self.has_reference = bool(reference)
+        self._reference: PreTrainedModel | None = None
+        if isinstance(reference, nn.Module):
+            self._reference = self._freeze(reference)
+        if self.has_adapter:
+            check_adapter(self.model, reference=self.has_reference and self._reference is None)
+        check_head(self.base_model)
+        self._check_forward(self._logits, lambda ids: self.base_model(input_ids=ids, use_cache=False).logits)
+
+    def replay_routing(self) -> None:
+        """Have policy and reference choose the experts that a batch has recorded; ConfigError for a dense model.
+
+        The reference too: else its KL to the policy would count tokens that the two send to other experts by rounding.
+        """
+        self.replay = RoutingReplay(self.base_model)
+        if self._reference is not None:
+            RoutingReplay(self._reference)
+
+    def _freeze(self, model: Any) -> PreTrainedModel:
+        model = text_only(model.get_base_model() if isinstance(model, PeftModel) else model)
+        check_config(model.config)
+        check_head(model)
+        if quantized_bits(model):
+            prepare_quantized(model)
+            model = model.to(self.device).eval().requires_grad_(False)
+            use_training_products(model)
+        else:
+            model = _cast_as_autocast(model.to(self.device), self.compute_dtype).eval().requires_grad_(False)
+        use_packed_attention(model)
+        return model  # type: ignore[no-any-return]
+
+    def _logits(self, hidden_RC: Tensor) -> Tensor:
+        return scaled_logits(hidden_RC, head_weight(self.base_model).to(hidden_RC.dtype), 1.0)
+
+    def logprobs(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (N,) float32 logprobs of the batch's targets in nats, and (N,) entropies if asked; with gradient.
+
+        `truncation`: the sampler's; fills in `batch.log_kept_N`, and changes nothing of what is returned.
+        """
+        return self.logprobs_and_hidden(batch, temperature=temperature, entropy=entropy, truncation=truncation)[:2]
+
+    def logprobs_and_hidden(
+        self,
+        batch: PackedBatch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        truncation: Truncation | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk: with a sequence
+        group, those of this rank's own targets."""
+        return self.root(  # type: ignore[no-any-return]
+            self._logprobs, self.base_model, batch, temperature, entropy, truncation
+        )
+
+    def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
+        return self.root(self._logprobs_and_collision, batch)  # type: ignore[no-any-return]
+
+    def _logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        logp_N, _, hidden_NC = self._logprobs(self.base_model, batch, 1.0, False)
+        collision = chunked_log_collision(hidden_NC, head_weight(self.base_model), chunk_size=self.chunk_size)
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
+        return logp_N, self.sequence.whole(collision, own, batch.num_targets)
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        """(N,) float32 logprobs under the reference, without gradient."""
+        if not self.has_reference:
+            raise ValueError("this policy was made without a reference")
+        model = self.base_model if self._reference is None else self._reference
+        with self.inference(), self.model.disable_adapter() if self._reference is None else contextlib.nullcontext():
+            if model is self.base_model:
+                return self.root(self._logprobs, model, batch, temperature, False)[0]  # type: ignore[no-any-return]
+            return self._logprobs(model, batch, temperature, False)[0]
+
+    def _logprobs(
+        self,
+        model: PreTrainedModel,
+        batch: PackedBatch,
+        temperature: float,
+        entropy: bool,
+        truncation: Truncation | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        hidden_NC = self._hidden(model, batch)
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
+        logp_N, entropy_N = chunked_logprobs(
+            hidden_NC,
+            head_weight(model),
+            batch.target_N[own],
+            temperature=temperature,
+            chunk_size=self.chunk_size,
+            entropy=entropy,
+        )
+        logp_N = self.sequence.whole(logp_N, own, batch.num_targets)
+        if entropy_N is not None:
+            entropy_N = self.sequence.whole(entropy_N, own, batch.num_targets)
+        if truncation is not None:
+            kept = chunked_log_kept(
+                hidden_NC.detach(),
+                head_weight(model),
+                batch.target_N[own],
+                truncation,
+                temperature=temperature,
+                chunk_size=self.chunk_size,
+            )
+            batch.log_kept_N = self.sequence.whole(kept, own, batch.num_targets)
+        return logp_N, entropy_N, hidden_NC
+
+    def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+        """(N, C) hidden states that predict the batch's targets; with a sequence group, this rank's own."""
+        if model is self.base_model:
+            hidden_NC = self.hidden_states(batch, batch.source_N, batch.sequence_N)
+        else:
+            with self.autocast():
+                hidden_NC = hidden_states(model, batch, batch.source_N, batch.sequence_N, sequence=self.sequence)
+        return hidden_NC.to(self.compute_dtype)
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """What the reference computes with, by name; without a reference, what the policy itself does."""
+        if self._reference is not None:
+            return self._reference.state_dict()
+        if not self.has_reference:
+            return dict(self.model.state_dict())
+        return {
+            _NOT_OF_THE_BASE.sub("", name): tensor
+            for name, tensor in self.base_model.state_dict().items()
+            if ".lora_" not in name and ".modules_to_save." not in name and ".trainable_tokens_" not in name
+        }
+
+    @property
+    def reference_config(self) -> PreTrainedConfig:
+        return (self.base_model if self._reference is None else self._reference).config
+
+    def drop_reference(self) -> None:
+        """Free the reference, where it is a model of its own."""
+        if self._reference is not None:
+            self._reference, self.has_reference = None, False
+
+    @torch.no_grad()
+    def refresh_reference(self, alpha: float) -> None:
+        """Mix the policy into the reference: reference = alpha * policy + (1 - alpha) * reference."""
+        if self._reference is None:
+            raise ValueError("only a reference that is a copy of the weights can be refreshed")
+        with whole_weights(self.model.modules()):
+            for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
+                with gathered([ours]):
+                    theirs.lerp_(ours.to(theirs.dtype), alpha)
+
+    def save_reference(self, folder: Path) -> None:
+        """Write the reference, where training has changed it, to `folder`."""
+        if self._reference is not None:
+            save_safetensors(self._reference, str(folder / REFERENCE_FILE))
+
+    def restore_reference(self, folder: Path) -> None:
+        """Read back what `save_reference` wrote."""
+        if self._reference is not None:
+            load_safetensors(self._reference, str(folder / REFERENCE_FILE))
+
+    @contextlib.contextmanager
+    def generation_model(self) -> Iterator[PreTrainedModel]:
+        """The model as `generate` wants it: in eval mode, with ordinary attention, without gradients."""
+        if self.is_tensor_parallel:
+            raise ConfigError(
+                "a model in shards (parallel.autotp_size) cannot sample by itself: set rollout.engine to vllm, and leave "
+                "eval_generation out"
+            )
+        model = self.base_model
+        checkpointing = model.is_gradient_checkpointing
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        try:
+            with own_attention(model), self.inference(), self.autocast(), whole_model(self.model):
+                yield model
+        finally:
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its checkpoint name, adapters merged, tied heads included, in the compute dtype.
+
+        These are the names that vLLM loads: mixture-of-experts weights go back from transformers' fused form, and
+        `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
+        """
+        return checkpoint_weights(self.base_model, dtype=self.compute_dtype)
+
+    @property
+    def lora_obstacle(self) -> str | None:
+        """Why rollout workers cannot be sent the adapter alone; None if they can."""
+        return lora_obstacle(self.model) if self.has_adapter else "there is no adapter"
+
+    @property
+    def lora_rank(self) -> int:
+        """The largest rank of the adapter."""
+        return adapter_rank(self.model)
+
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's weights under PEFT's names, scaling folded in."""
+        return adapter_weights(self.model)
+
+
+def _cast_as_autocast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast to `dtype`, in place, the weights that autocast would, and return the model.
+
+    In half precision vectors keep their own dtype, such as the decay rates of delta-net layers, and so do buffers: of
+    the frequencies of rotary embeddings, rounded ones would turn distant tokens by whole radians.
+    """
+    for weight in model.parameters():
+        if weight.ndim > 1 or dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def _has_new_adapter(model: nn.Module) -> bool:
+    """Whether the model has an adapter that adds nothing yet, so that taking it off gives the model itself."""
+    if not isinstance(model, PeftModel):
+        return False
+    weights = dict(model.named_parameters())
+    if any(".modules_to_save." in name for name in weights):
+        return False
+    tokens: list[Any] = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    return all(
+        torch.equal(layer.trainable_tokens_delta[adapter].to(original), original)
+        for layer in tokens
+        for adapter, original in layer.trainable_tokens_original.items()
+    ) and not any(
+        weight.any() for name, weight in weights.items() if ".lora_B." in name or ".lora_embedding_A." in name
+    )

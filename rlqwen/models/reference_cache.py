@@ -1,0 +1,122 @@
+"""Log-probabilities of a frozen reference, computed once and kept on disk.
+
+An entry is a safetensors file and a JSON manifest beside it, named by the digest of all that the values depend on: the
+reference's weights and config, the tokenised answers, and the dtype. Other weights or data make another name, so a
+stale entry is never found; one that is damaged or belongs to another key is noticed and not used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from rlqwen.packing.batch import Tree
+
+CACHE_VARIABLE = "RLQWEN_CACHE"
+"""Environment variable that moves the cache from `~/.cache/rlqwen`."""
+
+_FORMAT = 1
+_INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a model's config that do not bear on what it computes."""
+
+
+@dataclass(frozen=True)
+class ReferenceKey:
+    """All that a reference's log-probabilities depend on, as digests where it is long."""
+
+    weights: str
+    config: str
+    answers: str
+    dtype: str
+    """What the forward computes in."""
+    ld_alpha: float | None
+    """Weight of an answer's surplus tokens in its sum."""
+
+    @property
+    def name(self) -> str:
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def read_logprobs(key: ReferenceKey) -> tuple[Tensor | None, str]:
+    """(A,) values kept under `key`, or None, and a note for people that says where they are or why there are none."""
+    data_file, manifest_file = _files(key)
+    if not data_file.exists() and not manifest_file.exists():
+        return None, f"none kept for these weights, data and dtype in {data_file.parent}"
+    try:
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+        data = data_file.read_bytes()
+    except (OSError, ValueError) as error:
+        return None, f"{data_file} cannot be read ({type(error).__name__}) and is not used"
+    if not isinstance(manifest, dict) or manifest.get("key") != asdict(key) or manifest.get("format") != _FORMAT:
+        return None, f"{manifest_file} says that it belongs to other weights, data or dtype, and is not used"
+    if manifest.get("sha256") != hashlib.sha256(data).hexdigest():
+        return None, f"{data_file} has changed since it was written, and is not used"
+    return load(data)["logprobs"], f"read from {data_file}"
+
+
+def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
+    """Keep values under `key`; returns a note for people. A folder that cannot be written to is no fault."""
+    data_file, manifest_file = _files(key)
+    data = save({"logprobs": logp_A})
+    manifest = {"format": _FORMAT, "key": asdict(key), "count": len(logp_A), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        data_file.parent.mkdir(parents=True, exist_ok=True)
+        _replace(data_file, data)
+        _replace(manifest_file, (json.dumps(manifest, indent=2) + "\n").encode())
+    except OSError as error:
+        return f"not kept: {data_file.parent} cannot be written to ({error.strerror}); set {CACHE_VARIABLE}"
+    return f"kept in {data_file}"
+
+
+def digest_weights(weights: Mapping[str, Any]) -> str:
+    """Digest of names, dtypes, shapes and bytes; quantised layers keep other values than tensors beside them."""
+    names = sorted(weights)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing lets other threads run
+        digests = pool.map(lambda name: _digest_weight(name, weights[name]), names)
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _digest_weight(name: str, value: Any) -> bytes:
+    if not isinstance(value, Tensor):
+        return hashlib.blake2b(f"{name} {value!r}".encode()).digest()
+    digest = hashlib.blake2b(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def digest_config(config: PreTrainedConfig) -> str:
+    """Digest of what bears on the computation: not of names, paths and versions."""
+    values = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
+    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def digest_trees(trees: Iterable[Tree]) -> str:
+    """Digest of token ids and loss masks, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tree in trees:
+        branches = [(branch.token_ids, branch.loss_mask) for branch in tree.branches]
+        digest.update(json.dumps([tree.prefix, branches]).encode())
+    return digest.hexdigest()
+
+
+def _files(key: ReferenceKey) -> tuple[Path, Path]:
+    root = os.environ.get(CACHE_VARIABLE)
+    folder = (Path(root).expanduser() if root else Path.home() / ".cache" / "rlqwen") / "reference"
+    return folder / f"{key.name}.safetensors", folder / f"{key.name}.json"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; two runs may write the same one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,58 @@
+"""Models for images and text whose text model is trained as it stands in them, with the vision tower beside it, frozen.
+
+For Qwen3.5 transformers has a text-only class, and knows the names of its weights in a checkpoint of the whole: that is
+what is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 and others it has none, or would look for the
+weights under other names; they are trained, and written, as the class that holds everything.
+"""
+
+import copy
+import re
+from typing import Any
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
+
+_TEXT_PART = "language_model"
+
+
+def is_read_from_whole(text_class: type[Any]) -> bool:
+    """Return whether transformers reads this text-only class from a checkpoint of the whole, and writes those names."""
+    model_type = text_class.config_class.model_type
+    known = (
+        get_checkpoint_conversion_mapping(text_class.__name__) or get_checkpoint_conversion_mapping(model_type) or ()
+    )
+    return any(isinstance(each, PrefixChange) and each.prefix_to_remove == _TEXT_PART for each in known)
+
+
+def auto_class(config_class: Any) -> Any:
+    """Return the auto class that loads a model of this config for generation."""
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if config_class in whole and config_class not in causal else AutoModelForCausalLM
+
+
+def towers(model: Any) -> dict[str, nn.Module]:
+    """Return name -> module of what lies beside the text model of `model`, such as a vision tower; empty where nothing."""
+    inner = model.base_model
+    if inner is model or not isinstance(getattr(inner, _TEXT_PART, None), nn.Module):
+        return {}
+    prefix = model.base_model_prefix
+    return {f"{prefix}.{name}": child for name, child in inner.named_children() if name != _TEXT_PART}
+
+
+def without_towers(peft_config: Any, model: Any) -> Any:
+    """Return an adapter's config that leaves the towers out; the same one where there are none, or it names what to
+    leave out itself."""
+    names = towers(model)
+    if not names or getattr(peft_config, "exclude_modules", None):
+        return peft_config
+    config = copy.deepcopy(peft_config)
+    config.exclude_modules = rf"({'|'.join(map(re.escape, names))})(\..*)?"
+    return config

@@ -1,0 +1,264 @@
+"""Packed batches: each prompt once, then its continuations, in one row of tokens.
+
+A `Tree` is a prefix and the branches that continue it: a prompt and its G completions (GRPO, PPO), a prompt and its
+chosen and rejected answers (DPO), or a whole sequence as the only branch of an empty prefix (SFT). `pack` lays trees
+out in one row, so that linear layers see neither padding nor a prompt twice; only attention (rlqwen.packing.attention) knows
+which tokens may see which.
+
+Shapes: T tokens in the row, N target tokens (those with a loss), S sequences (branches).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlqwen.packing.attention import Layout, Span
+
+
+@dataclass(slots=True)
+class Branch:
+    """One continuation of a prefix."""
+
+    token_ids: list[int]
+    loss_mask: list[bool] | None = None
+    """Which tokens are targets; None: all. A first token without a prefix has no predictor and is never a target."""
+    sampler_logprobs: list[float] | None = None
+    """The sampler's log-probability of each token, where the branch was sampled."""
+    advantage: float = 0.0
+    reward: float = 0.0
+    """Of the whole branch, where advantages are yet to be estimated from it."""
+    label: bool = True
+    """Whether it is a good answer: of a pair, the chosen one is, the rejected one is not."""
+    ref_logprob: float | None = None
+    """The reference's log-probability of the whole branch, where it was computed before."""
+    experts: np.ndarray | None = None
+    """(tokens, L, K) experts that the sampler chose for each token in each decoder layer; may lack the last tokens."""
+
+
+@dataclass(slots=True)
+class Tree:
+    """A prefix and the branches that continue it."""
+
+    prefix: list[int]
+    branches: list[Branch]
+    prefix_experts: np.ndarray | None = None
+    """(tokens, L, K) experts that the sampler chose for the prefix."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the tree takes in a packed row."""
+        return len(self.prefix) + sum(len(branch.token_ids) for branch in self.branches)
+
+    @property
+    def target_counts(self) -> list[int]:
+        """Target tokens of each branch."""
+        return [len(_targets(branch, has_prefix=bool(self.prefix))) for branch in self.branches]
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """One micro-batch, ready for the model's forward."""
+
+    input_ids: Tensor
+    """(1, T) long."""
+    position_ids: Tensor
+    """(1, T) long; a branch goes on from its prefix."""
+    layout: Layout
+    source_N: Tensor
+    """(N,) index in the row of the token whose hidden state predicts the target."""
+    target_N: Tensor
+    """(N,) token ids."""
+    sequence_N: Tensor
+    """(N,) which sequence, 0 to S-1, a target belongs to; ascending."""
+    lengths_S: Tensor
+    """(S,) float: targets in each sequence."""
+    advantages_S: Tensor
+    """(S,) float."""
+    rewards_S: Tensor
+    """(S,) float."""
+    labels_S: Tensor
+    """(S,) bool: which sequences are good answers."""
+    sampler_logp_N: Tensor | None = None
+    """(N,) float: the sampler's logprobs; None where nothing was sampled."""
+    old_logp_N: Tensor | None = None
+    """(N,) float: the policy's logprobs before the first update on this rollout; None: the forward's own."""
+    log_kept_N: Tensor | None = None
+    """(N,) float: log of the probability that the sampler's truncation keeps of the policy's distribution, from where
+    `old_logp_N` is from; None: the sampler truncated nothing."""
+    ref_logp_N: Tensor | None = None
+    """(N,) float: the reference's logprobs."""
+    ref_logp_S: Tensor | None = None
+    """(S,) float: the reference's log-probability of each sequence."""
+    old_value_N: Tensor | None = None
+    """(N,) float: the critic's value of what stands before each target, before the first update on this rollout."""
+    advantage_N: Tensor | None = None
+    """(N,) float: advantages token by token, where they are not one for the whole sequence."""
+    experts_TLK: Tensor | None = None
+    """(T, L, K) int16: experts to choose in each decoder layer, -1 where none are recorded; None: all by the routers."""
+    return_N: Tensor | None = None
+    """(N,) float: what the critic should have said."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens that the forward sees."""
+        return self.input_ids.shape[1]
+
+    @property
+    def num_targets(self) -> int:
+        return self.target_N.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.lengths_S.shape[0]
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on another device."""
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        return replace(self, layout=self.layout.to(device), **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, the layout's apart."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def pack(trees: Sequence[Tree]) -> PackedBatch:
+    """Lay `trees` out in one row; raises ValueError where there is nothing to pack."""
+    row = _Row()
+    for tree in trees:
+        if tree.branches:
+            row.add(tree)
+    if not row.spans:
+        raise ValueError("nothing to pack: no tree has a branch")
+    branches = [branch for tree in trees for branch in tree.branches]
+    sampled = all(values is not None for values in row.sampler_logprobs)
+    referred = all(branch.ref_logprob is not None for branch in branches)
+    return PackedBatch(
+        input_ids=torch.tensor([row.token_ids]),
+        position_ids=torch.tensor([row.positions]),
+        layout=Layout.build(row.spans),
+        source_N=torch.tensor(row.sources, dtype=torch.long),
+        target_N=torch.tensor(row.targets, dtype=torch.long),
+        sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
+        lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
+        advantages_S=torch.tensor([branch.advantage for branch in branches], dtype=torch.float32),
+        rewards_S=torch.tensor([branch.reward for branch in branches], dtype=torch.float32),
+        labels_S=torch.tensor([branch.label for branch in branches]),
+        sampler_logp_N=torch.tensor([x for values in row.sampler_logprobs for x in values or ()]) if sampled else None,
+        ref_logp_S=torch.tensor([branch.ref_logprob for branch in branches]) if referred else None,
+        experts_TLK=_experts(trees, len(row.token_ids)),
+    )
+
+
+def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
+    """(T, L, K) recorded experts of a row of these trees; None where nothing is recorded."""
+    parts: list[tuple[int, np.ndarray]] = []
+    place = 0
+    for tree in trees:
+        if not tree.branches:
+            continue
+        recorded = [(len(tree.prefix), tree.prefix_experts)]
+        recorded += [(len(branch.token_ids), branch.experts) for branch in tree.branches]
+        for count, experts in recorded:
+            if experts is not None and count:
+                parts.append((place, experts[:count]))
+            place += count
+    if not parts:
+        return None
+    whole = np.full((num_tokens, *parts[0][1].shape[1:]), -1, dtype=np.int16)
+    for start, experts in parts:
+        whole[start : start + len(experts)] = experts
+    return torch.from_numpy(whole)
+
+
+@dataclass(slots=True)
+class _Row:
+    """Grows by one tree at a time; plain lists, since a tensor an element would cost more than the forward."""
+
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    sampler_logprobs: list[list[float] | None] = field(default_factory=list)
+
+    def add(self, tree: Tree) -> None:
+        prefix_start = len(self.token_ids)
+        self.token_ids += tree.prefix
+        self.positions += range(len(tree.prefix))
+        prefix_end = len(self.token_ids)
+        for branch in tree.branches:
+            start = len(self.token_ids)
+            self.token_ids += branch.token_ids
+            self.positions += range(len(tree.prefix), len(tree.prefix) + len(branch.token_ids))
+            self.spans.append(Span(prefix_start, prefix_end, start, len(self.token_ids)))
+            self._add_targets(branch, start, before=prefix_end - 1 if tree.prefix else None)
+
+    def _add_targets(self, branch: Branch, start: int, before: int | None) -> None:
+        """`before`: row index of the token that predicts the branch's first; None where there is none."""
+        kept = _targets(branch, has_prefix=before is not None)
+        self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
+        self.targets += [branch.token_ids[i] for i in kept]
+        self.lengths.append(len(kept))
+        logprobs = branch.sampler_logprobs
+        self.sampler_logprobs.append(None if logprobs is None else [logprobs[i] for i in kept])
+
+
+def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
+    """Which of the branch's tokens are targets."""
+    mask = branch.loss_mask
+    return [i for i in range(0 if has_prefix else 1, len(branch.token_ids)) if mask is None or mask[i]]
+
+
+def idle_batch(tree: Tree) -> PackedBatch:
+    """A micro-batch like those of `tree`, with tokens in its row but neither targets nor sequences.
+
+    Any loss of it is 0, with a gradient of 0 for every weight: what a rank does while others still have work, because
+    ranks that hold weights in shards must all make the same forwards.
+    """
+    branch = replace(tree.branches[0], token_ids=tree.branches[0].token_ids[:1], loss_mask=None, experts=None)
+    if branch.sampler_logprobs is not None:
+        branch.sampler_logprobs = branch.sampler_logprobs[:1]
+    batch = pack([Tree(tree.prefix[:1], [branch])])
+    empty: dict[str, Any] = {name: value[:0] for name, value in batch.tensors().items() if name.endswith(("_N", "_S"))}
+    return replace(batch, **empty)
+
+
+def split_trees(
+    trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None, divisible: bool = True
+) -> Iterator[list[Tree]]:
+    """Cut a run of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
+
+    A tree is kept whole where it fits a micro-batch of its own; otherwise its branches are dealt out, and each
+    micro-batch that gets some holds the prefix again. A single sequence longer than `max_tokens` stands alone, and so
+    does a larger tree that is not `divisible`, because its branches are compared with each other.
+    """
+    current: list[Tree] = []
+    branches = tokens = 0
+    for tree in trees:
+        whole = not divisible or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
+        pieces = [tree] if whole else [replace(tree, branches=[branch]) for branch in tree.branches]
+        for piece in pieces:
+            joins = not whole and bool(current) and current[-1].prefix is piece.prefix
+            cost = piece.num_tokens - (len(piece.prefix) if joins else 0)
+            if current and not fits(branches + len(piece.branches), tokens + cost, max_branches, max_tokens):
+                yield current
+                current, branches, tokens, joins = [], 0, 0, False
+                cost = piece.num_tokens
+            if joins:
+                current[-1].branches += piece.branches
+            else:
+                current.append(piece)
+            branches += len(piece.branches)
+            tokens += cost
+    if current:
+        yield current
+
+
+def fits(branches: int, tokens: int, max_branches: int | None, max_tokens: int | None) -> bool:
+    return (max_branches is None or branches <= max_branches) and (max_tokens is None or tokens <= max_tokens)

@@ -1,0 +1,230 @@
+"""Where the tokens of a packed row go so that recurrent layers run over it: halos, chunks, and stages of sequences.
+
+A recurrent layer needs each sequence in order, and a branch after its prefix. Three orders of the row's tokens serve
+that, all computed once per row:
+
+- halos: every sequence preceded by the K - 1 tokens that a causal convolution of width K looks back on;
+- chunks: every sequence cut into chunks of C tokens, and the chunks sorted by depth. The parent of a chunk is the chunk
+  before it, and the parent of a branch's first chunk is its prefix's last one, so that a scan over the depths carries
+  every state of the row along and forks it where branches begin;
+- stages: whole sequences for kernels that take their lengths, first those that begin from nothing, then their branches.
+
+Shapes: T tokens in the row, L places in another order of them, N chunks of C tokens, H heads.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlqwen.packing.attention import Span, sequences_of
+
+CHUNK = 32
+"""Tokens per chunk. Measured on rows of 2,500 tokens (1 core): 32 takes as long as 16, and 0.6 of 64, whose chunks are
+half padding; on long sequences 16 has twice as many steps."""
+
+
+@dataclass(slots=True)
+class Order:
+    """Another order of the row's tokens, with empty places, and places that repeat a token."""
+
+    source_L: Tensor
+    """(L,) index in the row of the token at each place; empty places hold 0."""
+    home_T: Tensor
+    """(T,) the one place that stands for each token; further places that hold it are copies."""
+    empty: Tensor
+    """(any,) the places without a token."""
+    copy: Tensor
+    """(any,) the places that repeat a token which has its home elsewhere."""
+    unread: Tensor
+    """(any,) `empty` and `copy`: what is computed there is dropped."""
+
+    @classmethod
+    def of(cls, source: Tensor, num_tokens: int, copy: Tensor | None = None) -> "Order":
+        """`source`: index in the row of each place's token, -1 where there is none; `copy`: bool, which repeat."""
+        empty = source < 0
+        copied = torch.zeros_like(empty) if copy is None else copy & ~empty
+        own = (~(empty | copied)).nonzero()[:, 0]
+        home_T = torch.full((num_tokens,), -1, dtype=torch.long)
+        home_T[source[own]] = own
+        if len(own) != num_tokens or bool((home_T < 0).any()):
+            raise ValueError(f"the sequences of the row hold {len(own)} tokens, and the row has {num_tokens}")
+        unread = (empty | copied).nonzero()[:, 0]
+        return cls(source.clamp(min=0), home_T, empty.nonzero()[:, 0], copied.nonzero()[:, 0], unread)
+
+    def by_head(self, num_heads: int, chunk: int) -> "Order":
+        """The order of (T * H) rows, a head of a token each, in which each chunk holds its heads one after another."""
+        head_H = torch.arange(num_heads)
+
+        def places(place: Tensor) -> Tensor:
+            chunk_index = torch.div(place, chunk, rounding_mode="floor")[:, None]
+            return ((chunk_index * num_heads + head_H) * chunk + (place % chunk)[:, None]).flatten()
+
+        source_NC = self.source_L.view(-1, 1, chunk)
+        source_L = (source_NC * num_heads + head_H[:, None]).flatten()
+        return Order(source_L, places(self.home_T), *map(places, (self.empty, self.copy, self.unread)))
+
+    def to(self, device: torch.device) -> "Order":
+        return Order(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def spread(self, tensor_T: Tensor) -> Tensor:
+        """(T, ...) to (L, ...); zeros in empty places."""
+        spread: Tensor = _Spread.apply(tensor_T, self)  # type: ignore[no-untyped-call]
+        return spread
+
+    def collect(self, tensor_L: Tensor) -> Tensor:
+        """(L, ...) to (T, ...): what stands at each token's home."""
+        collected: Tensor = _Collect.apply(tensor_L, self)  # type: ignore[no-untyped-call]
+        return collected
+
+
+class _Spread(torch.autograd.Function):
+    """A gather, whose gradient is a gather too: adding into the row, as autograd's own would, takes twice as long."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor_T: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return tensor_T.index_select(0, order.source_L).index_fill_(0, order.empty, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_L: Tensor) -> tuple[Tensor, None]:
+        order = ctx.order
+        grad_T = grad_L.index_select(0, order.home_T)
+        if len(order.copy):
+            grad_T.index_add_(0, order.source_L[order.copy], grad_L.index_select(0, order.copy))
+        return grad_T, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor_L: Tensor, order: Order) -> Tensor:
+        ctx.order = order
+        return tensor_L.index_select(0, order.home_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        order = ctx.order
+        return grad_T.index_select(0, order.source_L).index_fill_(0, order.unread, 0), None
+
+
+@dataclass(slots=True)
+class Depth:
+    """The chunks at one depth, which are scanned together."""
+
+    start: int
+    end: int
+    """Chunks `start` to `end` in the order of the chunks."""
+    num_parents: int
+    """How many of them, the first ones, have chunks after them: their states are needed."""
+    parent: Tensor | None
+    """(end - start,) which of the last depth's parents each comes after; None at the first depth."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """Sequences that one call of a kernel runs through, one after another."""
+
+    source_L: Tensor
+    """(L,) index in the row of their tokens."""
+    cu_seqlens: Tensor
+    """(sequences + 1,) where each begins, and the last one ends."""
+    parent: Tensor | None
+    """(sequences,) which sequence of the last stage each continues; None: all begin from nothing."""
+
+
+@dataclass(slots=True)
+class DeltaPlan:
+    """What recurrent layers need to know of a packed row; each order is made when it is first asked for."""
+
+    spans: list[Span]
+    num_tokens: int
+    device: torch.device
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def halos(self, width: int) -> Order:
+        """The row with `width` - 1 places before each sequence, which hold what came before it, as far as it goes."""
+        order: Order = self._once(("halos", width), lambda: _halos(self.spans, self.num_tokens, width).to(self.device))
+        return order
+
+    def chunks(self, num_heads: int, chunk: int = CHUNK) -> tuple[Order, list[Depth]]:
+        """The row's (T * H) heads of tokens in chunks, (N, H, C) of them, and the depths to scan."""
+        made: tuple[Order, list[Depth]] = self._once(
+            ("chunks", num_heads, chunk), lambda: self._chunks(num_heads, chunk)
+        )
+        return made
+
+    def stages(self) -> tuple[list[Stage], Tensor]:
+        """Stages, and (T,) where each token of the row is in their outputs, one stage after another."""
+        made: tuple[list[Stage], Tensor] = self._once("stages", lambda: _stages(self.spans, self.device))
+        return made
+
+    def _chunks(self, num_heads: int, chunk: int) -> tuple[Order, list[Depth]]:
+        source_NC, depths = _chunk_tree(self.spans, chunk)
+        for depth in depths:
+            depth.parent = None if depth.parent is None else depth.parent.to(self.device)
+        order = Order.of(source_NC.flatten(), self.num_tokens).by_head(num_heads, chunk)
+        return order.to(self.device), depths
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def _halos(spans: Sequence[Span], num_tokens: int, width: int) -> Order:
+    back = width - 1
+    sources, copies = [], []
+    for span in sequences_of(spans):
+        before = torch.arange(span.prefix_end - back, span.prefix_end)
+        before[before < span.prefix_start] = -1
+        sources += [before, torch.arange(span.start, span.end)]
+        copies += [torch.ones(back, dtype=torch.bool), torch.zeros(span.end - span.start, dtype=torch.bool)]
+    return Order.of(torch.cat(sources), num_tokens, torch.cat(copies))
+
+
+def _chunk_tree(spans: Sequence[Span], chunk: int) -> tuple[Tensor, list[Depth]]:
+    """(N, C) token of each place of each chunk, -1 for none, sorted by depth, and the depths."""
+    blocks: list[Tensor] = []
+    parents: list[int] = []
+    depth_of: list[int] = []
+    last: dict[tuple[int, int], int] = {}
+    for span in sequences_of(spans):
+        count = -(-(span.end - span.start) // chunk)
+        block = torch.arange(span.start, span.start + count * chunk)
+        blocks.append(torch.where(block < span.end, block, -1).view(count, chunk))
+        parent = last[span[:2]] if span.prefix_end > span.prefix_start else -1
+        for _ in range(count):
+            depth_of.append(depth_of[parent] + 1 if parent >= 0 else 0)
+            parents.append(parent)
+            parent = len(parents) - 1
+        if span.prefix_end == span.prefix_start:
+            last[span[2:]] = parent
+    has_child = set(parents)
+    order = sorted(range(len(parents)), key=lambda number: (depth_of[number], number not in has_child))
+    place = {number: position for position, number in enumerate(order)}
+    depths: list[Depth] = []
+    for level, group in itertools.groupby(order, key=lambda number: depth_of[number]):
+        members = list(group)
+        start, above = (depths[-1].end, depths[-1].start) if depths else (0, 0)
+        parent_index = torch.tensor([place[parents[number]] - above for number in members]) if level else None
+        num_parents = sum(number in has_child for number in members)
+        depths.append(Depth(start, start + len(members), num_parents, parent_index))
+    return torch.cat(blocks)[torch.tensor(order)], depths
+
+
+def _stages(spans: Sequence[Span], device: torch.device) -> tuple[list[Stage], Tensor]:
+    sequences = sequences_of(spans)
+    first = [span for span in sequences if span.prefix_end == span.prefix_start]
+    then = [span for span in sequences if span.prefix_end > span.prefix_start]
+    number = {span[2:]: position for position, span in enumerate(first)}
+    stages = []
+    for members in (first, then):
+        if members:
+            source = torch.cat([torch.arange(span.start, span.end) for span in members])
+            lengths = torch.tensor([0] + [span.end - span.start for span in members])
+            parent = None if members is first else torch.tensor([number[span[:2]] for span in members]).to(device)
+            stages.append(Stage(source.to(device), lengths.cumsum(0).to(device), parent))
+    return stages, torch.argsort(torch.cat([stage.source_L for stage in stages]))

@@ -1,0 +1,184 @@
+"""Hidden states at chosen places of a packed row, for any transformers model: what every packed forward begins with.
+
+Shapes: T tokens in the row, R places asked for, S sequences, C hidden size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlqwen.packing import delta_net
+from rlqwen.packing.attention import PACKED_ATTENTION, Span
+from rlqwen.packing.batch import PackedBatch
+from rlqwen.packing.routing_replay import replay_arguments
+from rlqwen.packing.sequence_parallel import SequenceGroup
+
+PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}
+# Kinds of rotary position embedding that choose their frequencies by the longest sequence of the row.
+ROW_WIDE_ROPE = {"dynamic", "longrope"}
+
+
+def packing_obstacle(config: Any) -> str | None:
+    """Why a model of this configuration cannot share a prefix among sequences; None: it can.
+
+    Attention can, and the delta-net layers that rlqwen.packing.delta_net knows. Layers of another kind cannot: they would carry
+    the state of one sequence of the row into the next.
+    """
+    text = config.get_text_config(decoder=True)
+    others = _recurrent_layers(text)
+    if delta_net.is_delta_net(text):
+        others.discard(delta_net.LAYER)
+    if others:
+        return f"{text.model_type} has layers of type {', '.join(sorted(others))}"
+    row_wide = _rope_types(text) & ROW_WIDE_ROPE
+    return f"{text.model_type} has rope_type {', '.join(sorted(row_wide))}" if row_wide else None
+
+
+def packs_prefixes(config: Any) -> bool:
+    """Return whether a model of this configuration can share a prefix; see `packing_obstacle`."""
+    return packing_obstacle(config) is None
+
+
+def cutting_obstacle(config: Any) -> str | None:
+    """Why ranks cannot each forward a slice of a row through a model of this configuration; None: they can."""
+    text = config.get_text_config(decoder=True)
+    if recurrent := _recurrent_layers(text):
+        return f"{text.model_type} has layers that carry a state along the sequence ({', '.join(sorted(recurrent))})"
+    return packing_obstacle(config)
+
+
+def _recurrent_layers(text_config: Any) -> set[str]:
+    return set(getattr(text_config, "layer_types", None) or ()) - PACKABLE_LAYERS
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary embedding of the config, which gives one for all layers or one for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {entry["rope_type"] for entry in each if "rope_type" in entry}
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Have the text layers of `model` run as packed rows need it, where it can share prefixes.
+
+    Raises ModelError where its delta-net layers are not as expected.
+    """
+    config: Any = model.config
+    if not packs_prefixes(config):
+        return
+    text = config.get_text_config(decoder=True)
+    if delta_net.is_delta_net(text):
+        delta_net.install(text)
+    parts = [name for name in config.sub_configs if getattr(config, name) is text]
+    model.set_attn_implementation(dict.fromkeys(parts, PACKED_ATTENTION) if parts else PACKED_ATTENTION)
+
+
+@contextlib.contextmanager
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have the model attend as transformers has it by default, inside."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        use_packed_attention(model)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    index_R: Tensor,
+    sequence_R: Tensor,
+    *,
+    sequence: SequenceGroup,
+    router_logits: list[Tensor] | None = None,
+) -> Tensor:
+    """(R, C) last hidden states at `index_R` of the row, each as its sequence, `sequence_R` (ascending), sees it.
+
+    One forward over the row where the model can share prefixes, else one over each sequence. With a `sequence` group,
+    of this rank's slice of the row alone: the places that are in it. `router_logits`, where given, is filled with each
+    mixture-of-experts layer's (T, E), each token of the row, or of the slice, once.
+    """
+    if packs_prefixes(model.config):
+        return _packed(model, batch, sequence, router_logits)[sequence.own(index_R, batch.num_tokens)[1]]
+    return _sequential(model, batch, index_R, sequence_R, router_logits)
+
+
+def last_tokens(batch: PackedBatch) -> Tensor:
+    """(S,) index in the row of each sequence's last token."""
+    spans = batch.layout.spans[: batch.num_sequences]
+    ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in spans]
+    return torch.tensor(ends, dtype=torch.long, device=batch.input_ids.device)
+
+
+def _packed(
+    model: PreTrainedModel, batch: PackedBatch, sequence: SequenceGroup, router_logits: list[Tensor] | None
+) -> Tensor:
+    with delta_net.checked(model, batch.layout):
+        output = model.base_model(
+            input_ids=sequence.cut(batch.input_ids),
+            position_ids=sequence.cut(batch.position_ids),
+            layout=batch.layout,
+            sequence=sequence if sequence.size > 1 else None,
+            use_cache=False,
+            **_recording(router_logits),
+            **replay_arguments(model, _own_experts(batch, sequence)),
+        )
+    if router_logits is not None:
+        real = sequence.num_real(batch.num_tokens)
+        router_logits += [logits_TE[:real] for logits_TE in output.router_logits]
+    hidden_TC: Tensor = output.last_hidden_state[0]
+    return hidden_TC
+
+
+def _sequential(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    index_R: Tensor,
+    sequence_R: Tensor,
+    router_logits: list[Tensor] | None,
+) -> Tensor:
+    """Prefix and branch forwarded again for each sequence: for layers that carry a state along."""
+    hidden, recorded, seen = [], [], set()
+    for sequence, span in enumerate(batch.layout.spans):
+        prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
+        branch = batch.input_ids[:, span.start : span.end]
+        index = index_R[sequence_R == sequence]
+        if not len(index) and len(index_R):
+            continue
+        experts = None if batch.experts_TLK is None else torch.cat([batch.experts_TLK[part] for part in _parts(span)])
+        output = model.base_model(
+            input_ids=torch.cat([prefix, branch], dim=1),
+            use_cache=False,
+            **_recording(router_logits),
+            **replay_arguments(model, experts),
+        )
+        inside = index - span.start + prefix.shape[1]
+        hidden.append(output.last_hidden_state[0][torch.where(index < span.start, prefix.shape[1] - 1, inside)])
+        if router_logits is not None:
+            known = prefix.shape[1] if span.prefix_start in seen else 0
+            recorded.append([logits_TE[known:] for logits_TE in output.router_logits])
+            seen.add(span.prefix_start)
+    if router_logits is not None:
+        router_logits += [torch.cat(layer) for layer in zip(*recorded, strict=True)]
+    return torch.cat(hidden)
+
+
+def _parts(span: Span) -> tuple[slice, slice]:
+    """Where the tokens of a branch and its prefix lie in the row."""
+    return slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)
+
+
+def _own_experts(batch: PackedBatch, sequence: SequenceGroup) -> Tensor | None:
+    """Recorded experts of this rank's slice of the row; of its padding, those of the row's first token."""
+    if batch.experts_TLK is None or sequence.size == 1:
+        return batch.experts_TLK
+    return batch.experts_TLK[sequence.cut(torch.arange(batch.num_tokens, device=batch.input_ids.device)[None])[0]]
+
+
+def _recording(router_logits: list[Tensor] | None) -> dict[str, Any]:
+    """Arguments of the forward: a model without routers does not know this one."""
+    return {} if router_logits is None else {"output_router_logits": True}

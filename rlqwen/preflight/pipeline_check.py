@@ -1,0 +1,78 @@
+"""Recipes that run one after the other: a later one may use what an earlier one is yet to train."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlqwen.config import DPOConfig, OnlineConfig, Recipe
+from rlqwen.data import first_rows, load_rows
+from rlqwen.preflight.check_report import CheckReport
+from rlqwen.preflight.model_check import check_model_path
+from rlqwen.preflight.recipe_check import check_recipe
+from rlqwen.preflight.resource_check import check_resources
+from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
+from rlqwen.preflight.run_folder_check import check_run_folder
+from rlqwen.run_folder.layout import FINAL_FOLDER
+
+Row = dict[str, Any]
+
+
+def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
+    """Everything that can be found wrong with each recipe without a device."""
+    reports = []
+    for place, recipe in enumerate(recipes):
+        earlier = recipes[:place]
+        report = check_recipe(recipe, starting_model(recipe, earlier), to_train=models_to_train(earlier))
+        with report.collecting():
+            check_run_folder(recipe, earlier)
+        with report.collecting():
+            _check_reference(recipe, earlier)
+        reports.append(report)
+    return reports
+
+
+def starting_model(recipe: Recipe, earlier: Sequence[Recipe]) -> Recipe:
+    """The recipe whose model is there already: an earlier one that this one goes on from, or itself."""
+    for place, before in enumerate(earlier):
+        if Path(recipe.model.path) == Path(before.output_dir) / FINAL_FOLDER:
+            return starting_model(before, earlier[:place])
+    return recipe
+
+
+def models_to_train(earlier: Sequence[Recipe]) -> list[str]:
+    """Folders of the models that earlier recipes leave behind."""
+    return [str(Path(before.output_dir) / FINAL_FOLDER) for before in earlier]
+
+
+def check_before_run(recipes: Sequence[Recipe]) -> None:
+    """What is quick to find and would be bitter to learn late: raises the first fault of a later stage, or of none.
+
+    A trainer makes the other checks itself before it trains; a later stage's trainer is built only when the earlier
+    stages are done.
+    """
+    for place, recipe in enumerate(recipes):
+        earlier = recipes[:place]
+        check_run_folder(recipe, earlier)
+        if starting_model(recipe, earlier) is recipe:
+            check_model_path(recipe.model.path)
+        _check_reference(recipe, earlier)
+        if isinstance(recipe.train, OnlineConfig):
+            check_resources(recipe.train.rollout)
+        for sampled in recipe.data.sampled_sources():
+            check_resources(sampled.rollout)
+            resolve_rewards(sampled.rewards)
+        if place and recipe.rewards:
+            rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
+            rows = first_rows(recipe.data) if recipe.data.is_streamed else _training_rows(recipe)
+            check_reward_columns(rewards, rows, "data.train")
+
+
+def _training_rows(recipe: Recipe) -> Sequence[Row]:
+    return load_rows(recipe.data.train, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
+
+
+def _check_reference(recipe: Recipe, earlier: Sequence[Recipe]) -> None:
+    """Raise ModelError for a reference that is neither there nor what an earlier recipe is yet to train."""
+    path = recipe.train.ref_model if isinstance(recipe.train, DPOConfig) else None
+    if path is not None and path not in models_to_train(earlier):
+        check_model_path(path, "train.ref_model")

@@ -1,0 +1,154 @@
+"""All that can be found wrong with one recipe before it is run."""
+
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
+from rlqwen.config.batch_plan import refuse_stream
+from rlqwen.config.data import SourceConfig
+from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
+from rlqwen.errors import DataError
+from rlqwen.models.quantization import require_bitsandbytes
+from rlqwen.preflight.check_report import CheckReport
+from rlqwen.preflight.memory_estimate import describe_parameters
+from rlqwen.preflight.model_check import NO_TOKENIZER, ModelFacts, read_config, read_tokenizer, what_is_missing
+from rlqwen.preflight.resource_check import check_resources
+from rlqwen.preflight.reward_check import check_rewards
+from rlqwen.preflight.tokenized_rows import (
+    describe_batch,
+    describe_data,
+    describe_thinking,
+    describe_untokenized,
+    tokenize,
+)
+
+Row = dict[str, Any]
+
+
+def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collection[str] = ()) -> CheckReport:
+    """Everything that can be found without a device.
+
+    `start`: the recipe whose model this one goes on from. `to_train`: folders of models that are yet to be trained.
+    """
+    report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
+    start = start or recipe
+    if note := recipe.train.parallel.unused_note():
+        report.warnings.append(note)
+    model = _check_model(report, recipe, start)
+    train = _load(report, recipe, "train")
+    evaluation = _load(report, recipe, "eval")
+    train, evaluation = _clean(report, recipe, train, evaluation)
+    taken: set[str] | None = None
+    if isinstance(recipe.train, OnlineConfig):
+        parts = {"data.train": train, "data.eval": evaluation}
+        taken = check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
+    for name, rows in (("train", train), ("eval", evaluation)):
+        if rows and model:
+            with report.collecting():
+                tokenized = _tokenize(recipe, rows, model, f"data.{name}")
+                if isinstance(recipe.train, OnlineConfig):
+                    tokenized.name_unused(taken)
+                describe_data(report, f"data.{name}", tokenized)
+                if name == "train":
+                    if isinstance(recipe.train, OnlineConfig):
+                        describe_thinking(report, recipe.train, model)
+                    describe_batch(report, recipe, tokenized)
+    if not model:
+        describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
+    if isinstance(recipe.train, OnlineConfig):
+        if recipe.train.correction_note:
+            report.warnings.append(recipe.train.correction_note)
+        with report.collecting():
+            report.facts.append(("rollout", check_resources(recipe.train.rollout)))
+    return report
+
+
+def _tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts, name: str) -> DataReport:
+    """Call `tokenize`; name in each fault the part of the data that holds its row."""
+    try:
+        return tokenize(recipe, rows, model)
+    except DataError as fault:
+        raise type(fault)(f"{name}, {fault}" if str(fault).startswith("row ") else str(fault)) from None
+
+
+def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFacts | None:
+    if recipe.model.quantization is not None:
+        with report.collecting():
+            require_bitsandbytes("model.quantization")
+    with report.collecting(), tempfile.TemporaryDirectory() as scratch:
+        missing = what_is_missing(start.model.path)
+        found = read_config(start.model, Path(scratch))
+        if found is None:
+            report.warnings.append(
+                f"model {start.model.path!r} is not on this machine and the hub cannot be reached: "
+                "parameters, template, loss masks, lengths and context were not checked"
+            )
+            return None
+        yet_to_train = "" if start is recipe else f", to be trained from {start.model.path}"
+        size = f", {found.num_bytes / 1e6:,.1f} MB of weights" if found.num_bytes else ""
+        line = f"{recipe.model.path}{yet_to_train}, context {found.context:,}, {found.dtype}{size}"
+        report.facts.append(("model", line))
+        if missing:
+            report.warnings.append(
+                f"{start.model.path} lacks {' and '.join(missing)}: checked without; a run would refuse it"
+            )
+        describe_parameters(report, recipe, found)
+        if NO_TOKENIZER in missing:
+            return None
+        model = read_tokenizer(found)
+        if model is None:
+            report.warnings.append(
+                f"the tokenizer of {start.model.path!r} is not on this machine: template, loss masks and lengths were not "
+                "checked"
+            )
+        return model
+    return None
+
+
+def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | None:
+    source: SourceConfig | list[SourceConfig] | None = getattr(recipe.data, part)
+    if source is None:
+        if part == "eval" and recipe.train.eval_strategy != "no":
+            with report.collecting():
+                raise DataError(f"train.eval_strategy is {recipe.train.eval_strategy!r}, but there is no data.eval")
+        return None
+    sampled = [one.sampled for one in (source if isinstance(source, list) else [source]) if one.sampled]
+    for pairs in sampled:
+        _check_sampled(report, recipe, f"data.{part}", pairs)
+    if sampled:
+        return None
+    with report.collecting():
+        if part == "train" and recipe.data.is_streamed:
+            refuse_stream(recipe.train)
+            rows = first_rows(recipe.data)
+            report.facts.append(("data.train", f"a stream, of which the first {len(rows)} rows are checked"))
+            return rows
+        return load_rows(source, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
+    return None
+
+
+def _check_sampled(report: CheckReport, recipe: Recipe, name: str, pairs: SampledPairsConfig) -> None:
+    """Prompts and rewards of pairs that the run will sample."""
+    with report.collecting():
+        prompts = load_rows(pairs.prompts, seed=pairs.seed)
+        drawn = f"{len(prompts)} prompts x {pairs.num_samples} answers of {pairs.model or recipe.model.path}"
+        report.facts.append((name, f"pairs to be sampled: {drawn}; {check_resources(pairs.rollout)}"))
+        check_rewards(report, pairs.rewards, {f"{name}.sampled.prompts": prompts}, to_train=(), scoring=pairs.scoring)
+
+
+def _clean(
+    report: CheckReport, recipe: Recipe, train: Sequence[Row] | None, evaluation: Sequence[Row] | None
+) -> tuple[Sequence[Row] | None, Sequence[Row] | None]:
+    """The rows that a run would see; none where they can't be had."""
+    if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
+        return train, evaluation
+    with report.collecting():
+        train, evaluation, cleaning = clean_recipe_data(recipe.data, train, evaluation)
+        assert cleaning is not None
+        listed = f"; listed in {cleaning.folder}" if cleaning.dropped and cleaning.folder else ""
+        report.facts.append(("cleaning", cleaning.summary() + listed))
+        report.warnings += cleaning.warnings
+        return train, evaluation
+    return None, None

@@ -1,0 +1,52 @@
+"""The completions of a run, written beside its metrics."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlqwen.run_folder.layout import COMPLETIONS_FOLDER
+from rlqwen.secrets import redact_values
+from rlqwen.types import Group
+
+
+class CompletionLog:
+    """Writes `completions/step-000123.jsonl`: one line a completion, with its prompt, rewards and advantage."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self._folder = Path(output_dir) / COMPLETIONS_FOLDER
+
+    def write(self, step: int, groups: Sequence[Group], *, evaluation: bool = False) -> Path:
+        """Write the groups of a step, or those of the evaluation after it to `eval-000123.jsonl`; returns the file."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{'eval' if evaluation else 'step'}-{step:06d}.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for group in groups:
+                for row in completion_rows(group):
+                    file.write(json.dumps(redact_values(row), ensure_ascii=False) + "\n")
+        return path
+
+
+def completion_rows(group: Group) -> Iterator[dict[str, Any]]:
+    """One plain mapping a completion; missing rewards are None."""
+    for index, completion in enumerate(group.completions):
+        yield {
+            "prompt_index": group.prompt.index,
+            "prompt": group.prompt.content,
+            "completion": completion.text,
+            "rewards": {name: values[index] for name, values in group.rewards.items()},
+            "reward": group.total_rewards_G[index] if group.total_rewards_G else None,
+            "advantage": group.advantages_G[index] if group.advantages_G else None,
+            "outcomes": {name: outcomes[index] for name, outcomes in group.outcomes.items() if outcomes[index] != "ok"},
+            **({"extras": {name: values[index] for name, values in group.extras.items()}} if group.extras else {}),
+            "finish_reason": completion.finish_reason,
+            "num_tokens": len(completion.token_ids),
+            "policy_version": group.policy_version,
+        }
+
+
+def read_completions(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's last file of completions, an evaluation's if there is one; [] if there is none."""
+    folder = Path(run_dir) / COMPLETIONS_FOLDER
+    files = sorted(folder.glob("eval-*.jsonl")) or sorted(folder.glob("step-*.jsonl"))
+    return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []

@@ -1,0 +1,132 @@
+"""Where metrics go: a JSONL file always; TensorBoard, Weights & Biases and trackio when asked for."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlqwen.errors import ConfigError
+from rlqwen.run_folder.layout import METRICS_FILE
+from rlqwen.secrets import redact_values
+
+
+class Sink(Protocol):
+    """Takes the metrics of one step."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def event(self, step: int, fields: Mapping[str, Any]) -> None:
+        """What is said once, texts among it."""
+        numbers = {key: float(value) for key, value in fields.items() if isinstance(value, int | float)}
+        if numbers:
+            self.log(step, numbers)
+
+    def close(self) -> None: ...
+
+
+class JsonlSink(Sink):
+    """One JSON object a logged step, flushed at once, so that a killed run keeps what it had.
+
+    JSON has no NaN: a value that is not finite is null, and `nonfinite` says what it was:
+    `{"step": 3, "loss": null, "nonfinite": {"loss": "nan"}}`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.event(step, metrics)
+
+    def event(self, step: int, fields: Mapping[str, Any]) -> None:
+        nonfinite = {k: str(v) for k, v in fields.items() if isinstance(v, float) and not math.isfinite(v)}
+        line: dict[str, Any] = {"step": step, **fields, **dict.fromkeys(nonfinite)}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._file.write(json.dumps(redact_values(line), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink(Sink):
+    """Event files in `tensorboard/` of the run folder."""
+
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
+        purge = None if resumed_at is None else resumed_at + 1  # what a run that was killed wrote after its checkpoint
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=purge
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink(Sink):
+    """A Weights & Biases run; project and entity come from W&B's own environment variables."""
+
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
+        self._run = import_module("wandb").init(name=run_name, dir=str(output_dir))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TrackioSink(Sink):
+    """A trackio run in project `rlqwen`."""
+
+    def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
+        self._trackio = import_module("trackio")
+        self._trackio.init(project="rlqwen", name=run_name)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._trackio.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+_SINKS: dict[str, type[TensorBoardSink] | type[WandbSink] | type[TrackioSink]] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+    "trackio": TrackioSink,
+}
+
+
+def open_sinks(
+    output_dir: Path, report_to: str | Sequence[str], run_name: str, resumed_at: int | None = None
+) -> list[Sink]:
+    """The JSONL file and the sinks that `report_to` names; `resumed_at`: the update that the run goes on after.
+
+    Raises ConfigError for a name that is unknown, or whose package is not installed.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    wanted = [name for name in names if name != "none"]
+    for name in wanted:
+        if name not in _SINKS:
+            raise ConfigError(f"report_to: unknown metric sink {name!r}; known: {', '.join(_SINKS)}, none")
+        try:
+            import_module(name)
+        except ImportError:
+            raise ConfigError(f"report_to: {name!r} is not installed; install it: pip install {name}") from None
+    others = [_SINKS[name](output_dir, run_name, resumed_at) for name in wanted]
+    return [JsonlSink(output_dir / METRICS_FILE), *others]
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The logged lines of a run, in order; a last line that a killed run left unfinished is left out."""
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

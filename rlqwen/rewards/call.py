@@ -1,0 +1,177 @@
+"""What became of a reward call: the judge of returned values, shared by workers and the trainer's process."""
+
+import asyncio
+import dataclasses
+import inspect
+import math
+import numbers
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from rlqwen.rewards.reward_logging import Journal
+from rlqwen.types import Outcome
+
+MAX_TRACE_LENGTH = 20_000
+"""Characters of a traceback that are kept; its end says most."""
+
+
+@dataclass(slots=True, frozen=True)
+class CallResult:
+    """One call of one reward on n samples; every list has n entries."""
+
+    rewards: list[float | None]
+    """None where missing (outcome is not ok) or not applicable (outcome is ok)."""
+    outcomes: list[Outcome]
+    traces: list[str | None]
+    """The reward's traceback, or what is wrong with its value; None where ok."""
+    seconds: float
+    is_settled: bool = True
+    """False: the call failed as a whole, so it is not known which of its samples is to blame."""
+    metrics: Sequence[tuple[str, float]] = ()
+    """What the reward gave to `log_metric`."""
+    extras: Mapping[str, list[Any]] = field(default_factory=dict)
+    """What it gave to `log_extra`: column -> n values."""
+
+    @classmethod
+    def failed(cls, outcome: Outcome, trace: str, count: int, seconds: float) -> Self:
+        """The call as a whole gave nothing."""
+        return cls([None] * count, [outcome] * count, [trace[-MAX_TRACE_LENGTH:]] * count, seconds, is_settled=False)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_plain(cls, content: Any, count: int) -> Self:
+        """What a worker sent for `count` samples; raises ValueError unless it is well-formed, since what ran there
+        may have written it."""
+        try:
+            result = cls(**content)
+            values = [*result.rewards, result.seconds, *(value for _, value in result.metrics)]
+            lists = [result.rewards, result.outcomes, result.traces, *result.extras.values()]
+            is_sound = (
+                all(isinstance(one, list) and len(one) == count for one in lists)
+                and all(isinstance(name, str) for name in (*result.extras, *(name for name, _ in result.metrics)))
+                and all(value is None or isinstance(value, int | float) for value in values)
+                and all(value is None or math.isfinite(value) for value in result.rewards)
+                and set(result.outcomes) <= {"ok", "timeout", "error", "invalid"}
+                and all(trace is None or isinstance(trace, str) for trace in result.traces)
+            )
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the worker's reply is malformed: {error}") from None
+        if not is_sound:
+            raise ValueError(f"the worker's reply is malformed: {_brief(content)}")
+        return result
+
+
+def call(
+    function: Callable[..., Any],
+    arguments: Callable[[], Mapping[str, Any]],
+    count: int,
+    *,
+    loggers: Iterable[str] = (),
+    let_through: tuple[type[BaseException], ...] = (),
+) -> CallResult:
+    """Call a reward on `count` samples and judge what it returns; coroutines are run to their end.
+
+    `arguments` gives its arguments, to which the `loggers` that it takes are added. Whatever is raised becomes an
+    outcome, BaseException included (math-verify's timeout is one), except `let_through`.
+    """
+    journal = Journal(count)
+    started = time.perf_counter()
+    try:
+        returned = function(**arguments(), **journal.functions(loggers))
+        if inspect.isawaitable(returned):
+            returned = _run_to_end(returned)
+        values = as_list(returned)
+        judged = [judge(value) for value in values or ()]
+    except BaseException as error:
+        if isinstance(error, let_through):
+            raise
+        trace = describe(error, frames_to_hide=1)
+        return CallResult.failed("error", trace, count, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    if values is None or len(values) != count:
+        given = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
+        return CallResult.failed("invalid", f"returned {given} for {count} completions", count, seconds)
+    rewards, traces = [reward for reward, _ in judged], [trace for _, trace in judged]
+    outcomes: list[Outcome] = ["invalid" if trace else "ok" for trace in traces]
+    return CallResult(rewards, outcomes, traces, seconds, metrics=journal.metrics, extras=journal.extras)
+
+
+def as_list(returned: Any) -> list[Any] | None:
+    """A list, tuple, or 1-d array or tensor as a list; None for anything else."""
+    if isinstance(returned, list | tuple):
+        return list(returned)
+    if hasattr(returned, "tolist"):
+        values = returned.tolist()
+        return values if isinstance(values, list) else None
+    return None
+
+
+def judge(value: Any) -> tuple[float | None, str | None]:
+    """A returned value as (reward, what is wrong with it). None is fine: the reward does not apply to the sample."""
+    if value is None:
+        return None, None
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(number, numbers.Real):
+        return None, f"returned {_brief(value)}, a {type(value).__name__}, instead of a number or None"
+    try:
+        reward = float(number)
+    except OverflowError:
+        return None, "returned an integer too large for a float"
+    if not math.isfinite(reward):
+        return None, f"returned {reward}, which is not finite"
+    return reward, None
+
+
+def describe(error: BaseException, frames_to_hide: int = 0) -> str:
+    """The traceback of `error` as text, without our own frames at its top."""
+    frames = error.__traceback__
+    for _ in range(frames_to_hide):
+        if frames is not None and frames.tb_next is not None:
+            frames = frames.tb_next
+    try:
+        text = "".join(traceback.format_exception(type(error), error, frames))
+        return text[-MAX_TRACE_LENGTH:]
+    except MemoryError:
+        return f"{type(error).__name__} (no memory left for its traceback)"
+    finally:
+        # The frames hold what the reward had allocated.
+        traceback.clear_frames(error.__traceback__)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _run_to_end(awaitable: Awaitable[Any]) -> Any:
+    """asyncio.run, in a thread of its own where this thread runs an event loop already, as notebooks do."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_await(awaitable))
+    box: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            box.append((asyncio.run(_await(awaitable)), None))
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            box.append((None, error))
+
+    thread = threading.Thread(target=run, name="rlqwen-async-reward")
+    thread.start()
+    thread.join()
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,121 @@
+"""System calls that a process and all that it starts may not make: seccomp filters, built and installed without root.
+
+A filter is a program for the kernel's classic BPF machine (seccomp(2)). Filters add up, are inherited, and can't be
+taken off again. Linux on x86-64 and aarch64.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from rlqwen.rewards.sandbox.syscalls import ARCHITECTURES, CALLS, DENIED, NEWEST
+
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+_LOAD, _AND, _JUMP_EQ, _JUMP_GT, _JUMP_SET, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
+_AF_UNIX, _SOCK_STREAM, _SOCK_KIND = 1, 1, 0xF
+_NEW_NAMESPACES = 0x7E020080
+_CLONE_VFORK, _CLONE_THREAD = 0x4000, 0x10000
+_O_ACCMODE, _O_TRUNC = 0o3, 0o1000
+_TERMINAL_INJECTION = (0x5412, 0x541C)
+"""TIOCSTI and TIOCLINUX, which type into a terminal."""
+
+Instruction = tuple[int, int, int, int]
+
+
+def isolating_filter(protected: Iterable[int]) -> bytes:
+    """No network, no forks (only threads and programs), no signals to the processes `protected` nor to whole groups, nothing else that `DENIED` lists."""
+    rules = [*_refuse("clone3", errno.ENOSYS), *_refuse("openat2", errno.ENOSYS)]  # both have an older sister
+    for name in DENIED:
+        rules += _refuse(name)
+    rules += _where("socketpair", 0, [(_JUMP_EQ, _AF_UNIX, False)])
+    rules += _where("socketpair", 1, [(_JUMP_EQ, _SOCK_STREAM, False)], mask=_SOCK_KIND)
+    rules += _where("clone", 0, [(_JUMP_SET, _NEW_NAMESPACES, True)])
+    # Threads, and programs as subprocess starts them, whose starter waits until they run: of either a guard can keep
+    # count. A process that forks at full speed outruns it, and RLIMIT_NPROC does not hold for root.
+    rules += _refuse("fork")
+    rules += _where("clone", 0, [(_JUMP_SET, _CLONE_VFORK | _CLONE_THREAD, False)])
+    rules += _where("prlimit64", 0, [(_JUMP_EQ, 0, False)])
+    rules += _where("ioctl", 1, [(_JUMP_EQ, request, True) for request in _TERMINAL_INJECTION])
+    # Landlock before its third version lets a file be emptied by opening it for reading.
+    for name, argument in (("open", 1), ("openat", 2)):
+        rules += _where(name, argument, [(_JUMP_EQ, _O_TRUNC, True)], mask=_O_ACCMODE | _O_TRUNC)
+    targets = [(_JUMP_EQ, 0, True), (_JUMP_GT, 0x7FFFFFFF, True), *((_JUMP_EQ, pid, True) for pid in protected)]
+    for name in ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
+        rules += _where(name, 0, targets)
+    return _program(rules)
+
+
+def confining_filter(pid: int) -> bytes:
+    """No new process, thread or program, and signals to the process `pid` alone."""
+    rules = []
+    for name in ("clone", "fork", "vfork"):
+        rules += _refuse(name, errno.EAGAIN)
+    for name in ("execve", "execveat", "rt_sigqueueinfo", "rt_tgsigqueueinfo"):
+        rules += _refuse(name)
+    for name in ("kill", "tgkill"):
+        rules += _where(name, 0, [(_JUMP_EQ, pid, False)])
+    return _program(rules)
+
+
+def forbid_new_privileges() -> None:
+    """Programs that this process starts get no more rights than it has; without it the kernel takes no filter."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1, None)
+
+
+def install(program: bytes) -> None:
+    """Filter this process from here on; raises OSError where the kernel or the machine is not of the right kind."""
+    code = ctypes.create_string_buffer(program, len(program))
+    packed = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    header = ctypes.create_string_buffer(packed, len(packed))
+    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(header))
+
+
+def _prctl(option: int, value: int, pointer: Any) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
+        raise OSError(f"seccomp: {os.strerror(ctypes.get_errno())}")
+
+
+def _machine() -> int:
+    """Column of the machine in the tables; raises OSError where it has none."""
+    if platform.machine() not in ARCHITECTURES or struct.calcsize("P") != 8:
+        raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
+    return list(ARCHITECTURES).index(platform.machine())
+
+
+def _program(rules: list[Instruction]) -> bytes:
+    """Kill what calls by another machine's table; calls newer than we know do not exist."""
+    start = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_JUMP_EQ, 1, 0, ARCHITECTURES[platform.machine()]),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NUMBER),
+        (_JUMP_GT, 0, 1, NEWEST),
+        (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
+    ]
+    return b"".join(struct.pack("HBBI", *one) for one in [*start, *rules, (_RETURN, 0, 0, _ALLOW)])
+
+
+def _refuse(name: str, code: int = errno.EPERM) -> list[Instruction]:
+    number = CALLS[name][_machine()]
+    return [] if number is None else [(_JUMP_EQ, 0, 1, number), (_RETURN, 0, 0, _ERRNO | code)]
+
+
+def _where(name: str, argument: int, tests: list[tuple[int, int, bool]], mask: int | None = None) -> list[Instruction]:
+    """Refuse a call whose argument (its low 32 bits, masked) passes a test that is True, or fails one that is False."""
+    number = CALLS[name][_machine()]
+    if number is None:
+        return []
+    body: list[Instruction] = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * argument)]
+    if mask is not None:
+        body.append((_AND, 0, 0, mask))
+    for jump, value, refuse_if in tests:
+        body += [(jump, 0, 1, value) if refuse_if else (jump, 1, 0, value), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    body.append((_LOAD, 0, 0, _NUMBER))
+    return [(_JUMP_EQ, 0, len(body), number), *body]

@@ -1,0 +1,1 @@
+"""Rollout engines, one module per engine."""

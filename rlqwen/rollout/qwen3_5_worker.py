@@ -1,9 +1,0 @@
-"""What vLLM imports in each process of an engine for Qwen3.5, before the model is built."""
-
-from rlqwen.rollout.qwen3_5_classes import register
-
-register()
-
-
-class WorkerExtension:
-    """A mixin for vLLM's worker that adds nothing; its import is what counts."""

@@ -1,0 +1,202 @@
+"""Ray itself: a private cluster on this machine, a given cluster, or the one that the caller is connected to."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlqwen.config import RolloutConfig
+from rlqwen.errors import ResourceError, RolloutError, WorkerDied
+from rlqwen.rollout import ray_reaper as guard
+from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
+
+# Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
+_MAX_FOLDER_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection to Ray, and how to end what was started for it."""
+
+    resources: WorkerResources
+    log_folder: Path | None
+    """Where a private cluster's processes write their logs."""
+    disconnect: Callable[[], None]
+
+
+def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
+    """Connect to Ray as `config` says; raise ResourceError, before any wait, if the workers do not fit.
+
+    `sent_bytes`: size of one version of what the workers are sent, from which the private object store is sized.
+    """
+    # Read when Ray is imported: no usage reports; and no warning about workers that ask for no GPU.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if _private is not None and ray.is_initialized():
+        return _private.join(config)
+    if ray.is_initialized():
+        return Cluster(_plan_on_cluster(config), None, lambda: None)
+    if config.ray_address is not None:
+        try:
+            ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ResourceError(
+                f"rollout.ray_address {config.ray_address!r}: no Ray cluster answers ({error})"
+            ) from None
+        try:
+            return Cluster(_plan_on_cluster(config), None, ray.shutdown)
+        except BaseException:
+            ray.shutdown()
+            raise
+    plan_workers(config)
+    return _start_private(sent_bytes).join(config)
+
+
+class _PrivateCluster:
+    """A Ray of our own on this machine, which ends with the last pool that uses it."""
+
+    def __init__(self, guard: "subprocess.Popen[bytes]", session: Path) -> None:
+        self._guard = guard
+        self._logs = session / "logs"
+        self._num_users = 0
+
+    def join(self, config: RolloutConfig) -> Cluster:
+        resources = _plan_on_cluster(config)
+        self._num_users += 1
+        return Cluster(resources, self._logs, self._leave)
+
+    def _leave(self) -> None:
+        global _private
+        import ray
+
+        self._num_users -= 1
+        if not self._num_users:
+            _private = None
+            ray.shutdown()
+            self._guard.communicate()
+
+
+_private: _PrivateCluster | None = None
+
+
+def _start_private(sent_bytes: int) -> _PrivateCluster:
+    global _private
+    import ray
+
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_FOLDER_LENGTH else "/tmp"
+    store = plan_object_store(sent_bytes, Path(base))
+    folder = tempfile.mkdtemp(prefix="rlq-", dir=base)
+    command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
+    # In a session of its own, so that Ctrl-C doesn't reach it.
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    os.environ[guard.MARK] = folder
+    # Ray's processes inherit it: the trainer still needs them to save when its terminal is closed. Ray sees to SIGINT.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        context: Any = ray.init(
+            address="local",
+            num_cpus=int(count_cpus()),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=store.num_bytes,
+            # Without it Ray would choose by a rule of its own, and warn.
+            _plasma_directory=folder if store.on_disk else None,
+            _temp_dir=folder,
+        )
+    except BaseException:
+        watcher.communicate()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # What the trainer starts from here on is not Ray's.
+        del os.environ[guard.MARK]
+    _private = _PrivateCluster(watcher, Path(context.address_info["session_dir"]))
+    return _private
+
+
+def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
+    """What each worker asks for; ResourceError if the cluster lacks it, or if others hold it."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    resources = plan_workers(config, nodes=[(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive])
+    free: dict[str, float] = ray.available_resources()
+    for what, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+        if each * config.num_workers > free.get(what, 0.0) + 1e-6:
+            raise ResourceError(
+                f"rollout: {config.num_workers} workers x {each:g} {what}s = {config.num_workers * each:g} {what}s, but "
+                f"only {free.get(what, 0.0):g} of the Ray cluster's are free; is another trainer still open?"
+            )
+    return resources
+
+
+def put(value: Any) -> Any:
+    """A reference to `value` in the object store; ResourceError where that has no room for it."""
+    import ray
+
+    try:
+        return ray.put(value)
+    except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        total: float = ray.cluster_resources().get("object_store_memory", 0.0)
+        raise ResourceError(
+            f"Ray's object store ({total / 1e9:.3g} GB) has no room for a version of the weights, and none is left on "
+            "the disk that it would spill to: free that disk (the temporary folder), or start the cluster with more, "
+            "`ray start --object-store-memory BYTES`"
+        ) from error
+
+
+def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
+    """A placement group with a bundle for each worker: all of them or none, and a worker that is replaced finds its
+    place free. Each lies on one machine, tensor-parallel ones too, for Ray splits no bundle.
+
+    Raises ResourceError, with what the cluster has, if it is not there within `start_timeout`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
+    group: Any = placement_group([bundle] * config.num_workers, strategy="PACK")
+    if not ray.wait([group.ready()], timeout=config.start_timeout)[0]:
+        remove_placement_group(group)
+        free: dict[str, float] = ray.available_resources()
+        raise ResourceError(
+            f"rollout: {config.num_workers} workers of {bundle} found no place on the Ray cluster within "
+            f"rollout.start_timeout = {config.start_timeout:g} s; free now: {free.get('CPU', 0.0):g} CPUs, "
+            f"{free.get('GPU', 0.0):g} GPUs. Lower rollout.num_workers, or end what else runs there"
+        )
+    return group
+
+
+def answer(reference: Any) -> Any:
+    """What an actor answered, or the error; WorkerDied if it is the actor that failed and not the call."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, RolloutError) else RolloutError(str(error))
+    except ray.exceptions.RayError as error:
+        return WorkerDied(str(error))
+
+
+def log_tail(folder: Path | None, pid: int | None, lines: int = 15) -> str:
+    """The last lines that the worker with process id `pid` wrote to its error log, for the message of its death."""
+    if folder is None or pid is None:
+        return ""
+    text = ""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"worker-*-{pid}.err"):
+            text += path.read_text("utf-8", errors="replace")
+    tail = [line for line in text.splitlines() if line.strip()][-lines:]
+    return "\nIts last words:\n" + "\n".join(tail) if tail else ""

@@ -1,0 +1,290 @@
+"""Groups for a trainer: sampled by the engine, scored as they arrive, from weights that are the policy's own.
+
+Shapes: P prompts, G completions a prompt.
+"""
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlqwen.config import OnlineConfig, RolloutConfig
+from rlqwen.config.generation import GenerationKwargs
+from rlqwen.errors import ConfigError
+from rlqwen.models.loading import stop_token_ids
+from rlqwen.models.policy import Policy
+from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.rewards import Scorer
+from rlqwen.rollout import build_engine
+from rlqwen.rollout.engine import choose_dtype
+from rlqwen.rollout.pool import RolloutPool
+from rlqwen.rollout.prefetch import Ahead, Draw
+from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
+from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
+
+CANARY_LENGTH = 64
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+
+
+class Rollouts:
+    """The engine, the scorer, and the version of the weights that both see.
+
+    Weights are sent lazily: `policy_changed` marks them stale, and the next `sample` syncs first.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        scorer: Scorer,
+        args: OnlineConfig,
+        *,
+        model_path: str,
+        longest_prompt: int,
+        end_of_turn: str | None,
+    ) -> None:
+        """Start the engine.
+
+        Args:
+            model_path: folder whose config and tokenizer the engine starts with; its weights are the policy's base
+                where only the adapter is sent, else they are replaced before the first sample.
+            longest_prompt: in tokens.
+            end_of_turn: the token with which the chat template ends a turn, where that is not the tokenizer's EOS.
+        """
+        self.policy = policy
+        self.scorer = scorer
+        self.args = args
+        own_dtype = str(policy.compute_dtype).removeprefix("torch.")
+        self.compute_dtype, dtype_note = choose_dtype(args.rollout, model_path, own_dtype)
+        self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
+        self.lora_rank, sync_note = choose_sync(policy, args.rollout)
+        self.notes = [note for note in (dtype_note, sync_note) if note is not None]
+        """For the user, on what was chosen."""
+        ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
+        self.sampling = sampling_of(args, ends)
+        _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
+        self.engine = build_engine(
+            args.rollout.model_copy(update={"dtype": self.compute_dtype}),
+            model_path=model_path,
+            tokenizer=tokenizer,
+            policy=policy,
+            compute_dtype=self.compute_dtype,
+            max_model_length=self.max_model_length,
+            seed=args.seed,
+            lora_rank=self.lora_rank,
+            reads_text=self.sampling.reads_text,
+        )
+        self.version = 1
+        self._synced_version = 0
+        self.max_staleness = args.rollout.max_staleness
+        if self.max_staleness and not uses_vllm(args.rollout):
+            raise ConfigError(
+                f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the "
+                "transformers engine samples in the trainer's own process: set it to 0, or install vllm"
+            )
+        self._ahead = Ahead(self.engine)
+
+    def wait_until_ready(self, announce: Callable[[str], None]) -> None:
+        """Wait until the engine is up; an engine in the trainer's process always is."""
+        if isinstance(self.engine, RolloutPool):
+            self.engine.wait_until_ready(announce)
+
+    def progress(self) -> dict[str, Any]:
+        """Which weights the engine samples from, and what it has sampled for the coming steps."""
+        ahead = self._ahead.progress()
+        return {"version": self.version, "synced": self._synced_version == self.version, "ahead": ahead}
+
+    def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
+        """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
+        self.version = progress["version"]
+        draws: list[Draw] = []
+        start = 0
+        for draw in progress["ahead"]:
+            draws.append(Draw.restored(draw, prompts_P, self.scorer, start))
+            start += len(draw["groups"])
+        self._ahead.restore(draws)
+        if progress["synced"]:
+            self._sync(prompts_P)
+
+    def policy_changed(self) -> None:
+        """The policy's weights are new; whoever samples next must sample from them."""
+        self.version += 1
+
+    def forget_ahead(self) -> None:
+        """Give up what was sampled for coming steps, for the weights have gone another way."""
+        self._ahead.forget()
+
+    def sample(
+        self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str
+    ) -> tuple[list[Group], dict[str, float]]:
+        """A scored group for each prompt from the present weights, in the order of `prompts_P`, and `time/...` and
+        `sync/...` figures.
+
+        `draw` names this draw within the run, and is part of the sampling seeds.
+        """
+        metrics = self._sync(prompts_P)
+        drawn = self._draw(prompts_P, num_generations, draw)
+        drawn.sample(self.engine)
+        sampled = time.monotonic()
+        groups_P = drawn.score()
+        drawn.count()
+        return groups_P, metrics | {"time/rollout": drawn.seconds, "time/reward": time.monotonic() - sampled}
+
+    def take(
+        self,
+        prompts_P: Sequence[Prompt],
+        *,
+        num_generations: int,
+        draw: str,
+        coming: Sequence[tuple[str, list[Prompt]]],
+    ) -> tuple[list[Group], dict[str, float]]:
+        """As `sample`, but drawn ahead where it was, and no staler than `max_staleness`; begins the draws of `coming`
+        steps, names and prompts, with the present weights."""
+        started = time.monotonic()
+        drawn = self._ahead.take(draw)
+        waited = time.monotonic()
+        dropped = drawn is not None and (
+            self.version - drawn.version > self.max_staleness or drawn.prompts_differ(prompts_P)
+        )
+        if drawn is None or dropped:
+            groups_P, metrics = self.sample(prompts_P, num_generations=num_generations, draw=draw)
+        else:
+            groups_P = drawn.score()
+            drawn.count()
+            metrics = {
+                "time/rollout": waited - started,
+                "time/rollout_hidden": max(drawn.seconds - (waited - started), 0.0),
+                "time/reward": time.monotonic() - waited,
+            }
+        metrics.setdefault("time/sync", 0.0)
+        for name, prompts in coming:
+            if name not in self._ahead:
+                synced = self._sync(prompts)
+                metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
+                self._ahead.begin(self._draw(prompts, num_generations, name))
+        return groups_P, metrics | {
+            "groups/staleness": float(self.version - groups_P[0].policy_version),
+            "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
+        }
+
+    def _draw(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> Draw:
+        requests = [
+            GroupRequest(prompt, self._seeds(name, place, num_generations), self.sampling)
+            for place, prompt in enumerate(prompts_P)
+        ]
+        return Draw(name, requests, self.scorer, self.version)
+
+    def _seeds(self, draw: str, place: int, count: int) -> tuple[int, ...]:
+        return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
+
+    def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
+        self._ahead.settle()
+        if self._synced_version == self.version:
+            return {"time/sync": 0.0}
+        started = time.monotonic()
+        weights = self.policy.export_weights() if self.lora_rank is None else self.policy.export_adapter()
+        metrics = self.engine.load_weights(self.version, weights, self._canary(prompts_P[0]))
+        self._synced_version = self.version
+        return metrics | {"time/sync": time.monotonic() - started}
+
+    def _canary(self, prompt: Prompt) -> Canary:
+        """The trainer's own logprobs of the beginning of a prompt; said twice, so that one token will do.
+
+        The engine's context must hold it and one token more.
+        """
+        token_ids = (prompt.token_ids * 2)[: min(CANARY_LENGTH, self.max_model_length - 1)]
+        batch = pack([Tree([], [Branch(token_ids)])])
+        with self.policy.inference():
+            logp_N, _ = self.policy.logprobs(batch.to(self.policy.device))
+        tolerance = self.args.rollout.canary_tolerance or TOLERANCES[self.compute_dtype]
+        return Canary(tuple(token_ids), tuple(logp_N.tolist()), tolerance)
+
+    def close(self) -> None:
+        """End the engine."""
+        self._ahead.close()
+        self.engine.close()
+
+
+def sampling_of(args: OnlineConfig, ends: Sequence[int]) -> Sampling:
+    """Return the sampling parameters; `ends`: token ids that end a completion in any case."""
+    more = args.generation_kwargs
+    return Sampling(
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=more.presence_penalty,
+        frequency_penalty=more.frequency_penalty,
+        stop=tuple(more.stop),
+        stop_token_ids=tuple(dict.fromkeys([*ends, *more.stop_token_ids])),
+        min_tokens=more.min_tokens,
+        bad_words=tuple(more.bad_words),
+        logit_bias=tuple(more.logit_bias.items()),
+        allowed_token_ids=tuple(more.allowed_token_ids),
+    )
+
+
+def _refuse_unknown_tokens(drawn: GenerationKwargs, vocabulary: int) -> None:
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        unknown = [token for token in getattr(drawn, name) if not 0 <= token < vocabulary]
+        if unknown:
+            raise ConfigError(
+                f"generation_kwargs.{name} names token {unknown[0]}, and the model has tokens 0 to {vocabulary - 1}"
+            )
+
+
+def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:
+    """The rank of the adapters that workers are sent (None: they are sent whole weights), and what to say of it.
+
+    ConfigError if `rollout.lora` asks for what vLLM cannot do.
+    """
+    if (not policy.has_adapter and not config.lora) or not uses_vllm(config):
+        return None, None
+    obstacle = policy.lora_obstacle
+    on_gpu = samples_on_gpu(config)
+    if config.lora and obstacle:
+        raise ConfigError(
+            f"rollout.lora is true, but the workers cannot apply the policy's adapter: {obstacle}; leave rollout.lora "
+            "out to send weights with the adapter merged"
+        )
+    if obstacle is None and (on_gpu if config.lora is None else config.lora):
+        return policy.lora_rank, f"rollout workers are sent the adapter alone, of rank {policy.lora_rank}"
+    reason = obstacle or ("rollout.lora is false" if config.lora is False else "with it apart, vLLM on CPU is slower")
+    return None, f"rollout workers are sent weights with the adapter merged: {reason}"
+
+
+def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
+    """A 63-bit seed for one completion: the same arguments give the same completion wherever it is sampled."""
+    digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the completions of `groups`: rewards, lengths, truncation, missing rewards, groups without signal."""
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    totals = [reward for group in groups for reward in group.total_rewards_G]
+    present = [reward for reward in totals if reward is not None]
+    metrics = {
+        "reward/mean": _mean(present),
+        "reward/std": statistics.pstdev(present) if present else math.nan,
+        "reward/missing": (len(totals) - len(present)) / max(len(totals), 1),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths, default=0)),
+        "completions/truncated": _mean([completion.is_truncated for completion in completions]),
+        "tokens/generated": float(sum(lengths)),
+    }
+    for name in groups[0].rewards if groups else ():
+        values = [reward for group in groups for reward in group.rewards[name] if reward is not None]
+        metrics[f"reward/{name}/mean"] = _mean(values)
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,188 @@
+"""Versioned weights on their way from the trainer to the workers.
+
+The trainer puts them into Ray's object store once; every worker on a machine maps the same memory. What is sent is
+compared with what the checkpoint holds before any worker sees it: vLLM keeps a weight that the stream lacks as it was,
+without a word.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlqwen.errors import WeightSyncError
+from rlqwen.models.hub import is_tied, read_config, stored_tensors
+from rlqwen.types import Canary
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+CHUNK_BYTES = 512 * 1024**2
+"""Weights that are copied to the host, and pickled, at a time."""
+Shapes = dict[str, tuple[int, ...]]
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_BIT_VIEWS = {"torch.bfloat16": "int16"}
+"""dtypes that NumPy lacks -> the dtype of the same width that carries their bits."""
+
+
+@dataclass(frozen=True)
+class WeightBundle:
+    """One version of all weights, or of the adapter's, in the object store."""
+
+    version: int
+    chunks: tuple[Any, ...]
+    """Object references; each is a list of (name, array, torch dtype)."""
+    aliases: dict[str, str]
+    """Names whose tensor is another name's, which is a tied head: alias -> name."""
+    canary: Canary | None
+    num_bytes: int
+
+    def accepts(self, gap: float | None) -> bool:
+        """Whether a worker with this canary gap may serve; NaN may not."""
+        return self.canary is None or gap is None or gap <= self.canary.tolerance
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """All weights by name, read-only views of the object store. Blocks; call it in a worker."""
+        import ray
+        import torch
+
+        tensors = {}
+        for chunk in ray.get(list(self.chunks)):
+            for name, array, dtype in chunk:
+                tensors[name] = torch.from_numpy(array).view(getattr(torch, dtype.removeprefix("torch.")))
+        return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """A worker's acknowledgement."""
+
+    version: int
+    canary_gap: float | None
+    """Mean absolute logprob gap, in nats a token; None without a canary."""
+    rebuilt: bool
+    """The engine was built anew, because loading in place had failed the canary."""
+    seconds: float
+
+
+def publish(
+    version: int,
+    weights: "Iterable[tuple[str, torch.Tensor]]",
+    canary: Canary | None,
+    *,
+    dtype: str,
+    expected: "ExpectedWeights",
+    put: Callable[[Any], Any],
+) -> WeightBundle:
+    """Put `weights`, cast to `dtype`, into the object store by `put`; WeightSyncError if they aren't as `expected`.
+
+    Those that the checkpoint holds in float32 beside weights of half precision are sent so.
+
+    A tied head is not sent but named as an alias of the embedding.
+    """
+    import torch
+
+    target = getattr(torch, dtype)
+    chunks: list[Any] = []
+    chunk: list[tuple[str, np.ndarray, str]] = []
+    shapes: Shapes = {}
+    pending_bytes = num_bytes = 0
+    for name, tensor in weights:
+        shapes[name] = tuple(tensor.shape)
+        if name == _HEAD and expected.is_tied:
+            continue
+        own = torch.float32 if name in expected.float32_names else target
+        host = tensor.detach().to("cpu", own if tensor.is_floating_point() else None).contiguous()
+        bits = _BIT_VIEWS.get(str(host.dtype))
+        array = (host.view(getattr(torch, bits)) if bits else host).numpy()
+        chunk.append((name, array, str(host.dtype)))
+        pending_bytes += array.nbytes
+        num_bytes += array.nbytes
+        if pending_bytes >= CHUNK_BYTES:
+            chunks.append(put(chunk))
+            chunk, pending_bytes = [], 0
+    if chunk:
+        chunks.append(put(chunk))
+    return WeightBundle(version, tuple(chunks), expected.check(shapes), canary, num_bytes)
+
+
+def sent_bytes(model_path: str, dtype: str, lora_rank: int | None) -> int:
+    """Return the size of one version in bytes: all weights of the checkpoint in `dtype`, or at most an adapter of
+    `lora_rank` on every projection."""
+    import torch
+
+    shapes = _checkpoint_shapes(Path(model_path)).items()
+    if lora_rank is None:
+        count = sum(math.prod(shape) for _, shape in shapes)
+    else:
+        adapted = [shape for name, shape in shapes if len(shape) == 2 and not name.endswith((_HEAD, _EMBEDDING))]
+        count = lora_rank * sum(sum(shape) for shape in adapted)
+    return count * int(getattr(torch, dtype).itemsize)
+
+
+class ExpectedWeights:
+    """Names and shapes that every sync must have: the starting checkpoint's, or else (an adapter's) the first sync's."""
+
+    def __init__(self, model_path: str | None) -> None:
+        self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
+        self.is_tied = model_path is not None and is_tied(read_config(model_path))
+        self.float32_names: set[str] = set() if model_path is None else _float32_names(Path(model_path))
+
+    def check(self, shapes: Shapes) -> dict[str, str]:
+        """WeightSyncError unless `shapes` fits; returns the aliases, which is the head of a tied model."""
+        expected = self._shapes or shapes
+        # A tied head may be in the checkpoint and in the stream, or in neither.
+        optional = {_HEAD} if self.is_tied else set()
+        missing = sorted(set(expected) - set(shapes) - optional)
+        unknown = sorted(set(shapes) - set(expected) - optional)
+        misshaped = [
+            f"{name} is {list(shapes[name])}, not {list(expected[name])}"
+            for name in sorted(set(shapes) & set(expected))
+            if shapes[name] != expected[name]
+        ]
+        faults = [_list("missing", missing), _list("unknown", unknown), _list("of another shape", misshaped)]
+        if any(faults):
+            raise WeightSyncError(
+                "the weights sent to the rollout workers are not those of the model that they started with: "
+                + "; ".join(fault for fault in faults if fault)
+                + ". Send every weight under its name in the checkpoint"
+            )
+        self._shapes = expected
+        embedding = next((name for name in shapes if name.endswith(_EMBEDDING)), None)
+        return {_HEAD: embedding} if self.is_tied and embedding else {}
+
+
+def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
+    """What to tell the user when a worker's canary is off."""
+    tolerance = bundle.canary.tolerance if bundle.canary else 0.0
+    rebuilt = ", even in an engine built anew from these weights" if report.rebuilt else ""
+    return (
+        f"{worker}: after loading weights version {report.version}, its logprobs of the canary differ from the "
+        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}){rebuilt}. Likely causes: the worker computes in another dtype than the trainer (rollout.dtype), NaN in the "
+        f"weights, or a vLLM model whose forward differs from transformers'. If the gap is rounding, raise "
+        f"rollout.canary_tolerance"
+    )
+
+
+def _list(kind: str, names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{kind}: {', '.join(names[:limit])}{more}" if names else ""
+
+
+def _checkpoint_shapes(folder: Path) -> Shapes:
+    """Return names and shapes of the folder's weights, without those that its text-only class ignores and that nobody
+    trains; empty where there are none."""
+    shapes = {name: stored.shape for name, stored in stored_tensors(folder).items()}
+    from rlqwen.models.carried_weights import ignored_in_folder
+
+    for name in ignored_in_folder(folder, shapes):
+        del shapes[name]
+    return shapes
+
+
+def _float32_names(folder: Path) -> set[str]:
+    from rlqwen.models.float32_weights import float32_weights
+
+    return set(float32_weights(folder))

@@ -1,0 +1,1 @@
+"""Create, lock, lay out and restore the folder of a run."""

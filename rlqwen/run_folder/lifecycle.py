@@ -1,0 +1,57 @@
+"""The run folder: made, and cut back to the checkpoint that a run goes on from."""
+
+from pathlib import Path
+
+from rlqwen.errors import ConfigError
+from rlqwen.run_folder.layout import (
+    CHECKPOINTS_FOLDER,
+    COMPLETIONS_FOLDER,
+    METRICS_FILE,
+    mark_run_folder,
+    refuse_unmarked,
+    refuse_used_folder,
+)
+
+
+def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool, resume: bool) -> Path:
+    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`,
+    or with `resume` the newest there.
+
+    One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is moved
+    aside here: that waits until training begins, after everything else has been found right.
+    """
+    if output_dir is None:
+        names = [default_name, *(f"{default_name}-{number}" for number in range(2, 10_000))]
+        folders = [Path("runs") / name for name in names]
+        place = next(place for place, one in enumerate(folders) if not one.exists())
+        folder = folders[max(place - 1, 0) if resume else place]
+    else:
+        folder = Path(output_dir)
+        can_go_on = (folder / CHECKPOINTS_FOLDER).is_dir()
+        refuse_used_folder(folder, overwrite=overwrite or resume or can_go_on)
+        if overwrite and not resume:
+            refuse_unmarked(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+        mark_run_folder(folder)
+    except OSError as error:
+        raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def cut_back(folder: Path, *, step: int, metrics_bytes: int) -> None:
+    """Delete what was written after the checkpoint of update `step`, so that nothing appears twice.
+
+    `metrics_bytes`: the size of `metrics.jsonl` then.
+    """
+    metrics = folder / METRICS_FILE
+    if metrics.is_file() and metrics.stat().st_size > metrics_bytes:
+        with metrics.open("r+b") as file:
+            file.truncate(metrics_bytes)
+    for path in (folder / COMPLETIONS_FOLDER).glob("*-*.jsonl"):
+        number = path.stem.rpartition("-")[2]
+        if number.isdigit() and int(number) > step:
+            path.unlink()

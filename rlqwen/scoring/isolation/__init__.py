@@ -1,1 +1,0 @@
-"""What an isolated reward worker is kept from, on Linux without root: see rlqwen.scoring.isolation.boundary."""

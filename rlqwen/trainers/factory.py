@@ -1,0 +1,66 @@
+"""From a recipe to the trainer that carries it out."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rlqwen.config import ModelConfig, Recipe
+from rlqwen.data import RecipeData, load_recipe_data
+from rlqwen.models.adapters import lora_config
+from rlqwen.models.quantization import bitsandbytes_config
+from rlqwen.rewards import build_rewards
+from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.dpo import DPOTrainer
+from rlqwen.trainers.grpo import GRPOTrainer
+from rlqwen.trainers.ppo import PPOTrainer
+from rlqwen.trainers.reward import RewardTrainer
+from rlqwen.trainers.sft import SFTTrainer
+
+
+def build_trainer(recipe: Recipe) -> BaseTrainer[Any, Any]:
+    """Load the recipe's data and model; everything that is wrong with either is an InputError."""
+    data = load_recipe_data(recipe.data)
+    trainer = _build(recipe, data)
+    trainer.cleaning = data.cleaning
+    trainer.recipe = recipe
+    return trainer
+
+
+def _build(recipe: Recipe, data: RecipeData) -> BaseTrainer[Any, Any]:
+    args = recipe.train.model_copy(
+        update={
+            "model_init_kwargs": model_arguments(recipe.model) | recipe.train.model_init_kwargs,
+            "trust_remote_code": recipe.model.trust_remote_code,
+        }
+    )
+    shared: dict[str, Any] = {
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "peft_config": lora_config(recipe.model.lora) if recipe.model.lora else None,
+    }
+    if recipe.rewards:
+        args = args.model_copy(update={"reward_weights": [spec.weight for spec in recipe.rewards]})
+        shared["reward_funcs"] = build_rewards(
+            [spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards]
+        )
+    return TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
+
+
+TRAINERS: dict[str, Callable[..., BaseTrainer[Any, Any]]] = {
+    "sft": SFTTrainer,
+    "reward": RewardTrainer,
+    "dpo": DPOTrainer,
+    "ppo": PPOTrainer,
+    "grpo": GRPOTrainer,
+}
+
+
+def model_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained`."""
+    arguments = dict(model.init_kwargs)
+    if model.dtype != "auto":
+        arguments["dtype"] = model.dtype
+    if model.revision is not None:
+        arguments["revision"] = model.revision
+    if model.quantization is not None:
+        arguments["quantization_config"] = bitsandbytes_config(model.quantization)
+    return arguments

@@ -1,0 +1,83 @@
+"""Which rank trains on what.
+
+Every rank holds the whole update and works out all shares by the same rule, so that each knows without asking how
+many micro-batches the others have, and makes up the difference with idle ones.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from rlqwen.distributed import Ranks
+from rlqwen.packing.batch import PackedBatch, Tree, idle_batch, pack, split_trees
+
+
+def micro_batches(
+    trees: Sequence[Tree],
+    ranks: Ranks,
+    *,
+    max_branches: int | None = None,
+    max_tokens: int | None = None,
+    divisible: bool = True,
+) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of `trees`; on every rank there are equally many, the last of them idle where it has
+    less to do than others. The limits are those of `split_trees`; a budget of tokens also has ranks share by tokens.
+    """
+    shares = share_trees(trees, ranks.data_size, by_tokens=max_tokens is not None, divisible=divisible)
+    parts = [
+        list(split_trees(share, max_branches=max_branches, max_tokens=max_tokens, divisible=divisible))
+        for share in shares
+    ]
+    return pack_share(parts, ranks)
+
+
+def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's share of every rank's micro-batches, packed, and idle ones up to the number of the longest share."""
+    own, longest = parts[ranks.data_rank], max(parts, key=len)
+    yield from map(pack, own)
+    for part in longest[len(own) :]:
+        yield idle_batch(part[0])
+
+
+def share_trees(
+    trees: Sequence[Tree], num_ranks: int, *, by_tokens: bool = False, divisible: bool = True
+) -> list[list[Tree]]:
+    """A run of trees a rank, of about as many branches, or packed tokens, as the others'.
+
+    The row of all branches is cut into equal lengths: so a tree stays whole, and its prefix is computed once, unless a
+    cut falls into it; one that is not `divisible` goes to the rank that holds its middle.
+    """
+    if num_ranks == 1:
+        return [list(trees)]
+    pieces = [
+        (place, piece, piece.num_tokens - (len(tree.prefix) if number else 0) if by_tokens else len(piece.branches))
+        for place, tree in enumerate(trees)
+        for number, piece in enumerate(_pieces(tree) if divisible else [tree])
+    ]
+    total = sum(weight for _, _, weight in pieces)
+    shares: list[dict[int, Tree]] = [{} for _ in range(num_ranks)]
+    before = 0
+    for place, piece, weight in pieces:
+        rank = min((2 * before + weight) * num_ranks // (2 * total), num_ranks - 1)
+        before += weight
+        if place in shares[rank]:
+            shares[rank][place].branches.extend(piece.branches)
+        else:
+            shares[rank][place] = piece
+    return [list(share.values()) for share in shares]
+
+
+def count_tokens(batches: Sequence[PackedBatch]) -> float:
+    """Tokens of the rows that have something to train on."""
+    return float(sum(batch.num_tokens for batch in batches if batch.num_sequences))
+
+
+def add_up(sums: dict[str, float], more: Mapping[str, Tensor | float]) -> None:
+    """Add to figures by name."""
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0.0) + float(value)
+
+
+def _pieces(tree: Tree) -> list[Tree]:
+    return [replace(tree, branches=[branch]) for branch in tree.branches]

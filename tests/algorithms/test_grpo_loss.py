@@ -1,0 +1,238 @@
+import math
+import warnings
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlqwen.algorithms.losses import Totals, grpo_loss, kl_divergence, rollout_correction, sft_loss
+from rlqwen.config import GRPOConfig
+from rlqwen.packing.batch import Branch, Tree, pack
+
+LENGTHS = (5, 1, 3, 4)
+
+
+def make_batch(lengths=LENGTHS, advantages=(1.0, -1.0, 0.5, -0.7), *, seed=0):
+    """A batch of sequences, and for each token the logprobs of policy, old policy, reference and sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    branches = [
+        Branch([7] * length, sampler_logprobs=[0.0] * length, advantage=advantage)
+        for length, advantage in zip(lengths, advantages, strict=True)
+    ]
+    batch = pack([Tree([1, 2], branches)])
+    logp = -torch.rand(sum(lengths), generator=generator) * 3
+    batch.old_logp_N = logp + torch.randn(sum(lengths), generator=generator) * 0.3
+    batch.ref_logp_N = logp + torch.randn(sum(lengths), generator=generator) * 0.5
+    batch.sampler_logp_N = batch.old_logp_N + torch.randn(sum(lengths), generator=generator) * 0.1
+    return batch, logp.requires_grad_()
+
+
+def totals_of(batch):
+    return Totals(tokens=batch.num_targets, sequences=batch.num_sequences)
+
+
+def plain(**options):
+    return GRPOConfig(vllm_importance_sampling_correction=False, **options)
+
+
+def test_sft_loss_is_the_mean_negative_log_likelihood():
+    loss, _ = sft_loss(torch.tensor([-1.0, -2.0, -6.0]), Totals(tokens=3, sequences=1))
+    assert loss.item() == 3
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    # Ratios are 1, so each token's loss is minus its advantage: 5 x -1, 1 x 1, 3 x -0.5, 4 x 0.7 over 13 tokens.
+    [
+        ("dapo", (-5 + 1 - 1.5 + 2.8) / 13),
+        ("bnpo", (-5 + 1 - 1.5 + 2.8) / 13),
+        ("grpo", (-1 + 1 - 0.5 + 0.7) / 4),
+        ("dr_grpo", (-5 + 1 - 1.5 + 2.8) / (4 * 10)),
+    ],
+)
+def test_normalisation_by_hand(loss_type, expected):
+    batch, logp = make_batch()
+    batch.old_logp_N = None
+    loss, _ = grpo_loss(logp, None, batch, plain(loss_type=loss_type, max_completion_length=10), totals_of(batch))
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def one_token(ratio, advantage, **options):
+    """Loss and gradient for one token whose policy is `ratio` times as likely as the old one."""
+    batch, _ = make_batch((1,), (advantage,))
+    batch.old_logp_N = torch.tensor([-1.0])
+    logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
+    loss, _ = grpo_loss(logp, None, batch, plain(**options), totals_of(batch))
+    loss.backward()
+    return loss.item(), logp.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "options", "loss", "grad"),
+    [
+        (1.1, 2.0, {}, -2.2, -2.2),
+        (1.5, 2.0, {}, -2.4, 0.0),  # clipped at 1.2
+        (1.5, 2.0, {"epsilon_high": 0.6}, -3.0, -3.0),
+        (0.5, -1.0, {}, 0.8, 0.0),  # clipped at 0.8
+        (0.5, 1.0, {}, -0.5, -0.5),
+        (9.0, -1.0, {}, 9.0, 9.0),
+        (9.0, -1.0, {"delta": 4.0}, 4.0, 0.0),  # dual clip
+        (3.0, 2.0, {"loss_type": "cispo", "epsilon_high": 2.0}, -2 * 2 * (-1 + math.log(3)), -4.0),
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, options, loss, grad):
+    got_loss, got_grad = one_token(ratio, advantage, **options)
+    assert got_loss == pytest.approx(loss, rel=1e-5)
+    assert got_grad == pytest.approx(grad, rel=1e-5, abs=1e-9)
+
+
+def test_gspo_has_one_ratio_a_sequence():
+    batch, _ = make_batch((2,), (1.0,))
+    batch.old_logp_N = torch.zeros(2)
+    logp = torch.tensor([0.3, -0.1], requires_grad=True)
+    config = plain(importance_sampling_level="sequence", loss_type="grpo")
+    loss, _ = grpo_loss(logp, None, batch, config, totals_of(batch))
+    loss.backward()
+    ratio = math.exp(0.1)
+    assert loss.item() == pytest.approx(-ratio)
+    assert logp.grad.tolist() == pytest.approx([-ratio / 2] * 2)
+
+
+def test_kl_estimators_by_hand():
+    logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
+    assert kl_divergence(logp, ref, "k1").item() == pytest.approx(0.5)
+    assert kl_divergence(logp, ref, "k2").item() == pytest.approx(0.125)
+    assert kl_divergence(logp, ref, "k3").item() == pytest.approx(math.exp(-0.5) - 1 + 0.5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_term_pulls_towards_the_reference(estimator):
+    batch, _ = make_batch((1,), (0.0,))
+    batch.old_logp_N, batch.ref_logp_N = None, torch.tensor([-2.0])
+    logp = torch.tensor([-1.0], requires_grad=True)
+    config = plain(beta=0.1, kl_estimator=estimator, use_bias_correction_kl=False)
+    grpo_loss(logp, None, batch, config, totals_of(batch))[0].backward()
+    assert logp.grad.item() > 0
+
+
+def test_entropy_bonus_raises_entropy():
+    batch, logp = make_batch()
+    entropy = torch.ones(13, requires_grad=True)
+    loss, metrics = grpo_loss(logp, entropy, batch, plain(entropy_coef=0.5), totals_of(batch))
+    loss.backward()
+    torch.testing.assert_close(entropy.grad, torch.full((13,), -0.5 / 13))
+    assert metrics["entropy"].item() == 13
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    # Ratios of policy to sampler: 2 and 5 in the first sequence, 0.1 in the second.
+    [
+        ("token_truncate", [2.0, 3.0, 0.5]),
+        ("token_mask", [2.0, 0.0, 0.0]),
+        ("sequence_truncate", [3.0, 3.0, 0.5]),
+        ("sequence_mask", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_rollout_correction_by_hand(mode, expected):
+    batch, _ = make_batch((2, 1), (1.0, 1.0))
+    batch.sampler_logp_N = -torch.tensor([2.0, 5.0, 0.1]).log()
+    config = GRPOConfig(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=0.5)
+    torch.testing.assert_close(rollout_correction(torch.zeros(3), batch, config), torch.tensor(expected))
+
+
+VARIANTS = [
+    {"loss_type": loss_type, **options}
+    for loss_type in ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+    for options in (
+        {},
+        {"beta": 0.1},
+        {"beta": 0.1, "use_bias_correction_kl": False, "epsilon_high": 0.4},
+        {"delta": 1.5, "epsilon": 0.1},
+        {"importance_sampling_level": "sequence"},
+        {"entropy_coef": 0.01},
+        {"vllm_importance_sampling_mode": "token_truncate"},
+    )
+]
+
+
+def trl_loss(logp, entropy, batch, config):
+    """What TRL's own GRPOTrainer._compute_loss makes of the same numbers, padded as it wants them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM
+        from trl import GRPOTrainer
+
+    width = int(batch.lengths_S.max())
+    mask = torch.arange(width) < batch.lengths_S[:, None]
+
+    def pad(values):
+        return torch.zeros(mask.shape).masked_scatter(mask, values)
+
+    correction = rollout_correction(batch.old_logp_N, batch, config)
+    rows = mask.shape[0]
+    inputs = {
+        "prompt_ids": torch.zeros(rows, 2, dtype=torch.long), "prompt_mask": torch.ones(rows, 2),
+        "completion_ids": torch.zeros(rows, width, dtype=torch.long), "completion_mask": mask.long(),
+        "advantages": batch.advantages_S, "old_per_token_logps": pad(batch.old_logp_N),
+        "ref_per_token_logps": pad(batch.ref_logp_N), "importance_sampling_ratio": pad(correction),
+        "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    args = SimpleNamespace(
+        delta=config.delta, use_bias_correction_kl=config.use_bias_correction_kl, steps_per_generation=1
+    )
+    metrics = {"train": defaultdict(list)}
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (pad(logp), pad(entropy), None), aux_loss_enabled=False,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=config.beta, args=args,
+        importance_sampling_level=config.importance_sampling_level, loss_type=config.loss_type,
+        epsilon_low=config.epsilon, epsilon_high=config.epsilon_high or config.epsilon, use_vllm=True,
+        vllm_importance_sampling_correction=True, current_gradient_accumulation_steps=1,
+        max_completion_length=config.max_completion_length, accelerator=accelerator, _metrics=metrics,
+        _entropy_bonus_enabled=bool(config.entropy_coef), entropy_coef=config.entropy_coef, use_adaptive_entropy=False,
+        model=SimpleNamespace(training=True),
+    )  # fmt: skip
+    trainer.accelerator.sync_gradients = True
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
+def test_equals_trl(options):
+    config = GRPOConfig(max_completion_length=10, **options)
+    results = []
+    for function in (lambda *a: grpo_loss(*a, totals_of(a[2]))[0], trl_loss):
+        batch, logp = make_batch()
+        entropy = torch.linspace(0.1, 2.0, 13).requires_grad_()
+        loss = function(logp, entropy, batch, config)
+        loss.backward()
+        results.append((loss.detach(), logp.grad, entropy.grad))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-5)
+    if config.entropy_coef:
+        torch.testing.assert_close(results[0][2], results[1][2], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
+def test_any_split_into_micro_batches_adds_up_to_the_same_loss_and_gradient(options):
+    config = GRPOConfig(max_completion_length=10, **options)
+    batch, logp = make_batch()
+    entropy = torch.linspace(0.1, 2.0, 13)
+    totals = totals_of(batch)
+    whole, _ = grpo_loss(logp, entropy, batch, config, totals)
+    whole.backward()
+
+    parts, grads, start = 0.0, [], 0
+    for length, advantage in zip(LENGTHS, batch.advantages_S.tolist(), strict=True):
+        token = slice(start, start + length)
+        part, _ = make_batch((length,), (advantage,))
+        part.old_logp_N, part.ref_logp_N = batch.old_logp_N[token], batch.ref_logp_N[token]
+        part.sampler_logp_N = batch.sampler_logp_N[token]
+        part_logp = logp.detach()[token].requires_grad_()
+        loss, _ = grpo_loss(part_logp, entropy[token], part, config, totals)
+        loss.backward()
+        parts += loss.item()
+        grads.append(part_logp.grad)
+        start += length
+    assert parts == pytest.approx(whole.item(), abs=1e-6)
+    torch.testing.assert_close(torch.cat(grads), logp.grad, atol=1e-6, rtol=1e-5)

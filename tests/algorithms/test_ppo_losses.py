@@ -1,0 +1,132 @@
+"""PPO's two losses: by hand, and by the formulas of TRL 1.9's trainer written out on padded rows."""
+
+import pytest
+import torch
+
+from rlqwen.algorithms.losses import Totals, ppo_policy_loss, ppo_value_loss
+from rlqwen.config import PPOConfig
+from rlqwen.packing.batch import Branch, Tree, pack
+
+LENGTHS = (3, 5, 1, 4)
+
+
+def make_batch(lengths=LENGTHS, seed=0):
+    """Sequences with the estimates that a rollout gives, and the logprobs and values of a policy that has moved on."""
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(lengths)
+
+    def draw(scale=1.0):
+        return torch.randn(count, generator=generator) * scale
+
+    sampler = [(-torch.rand(length, generator=generator)).tolist() for length in lengths]
+    branches = [Branch([7] * n, sampler_logprobs=logp) for n, logp in zip(lengths, sampler, strict=True)]
+    batch = pack([Tree([1, 2], branches)])
+    batch.old_logp_N = batch.sampler_logp_N.clone()
+    batch.ref_logp_N = batch.old_logp_N + draw(0.3)
+    batch.old_value_N, batch.advantage_N, batch.return_N = draw(), draw(), draw()
+    logp = (batch.old_logp_N + draw(0.3)).requires_grad_()
+    values = (batch.old_value_N + draw(0.4)).requires_grad_()
+    return batch, logp, values
+
+
+def test_policy_loss_by_hand():
+    """Ratios e^0.1, e^0.5 (clipped up to 1.2) and e^-0.5 (not clipped down: the advantage is positive)."""
+    batch = pack([Tree([1], [Branch([7, 7, 7])])])
+    batch.old_logp_N = torch.tensor([-1.0, -1.0, -1.0])
+    batch.advantage_N = torch.tensor([1.0, 2.0, 3.0])
+    logp = torch.tensor([-0.9, -0.5, -1.5], requires_grad=True)
+    loss, metrics = ppo_policy_loss(logp, None, batch, PPOConfig(), Totals(tokens=3, sequences=1), kl_coef=0.0)
+    expected = -(1.1051709 + 2 * 1.2 + 3 * 0.6065307) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert metrics["clip_ratio"].item() == 1
+    loss.backward()
+    assert logp.grad[0] < 0  # a better token gets likelier
+    assert logp.grad[1] == 0  # beyond the clip there is nothing to gain
+    assert logp.grad[2] < 0
+
+
+def test_value_loss_by_hand():
+    """Value 1.0, old 0.5, reach 0.2, return 0: the clipped 0.7 errs less, so the worse, 1.0, counts."""
+    batch = pack([Tree([1], [Branch([7, 7])])])
+    batch.old_value_N, batch.return_N = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
+    values = torch.tensor([1.0, 0.9], requires_grad=True)
+    loss, metrics = ppo_value_loss(values, batch, PPOConfig(), Totals(tokens=2, sequences=1))
+    # The second: error 0.01 as it is, 0.09 clipped to 0.7.
+    assert loss.item() == pytest.approx(0.5 * (1.0 + 0.09) / 2)
+    assert metrics["critic/clip_ratio"].item() == 1
+    unclipped, _ = ppo_value_loss(values, batch, PPOConfig(cliprange_value=0), Totals(tokens=2, sequences=1))
+    assert unclipped.item() == pytest.approx(0.5 * (1.0 + 0.01) / 2)
+
+
+def test_equals_the_formulas_of_trl():
+    """trl 1.9.0, trl/experimental/ppo/ppo_trainer.py, the block after `for micro_batch_start in`: masked means of the
+    clipped losses over padded rows."""
+    batch, logp, values = make_batch()
+    config = PPOConfig(vf_coef=0.1, vllm_importance_sampling_correction=False)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+
+    def pad(flat):
+        return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+    def masked_mean(padded):
+        return (padded * mask).sum() / mask.sum()
+
+    value, old = pad(values), pad(batch.old_value_N)
+    clipped = torch.clamp(value, old - config.cliprange_value, old + config.cliprange_value)
+    squares = torch.max(torch.square(value - pad(batch.return_N)), torch.square(clipped - pad(batch.return_N)))
+    vf_loss = 0.5 * masked_mean(squares)
+    ratio = torch.exp(pad(logp) - pad(batch.old_logp_N))
+    advantage = pad(batch.advantage_N)
+    clipped_ratio = torch.clamp(ratio, 1.0 - config.cliprange, 1.0 + config.cliprange)
+    pg_loss = masked_mean(torch.max(-advantage * ratio, -advantage * clipped_ratio))
+    theirs = pg_loss + config.vf_coef * vf_loss
+    their_grads = torch.autograd.grad(theirs, (logp, values), retain_graph=True)
+
+    totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
+    policy_loss, _ = ppo_policy_loss(logp, None, batch, config, totals, kl_coef=0.0)
+    value_loss, _ = ppo_value_loss(values, batch, config, totals)
+    ours = policy_loss + config.vf_coef * value_loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    for our_grad, their_grad in zip(torch.autograd.grad(ours, (logp, values)), their_grads, strict=True):
+        torch.testing.assert_close(our_grad, their_grad, atol=1e-6, rtol=0)
+
+
+def test_shares_of_any_split_add_up():
+    config = PPOConfig(kl_penalty="loss", kl_estimator="k3", entropy_coef=0.1)
+    batch, logp, values = make_batch()
+    entropy = torch.rand(sum(LENGTHS))
+    totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
+    whole = ppo_policy_loss(logp, entropy, batch, config, totals, kl_coef=0.3)[0]
+    whole = whole + ppo_value_loss(values, batch, config, totals)[0]
+    parts = torch.zeros(())
+    start = 0
+    names = ("sampler_logp_N", "old_logp_N", "ref_logp_N", "old_value_N", "advantage_N", "return_N")
+    for length in LENGTHS:
+        part = slice(start, start + length)
+        micro = pack([Tree([1, 2], [Branch([7] * length)])])
+        for name in names:
+            setattr(micro, name, getattr(batch, name)[part])
+        parts = parts + ppo_policy_loss(logp[part], entropy[part], micro, config, totals, kl_coef=0.3)[0]
+        parts = parts + ppo_value_loss(values[part], micro, config, totals)[0]
+        start += length
+    assert parts.item() == pytest.approx(whole.item(), abs=1e-6)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference():
+    batch, _, _ = make_batch()
+    batch.advantage_N = torch.zeros(sum(LENGTHS))
+    logp = batch.old_logp_N.clone().requires_grad_()
+    config = PPOConfig(kl_penalty="loss", kl_estimator="k2")
+    totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
+    loss, _ = ppo_policy_loss(logp, None, batch, config, totals, kl_coef=1.0)
+    loss.backward()
+    assert torch.equal(torch.sign(logp.grad), torch.sign(logp.detach() - batch.ref_logp_N))
+
+
+def test_an_entropy_bonus_lowers_the_loss():
+    batch, logp, _ = make_batch()
+    totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
+    entropy = torch.full((sum(LENGTHS),), 2.0)
+    plain = ppo_policy_loss(logp, entropy, batch, PPOConfig(), totals, kl_coef=0.0)[0]
+    bonus = ppo_policy_loss(logp, entropy, batch, PPOConfig(entropy_coef=0.1), totals, kl_coef=0.0)[0]
+    assert (plain - bonus).item() == pytest.approx(0.2, rel=1e-5)

@@ -1,0 +1,268 @@
+"""Code that is right, wrong and hostile, in real isolated workers."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rlqwen_rewards.candidate_process import Limits
+from rlqwen_rewards.code_cases import FunctionCall, Program, Statements, parse_cases
+from rlqwen_rewards.code_tests import code_of, run_cases, same_text, same_value
+
+from rlqwen.config import ScoringConfig
+from rlqwen.rewards import Scorer, build_rewards
+from rlqwen.types import Completion, Group, Prompt
+from tests.patience import PATIENCE_S
+
+REWARD = "rlqwen_rewards.code_tests:CodeTests"
+ASSERTS = ["assert double(2) == 4", "assert double([1]) == [1, 1]", "assert double('ab') == 'abab'"]
+
+
+def scorer_with(timeout: float) -> Scorer:
+    """`timeout`: for each test of a completion."""
+    rewards = build_rewards([REWARD], [{"all_or_nothing": False, "timeout": timeout}])
+    return Scorer(rewards, ScoringConfig(timeout=PATIENCE_S, max_failure_share=1.0))
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Iterator[Scorer]:
+    with scorer_with(timeout=60.0) as scorer:
+        yield scorer
+
+
+@pytest.fixture
+def impatient_scorer() -> Iterator[Scorer]:
+    with scorer_with(timeout=2.0) as scorer:
+        yield scorer
+
+
+def score(scorer: Scorer, *codes: str, prompt: Any = "Write it.", **columns: Any) -> list[float | None]:
+    completions = [Completion([1], [0.0], "stop", code) for code in codes]
+    group = Group(Prompt(0, [1], prompt, columns), completions, policy_version=0)
+    scorer.score([group])
+    assert group.outcomes["CodeTests"] == ["ok"] * len(codes), group.outcomes
+    return group.rewards["CodeTests"]
+
+
+def test_assertions_give_the_share_that_holds(scorer: Scorer) -> None:
+    right = "Sure:\n```python\ndef double(x):\n    return x + x\n```\nDone."
+    half = "```python\ndef double(x):\n    return 2 * x if isinstance(x, int) else x\n```"
+    thinking = f"<think>```python\nnonsense(\n```</think>{right}"
+    broken = "```python\ndef double(x:\n```"
+    assert score(scorer, right, half, thinking, broken, "no code", test_list=ASSERTS) == [1.0, 1 / 3, 1.0, 0.0, 0.0]
+
+
+def test_humaneval_checks_call_the_entry_point_and_continue_the_prompt(scorer: Scorer) -> None:
+    test = "def check(candidate):\n    for i in range(5):\n        assert candidate(i) == i * i, 'no square'\n"
+    prompt = 'def square(x):\n    """x times x"""\n'
+    rewards = score(
+        scorer, "    return x * x\n", "    return x + x\n", f"```python\n{prompt}    return x ** 2\n```",
+        prompt=prompt, test=test, entry_point="square",
+    )  # fmt: skip
+    assert rewards == [1.0, 0.0, 1.0]
+
+
+def test_programs_are_fed_and_their_output_compared(scorer: Scorer) -> None:
+    tests = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]})
+    add = "a, b = map(int, input().split())\nprint(a + b)\n"
+    leave = f"import sys\n{add}sys.exit(0)\n"
+    fail = f"import sys\n{add}sys.exit(3)\n"
+    assert score(scorer, add, leave, fail, "print(3)", input_output=tests) == [1.0, 1.0, 0.0, 0.5]
+
+
+def test_functions_are_called_by_name_in_the_module_or_in_solution(scorer: Scorer) -> None:
+    tests = {"fn_name": "pair", "inputs": [[1, 2], [3, 4]], "outputs": [[[2, 1]], [[4, 3]]]}
+    plain = "def pair(a, b):\n    return b, a\n"
+    method = "class Solution:\n    def pair(self, a, b):\n        return [b, a]\n"
+    assert score(scorer, plain, method, "def other(): ...", tests=tests) == [1.0, 1.0, 0.0]
+
+
+def test_objects_of_the_code_s_own_classes_can_be_used_by_tests(scorer: Scorer) -> None:
+    code = (
+        "class Pair:\n    def __init__(self, a, b=0): self.a, self.b = a, b\n    def swap(self): return self.b, self.a\n"
+        "def total(pairs): return sum(p.a + p.b for p in pairs)\n"
+    )
+    tests = ["p = Pair(1, b=2)\nassert p.swap() == (2, 1)", "p = Pair(1)\np.b = 5\nassert total([p, Pair(2)]) == 8"]
+    assert score(scorer, code, test_list=tests) == [1.0]
+
+
+def test_a_row_without_tests_gives_none(scorer: Scorer) -> None:
+    assert score(scorer, "print(1)", test_list=[]) == [None]
+
+
+HONEST = "def double(x): return x + x\n"
+CHEATS = {
+    "equal to all": "class A:\n    def __eq__(self, o): return True\ndef double(x): return A()",
+    "int equal to all": "class A(int):\n    def __eq__(self, o): return True\n    __hash__ = None\ndef double(x): return A()",
+    "str equal to all": "class A(str):\n    def __eq__(self, o): return True\ndef double(x): return A()",
+    "list equal to all": "class A(list):\n    def __eq__(self, o): return True\ndef double(x): return A()",
+    "early exit": "import sys; sys.exit(0)",
+    "hard exit": "import os; os._exit(0)",
+    "exit in the call": "def double(x): raise SystemExit(0)",
+    "hard exit in the call": "import os\ndef double(x): os._exit(0)",
+    "at exit": "import atexit, os\natexit.register(os._exit, 0)",
+    "builtins": "import builtins\nbuiltins.AssertionError = type('X', (BaseException,), {})\n"
+    "builtins.isinstance = lambda *_: True\ndef double(x): return 0",
+    "frames": "import sys\ndef double(x):\n    frame = sys._getframe()\n    while frame:\n        for v in "
+    "frame.f_locals.values():\n            if isinstance(v, str) and '== 4' in v: return 4\n"
+    "        frame = frame.f_back\n",
+    "garbage": "import gc\ndef double(x):\n    return [o for o in gc.get_objects() if 'assert' in repr(o)][0]",
+    "replies": "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'[\"value\", true]\\n' * 9)\n"
+    "    except OSError: pass\nos._exit(0)",
+    "nothing": "",
+    "assert off": "import sys\nsys.flags = None\ndef double(x): raise AssertionError",
+    "stop the test": "def double(x): raise StopIteration",
+    "keyboard": "def double(x): raise KeyboardInterrupt",
+    "prints": "print('[\"value\", null]')\nprint('OK', 'passed', 1.0)",
+}
+
+
+@pytest.mark.fault("a completion that cheats its tests: ends early, overrides equality, looks for the results", "0")
+def test_cheats_earn_nothing(scorer: Scorer) -> None:
+    assert score(scorer, HONEST, *CHEATS.values(), test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(CHEATS)
+
+
+DENIED = {
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', 22), 0.2)",
+    "local socket": "import socket\nsocket.socket(socket.AF_UNIX)",
+    "write": "open('/tmp/rlqwen-code-tests', 'w')",
+    "shared memory": "open('/dev/shm/rlqwen-code-tests', 'w')",
+    "memory file": "import os\nos.memfd_create('x')",
+    "home": "import os\nos.listdir(os.path.expanduser('~root'))",
+    "data": "open({data!r}).read()",
+    "repository": "open({source!r}).read()",
+    "environment of the parent": "import os\nopen(f'/proc/{{os.getppid()}}/environ').read()",
+    "memory of the parent": "import os\nopen(f'/proc/{{os.getppid()}}/mem').read()",
+    "own memory": "open('/proc/self/maps').read()",
+    "secret": "import os\nos.environ['CANARY_TOKEN']",
+    "fork": "import os\nos.fork()",
+    "thread": "import threading\nthreading.Thread(target=print).start()",
+    "program": "import subprocess\nsubprocess.run(['/bin/true'])",
+    "exec": "import os\nos.execv('/bin/true', ['/bin/true'])",
+    "kill the parent": "import os\nos.kill(os.getppid(), 9)",
+    "kill the group": "import os\nos.kill(0, 9)",
+    "kill all": "import os\nos.kill(-1, 9)",
+    "trace": "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "if libc.ptrace(16, os.getppid(), 0, 0): raise OSError(ctypes.get_errno())",
+    "limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+    "kernel's queue": "import ctypes\nif ctypes.CDLL(None).syscall(425, 1, ctypes.create_string_buffer(120)) < 0: raise OSError",
+    "another machine's calls": "import ctypes\nif ctypes.CDLL(None).syscall(0x40000029, 2, 1, 0) < 0: raise OSError",
+    "rename": "import os\nos.rename({data!r}, {data!r} + '2')",
+    "mode": "import os\nos.chmod({data!r}, 0o777)",
+    "namespace": "import os\nimport ctypes\nif ctypes.CDLL(None).unshare(0x10000000): raise OSError",
+}
+
+
+@pytest.mark.fault("a completion that reaches for network, files, secrets, other processes", "refused; it sees nothing")
+def test_the_boundary_holds_for_what_a_completion_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt prints whether it succeeded; all must have been refused, while the worker serves on."""
+    monkeypatch.setenv("CANARY_TOKEN", "canary-value-1234")
+    data = tmp_path / "answers.jsonl"
+    data.write_text("42")
+    programs = []
+    for attempt in DENIED.values():
+        body = attempt.format(data=str(data), source=str(Path(__file__).parents[2] / "rlqwen" / "errors.py"))
+        inner = "\n".join(f"    {line}" for line in body.splitlines())
+        programs.append(
+            f"try:\n{inner}\nexcept (OSError, KeyError, RuntimeError, ValueError):\n    print('no')\nelse: print('YES')\n"
+        )
+    with Scorer(build_rewards([REWARD]), ScoringConfig(timeout=30.0)) as scorer:
+        *rewards, control = score(scorer, *programs, "print('YES')", tests=[{"input": "", "output": "no"}])
+    assert control == 0.0
+    assert {name for name, reward in zip(DENIED, rewards, strict=True) if reward != 1.0} == set()
+    assert data.read_text() == "42"
+
+
+HANGS = {
+    "loop in Python": "while True: pass",
+    "loop in C": "9 ** 9 ** 9",
+    "5 GB": "x = bytearray(5 << 30)",
+    "5 GB shared": "import mmap\nx = mmap.mmap(-1, 5 << 30)\nx.write(b'x' * (5 << 30))",
+    "segfault": "import ctypes\nctypes.string_at(0)",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "sleep": "import time\ntime.sleep(1000)",
+    "deaf": "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+    "    except (OSError, ValueError): pass\ntime.sleep(1000)",
+    "flood": "while True: print('x' * 10**6)",
+    "recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
+    "huge result": "def double(x): return [0] * 10**7",
+    "deep result": "def double(x):\n    y = []\n    for _ in range(10**5): y = [y]\n    return y",
+    "endless result": "import itertools\ndef double(x): return itertools.count()",
+    "dead threads": "import threading\n[threading.Thread(target=print).start() for _ in range(10**5)]",
+}
+
+
+@pytest.mark.slow_fault
+@pytest.mark.fault("a completion that loops, takes 5 GB, crashes, forks without end, floods its output", "0 in time")
+def test_hostile_code_costs_only_itself(impatient_scorer: Scorer) -> None:
+    started = time.monotonic()
+    assert score(impatient_scorer, HONEST, *HANGS.values(), HONEST, test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(
+        HANGS
+    ) + [1.0]
+    assert time.monotonic() - started < PATIENCE_S  # some sleep for longer
+    assert impatient_scorer.metrics()["scoring/restarts"] == 0
+
+
+def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(impatient_scorer: Scorer) -> None:
+    tests = ["try:\n    double(1)\nexcept:\n    pass", "assert True"]
+    assert score(impatient_scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
+
+
+def test_an_interpreter_that_does_not_start_is_no_fault_of_the_code() -> None:
+    with pytest.raises(RuntimeError, match="did not start: its process ended"):
+        run_cases(HONEST, [Statements("assert True")], ["/bin/false"], Limits(1.0, 1 << 29, 5))
+
+
+def test_isolation_can_be_given_up() -> None:
+    with Scorer(build_rewards([REWARD]), ScoringConfig(isolation="off")) as scorer:
+        assert score(scorer, HONEST, "def double(x): return x", test_list=ASSERTS) == [1.0, 0.0]
+
+
+def test_without_isolation_it_refuses_to_run() -> None:
+    import rlqwen_rewards.code_tests as module
+
+    with pytest.raises(RuntimeError, match="isolated workers"):
+        module.CodeTests()(["p"], ["c"], tests=[["assert True"]])
+
+
+def test_forms_of_tests() -> None:
+    assert parse_cases("assert f(1) == 2", setup="x = 1") == [Statements("assert f(1) == 2", "x = 1")]
+    assert parse_cases([{"input": ["1", "2"], "output": "3"}]) == [Program("1\n2", "3")]
+    assert parse_cases([{"input": "[1, 2]\n3", "output": "[3]", "testtype": "functional"}], entry_point="f") == [
+        FunctionCall("f", [[1, 2], 3], [3])
+    ]
+    assert parse_cases('{"inputs": [[1]], "outputs": [[5]], "fn_name": "f"}') == [FunctionCall("f", [1], 5)]
+
+
+@pytest.mark.parametrize(
+    ("tests", "sign"),
+    [
+        (7, "must be statements"),
+        ([7], "a statement or a mapping"),
+        ([{"in": 1}], "'input' and 'output'"),
+        ({"inputs": [1], "outputs": []}, "lists of one length"),
+        ("def check(candidate): ...", "entry_point"),
+        ("assert (", "no valid Python"),
+    ],
+)
+def test_malformed_tests_say_what_is_wrong(tests: Any, sign: str) -> None:
+    with pytest.raises(ValueError, match=sign):
+        parse_cases(tests)
+
+
+def test_comparison_is_of_plain_data() -> None:
+    assert same_value((1, [2, 3]), [1, (2, 3)])
+    assert same_value({1: 0.1 + 0.2}, {"1": 0.3})
+    assert not same_value(True, 1)
+    assert not same_value("1", 1)
+    assert same_text("1  2\n\n0.3333333333\n", "1 2\n\n0.3333333\n")
+    assert not same_text("1\n2", "1")
+
+
+def test_the_last_closed_block_is_the_code() -> None:
+    assert code_of("```python\na = 1\n```\ntext\n```\nb = 2\n```\n```json\n{}\n```") == "b = 2\n"
+    assert code_of("plain = 1") == "plain = 1"
+    assert code_of("```python\nunfinished") == ""
+    assert code_of("<think>never closed") == ""

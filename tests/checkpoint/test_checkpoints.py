@@ -1,0 +1,416 @@
+"""Checkpoints: what they hold, which are kept, what is refused on going on, and how a run is stopped and goes on."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from rlqwen import SFTConfig, SFTTrainer
+from rlqwen.checkpoint import Retention, random_state, read_values, restore_random_state, write_values
+from rlqwen.checkpoint.atomic_folder import find_fault, write_complete
+from rlqwen.checkpoint.fingerprint import config_origin, differences, digest_rows, flatten, reward_origin
+from rlqwen.config import Recipe
+from rlqwen.data import TokenizedRow
+from rlqwen.errors import ConfigError, Preempted
+from rlqwen.reporting import read_metrics
+from rlqwen.rewards.registry import resolve
+from rlqwen.runs.stages import plan_stages
+from rlqwen.runs.verification import compare_runs
+from rlqwen.trainers.factory import build_trainer
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}" * 3}]}
+    for i in range(11)
+]
+
+
+def make(model, folder, rows=ROWS, **options):
+    defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "output_dir": str(folder)}
+    return SFTTrainer(str(model), SFTConfig(**defaults | options), rows, options.pop("eval_dataset", None))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As in a forked child, so that sums are taken in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# The parts
+
+
+def test_values_come_back_as_they_were(tmp_path):
+    values = {"a": [1, 2.5, None, {"b": torch.arange(3)}], "c": torch.tensor(0.1), "d": {}, "e": float("nan")}
+    write_values(tmp_path, "v", values)
+    back = read_values(tmp_path, "v")
+    assert back["a"][:3] == [1, 2.5, None]
+    assert torch.equal(back["a"][3]["b"], torch.arange(3))
+    assert torch.equal(back["c"], torch.tensor(0.1))
+    assert back["e"] != back["e"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_random_states_come_back(tmp_path):
+    write_values(tmp_path, "random", random_state())
+    drawn = [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)]
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    restore_random_state(read_values(tmp_path, "random"))
+    assert [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)] == drawn
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("x")
+        raise KeyError("nothing to do with the disk")
+
+    with pytest.raises(KeyError):
+        write_complete(tmp_path / "f", fail)
+    assert not list(tmp_path.iterdir())
+    write_complete(tmp_path / "f", lambda folder: (folder / "a").write_text("x") and None)
+    write_complete(tmp_path / "f", lambda folder: (folder / "b").write_text("y") and None)
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["b", "manifest.json"]
+    assert find_fault(tmp_path / "f") is None
+    manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
+    manifest["files"]["../../etc/passwd"] = manifest["files"]["b"]
+    (tmp_path / "f" / "manifest.json").write_text(json.dumps(manifest))
+    assert "outside" in find_fault(tmp_path / "f")
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 6, 8, 10, 12):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    Retention(limit=None, keep_every=None).drop_old(tmp_path, best=None)
+    assert len(list(tmp_path.iterdir())) == 6
+    Retention(limit=2, keep_every=4).drop_old(tmp_path, best=tmp_path / "step-000002")
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 6, 8, 10, 12]
+    Retention(limit=1, keep_every=4).drop_old(tmp_path, best=tmp_path / "step-000002")
+    assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 8, 10, 12]
+
+
+def test_a_setting_that_another_version_lacks_and_that_is_off_is_no_difference():
+    new = {"train.rollout.routing_replay": False, "train.other": None}
+    assert differences({}, new) == differences(new, {}) == []
+    assert len(differences({}, {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False})) == 3
+
+
+def test_differences_are_listed_by_name():
+    was = flatten({"lr": 1e-5, "lora": {"r": 8, "targets": {"b", "a"}}, "rewards": [{"name": "x"}]}, "train")
+    assert was == {
+        "train.lr": 1e-5, "train.lora.r": 8, "train.lora.targets": ["a", "b"], "train.rewards.0.name": "x"
+    }  # fmt: skip
+    now = {**was, "train.lr": 2e-5, "new": 1}
+    del now["train.lora.r"]
+    assert differences(was, now) == [
+        "train.lr: was 1e-05, is 2e-05",
+        "train.lora.r: was 8, is 'absent'",
+        "new: was 'absent', is 1",
+    ]
+
+
+def test_keys_that_change_no_result_may_change():
+    config = {"learning_rate": 1e-5, "save_steps": 5, "rollout": {"max_restarts": 3, "num_workers": 2}}
+    assert config_origin(config) == {"train.learning_rate": 1e-5, "train.rollout.num_workers": 2}
+
+
+def test_another_reward_function_is_seen():
+    def first(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    def other(completions, **kwargs):
+        return [2.0] * len(completions)
+
+    ours, theirs = resolve(first), resolve(other)
+    was, now = reward_origin([ours]), reward_origin([dataclasses.replace(theirs, name="first")])
+    assert [line.partition(":")[0] for line in differences(was, now)] == ["reward.first.source"]
+    assert reward_origin([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
+
+
+def test_digests_see_every_token_and_the_order():
+    rows = [TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])]
+    assert digest_rows(rows) == digest_rows([TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])])
+    assert digest_rows(rows) != digest_rows(rows[::-1])
+    assert digest_rows(rows) != digest_rows([TokenizedRow([1, 2, 3], [True, True, True]), TokenizedRow([4], [True])])
+    assert digest_rows([[1, 2], [3]]) != digest_rows([[1], [2, 3]])
+
+
+# Runs
+
+
+def test_a_checkpoint_loads_and_says_what_it_came_from(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path, save_keep_every=3, save_steps=1, save_total_limit=1)
+    trainer.train()
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+    checkpoint = tmp_path / "checkpoints" / "step-000004"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    origin = read_values(checkpoint, "origin")
+    assert {
+        "version.torch",
+        "version.rlqwen",
+        "model.weights",
+        "data.train",
+        "tokenizer",
+        "world_size",
+    } <= origin.keys()
+    assert origin["train.learning_rate"] == 2e-5
+    assert "train.output_dir" not in origin
+
+
+def test_only_the_model_is_kept_where_that_is_asked(tiny_model_path, tmp_path):
+    make(tiny_model_path, tmp_path, save_only_model=True).train()
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    assert not list(checkpoint.glob("optimizer*"))
+    assert AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(ConfigError, match="holds the model alone"):
+        make(tiny_model_path, tmp_path, resume_from_checkpoint=str(checkpoint)).train()
+
+
+def test_saving_by_the_clock(tiny_model_path, tmp_path):
+    make(tiny_model_path, tmp_path / "often", save_strategy="no", save_minutes=1e-9).train()
+    assert names(tmp_path / "often") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+    make(tiny_model_path, tmp_path / "seldom", save_strategy="no", save_minutes=60.0).train()
+    assert not (tmp_path / "seldom" / "checkpoints").exists()
+
+
+CHANGES = {
+    "train.learning_rate: was 2e-05, is 0.001": {"learning_rate": 1e-3},
+    "train.max_steps: was 4, is 5": {"max_steps": 5},
+    "data.train: was": {"rows": ROWS[1:]},
+}
+
+
+@pytest.mark.parametrize("line", CHANGES)
+def test_changes_are_refused_or_accepted(tiny_model_path, tmp_path, line):
+    make(tiny_model_path, tmp_path).train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=line) as caught:
+        make(tiny_model_path, tmp_path, **CHANGES[line]).train(resume_from_checkpoint=True)
+    assert "--allow-changes" in str(caught.value)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    trainer = make(tiny_model_path, tmp_path, **CHANGES[line], resume_allow_changes=True)
+    trainer.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-000002")
+    assert trainer.state.global_step == CHANGES[line].get("max_steps", 4)
+    assert json.loads((tmp_path / "summary.json").read_text())["resumed"][0]["step"] == 2
+
+
+def test_another_model_tokenizer_and_world_are_seen(tiny_model_path, tmp_path):
+    make(tiny_model_path, tmp_path / "run").train()
+    other = make(tiny_model_path, tmp_path / "run", resume_from_checkpoint=True)
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1e-3
+    other.processing_class.chat_template += " "
+    origin = other.origin()
+    origin["world_size"] = 2
+    origin["version.torch"] = "0.1"
+    with pytest.raises(ConfigError) as caught:
+        other.train()
+    for part in ("model.weights: was", "tokenizer: was", "world_size: was 1, is 2", "version.torch: was"):
+        assert part in str(caught.value)
+    assert str(caught.value).count(": was ") == 4
+
+
+def test_later_checkpoints_are_set_aside(tiny_model_path, tmp_path):
+    make(tiny_model_path, tmp_path / "straight").train()
+    make(tiny_model_path, tmp_path / "run").train()
+    trainer = make(tiny_model_path, tmp_path / "run")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoints" / "step-000002"))
+    assert names(tmp_path / "run") == ["set-aside", "step-000002", "step-000004"]
+    comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
+    assert comparison.is_exact, str(comparison)
+
+
+def test_auto_begins_where_there_is_nothing(tiny_model_path, tmp_path):
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        make(tiny_model_path, tmp_path, resume_from_checkpoint=True).train()
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n'
+    )  # left by a run that was killed before its first checkpoint
+    make(tiny_model_path, tmp_path, resume_from_checkpoint="auto").train()
+    assert read_metrics(tmp_path)[0]["loss"]
+    trainer = make(tiny_model_path, tmp_path, resume_from_checkpoint="auto")
+    assert trainer.train().global_step == 4
+    assert json.loads((tmp_path / "summary.json").read_text())["resumed"][0]["step"] == 4
+
+
+class SendOnce(TrainerCallback):
+    """Signals to this process in the middle of update 3."""
+
+    def __init__(self, *signals: int) -> None:
+        self.signals = signals
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def ctrl_c(request):
+    """Python's own handler, which a shell that runs the tests in the background has not left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        (signal.SIGTERM, "SIGTERM", 75),
+        (signal.SIGUSR1, "SIGUSR1", 75),
+        (signal.SIGHUP, "SIGHUP", 75),
+        (signal.SIGINT, "Ctrl-C", 130),
+    ],
+)
+def test_a_signal_saves_and_ends_with_the_code_for_again(tiny_model_path, tmp_path, ctrl_c, number, name, code):
+    before = signal.getsignal(number)
+    make(tiny_model_path, tmp_path / "straight", save_steps=100).train()
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks.append(SendOnce(number))
+    with pytest.raises(Preempted, match=rf"{name}: saved after update 3; go on with train\(resume_from") as caught:
+        trainer.train()
+    assert caught.value.exit_code == code
+    assert isinstance(caught.value, KeyboardInterrupt) == (number == signal.SIGINT)
+    assert signal.getsignal(number) == before
+    make(tiny_model_path, tmp_path / "run", save_steps=100).train(resume_from_checkpoint=True)
+    comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
+    assert comparison.is_exact, str(comparison)
+
+
+def test_a_second_signal_ends_at_once(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path / "run")
+    trainer.callbacks.append(SendOnce(signal.SIGTERM, signal.SIGTERM))
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert names(tmp_path / "run") == ["step-000002"]
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_ctrl_c_leaves_at_once(tiny_model_path, tmp_path, ctrl_c, first, second):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks.append(SendOnce(first, second))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert type(caught.value) is KeyboardInterrupt
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_ctrl_c_with_nothing_to_save_leaves_at_once(tiny_model_path, tmp_path, ctrl_c):
+    trainer = make(tiny_model_path, tmp_path / "run")  # saves update 2, which the signal comes right after
+    trainer.callbacks.append(SendOnce(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        trainer.train()
+    assert type(caught.value) is KeyboardInterrupt
+    assert names(tmp_path / "run") == ["step-000002"]
+
+
+def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctrl_c):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks.append(SendOnce(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.stop.listen()  # as an evaluation does that starts Ray
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM: saved after update 1"):
+        trainer.train()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_a_closed_terminal_sends_the_signal_twice(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path / "run")
+    trainer.callbacks.append(SendOnce(signal.SIGHUP, signal.SIGHUP))
+    with pytest.raises(Preempted, match="SIGHUP: saved after update 3"):
+        trainer.train()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tiny_model_path, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        trainer = make(tiny_model_path, tmp_path / "run")
+        trainer.callbacks.append(SendOnce(signal.SIGHUP))
+        assert trainer.train().global_step == 4
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Pipelines
+
+
+def recipe(folder: Path, **more) -> Recipe:
+    return Recipe.parse(
+        {
+            "algorithm": "sft",
+            "model": {"path": "builtin:tiny-qwen3"},
+            "data": {"train": {"path": "rows.jsonl"}},
+            "output_dir": str(folder),
+        }
+        | more
+    )
+
+
+def test_what_is_done_with_each_stage(tmp_path):
+    recipes = [recipe(tmp_path / name) for name in ("first", "second", "third")]
+    with pytest.raises(ConfigError, match="no checkpoint to go on from"):
+        plan_stages(recipes, resume=True)
+    (tmp_path / "first" / "final").mkdir(parents=True)
+    (tmp_path / "first" / "summary.json").write_text('{"steps": 1}')
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="ended before its first checkpoint"):
+        plan_stages(recipes, resume=True)
+    (tmp_path / "second" / "checkpoints").mkdir()
+    stages = plan_stages(recipes, resume=True, allow_changes=True)
+    assert [stage.finished for stage in stages] == [True, False, False]
+    assert [stage.recipe.train.resume_from_checkpoint for stage in stages] == [None, True, None]
+    assert stages[1].recipe.train.resume_allow_changes
+    assert not any(stage.finished for stage in plan_stages(recipes))
+
+
+def test_resume_auto_stands_in_the_recipe(tmp_path):
+    (stage,) = plan_stages([recipe(tmp_path / "run", resume="auto")])
+    assert stage.recipe.train.resume_from_checkpoint == "auto"
+    assert stage.recipe.reuses_folder
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "summary.json").write_text("{")  # cut off: not finished
+    assert not plan_stages([recipe(tmp_path / "run", resume="auto")])[0].finished
+
+
+def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
+    def origin(budget: int) -> dict:
+        trainer = build_trainer(
+            Recipe.parse(
+                {
+                    "algorithm": "grpo",
+                    "model": {"path": str(tiny_model_path)},
+                    "data": {"train": {"generator": "arithmetic", "args": {"kind": "prompts", "size": 8}}},
+                    "rewards": [{"name": "length", "args": {"budget": budget}}],
+                    "rollout": {"engine": "transformers"},
+                    "output_dir": str(tmp_path / str(budget)),
+                }
+            )
+        )
+        try:
+            return trainer.origin()
+        finally:
+            trainer.close()
+
+    assert differences(origin(6), origin(7)) == ["rewards.0.args.budget: was 6, is 7"]

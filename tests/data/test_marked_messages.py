@@ -1,0 +1,92 @@
+"""Turns that the data marks as not to be learned: in context, out of the loss, and the mark goes to no template."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from rlqwen.config import DPOConfig, RewardConfig, SFTConfig
+from rlqwen.data import tokenize_preferences, tokenize_prompts, tokenize_scored, tokenize_sft
+from rlqwen.data.sources import as_rows
+from rlqwen.errors import DataError
+from rlqwen.models.tiny import build_tokenizer
+
+USER, WRONG, RIGHT = (
+    {"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "WRONG"), ("assistant", "2"))
+)
+MARKS = [
+    *({key: no} for key in ("loss", "train", "training") for no in (False, "false")),
+    *({key: no} for key in ("weight", "loss_scale") for no in (0, 0.0, "0")),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Its template writes LEAK where it is shown a mark."""
+    own = copy.deepcopy(build_tokenizer())
+    own.chat_template = "{%- for m in messages %}{%- if m.in_loss is defined %}LEAK{%- endif %}{%- endfor %}" + str(
+        own.chat_template
+    )
+    return own
+
+
+def learned(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str]:
+    """(the whole text, what of it is in the loss)"""
+    (one,), _ = tokenize_sft(as_rows([row]), tokenizer, SFTConfig(**options))
+    masked = [token for token, is_in in zip(one.token_ids, one.loss_mask, strict=True) if is_in]
+    return tokenizer.decode(one.token_ids), tokenizer.decode(masked)
+
+
+@pytest.mark.parametrize("mark", MARKS, ids=str)
+def test_such_a_turn_is_not_learned_in_any_form(tokenizer, mark):
+    turns = [USER, WRONG | mark, USER, RIGHT]
+    plain = learned(tokenizer, {"messages": [USER, WRONG, USER, RIGHT]})[0]
+    named = {"user": "human", "assistant": "gpt"}
+    for row in (
+        {"messages": turns},
+        {
+            "conversations": [
+                {"from": named[t["role"]], "value": t["content"], **mark} if t == turns[1] else t for t in turns
+            ]
+        },
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"instruction": "1+1?", "output": "2", "history": turns[:2]},
+    ):
+        text, in_loss = learned(tokenizer, row)
+        assert "WRONG" in text
+        assert "LEAK" not in text
+        assert in_loss.endswith("2<|im_end|>")
+        assert "WRONG" not in in_loss
+        if "messages" in row:
+            assert text == plain
+
+
+def test_such_a_turn_stays_out_where_everything_else_is_learned(tokenizer):
+    text, in_loss = learned(
+        tokenizer, {"messages": [USER, WRONG | {"weight": 0}, USER, RIGHT]}, assistant_only_loss=False
+    )
+    assert "WRONG" in text
+    assert "WRONG" not in in_loss
+    assert in_loss.count("1+1?") == 2
+    with pytest.raises(
+        DataError, match="row 0: a turn of role 'user' is marked as not to be learned, but assistant_only_"
+    ):
+        learned(tokenizer, {"messages": [USER | {"train": False}, RIGHT]}, assistant_only_loss=False)
+
+
+def test_a_row_with_nothing_else_is_left_out_and_counted(tokenizer):
+    rows = [{"messages": [USER, WRONG | {"weight": 0}]}, {"messages": [USER, RIGHT]}]
+    kept, report = tokenize_sft(as_rows(rows), tokenizer, SFTConfig())
+    assert (len(kept), report.rows["empty_mask"]) == (1, [0])
+
+
+def test_marks_go_to_no_template_of_pairs_and_prompts(tokenizer):
+    asked = [USER, WRONG | {"weight": 0}, USER]
+    pair = {"chosen": [*asked, RIGHT], "rejected": [*asked, WRONG | {"loss": True}]}
+    for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_scored, RewardConfig())):
+        (one,), _ = tokenize(as_rows([pair]), tokenizer, config)
+        assert "LEAK" not in tokenizer.decode(one.prompt_ids + one.chosen.token_ids)
+        assert "WRONG" in tokenizer.decode(one.prompt_ids)
+    (prompt,), _ = tokenize_prompts(as_rows([{"prompt": asked}]), tokenizer, max_prompt_length=None)
+    assert "LEAK" not in tokenizer.decode(prompt.token_ids)
+    assert prompt.content == [USER, WRONG, USER]

@@ -1,0 +1,249 @@
+"""Metrics that compare texts: by hand on small cases, in English and Chinese."""
+
+from pathlib import Path
+
+import pytest
+
+from rlqwen.config import SourceConfig
+from rlqwen.data import load_rows
+from rlqwen.data.references import own_answer, references_of
+from rlqwen.errors import DataError
+from rlqwen.evaluation.metrics.answer_extraction import after_reasoning, normalise_answer, same_answer
+from rlqwen.evaluation.metrics.classification import find_label, label_figures, label_set
+from rlqwen.evaluation.metrics.text_metrics import RougeTokenizer, TextMeasure, bleu_tokenizer, text_figures
+from rlqwen.types import Completion, Group, Prompt
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+
+
+def figures(metric, text, *references):
+    return text_figures([metric], [text], [list(references)])
+
+
+# Five of six tokens are shared, three of five pairs, two of four triples, one of three quadruples.
+PAIRS = [
+    ("the cat sat on the mat", "the cat sat on a mat", "13a"),
+    ("今天天气很好", "今天天气不好", "zh"),
+]
+
+
+@pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
+def test_bleu_counts_words_or_chinese_characters_and_says_which(text, reference, tokenizer):
+    found = figures("bleu", text, reference)
+    assert found.values["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert f"tok:{tokenizer}|" in found.signatures["bleu"]
+
+
+@pytest.mark.parametrize(
+    ("references", "tokenizer"),
+    [
+        ([["hello 你好"], ["good morning"]], "13a"),
+        ([["你好，Qwen 是模型。今天天气很好"]], "zh"),
+        ([["これはペンです。"]], "char"),
+        ([["42"], ["7"]], "13a"),
+    ],
+)
+def test_the_script_of_most_letters_picks_the_tokenizer(references, tokenizer):
+    assert bleu_tokenizer(references) == tokenizer
+
+
+def test_chrf_is_the_mean_over_the_orders_that_there_are():
+    found = figures("chrf", "abc", "abd")
+    # Of single characters 2/3 are shared, of pairs 1/2, of triples none; precision and recall are equal.
+    assert found.values["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    assert "nc:6|nw:0" in found.signatures["chrf"]
+    assert figures("chrf", "你好世界", "你好世界").values["chrf"] == 100
+
+
+@pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
+def test_rouge_counts_words_or_chinese_characters(text, reference, tokenizer):
+    values = figures("rouge", text, reference).values
+    assert values == pytest.approx({"rouge_1": 5 / 6, "rouge_2": 3 / 5, "rouge_l": 5 / 6})
+
+
+def test_rouge_l_keeps_the_order_and_of_several_references_the_best_counts():
+    assert figures("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
+    assert figures("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
+    both = text_figures(["rouge"], ["a", "b"], [["a"], ["c"]])
+    assert both.values["rouge_1"] == 0.5
+
+
+def test_rouge_tokens_of_mixed_text():
+    tokens = RougeTokenizer().tokenize("Qwen3 是一个LLM，Größe 1.5_b! テスト")
+    assert tokens == ["qwen3", "是", "一", "个", "llm", "größe", "1", "5", "b", "テ", "ス", "ト"]
+
+
+def test_bleu_takes_different_numbers_of_references():
+    texts, references = ["the cat sat on the mat", "a b c d"], [["x y z u"], ["e f g h", "a b c d"]]
+    found = text_figures(["bleu"], texts, references)
+    assert found.values["bleu"] > text_figures(["bleu"], texts, [["x y z u"], ["e f g h"]]).values["bleu"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("Paris.", "paris"),
+        ("**北京**。", "北京"),
+        ("４２", "42"),
+        (r"so \boxed{1,234.50}", "5 + 5 ... #### 1234.5"),
+        ("<think>7 or 8</think>\n\n8", "8"),
+        ("1234567890123456789", "1,234,567,890,123,456,789"),
+        ("a  b\nc", "A b c"),
+    ],
+)
+def test_answers_that_differ_in_form_alone_are_the_same(text, reference):
+    assert same_answer(text, reference)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("-5", "5"),
+        ("3.5", "35"),
+        ("1,2", "12"),
+        ("the answer is Paris", "Paris"),
+        ("1234567890123456788", "1234567890123456789"),
+        ("<think>it is 8", "8"),
+        ("", "8"),
+    ],
+)
+def test_answers_that_differ_are_not_the_same(text, reference):
+    assert not same_answer(text, reference)
+
+
+def test_exact_match_is_a_share_and_one_of_several_references_will_do():
+    assert text_figures(["exact_match"], ["a", "b", "x"], [["A"], ["c", "b."], ["y"]]).values == {
+        "exact_match": pytest.approx(2 / 3)
+    }
+
+
+def test_thoughts_are_no_part_of_what_is_compared():
+    assert after_reasoning("<think>a b</think>\n\nc d") == "c d"
+    assert after_reasoning("a b") == "a b"
+    assert figures("rouge", "<think>no</think>a b", "a b").values["rouge_2"] == 1
+    assert figures("bleu", "<think>never ends a b c d", "a b c d").values["bleu"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("positive", "positive"),
+        ("  Positive!", "positive"),
+        ("The review is positive.", "positive"),
+        ("very positive, I think", "very positive"),
+        ("positive or negative", None),
+        ("positively", None),
+        ("I don't know", None),
+        (r"negative at first, but \boxed{positive}", "positive"),
+        ("<think>negative?</think> positive", "positive"),
+        ("<think>positive", None),
+        ("情感是正面的", "正面"),
+        ("正面和负面", None),
+        ("标签：负面。", "负面"),
+    ],
+)
+def test_the_label_is_the_answer_or_the_only_one_named(text, label):
+    assert find_label(text, ["positive", "negative", "very positive", "正面", "负面"]) == label
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("b", "b"),
+        ("(B)", "b"),
+        ("It is a good one: B.", "b"),
+        ("it is a good one", None),
+        ("A or B", None),
+        ("5 stars", "5"),
+    ],
+)
+def test_a_single_letter_is_a_label_in_a_text_only_as_a_capital(text, label):
+    assert find_label(text, ["a", "b", "5"]) == label
+
+
+def test_label_figures_by_hand():
+    found = label_figures(["a", "a", "b", None], ["a", "b", "b", "b"])
+    assert found.accuracy == 1 / 2
+    assert found.unparsable == 1 / 4
+    # a: one right, two found, one expected: 2/3. b: one right, one found, three expected: 1/2.
+    assert found.macro_f1 == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found.micro_f1 == pytest.approx(2 * 2 / (3 + 4))
+
+
+def test_micro_f1_is_the_accuracy_where_every_text_has_a_label():
+    found = label_figures(["a", "c", "b"], ["a", "b", "b"])
+    assert (found.accuracy, found.micro_f1) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    # c was found once and never expected, and counts in the mean as a label without a right one.
+    assert found.macro_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_what_cannot_be_labels_is_refused_with_its_row():
+    assert label_set([["Yes"], ["no"], ["yes."]], None) == ["yes", "no"]
+    with pytest.raises(DataError, match="row 1: 'maybe' is none of the labels yes, no"):
+        label_set([["yes"], ["maybe"]], ["Yes", "No"])
+    with pytest.raises(DataError, match="101 different values, such as 'word 0'"):
+        label_set([[f"word {i}"] for i in range(101)], None)
+    with pytest.raises(DataError, match="row 0: one label is right"):
+        label_set([["a", "b"]], None)
+
+
+MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "about 4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"),
+    [
+        ({"prompt": "q", "completion": "c"}, None, ["c"]),
+        ({"prompt": "q", "completion": "c", "solution": "s"}, None, ["s"]),
+        ({"prompt": "q", "completion": "c", "solution": "s"}, "completion", ["c"]),
+        ({"messages": MESSAGES, "solution": "4"}, "completion", ["about 4"]),
+        ({"messages": MESSAGES}, None, ["about 4"]),
+        ({"prompt": "q", "answer": 4}, None, ["4"]),
+        ({"prompt": "q", "names": ["a", "b"]}, "names", ["a", "b"]),
+        ({"prompt": "q", "label": 0}, "label", ["0"]),
+    ],
+)
+def test_references_are_found_where_rewards_find_them_or_where_one_says(row, column, expected):
+    assert references_of(row, column, "row 0") == expected
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q"}, {"prompt": "q", "solution": " "}, {"prompt": "q", "solution": []}])
+def test_a_row_without_a_right_answer_is_named(row):
+    with pytest.raises(DataError, match=r"row 7: there is no right answer .* the row has prompt"):
+        references_of(row, None, "row 7")
+    assert own_answer({"prompt": "q"}, "row 7") is None
+
+
+def test_a_measure_pairs_completions_with_their_own_row():
+    rows = [{"prompt": f"{i}", "solution": f"{i}"} for i in range(3)]
+    measure = TextMeasure(["exact_match", "label", "exact_match"], rows)
+    groups = [
+        Group(Prompt(row, [1], str(row)), [Completion([1], [], "stop", text) for text in texts], 0)
+        for row, texts in ((2, ["2", "1"]), (0, ["0", "so 0"]))
+    ]
+    values = measure.figures(groups).values
+    assert (values["exact_match"], values["label/accuracy"]) == (0.5, 0.75)
+    assert measure.keys == list(values)
+
+
+def test_normalising_leaves_something_of_every_answer():
+    assert normalise_answer("...") == "..."
+    assert normalise_answer("007.0") == "7"
+    assert normalise_answer("100") == "100"
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "tokenizer"),
+    [("instructions_zh.json", {}, "zh"), ("word_problems.jsonl", {"prompt": "question", "solution": "answer"}, "13a")],
+)
+def test_whole_answers_match_themselves_and_not_each_other(name, columns, tokenizer):
+    rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns, limit=20), seed=0)
+    references = [references_of(row, None, "row") for row in rows]
+    texts = [several[0] for several in references]
+    same = text_figures(["bleu", "chrf", "rouge", "exact_match"], texts, references)
+    assert f"tok:{tokenizer}|" in same.signatures["bleu"]
+    assert same.values["exact_match"] == same.values["rouge_l"] == 1
+    assert (same.values["bleu"], same.values["chrf"]) == pytest.approx((100, 100))
+    shifted = text_figures(["bleu", "rouge"], texts[1:] + texts[:1], references)
+    assert shifted.values["bleu"] < 20
+    assert shifted.values["rouge_l"] < 0.4

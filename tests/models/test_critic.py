@@ -1,0 +1,123 @@
+"""The reward model and the critics: their numbers are transformers' own, and what they save comes back."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlqwen.config import RewardConfig
+from rlqwen.errors import ModelError
+from rlqwen.models.critic import HEAD_FILE, ScalarModel, ValueHead, scalar_peft_config
+from rlqwen.models.loading import load_scalar_model
+from rlqwen.packing.batch import Branch, Tree, pack
+
+TREES = [Tree([5, 6, 7], [Branch([8, 9]), Branch([10, 11, 12, 13])]), Tree([14, 15], [Branch([16])])]
+SEQUENCES = [[5, 6, 7, 8, 9], [5, 6, 7, 10, 11, 12, 13], [14, 15, 16]]
+
+
+@pytest.fixture(scope="module")
+def scalar_path(tiny_model_path, tmp_path_factory):
+    """A sequence-classification model with a head that is not 0."""
+    torch.manual_seed(0)
+    model, has_head = load_scalar_model(str(tiny_model_path), RewardConfig())
+    assert not has_head
+    model.config.pad_token_id = AutoTokenizer.from_pretrained(tiny_model_path).pad_token_id
+    folder = tmp_path_factory.mktemp("scalar") / "model"
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(path, **options):
+    return ScalarModel(load_scalar_model(str(path), RewardConfig())[0], RewardConfig(), **options)
+
+
+def test_scores_are_those_of_transformers(scalar_path):
+    model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
+    with torch.no_grad():
+        plain = torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
+        packed = load(scalar_path).scores(pack(TREES))
+    torch.testing.assert_close(packed, plain, atol=1e-6, rtol=0)
+
+
+def test_values_are_of_what_stands_before_each_token(scalar_path):
+    model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([SEQUENCES[1]])).last_hidden_state
+        plain = model.score(hidden)[0, 2:-1, 0]  # after the prompt's last token, and after each but the last of its own
+        values = load(scalar_path).values(pack(TREES), None)
+    torch.testing.assert_close(values[2:6], plain, atol=1e-6, rtol=0)
+
+
+def test_a_head_that_is_there_is_kept_and_a_new_one_can_begin_at_0(scalar_path, tiny_model_path):
+    _, has_head = load_scalar_model(str(scalar_path), RewardConfig())
+    assert has_head
+    critic = load(tiny_model_path)
+    critic.zero_head()
+    with torch.no_grad():
+        assert critic.scores(pack(TREES)).tolist() == [0.0, 0.0, 0.0]
+    critic.scores(pack(TREES)).sum().backward()
+    assert critic.base_model.score.weight.grad.abs().sum() > 0
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="scalar head"):
+        load_scalar_model(str(tmp_path), RewardConfig())
+
+
+def test_saving_and_restoring(scalar_path, tmp_path):
+    model = load(scalar_path)
+    with torch.no_grad():
+        before = model.scores(pack(TREES))
+        model.save(tmp_path / "saved")
+        for parameter in model.trained_parameters:
+            parameter.add_(0.1)
+        assert not torch.allclose(model.scores(pack(TREES)), before)
+        model.restore(tmp_path / "saved")
+        torch.testing.assert_close(model.scores(pack(TREES)), before)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert reloaded.config.num_labels == 1
+
+
+def test_an_adapter_trains_the_head_whole_and_is_merged_on_saving(scalar_path, tmp_path):
+    torch.manual_seed(0)
+    model = load(scalar_path, peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = [name for name, parameter in model.model.named_parameters() if parameter.requires_grad]
+    assert any("score" in name for name in names)
+    assert all("lora_" in name or "score" in name for name in names)
+    with torch.no_grad():
+        for parameter in model.trained_parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        adapted = model.scores(pack(TREES))
+        model.save(tmp_path / "saved")
+        merged = load(tmp_path / "saved").scores(pack(TREES))
+    torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=0)
+
+
+def test_the_adapter_of_a_policy_is_left_as_it_is():
+    given = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM")
+    made = scalar_peft_config(given)
+    assert made.task_type == "SEQ_CLS"
+    assert made.modules_to_save == ["embed_tokens", "score"]
+    assert given.modules_to_save == ["lm_head", "embed_tokens"]
+    assert scalar_peft_config(None) is None
+
+
+@pytest.mark.parametrize("train_trunk", [True, False])
+def test_a_value_head_reads_the_policys_hidden_states(tmp_path, train_trunk):
+    head = ValueHead(4, train_trunk=train_trunk, device=torch.device("cpu"))
+    hidden = torch.randn(3, 4, requires_grad=True)
+    assert head.values(None, hidden).tolist() == [0.0, 0.0, 0.0]
+    with torch.no_grad():
+        head.head.weight.fill_(0.5)
+    values = head.values(None, hidden)
+    torch.testing.assert_close(values, hidden.sum(1) * 0.5)
+    values.sum().backward()
+    assert (hidden.grad is not None) == train_trunk
+    assert head.head.weight.grad is not None
+    head.save_trained(tmp_path / "critic")
+    assert load_file(tmp_path / "critic" / HEAD_FILE)["weight"].tolist() == [[0.5] * 4]
+    other = ValueHead(4, train_trunk=True, device=torch.device("cpu"))
+    other.restore(tmp_path / "critic")
+    torch.testing.assert_close(other.values(None, hidden), values)

@@ -1,0 +1,418 @@
+"""The guard: what trips, when it is told, what it costs, and whom it calls."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from rlqwen.errors import ConfigError, WatchStop
+from rlqwen.monitoring import Guard, Webhook, worst_action
+from rlqwen.reporting import MetricLogger, read_metrics, read_summary
+from rlqwen.reporting.curves import _series
+from rlqwen.reporting.end_of_run import watch_lines
+from rlqwen.trainers.data_stream import RowStream
+from rlqwen.trainers.sft import SFTTrainer
+from tests.patience import PATIENCE_S
+
+# A GRPO step of the quickstart in good health.
+HEALTHY = {
+    "loss": -0.0006,
+    "grad_norm": 0.13,
+    "learning_rate": 1e-4,
+    "updates/skipped": 0.0,
+    "entropy": 0.06,
+    "kl": 0.02,
+    "sampling/logp_gap": 3e-7,
+    "sampling/logp_missing": 0.0,
+    "groups/no_signal": 0.3,
+    "reward/mean": 0.8,
+    "reward/missing": 0.0,
+    "reward/accuracy/mean": math.nan,  # no completion that it applies to
+    "reward/accuracy/ok": 256.0,
+    "reward/accuracy/timeout": 0.0,
+    "reward/accuracy/error": 0.0,
+    "reward/accuracy/invalid": 0.0,
+    "completions/mean_length": 22.0,
+    "completions/truncated": 0.01,
+    "tokens/trained": 9000.0,
+}
+SICK = {
+    "nonfinite": {"kl": math.nan},
+    "skipped": {"updates/skipped": 1.0, "loss": math.nan, "grad_norm": math.nan},
+    "mismatch": {"sampling/logp_gap": 0.7},
+    "entropy": {"entropy": 0.0005},
+    "kl": {"kl": 3.0},
+    "grad_norm": {"grad_norm": 20.0},
+    "zero_reward": {"reward/mean": 0.0, "completions/truncated": 1.0},
+    "no_signal": {"groups/no_signal": 1.0, "tokens/trained": 0.0},
+    "reward_failures": {"reward/accuracy/ok": 200.0, "reward/accuracy/timeout": 56.0},
+    "runaway_length": {"completions/mean_length": 60.0, "completions/truncated": 0.6},
+    "empty": {"completions/mean_length": 1.0},
+    "idle": {"learning_rate": 0.0},
+    "masked": {"tokens/trained": 0.0},
+}
+
+
+def guard_after(steps, args=None, **watch):
+    """A guard that has seen `steps` healthy steps."""
+    guard = Guard(args or GRPOConfig(beta=0.04, watch=watch))
+    for step in range(steps):
+        assert guard.observe(step, HEALTHY) == []
+    return guard
+
+
+@pytest.mark.parametrize("symptom", SICK)
+def test_each_symptom_trips_alone_with_its_cause_and_the_line_to_change(symptom):
+    guard = guard_after(20)
+    for step in range(20, 26):
+        trips = guard.observe(step, HEALTHY | SICK[symptom])
+        if trips:
+            break
+    (trip,) = trips
+    limits = getattr(guard._config, symptom)
+    assert trip.symptom == symptom
+    assert trip.step == 20 + limits.steps - 1
+    assert trip.action == ("stop" if symptom == "nonfinite" else "warn")
+    assert trip.finding.cause
+    assert all(" -> " in line for line in trip.finding.advice)
+    assert set(trip.fields()) == {"symptom", "value", "threshold", "cause", "advice", "action"}
+
+
+@pytest.mark.parametrize("symptom", SICK)
+def test_each_symptom_can_be_switched_off(symptom):
+    guard = guard_after(20, **{symptom: "off"})
+    assert not [trip for step in range(20, 30) for trip in guard.observe(step, HEALTHY | SICK[symptom])]
+
+
+def test_all_of_it_can_be_switched_off():
+    guard = Guard(GRPOConfig(watch=False))
+    sick = {key: value for part in SICK.values() for key, value in part.items()}
+    assert not [trip for step in range(10) for trip in guard.observe(step, sick)]
+
+
+def test_the_advice_quotes_the_value_in_force():
+    args = GRPOConfig(learning_rate=3e-4, beta=0.0)
+    guard = guard_after(10, args)
+    trips = [trip for step in range(3) for trip in guard.observe(step, HEALTHY | {"entropy": 0.0005})]
+    assert trips[0].finding.advice == [
+        "train.learning_rate: 0.0003 -> try 0.0001",
+        "train.entropy_coef: 0 -> try 0.001",
+        "train.beta: 0 -> try 0.04",
+    ]
+    guard = guard_after(0, PPOConfig(kl_coef=0.05))
+    guard.observe(0, HEALTHY | {"kl": 3.0})
+    (trip,) = guard.observe(1, HEALTHY | {"kl": 3.0})
+    assert "train.kl_coef: 0.05 -> try 0.1" in trip.finding.advice
+
+
+def test_a_symptom_is_told_once_until_it_has_been_absent_for_long_enough():
+    guard = guard_after(0, clear_steps=3)
+    sick = HEALTHY | SICK["mismatch"]
+    seen = [sick, sick, HEALTHY, HEALTHY, sick, HEALTHY, HEALTHY, HEALTHY, sick]
+    told = [[trip.symptom for trip in guard.observe(step, metrics)] for step, metrics in enumerate(seen)]
+    assert [step for step, symptoms in enumerate(told) if symptoms] == [0, 8]
+    assert len(guard.trips) == 2
+
+
+def test_steps_must_be_in_a_row():
+    guard = guard_after(0, mismatch={"steps": 3})
+    sick = HEALTHY | SICK["mismatch"]
+    told = [bool(guard.observe(step, metrics)) for step, metrics in enumerate([sick, sick, HEALTHY, sick, sick, sick])]
+    assert told == [False] * 5 + [True]
+
+
+def test_thresholds_are_the_recipes():
+    assert guard_after(0, mismatch=1.0).observe(0, HEALTHY | SICK["mismatch"]) == []
+    assert guard_after(0, mismatch=1e-8).observe(0, HEALTHY)[0].finding.threshold == 1e-8
+    assert guard_after(20, grad_norm=1000).observe(20, HEALTHY | SICK["grad_norm"]) == []
+
+
+def test_the_worst_action_counts():
+    guard = guard_after(0, mismatch={"action": "rollback"}, action="warn")
+    assert worst_action(guard.observe(0, HEALTHY | SICK["mismatch"] | SICK["skipped"])) == "rollback"
+    assert worst_action(guard.observe(1, HEALTHY | SICK["nonfinite"])) == "stop"
+    assert worst_action([]) is None
+
+
+def test_entropy_may_fall_far_where_the_run_began_high_but_not_to_nothing():
+    """The quickstart's GRPO falls from 0.066 to 0.007 while its accuracy rises: no symptom."""
+    guard = guard_after(5)
+    assert not [t for step in range(10) for t in guard.observe(step, HEALTHY | {"entropy": 0.0068})]
+    high = Guard(GRPOConfig())
+    for step in range(5):
+        high.observe(step, HEALTHY | {"entropy": 2.0})
+    trips = [t for step in range(3) for t in high.observe(step, HEALTHY | {"entropy": 0.05})]
+    assert [t.finding.threshold for t in trips] == pytest.approx([0.06])
+
+
+def test_warm_up_and_a_resting_policy_are_no_idleness():
+    guard = guard_after(0)
+    assert guard.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
+    critic_only = HEALTHY | {"grad_norm": 0.0, "critic/grad_norm": 0.4}
+    assert not [t for step in range(10) for t in Guard(PPOConfig()).observe(step, critic_only)]
+
+
+def test_offline_runs_are_not_judged_by_what_they_do_not_have():
+    """KTO's `kl` is no KL from a reference in nats a token."""
+    dpo = Guard(DPOConfig())
+    assert not [
+        t for s in range(9) for t in dpo.observe(s, {"loss": 0.6, "grad_norm": 2.0, "kl": 9.0, "learning_rate": 1.0})
+    ]
+    (trip,) = Guard(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
+    assert trip.symptom == "masked"
+
+
+def test_a_guard_goes_on_from_its_state():
+    watched = guard_after(20)
+    watched.observe(20, HEALTHY | SICK["kl"])
+    resumed = Guard(GRPOConfig(beta=0.04))
+    resumed.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    for step in (21, 22, 23, 24):
+        sick = HEALTHY | SICK["kl"] | SICK["grad_norm"]
+        assert [t.text for t in resumed.observe(step, sick)] == [t.text for t in watched.observe(step, sick)]
+    assert [trip.symptom for trip in watched.trips] == ["kl", "grad_norm"]
+    assert resumed.trips == watched.trips
+
+
+@pytest.mark.parametrize(
+    ("watch", "message"),
+    [
+        ({"entrop": 1}, "watch: unknown key 'entrop'; did you mean 'entropy'"),
+        ({"mismatch": -1}, "watch: mismatch.threshold"),
+        ({"kl": {"action": "panic"}}, "watch: kl.action"),
+        ({"webhook": "ftp://host/topsecret"}, "watch: webhook: must be a URL"),
+    ],
+)
+def test_a_wrong_section_is_refused_by_name(watch, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        GRPOConfig(watch=watch)
+    assert "topsecret" not in str(caught.value)
+
+
+# The webhook
+
+
+class Server(HTTPServer):
+    """Takes down what is posted; answers with `status`, once `may_answer` is set, as it is at first."""
+
+    def __init__(self):
+        self.posted, self.status, self.may_answer = [], 200, threading.Event()
+        self.may_answer.set()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.may_answer.wait(PATIENCE_S)
+        self.server.posted.append(json.loads(body))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.may_answer.set()
+    server.shutdown()
+    thread.join(PATIENCE_S)
+    server.server_close()
+
+
+def address(server):
+    return f"http://127.0.0.1:{server.server_port}/services/topsecret"
+
+
+def test_a_webhook_gets_json(server, monkeypatch):
+    monkeypatch.setenv("RLQWEN_TEST_HOOK", address(server))
+    hook = Webhook("$RLQWEN_TEST_HOOK", 5.0)
+    hook.post({"run": "a", "value": math.nan, "advice": ["x -> y"]})
+    hook.close()
+    assert server.posted == [{"run": "a", "value": "nan", "advice": ["x -> y"]}]
+    assert hook.problems() == []
+
+
+def test_a_webhook_that_fails_is_named_without_its_address(server):
+    server.status = 403
+    hook = Webhook(address(server), 5.0)
+    hook.post({})
+    hook.close()
+    gone = Webhook("http://127.0.0.1:9/services/topsecret", 2.0)
+    gone.post({})
+    gone.close()
+    assert hook.problems() == ["watch.webhook answered 403"]
+    assert gone.problems() == ["watch.webhook could not be reached: URLError"]
+
+
+def test_a_slow_webhook_does_not_hold_the_run_up(server):
+    server.may_answer.clear()
+    hook = Webhook(address(server), 0.2)
+    hook.post({})
+    hook.close()
+    assert server.posted == []  # neither has waited for the answer, which would have come at the server's deadline
+    server.may_answer.set()
+
+
+def test_an_unset_variable_is_refused_before_the_run(monkeypatch):
+    monkeypatch.delenv("RLQWEN_TEST_HOOK", raising=False)
+    with pytest.raises(ConfigError, match=r"watch\.webhook: the environment variable RLQWEN_TEST_HOOK is not set"):
+        Webhook("$RLQWEN_TEST_HOOK", 5.0)
+
+
+def test_a_written_out_address_stays_out_of_what_is_saved():
+    assert SFTConfig(watch={"webhook": "https://host/topsecret"}).model_dump()["watch"]["webhook"] is None
+    assert SFTConfig(watch={"webhook": "$HOOK"}).model_dump()["watch"]["webhook"] == "$HOOK"
+
+
+def test_steps_that_were_rolled_back_are_drawn_as_they_were_made_last():
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 9.0},
+        {"step": 2, "watch/value": 9.0},
+        {"step": 2, "loss": 2.0},
+    ]
+    assert _series(lines, "loss") == ([1, 2], [3.0, 2.0])
+
+
+# In a run
+
+ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
+
+
+def make_trainer(model, folder, **options):
+    args = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder)}
+    return SFTTrainer(str(model), SFTConfig(**(args | options)), train_dataset=ROWS)
+
+
+def test_a_trip_is_written_shown_summed_up_and_sent(tiny_model_path, tmp_path, server, capsys, monkeypatch):
+    monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
+    watch = {"idle": {"steps": 2}, "webhook": address(server)}
+    make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch).train()
+    lines = read_metrics(tmp_path)
+    (event,) = [line for line in lines if "watch/symptom" in line]
+    assert (event["step"], event["watch/symptom"], event["watch/action"]) == (2, "idle", "warn")
+    assert event["watch/advice"][0] == "train.learning_rate: 0 -> above 0"
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    shown = capsys.readouterr().out
+    assert "watch: idle at step 2" in shown
+    summary = read_summary(tmp_path)
+    assert [trip["symptom"] for trip in summary["watch"]] == ["idle"]
+    assert "train.learning_rate: 0 -> above 0" in "\n".join(map(str, watch_lines(summary["watch"])))
+    assert [(call["event"], call["run"], call["step"]) for call in server.posted] == [
+        ("trip", tmp_path.name, 2),
+        ("finished", tmp_path.name, 4),
+    ]
+    written = "".join(path.read_text(errors="replace") for path in tmp_path.glob("*.json*"))
+    assert "topsecret" not in written + shown
+
+
+def test_a_stop_saves_a_checkpoint_first_and_says_why(tiny_model_path, tmp_path, server):
+    watch = {"idle": {"steps": 2, "action": "stop"}, "webhook": address(server)}
+    trainer = make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch)
+    with pytest.raises(WatchStop, match="idle at step 2") as caught:
+        trainer.train()
+    assert caught.value.exit_code == 1
+    assert "train.learning_rate: 0 -> above 0" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").is_file()
+    assert [call["event"] for call in server.posted] == ["trip", "failed"]
+
+
+def test_a_dead_webhook_is_a_note_and_no_more(tiny_model_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
+    watch = {"webhook": "http://127.0.0.1:9/topsecret", "webhook_timeout": 1.0}
+    make_trainer(tiny_model_path, tmp_path, watch=watch).train()
+    shown = capsys.readouterr().out
+    assert "watch.webhook could not be reached: URLError; the run goes on" in shown
+    assert "topsecret" not in shown
+    assert read_summary(tmp_path)["watch"] == []
+
+
+def test_sinks_of_numbers_get_the_numbers_of_an_event(tmp_path):
+    torch_tensorboard = pytest.importorskip("tensorboard")
+    assert torch_tensorboard
+    with MetricLogger(tmp_path, report_to="tensorboard", display=False, total_steps=1, algorithm="sft") as logger:
+        logger.event(1, {"watch/symptom": "kl", "watch/value": 2.0, "watch/advice": ["a -> b"]})
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "watch/symptom": "kl", "watch/value": 2.0, "watch/advice": ["a -> b"]}
+    ]
+
+
+def poison(trainer, updates):
+    """Blow the weights up after those updates, counted over the whole run; the next gradient is far off. Returns the
+    steps as they are made."""
+    done = []
+    update = trainer.update
+
+    def poisoned(micro_batches):
+        result = update(micro_batches)
+        done.append(trainer.state.global_step)
+        if len(done) in updates:
+            with torch.no_grad():
+                trainer.policy.base_model.model.norm.weight.mul_(1000.0)
+        return result
+
+    trainer.update = poisoned
+    return done
+
+
+ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "threshold": 5}}
+
+
+@pytest.mark.fault("weights blown up between two checkpoints", "rolled back to the last one, on with the rows after it")
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
+    done = poison(trainer, {5})
+    rows, step, put_back, restored = [], trainer.step, trainer._put_back, {}
+
+    def spy_on_put_back(checkpoint):
+        progress = put_back(checkpoint)
+        restored[checkpoint.name] = trainer.policy.base_model.model.norm.weight.detach().clone()
+        return progress
+
+    trainer.step = lambda batch: step(rows.append(batch) or batch)
+    trainer._put_back = spy_on_put_back
+    trainer.train()
+    assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
+    order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)
+    assert [row for batch in rows for row in batch] == order  # none twice, none left out
+    (name, weight) = restored.popitem()
+    assert name == "step-000004"
+    assert torch.equal(weight, load_file(tmp_path / "checkpoints" / name / "model.safetensors")["model.norm.weight"])
+    told, undone = (line for line in read_metrics(tmp_path) if "watch/action" in line)
+    assert (told["step"], told["watch/symptom"], told["watch/action"]) == (6, "grad_norm", "rollback")
+    assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)
+    assert [trip["symptom"] for trip in read_summary(tmp_path)["watch"]] == ["grad_norm"]
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(norms) == 7
+    assert max(norms) < 5 * min(norms)
+
+
+@pytest.mark.fault(
+    "weights blown up again and again", "rolled back max_rollbacks times, then stopped with the state saved"
+)
+def test_rollbacks_are_counted(tiny_model_path, tmp_path):
+    watch = ROLLBACK | {"max_rollbacks": 1}
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, save_strategy="steps", save_steps=2, watch=watch)
+    poison(trainer, {5, 7})
+    with pytest.raises(WatchStop, match="rolled back 1 times already") as caught:
+        trainer.train()
+    assert "grad_norm at step 6" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-000006").is_dir()
+
+
+def test_a_rollback_without_a_checkpoint_stops(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, watch=ROLLBACK)
+    poison(trainer, {4})
+    with pytest.raises(WatchStop, match="there is no checkpoint to roll back to"):
+        trainer.train()

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from rlqwen.packing.batch import Branch, Tree, pack, split_trees
+
+
+def test_pack_by_hand():
+    batch = pack(
+        [
+            Tree([10, 11], [Branch([20, 21], advantage=1.0), Branch([30], advantage=-1.0)]),
+            Tree([], [Branch([40, 41, 42], loss_mask=[True, False, True])]),
+        ]
+    )
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 40, 41, 42]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2]]
+    assert batch.target_N.tolist() == [20, 21, 30, 42]
+    assert batch.source_N.tolist() == [1, 2, 1, 6]
+    assert batch.sequence_N.tolist() == [0, 0, 1, 2]
+    assert batch.lengths_S.tolist() == [2, 1, 1]
+    assert batch.advantages_S.tolist() == [1, -1, 0]
+    assert batch.sampler_logp_N is None
+
+
+def test_pack_carries_sampler_logprobs_of_targets_only():
+    batch = pack([Tree([1], [Branch([2, 3], loss_mask=[False, True], sampler_logprobs=[-0.5, -0.25])])])
+    assert batch.sampler_logp_N.tolist() == [-0.25]
+
+
+def test_pack_takes_an_empty_completion():
+    batch = pack([Tree([1, 2], [Branch([]), Branch([3])])])
+    assert batch.lengths_S.tolist() == [0, 1]
+    assert batch.target_N.tolist() == [3]
+
+
+def test_pack_refuses_nothing():
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack([Tree([1], [])])
+
+
+def trees():
+    return [Tree([0] * 10, [Branch([1] * 5) for _ in range(4)]) for _ in range(3)]
+
+
+@pytest.mark.parametrize("limits", [{"max_branches": 4}, {"max_branches": 3}, {"max_tokens": 30}, {"max_tokens": 45}])
+def test_split_keeps_every_branch_once_within_the_limits(limits):
+    parts = list(split_trees(trees(), **limits))
+    assert sum(len(tree.branches) for part in parts for tree in part) == 12
+    for part in parts:
+        assert sum(len(tree.branches) for tree in part) <= limits.get("max_branches", 12)
+        assert sum(tree.num_tokens for tree in part) <= limits.get("max_tokens", 1000)
+
+
+def test_split_shares_the_prefix_among_the_pieces_of_one_tree():
+    parts = list(split_trees([trees()[0]], max_tokens=20))
+    assert [[len(tree.branches) for tree in part] for part in parts] == [[2], [2]]
+
+
+def test_split_keeps_whole_trees_together():
+    parts = list(split_trees(trees(), max_tokens=65))
+    assert [len(part) for part in parts] == [2, 1]
+
+
+def test_a_sequence_beyond_the_limit_stands_alone():
+    parts = list(split_trees([Tree([0] * 50, [Branch([1])]), Tree([0], [Branch([1])])], max_tokens=20))
+    assert [[tree.num_tokens for tree in part] for part in parts] == [[51], [2]]
+
+
+def test_moving_a_batch_keeps_its_values():
+    batch = pack(trees())
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.layout.order_T, batch.layout.order_T)
+    assert torch.equal(moved.input_ids, batch.input_ids)

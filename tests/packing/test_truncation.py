@@ -1,0 +1,86 @@
+"""What top-k, top-p and min-p keep: against transformers' own, and what the trainer makes of it."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from rlqwen.packing import truncation as module
+from rlqwen.packing.truncation import chunked_log_kept, log_kept, truncated
+from rlqwen.types import Truncation
+
+CASES = [
+    Truncation(top_p=0.9), Truncation(top_k=5), Truncation(min_p=0.1), Truncation(top_p=0.5, top_k=7),
+    Truncation(top_p=0.95, top_k=20, min_p=0.02), Truncation(top_p=0.8, min_p=0.05), Truncation(top_p=0.999),
+]  # fmt: skip
+
+
+def logits_of(rows=64, vocabulary=300, sharpness=3.0):
+    return sharpness * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+
+
+def by_transformers(logits, truncation):
+    warpers = LogitsProcessorList()
+    if truncation.min_p:
+        warpers.append(MinPLogitsWarper(truncation.min_p))
+    if truncation.top_k:
+        warpers.append(TopKLogitsWarper(truncation.top_k))
+    if truncation.top_p < 1:
+        warpers.append(TopPLogitsWarper(truncation.top_p))
+    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+
+
+@pytest.mark.parametrize("truncation", CASES, ids=str)
+def test_the_same_tokens_are_kept_as_by_transformers(truncation):
+    logits = logits_of()
+    assert torch.equal(truncated(logits, truncation).isinf(), by_transformers(logits, truncation).isinf())
+
+
+@pytest.mark.parametrize("likely", [8, 1024])
+@pytest.mark.parametrize("truncation", CASES, ids=str)
+def test_the_probability_that_is_kept(truncation, likely, monkeypatch):
+    """Also where more are kept than were sorted at first."""
+    monkeypatch.setattr(module, "LIKELY", likely)
+    logits = logits_of()
+    sampled = by_transformers(logits, truncation)
+    target = sampled.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(1))
+    expected = (logits.log_softmax(-1) - sampled.log_softmax(-1)).gather(1, target)[:, 0]
+    torch.testing.assert_close(log_kept(logits, target[:, 0], truncation), expected, atol=1e-5, rtol=0)
+
+
+def test_a_target_on_the_other_side_of_the_edge_counts_as_kept():
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    kept = log_kept(probs.log(), torch.tensor([2]), Truncation(top_k=2))
+    assert kept.exp().item() == pytest.approx(0.95)
+
+
+def test_ties_at_the_edge_are_cut_by_number():
+    probs = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15]])
+    assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_k=3)).exp().item() == pytest.approx(0.7)
+    assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_p=0.6)).exp().item() == pytest.approx(0.7)
+    assert (~truncated(probs.log(), Truncation(top_k=3)).isinf()).sum() == 3
+    assert (~truncated(probs.log(), Truncation(top_p=0.6)).isinf()).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "cut", [{"top_k": 3}, {"top_k": 3, "top_p": 0.6}, {"top_k": 3, "min_p": 0.5}, {"top_k": 9}], ids=str
+)
+def test_ties_of_the_kth_token_may_stay_as_vllms_sampler_on_cpu_keeps_them(cut):
+    topk_topp_sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
+    logits = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15], [0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    truncation = Truncation(**cut, keeps_ties=True)
+    sampled = logits.masked_fill(
+        logits < logits.amax(1, keepdim=True) + torch.tensor(truncation.min_p).log(), -torch.inf
+    )
+    k, p = torch.full((2,), min(truncation.top_k, 5)), torch.full((2,), truncation.top_p)
+    sampled = topk_topp_sampler.apply_top_k_top_p_pytorch(sampled, k, p if truncation.top_p < 1 else None)
+    expected = (logits.log_softmax(-1) - sampled.log_softmax(-1))[:, 0]
+    torch.testing.assert_close(log_kept(logits, torch.tensor([0, 0]), truncation), expected)
+
+
+def test_chunks_change_nothing():
+    hidden, head = torch.randn(50, 16), torch.randn(300, 16)
+    target = torch.randint(300, (50,))
+    whole = log_kept(hidden @ head.T / 0.7, target, CASES[4])
+    chunked = chunked_log_kept(hidden, head, target, CASES[4], temperature=0.7, chunk_size=13)
+    torch.testing.assert_close(chunked, whole)
+    assert chunked_log_kept(hidden[:0], head, target[:0], CASES[4]).shape == (0,)

@@ -1,0 +1,331 @@
+"""What is found wrong without a device."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from rlqwen.config import GRPOConfig, Recipe, RolloutConfig, SFTConfig
+from rlqwen.config.recipe_yaml import list_recipes, load_recipe, load_recipes
+from rlqwen.errors import ConfigError, DataError, ModelError, ResourceError, RewardSpecError
+from rlqwen.preflight import (
+    check_before_run,
+    check_model_path,
+    check_pipeline,
+    check_recipe,
+    check_resources,
+    plan_batch,
+    prompt_room,
+)
+
+STAND_INS = {
+    "openai/gsm8k": "builtin:questions",
+    "llamafactory/alpaca_zh": "builtin:instructions_zh",
+    "trl-lib/ultrafeedback_binarized": "builtin:pairs",
+}
+"""Hub datasets of the recipes -> rows of the same columns that come with rlqwen."""
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def recipe_of(model: Path | str, rows: list[dict], folder: Path, **changes: object) -> Recipe:
+    """A recipe over rows written to a file; `changes` replace its top-level sections."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "algorithm": "sft",
+        "model": {"path": str(model)},
+        "data": {"train": {"path": str(path)}},
+        "train": {"per_device_train_batch_size": 2},
+        "output_dir": str(folder / "run"),
+    }
+    return Recipe.parse(values | changes)
+
+
+GRPO = {"algorithm": "grpo", "rewards": ["accuracy"], "train": {"max_completion_length": 8}}
+SUM = {"prompt": "1 + 1 = ?", "solution": "2"}
+CHAT = {"messages": [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "2"}]}
+
+
+def the_fault(report) -> Exception:
+    assert len(report.faults) == 1, report.faults
+    return report.faults[0]
+
+
+# Arithmetic
+
+
+def test_grpo_arithmetic_is_one_line_from_prompts_to_updates():
+    plan = plan_batch(
+        GRPOConfig(
+            per_device_train_batch_size=16, gradient_accumulation_steps=2, generation_batch_size=64, num_iterations=2
+        ),
+        num_rows=20,
+    )
+    # 64 completions = 8 prompts x 8; two updates of 32 each, twice over; ceil(3 x 20 / 8) = 8 rollouts
+    assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (8, 4, 32)
+    assert plan.text == (
+        "8 prompts x 8 generations = 64 completions a rollout = 2 x 32 = 16 a micro-batch x 2 accumulated x 1 rank; "
+        "4 updates a rollout (2 passes); 32 updates in all = 3.2 epochs"
+    )
+
+
+def test_ranks_multiply_the_update():
+    plan = plan_batch(GRPOConfig(per_device_train_batch_size=8, num_iterations=2, max_steps=4), 20, num_ranks=3)
+    assert (plan.rows_per_step, plan.updates_per_step, plan.completions_per_update) == (3, 2, 24)
+    assert plan.text.startswith(
+        "3 prompts x 8 generations = 24 completions a rollout = 8 a micro-batch x 1 accumulated x 3 ranks; 2 updates"
+    )
+    plan = plan_batch(GRPOConfig(per_device_train_batch_size=8, generation_batch_size=48), 20, num_ranks=3)
+    assert (plan.rows_per_step, plan.updates_per_step) == (6, 2)  # given in all, not for each rank
+    plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), 10, num_ranks=2)
+    assert plan.rows_per_step == plan.completions_per_update == 8
+    assert plan.text.startswith("8 sequences an update = 4 a micro-batch x 1 accumulated x 2 ranks")
+
+
+def test_a_batch_that_ranks_leave_uneven_is_refused(monkeypatch):
+    config = GRPOConfig(per_device_train_batch_size=8, generation_batch_size=16)
+    with pytest.raises(ConfigError, match=r"16 completions a rollout don't divide into updates of 24 .* x 3 ranks"):
+        plan_batch(config, 20, num_ranks=3)
+    with pytest.raises(ConfigError, match="4 completions a rollout"):
+        GRPOConfig(per_device_train_batch_size=4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert GRPOConfig(per_device_train_batch_size=4).completions_per_rollout(2) == 8
+
+
+def test_sft_arithmetic_counts_sequences_and_honours_max_steps():
+    plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), num_rows=10)
+    assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (4, 1, 5)
+    assert plan.text == (
+        "4 sequences an update = 4 a micro-batch x 1 accumulated x 1 rank; 5 updates in all = 2 epochs"
+    )
+    assert plan_batch(SFTConfig(per_device_train_batch_size=4), num_rows=10).total_updates == 8  # ceil(3 x 10 / 4)
+
+
+def test_prompt_and_completion_must_fit_the_context():
+    assert prompt_room(100, GRPOConfig(max_completion_length=60)) == 40
+    assert prompt_room(100, GRPOConfig(max_completion_length=60, max_prompt_length=30)) == 30
+    with pytest.raises(ConfigError, match="leaves no room for a prompt: the model's context is 100 tokens"):
+        prompt_room(100, GRPOConfig(max_completion_length=100))
+    with pytest.raises(ConfigError, match=r"leaves 10 tokens .* to the completion.* max_prompt_length=40 fits"):
+        prompt_room(100, GRPOConfig(max_completion_length=60, max_prompt_length=90))
+
+
+# Model
+
+
+def test_a_complete_folder_a_builtin_and_a_hub_id_pass(tiny_model_path):
+    for path in (str(tiny_model_path), "builtin:tiny-qwen3", "Qwen/Qwen3-0.6B", "gpt2"):
+        check_model_path(path)
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        ("model.safetensors", "weights (model.safetensors)"),
+        ("config.json", "config.json"),
+        ("tokenizer.json", "a tokenizer (tokenizer.json)"),
+    ],
+)
+def test_a_folder_that_lacks_something_says_what(tiny_model_path, tmp_path, removed, named):
+    for file in tiny_model_path.iterdir():
+        if file.name != removed:
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(ModelError) as caught:
+        check_model_path(str(tmp_path))
+    assert f"lacks {named}; it holds" in str(caught.value)
+
+
+def test_a_missing_shard_an_adapter_alone_and_a_file_are_named(tiny_model_path, tmp_path):
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ModelError, match="holds an adapter without its base model"):
+        check_model_path(str(tmp_path))
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(tiny_model_path / name)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").touch()
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors; it holds"):
+        check_model_path(str(tmp_path))
+    with pytest.raises(ModelError, match="is a file"):
+        check_model_path(str(tmp_path / "config.json"))
+
+
+def test_a_mistyped_path_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "final").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"no such folder; did you mean 'runs/final'\?"):
+        check_model_path("runs/finale")
+    with pytest.raises(ModelError, match="nor is there 'nowhere/near'"):
+        check_model_path("nowhere/near/final")
+
+
+def test_a_hub_id_is_refused_where_the_hub_knows_it_not_and_only_warned_of_where_it_is_silent(tmp_path, monkeypatch):
+    recipe = recipe_of("nobody/nothing-of-that-name", [CHAT], tmp_path)
+    report = check_recipe(recipe)
+    assert report.faults == []
+    assert "the hub cannot be reached" in report.warnings[0]
+    assert dict(report.facts)["data.train"] == "1 rows"
+
+    def unknown(*_: object, **__: object) -> None:
+        request = httpx.Request("GET", "https://hub.invalid")
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=request))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
+    assert "and the hub has none that you may read" in str(the_fault(check_recipe(recipe)))
+
+
+# Resources
+
+
+@needs_vllm
+def test_more_cpus_or_gpus_than_there_are_is_refused_with_the_arithmetic():
+    with pytest.raises(ResourceError, match=r"3 workers x 5000 CPUs = 15000 CPUs, but there are"):
+        check_resources(RolloutConfig(num_workers=3, num_cpus_per_worker=5000))
+    with pytest.raises(ResourceError, match=r"2 workers x 500 GPUs = 1000 GPUs, but there are"):
+        check_resources(RolloutConfig(num_workers=2, num_gpus_per_worker=500))
+
+
+@needs_vllm
+def test_what_fits_is_told_in_one_line():
+    small = RolloutConfig(num_cpus_per_worker=0.5, num_gpus_per_worker=0)
+    assert check_resources(small) == "1 vLLM worker x 0.5 CPUs, 1 GiB of KV cache"
+    assert "cluster at ray://x" in check_resources(RolloutConfig(num_workers=99, ray_address="ray://x"))
+
+
+def test_the_transformers_engine_asks_for_nothing():
+    assert check_resources(RolloutConfig(engine="transformers", num_workers=99)).startswith("transformers")
+
+
+# Whole recipes
+
+
+def test_a_sound_sft_recipe_tells_model_data_template_and_batch(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [CHAT] * 3, tmp_path))
+    assert report.faults == []
+    facts = dict(report.facts)
+    assert list(facts) == [
+        "model", "parameters", "trained", "memory", "data.train", "template", "data.train form", "batch"
+    ]  # fmt: skip
+    assert facts["data.train"].startswith("3 of 3 rows")
+    assert "EOS in the loss of 100%" in facts["data.train"]
+    assert "<|im_end|>" in facts["template"]
+    assert "5 updates in all" in facts["batch"]  # ceil(3 epochs x 3 rows / 2)
+
+
+def test_a_sound_grpo_recipe_names_rewards_with_origin(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO))
+    assert report.faults == []
+    facts = dict(report.facts)
+    assert facts["rewards"].startswith("accuracy x 1 (rlqwen ")
+    assert facts["batch"].startswith("1 prompt x 8 generations = 8 completions")
+    assert set(facts) == {
+        "model", "parameters", "trained", "memory", "rewards", "data.train", "template", "thinking", "batch", "rollout"
+    }  # fmt: skip
+
+
+def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path, tmp_path):
+    for model, is_dense in ((tiny_model_path, True), ("builtin:tiny-qwen3-moe", False)):
+        recipe = recipe_of(model, [SUM] * 4, tmp_path, **GRPO, rollout={"routing_replay": True})
+        faults = [str(fault) for fault in check_recipe(recipe).faults if "routing_replay" in str(fault)]
+        assert bool(faults) == is_dense, faults
+
+
+def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlqwen.preflight.reward_check.why_not", lambda: "no Landlock")
+    for isolation, num_faults in (("required", 1), ("off", 0)):
+        scoring = {"isolated": ["accuracy"], "isolation": isolation}
+        report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO | {"scoring": scoring}))
+        assert ["'accuracy' must run isolated" in str(fault) for fault in report.faults] == [True] * num_faults
+
+
+def test_all_faults_are_collected_at_once(tmp_path):
+    recipe = recipe_of(tmp_path, [{"prompt": "hi"}], tmp_path, **GRPO | {"rewards": ["accuracy", "acuracy"]})
+    report = check_recipe(recipe)
+    assert [type(fault) for fault in report.faults] == [ModelError, RewardSpecError]
+    assert "did you mean 'accuracy'?" in str(report.faults[1])
+
+
+def test_a_column_that_a_reward_needs_must_be_in_some_row(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}] * 2, tmp_path, **GRPO))
+    assert "needs a column 'solution' or 'answer', which data.train lacks" in str(the_fault(report))
+    report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}, SUM, SUM], tmp_path, **GRPO))
+    assert not report.faults
+    (line,) = [warning for warning in report.warnings if "None" in warning]
+    assert "reward 'accuracy' is given None in 1 of 3 rows of data.train, which have no 'solution' and no" in line
+
+
+def test_empty_loss_masks_are_a_fault(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [{"messages": CHAT["messages"][:1]}] * 2, tmp_path))
+    assert "no token in the loss" in str(the_fault(report))
+
+
+def test_an_end_of_turn_that_is_always_cut_off_is_a_fault(tiny_model_path, tmp_path):
+    long = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "2 " * 50}]}
+    recipe = recipe_of(tiny_model_path, [long], tmp_path, train={"max_length": 30})
+    fault = the_fault(check_recipe(recipe))
+    assert isinstance(fault, DataError)
+    assert "would never learn to stop; 1 of 1 rows are cut at train.max_length=30" in str(fault)
+
+
+def test_data_faults_name_file_and_line(tiny_model_path, tmp_path):
+    recipe = recipe_of(tiny_model_path, [CHAT], tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT) + "\n{broken\n")
+    assert "line 2" in str(the_fault(check_recipe(recipe)))
+    (tmp_path / "rows.jsonl").write_text("")
+    assert "holds no rows" in str(the_fault(check_recipe(recipe)))
+
+
+def test_evaluation_without_data_is_a_fault(tiny_model_path, tmp_path):
+    recipe = recipe_of(tiny_model_path, [CHAT], tmp_path, train={"eval_strategy": "epoch"})
+    assert "there is no data.eval" in str(the_fault(check_recipe(recipe)))
+
+
+def test_a_step_larger_than_the_data_is_a_warning(tiny_model_path, tmp_path):
+    report = check_recipe(recipe_of(tiny_model_path, [CHAT], tmp_path))
+    assert report.warnings == ["one step takes 2 rows and there are 1: rows repeat within it"]
+
+
+def test_a_used_run_folder_is_a_fault(tiny_model_path, tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (report,) = check_pipeline([recipe_of(tiny_model_path, [CHAT], tmp_path)])
+    assert "holds a run already" in str(the_fault(report))
+
+
+def test_a_later_stage_is_checked_with_the_model_that_it_will_go_on_from(tiny_model_path, tmp_path):
+    first = recipe_of(tiny_model_path, [CHAT], tmp_path, output_dir=str(tmp_path / "a"))
+    second = recipe_of(tmp_path / "a" / "final", [CHAT], tmp_path, output_dir=str(tmp_path / "b"))
+    reports = check_pipeline([first, second])
+    assert [report.faults for report in reports] == [[], []]
+    assert f"to be trained from {tiny_model_path}" in dict(reports[1].facts)["model"]
+    assert isinstance(the_fault(check_pipeline([second])[0]), ModelError)
+
+
+def test_faults_of_a_later_stage_are_found_before_the_first_is_trained(tiny_model_path, tmp_path):
+    first = recipe_of(tiny_model_path, [CHAT], tmp_path, output_dir=str(tmp_path / "a"))
+    second = recipe_of(tiny_model_path, [{"prompt": "hi"}], tmp_path, **GRPO)
+    with pytest.raises(RewardSpecError, match="needs a column 'solution'"):
+        check_before_run([first, second])
+    missing = recipe_of(tmp_path / "nowhere", [SUM], tmp_path, **GRPO)
+    with pytest.raises(ModelError, match="there is no such folder"):
+        check_before_run([first, missing])
+    check_before_run([first, recipe_of(tiny_model_path, [SUM], tmp_path, **GRPO)])
+
+
+BEFORE = dict.fromkeys(
+    ("quickstart_grpo", "quickstart_ppo", "quickstart_dpo", "quickstart_reward"), ("quickstart_sft",)
+) | {"quickstart_ppo_reward": ("quickstart_sft", "quickstart_reward")}
+"""Recipes that go on from what others leave."""
+
+
+@pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
+def test_every_shipped_recipe_passes(recipe, tmp_path, monkeypatch):
+    loaded = load_recipe(recipe.name)
+    source = loaded.data.train
+    if source.path is not None:
+        source.path = STAND_INS[source.path]
+    monkeypatch.chdir(tmp_path)
+    before = load_recipes(BEFORE.get(recipe.name, ()))
+    assert check_pipeline([*before, loaded])[-1].faults == []

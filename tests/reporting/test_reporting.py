@@ -1,0 +1,459 @@
+"""Metrics: sinks, displays, curves, summary and the final screen."""
+
+import io
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlqwen.errors import ConfigError, DataError
+from rlqwen.evaluation.metrics.answer_extraction import final_answer
+from rlqwen.evaluation.metrics.pass_at_k import majority_right, pass_at_k, reward_figures, sample_counts
+from rlqwen.reporting import (
+    CompletionLog,
+    MetricLogger,
+    plot_curves,
+    plot_pipeline,
+    read_completions,
+    read_metrics,
+    read_summary,
+    write_pipeline_summary,
+    write_summary,
+)
+from rlqwen.reporting.curves import choose_panels
+from rlqwen.reporting.display import (
+    LiveDisplay,
+    PlainDisplay,
+    Progress,
+    details,
+    format_duration,
+    format_evaluation,
+    headline,
+    sparkline,
+    speed,
+)
+from rlqwen.reporting.end_of_run import auto_class, next_command, pick_samples, show_report
+from rlqwen.run_folder.layout import refuse_used_folder
+from rlqwen.types import Completion, Group, Prompt
+
+STEP = {
+    "loss": 0.25,
+    "reward/mean": 0.5,
+    "reward/accuracy/mean": 0.4,
+    "reward/format/mean": 1.0,
+    "completions/mean_length": 6.25,
+    "completions/truncated": 0.25,
+    "kl": 0.001,
+    "entropy": 0.5,
+    "tokens/generated": 1000.0,
+    "time/step": 2.0,
+    "time/rollout": 1.0,
+    "time/train": 0.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def silent(monkeypatch):
+    monkeypatch.setenv("RLQWEN_DISPLAY", "off")
+
+
+@pytest.fixture
+def groups() -> list[Group]:
+    """Two prompts with two completions each; the second reward is missing once."""
+
+    def completion(text: str, finish: str) -> Completion:
+        return Completion([1] * len(text), [-0.5] * len(text), finish, text)
+
+    first = Group(
+        Prompt(7, [1, 2], [{"role": "system", "content": "be\nbrief"}, {"role": "user", "content": "1+1=?"}]),
+        [completion("2", "stop"), completion("333", "length")],
+        policy_version=4,
+        rewards={"accuracy": [1.0, 0.0], "format": [None, 0.5]},
+        outcomes={"accuracy": ["ok", "ok"], "format": ["timeout", "ok"]},
+        total_rewards_G=[1.0, 0.1],
+        advantages_G=[0.9, -0.9],
+    )
+    second = Group(Prompt(3, [1], "2+2="), [completion("4", "stop"), completion("五", "stop")], policy_version=4)
+    second.rewards = {"accuracy": [1.0, 0.0]}
+    return [first, second]
+
+
+def finished_run(folder: Path, algorithm: str, groups: list[Group] | None = None, **evals: float) -> Path:
+    with MetricLogger(folder, total_steps=2, algorithm=algorithm) as logger:
+        for step in (1, 2):
+            logger.log(step, {"loss": 1.0 / step, **({"reward/mean": 0.1 * step} if algorithm == "grpo" else {})})
+    if groups:
+        CompletionLog(folder).write(2, groups)
+    (folder / "final").mkdir()
+    (folder / "recipe.yaml").write_text("algorithm: grpo\n")
+    before = {"eval/accuracy": evals["before"]} if evals else None
+    after = {"eval/accuracy": evals["after"], "eval/time": 3.0} if evals else None
+    write_summary(folder, algorithm=algorithm, steps=2, wall_time_s=61.0, initial_eval=before, final_eval=after, seed=5)
+    plot_curves(folder)
+    return folder
+
+
+# Sinks
+
+
+def test_jsonl_has_a_flushed_line_a_step_and_null_for_what_is_not_finite(tmp_path):
+    logger = MetricLogger(tmp_path, total_steps=2, algorithm="sft")
+    logger.log(1, {"loss": torch.tensor(0.5), "grad_norm": math.inf, "kl": math.nan})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    logger.close()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.5, "grad_norm": None, "kl": None, "nonfinite": {"grad_norm": "inf", "kl": "nan"}}
+    ]
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_unknown_and_missing_sinks_are_refused_with_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="unknown metric sink 'mlflow'; known: tensorboard, wandb, trackio, none"):
+        MetricLogger(tmp_path, report_to="mlflow", total_steps=1, algorithm="sft")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        MetricLogger(tmp_path, report_to=["wandb"], total_steps=1, algorithm="sft")
+
+
+def test_tensorboard_gets_the_values(tmp_path):
+    pytest.importorskip("tensorboard")
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricLogger(tmp_path, report_to="tensorboard", total_steps=2, algorithm="sft") as logger:
+        logger.log(1, {"loss": 0.5})
+        logger.log(2, {"loss": 0.25})
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_hosted_sinks_get_run_name_steps_and_the_end(tmp_path, monkeypatch, name):
+    """A recording stand-in takes the place of the service's package."""
+    calls: list[tuple] = []
+
+    class Service(types.ModuleType):
+        def init(self, **arguments):
+            calls.append(("init", arguments["name"]))
+            return self
+
+        def log(self, metrics, step):
+            calls.append(("log", metrics, step))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    monkeypatch.setitem(sys.modules, name, Service(name))
+    with MetricLogger(tmp_path, report_to=[name], run_name="r", total_steps=1, algorithm="sft") as logger:
+        logger.log(1, {"loss": 0.5})
+    assert calls == [("init", "r"), ("log", {"loss": 0.5}, 1), ("finish",)]
+
+
+def test_display_variable_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLQWEN_DISPLAY", "loud")
+    with pytest.raises(ConfigError, match="RLQWEN_DISPLAY='loud'"):
+        MetricLogger(tmp_path, total_steps=1, algorithm="sft")
+
+
+# Completions
+
+
+def test_completions_hold_prompt_rewards_advantage_and_what_went_wrong(tmp_path, groups):
+    path = CompletionLog(tmp_path).write(12, groups)
+    assert path == tmp_path / "completions" / "step-000012.jsonl"
+    rows = read_completions(tmp_path)
+    assert len(rows) == 4
+    assert rows[0] == {
+        "prompt_index": 7,
+        "prompt": groups[0].prompt.content,
+        "completion": "2",
+        "rewards": {"accuracy": 1.0, "format": None},
+        "reward": 1.0,
+        "advantage": 0.9,
+        "outcomes": {"format": "timeout"},
+        "finish_reason": "stop",
+        "num_tokens": 1,
+        "policy_version": 4,
+    }
+    assert (rows[1]["finish_reason"], rows[3]["completion"], rows[3]["reward"]) == ("length", "五", None)
+
+
+def test_the_last_evaluation_is_read_before_the_last_step(tmp_path, groups):
+    log = CompletionLog(tmp_path)
+    log.write(9, groups)
+    log.write(1, groups[:1], evaluation=True)
+    log.write(5, groups[1:], evaluation=True)
+    assert [row["prompt_index"] for row in read_completions(tmp_path)] == [3, 3]
+
+
+# Display
+
+
+def test_plain_lines_are_thinned_but_show_first_last_and_evaluations():
+    lines: list[str] = []
+    now = [0.0]
+    display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: now[0])
+    display.show_evaluation(0, {"eval/accuracy": 0.5, "eval/time": 1.0})
+    for step in range(1, 11):
+        now[0] += 2.0
+        display.show(step, STEP)
+    display.close()
+    assert [line.split("  eval")[0][:12] for line in lines] == [
+        "step  0/10",
+        "step  1/10  ",
+        "step  4/10  ",
+        "step  7/10  ",
+        "step 10/10  ",
+    ]
+    assert lines[0] == "step  0/10  eval  accuracy 0.5"
+
+
+def test_plain_display_shows_what_it_held_back_when_it_closes_early():
+    lines: list[str] = []
+    display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: 0.0)
+    display.show(1, STEP)
+    display.show(2, STEP)
+    display.close()
+    assert [line[:10] for line in lines] == ["step  1/10", "step  2/10"]
+
+
+def test_a_line_names_reward_lengths_kl_entropy_speed_and_time_split():
+    assert headline(STEP) == ["reward 0.500", "accuracy 0.400", "format 1.000"]
+    assert headline({"loss": 0.12345}) == ["loss 0.1235"]
+    assert details(STEP) == ["len 6.2", "cut off 25%", "kl 0.001", "entropy 0.500"]
+    assert speed(STEP) == ["500 tok/s", "rollout 50% train 25%"]
+    evaluation = {
+        "eval/reward/mean": 0.5,
+        "eval/reward/format/mean": 0.25,
+        "eval/reward/format/error": 2.0,
+        "eval/reward/format/timeout": 0.0,
+        "eval/completions/truncated": 0.0,
+        "eval/tokens": 9.0,
+        "eval/time": 1.0,
+    }
+    assert format_evaluation(evaluation) == "eval  reward 0.5  format 0.25  format/error 2  cut off 0"
+
+
+def test_remaining_time_leaves_the_start_up_out():
+    now = [0.0]
+    progress = Progress(11, lambda: now[0])
+    assert progress.remaining() is None
+    now[0] = 60.0
+    progress.advance(1)
+    now[0] = 62.0
+    progress.advance(2)
+    assert progress.remaining() is None  # one step is no pace
+    now[0] = 64.0
+    progress.advance(3)
+    assert progress.remaining() == 16.0  # 8 steps at 2 s, although the first took a minute
+    assert (format_duration(16.0), format_duration(3723.0), format_duration(None)) == ("0:16", "1:02:03", "-")
+
+
+def test_sparkline_spans_the_range_and_skips_nan():
+    assert sparkline([0.0, math.nan, 1.0]) == "▁█"
+    assert sparkline([0.5, 0.5]) == "▁▁"
+    assert len(sparkline([float(n) for n in range(1000)])) == 32
+
+
+def test_live_display_keeps_prints_whole_and_gives_the_terminal_back(capsys):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    display = LiveDisplay(10, "grpo · run", console)
+    display.show_evaluation(0, {"eval/accuracy": 0.5})
+    display.show(3, STEP)
+    print("a user's own print")
+    display.note("[not markup]")
+    display.close()
+    text = screen.getvalue()
+    assert "a user's own print" in text
+    assert capsys.readouterr().out == ""
+    for part in ("[not markup]", "step 3/10", "reward 0.500", "entropy 0.500", "500 tok/s", "step 0  eval  accuracy"):
+        assert part in text
+    assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")  # the cursor comes back
+
+
+# Curves
+
+
+def test_panels_follow_what_was_logged():
+    sft = choose_panels([{"step": 1, "loss": 1.0}, {"step": 1, "eval/loss": 2.0}])
+    assert [(panel.title, panel.train_keys, panel.eval_keys) for panel in sft] == [("loss", ("loss",), ("eval/loss",))]
+    grpo = choose_panels([{"step": 1, **STEP}, {"step": 1, "eval/reward/mean": 1.0, "eval/accuracy": 0.5}])
+    assert [(panel.title, panel.train_keys, panel.eval_keys) for panel in grpo] == [
+        ("reward", ("reward/mean",), ("eval/reward/mean",)),
+        ("accuracy", ("reward/accuracy/mean",), ("eval/accuracy",)),
+        ("other rewards", ("reward/format/mean",), ()),
+    ]
+
+
+def test_curves_are_drawn_for_one_run_and_for_a_pipeline(tmp_path):
+    sft = finished_run(tmp_path / "sft", "sft")
+    grpo = finished_run(tmp_path / "grpo", "grpo", before=0.5, after=0.9)
+    for path in (sft / "curves.png", plot_pipeline(tmp_path, [sft, grpo])):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").stat().st_size > (sft / "curves.png").stat().st_size
+
+
+def test_curves_of_a_run_that_logged_nothing_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no metrics were logged"):
+        plot_curves(tmp_path)
+
+
+# Summary and final screen
+
+
+def test_summary_holds_figures_and_versions(tmp_path):
+    write_summary(
+        tmp_path,
+        algorithm="sft",
+        steps=3,
+        wall_time_s=1.234,
+        initial_eval=None,
+        final_eval={"eval/loss": math.nan},
+        seed=1,
+    )
+    summary = read_summary(tmp_path)
+    assert summary["versions"].keys() >= {"python", "torch", "transformers"}
+    del summary["versions"]
+    assert summary == {
+        "algorithm": "sft",
+        "steps": 3,
+        "wall_time_s": 1.23,
+        "initial_eval": None,
+        "final_eval": {"eval/loss": None},
+        "seed": 1,
+    }
+
+
+def test_pipeline_summary_puts_the_last_stages_evaluations_on_top(tmp_path):
+    sft = finished_run(tmp_path / "sft", "sft")
+    grpo = finished_run(tmp_path / "grpo", "grpo", before=0.5, after=0.9)
+    write_pipeline_summary(tmp_path, [sft, grpo])
+    summary = read_summary(tmp_path)
+    assert (summary["algorithm"], summary["steps"], summary["wall_time_s"]) == ("sft+grpo", 4, 122.0)
+    assert (summary["initial_eval"], summary["final_eval"]["eval/accuracy"]) == ({"eval/accuracy": 0.5}, 0.9)
+    assert [stage["algorithm"] for stage in summary["stages"]] == ["sft", "grpo"]
+
+
+def test_final_screen_shows_figures_files_samples_and_the_next_command(tmp_path, groups):
+    sft = finished_run(tmp_path / "sft", "sft")
+    grpo = finished_run(tmp_path / "grpo", "grpo", groups, before=0.5, after=0.9)
+    write_pipeline_summary(tmp_path, [sft, grpo])
+    screen = io.StringIO()
+    show_report([sft, grpo], Console(file=screen, width=400))
+    text = screen.getvalue()
+    for part in (
+        "sft, 2 steps in 1:01",
+        "No evaluation was asked for",
+        "1+1=? → 2   [accuracy 1.00  format missing]",
+        "2+2= → 4   [accuracy 1.00]",
+        f"{tmp_path / 'summary.json'}",
+        f"{grpo / 'curves.png'}",
+        f"{sft / 'final'}/",
+        f"rlqwen eval {grpo / 'final'} --data {grpo / 'recipe.yaml'} -k 8",
+    ):
+        assert part in text
+    row = next(line.split() for line in text.splitlines() if line.startswith("accuracy"))
+    assert row == ["accuracy", "0.500", "0.900", "+0.400"]
+    assert "time" not in text.split("Sample")[0].split("accuracy")[1]
+
+
+def test_the_final_screen_names_the_class_that_loads_a_model(tmp_path):
+    assert auto_class(tmp_path) == "AutoModelForCausalLM"
+    for architecture, expected in (
+        ("Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
+        ("Qwen3_5ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        assert auto_class(tmp_path) == expected
+
+
+def test_samples_are_spread_over_prompts(groups):
+    rows = [{"prompt_index": index, "n": n} for index in range(10) for n in range(2)]
+    assert pick_samples(rows, 3) == [{"prompt_index": index, "n": 0} for index in (0, 3, 6)]
+    assert pick_samples([], 3) == []
+    assert next_command(Path("runs/x"), "sft").startswith("rlqwen run GRPO_RECIPE model.path=runs/x/final")
+    assert "--rewards runs/x/final" in next_command(Path("runs/x"), "reward")
+    assert next_command(Path("runs/x"), "grpo") == "rlqwen eval runs/x/final --data runs/x/recipe.yaml -k 8"
+
+
+def test_a_used_run_folder_is_refused_unless_it_may_be_overwritten(tmp_path):
+    refuse_used_folder(tmp_path, overwrite=False)
+    finished_run(tmp_path / "run", "sft")
+    with pytest.raises(ConfigError, match=r"holds a run already \(found metrics.jsonl, final, summary.json\)"):
+        refuse_used_folder(tmp_path / "run", overwrite=False)
+    refuse_used_folder(tmp_path / "run", overwrite=True)
+
+
+# Figures of an evaluation
+
+
+def scored(texts: list[str], values: list[float | None]) -> Group:
+    completions = [Completion([1], [0.0], "stop", text) for text in texts]
+    return Group(Prompt(0, [1], "?"), completions, policy_version=0, rewards={"accuracy": values})
+
+
+def test_pass_at_k_is_the_unbiased_estimator():
+    # 1 - C(3, 2) / C(5, 2) = 1 - 3/10
+    assert pass_at_k(num_samples=5, num_right=2, k=2) == pytest.approx(0.7)
+    assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    assert (pass_at_k(5, 0, 3), pass_at_k(5, 3, 3), pass_at_k(5, 5, 5)) == (0.0, 1.0, 1.0)
+
+
+def test_majority_takes_the_most_frequent_answer_and_the_first_of_equals():
+    assert majority_right(["4", "5", "4"], [1.0, 0.0, 1.0]) == 1.0
+    assert majority_right(["5", "4", "5"], [0.0, 1.0, 0.0]) == 0.0
+    assert majority_right(["5", "4"], [0.0, 1.0]) == 0.0
+    assert majority_right(["4", "4"], [1.0, 0.0]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{1} and then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"so \boxed{1,234.50}", "1234.5"),
+        (r"cut off \boxed{12", "12"),
+        ("<answer>a</answer> or <answer> Blue  Sky. </answer>", "blue sky"),
+        ("16 - 9 = 7, hence\n#### 7.0", "7"),
+        ("2 + 2 makes 4, as 1 + 3 does: $1,004.", "1004"),
+        ("no number", "no number"),
+    ],
+)
+def test_final_answer_finds_what_counts_as_a_vote(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_figures_of_a_reward_of_zeros_and_ones():
+    groups = [
+        scored(["4", "4", "5", "6"], [1.0, 1.0, 0.0, 0.0]),
+        scored(["1", "2", "3", "3"], [1.0, 0.0, 0.0, 0.0]),
+    ]
+    figures = reward_figures(groups, "accuracy")
+    assert (figures.mean, figures.missing, figures.majority) == (3 / 8, 0, 0.5)
+    # pass@2: 1 - C(2,2)/C(4,2) = 5/6 and 1 - C(3,2)/C(4,2) = 1/2
+    assert figures.pass_at == pytest.approx({1: 3 / 8, 2: (5 / 6 + 1 / 2) / 2, 4: 1.0})
+    assert sample_counts(6) == [1, 2, 4, 6]
+
+
+def test_missing_values_are_left_out_never_taken_for_wrong():
+    groups = [scored(["4", "9"], [1.0, None]), scored(["1", "2"], [None, None]), scored(["5", "5"], [0.0, 0.0])]
+    figures = reward_figures(groups, "accuracy")
+    assert (figures.mean, figures.missing, figures.majority) == (1 / 3, 3, 0.5)
+    # Only the last prompt has two values to draw from.
+    assert figures.pass_at == {1: 0.5, 2: 0.0}
+
+
+def test_a_graded_reward_has_a_mean_only():
+    figures = reward_figures([scored(["a", "b"], [0.25, 0.75])], "accuracy")
+    assert (figures.mean, figures.pass_at, figures.majority) == (0.5, None, None)
+    empty = reward_figures([scored(["a"], [None])], "accuracy")
+    assert (empty.mean, empty.missing, empty.pass_at) == (None, 1, None)

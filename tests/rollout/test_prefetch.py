@@ -1,0 +1,242 @@
+"""Off-policy by a bounded lag: which weights draw which step, what is dropped, kept over a resume, and given up."""
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+from rlqwen.errors import ConfigError, RolloutError, WorkerDied
+from rlqwen.rollout import sampler as rollouts
+from rlqwen.rollout.engines.transformers import TransformersEngine
+from rlqwen.rollout.prefetch import Ahead
+from rlqwen.runs.verification import compare_runs
+from tests.forked import run_forked
+from tests.patience import PATIENCE_S
+
+ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(9)]
+
+
+class SnapshotEngine(TransformersEngine):
+    """Samples from weights of its own, as workers do, so that the policy may train meanwhile."""
+
+    def __init__(self, folder, tokenizer, length):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.threads = []
+        """The name of the thread of each `generate`."""
+        self._busy = threading.Lock()
+        super().__init__(self, tokenizer, max_model_length=length, max_num_seqs=64)
+
+    @contextmanager
+    def generation_model(self):
+        yield self.model
+
+    def generate(self, requests):
+        self.threads.append(threading.current_thread().name)
+        assert self._busy.acquire(blocking=False), "two draws at once"
+        try:
+            yield from super().generate(requests)
+        finally:
+            self._busy.release()
+
+    def load_weights(self, version, weights, canary):
+        assert self._busy.acquire(blocking=False), "other weights in the middle of a draw"
+        try:
+            self.model.load_state_dict({name: tensor.clone() for name, tensor in weights})
+        finally:
+            self._busy.release()
+        return super().load_weights(version, (), canary)
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch):
+    """A pool of vLLM workers is slow to start, and has tests of its own."""
+
+    def build(config, *, model_path, tokenizer, max_model_length, **rest):
+        return SnapshotEngine(model_path, tokenizer, max_model_length)
+
+    monkeypatch.setattr(rollouts, "build_engine", build)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a forked child, so that sums are taken in the same order
+    yield
+    torch.set_num_threads(before)
+
+
+def prefers_even(completion_ids, **kwargs):
+    return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+def make(model, folder, *, algorithm="grpo", lag=1, **options):
+    defaults = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 6,
+        "learning_rate": 3e-3, "save_strategy": "no", "rollout": {"engine": "vllm", "max_staleness": lag},
+        "scoring": {"in_process": ["prefers_even"]},
+    } | options  # fmt: skip
+    if algorithm == "ppo":
+        return PPOTrainer(str(model), prefers_even, PPOConfig(num_ppo_epochs=1, **defaults), ROWS, ROWS[:3])
+    return GRPOTrainer(str(model), prefers_even, GRPOConfig(num_generations=4, **defaults), ROWS, ROWS[:3])
+
+
+def versions(folder, kind="step"):
+    """The weights that each file of completions was drawn from."""
+    found = []
+    for path in sorted((folder / "completions").glob(f"{kind}-*.jsonl")):
+        [version] = {json.loads(line)["policy_version"] for line in path.read_text().splitlines()}
+        found.append(version)
+    return found
+
+
+def figures(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("lag", "expected"), [(0, [1, 2, 3, 4, 5, 6]), (1, [1, 1, 2, 3, 4, 5]), (2, [1, 1, 1, 2, 3, 4])]
+)
+def test_which_weights_draw_which_step(tiny_model_path, tmp_path, algorithm, lag, expected):
+    trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag)
+    engines = []
+    trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.engine)))
+    trainer.train()
+    assert versions(tmp_path) == expected
+    gaps = figures(trainer, "sampling/logp_gap")
+    stale = [step + 1 - version for step, version in enumerate(expected)]
+    assert [gap > 1e-4 for gap in gaps] == [staleness > 0 for staleness in stale]
+    assert sum(name.startswith("rollout-ahead") for name in engines[0].threads) == (5 if lag else 0)
+    if lag:
+        assert figures(trainer, "groups/staleness") == stale
+        assert figures(trainer, "groups/stale_dropped") == [0.0] * 6
+
+
+class Watch(TrainerCallback):
+    def __init__(self, then):
+        self.then = then
+
+    def on_step_end(self, *args, **kwargs):
+        self.then()
+
+
+def test_what_is_too_stale_is_dropped_and_drawn_again(tiny_model_path, tmp_path):
+    trainer = make(tiny_model_path, tmp_path, max_steps=4)
+    trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.policy_changed()))
+    trainer.train()
+    assert figures(trainer, "groups/stale_dropped") == [0.0, 0.0, 2.0, 0.0]
+    assert figures(trainer, "groups/staleness") == [0.0, 1.0, 0.0, 1.0]
+    assert versions(tmp_path) == [1, 1, 4, 4]
+
+
+def test_evaluation_in_between_is_of_the_present_weights_and_changes_nothing(tiny_model_path, tmp_path):
+    make(tiny_model_path, tmp_path / "without").train()
+    make(tiny_model_path, tmp_path / "with", eval_strategy="steps", eval_steps=2).train()
+    assert versions(tmp_path / "with", "eval") == [3, 5, 7]
+    for name in (f"step-{step:06d}.jsonl" for step in range(1, 7)):
+        first, second = (tmp_path / kind / "completions" / name for kind in ("without", "with"))
+        assert first.read_text() == second.read_text()
+
+
+@pytest.mark.fault(
+    "SIGKILL of the trainer while groups are drawn ahead", "groups are in the checkpoint: the run goes on to the bit"
+)
+@pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 1), ("grpo", 2), ("ppo", 1)])
+def test_groups_drawn_ahead_survive(tiny_model_path, tmp_path, algorithm, lag):
+    options = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
+    # All in forks: one of a process that has computed with several threads may wait for them for ever.
+    assert run_forked(lambda: make(tiny_model_path, tmp_path / "straight", **options).train()) == 0
+
+    def train_and_die():
+        trainer = make(tiny_model_path, tmp_path / "killed", **options)
+        trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 4 and os.kill(os.getpid(), signal.SIGKILL)))
+        trainer.train()
+
+    assert run_forked(train_and_die) == -signal.SIGKILL
+    going_on = options | {"resume_from_checkpoint": True}
+    assert run_forked(lambda: make(tiny_model_path, tmp_path / "killed", **going_on).train()) == 0
+    comparison = compare_runs(tmp_path / "straight", tmp_path / "killed")
+    assert comparison.is_exact, str(comparison)
+    assert versions(tmp_path / "killed") == [max(1, step - lag) for step in range(1, 7)]
+
+
+@pytest.mark.fault("rollout workers die for good while they draw ahead", "the run ends with that error")
+def test_an_error_of_a_draw_ahead_ends_the_run(tiny_model_path, tmp_path, monkeypatch):
+    def die(self, batch):
+        if threading.current_thread().name.startswith("rollout-ahead"):
+            raise WorkerDied("rollout workers failed 4 times")
+        return sample(self, batch)
+
+    sample = TransformersEngine._sample
+    monkeypatch.setattr(TransformersEngine, "_sample", die)
+    trainer = make(tiny_model_path, tmp_path)
+    with pytest.raises(WorkerDied, match="failed 4 times"):
+        trainer.train()
+    assert not any(thread.name.startswith("rollout-ahead") for thread in threading.enumerate())
+
+
+class SlowEngine:
+    """Takes a while to notice that it was cancelled, as a pool does."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+        self.num_begun = 0
+        self.is_running = False
+        self._cancelled = False
+
+    def run(self):
+        self.num_begun += 1
+        self.is_running, self._cancelled = True, False
+        self.begun.set()
+        until = time.monotonic() + PATIENCE_S
+        while not self._cancelled and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        self.is_running = False
+        raise RolloutError("dropped")
+
+    def cancel(self):
+        self._cancelled = True
+
+
+class SlowDraw:
+    def __init__(self, name):
+        self.name = name
+
+    def sample(self, engine):
+        engine.run()
+
+
+def test_draws_that_are_given_up_have_ended():
+    """Else a draw of the trainer's own thread would meet them in the pool."""
+    engine = SlowEngine()
+    ahead = Ahead(engine)
+    for name in ("first", "second", "third"):
+        ahead.begin(SlowDraw(name))
+    assert engine.begun.wait(timeout=PATIENCE_S)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(ahead.forget).result(timeout=PATIENCE_S)
+    assert not engine.is_running
+    assert engine.num_begun == 1
+    assert ahead.take("second") is None
+    ahead.close()
+
+
+def test_what_a_lag_asks_for():
+    lag = {"rollout": {"max_staleness": 1}}
+    assert GRPOConfig().vllm_importance_sampling_mode == "sequence_mask"
+    assert GRPOConfig(**lag).vllm_importance_sampling_mode == "token_truncate"
+    assert PPOConfig(**lag).vllm_importance_sampling_mode == "token_truncate"
+    asked = GRPOConfig(**lag, vllm_importance_sampling_mode="sequence_truncate")
+    assert asked.vllm_importance_sampling_mode == "sequence_truncate"
+    for options, message in (
+        ({"vllm_importance_sampling_correction": False}, "importance weights must correct"),
+        ({"dynamic_sampling": True}, "leave one of them out"),
+        ({"rollout": {"max_staleness": 1, "engine": "transformers"}}, "the engine to vllm"),
+    ):
+        with pytest.raises((ValueError, ConfigError), match=message):
+            GRPOConfig(**lag | options)

@@ -1,0 +1,90 @@
+"""What workers ask of Ray, and the arithmetic that is said when it isn't there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rlqwen.config import RolloutConfig
+from rlqwen.errors import ResourceError
+from rlqwen.rollout import plan_workers
+from rlqwen.rollout.resources import ALLOW_DISK, plan_object_store
+from rlqwen.rollout.weight_sync import sent_bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "cpus", "gpus"),
+    [
+        ({"num_workers": 2}, [(8, 0)], 4, 0),  # no GPU: an equal share
+        ({"num_workers": 4}, [(2, 0)], 0.5, 0),
+        ({"num_workers": 2, "tensor_parallel_size": 2}, [(8, 4)], 1, 2),
+        ({"num_workers": 3, "num_cpus_per_worker": 2}, [(4, 0), (3, 0)], 2, 0),
+    ],
+)
+def test_resources_of_a_worker(config: dict, nodes: list, cpus: float, gpus: float) -> None:
+    planned = plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=100)
+    assert (planned.num_cpus, planned.num_gpus) == (cpus, gpus)
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "message"),
+    [
+        ({"num_workers": 3, "num_cpus_per_worker": 1}, [(2, 0)], "3 workers x 1 CPUs = 3 CPUs, but there are 2 on 1"),
+        # Four CPUs in all, but no machine has the room for a second worker of two.
+        ({"num_workers": 2, "num_cpus_per_worker": 2}, [(3, 0), (1, 0)], "but there are 4 on 2 machine.*room for 1 "),
+        ({"num_workers": 3, "tensor_parallel_size": 2}, [(64, 4)], "3 workers x 2 GPUs = 6 GPUs, but there are 4"),
+        (
+            {"num_workers": 2, "kv_cache_gib": 8},
+            [(4, 0)],
+            r"2 workers x \(8 GiB KV cache \+ 1 GiB\) = 18 GiB, but 16.0",
+        ),
+    ],
+)
+def test_more_than_there_is(config: dict, nodes: list, message: str) -> None:
+    with pytest.raises(ResourceError, match=message):
+        plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=16.0)
+
+
+GB = 10**9
+DOCKER = 64 * 1024**2
+"""What /dev/shm has in a container that was not told otherwise."""
+
+
+@pytest.mark.parametrize(
+    ("sent", "shared", "num_bytes", "on_disk"),
+    [
+        (3 * GB, 100 * GB, 6.134 * GB, False),  # old and new
+        (3 * GB, 5 * GB, 4 * GB, False),  # capped; one fits
+        (0.1 * GB, DOCKER, 0.234 * GB, True),
+    ],
+)
+def test_the_object_store_has_the_size_of_what_is_sent(
+    sent: float, shared: float, num_bytes: float, on_disk: bool
+) -> None:
+    store = plan_object_store(int(sent), Path("/tmp"), shared_bytes=int(shared), disk_bytes=100 * GB)
+    assert store.num_bytes == pytest.approx(num_bytes, rel=1e-3)
+    assert store.on_disk is on_disk
+
+
+def test_less_shared_memory_than_a_version_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ALLOW_DISK, raising=False)
+    with pytest.raises(
+        ResourceError,
+        match=r"3\.44 GB of weights \+ 0\.134 GB for the rest = 3\.57 GB of shared memory, but 0\.8 x 0\.0671 GB free in "
+        r"/dev/shm = 0\.0537 GB: .*--shm-size=6g.*rollout\.lora=true.*=1 to use the disk under /tmp",
+    ):
+        plan_object_store(int(3.44 * GB), Path("/tmp"), shared_bytes=DOCKER, disk_bytes=100 * GB)
+    monkeypatch.setenv(ALLOW_DISK, "1")
+    assert plan_object_store(int(3.44 * GB), Path("/tmp"), shared_bytes=DOCKER, disk_bytes=100 * GB).on_disk
+    with pytest.raises(ResourceError, match="of shared memory"):
+        plan_object_store(int(3.44 * GB), Path("/tmp"), shared_bytes=DOCKER, disk_bytes=GB)
+
+
+def test_of_an_adapter_alone_the_adapter_is_counted(tmp_path: Path) -> None:
+    shapes = {"model.embed_tokens.weight": (100, 8), "model.layers.0.q_proj.weight": (16, 8), "model.norm.weight": (8,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert sent_bytes(str(tmp_path), "bfloat16", None) == 2 * (800 + 128 + 8)
+    assert sent_bytes(str(tmp_path), "bfloat16", 4) == 2 * 4 * (16 + 8)

@@ -1,0 +1,94 @@
+"""The thread that owns an engine: when it begins the groups that it is given, and where it cannot start."""
+
+import threading
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlqwen.errors import RolloutError
+from rlqwen.rollout.weight_sync import WeightBundle
+from rlqwen.rollout.worker import EngineThread
+from rlqwen.rollout.worker_protocol import GroupJob, Share
+from rlqwen.types import Sampling
+from tests.patience import PATIENCE_S, wait_until
+
+
+class RecordingEngine:
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
+        self.asked.append((token_ids[0], seed))
+
+    def forget_prompts(self) -> None:
+        self.asked.append("forget")
+
+    def abort(self, request_ids: list[str]) -> None:
+        self.asked.append(f"abort {len(request_ids)}")
+
+
+@pytest.fixture
+def thread() -> EngineThread:
+    """Not started: its work is done by hand."""
+    thread = EngineThread(SimpleNamespace(model_path=""))  # type: ignore[arg-type]
+    thread._engine = RecordingEngine()  # type: ignore[assignment]
+    return thread
+
+
+def job(token: int, share: Share | None = None, place: int = 0) -> GroupJob:
+    return GroupJob([token], (10 * token, 10 * token + 1), Sampling(4), share, place)
+
+
+def test_a_share_begins_when_it_is_complete_in_its_own_order(thread: EngineThread) -> None:
+    """Calls come in the order that the network gives them."""
+    share = Share(1, 3)
+    for token, place in ((7, 2), (5, 0)):
+        thread.add_group(job(token, share, place), Future())
+    assert thread._engine.asked == []
+    thread.add_group(job(6, share, 1), Future())
+    assert thread._engine.asked == ["forget", (5, 50), (5, 51), (6, 60), (6, 61), (7, 70), (7, 71)]
+
+
+def test_a_group_without_a_share_begins_at_once(thread: EngineThread) -> None:
+    thread.add_group(job(3), Future())
+    assert thread._engine.asked == [(3, 30), (3, 31)]
+
+
+@pytest.mark.fault("groups of a draw that was given up come late", "they begin with no later draw")
+def test_late_groups_of_an_aborted_share(thread: EngineThread) -> None:
+    given_up: Future[Any] = Future()
+    thread.add_group(job(1, Share(1, 2), 0), given_up)
+    thread.abort_groups()
+    with pytest.raises(RolloutError, match="aborted"):
+        given_up.result(timeout=0)
+    thread.add_group(job(2, Share(1, 2), 1), Future())
+    thread.add_group(job(4, Share(2, 1), 0), Future())
+    assert thread._engine.asked == ["abort 0", "forget", (4, 40), (4, 41)]
+
+
+@pytest.mark.fault(
+    "a machine of the Ray cluster that lacks the model's folder", "refused, with folder, machine and why"
+)
+def test_a_machine_without_the_model(tmp_path: Path) -> None:
+    thread = EngineThread(SimpleNamespace(model_path=str(tmp_path / "gone")))  # type: ignore[arg-type]
+    thread.start()
+    with pytest.raises(RolloutError, match=r"gone holds no model on .*must lie where all of them see them"):
+        thread.started.result(timeout=PATIENCE_S)
+
+
+def test_weights_that_were_loaded_are_let_go(thread: EngineThread) -> None:
+    """While the thread waits for more work: else the object store would hold the old version beside the new one."""
+    thread._engine.load = lambda bundle: None  # type: ignore[method-assign,assignment]
+    bundle = WeightBundle(1, (), {}, None, 0)
+    alive, done = weakref.ref(bundle), Future[Any]()
+    thread.submit(lambda bundle=bundle: done.set_result(thread.load(bundle)), done)  # type: ignore[misc]
+    del bundle
+    threading.Thread(target=thread._work_off, daemon=True).start()
+    done.result(timeout=PATIENCE_S)
+    wait_until(lambda: alive() is None, "the weights are let go")

@@ -1,0 +1,133 @@
+"""Pairs of a model's own answers: which are set against which, and recipes that ask for them."""
+
+import json
+
+import pytest
+import yaml
+
+from rlqwen.cli import main
+from rlqwen.config import SampledPairsConfig, SourceConfig
+from rlqwen.config.recipe_yaml import load_recipe
+from rlqwen.data import load_rows
+from rlqwen.errors import ConfigError, DataError
+from rlqwen.evaluation.eval_config import evaluation_config
+from rlqwen.runs.pairs import _pairs_of, draw_pairs
+from rlqwen.types import Completion, Group, Prompt
+
+SUMS = {"generator": "arithmetic", "args": {"size": 6}}
+
+
+def group_of(*rewards, content="2 + 2 = "):
+    completions = [Completion([place], [], "stop", f"answer {place}") for place in range(len(rewards))]
+    group = Group(Prompt(0, [1], content, {"solution": "4"}), completions, 0)
+    group.total_rewards_G = list(rewards)
+    return group
+
+
+def sampled(**options):
+    return SampledPairsConfig.parse({"prompts": SUMS, "rewards": ["accuracy"], **options})
+
+
+def ranks(rows):
+    return [(row["chosen"], row["rejected"]) for row in rows]
+
+
+def test_the_best_stands_against_the_worst():
+    rows = list(_pairs_of(group_of(0.5, 1.0, None, 0.0), sampled(pairs_per_prompt=9)))
+    assert ranks(rows) == [("answer 1", "answer 3")]  # the middle one is left without an opponent
+    assert rows[0]["chosen_reward"] == 1.0
+    assert rows[0]["solution"] == "4"
+
+
+def test_pairs_end_where_rewards_no_longer_differ():
+    rewards = (1.0, 1.0, 0.0, 1.0, 0.0, 1.0)
+    assert ranks(_pairs_of(group_of(*rewards), sampled(pairs_per_prompt=9))) == [
+        ("answer 0", "answer 4"),
+        ("answer 1", "answer 2"),
+    ]
+    assert len(list(_pairs_of(group_of(*rewards), sampled()))) == 1
+    assert not list(_pairs_of(group_of(1.0, 1.0), sampled()))
+    assert not list(_pairs_of(group_of(0.6, 0.5), sampled(min_gap=0.2)))
+    assert not list(_pairs_of(group_of(None, 1.0), sampled()))
+
+
+def test_conversations_get_turns():
+    (row,) = _pairs_of(group_of(0.0, 1.0, content=[{"role": "user", "content": "2 + 2 = ?"}]), sampled())
+    assert row["chosen"] == [{"role": "assistant", "content": "answer 1"}]
+
+
+def write_reward(folder):
+    (folder / "ends.py").write_text(
+        "def evenness(completion_ids, **kwargs):\n    return [float(ids[0] % 2 == 0) for ids in completion_ids]\n"
+    )
+    return f"{folder / 'ends.py'}:evenness"
+
+
+def test_a_recipe_samples_its_pairs_and_trains_on_them(tiny_model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = {
+        "prompts": SUMS, "rewards": [write_reward(tmp_path)], "num_samples": 6, "max_tokens": 4,
+        "rollout": {"engine": "transformers"},
+    }  # fmt: skip
+    recipe = {
+        "algorithm": "dpo",
+        "model": {"path": str(tiny_model_path)},
+        "data": {"train": {"sampled": pairs}, "eval": {"sampled": pairs}},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "eval_on_start": True},
+        "output_dir": "run",
+    }
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["check", "dpo.yaml"]) == 0
+    assert "pairs to be sampled: 6 prompts x 6 answers" in capsys.readouterr().out
+    assert main(["run", "dpo.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: sampling 6 answers to each prompt" in printed
+    rows = [json.loads(line) for line in (tmp_path / "run/pairs/train.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["chosen_reward"] == 1.0 and row["rejected_reward"] == 0.0 for row in rows)
+    resolved = load_recipe("run/recipe.yaml")
+    assert resolved.data.train.sampled.num_samples == 6  # the recipe that was run, not what came of it
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["final_eval"]["eval/rewards/margins"] != 0
+
+
+def test_the_command_writes_a_file_and_nothing_over_it(tiny_model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "data", "pairs", str(tiny_model_path), "--data", "arithmetic", "--rewards", write_reward(tmp_path), "--limit",
+        "4", "-k", "6", "--max-tokens", "3", "--engine", "transformers", "--output", "pairs.jsonl",
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert "in pairs.jsonl" in capsys.readouterr().out
+    before = (tmp_path / "pairs.jsonl").read_text()
+    assert {"prompt", "chosen", "rejected", "solution"} <= json.loads(before.splitlines()[0]).keys()
+    assert main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_text() == before
+
+
+def test_answers_of_one_reward_make_no_pairs(tiny_model_path):
+    config = sampled(num_samples=2, max_tokens=2, rollout={"engine": "transformers"})
+    with pytest.raises(DataError, match=r"none of 6 prompts has answers .* whose rewards differ"):
+        draw_pairs(str(tiny_model_path), config)
+
+
+def test_pairs_that_nobody_has_sampled_are_no_rows():
+    source = SourceConfig(sampled=sampled())
+    with pytest.raises(DataError, match="yet to be sampled"):
+        load_rows(source, seed=0)
+
+
+def test_origins_exclude_each_other():
+    with pytest.raises(ConfigError, match="give one of 'path'"):
+        SourceConfig.parse({"path": "x.jsonl", "sampled": {"prompts": SUMS, "rewards": ["accuracy"]}})
+    nested = {"prompts": {"sampled": {"prompts": SUMS, "rewards": ["accuracy"]}}, "rewards": ["accuracy"]}
+    with pytest.raises(ConfigError, match="prompts that are there"):
+        SourceConfig.parse({"sampled": nested})
+
+
+def test_eval_of_a_recipe_of_pairs_takes_the_prompts():
+    config = evaluation_config("builtin:tiny-qwen3", "quickstart_dpo")
+    assert config.data.generator == "arithmetic"
+    assert [spec.name for spec in config.rewards] == ["accuracy"]
+    assert config.max_tokens == 32

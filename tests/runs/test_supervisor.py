@@ -1,0 +1,205 @@
+"""The supervisor: what it starts again, when it gives up, and how it ends. Its child here is a script of a few lines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from tests.patience import PATIENCE_S, wait_until
+
+from rlqwen.runs.supervisor import RESTARTS_FILE, Policy, describe_exit, supervise
+
+QUICK = {"backoff_s": 0.01}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Makes a command that counts its starts in `starts`, keeps the words it got, and then does what `body` says."""
+    run = tmp_path / "run"
+
+    def make(body):
+        path = tmp_path / "child.py"
+        head = f"""
+            import json, os, signal, sys, time
+            from pathlib import Path
+            run = Path({str(run)!r})
+            run.mkdir(exist_ok=True)
+            starts = len((run / "starts").read_text().splitlines()) if (run / "starts").exists() else 0
+            with (run / "starts").open("a") as file:
+                file.write(json.dumps(sys.argv[1:]) + "\\n")
+            def log(step):
+                with (run / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(dict(step=step, loss=1.0)) + "\\n")
+            def save(step):
+                (run / f"checkpoints/step-{{step:06d}}").mkdir(parents=True)
+        """
+        path.write_text(textwrap.dedent(head) + textwrap.dedent(body))
+        return [sys.executable, str(path), "run", "my.yaml"], run
+
+    return make
+
+
+def starts(run):
+    return [json.loads(line) for line in (run / "starts").read_text().splitlines()]
+
+
+def restarts(run):
+    path = run / RESTARTS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+DIE = {"raises": "sys.exit(1)", "is killed": "os.kill(os.getpid(), signal.SIGKILL)"}
+
+
+@pytest.mark.fault(
+    "the run dies, twice, further on each time", "started again from its last checkpoint, until it is done"
+)
+@pytest.mark.parametrize("how", DIE)
+def test_a_run_that_dies_goes_on(script, how):
+    command, run = script(f"""
+        log(10 * starts + 5)
+        save(10 * starts + 4)
+        if starts < 2:
+            {DIE[how]}
+    """)
+    said = []
+    assert supervise(command, [run], Policy(3, **QUICK), said.append) == 0
+    assert starts(run) == [["run", "my.yaml"]] + [["run", "my.yaml", "resume=auto"]] * 2
+    died = "exit code 1" if how == "raises" else "killed by SIGKILL"
+    noted = [{key: line[key] for key in ("restart", "of", "died", "last_step", "start")} for line in restarts(run)]
+    assert noted == [
+        {"restart": 1, "of": 3, "died": died, "last_step": 5, "start": "from the checkpoint of step 4"},
+        {"restart": 2, "of": 3, "died": died, "last_step": 15, "start": "from the checkpoint of step 14"},
+    ]
+    assert said[0] == f"the run died: {died}; restart 1 of 3 in 0.01 s, from the checkpoint of step 4"
+
+
+@pytest.mark.parametrize("code", [0, 2, 75, 130])
+def test_what_is_done_wrong_or_asked_for_is_not_started_again(script, code):
+    command, run = script(f"sys.exit({code})")
+    assert supervise(command, [run], Policy(3, **QUICK), print) == code
+    assert len(starts(run)) == 1
+    assert restarts(run) == []
+
+
+@pytest.mark.fault(
+    "the run dies again and again, each time further on", "ended after --max-restarts, with its own code"
+)
+def test_restarts_are_bounded(script):
+    command, run = script("log(starts)\nsys.exit(1)")
+    said = []
+    assert supervise(command, [run], Policy(4, **QUICK), said.append) == 1
+    assert len(starts(run)) == 5
+    assert (
+        said[-1]
+        == "the run died: exit code 1; not restarted: it has been restarted as often as --max-restarts=4 allows"
+    )
+
+
+@pytest.mark.fault("the run dies at the same step each time", "ended after the third time, restarts left or not")
+def test_a_run_that_gains_nothing_is_given_up(script):
+    command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
+    said = []
+    assert supervise(command, [run], Policy(50, **QUICK), said.append) == -signal.SIGSEGV
+    assert len(starts(run)) == 3
+    assert "3 times in a row at the same step" in said[-1]
+
+
+def test_a_run_that_its_guard_stopped_stays_stopped(script):
+    command, run = script('(run / "error.log").write_text("rlqwen.errors.WatchStop: kl")\nsys.exit(1)')
+    assert supervise(command, [run], Policy(3, **QUICK), print) == 1
+    assert len(starts(run)) == 1
+
+
+def test_the_run_folder_that_is_being_written_gets_the_note(script, tmp_path):
+    command, run = script("""
+        if starts == 0:
+            sys.exit(1)
+    """)
+    done = tmp_path / "first"
+    done.mkdir()
+    (done / "summary.json").write_text("{}")
+    assert supervise(command, [done, run], Policy(1, **QUICK), print) == 0
+    assert len(restarts(run)) == 1
+    assert restarts(done) == []
+
+
+SUPERVISE = """
+import sys
+from rlqwen.runs.supervisor import Policy, supervise
+sys.exit(supervise(sys.argv[2:], [sys.argv[1]], Policy(3, backoff_s=float(60)), print))
+"""
+
+
+def start_supervisor(command, run):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, str(run), *command],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )
+    wait_until(lambda: (run / "ready").exists() or process.poll() is not None, "the child is ready")
+    assert process.poll() is None
+    return process
+
+
+@pytest.mark.fault(
+    "a signal to the supervisor", "passed on once; the run's own exit code is its own, and nothing restarts"
+)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_signals_are_passed_on_once(script, number, code):
+    command, run = script(f"""
+        got = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: got.append(number))
+        (run / "ready").touch()
+        while not got:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        (run / "got").write_text(json.dumps(got))
+        sys.exit({code})
+    """)
+    process = start_supervisor(command, run)
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == code
+    assert json.loads((run / "got").read_text()) == [number]
+    assert len(starts(run)) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_between_two_attempts_ends_it(script, number, code):
+    command, run = script("(run / 'ready').touch()\nsys.exit(1)")
+    process = start_supervisor(command, run)
+    wait_until(lambda: restarts(run), "a restart is noted")
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == code
+    assert len(starts(run)) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a child of its parent's end on Linux alone")
+@pytest.mark.fault("SIGKILL of the supervisor", "the run gets SIGTERM, on which it saves and leaves")
+def test_no_child_outlives_its_supervisor(script):
+    command, run = script("""
+        sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        from rlqwen.runs.supervisor import end_with_supervisor, is_supervised
+        assert is_supervised()
+        end_with_supervisor()
+        def leave(*_):
+            (run / "left").touch()
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, leave)
+        (run / "pid").write_text(str(os.getpid()))
+        (run / "ready").touch()
+        time.sleep(600)
+    """)
+    process = start_supervisor(command, run)
+    process.kill()
+    process.wait(PATIENCE_S)
+    wait_until((run / "left").exists, "the child leaves")
+
+
+def test_ends_are_said_in_words():
+    assert describe_exit(-9) == describe_exit(137) == "killed by SIGKILL"
+    assert describe_exit(1) == "exit code 1"
+    assert os.environ.get("RLQWEN_SUPERVISOR") is None

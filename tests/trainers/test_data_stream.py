@@ -1,0 +1,38 @@
+import pytest
+
+from rlqwen.errors import DataError
+from rlqwen.trainers.data_stream import RowStream
+
+
+def test_every_epoch_holds_every_row_once_in_another_order():
+    stream = RowStream(list(range(10)), seed=0, shuffle=True)
+    taken = stream.take(30)
+    epochs = [taken[:10], taken[10:20], taken[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_going_on_from_a_position_repeats_and_loses_nothing():
+    whole = RowStream(list(range(7)), seed=3, shuffle=True).take(20)
+    first = RowStream(list(range(7)), seed=3, shuffle=True)
+    head = first.take(9)
+    tail = RowStream(list(range(7)), seed=3, shuffle=True, position=first.position).take(11)
+    assert head + tail == whole
+
+
+def test_unshuffled_rows_come_in_their_order():
+    assert RowStream("abc", seed=0, shuffle=False).take(5) == ["a", "b", "c", "a", "b"]
+
+
+def test_epoch_ends_are_seen_within_a_batch():
+    stream = RowStream(list(range(5)), seed=0, shuffle=False)
+    ends = []
+    for _ in range(5):
+        stream.take(3)
+        ends.append(stream.ended_epoch(3))
+    assert ends == [False, True, False, True, True]
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no training rows"):
+        RowStream([], seed=0, shuffle=True)

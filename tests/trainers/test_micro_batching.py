@@ -1,0 +1,163 @@
+"""Who trains on what: shares by hand, equal numbers of micro-batches, and idle ones that change nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlqwen.algorithms.losses import Totals, grpo_loss, ppo_policy_loss, ppo_value_loss, reward_loss
+from rlqwen.algorithms.losses.preference import AnswerTotals, preference_loss, read_answers
+from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
+from rlqwen.models.critic import ScalarModel, ValueHead
+from rlqwen.models.loading import load_model, load_scalar_model
+from rlqwen.models.policy import Policy
+from rlqwen.packing.batch import Branch, Tree, idle_batch, pack
+from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
+from rlqwen.trainers.micro_batching import count_tokens, micro_batches, pack_share, share_trees
+from rlqwen.types import Completion, Group, Prompt
+
+
+def tree(prefix: int, *lengths: int, **branch) -> Tree:
+    return Tree([1] * prefix, [Branch([2] * length, **branch) for length in lengths])
+
+
+def lengths(shares: list[list[Tree]]) -> list[list[list[int]]]:
+    return [[[len(branch.token_ids) for branch in tree.branches] for tree in share] for share in shares]
+
+
+def rank(number: int, of: int) -> SimpleNamespace:
+    return SimpleNamespace(data_rank=number, data_size=of)
+
+
+def test_branches_are_shared_evenly_and_trees_kept_whole_where_a_cut_spares_them():
+    trees = [tree(3, 1, 2), tree(3, 3, 4)]
+    assert lengths(share_trees(trees, 1)) == [[[1, 2], [3, 4]]]
+    assert lengths(share_trees(trees, 2)) == [[[1, 2]], [[3, 4]]]
+    assert lengths(share_trees([tree(3, 1, 2, 3, 4)], 2)) == [[[1, 2]], [[3, 4]]]
+    assert lengths(share_trees([*trees, tree(3, 5, 6)], 4)) == [[[1]], [[2], [3]], [[4]], [[5, 6]]]
+    assert lengths(share_trees([tree(3, 1)], 2)) == [[], [[1]]]
+    assert share_trees([], 2) == [[], []]
+
+
+def test_tokens_are_shared_evenly_where_they_are_what_limits():
+    # Of 40 tokens the first tree has 22: its last branch, whose middle is token 20 + 2 / 2 = 21, goes to rank 1.
+    trees = [tree(10, 8, 2, 2), tree(10, 8)]
+    assert lengths(share_trees(trees, 2, by_tokens=True)) == [[[8, 2]], [[2], [8]]]
+    assert lengths(share_trees(trees, 2, by_tokens=True, divisible=False)) == [[[8, 2, 2]], [[8]]]
+
+
+@pytest.mark.parametrize("by_tokens", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_shares_are_all_branches_in_order(by_tokens, num_ranks):
+    trees = [tree(place % 4, *range(1, 1 + place % 6 + 1)) for place in range(9)]
+    shares = share_trees(trees, num_ranks, by_tokens=by_tokens)
+    assert len(shares) == num_ranks
+    dealt = [branch for share in shares for tree in share for branch in tree.branches]
+    given = [branch for tree in trees for branch in tree.branches]
+    assert all(ours is theirs for ours, theirs in zip(dealt, given, strict=True))
+    sizes = [sum(len(tree.branches) for tree in share) for share in shares]
+    if not by_tokens:
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_every_rank_makes_as_many_micro_batches():
+    trees = [tree(2, 30), tree(2, 4), tree(2, 4), tree(2, 4)]
+    batches = [list(micro_batches(trees, rank(number, 2), max_tokens=8)) for number in range(2)]
+    assert [[batch.num_sequences for batch in own] for own in batches] == [[1, 0, 0], [1, 1, 1]]
+    assert [count_tokens(own) for own in batches] == [32, 18]
+    assert list(micro_batches([], rank(0, 2), max_tokens=8)) == []
+    parts = [[[trees[0]], [trees[1]]], []]
+    assert [batch.num_sequences for batch in pack_share(parts, rank(1, 2))] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_path):
+    args = GRPOConfig(use_cpu=True)
+    return Policy(load_model(str(tiny_model_path), args), args)
+
+
+def idle(**branch):
+    batch = idle_batch(tree(4, 6, 7, sampler_logprobs=[-1.0] * 7, **branch))
+    assert (batch.num_targets, batch.num_sequences) == (0, 0)
+    assert batch.num_tokens == 2
+    return batch
+
+
+def assert_nothing(loss, parameters):
+    """Exactly 0, with a gradient of exactly 0 for every weight."""
+    assert loss.item() == 0
+    gradients = torch.autograd.grad(loss, parameters)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
+def test_an_idle_batch_is_nothing_to_grpo(policy, loss_type):
+    batch, config = idle(), GRPOConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1)
+    logp_N, entropy_N = policy.logprobs(batch, entropy=True)
+    batch.ref_logp_N = logp_N.detach()
+    loss, sums = grpo_loss(logp_N, entropy_N, batch, config, Totals(tokens=5, sequences=2))
+    assert all(value.item() == 0 for value in sums.values())
+    assert_nothing(loss, policy.trained_parameters)
+
+
+def test_an_idle_batch_is_nothing_to_ppo(policy):
+    batch, config = idle(), PPOConfig(kl_penalty="loss", kl_estimator="k3")
+    logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(batch, entropy=True)
+    head = ValueHead(hidden_NC.shape[1], train_trunk=True, device=torch.device("cpu"))
+    values_N = head.values(batch, hidden_NC)
+    for name in ("old_logp_N", "ref_logp_N", "advantage_N", "old_value_N", "return_N"):
+        setattr(batch, name, logp_N.detach())
+    totals = Totals(tokens=5, sequences=2)
+    policy_loss, _ = ppo_policy_loss(logp_N, entropy_N, batch, config, totals, kl_coef=0.1)
+    value_loss, _ = ppo_value_loss(values_N, batch, config, totals)
+    assert_nothing(policy_loss + value_loss, [*policy.trained_parameters, *head.trained_parameters])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "ipo", "orpo", "kto"])
+def test_an_idle_batch_is_nothing_to_dpo(policy, loss_type):
+    batch, config = idle(ref_logprob=-3.0), DPOConfig(loss_type=loss_type)
+    assert batch.ref_logp_S.shape == (0,)
+    answers = read_answers(policy.logprobs(batch)[0], batch, ref_logp_S=batch.ref_logp_S, ld_alpha=0.5)
+    totals = AnswerTotals(good=1, bad=1, good_tokens=6, pairs=0 if loss_type == "kto" else 1)
+    loss, metrics = preference_loss(answers, config, totals, kl=torch.tensor(0.1))
+    assert all(value.item() == 0 for value in metrics.values())
+    assert_nothing(loss, policy.trained_parameters)
+
+
+def test_an_idle_batch_is_nothing_to_a_reward_model(tiny_model_path):
+    args = RewardConfig(use_cpu=True)
+    model = ScalarModel(load_scalar_model(str(tiny_model_path), args)[0], args)
+    batch = idle()
+    scores_S = model.scores(batch)
+    loss, _ = reward_loss(scores_S[::2], scores_S[1::2], batch.rewards_S[::2], Totals(tokens=0, sequences=3))
+    assert_nothing(loss, model.trained_parameters)
+
+
+def test_totals_are_counted_without_packing():
+    trees = [
+        Tree([1, 2], [Branch([3, 4, 5]), Branch([6, 7], loss_mask=[False, True], label=False)]),
+        Tree([], [Branch([3, 4, 5]), Branch([6], label=False)]),
+    ]
+    assert [one.target_counts for one in trees] == [[3, 1], [2, 0]]
+    assert AnswerTotals.of_trees(trees, paired=True) == AnswerTotals.of([pack(trees)], paired=True)
+
+
+def test_groups_arrive_as_they_were_but_for_texts():
+    prompts = [Prompt(index, [index], "x") for index in (4, 7)]
+    groups = [
+        Group(
+            prompts[1],
+            [Completion([1, 2, 3], [-0.5, -0.25, -2.0], "stop", "abc"), Completion([], [], "length", "")],
+            policy_version=3,
+            rewards={"a": [1.0, None]},
+            outcomes={"a": ["ok", "timeout"]},
+            total_rewards_G=[0.1, None],
+        ),
+        Group(prompts[0], [Completion([9], [-1.0], "length", "z")], policy_version=2, total_rewards_G=[2.0]),
+    ]
+    arrived = unpack_groups(pack_groups(groups), prompts)
+    for group in groups:
+        for completion in group.completions:
+            completion.text = ""
+    assert arrived == groups
+    assert arrived[0].prompt is prompts[1]

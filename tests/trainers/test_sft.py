@@ -1,0 +1,187 @@
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from rlqwen import SFTConfig, SFTTrainer
+from rlqwen.data import TokenizedRow
+from rlqwen.data.bins import fill_bins
+from rlqwen.errors import ConfigError, DataError, NonFiniteError
+
+
+def rows(count: int = 24) -> list[dict]:
+    """Conversations of many lengths."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i} {'x' * (i % 7)}"},
+                {"role": "assistant", "content": str(i) * (1 + i % 5)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def make_trainer(model, folder, *, train=None, peft_config=None, **options):
+    defaults = {"output_dir": str(folder), "per_device_train_batch_size": 8, "max_steps": 3, "save_strategy": "no"}
+    return SFTTrainer(
+        str(model),
+        args=SFTConfig(**defaults | options),
+        train_dataset=rows() if train is None else train,
+        eval_dataset=rows(6),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_run_learns_and_leaves_a_complete_folder(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path / "run", learning_rate=3e-3, max_steps=12, eval_on_start=True)
+    trainer.train()
+    curve = losses(trainer)
+    assert curve[-1] < 0.85 * curve[0]  # 0.67 to 0.68 measured of three seeds and models
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["final_eval"]["eval/loss"] < summary["initial_eval"]["eval/loss"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "grad_norm", "learning_rate", "time/step", "tokens/trained"} <= lines[1].keys()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert torch.equal(model.model.embed_tokens.weight, trainer.model.model.embed_tokens.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+)
+def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, split):
+    whole = make_trainer(tiny_model_path, tmp_path / "whole")
+    parts = make_trainer(tiny_model_path, tmp_path / "parts", **split)
+    whole.train()
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_packing_changes_the_batch_and_not_the_loss(tiny_model_path, tmp_path):
+    plain = make_trainer(tiny_model_path, tmp_path / "plain", per_device_train_batch_size=24, max_steps=1)
+    packed = make_trainer(tiny_model_path, tmp_path / "packed", packing=True, max_length=64, max_steps=1)
+    assert len(packed.train_rows) < 24
+    packed.args.per_device_train_batch_size = len(packed.train_rows)
+    plain.train()
+    packed.train()
+    assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_bins_hold_every_row_once_within_capacity():
+    lengths = [5, 9, 3, 3, 7, 1, 2, 10, 6, 4]
+    bins = fill_bins([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
+    assert sorted(len(row.token_ids) for sequences in bins for row in sequences) == sorted(lengths)
+    assert len(bins) == 5
+    assert all(sum(len(row.token_ids) for row in sequences) <= 10 for sequences in bins)
+
+
+def test_best_checkpoint_comes_back_and_patience_stops(tiny_model_path, tmp_path):
+    trainer = make_trainer(
+        tiny_model_path, tmp_path, learning_rate=0.5, max_steps=20, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, early_stopping_patience=2, save_total_limit=1, max_nonfinite_steps=20,
+    )  # fmt: skip
+    trainer.train()
+    evals = [entry["eval/loss"] for entry in trainer.state.log_history if "eval/loss" in entry]
+    # A learning rate of 0.5 wrecks the model at once, so the first evaluation stays the best, and two later ones stop.
+    assert trainer.state.global_step < 20
+    assert evals[-1] == pytest.approx(min(evals), rel=1e-5)
+    best = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert best == [f"step-{trainer.state.best_global_step:06d}"]
+
+
+def test_lora_trains_the_adapter_only_and_saves_merged(tiny_model_path, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model_path),
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, save_strategy="no"),
+        train_dataset=rows(),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+    trainer.train()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    before, after = base.state_dict(), merged.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("proj" in name for name in moved)
+    assert (tmp_path / "final" / "adapter" / "adapter_model.safetensors").exists()
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.events = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.events.append("begin")
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.events.append(f"eval {metrics['eval_loss'] == metrics['eval/loss']}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step == 1
+        control.should_training_stop = state.global_step == 2
+        return control
+
+
+def test_callbacks_steer_the_run(tiny_model_path, tmp_path):
+    recorder = Recorder()
+    trainer = SFTTrainer(
+        str(tiny_model_path),
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=9, save_strategy="no"),
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert recorder.events == ["begin", "eval True", "eval True"]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_kept(tiny_model_path, tmp_path):
+    make_trainer(tiny_model_path, tmp_path, max_steps=1).train()
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        make_trainer(tiny_model_path, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == kept
+    make_trainer(tiny_model_path, tmp_path, max_steps=1, overwrite_output_dir=True).train()
+
+
+def test_evaluate_works_without_training(tiny_model_path, tmp_path):
+    metrics = make_trainer(tiny_model_path, tmp_path).evaluate()
+    assert metrics["eval/perplexity"] == pytest.approx(torch.tensor(metrics["eval/loss"]).exp().item(), rel=1e-4)
+
+
+@pytest.mark.fault("a weight that is NaN", "every batch is kept, that which stops the run too")
+def test_every_non_finite_batch_is_kept_the_one_that_stops_the_run_too(tiny_model_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, max_steps=5, max_nonfinite_steps=2)
+    with torch.no_grad():
+        trainer.policy.trained_parameters[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="2 updates in a row"):
+        trainer.train()
+    kept = sorted(path.name for path in (tmp_path / "nonfinite").iterdir())
+    assert kept == ["step-000001-0.safetensors", "step-000002-0.safetensors"]
+
+
+def test_data_without_a_row_is_refused(tiny_model_path, tmp_path):
+    with pytest.raises(DataError):
+        make_trainer(tiny_model_path, tmp_path, train=[])
+
+
+def test_same_seed_same_run(tiny_model_path, tmp_path):
+    runs = [make_trainer(tiny_model_path, tmp_path / str(i)) for i in range(2)]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == losses(runs[1])
