@@ -322,8 +322,8 @@ def follow_memory(trainer) -> list[list]:
         weights = {
             name: getattr(weight, "ds_tensor", weight) for name, weight in trainer.policy.model.named_parameters()
         }
-        remembered = dict(trainer.updater._state())
-        memories.append([trainer.updater.scale.value, digest_weights(weights), digest_weights(remembered)])
+        remembered = dict(trainer.optimizer._state())
+        memories.append([trainer.optimizer.scale.value, digest_weights(weights), digest_weights(remembered)])
         return update(micro_batches)
 
     trainer.update = followed

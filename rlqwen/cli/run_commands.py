@@ -83,7 +83,7 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
     """Train in this process, which may be one rank of several."""
     prepare(resumable=True)
     from rlqwen.config import ParallelConfig
-    from rlqwen.distributed import Lead, Ranks
+    from rlqwen.distributed import MainRank, Ranks
     from rlqwen.preflight import check_before_run
     from rlqwen.reporting.end_of_run import show_report
     from rlqwen.runs.pipeline import run_pipeline
@@ -96,7 +96,7 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
         check_before_run([stage.recipe for stage in stages if not stage.finished])
         return stages
 
-    run_dirs = run_pipeline(Lead(ranks).run(plan), click.echo if ranks.is_main else lambda text: None, ranks)
+    run_dirs = run_pipeline(MainRank(ranks).run(plan), click.echo if ranks.is_main else lambda text: None, ranks)
     if ranks.is_main:
         show_report(run_dirs, console())
 

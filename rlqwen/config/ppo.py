@@ -23,7 +23,7 @@ class CriticConfig(ArgumentsConfig):
     train_trunk: bool = True
     """Whether the value loss of a `head` also trains the policy's trunk, weighed by `vf_coef`."""
     warmup_rollouts: int = Field(default=0, ge=0)
-    """Rollouts at the start in which the critic learns and the policy stays as it is."""
+    """Sampler at the start in which the critic learns and the policy stays as it is."""
 
 
 class PPOConfig(OnlineConfig):

@@ -4,12 +4,12 @@ from rlqwen.data.chat import ChatFormat
 from rlqwen.data.cleaning import CleaningReport, clean_rows
 from rlqwen.data.data_report import DataReport
 from rlqwen.data.encoding import TokenizedRow
-from rlqwen.data.preference_examples import tokenize_comparisons
+from rlqwen.data.preference_examples import tokenize_preference_examples
 from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
 from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
 from rlqwen.data.prompts import find_prompt, find_prompts, longest_prompt, tokenize_prompts
 from rlqwen.data.recipe_data import RecipeData, clean_recipe_data, first_rows, load_recipe_data
-from rlqwen.data.reward_rows import scored_pieces, tokenize_scored
+from rlqwen.data.reward_rows import scored_pieces, tokenize_reward_rows
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.template_source import load_chat_template
 from rlqwen.data.tokenize_rows import tokenize_conversation, tokenize_sft
@@ -33,11 +33,11 @@ __all__ = [
     "load_rows",
     "longest_prompt",
     "scored_pieces",
-    "tokenize_comparisons",
     "tokenize_conversation",
     "tokenize_labelled",
+    "tokenize_preference_examples",
     "tokenize_preferences",
     "tokenize_prompts",
-    "tokenize_scored",
+    "tokenize_reward_rows",
     "tokenize_sft",
 ]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.data.control_tokens import MARK, Cover, Guard, Piece, control_tokens, special_tokens
+from rlqwen.data.control_tokens import MARK, Cover, Monitor, Piece, control_tokens, special_tokens
 from rlqwen.data.messages import without_marks
 from rlqwen.data.reasoning import (
     drop_earlier_thoughts,
@@ -94,7 +94,7 @@ class ChatFormat:
         self._header = prompt[: opening.start()] if opening else prompt
         self.end_of_turn = self._find_end_of_turn()
         """The special token that ends an assistant turn: generation must stop at it."""
-        self._guard = Guard([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
+        self._guard = Monitor([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
 
     def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
         """Return pieces of a whole conversation; each assistant turn is in the loss unless its row says otherwise."""

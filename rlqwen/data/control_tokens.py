@@ -48,7 +48,7 @@ class Cover:
         ]
 
 
-class Guard:
+class Monitor:
     """Hides the given texts inside the strings of nested values."""
 
     def __init__(self, texts: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 _LABELS = {"label", "kto_tag"}
 
 
-def tokenize_comparisons(
+def tokenize_preference_examples(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: DPOConfig
 ) -> tuple[Sequence[PreferenceRow] | Sequence[LabelledRow], DataReport]:
     """Pairs of all rows, in order; single answers where the rows are labelled.

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
-from rlqwen.data.control_tokens import Guard, Piece, control_tokens
+from rlqwen.data.control_tokens import Monitor, Piece, control_tokens
 from rlqwen.data.data_report import DataReport
 from rlqwen.data.messages import to_turns, without_marks
 from rlqwen.data.preference_rows import PreferenceRow
@@ -45,7 +45,7 @@ def scored_pieces(
     too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
     next. In texts of a dataset they act, as everywhere.
     """
-    guard = Guard(control_tokens(tokenizer))
+    guard = Monitor(control_tokens(tokenizer))
     if isinstance(prompt, str) and isinstance(completion, str):
         first = guard.first(completion) if is_sampled else None
         if first is None:
@@ -74,7 +74,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], tools: A
         return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
 
 
-def tokenize_scored(
+def tokenize_reward_rows(
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
     config: RewardConfig,

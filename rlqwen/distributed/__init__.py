@@ -2,20 +2,20 @@
 
 from rlqwen.distributed.device import pick_device
 from rlqwen.distributed.lr_schedule import warmup_updates
-from rlqwen.distributed.main_rank import Lead
-from rlqwen.distributed.optimizer_step import Updater, UpdateResult
-from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.main_rank import MainRank
+from rlqwen.distributed.optimizer_step import OptimizerStep, UpdateResult
+from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks, is_loss_of_rank
 from rlqwen.distributed.zero3_gather import exact_weight, gathered, has_exact, is_sharded, keep_exact, whole_model
-from rlqwen.distributed.zero_step import build_updater
+from rlqwen.distributed.zero_step import build_optimizer_step
 
 __all__ = [
-    "Lead",
-    "Part",
+    "MainRank",
+    "OptimizerStep",
+    "ParameterGroup",
     "Ranks",
     "UpdateResult",
-    "Updater",
-    "build_updater",
+    "build_optimizer_step",
     "exact_weight",
     "gathered",
     "has_exact",

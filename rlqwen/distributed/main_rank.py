@@ -20,11 +20,11 @@ _SECONDS_TO_TELL = 10.0
 """The others may wait for something else, where the main rank failed in the midst of a common call."""
 
 
-class Lead:
+class MainRank:
     """Work of the main rank, for all; with one process, just that work.
 
     Example:
-        lead = Lead(ranks, policy)
+        lead = MainRank(ranks, policy)
         engine = build_engine(..., policy=lead.policy) if ranks.is_main else None
         texts = lead.run(lambda: sample(engine))     # on every rank
     """

@@ -18,7 +18,7 @@ from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
 from rlqwen.distributed.moments import moments_are_finite
 from rlqwen.distributed.optimizer_state import MASTER, restore_optimizer, save_optimizer
-from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.distributed.tensor_parallel import is_shard
 from rlqwen.errors import ConfigError, NonFiniteError
@@ -41,14 +41,14 @@ class UpdateResult:
         return next(iter(self.grad_norms.values()))
 
 
-class Updater:
+class OptimizerStep:
     """Optimiser, schedule and clipping; one schedule scales the learning rates of all parts.
 
-    On several ranks each holds all weights, and gradients are added up once an update; see ShardedUpdater.
+    On several ranks each holds all weights, and gradients are added up once an update; see ZeroStep.
     """
 
     def __init__(
-        self, parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
+        self, parts: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
     ) -> None:
         if not all(part.parameters for part in parts):
             raise ConfigError("nothing to train: every weight of the model is frozen")
@@ -173,7 +173,7 @@ class Updater:
             if self.ranks.world_size > 1:
                 dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
 
-    def _norm(self, part: Part) -> float:
+    def _norm(self, part: ParameterGroup) -> float:
         """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
         own = [parameter for parameter in part.parameters if parameter.grad is not None]
         if self.ranks.tensor_group is None:
@@ -188,7 +188,7 @@ def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-def build_adamw(parts: Sequence[Part], args: TrainerConfig) -> torch.optim.Optimizer:
+def build_adamw(parts: Sequence[ParameterGroup], args: TrainerConfig) -> torch.optim.Optimizer:
     """PyTorch's, for all parts together."""
     return torch.optim.AdamW(
         [group for part in parts for group in part.groups(args.weight_decay)],

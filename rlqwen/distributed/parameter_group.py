@@ -8,7 +8,7 @@ from torch import nn
 
 
 @dataclass(slots=True, frozen=True)
-class Part:
+class ParameterGroup:
     """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
 
     name: str

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.parameter_group import ParameterGroup
 
 
 class Engine:
     """The ZeRO stages 1 to 3 of one part."""
 
-    def __init__(self, part: Part, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+    def __init__(self, part: ParameterGroup, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         """`optimizer`: of the part's parameters, whose place DeepSpeed gives to shards."""
         deepspeed = _quiet_deepspeed()
         assert part.module is not None

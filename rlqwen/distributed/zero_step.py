@@ -9,14 +9,14 @@ from torch import Tensor
 
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed.deepspeed_config import check_batch_size, complete_ds_config
-from rlqwen.distributed.optimizer_step import Updater, build_adamw
-from rlqwen.distributed.parameter_group import Part
+from rlqwen.distributed.optimizer_step import OptimizerStep, build_adamw
+from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.distributed.zero3_gather import gathered
 from rlqwen.distributed.zero_engine import Engine
 
 
-class ShardedUpdater(Updater):
+class ZeroStep(OptimizerStep):
     """ZeRO stages 1 to 3, an engine a part. With bf16 or fp16 weights are computed with in that, and the optimizer keeps
     float32 ones."""
 
@@ -75,14 +75,16 @@ class ShardedUpdater(Updater):
             engine.restore_state(states)
 
 
-def build_updater(parts: Sequence[Part], args: TrainerConfig, *, total_updates: int, ranks: Ranks) -> Updater:
+def build_optimizer_step(
+    parts: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks
+) -> OptimizerStep:
     """The one that `args.parallel` asks for. ZeRO stage 0 shares nothing out, and is the plain one."""
     check_batch_size(args, ranks.data_size)
-    kind = ShardedUpdater if args.parallel.zero_stage else Updater
+    kind = ZeroStep if args.parallel.zero_stage else OptimizerStep
     return kind(parts, args, total_updates=total_updates, ranks=ranks)
 
 
-def _engine_dtype(parts: Sequence[Part], args: TrainerConfig) -> str:
+def _engine_dtype(parts: Sequence[ParameterGroup], args: TrainerConfig) -> str:
     """Of the weights that a forward reads. Where DeepSpeed finds no float16 instructions, as on most CPUs, they stay
     float32, and the forward's products alone are float16, as without DeepSpeed."""
     if args.fp16:

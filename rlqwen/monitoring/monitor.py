@@ -7,18 +7,18 @@ from typing import Any
 from rlqwen.config import TrainerConfig
 from rlqwen.config.watch import Action, SymptomConfig
 from rlqwen.monitoring.history import History
-from rlqwen.monitoring.symptoms import SYMPTOMS, Finding, Step, gradient_norms
+from rlqwen.monitoring.symptoms import SYMPTOMS, Diagnosis, Step, gradient_norms
 
 _SEVERITY: tuple[Action, ...] = ("warn", "rollback", "stop")
 
 
 @dataclass(slots=True, frozen=True)
-class Trip:
+class Alert:
     """A symptom that has lasted for as long as it may."""
 
     step: int
     symptom: str
-    finding: Finding
+    finding: Diagnosis
     action: Action
 
     def fields(self) -> dict[str, Any]:
@@ -43,11 +43,11 @@ class Trip:
         return "\n".join([head, *(f"watch:   {line}" for line in finding.advice)])
 
 
-class Guard:
+class Monitor:
     """Follows a run by its metrics.
 
     Example:
-        guard = Guard(args)
+        guard = Monitor(args)
         for trip in guard.observe(step, metrics):
             print(trip.text)
     """
@@ -61,12 +61,12 @@ class Guard:
         """Steps in a row that showed a symptom."""
         self._absent: dict[str, int] = {}
         """For symptoms that were told: steps in a row without them."""
-        self.trips: list[Trip] = []
+        self.trips: list[Alert] = []
         """All of the run, in order."""
         self.cleared: list[str] = []
         """Symptoms that the last step was found free of."""
 
-    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Trip]:
+    def observe(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
         """Look at a step; returns the symptoms that are told now."""
         self.cleared = []
         if not self._config.enabled:
@@ -79,13 +79,13 @@ class Guard:
                 continue
             finding = find(limits, seen)
             if self._is_news(name, limits, finding) and finding is not None:
-                trips.append(Trip(step, name, finding, limits.action or self._config.action))
+                trips.append(Alert(step, name, finding, limits.action or self._config.action))
         followed = {key: metrics[key] for key in ("entropy", "completions/mean_length") if key in metrics}
         self._history.add(followed | gradient_norms(metrics))
         self.trips += trips
         return trips
 
-    def _is_news(self, name: str, limits: SymptomConfig, finding: Finding | None) -> bool:
+    def _is_news(self, name: str, limits: SymptomConfig, finding: Diagnosis | None) -> bool:
         """Count, and say whether the symptom has lasted long enough and has not been told."""
         if finding is None:
             self._shown[name] = 0
@@ -116,10 +116,10 @@ class Guard:
         """Take up what `state_dict` gave."""
         self._history.load_state_dict(state["history"])
         self._shown, self._absent = dict(state["shown"]), dict(state["absent"])
-        self.trips = [Trip(**trip | {"finding": Finding(**trip["finding"])}) for trip in state["trips"]]
+        self.trips = [Alert(**trip | {"finding": Diagnosis(**trip["finding"])}) for trip in state["trips"]]
 
 
-def worst_action(trips: Iterable[Trip]) -> Action | None:
+def worst_action(trips: Iterable[Alert]) -> Action | None:
     """The most severe of what the trips ask for; None where there are none."""
     actions = [trip.action for trip in trips]
     return max(actions, key=_SEVERITY.index) if actions else None

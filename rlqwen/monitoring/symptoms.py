@@ -1,6 +1,6 @@
 """The symptoms: each looks at a step's metrics, and says what is wrong, why it probably is, and what to change.
 
-A symptom is a function of its own section of `watch` and of a `Step`; it returns a Finding or None. None of them
+A symptom is a function of its own section of `watch` and of a `Step`; it returns a Diagnosis or None. None of them
 counts steps: that a symptom must last is the guard's business.
 """
 
@@ -18,7 +18,7 @@ _NO_VALUE_IS_HEALTHY = ("reward/", "completions/", "time/", "eval/")
 
 
 @dataclass(slots=True, frozen=True)
-class Finding:
+class Diagnosis:
     """What a symptom says of a step."""
 
     value: float
@@ -63,7 +63,7 @@ class Step:
         return self.change(f"train.{key}", f"try {2 * now or 0.04:g}")
 
 
-def nonfinite(config: limits.NonfiniteConfig, step: Step) -> Finding | None:
+def nonfinite(config: limits.NonfiniteConfig, step: Step) -> Diagnosis | None:
     if step.metrics.get("updates/skipped"):
         return None
     bad = [
@@ -73,7 +73,7 @@ def nonfinite(config: limits.NonfiniteConfig, step: Step) -> Finding | None:
     ]
     if not bad:
         return None
-    return Finding(
+    return Diagnosis(
         step.metrics[bad[0]],
         config.threshold,
         f"{', '.join(bad)} not finite although the update was made: the weights, or logprobs that were handed in, "
@@ -82,11 +82,11 @@ def nonfinite(config: limits.NonfiniteConfig, step: Step) -> Finding | None:
     )
 
 
-def skipped(config: limits.SkippedConfig, step: Step) -> Finding | None:
+def skipped(config: limits.SkippedConfig, step: Step) -> Diagnosis | None:
     count = step.get("updates/skipped")
     if not count > config.threshold:
         return None
-    return Finding(
+    return Diagnosis(
         count,
         config.threshold,
         "loss or gradient was not finite, so the update was left out and no weight changed; the batch is kept under "
@@ -98,10 +98,10 @@ def skipped(config: limits.SkippedConfig, step: Step) -> Finding | None:
     )
 
 
-def mismatch(config: limits.MismatchConfig, step: Step) -> Finding | None:
+def mismatch(config: limits.MismatchConfig, step: Step) -> Diagnosis | None:
     missing, gap = step.get("sampling/logp_missing"), step.get("sampling/logp_gap")
     if missing > 0:
-        return Finding(
+        return Diagnosis(
             missing,
             0.0,
             f"{missing:.0%} of the trained tokens came without the sampler's logprobs, so nothing corrects for its "
@@ -110,7 +110,7 @@ def mismatch(config: limits.MismatchConfig, step: Step) -> Finding | None:
         )
     if not gap > config.threshold:
         return None
-    return Finding(
+    return Diagnosis(
         gap,
         config.threshold,
         "sampler and trainer disagree on the probability of the same tokens: other weights (a failed sync), another "
@@ -122,7 +122,7 @@ def mismatch(config: limits.MismatchConfig, step: Step) -> Finding | None:
     )
 
 
-def entropy(config: limits.EntropyConfig, step: Step) -> Finding | None:
+def entropy(config: limits.EntropyConfig, step: Step) -> Diagnosis | None:
     value = step.get("entropy")
     if not step.samples or not math.isfinite(value):
         return None
@@ -130,7 +130,7 @@ def entropy(config: limits.EntropyConfig, step: Step) -> Finding | None:
     floor = max(config.threshold, 0.0 if start is None else config.share_of_start * start)
     if not value < floor:
         return None
-    return Finding(
+    return Diagnosis(
         value,
         floor,
         "the policy has all but stopped to vary what it says, so groups will carry no signal: updates are too large, "
@@ -143,11 +143,11 @@ def entropy(config: limits.EntropyConfig, step: Step) -> Finding | None:
     )
 
 
-def kl(config: limits.KLConfig, step: Step) -> Finding | None:
+def kl(config: limits.KLConfig, step: Step) -> Diagnosis | None:
     value = step.get("kl")
     if not step.samples or not value > config.threshold:
         return None
-    return Finding(
+    return Diagnosis(
         value,
         config.threshold,
         "the policy has left its reference far behind: updates are too large, or the reward is being exploited",
@@ -155,11 +155,11 @@ def kl(config: limits.KLConfig, step: Step) -> Finding | None:
     )
 
 
-def grad_norm(config: limits.GradNormConfig, step: Step) -> Finding | None:
+def grad_norm(config: limits.GradNormConfig, step: Step) -> Diagnosis | None:
     for key, value in gradient_norms(step.metrics).items():
         median = step.history.recent(key, config.min_steps)
         if median is not None and value > config.threshold * median:
-            return Finding(
+            return Diagnosis(
                 value / median,
                 config.threshold,
                 f"{key} is {value:.3g}, and was {median:.3g} before: an outlier in the data, or updates too large for "
@@ -169,11 +169,11 @@ def grad_norm(config: limits.GradNormConfig, step: Step) -> Finding | None:
     return None
 
 
-def zero_reward(config: limits.ZeroRewardConfig, step: Step) -> Finding | None:
+def zero_reward(config: limits.ZeroRewardConfig, step: Step) -> Diagnosis | None:
     reward, truncated = step.get("reward/mean"), step.get("completions/truncated")
     if not (reward <= config.threshold and truncated >= config.truncated):
         return None
-    return Finding(
+    return Diagnosis(
         reward,
         config.threshold,
         f"{truncated:.0%} of the completions are cut off before they come to an answer: the limit is too low, or the "
@@ -182,7 +182,7 @@ def zero_reward(config: limits.ZeroRewardConfig, step: Step) -> Finding | None:
     )
 
 
-def no_signal(config: limits.NoSignalConfig, step: Step) -> Finding | None:
+def no_signal(config: limits.NoSignalConfig, step: Step) -> Diagnosis | None:
     share = step.get("groups/no_signal")
     if not share >= config.threshold:
         return None
@@ -198,10 +198,10 @@ def no_signal(config: limits.NoSignalConfig, step: Step) -> Finding | None:
             step.change("train.temperature", "try 1" if step.get("entropy") < 0.1 else "keep, and change the prompts"),
             *([step.change("train.dynamic_sampling", "try true")] if hasattr(step.args, "dynamic_sampling") else []),
         ]
-    return Finding(share, config.threshold, cause, advice)
+    return Diagnosis(share, config.threshold, cause, advice)
 
 
-def reward_failures(config: limits.RewardFailuresConfig, step: Step) -> Finding | None:
+def reward_failures(config: limits.RewardFailuresConfig, step: Step) -> Diagnosis | None:
     for key in step.metrics:
         if not key.endswith("/ok"):
             continue
@@ -210,7 +210,7 @@ def reward_failures(config: limits.RewardFailuresConfig, step: Step) -> Finding 
         share = sum(failed.values()) / max(step.metrics[key] + sum(failed.values()), 1.0)
         if share > config.threshold:
             counts = ", ".join(f"{kind} {count:.0f}" for kind, count in failed.items() if count)
-            return Finding(
+            return Diagnosis(
                 share,
                 config.threshold,
                 f"reward {name.removeprefix('reward/')!r} failed on {share:.0%} of the completions ({counts}), which "
@@ -220,13 +220,13 @@ def reward_failures(config: limits.RewardFailuresConfig, step: Step) -> Finding 
     return None
 
 
-def runaway_length(config: limits.RunawayLengthConfig, step: Step) -> Finding | None:
+def runaway_length(config: limits.RunawayLengthConfig, step: Step) -> Diagnosis | None:
     length, start = step.get("completions/mean_length"), step.history.start("completions/mean_length")
     if start is None or not (
         length > config.threshold * start and step.get("completions/truncated") >= config.truncated
     ):
         return None
-    return Finding(
+    return Diagnosis(
         length / max(start, 1.0),
         config.threshold,
         f"completions have grown from {start:.0f} to {length:.0f} tokens and run into the limit: length is rewarded, "
@@ -235,11 +235,11 @@ def runaway_length(config: limits.RunawayLengthConfig, step: Step) -> Finding | 
     )
 
 
-def empty(config: limits.EmptyConfig, step: Step) -> Finding | None:
+def empty(config: limits.EmptyConfig, step: Step) -> Diagnosis | None:
     length = step.get("completions/mean_length")
     if not length <= config.threshold:
         return None
-    return Finding(
+    return Diagnosis(
         length,
         config.threshold,
         "completions end as they begin: saying nothing is rewarded, or the chat template leads to the end of the turn",
@@ -247,7 +247,7 @@ def empty(config: limits.EmptyConfig, step: Step) -> Finding | None:
     )
 
 
-def idle(config: limits.IdleConfig, step: Step) -> Finding | None:
+def idle(config: limits.IdleConfig, step: Step) -> Diagnosis | None:
     norms = gradient_norms(step.metrics)
     rate = step.get("learning_rate")
     if step.get("groups/no_signal") >= 1 or tokens_trained(step.metrics) == 0:
@@ -265,10 +265,12 @@ def idle(config: limits.IdleConfig, step: Step) -> Finding | None:
         advice = ["model.lora: -> adapters on layers that the loss sees", "train: -> a loss whose terms are not all 0"]
     else:
         return None
-    return Finding(rate if rate == 0 else max(norms.values()), config.threshold, f"nothing is learned: {cause}", advice)
+    return Diagnosis(
+        rate if rate == 0 else max(norms.values()), config.threshold, f"nothing is learned: {cause}", advice
+    )
 
 
-def masked(config: limits.MaskedConfig, step: Step) -> Finding | None:
+def masked(config: limits.MaskedConfig, step: Step) -> Diagnosis | None:
     tokens = tokens_trained(step.metrics)
     if not tokens <= config.threshold or step.get("groups/no_signal") >= 1:
         return None
@@ -281,7 +283,7 @@ def masked(config: limits.MaskedConfig, step: Step) -> Finding | None:
     else:
         cause = "no token of the batch is trained on: every label is masked"
         advice = ["data.train: -> rows whose answers fit train.max_length; see the notes on the data above"]
-    return Finding(tokens, config.threshold, cause, advice)
+    return Diagnosis(tokens, config.threshold, cause, advice)
 
 
 def gradient_norms(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -298,7 +300,7 @@ def _more_tokens(step: Step) -> str:
     return step.change("train.max_completion_length", f"try {2 * step.args.max_completion_length}")  # type: ignore[attr-defined]
 
 
-SYMPTOMS: dict[str, Callable[[Any, Step], Finding | None]] = {
+SYMPTOMS: dict[str, Callable[[Any, Step], Diagnosis | None]] = {
     function.__name__: function
     for function in (
         nonfinite,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlqwen.config import DPOConfig, OnlineConfig, Recipe, RewardConfig, SFTConfig
 from rlqwen.config.batch_plan import plan_batch, prompt_room
-from rlqwen.data import DataReport, tokenize_comparisons, tokenize_prompts, tokenize_scored, tokenize_sft
+from rlqwen.data import DataReport, tokenize_preference_examples, tokenize_prompts, tokenize_reward_rows, tokenize_sft
 from rlqwen.errors import DataError
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.model_check import ModelFacts
@@ -25,9 +25,9 @@ def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataRepo
             )
         return data
     if isinstance(config, DPOConfig):
-        return tokenize_comparisons(rows, model.tokenizer, config)[1]
+        return tokenize_preference_examples(rows, model.tokenizer, config)[1]
     if isinstance(config, RewardConfig):
-        return tokenize_scored(rows, model.tokenizer, config)[1]
+        return tokenize_reward_rows(rows, model.tokenizer, config)[1]
     assert isinstance(config, OnlineConfig)
     _, data = tokenize_prompts(
         rows,

@@ -24,7 +24,7 @@ CANCEL_AGAIN = 1.0
 
 
 def _plain_experts(group: Group) -> dict[str, Any]:
-    """What `Draw.progress` holds of recorded experts; nothing where there are none."""
+    """What `RolloutBatch.progress` holds of recorded experts; nothing where there are none."""
     if group.prompt_experts is None:
         return {}
     own = [plain_array(completion.experts) for completion in group.completions]
@@ -46,7 +46,7 @@ def array_of(plain: list[Any] | None) -> np.ndarray | None:
     return np.frombuffer(base64.b64decode(content), dtype=dtype).reshape(shape)
 
 
-class Draw:
+class RolloutBatch:
     """One step's groups on their way: sampled, scored as they arrive, and waited for."""
 
     def __init__(self, name: str, requests: Sequence[GroupRequest], scorer: Scorer, version: int) -> None:
@@ -104,7 +104,9 @@ class Draw:
         return {"name": self.name, "version": self.version, "groups": groups, "tally": self._tally.plain()}
 
     @classmethod
-    def restored(cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer, start: int = 0) -> "Draw":
+    def restored(
+        cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer, start: int = 0
+    ) -> "RolloutBatch":
         """Rebuild a draw from its `progress`; `prompts`: the training rows, and `start` the place of its own
         where they are in the order of the draws."""
         draw = cls(progress["name"], (), scorer, progress["version"])
@@ -131,22 +133,22 @@ class Draw:
         return draw
 
 
-class Ahead:
+class Prefetcher:
     """The draws of the coming steps, sampled one after the other in a thread of their own."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
-        self._draws: deque[tuple[Draw, Future[None]]] = deque()
+        self._draws: deque[tuple[RolloutBatch, Future[None]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
 
     def __contains__(self, name: str) -> bool:
         return any(draw.name == name for draw, _ in self._draws)
 
-    def begin(self, draw: Draw) -> None:
+    def begin(self, draw: RolloutBatch) -> None:
         """Sample it as soon as those before it are."""
         self._draws.append((draw, self._thread.submit(draw.sample, self._engine)))
 
-    def take(self, name: str) -> Draw | None:
+    def take(self, name: str) -> RolloutBatch | None:
         """The draw of that name, sampled; None if there is none. Those before it are given up."""
         while self._draws:
             draw, future = self._draws.popleft()
@@ -175,7 +177,7 @@ class Ahead:
         self.settle()
         return [draw.progress() for draw, _ in self._draws]
 
-    def restore(self, draws: Sequence[Draw]) -> None:
+    def restore(self, draws: Sequence[RolloutBatch]) -> None:
         """Take up draws that are sampled already."""
         done: Future[None] = Future()
         done.set_result(None)

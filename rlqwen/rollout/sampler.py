@@ -22,7 +22,7 @@ from rlqwen.rewards import Scorer
 from rlqwen.rollout import build_engine
 from rlqwen.rollout.engine import choose_dtype
 from rlqwen.rollout.pool import RolloutPool
-from rlqwen.rollout.prefetch import Ahead, Draw
+from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
 
@@ -30,7 +30,7 @@ CANARY_LENGTH = 64
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
-class Rollouts:
+class Sampler:
     """The engine, the scorer, and the version of the weights that both see.
 
     Weights are sent lazily: `policy_changed` marks them stale, and the next `sample` syncs first.
@@ -86,7 +86,7 @@ class Rollouts:
                 f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the "
                 "transformers engine samples in the trainer's own process: set it to 0, or install vllm"
             )
-        self._ahead = Ahead(self.engine)
+        self._ahead = Prefetcher(self.engine)
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
         """Wait until the engine is up; an engine in the trainer's process always is."""
@@ -101,10 +101,10 @@ class Rollouts:
     def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
         self.version = progress["version"]
-        draws: list[Draw] = []
+        draws: list[RolloutBatch] = []
         start = 0
         for draw in progress["ahead"]:
-            draws.append(Draw.restored(draw, prompts_P, self.scorer, start))
+            draws.append(RolloutBatch.restored(draw, prompts_P, self.scorer, start))
             start += len(draw["groups"])
         self._ahead.restore(draws)
         if progress["synced"]:
@@ -171,12 +171,12 @@ class Rollouts:
             "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
         }
 
-    def _draw(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> Draw:
+    def _draw(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> RolloutBatch:
         requests = [
             GroupRequest(prompt, self._seeds(name, place, num_generations), self.sampling)
             for place, prompt in enumerate(prompts_P)
         ]
-        return Draw(name, requests, self.scorer, self.version)
+        return RolloutBatch(name, requests, self.scorer, self.version)
 
     def _seeds(self, draw: str, place: int, count: int) -> tuple[int, ...]:
         return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))

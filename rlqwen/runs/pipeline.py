@@ -13,7 +13,7 @@ from rlqwen.reporting.end_of_run import pipeline_folder
 from rlqwen.run_folder.layout import ERROR_FILE, KEPT_RECIPE, RECIPE_FILE
 from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.runs.pairs import sample_pairs
-from rlqwen.distributed import Lead, Ranks
+from rlqwen.distributed import MainRank, Ranks
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.secrets import redact
 from rlqwen.runs.stages import Stage
@@ -70,8 +70,8 @@ def run_recipe(recipe: Recipe, announce: Callable[[str], None], ranks: Ranks | N
             write_resolved(recipe, path)
 
     try:
-        trainer = build_trainer(Lead(ranks).run(prepare))
-        Lead(ranks).run(write_recipe)
+        trainer = build_trainer(MainRank(ranks).run(prepare))
+        MainRank(ranks).run(write_recipe)
         trainer.train()
     except (InputError, Preempted, MainRankFailed):
         raise

@@ -17,7 +17,7 @@ from rlqwen.checkpoint import is_storage_error, open_run_folder
 from rlqwen.config import SyncedReference, TrainerConfig
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
-from rlqwen.distributed import Lead, Part, UpdateResult, build_updater, pick_device
+from rlqwen.distributed import MainRank, ParameterGroup, UpdateResult, build_optimizer_step, pick_device
 from rlqwen.errors import NonFiniteError, RolloutError, SaveError
 from rlqwen.models.hub import check_vocabulary, commits
 from rlqwen.models.loading import (
@@ -41,7 +41,7 @@ from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.evaluating import Evaluating
 from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.micro_batching import count_tokens
-from rlqwen.trainers.preemption import StopRequest
+from rlqwen.trainers.preemption import Preemption
 from rlqwen.trainers.scheduling import Scheduling
 from rlqwen.trainers.telling import Metrics
 from rlqwen.trainers.watching import Watching
@@ -50,7 +50,7 @@ Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
 
 
-class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
+class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     """See SFTTrainer and GRPOTrainer for what users call."""
 
     algorithm: ClassVar[str]
@@ -68,18 +68,18 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     ) -> None:
         super().__init__(args, callbacks)
         set_seed(args.seed)
-        self.stop = StopRequest()
+        self.preemption = Preemption()
         config: Any = None if isinstance(model, str) else model.config
         model_name = model if isinstance(model, str) else config._name_or_path or type(model).__name__
         self.args: Args = args
         default_name = f"{self.algorithm}-{Path(model_name).name}"
         needed = {"model": model_name, "ref_model": getattr(args, "ref_model", None)}
-        self.output_dir = Lead(self.ranks).run(lambda: self._open_run_folder(default_name, needed))
+        self.output_dir = MainRank(self.ranks).run(lambda: self._open_run_folder(default_name, needed))
         self.model_folder: str | None = None
         """Local folder of the model, where it was given by name."""
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
-            model_name = Lead(self.ranks).run(
+            model_name = MainRank(self.ranks).run(
                 lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
             )
             self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
@@ -96,7 +96,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         self._counted: Sequence[PackedBatch] | None = None
         """The micro-batches that `_tokens_per_update` is of."""
         self._tokens_per_update = 0.0
-        self.lead = Lead(self.ranks, self.policy)
+        self.main_rank = MainRank(self.ranks, self.policy)
         self.train_rows: Sequence[Row] = []
         self.new_stream: Callable[[], ItemStream[Row]] | None = None
         """Begins the training data where that is a stream; `train_rows` is empty then."""
@@ -154,10 +154,12 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     def close(self) -> None:
         """Free what the trainer holds beside the model; may be called twice."""
 
-    def trained_parts(self) -> list[Part]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         """What the updates change."""
         names = self.policy.trained_names
-        return [Part("policy", self.policy.trained_parameters, self.args.learning_rate, names, self.policy.root)]
+        return [
+            ParameterGroup("policy", self.policy.trained_parameters, self.args.learning_rate, names, self.policy.root)
+        ]
 
     # What users call
 
@@ -170,13 +172,13 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """
         self._started = self._last_save = time.monotonic()
         try:
-            with self.stop, self.watched():
+            with self.preemption, self.watched():
                 self._begin(resume_from_checkpoint)
                 self._train_to_the_end()
                 self._finish()
                 # Else the next recipe of a pipeline would begin, on some ranks or on all.
-                if any(self.ranks.gather(self.stop.name is not None)):
-                    raise self.stop.ended("it came after the last update; the run is finished")
+                if any(self.ranks.gather(self.preemption.name is not None)):
+                    raise self.preemption.ended("it came after the last update; the run is finished")
         except OSError as error:
             if isinstance(error, SaveError) or not is_storage_error(error):
                 raise
@@ -195,7 +197,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._note(f"train: read of the stream: {self.stream.summary()}")
         self.save_model(self.output_dir / "final")
         self._notify("on_train_end")
-        Lead(self.ranks).run(lambda: self._write_results(final))  # what fails there must end the other ranks too
+        MainRank(self.ranks).run(lambda: self._write_results(final))  # what fails there must end the other ranks too
 
     def _write_results(self, final: Metrics | None) -> None:
         if read_metrics(self.output_dir):  # none if a finished checkpoint was resumed into another folder
@@ -216,8 +218,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     # The loop
 
     def _begin(self, resume: bool | str | Path | None) -> None:
-        Lead(self.ranks).run(lambda: lock_run_folder(self.output_dir))
-        checkpoint = Lead(self.ranks).run(lambda: self._choose_checkpoint(resume))
+        MainRank(self.ranks).run(lambda: lock_run_folder(self.output_dir))
+        checkpoint = MainRank(self.ranks).run(lambda: self._choose_checkpoint(resume))
         self.align_stop_tokens()
         self.origin()
         if checkpoint is not None:
@@ -230,8 +232,8 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             if self.new_stream
             else RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         )
-        self.updater = build_updater(
-            self.trained_parts(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
+        self.optimizer = build_optimizer_step(
+            self.parameter_groups(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
         self._open_watch()
         if checkpoint is not None:
@@ -263,18 +265,18 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             self._initial_eval = self.evaluate()
             self.best.find_key(self._initial_eval)  # sooner than after the first updates
         while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            self.stop.listen()
+            self.preemption.listen()
             try:
                 self._one_step()
             except RolloutError as error:
                 # A scheduler's signal may reach the workers too, and end them before the update is done.
-                if self.stop.name is None:
+                if self.preemption.name is None:
                     raise
-                raise self.stop.ended("the update in progress was lost" + self._how_to_go_on) from error
-            self.stop.worth_saving = self._saved_step != self.state.global_step
-            if any(self.ranks.gather(self.stop.name is not None)):
+                raise self.preemption.ended("the update in progress was lost" + self._how_to_go_on) from error
+            self.preemption.worth_saving = self._saved_step != self.state.global_step
+            if any(self.ranks.gather(self.preemption.name is not None)):
                 self.save_checkpoint()
-                raise self.stop.ended(f"saved after update {self.state.global_step}" + self._how_to_go_on)
+                raise self.preemption.ended(f"saved after update {self.state.global_step}" + self._how_to_go_on)
 
     @property
     def _how_to_go_on(self) -> str:
@@ -320,7 +322,7 @@ class BaseTrainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
         self.state.global_step += 1
         try:
-            result = self.updater.step()
+            result = self.optimizer.step()
         except NonFiniteError:
             self._keep_nonfinite(micro_batches)
             raise

@@ -29,7 +29,7 @@ from rlqwen.algorithms.losses.preference import (
     read_answers,
 )
 from rlqwen.config import DPOConfig
-from rlqwen.data import as_rows, load_chat_template, tokenize_comparisons
+from rlqwen.data import as_rows, load_chat_template, tokenize_preference_examples
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.loading import load_reference
 from rlqwen.models.reference_cache import (
@@ -41,11 +41,11 @@ from rlqwen.models.reference_cache import (
     write_logprobs,
 )
 from rlqwen.packing.batch import PackedBatch, Tree
-from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.preference_trees import (
-    Comparison,
-    Comparisons,
+    PreferenceExample,
+    PreferenceExamples,
     add_mismatched,
     are_pairs,
     balance_warnings,
@@ -56,7 +56,7 @@ from rlqwen.trainers.telling import Metrics
 _PROGRESS_AFTER_S = 3.0
 
 
-class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
+class DPOTrainer(Trainer[PreferenceExample, DPOConfig]):
     """Make good answers likelier than bad ones, measured against a reference."""
 
     algorithm = "dpo"
@@ -117,12 +117,12 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
                 f"ref_model has a vocabulary of {theirs} tokens and the model one of {ours}: they must agree"
             )
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Comparison]:
-        tokenized, report = tokenize_comparisons(as_rows(dataset), self.processing_class, self.args)
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[PreferenceExample]:
+        tokenized, report = tokenize_preference_examples(as_rows(dataset), self.processing_class, self.args)
         name = "eval" if evaluation else "train"
         self.reports[name] = report
         if "kto" not in self.args.loss_type and not self.args.precompute_ref_log_probs:
-            return Comparisons(tokenized)
+            return PreferenceExamples(tokenized)
         rows = [to_comparison(row) for row in tokenized]  # each is to be filled in below
         if "kto" in self.args.loss_type:
             add_mismatched(rows)
@@ -133,7 +133,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
 
     # The algorithm
 
-    def step(self, rows: list[Comparison]) -> Metrics:
+    def step(self, rows: list[PreferenceExample]) -> Metrics:
         """One update on the mean loss of `rows`."""
         started = time.monotonic()
         batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
@@ -146,7 +146,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             for micro in batches:
                 loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
                 loss = loss + self.router_loss(micro, batches)
-                self.updater.backward(loss)
+                self.optimizer.backward(loss)
                 add_up(sums, {"loss": loss.detach(), **part})
             metrics = self.ranks.sum(sums)
         self.update(batches)
@@ -173,7 +173,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
             share = (self.policy.logprobs(micro)[0] * grad_N).sum()
             balance = self.router_loss(micro, micro_batches)
-            self.updater.backward(share + balance)
+            self.optimizer.backward(share + balance)
             add_up(added, {"loss": float(balance)})
         figures = {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
         add_up(figures, self.ranks.sum(added))
@@ -204,7 +204,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             logp_N, micro, ref_logp_S=ref_logp_S, ld_alpha=self.args.ld_alpha, log_collision_N=log_collision_N
         )
 
-    def _kl(self, rows: Sequence[Comparison], batch_size: int) -> Tensor | None:
+    def _kl(self, rows: Sequence[PreferenceExample], batch_size: int) -> Tensor | None:
         """KTO's estimate over all `rows`; None where no loss asks for it."""
         trees = [row.mismatched for row in rows if row.mismatched is not None]
         if not trees:
@@ -213,7 +213,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
             own = Answers.join([self._answers(micro) for micro in self._batches(trees, batch_size)])
         return kto_kl(self._of_all_ranks(own))
 
-    def compute_evaluation(self, rows: Sequence[Comparison]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[PreferenceExample]) -> Metrics:
         """The loss and what it is made of, over all `rows` as one batch."""
         size = self.args.per_device_eval_batch_size
         own = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
@@ -234,7 +234,7 @@ class DPOTrainer(BaseTrainer[Comparison, DPOConfig]):
 
     # The reference, computed once
 
-    def _precompute_reference(self, rows: list[Comparison], name: str) -> None:
+    def _precompute_reference(self, rows: list[PreferenceExample], name: str) -> None:
         """Fill in the reference's log-probability of every answer, from disk where it is kept there."""
         assert self._reference_digests is not None
         trees = [tree for row in rows for tree in (row.answers, row.mismatched) if tree is not None]

@@ -157,7 +157,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             )
             loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
             loss = loss + self.router_loss(micro, update.micro_batches)
-            self.updater.backward(loss)
+            self.optimizer.backward(loss)
             update.add(loss, sums)
         self.update(update.micro_batches)
 

@@ -25,9 +25,9 @@ from rlqwen.rewards import Scorer, build_rewards
 from rlqwen.rewards.registry import Reward, check_rows, taken_columns
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.resources import uses_vllm
-from rlqwen.rollout.sampler import Rollouts, describe_groups
+from rlqwen.rollout.sampler import Sampler, describe_groups
 from rlqwen.run_folder.layout import refuse_needed_inside
-from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.item_stream import WINDOW, ItemStream, describe_first
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
@@ -56,7 +56,7 @@ class Update:
         add_up(self.sums, {_LOSS: loss.detach(), **sums})
 
 
-class OnlineTrainer(BaseTrainer[Prompt, Args]):
+class OnlineTrainer(Trainer[Prompt, Args]):
     """Samples completions, scores them, and learns from the scores; see GRPOTrainer and PPOTrainer.
 
     Of several ranks the main one samples and scores, and hands the groups to all.
@@ -99,12 +99,12 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         self.scorer: Scorer | None = None
         self._columns: set[str] = set()
         """Of all rows, for the scorer."""
-        self.lead.run(self._start_scorer)
+        self.main_rank.run(self._start_scorer)
         self.read_training_data(train_dataset)
         if eval_dataset is not None:
             self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
         self.workers_folder = self._folder_for_workers()
-        self.rollouts: Rollouts | None = None
+        self.rollouts: Sampler | None = None
         """On the main rank, once something has been sampled."""
         self.completions = CompletionLog(self.output_dir)
         if args.correction_note:
@@ -192,7 +192,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
             drawn.extend(groups)
             return pack_groups(groups) if self.ranks.world_size > 1 else None, metrics
 
-        packed, metrics = self.lead.run(work)
+        packed, metrics = self.main_rank.run(work)
         return drawn if self.ranks.is_main else unpack_groups(packed, among), metrics
 
     def next_groups(self, prompts_P: Sequence[Prompt]) -> tuple[list[Group], Metrics]:
@@ -271,7 +271,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
         del figures["tokens/generated"]
         return figures
 
-    def require_rollouts(self) -> Rollouts:
+    def require_rollouts(self) -> Sampler:
         """The engine of the main rank, started at its first use, so that a wrong argument is found before."""
         if self.rollouts is None:
             if self.scorer is None:
@@ -282,8 +282,8 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                 )
             with same_random_state():  # a run that goes on starts its engine later
                 assert self.scorer is not None
-                self.rollouts = Rollouts(
-                    self.lead.policy,
+                self.rollouts = Sampler(
+                    self.main_rank.policy,
                     self.processing_class,
                     self.scorer,
                     self.args,
@@ -291,7 +291,7 @@ class OnlineTrainer(BaseTrainer[Prompt, Args]):
                     longest_prompt=self._longest_prompt(),
                     end_of_turn=self.reports["train"].end_of_turn,
                 )
-            self.stop.listen()  # Ray takes SIGTERM for itself
+            self.preemption.listen()  # Ray takes SIGTERM for itself
             for note in self.rollouts.notes:
                 self._note(note)
             self.rollouts.wait_until_ready(self._note)

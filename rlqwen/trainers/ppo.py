@@ -23,7 +23,7 @@ from rlqwen.algorithms.advantages import gae, token_rewards, whiten
 from rlqwen.algorithms.kl_controller import KLController
 from rlqwen.algorithms.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
 from rlqwen.config import PPOConfig
-from rlqwen.distributed import Part
+from rlqwen.distributed import ParameterGroup
 from rlqwen.errors import ConfigError
 from rlqwen.models.critic import Critic, ScalarModel, ValueHead
 from rlqwen.models.hub import check_vocabulary
@@ -111,11 +111,11 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             critic.zero_head()
         return critic
 
-    def trained_parts(self) -> list[Part]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         rate = self.args.learning_rate if self.args.critic.learning_rate is None else self.args.critic.learning_rate
         return [
-            *super().trained_parts(),
-            Part("critic", self.critic.trained_parameters, rate, self.critic.trained_names, self.critic.root),
+            *super().parameter_groups(),
+            ParameterGroup("critic", self.critic.trained_parameters, rate, self.critic.trained_names, self.critic.root),
         ]
 
     # The algorithm
@@ -218,7 +218,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
             if isinstance(self.critic, ScalarModel):
                 loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
-            self.updater.backward(loss)
+            self.optimizer.backward(loss)
             weight = update.totals.tokens  # `add` gathers sums over tokens
             update.add(
                 loss,

@@ -18,7 +18,7 @@ from rlqwen.errors import Interrupted, Preempted
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-class StopRequest:
+class Preemption:
     """Request to stop: remembers the first signal; a second one ends the process but runs every `finally`.
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.

@@ -11,7 +11,7 @@ from rlqwen.packing.batch import Branch, Tree
 
 
 @dataclass(slots=True)
-class Comparison:
+class PreferenceExample:
     """One row: a prompt with a chosen and a rejected answer, in this order, or with one answer that has a label."""
 
     answers: Tree
@@ -19,17 +19,17 @@ class Comparison:
     """For `kto`: the prompt with another row's answers."""
 
 
-def to_comparison(row: PreferenceRow | LabelledRow) -> Comparison:
+def to_comparison(row: PreferenceRow | LabelledRow) -> PreferenceExample:
     """A tokenised row as a tree."""
     if isinstance(row, LabelledRow):
         answers = [Branch(row.completion.token_ids, row.completion.loss_mask, label=row.label)]
     else:
         sides = ((row.chosen, True), (row.rejected, False))
         answers = [Branch(side.token_ids, side.loss_mask, label=label) for side, label in sides]
-    return Comparison(Tree(row.prompt_ids, answers))
+    return PreferenceExample(Tree(row.prompt_ids, answers))
 
 
-class Comparisons(Mapped[PreferenceRow | LabelledRow, Comparison]):
+class PreferenceExamples(Mapped[PreferenceRow | LabelledRow, PreferenceExample]):
     """Tokenised rows as trees, made when they are asked for."""
 
     def __init__(self, rows: Sequence[PreferenceRow] | Sequence[LabelledRow]) -> None:
@@ -37,7 +37,7 @@ class Comparisons(Mapped[PreferenceRow | LabelledRow, Comparison]):
         self.digest: str | None = getattr(rows, "digest", None)
 
 
-def add_mismatched(rows: list[Comparison]) -> None:
+def add_mismatched(rows: list[PreferenceExample]) -> None:
     """Give each row the answers of the nearest row before it, in a circle, that has another prompt."""
     for place, row in enumerate(rows):
         prompt = row.answers.prefix
@@ -48,12 +48,12 @@ def add_mismatched(rows: list[Comparison]) -> None:
         row.mismatched = Tree(prompt, [Branch(branch.token_ids, branch.loss_mask) for branch in other.branches])
 
 
-def are_pairs(rows: Sequence[Comparison]) -> bool:
+def are_pairs(rows: Sequence[PreferenceExample]) -> bool:
     """Whether each row has two answers."""
     return len(rows[0].answers.branches) == 2
 
 
-def balance_warnings(rows: Sequence[Comparison], args: DPOConfig) -> list[str]:
+def balance_warnings(rows: Sequence[PreferenceExample], args: DPOConfig) -> list[str]:
     """KTO wants the weighted numbers of good and bad answers to be about equal (arXiv 2402.01306, eq. 8)."""
     labels = [branch.label for row in rows for branch in row.answers.branches]
     good, bad = labels.count(True), labels.count(False)

@@ -100,7 +100,7 @@ class Resuming(Saving):
         progress = read_values(checkpoint, PROGRESS)
         restore_weights(checkpoint, self.policy)
         self.restore_beside(checkpoint)
-        self.updater.restore(checkpoint)
+        self.optimizer.restore(checkpoint)
         self.restore_progress(progress)
         self.after_restore()
         self._saved_step = self.state.global_step

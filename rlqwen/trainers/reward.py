@@ -16,18 +16,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.algorithms.losses import Totals, reward_loss
 from rlqwen.config import RewardConfig
-from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_scored
+from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_reward_rows
 from rlqwen.distributed import pick_device
 from rlqwen.errors import ModelError
 from rlqwen.models.critic import ScalarModel
 from rlqwen.models.loading import load_scalar_model
 from rlqwen.packing.batch import Branch, PackedBatch, Tree
-from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.telling import Metrics
 
 
-class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
+class RewardTrainer(Trainer[PreferenceRow, RewardConfig]):
     """Learn a reward from chosen and rejected answers (Bradley-Terry)."""
 
     algorithm = "reward"
@@ -86,7 +86,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         )
 
     def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[PreferenceRow]:
-        rows, report = tokenize_scored(as_rows(dataset), self.processing_class, self.args)
+        rows, report = tokenize_reward_rows(as_rows(dataset), self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
         return rows
 
@@ -99,7 +99,7 @@ class RewardTrainer(BaseTrainer[PreferenceRow, RewardConfig]):
         for micro in batches:
             loss, figures = self._loss(micro, totals)
             loss = loss + self.router_loss(micro, batches)
-            self.updater.backward(loss)
+            self.optimizer.backward(loss)
             add_up(sums, {**figures, "loss": loss.detach() * len(rows)})
         self.update(batches)
         tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})

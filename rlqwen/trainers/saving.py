@@ -33,7 +33,7 @@ from rlqwen.checkpoint.fingerprint import (
 from rlqwen.config import Recipe
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.data import DataReport
-from rlqwen.distributed import Ranks, Updater
+from rlqwen.distributed import OptimizerStep, Ranks
 from rlqwen.models.carried_weights import carried_by
 from rlqwen.models.loading import align_stop_tokens
 from rlqwen.models.reference_cache import digest_config, digest_weights
@@ -60,7 +60,7 @@ class Saving(Telling):
     new_stream: Callable[[], ItemStream[Any]] | None
     train_rows: Sequence[Any]
     eval_rows: Sequence[Any] | None
-    updater: Updater
+    optimizer: OptimizerStep
     reports: dict[str, DataReport]
     rewards: list[Reward] = []  # noqa: RUF012 - trainers without rewards have none
     recipe: Recipe | None = None
@@ -124,7 +124,7 @@ class Saving(Telling):
         if self.ranks.is_main:
             write_values(folder, PROGRESS, self.progress())
             write_values(folder, ORIGIN, self.origin())
-        self.updater.save(folder)
+        self.optimizer.save(folder)
         write_values(folder, f"{RANDOM}-{self.ranks.rank}", random_state())
 
     def save_beside(self, folder: Path) -> None:

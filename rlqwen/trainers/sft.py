@@ -25,7 +25,7 @@ from rlqwen.evaluation.generation import GenerationEvaluation
 from rlqwen.evaluation.likelihood import Likelihood, measure_likelihood, sequence_tree
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.reporting import CompletionLog
-from rlqwen.trainers.base import BaseTrainer
+from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.item_stream import ItemStream, describe_first
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches, pack_share
 from rlqwen.trainers.telling import Metrics
@@ -45,7 +45,7 @@ class EvalBins(View[Bin]):
         return self.bins[place]
 
 
-class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
+class SFTTrainer(Trainer[Bin, SFTConfig]):
     """Maximise the likelihood of given answers."""
 
     algorithm = "sft"
@@ -95,7 +95,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         bins = make_bins(tokenized, self.args.max_length if self.args.packing else None)
         if not evaluation or self.args.eval_generation is None:
             return bins
-        return EvalBins(bins, GenerationEvaluation(rows, self.lead.policy, self.processing_class, self.args))
+        return EvalBins(bins, GenerationEvaluation(rows, self.main_rank.policy, self.processing_class, self.args))
 
     def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Bin]]:
         job, capacity = SFTJob(self.processing_class, self.args), self.args.max_length if self.args.packing else None
@@ -118,7 +118,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
             logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
             loss, _ = sft_loss(logp_N, totals)
             loss = loss + self.router_loss(micro, micro_batches)
-            self.updater.backward(loss)
+            self.optimizer.backward(loss)
             add_up(sums, {"loss": loss.detach()})
         self.update(micro_batches)
         add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
@@ -134,7 +134,7 @@ class SFTTrainer(BaseTrainer[Bin, SFTConfig]):
         )
         figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
         if isinstance(rows, EvalBins):
-            groups = self.lead.run(rows.generation.sample)
+            groups = self.main_rank.run(rows.generation.sample)
             if self.ranks.is_main:
                 CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
             figures |= rows.generation.figures(groups)

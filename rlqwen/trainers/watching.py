@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from rlqwen.errors import WatchStop
-from rlqwen.monitoring import Guard, Trip, Webhook, worst_action
+from rlqwen.monitoring import Alert, Monitor, Webhook, worst_action
 from rlqwen.trainers.resuming import Resuming
 from rlqwen.trainers.telling import Metrics
 
@@ -13,12 +13,12 @@ from rlqwen.trainers.telling import Metrics
 class Watching(Resuming):
     """The part of a trainer that watches itself."""
 
-    guard: Guard
+    guard: Monitor
     _num_rollbacks = 0
     _webhook: Webhook | None = None
 
     def _open_watch(self) -> None:
-        self.guard = Guard(self.args)
+        self.guard = Monitor(self.args)
 
     def _watch(self, metrics: Metrics) -> bool:
         """Look at a step that has been logged; returns whether it was undone.
@@ -42,7 +42,7 @@ class Watching(Resuming):
             self._stop(trips, "a symptom asked for it")
         return False
 
-    def _roll_back(self, trips: list[Trip]) -> None:
+    def _roll_back(self, trips: list[Alert]) -> None:
         """Put the last checkpoint back, and go on with the rows after those that led here."""
         if self._num_rollbacks >= self.args.watch.max_rollbacks:
             self._stop(trips, f"it was rolled back {self._num_rollbacks} times already (watch.max_rollbacks)")
@@ -59,7 +59,7 @@ class Watching(Resuming):
         self._note(f"watch: rolled back from step {step} to {checkpoint}; the rows in between are not trained on again")
         self._record({"watch/action": "rolled back", "watch/from_step": step, "watch/to_step": self.state.global_step})
 
-    def _stop(self, trips: list[Trip], why: str) -> NoReturn:
+    def _stop(self, trips: list[Alert], why: str) -> NoReturn:
         self.save_checkpoint()
         causes = [trip.text for trip in trips if trip.action != "warn"]
         raise WatchStop(

@@ -328,7 +328,7 @@ def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctr
 
 def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
-    trainer.stop.listen()  # as an evaluation does that starts Ray
+    trainer.preemption.listen()  # as an evaluation does that starts Ray
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted, match="SIGTERM: saved after update 1"):
         trainer.train()

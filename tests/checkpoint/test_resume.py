@@ -27,7 +27,7 @@ from rlqwen import (
 from rlqwen.cli import main
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
-from rlqwen.runs.verification import Comparison, Difference, compare_runs
+from rlqwen.runs.verification import Difference, PreferenceExample, compare_runs
 from tests.forked import run_forked
 from tests.forked_ranks import run_ranks
 
@@ -294,7 +294,7 @@ def test_verify_resume_gives_its_verdict(tiny_model_path, tmp_path, monkeypatch,
     def verify(recipe, *, steps, announce):
         assert (recipe.algorithm, steps) == ("sft", 6)
         found = [] if size is None else [Difference("loss (1.0 and 1.5)", 3, size)]
-        return Comparison(found, num_metrics=10, num_weights=1000)
+        return PreferenceExample(found, num_metrics=10, num_weights=1000)
 
     monkeypatch.setattr("rlqwen.runs.verification.verify_resume", verify)
     first, second = cli_recipes(tmp_path, tiny_model_path)

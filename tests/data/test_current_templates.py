@@ -26,7 +26,7 @@ from rlqwen.data import (
     tokenize_conversation,
     tokenize_preferences,
     tokenize_prompts,
-    tokenize_scored,
+    tokenize_reward_rows,
     tokenize_sft,
 )
 from rlqwen.errors import DataError
@@ -140,7 +140,7 @@ def test_a_reward_model_reads_thoughts_where_its_template_does():
     tokenizer = tokenizer_of("qwen3_8")
     expected = text_of(tokenizer, [user(), answer("2", reasoning_content="hm")]) + "\n"
     pair = {"prompt": [user()], "chosen": [THOUGHT], "rejected": [answer("3")]}
-    (row,), report = tokenize_scored([pair], tokenizer, RewardConfig(max_length=None))
+    (row,), report = tokenize_reward_rows([pair], tokenizer, RewardConfig(max_length=None))
     assert tokenizer.decode(row.prompt_ids + row.chosen.token_ids) == expected
     assert any("reads only as reasoning_content" in line for line in report.warnings)
     for sampled in ("hm\n</think>\n\n2", THOUGHT["content"]):
@@ -291,7 +291,7 @@ def test_what_the_template_refuses_is_refused_with_the_row_and_the_reason(thinki
     for refuse in (
         lambda: sft(thinking, {"messages": [*prompt, answer()]}),
         lambda: tokenize_preferences([pair], thinking, DPOConfig()),
-        lambda: tokenize_scored([pair], thinking, RewardConfig()),
+        lambda: tokenize_reward_rows([pair], thinking, RewardConfig()),
         lambda: tokenize_prompts([{"prompt": prompt}], thinking, max_prompt_length=None),
     ):
         with pytest.raises(DataError, match=rf"row 0: the chat template refuses this conversation .*{reason}") as error:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig
-from rlqwen.data import tokenize_preferences, tokenize_prompts, tokenize_scored, tokenize_sft
+from rlqwen.data import tokenize_preferences, tokenize_prompts, tokenize_reward_rows, tokenize_sft
 from rlqwen.data.sources import as_rows
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer
@@ -83,7 +83,7 @@ def test_a_row_with_nothing_else_is_left_out_and_counted(tokenizer):
 def test_marks_go_to_no_template_of_pairs_and_prompts(tokenizer):
     asked = [USER, WRONG | {"weight": 0}, USER]
     pair = {"chosen": [*asked, RIGHT], "rejected": [*asked, WRONG | {"loss": True}]}
-    for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_scored, RewardConfig())):
+    for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_reward_rows, RewardConfig())):
         (one,), _ = tokenize(as_rows([pair]), tokenizer, config)
         assert "LEAK" not in tokenizer.decode(one.prompt_ids + one.chosen.token_ids)
         assert "WRONG" in tokenizer.decode(one.prompt_ids)

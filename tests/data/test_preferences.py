@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
-from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_scored, tokenize_sft
+from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_reward_rows, tokenize_sft
 from rlqwen.data.formats import add_system_prompt, normalise_row
 from rlqwen.data.preferences import PairJob
 from rlqwen.errors import DataError
@@ -344,8 +344,8 @@ def test_a_reward_model_reads_by_the_template_that_it_is_given(tokenizer, tmp_pa
     path.write_text(tokenizer.chat_template)
     bare = build_tokenizer()
     bare.chat_template = None
-    (pair,), _ = tokenize_scored([PAIR], bare, RewardConfig(chat_template_path=str(path)))
-    assert [pair] == tokenize_scored([PAIR], tokenizer, RewardConfig())[0]
+    (pair,), _ = tokenize_reward_rows([PAIR], bare, RewardConfig(chat_template_path=str(path)))
+    assert [pair] == tokenize_reward_rows([PAIR], tokenizer, RewardConfig())[0]
     assert bare.chat_template is None
 
 

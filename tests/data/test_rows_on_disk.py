@@ -32,7 +32,7 @@ from rlqwen.data import (
     tokenize_labelled,
     tokenize_preferences,
     tokenize_prompts,
-    tokenize_scored,
+    tokenize_reward_rows,
     tokenize_sft,
     worker_pool,
 )
@@ -249,7 +249,7 @@ CASES = {
     "prompts": (PROMPTS, lambda rows, tokenizer: tokenize_prompts(rows, tokenizer, max_prompt_length=5)),
     "pairs": (PAIRS, lambda rows, tokenizer: tokenize_preferences(rows, tokenizer, DPOConfig(max_length=6))),
     "labelled": (LABELLED, lambda rows, tokenizer: tokenize_labelled(rows, tokenizer, DPOConfig())),
-    "scored": (PAIRS, lambda rows, tokenizer: tokenize_scored(rows, tokenizer, RewardConfig())),
+    "scored": (PAIRS, lambda rows, tokenizer: tokenize_reward_rows(rows, tokenizer, RewardConfig())),
 }
 
 

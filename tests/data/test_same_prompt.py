@@ -10,7 +10,7 @@ from rlqwen.data import (
     tokenize_labelled,
     tokenize_preferences,
     tokenize_prompts,
-    tokenize_scored,
+    tokenize_reward_rows,
     tokenize_sft,
 )
 from rlqwen.errors import DataError
@@ -134,7 +134,7 @@ def test_the_prompt_is_what_serving_sends_in_every_algorithm(tokenizer, template
         assert sft.token_ids[: sft.loss_mask.index(True)] == expected
         assert dpo.prompt_ids == kto.prompt_ids == grpo.token_ids == expected
         if not kwargs:  # a reward model's conversations are rendered without
-            (reward,), _ = tokenize_scored([pair], judge, RewardConfig(max_length=None))
+            (reward,), _ = tokenize_reward_rows([pair], judge, RewardConfig(max_length=None))
             whole = tokenizer.decode(reward.prompt_ids + reward.chosen.token_ids)
             assert whole == written(tokenizer, [*prompt, PLAIN], template)
             assert whole.startswith(tokenizer.decode(expected))
@@ -177,7 +177,7 @@ def test_learned_thoughts_reach_a_template_that_has_no_field_for_them(tokenizer,
             assert tokenizer.decode(out.token_ids).endswith("assistant\n<think>\nhm\n</think>\n\n2<|im_end|>")
         judge = build_tokenizer()
         judge.chat_template = Path(template_files[name]).read_text()
-        (pair,), _ = tokenize_scored(
+        (pair,), _ = tokenize_reward_rows(
             [{"prompt": [user("q")], "chosen": [turn], "rejected": [PLAIN]}], judge, RewardConfig()
         )
         assert tokenizer.decode(pair.chosen.token_ids) == "<think>\nhm\n</think>\n\n2<|im_end|>\n"
@@ -253,7 +253,7 @@ def test_added_special_tokens_act_in_turns_and_control_tokens_do_not():
         assert [out.token_ids.count(token) for token in (first, last, end)] == [2, 2, 2]
         assert tokenizer.decode(out.token_ids).count(text) == 2
     pair = {"prompt": [user("q")], "chosen": [{"role": "assistant", "content": text}], "rejected": [PLAIN]}
-    (scored,), _ = tokenize_scored([pair], tokenizer, RewardConfig())
+    (scored,), _ = tokenize_reward_rows([pair], tokenizer, RewardConfig())
     ids = scored.prompt_ids + scored.chosen.token_ids
     assert [ids.count(token) for token in (first, last, end)] == [1, 1, 2]
 
@@ -297,7 +297,7 @@ def test_plain_text_is_said_to_be_written_without_the_chat_template(tokenizer):
         report(tokenizer, text),
         report(tokenizer, {"text": "q"}),
         tokenize_preferences([text | {"chosen": "a", "rejected": "b"}], tokenizer, DPOConfig())[1],
-        tokenize_scored([text | {"chosen": "a", "rejected": "b"}], tokenizer, RewardConfig())[1],
+        tokenize_reward_rows([text | {"chosen": "a", "rejected": "b"}], tokenizer, RewardConfig())[1],
         tokenize_prompts([text], tokenizer, max_prompt_length=None)[1],
     ):
         assert any("all rows looked at are plain text: they are written WITHOUT" in line for line in found.warnings)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import DPOConfig, Recipe, RewardConfig, SFTConfig
-from rlqwen.data import as_rows, tokenize_comparisons, tokenize_prompts, tokenize_scored, tokenize_sft
+from rlqwen.data import as_rows, tokenize_preference_examples, tokenize_prompts, tokenize_reward_rows, tokenize_sft
 from rlqwen.models.tiny import build_tokenizer
 from rlqwen.preflight import check_recipe
 from rlqwen.rewards.registry import resolve, taken_columns
@@ -103,15 +103,15 @@ SCORES = {"score_chosen": 2.0, "score_rejected": 1.0}
 )
 def test_pairs(tokenizer, row, dpo, reward):
     for report, note in (
-        (tokenize_comparisons(as_rows([row]), tokenizer, DPOConfig())[1], dpo),
-        (tokenize_scored(as_rows([row]), tokenizer, RewardConfig())[1], reward),
+        (tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig())[1], dpo),
+        (tokenize_reward_rows(as_rows([row]), tokenizer, RewardConfig())[1], reward),
     ):
         assert report.notes == ([note] if note else [])
 
 
 def test_labelled_answers(tokenizer):
     row = {"prompt": "q", "completion": "a", "label": True, "id": 1}
-    report = tokenize_comparisons(as_rows([row]), tokenizer, DPOConfig(loss_type="kto"))[1]
+    report = tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig(loss_type="kto"))[1]
     assert report.notes == ["columns not used: id"]
 
 

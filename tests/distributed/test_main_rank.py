@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from rlqwen.distributed import Lead
+from rlqwen.distributed import MainRank
 from rlqwen.errors import ConfigError, MainRankFailed
 from rlqwen.packing.batch import Branch, Tree, pack
 from tests.patience import PATIENCE_S
@@ -63,7 +63,7 @@ def lead_two(work):
     """Run `work(policy)` on the main rank; what each rank got or raised, and the calls of each."""
     line: queue.Queue[bytes] = queue.Queue()
     policies = [Recorder(), Recorder()]
-    leads = [Lead(Rank(number, line), policy) for number, policy in enumerate(policies)]
+    leads = [MainRank(Rank(number, line), policy) for number, policy in enumerate(policies)]
     got: list[object] = [None, None]
 
     def run(number):
@@ -82,7 +82,7 @@ def lead_two(work):
 
 
 def test_alone_it_is_the_work_itself():
-    lead = Lead(SimpleNamespace(world_size=1), "policy")
+    lead = MainRank(SimpleNamespace(world_size=1), "policy")
     assert lead.policy == "policy"
     assert lead.run(lambda: 3) == 3
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from rlqwen.config import SFTConfig
-from rlqwen.distributed import Part, Updater, warmup_updates
+from rlqwen.distributed import OptimizerStep, ParameterGroup, warmup_updates
 from rlqwen.distributed.moments import moments_are_finite
 from rlqwen.errors import ConfigError, NonFiniteError
 
@@ -12,13 +12,15 @@ def make_updater(**options):
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))]
     args = SFTConfig(learning_rate=0.1, **options)
-    return Updater([Part("policy", parameters, args.learning_rate)], args, total_updates=10), parameters
+    return OptimizerStep([ParameterGroup("policy", parameters, args.learning_rate)], args, total_updates=10), parameters
 
 
 def test_parts_have_rates_and_norms_of_their_own_and_one_of_them_may_rest():
     policy, critic = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     args = SFTConfig(learning_rate=0.1, max_grad_norm=1.0, lr_scheduler_type="constant")
-    updater = Updater([Part("policy", [policy], 0.1), Part("critic", [critic], 0.3)], args, total_updates=10)
+    updater = OptimizerStep(
+        [ParameterGroup("policy", [policy], 0.1), ParameterGroup("critic", [critic], 0.3)], args, total_updates=10
+    )
     updater.backward(policy.sum() * 3 + critic.sum() * 0.1)
     result = updater.step()
     assert result.grad_norms == pytest.approx({"policy": 6.0, "critic": 0.2})
@@ -122,6 +124,6 @@ def test_warmup_is_a_count_or_a_share():
 
 def test_a_frozen_model_and_an_unknown_schedule_are_refused():
     with pytest.raises(ConfigError, match="nothing to train"):
-        Updater([Part("policy", [], 0.1)], SFTConfig(), total_updates=1)
+        OptimizerStep([ParameterGroup("policy", [], 0.1)], SFTConfig(), total_updates=1)
     with pytest.raises(ConfigError, match="lr_scheduler_type='sinus'"):
         make_updater(lr_scheduler_type="sinus")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlqwen.distributed.loss_scale import LossScale
-from rlqwen.distributed.zero_step import ShardedUpdater
+from rlqwen.distributed.zero_step import ZeroStep
 from tests.ranked import COMMON, OVERFLOW_UPDATES, STAGES, _sft, run_case, run_on_two_ranks
 
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
@@ -176,7 +176,7 @@ class WatchedEngine:
 
 def test_the_loss_is_scaled_no_further_for_more_ranks():
     """A float16 gradient would overflow the sooner; that DeepSpeed takes a mean is made up for in float32."""
-    updater = object.__new__(ShardedUpdater)
+    updater = object.__new__(ZeroStep)
     updater.engines, updater.scale = [WatchedEngine()], LossScale(True, {"initial_scale_power": 4})
     updater._backward(torch.tensor(2.0, requires_grad=True))
     (engine,) = updater.engines

@@ -55,7 +55,7 @@ def trips(folder):
 
 
 def weights(trainer):
-    return [parameter.detach().clone() for part in trainer.trained_parts() for parameter in part.parameters]
+    return [parameter.detach().clone() for part in trainer.parameter_groups() for parameter in part.parameters]
 
 
 def same(before, after):
@@ -151,7 +151,7 @@ def test_a_poisoned_moment(tiny_model_path, tmp_path, moment, bad):
 
     def inject(update):
         if update == 2:
-            state = list(trainer.updater.optimizers[0].state.values())[-1]
+            state = list(trainer.optimizer.optimizers[0].state.values())[-1]
             state[moment].view(-1)[0] = bad
 
     seen = follow_weights(trainer, inject)

@@ -10,7 +10,7 @@ from rlqwen import GRPOConfig, GRPOTrainer
 from rlqwen.config import ScoringConfig
 from rlqwen.reporting import read_metrics
 from rlqwen.rewards import Scorer
-from rlqwen.rollout.prefetch import Ahead, Draw
+from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.trainers.data_stream import RowStream
 from tests.patience import PATIENCE_S
 from tests.ranked import SUMS, prefers_even
@@ -39,10 +39,10 @@ class SlowToLeave:
 )
 def test_nothing_is_sampled_once_draws_are_given_up():
     engine = SlowToLeave()
-    ahead = Ahead(engine)
+    ahead = Prefetcher(engine)
     with Scorer([], ScoringConfig()) as scorer:
-        ahead.begin(Draw("first", (), scorer, 1))
-        ahead.begin(Draw("second", (), scorer, 1))
+        ahead.begin(RolloutBatch("first", (), scorer, 1))
+        ahead.begin(RolloutBatch("second", (), scorer, 1))
         assert engine.begun.wait(PATIENCE_S)
         ahead.forget()
         assert not engine.is_sampling

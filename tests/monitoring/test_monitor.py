@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from rlqwen.errors import ConfigError, WatchStop
-from rlqwen.monitoring import Guard, Webhook, worst_action
+from rlqwen.monitoring import Monitor, Webhook, worst_action
 from rlqwen.reporting import MetricLogger, read_metrics, read_summary
 from rlqwen.reporting.curves import _series
 from rlqwen.reporting.end_of_run import watch_lines
@@ -60,7 +60,7 @@ SICK = {
 
 def guard_after(steps, args=None, **watch):
     """A guard that has seen `steps` healthy steps."""
-    guard = Guard(args or GRPOConfig(beta=0.04, watch=watch))
+    guard = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
     for step in range(steps):
         assert guard.observe(step, HEALTHY) == []
     return guard
@@ -90,7 +90,7 @@ def test_each_symptom_can_be_switched_off(symptom):
 
 
 def test_all_of_it_can_be_switched_off():
-    guard = Guard(GRPOConfig(watch=False))
+    guard = Monitor(GRPOConfig(watch=False))
     sick = {key: value for part in SICK.values() for key, value in part.items()}
     assert not [trip for step in range(10) for trip in guard.observe(step, sick)]
 
@@ -143,7 +143,7 @@ def test_entropy_may_fall_far_where_the_run_began_high_but_not_to_nothing():
     """The quickstart's GRPO falls from 0.066 to 0.007 while its accuracy rises: no symptom."""
     guard = guard_after(5)
     assert not [t for step in range(10) for t in guard.observe(step, HEALTHY | {"entropy": 0.0068})]
-    high = Guard(GRPOConfig())
+    high = Monitor(GRPOConfig())
     for step in range(5):
         high.observe(step, HEALTHY | {"entropy": 2.0})
     trips = [t for step in range(3) for t in high.observe(step, HEALTHY | {"entropy": 0.05})]
@@ -154,23 +154,23 @@ def test_warm_up_and_a_resting_policy_are_no_idleness():
     guard = guard_after(0)
     assert guard.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
     critic_only = HEALTHY | {"grad_norm": 0.0, "critic/grad_norm": 0.4}
-    assert not [t for step in range(10) for t in Guard(PPOConfig()).observe(step, critic_only)]
+    assert not [t for step in range(10) for t in Monitor(PPOConfig()).observe(step, critic_only)]
 
 
 def test_offline_runs_are_not_judged_by_what_they_do_not_have():
     """KTO's `kl` is no KL from a reference in nats a token."""
-    dpo = Guard(DPOConfig())
+    dpo = Monitor(DPOConfig())
     assert not [
         t for s in range(9) for t in dpo.observe(s, {"loss": 0.6, "grad_norm": 2.0, "kl": 9.0, "learning_rate": 1.0})
     ]
-    (trip,) = Guard(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
+    (trip,) = Monitor(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
     assert trip.symptom == "masked"
 
 
 def test_a_guard_goes_on_from_its_state():
     watched = guard_after(20)
     watched.observe(20, HEALTHY | SICK["kl"])
-    resumed = Guard(GRPOConfig(beta=0.04))
+    resumed = Monitor(GRPOConfig(beta=0.04))
     resumed.load_state_dict(json.loads(json.dumps(watched.state_dict())))
     for step in (21, 22, 23, 24):
         sick = HEALTHY | SICK["kl"] | SICK["grad_norm"]

@@ -21,7 +21,7 @@ from rlqwen.packing.batch import Tree, pack, split_trees
 from rlqwen.packing.forward import _own_experts
 from rlqwen.packing.sequence_parallel import SequenceGroup
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
-from rlqwen.rollout.prefetch import Draw
+from rlqwen.rollout.prefetch import RolloutBatch
 from rlqwen.trainers.micro_batching import share_trees
 from rlqwen.types import Completion, Group, Prompt
 from tests.models.test_lora_targets import moe
@@ -203,10 +203,10 @@ def test_records_reach_other_ranks_and_resumed_runs():
     group = group_with_experts()
     (arrived,) = unpack_groups(pack_groups([group]), [group.prompt])
     scorer: Any = SimpleNamespace(open=lambda: None)
-    draw = Draw("train/1", (), scorer, 1)
+    draw = RolloutBatch("train/1", (), scorer, 1)
     draw._groups = [group]
     saved = json.loads(json.dumps(draw.progress()))
-    (restored,) = Draw.restored(saved, [group.prompt], scorer).score()
+    (restored,) = RolloutBatch.restored(saved, [group.prompt], scorer).score()
     for other in (arrived, restored):
         np.testing.assert_array_equal(other.prompt_experts, group.prompt_experts)
         np.testing.assert_array_equal(other.completions[0].experts, group.completions[0].experts)

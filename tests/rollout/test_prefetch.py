@@ -16,7 +16,7 @@ from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from rlqwen.errors import ConfigError, RolloutError, WorkerDied
 from rlqwen.rollout import sampler as rollouts
 from rlqwen.rollout.engines.transformers import TransformersEngine
-from rlqwen.rollout.prefetch import Ahead
+from rlqwen.rollout.prefetch import Prefetcher
 from rlqwen.runs.verification import compare_runs
 from tests.forked import run_forked
 from tests.patience import PATIENCE_S
@@ -214,7 +214,7 @@ class SlowDraw:
 def test_draws_that_are_given_up_have_ended():
     """Else a draw of the trainer's own thread would meet them in the pool."""
     engine = SlowEngine()
-    ahead = Ahead(engine)
+    ahead = Prefetcher(engine)
     for name in ("first", "second", "third"):
         ahead.begin(SlowDraw(name))
     assert engine.begun.wait(timeout=PATIENCE_S)

@@ -94,7 +94,7 @@ def moved_trainer(tiny_model_path, tmp_path_factory):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    trainer.updater = SimpleNamespace(backward=lambda loss: loss.backward())
+    trainer.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
     trainer.update = lambda micro_batches: None
     return trainer
 

@@ -16,7 +16,7 @@ from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.data.tokenizing_jobs import Tally
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
-from rlqwen.rollout.prefetch import Draw
+from rlqwen.rollout.prefetch import RolloutBatch
 from rlqwen.runs.verification import compare_runs
 from rlqwen.trainers import item_stream
 from rlqwen.trainers.item_stream import ItemStream
@@ -157,7 +157,7 @@ def test_rows_of_two_passes_are_told_apart_by_their_place():
     plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "outcomes": {}, "totals": [], "extras": {}}
              for prompt in prompts]  # fmt: skip
     told = {"name": "train/3", "version": 1, "groups": plain[8:], "tally": {"counts": [], "seconds": {}, "logged": {}}}
-    assert [group.prompt for group in Draw.restored(told, prompts, scorer, 8).score()] == prompts[8:]
+    assert [group.prompt for group in RolloutBatch.restored(told, prompts, scorer, 8).score()] == prompts[8:]
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 

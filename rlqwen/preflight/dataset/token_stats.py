@@ -11,7 +11,7 @@ from rlqwen.data import (
     tokenize_labelled,
     tokenize_preferences,
     tokenize_prompts,
-    tokenize_scored,
+    tokenize_reward_rows,
     tokenize_sft,
 )
 from rlqwen.data.sources import Row
@@ -53,7 +53,7 @@ def tokenize_subject(
             [_prompt(row.prompt_ids), Segment("good" if row.label else "bad", row.completion)] for row in labelled
         ], report
     if isinstance(config, RewardConfig):
-        pairs, report = tokenize_scored(rows, tokenizer, config, faults=faults)
+        pairs, report = tokenize_reward_rows(rows, tokenizer, config, faults=faults)
     else:
         pairs, report = tokenize_preferences(rows, tokenizer, config, faults=faults)
     return [
