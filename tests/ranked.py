@@ -62,8 +62,8 @@ def kill_the_workers(model, folder):
 
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if trainer.rollouts is not None and state.global_step == 1:
-                for process in trainer.rollouts.engine.process_ids():
+            if trainer.rollouts.sampler is not None and state.global_step == 1:
+                for process in trainer.rollouts.sampler.engine.process_ids():
                     os.kill(process, signal.SIGKILL)
 
     trainer = _vllm(model, folder, max_restarts=0)

@@ -15,13 +15,13 @@ class KLController:
         self.target = target
         self.horizon = horizon
 
-    def progress(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float]:
         """Where the coefficient is."""
         return {"coef": self.coef}
 
-    def restore_progress(self, progress: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from there."""
-        self.coef = progress["coef"]
+        self.coef = state["coef"]
 
     def observe(self, kl: float, num_completions: int) -> None:
         """Take in the mean KL of a completion, in nats, over a rollout."""

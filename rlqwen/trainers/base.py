@@ -1,26 +1,31 @@
-"""The loop that every trainer shares: batches, schedule of evaluations and checkpoints, logging, the ends of a run.
+"""Train a model: the loop that every algorithm shares, and the parts that it is made of.
 
-A trainer supplies `step` (one batch of rows to one or more updates) and `evaluate`; everything else is here.
+An algorithm supplies `step` (one batch of rows to one or more updates), `compute_evaluation` and `prepare_rows`. The
+parts are the logger, the evaluator, the checkpointer, the health monitor, the schedule and the callbacks, each in a file
+of its own.
 """
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from rlqwen.checkpoint import is_storage_error, open_run_folder
-from rlqwen.config import SyncedReference, TrainerConfig
+from rlqwen.checkpoint import find_fault, is_storage_error, save_model
+from rlqwen.checkpoint.fingerprint import digest_rows
+from rlqwen.config import Recipe, SyncedReference, TrainerConfig
+from rlqwen.config.batch_plan import plan_batch, refuse_stream
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
-from rlqwen.distributed import MainRank, ParameterGroup, UpdateResult, build_optimizer_step, pick_device
-from rlqwen.errors import NonFiniteError, RolloutError, SaveError
-from rlqwen.models.hub import check_vocabulary, commits
+from rlqwen.distributed import MainRank, ParameterGroup, Ranks, UpdateResult, build_optimizer_step, pick_device
+from rlqwen.errors import ConfigError, NonFiniteError, SaveError
+from rlqwen.models.hub import check_vocabulary
 from rlqwen.models.loading import (
+    align_stop_tokens,
     load_model,
     load_tokenizer,
     local_folder,
@@ -32,26 +37,34 @@ from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.preflight import plan_batch, refuse_stream
-from rlqwen.reporting import plot_curves, read_metrics, write_summary
 from rlqwen.run_folder.layout import refuse_needed_inside
+from rlqwen.run_folder.lifecycle import open_run_folder
 from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.trainers.best_checkpoint import BestMetric
+from rlqwen.trainers.callbacks import Callbacks
+from rlqwen.trainers.checkpointer import Checkpointer, Saveable, Stateful
 from rlqwen.trainers.data_stream import RowStream
-from rlqwen.trainers.evaluating import Evaluating
+from rlqwen.trainers.evaluator import Evaluator
+from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.item_stream import ItemStream
+from rlqwen.trainers.loop import TrainingLoop
 from rlqwen.trainers.micro_batching import count_tokens
 from rlqwen.trainers.preemption import Preemption
-from rlqwen.trainers.scheduling import Scheduling
-from rlqwen.trainers.telling import Metrics
-from rlqwen.trainers.watching import Watching
+from rlqwen.trainers.reference_file import ReferenceFile
+from rlqwen.trainers.resume import choose_checkpoint, refuse_changes
+from rlqwen.trainers.run_fingerprint import run_fingerprint
+from rlqwen.trainers.run_history import RunHistory
+from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_report import note_start, write_results
+from rlqwen.trainers.schedule import Schedule
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
+Model = TypeVar("Model", bound=PackedModel)
 
 
-class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
-    """See SFTTrainer and GRPOTrainer for what users call."""
+class Trainer(ABC, Generic[Row, Args, Model]):
+    """Hold the model, the data and the parts of a run, and run its loop; see SFTTrainer and GRPOTrainer."""
 
     algorithm: ClassVar[str]
     default_best_metric: ClassVar[str]
@@ -66,64 +79,113 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         callbacks: Sequence[TrainerCallback] | None = None,
         reference: bool | nn.Module = False,
     ) -> None:
-        super().__init__(args, callbacks)
+        """Open the run folder, and load the tokenizer and the model.
+
+        A subclass then reads the data by `load_data`. The arguments are those of the trainers for users; `reference`:
+        whether the model needs a frozen copy of its start to compare with, or the model to compare with.
+        """
+        self.ranks = Ranks(args.parallel)
+        self.state = TrainerState(
+            is_world_process_zero=self.ranks.is_main, is_local_process_zero=self.ranks.local_rank == 0
+        )
         set_seed(args.seed)
         self.preemption = Preemption()
-        config: Any = None if isinstance(model, str) else model.config
-        model_name = model if isinstance(model, str) else config._name_or_path or type(model).__name__
-        self.args: Args = args
-        default_name = f"{self.algorithm}-{Path(model_name).name}"
-        needed = {"model": model_name, "ref_model": getattr(args, "ref_model", None)}
-        self.output_dir = MainRank(self.ranks).run(lambda: self._open_run_folder(default_name, needed))
+        self.output_dir = self._open_run_folder(model, args)
         self.model_folder: str | None = None
-        """Local folder of the model, where it was given by name."""
+        """Local folder of the model, if it was given by name."""
+        source: str | nn.Module = model
         if isinstance(model, str):
             shape, args = split_builtin_arguments(model, args)
-            model_name = MainRank(self.ranks).run(
+            source = MainRank(self.ranks).run(
                 lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
             )
-            self.model_folder = local_folder(model_name, args.model_init_kwargs.get("revision"))
-        self.args = args
-        self.processing_class = text_tokenizer(processing_class) or load_tokenizer(model_name, args)
-        take_eos_token(self.processing_class, getattr(args, "eos_token", None))
-        self.policy = self.load_policy(
-            model_name if isinstance(model, str) else model, peft_config=peft_config, reference=reference
+            self.model_folder = local_folder(source, args.model_init_kwargs.get("revision"))
+        self.args: Args = args
+        self.callbacks = Callbacks(callbacks, args, self.state, self._callback_context)
+        self.logger = RunLogger(
+            self.output_dir,
+            args,
+            algorithm=self.algorithm,
+            state=self.state,
+            callbacks=self.callbacks,
+            is_main=self.ranks.is_main,
         )
+        name = source if isinstance(source, str) else _name_of(source)
+        self.processing_class = text_tokenizer(processing_class) or load_tokenizer(name, args)
+        take_eos_token(self.processing_class, getattr(args, "eos_token", None))
+        self.policy = self.load_policy(source, peft_config=peft_config, reference=reference)
         self.policy.check_trainable()
         own = self.policy.base_model.config
         for config in (own, getattr(self.policy, "reference_config", own)):
             check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
-        self._counted: Sequence[PackedBatch] | None = None
-        """The micro-batches that `_tokens_per_update` is of."""
-        self._tokens_per_update = 0.0
         self.main_rank = MainRank(self.ranks, self.policy)
         self.train_rows: Sequence[Row] = []
         self.new_stream: Callable[[], ItemStream[Row]] | None = None
-        """Begins the training data where that is a stream; `train_rows` is empty then."""
+        """Start the training data again, if it is a stream; `train_rows` is empty then."""
         self.eval_rows: Sequence[Row] | None = None
-        self.best = BestMetric(args, self.default_best_metric)
         self.reports: dict[str, DataReport] = {}
-        """What tokenising the data did, by `train` and `eval`."""
+        """What tokenizing did to the rows, by `train` and `eval`."""
         self.cleaning: CleaningReport | None = None
-        """What cleaning did to the rows before that, where a recipe asked for it."""
+        """What cleaning did to the rows before that, if a recipe asked for it."""
+        self.recipe: Recipe | None = None
+        """The recipe that the trainer was built from, if any."""
+        self.history = RunHistory()
+        self.updates_of_step: list[UpdateResult] = []
+        """Updates of the current step."""
+        self._counted: Sequence[PackedBatch] | None = None
+        """The micro-batches that `_tokens_per_update` counts."""
+        self._tokens_per_update = 0.0
+        self._fingerprint: dict[str, Any] | None = None
 
-    def _open_run_folder(self, default_name: str, needed: dict[str, Any]) -> Path:
-        """Open the run folder for this process, or refuse it; `needed`: files that a cleared one must not hold."""
-        if self.args.output_dir and self.args.overwrite_output_dir and not self.args.resume_from_checkpoint:
-            names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
-            refuse_needed_inside(self.args.output_dir, names)
-        folder = open_run_folder(
-            self.args.output_dir,
-            default_name,
-            overwrite=self.args.overwrite_output_dir,
-            resume=bool(self.args.resume_from_checkpoint),
-        )
-        lock_run_folder(folder)
-        return folder
+    @property
+    def model(self) -> nn.Module:
+        """The transformers model that is trained, adapters included."""
+        return cast(nn.Module, self.policy.model)
 
-    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> PackedModel:
-        """The model that is trained, from its folder or hub id or from what was given."""
-        return Policy(
+    def _callback_context(self) -> dict[str, Any]:
+        return {"model": self.model, "processing_class": self.processing_class}
+
+    def _open_run_folder(self, model: str | nn.Module, args: TrainerConfig) -> Path:
+        """Create the run folder, lock it for this process, and return its path; on every rank."""
+        model_name = model if isinstance(model, str) else _name_of(model)
+
+        def open_and_lock() -> Path:
+            if args.output_dir and args.overwrite_output_dir and not args.resume_from_checkpoint:
+                needed = {"model": model_name, "ref_model": getattr(args, "ref_model", None)}
+                names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
+                refuse_needed_inside(args.output_dir, names)
+            folder = open_run_folder(
+                args.output_dir,
+                f"{self.algorithm}-{Path(model_name).name}",
+                overwrite=args.overwrite_output_dir,
+                resume=bool(args.resume_from_checkpoint),
+            )
+            lock_run_folder(folder)
+            return folder
+
+        return MainRank(self.ranks).run(open_and_lock)
+
+    # What a trainer supplies
+
+    @abstractmethod
+    def step(self, rows: list[Row]) -> Metrics:
+        """Train on `rows`, with `plan.updates_per_step` calls of `update`, and return the metrics of the step."""
+
+    @abstractmethod
+    def compute_evaluation(self, rows: Sequence[Row]) -> Metrics:
+        """Return metrics of the present model on `rows`, without the prefix `eval/`."""
+
+    @abstractmethod
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Row]:
+        """Tokenize a dataset, and keep the report in `reports`."""
+
+    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Row]]:
+        """Return a function that starts the training data of a stream again; by default, refuse streams."""
+        raise ConfigError(f"{type(self).__name__} cannot train on a stream: give it a dataset or a list of rows")
+
+    def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Model:
+        """Return the model to train, from its folder or hub id or from what was given: a policy, by default."""
+        policy = Policy(
             load_model(model, self.args) if isinstance(model, str) else model,
             self.args,
             peft_config=peft_config,
@@ -131,52 +193,75 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             device=pick_device(self.args.use_cpu),
             sequence=self.ranks.sequence,
         )
-
-    def read_training_data(self, dataset: Any) -> None:
-        """Tokenise the training rows, or the first rows of a stream."""
-        rows = as_stream(dataset)
-        if rows is None:
-            self.train_rows = self.prepare_rows(dataset, evaluation=False)
-            return
-        refuse_stream(self.args)
-        self.new_stream = self.prepare_stream(rows)
-
-    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Row]]:
-        """Return a function that begins the training data of a stream again."""
-        raise NotImplementedError  # `refuse_stream` knows who has one
-
-    # What a trainer supplies
-
-    @abstractmethod
-    def step(self, rows: list[Row]) -> Metrics:
-        """Train on `rows`, with `plan.updates_per_step` calls of `update`."""
-
-    def close(self) -> None:
-        """Free what the trainer holds beside the model; may be called twice."""
+        return cast(Model, policy)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What the updates change."""
-        names = self.policy.trained_names
-        return [
-            ParameterGroup("policy", self.policy.trained_parameters, self.args.learning_rate, names, self.policy.root)
-        ]
+        """Return what the updates change."""
+        names, root = self.policy.trained_names, self.policy.root
+        return [ParameterGroup("policy", self.policy.trained_parameters, self.args.learning_rate, names, root)]
+
+    def saved_models(self) -> dict[str, Saveable]:
+        """Return the models that a checkpoint holds, by subfolder; `""` is its own folder."""
+        models: dict[str, Saveable] = {"": self.policy}
+        if getattr(self.args, "sync_ref_model", False):
+            assert isinstance(self.policy, Policy)
+            models["reference"] = ReferenceFile(self.policy)
+        return models
+
+    def saved_parts(self) -> dict[str, Stateful]:
+        """Return the algorithm's own parts whose state a checkpoint holds, by name."""
+        return {}
+
+    def fingerprint_entries(self) -> dict[str, Any]:
+        """Return what the result depends on beyond model, data and config, by dotted name."""
+        return {}
+
+    def weights_changed(self) -> None:
+        """React to weights that training or a checkpoint has replaced; does nothing by default."""
+
+    def close(self) -> None:
+        """Free what the trainer holds besides the model; may be called twice."""
+
+    def load_data(self, train_dataset: Any, eval_dataset: Any) -> None:
+        """Tokenize the training rows (of a stream, the first ones) and the evaluation rows."""
+        rows = as_stream(train_dataset)
+        if rows is None:
+            self.train_rows = self.prepare_rows(train_dataset, evaluation=False)
+        else:
+            refuse_stream(self.args)
+            self.new_stream = self.prepare_stream(rows)
+        if eval_dataset is not None:
+            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.evaluator = Evaluator(
+            self.compute_evaluation,
+            self.eval_rows,
+            model=self.policy,
+            best=BestMetric(self.args, self.default_best_metric),
+            ranks=self.ranks,
+            state=self.state,
+            callbacks=self.callbacks,
+            logger=self.logger,
+        )
 
     # What users call
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainerState:
-        """Train to the end, and complete the run folder. Return the state, including its `log_history`.
+        """Train to the end, complete the run folder, and return the state, including its `log_history`.
 
-        `resume_from_checkpoint`: True goes on from the newest complete checkpoint of the run folder, a path from that
-        one; None: as the config says. Raises Preempted, all saved, when SIGTERM, SIGUSR1 or SIGHUP came, and on Ctrl-C
-        or a notebook's stop Interrupted, which is a KeyboardInterrupt too; a second Ctrl-C leaves at once.
+        `resume_from_checkpoint`: True resumes from the newest complete checkpoint of the run folder, a path from that
+        checkpoint; None: as the config says. Raises Preempted, with everything saved, on SIGTERM, SIGUSR1 or SIGHUP; on
+        Ctrl-C or a notebook's stop button, Interrupted, which is also a KeyboardInterrupt. A second Ctrl-C leaves at once.
         """
-        self._started = self._last_save = time.monotonic()
+        self.history.start()
+        self.monitor = HealthMonitor(
+            self.args, output_dir=self.output_dir, ranks=self.ranks, state=self.state, logger=self.logger
+        )
         try:
-            with self.preemption, self.watched():
+            with self.preemption, self.monitor.reporting_the_end():
                 self._begin(resume_from_checkpoint)
-                self._train_to_the_end()
+                self._run_loop()
                 self._finish()
-                # Else the next recipe of a pipeline would begin, on some ranks or on all.
+                # Otherwise the next recipe of a pipeline would start, on some ranks or on all.
                 if any(self.ranks.gather(self.preemption.name is not None)):
                     raise self.preemption.ended("it came after the last update; the run is finished")
         except OSError as error:
@@ -185,148 +270,204 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             raise SaveError(f"the run folder {self.output_dir} cannot be written to: {error}") from error
         finally:
             self.close()
-            self._close_logger()
+            self.logger.close()
             unlock_run_folder(self.output_dir)
         return self.state
 
-    def _finish(self) -> None:
-        """Leave the run folder complete; the summary comes last, and says that it is."""
-        restored = self._go_back_to_best()
-        final = self._final_evaluation(restored) if self.eval_rows else None
-        if isinstance(self.stream, ItemStream):
-            self._note(f"train: read of the stream: {self.stream.summary()}")
-        self.save_model(self.output_dir / "final")
-        self._notify("on_train_end")
-        MainRank(self.ranks).run(lambda: self._write_results(final))  # what fails there must end the other ranks too
+    def evaluate(self, eval_dataset: Any = None) -> Metrics:
+        """Return metrics on `eval_dataset` (None: on the eval set of the constructor), under keys that begin with `eval/`."""
+        return self.evaluator.run(None if eval_dataset is None else self.prepare_rows(eval_dataset, evaluation=True))
 
-    def _write_results(self, final: Metrics | None) -> None:
-        if read_metrics(self.output_dir):  # none if a finished checkpoint was resumed into another folder
-            plot_curves(self.output_dir)
-        write_summary(
-            self.output_dir,
-            algorithm=self.algorithm,
-            steps=self.state.global_step,
-            wall_time_s=self.wall_time_s,
-            initial_eval=self._initial_eval,
-            final_eval=final,
-            seed=self.args.seed,
-            watch=self.watch_summary(),
-            hub_commits=commits(),
-            **({"resumed": self._resumed} if self._resumed else {}),
-        )
+    def save_model(self, path: str | Path | None = None) -> Path:
+        """Write model and tokenizer to `path` (None: `final/` of the run folder), ready for `from_pretrained`."""
+        folder = Path(path or self.output_dir / "final")
+        self.align_stop_tokens()
+        save_model(folder, self.policy, self.processing_class, write=self.ranks.is_main)
+        self.ranks.barrier()
+        return folder
 
-    # The loop
+    def align_stop_tokens(self) -> None:
+        """Write the tokens at which the model learns to stop to the model's configs."""
+        report = self.reports.get("train")
+        align_stop_tokens(self.policy.base_model, self.processing_class, report.end_of_turn if report else None)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what the result depends on; of the weights, as they were when this was first called."""
+        if self._fingerprint is None:
+            self._fingerprint = run_fingerprint(
+                self.algorithm,
+                self.args,
+                model=self.policy,
+                processing_class=self.processing_class,
+                train_digest=self.new_stream().digest if self.new_stream else digest_rows(self.train_rows),
+                eval_rows=self.eval_rows,
+                ranks=self.ranks,
+                recipe=self.recipe,
+                more=self.fingerprint_entries(),
+            )
+        return self._fingerprint
+
+    # The run
 
     def _begin(self, resume: bool | str | Path | None) -> None:
-        MainRank(self.ranks).run(lambda: lock_run_folder(self.output_dir))
-        checkpoint = MainRank(self.ranks).run(lambda: self._choose_checkpoint(resume))
+        """Build the parts that need the data, and restore them if the run resumes."""
+        main_rank = MainRank(self.ranks)
+        main_rank.run(lambda: lock_run_folder(self.output_dir))
+        checkpoint = main_rank.run(lambda: choose_checkpoint(resume, self.args, self.output_dir, self.logger.note))
         self.align_stop_tokens()
-        self.origin()
+        fingerprint = self.fingerprint()
+        changes: list[str] = []
         if checkpoint is not None:
-            self._refuse_changes(checkpoint)
-        num_rows = None if self.new_stream else len(self.train_rows)
-        self.plan = plan_batch(self.args, num_rows, self.ranks.data_size)
+            allowed = self.args.resume_allow_changes
+            changes = refuse_changes(checkpoint, fingerprint, allowed=allowed, note=self.logger.note)
+        self.plan = plan_batch(self.args, None if self.new_stream else len(self.train_rows), self.ranks.data_size)
         self.state.max_steps = self.plan.total_updates
-        self.stream = (
+        self.stream: RowStream[Row] | ItemStream[Row] = (
             self.new_stream()
             if self.new_stream
             else RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         )
+        self.schedule = Schedule(
+            self.args, self.state, self.stream, rows_per_step=self.plan.rows_per_step, ranks=self.ranks
+        )
         self.optimizer = build_optimizer_step(
             self.parameter_groups(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
-        self._open_watch()
+        self.checkpointer = Checkpointer(
+            self.output_dir,
+            self.args,
+            models=self.saved_models(),
+            optimizer=self.optimizer,
+            parts={
+                "stream": self.stream,
+                "evaluator": self.evaluator,
+                "callbacks": self.callbacks,
+                "history": self.history,
+                "logger": self.logger,
+                "monitor": self.monitor,
+                **self.saved_parts(),
+            },
+            processing_class=self.processing_class,
+            fingerprint=fingerprint,
+            recipe=self.recipe,
+            ranks=self.ranks,
+            state=self.state,
+            callbacks=self.callbacks,
+            logger=self.logger,
+            on_restore=self.weights_changed,
+        )
         if checkpoint is not None:
-            self._restore(checkpoint)
-        self._open_logger(self.state.max_steps)
+            self._resume(checkpoint, changes)
+        self.logger.open()
         if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
-        cleaning = {"cleaning": self.cleaning} if self.cleaning else {}
-        for name, report in (cleaning | self.reports).items():
-            self._note(f"{name}: {report.summary()}")
-            if isinstance(report, DataReport) and report.source:
-                self._note(f"{name}: {report.source}")
-            for warning in report.warnings:
-                self._note(f"{name}: warning: {warning}")
-            for note in [*report.form, *report.notes] if isinstance(report, DataReport) else ():
-                self._note(f"{name}: {note}")
-        self._note(self.plan.text)
-        if unused := self.args.parallel.unused_note():
-            self._note(unused)
-        for note in (self.policy.kept_note, self.policy.frozen_note, *self.policy.notes, self.policy.routers.note):
-            if note:
-                self._note(note)
-        self._notify("on_train_begin")
+        note_start(
+            self.logger,
+            self.args,
+            cleaning=self.cleaning,
+            reports=self.reports,
+            plan=self.plan,
+            model=self.policy,
+        )
+        self.callbacks.notify("on_train_begin")
         if checkpoint is not None:
-            self._restore_random_state(checkpoint)
+            self.checkpointer.restore_random_state(checkpoint)
 
-    def _train_to_the_end(self) -> None:
-        if self.args.eval_on_start and self.eval_rows and not self._resumed:
-            self._initial_eval = self.evaluate()
-            self.best.find_key(self._initial_eval)  # sooner than after the first updates
-        while self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            self.preemption.listen()
-            try:
-                self._one_step()
-            except RolloutError as error:
-                # A scheduler's signal may reach the workers too, and end them before the update is done.
-                if self.preemption.name is None:
-                    raise
-                raise self.preemption.ended("the update in progress was lost" + self._how_to_go_on) from error
-            self.preemption.worth_saving = self._saved_step != self.state.global_step
-            if any(self.ranks.gather(self.preemption.name is not None)):
-                self.save_checkpoint()
-                raise self.preemption.ended(f"saved after update {self.state.global_step}" + self._how_to_go_on)
+    def _resume(self, checkpoint: Path, changes: list[str]) -> None:
+        self.checkpointer.restore(checkpoint)
+        step = self.state.global_step
+        entry = {"from": str(checkpoint), "step": step, "changes": changes}
+        self.history.resumes = [*self.history.resumes, entry]
+        self.logger.note(f"going on after update {step}, from {checkpoint}")
+        self.checkpointer.truncate_run_folder(checkpoint)
 
-    @property
-    def _how_to_go_on(self) -> str:
-        """Return how a script resumes; the command line prints its own command."""
-        return "" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)"
+    def _run_loop(self) -> None:
+        if self.args.eval_on_start and self.eval_rows and not self.history.resumes:
+            self.evaluator.run_initial()
+        TrainingLoop(
+            self._train_on_next_rows,
+            self.args,
+            # The command line prints its own command.
+            how_to_resume="" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)",
+            state=self.state,
+            ranks=self.ranks,
+            schedule=self.schedule,
+            evaluator=self.evaluator,
+            checkpointer=self.checkpointer,
+            monitor=self.monitor,
+            preemption=self.preemption,
+            callbacks=self.callbacks,
+            logger=self.logger,
+        ).run()
 
-    def _one_step(self) -> None:
-        before = self.state.global_step
+    def _train_on_next_rows(self) -> Metrics:
+        """Run the algorithm's step on the next rows, and return its metrics with those of the updates."""
         started = time.monotonic()
-        self._notify("on_step_begin")
-        self.updates: list[UpdateResult] = []
+        self.callbacks.notify("on_step_begin")
+        self.updates_of_step = []
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
         self.state.epoch = self.stream.epoch
         metrics |= {
-            "grad_norm": self.updates[-1].grad_norm,
-            "learning_rate": self.updates[-1].lr,
-            "updates/skipped": float(sum(update.skipped for update in self.updates)),
+            "grad_norm": self.updates_of_step[-1].grad_norm,
+            "learning_rate": self.updates_of_step[-1].lr,
+            "updates/skipped": float(sum(update.skipped for update in self.updates_of_step)),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
             **self.policy.routers.metrics(self.ranks.gather),
             **(self.policy.replay.metrics(self.ranks.gather) if self.policy.replay else {}),
         }
         metrics = self.ranks.from_main(metrics)
-        self._notify("on_step_end")
-        if self._due(self.args.logging_steps, before) or self.control.should_log:
-            self._log(metrics)
-        if self._watch(metrics):
-            return  # the step is undone
-        if self._scheduled(self.args.eval_strategy, self.args.eval_steps or self.args.logging_steps, before):
-            self.control.should_evaluate = True
-        if self._scheduled(self.args.save_strategy, self.args.save_steps, before) or self._minutes_have_passed():
-            self.control.should_save = True
-        self._agree()
-        if self.control.should_evaluate and self.eval_rows:
-            metrics = self.evaluate()
-            if self.args.load_best_model_at_end or self.args.early_stopping_patience is not None:
-                self._judge(metrics)
-        if self.control.should_save:
-            self.save_checkpoint()
-        self.control.should_log = self.control.should_evaluate = self.control.should_save = False
+        self.callbacks.notify("on_step_end")
+        return metrics
+
+    def _finish(self) -> None:
+        """Complete the run folder; the summary comes last, and says that it is complete."""
+        final = self.evaluator.run_final(model_replaced=self._load_best())
+        if isinstance(self.stream, ItemStream):
+            self.logger.note(f"train: read of the stream: {self.stream.summary()}")
+        self.save_model(self.output_dir / "final")
+        self.callbacks.notify("on_train_end")
+
+        def write() -> None:
+            write_results(
+                self.output_dir,
+                algorithm=self.algorithm,
+                num_updates=self.state.global_step,
+                seed=self.args.seed,
+                evaluator=self.evaluator,
+                final=final,
+                history=self.history,
+                monitor=self.monitor,
+            )
+
+        MainRank(self.ranks).run(write)  # an error there must end the other ranks too
+
+    def _load_best(self) -> bool:
+        """Load the weights of the best checkpoint if `load_best_model_at_end` asks for it; return whether it did."""
+        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+            return False
+        folder = Path(self.state.best_model_checkpoint)
+        fault = find_fault(folder)
+        if fault is not None:
+            self.logger.note(
+                f"the best checkpoint {folder} cannot be gone back to, and the last weights are kept: {fault}"
+            )
+            return False
+        self.policy.restore(folder)
+        self.weights_changed()
+        return True
+
+    # What a step calls
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
-        """Carry out the update whose gradient has been gathered; keeps the batch where it was not finite."""
+        """Apply the gradient that `optimizer.backward` has gathered; keep the batch on disk if it was not finite."""
         self.state.global_step += 1
         try:
             result = self.optimizer.step()
         except NonFiniteError:
             self._keep_nonfinite(micro_batches)
             raise
-        self.updates.append(result)
+        self.updates_of_step.append(result)
         if result.skipped:
             self._keep_nonfinite(micro_batches)
         return result
@@ -334,10 +475,11 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
     def router_loss(
         self, micro: PackedBatch, micro_batches: Sequence[PackedBatch], model: PackedModel | None = None
     ) -> Tensor | float:
-        """Load-balancing loss of the experts in the forward just made on `micro`, 0 without any; `model` None: policy.
+        """Return the load-balancing loss of the experts in the forward just made on `micro`; 0 for a dense model.
 
         Each micro-batch's loss counts by its share of the update's tokens. The load is the micro-batch's own, so unlike
-        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update.
+        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update;
+        `model`: None: the policy.
         """
         model = model or self.policy
         if not model.routers.coefficient:
@@ -345,7 +487,7 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
         return model.router_loss(self.token_share(micro, micro_batches))
 
     def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
-        """What share of the tokens that the update has on all ranks, prefixes once each, the micro-batch has."""
+        """Return the micro-batch's share of the tokens that the update has on all ranks, each prefix counted once."""
         if self._counted is not micro_batches:
             self._counted = micro_batches
             self._tokens_per_update = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
@@ -359,6 +501,12 @@ class Trainer(Evaluating, Scheduling, Watching, Generic[Row, Args]):
             save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
-        """Mix the policy into the reference where that fell due since update `before`."""
-        if args.sync_ref_model and self._scheduled("steps", args.ref_model_sync_steps, before):
+        """Mix the policy into the reference if that is due since update `before`."""
+        if args.sync_ref_model and self.schedule.passes(args.ref_model_sync_steps, before):
+            assert isinstance(self.policy, Policy)
             self.policy.refresh_reference(args.ref_model_mixup_alpha)
+
+
+def _name_of(model: nn.Module) -> str:
+    config: Any = model.config
+    return config._name_or_path or type(model).__name__

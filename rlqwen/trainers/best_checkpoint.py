@@ -37,13 +37,13 @@ class BestMetric:
         value = "nothing" if self.value is None else f"{self.value:.4g}"
         return f"{self.name} has not improved on {value} for {self.num_worse} evaluations"
 
-    def progress(self) -> dict[str, float | int | None]:
+    def state_dict(self) -> dict[str, float | int | None]:
         """The best so far."""
         return {"value": self.value, "num_worse": self.num_worse}
 
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.value, self.num_worse = progress["value"], progress["num_worse"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state saved by `state_dict`."""
+        self.value, self.num_worse = state["value"], state["num_worse"]
 
     def find_key(self, keys: Iterable[str]) -> str:
         """The key of an evaluation's figures that is meant; `eval/` may be left out, and transformers' spelling with

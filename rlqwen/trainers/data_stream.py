@@ -44,13 +44,13 @@ class RowStream(Generic[Row]):
         start = self.position + skip
         return [self._row(position) for position in range(start, start + count)]
 
-    def progress(self) -> dict[str, int]:
-        """How far the stream has come."""
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of rows taken."""
         return {"position": self.position}
 
-    def restore_progress(self, progress: dict[str, int]) -> None:
-        """Go on from there."""
-        self.position = progress["position"]
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the state saved by `state_dict`."""
+        self.position = state["position"]
 
     def ended_epoch(self, count: int) -> bool:
         """Whether the last `count` rows taken held the last one of an epoch."""

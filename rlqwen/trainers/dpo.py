@@ -32,6 +32,7 @@ from rlqwen.config import DPOConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_preference_examples
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.loading import load_reference
+from rlqwen.models.policy import Policy
 from rlqwen.models.reference_cache import (
     ReferenceKey,
     digest_config,
@@ -51,12 +52,12 @@ from rlqwen.trainers.preference_trees import (
     balance_warnings,
     to_comparison,
 )
-from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.run_logger import Metrics
 
 _PROGRESS_AFTER_S = 3.0
 
 
-class DPOTrainer(Trainer[PreferenceExample, DPOConfig]):
+class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
     """Make good answers likelier than bad ones, measured against a reference."""
 
     algorithm = "dpo"
@@ -102,9 +103,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig]):
         if self.args.precompute_ref_log_probs:
             config = self.policy.reference_config
             self._reference_digests = digest_weights(self.policy.reference_weights()), digest_config(config)
-        self.read_training_data(train_dataset)
-        if eval_dataset is not None:
-            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.load_data(train_dataset, eval_dataset)
         if self.args.precompute_ref_log_probs:
             self.policy.drop_reference()
 
@@ -246,10 +245,10 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig]):
         )
         logp_A, note = self.ranks.from_main(read_logprobs(key) if self.ranks.is_main else (None, ""))
         if logp_A is None:
-            self._note(f"{name}: log-probabilities of the reference: {note}; computing them")
+            self.logger.note(f"{name}: log-probabilities of the reference: {note}; computing them")
             logp_A = self._reference_logps(trees, name)
             note = write_logprobs(key, logp_A) if self.ranks.is_main else ""
-        self._note(f"{name}: log-probabilities of the reference: {note}")
+        self.logger.note(f"{name}: log-probabilities of the reference: {note}")
         branches = (branch for tree in trees for branch in tree.branches)
         for branch, logp in zip(branches, logp_A.tolist(), strict=True):
             branch.ref_logprob = logp

@@ -16,7 +16,7 @@ from rlqwen.trainers.reward import RewardTrainer
 from rlqwen.trainers.sft import SFTTrainer
 
 
-def build_trainer(recipe: Recipe) -> Trainer[Any, Any]:
+def build_trainer(recipe: Recipe) -> Trainer[Any, Any, Any]:
     """Load the recipe's data and model; everything that is wrong with either is an InputError."""
     data = load_recipe_data(recipe.data)
     trainer = _build(recipe, data)
@@ -25,7 +25,7 @@ def build_trainer(recipe: Recipe) -> Trainer[Any, Any]:
     return trainer
 
 
-def _build(recipe: Recipe, data: RecipeData) -> Trainer[Any, Any]:
+def _build(recipe: Recipe, data: RecipeData) -> Trainer[Any, Any, Any]:
     args = recipe.train.model_copy(
         update={
             "model_init_kwargs": model_arguments(recipe.model) | recipe.train.model_init_kwargs,
@@ -45,7 +45,7 @@ def _build(recipe: Recipe, data: RecipeData) -> Trainer[Any, Any]:
     return TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
 
 
-TRAINERS: dict[str, Callable[..., Trainer[Any, Any]]] = {
+TRAINERS: dict[str, Callable[..., Trainer[Any, Any, Any]]] = {
     "sft": SFTTrainer,
     "reward": RewardTrainer,
     "dpo": DPOTrainer,

@@ -25,7 +25,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.packing.batch import Branch, Tree
 from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
-from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
 
@@ -80,7 +80,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample a group for each prompt, score it, centre within the group, and make the clipped updates."""
         groups_P, metrics = self._sample(prompts_P)
-        metrics |= self.scoring_metrics()
+        metrics |= self.rollouts.scoring_metrics()
         self._assign_advantages(groups_P)
         started = time.monotonic()
         updates = [self._pack(share) for share in self._shares(groups_P)]
@@ -88,13 +88,13 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         for _ in range(self.args.num_iterations):
             for update in updates:
                 self._update(update)
-        self.policy_changed()
+        self.weights_changed()
         self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
-        self.write_completions(groups_P)
+        self.rollouts.log_completions(groups_P)
         return (
             metrics
             | describe_groups(groups_P)
-            | self.summarise(updates, self.args.num_iterations)
+            | self.summarize(updates, self.args.num_iterations)
             | {"time/train": time.monotonic() - started}
         )
 

@@ -77,17 +77,17 @@ class ItemStream(Generic[Item]):
         """Return False: the end of a stream is known only after it is reached."""
         return False
 
-    def progress(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """Return how far the stream has come."""
         epoch, row = (self._windows[0].epoch, self._windows[0].start) if self._windows else self._next
         return {"epoch": epoch, "row": row, "taken": self._taken}
 
-    def restore_progress(self, progress: dict[str, int]) -> None:
-        """Continue from the position returned by `progress`."""
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the position saved by `state_dict`."""
         self._windows.clear()
         self._reader = None
-        self._next = progress["epoch"], progress["row"]
-        self._taken = progress["taken"]
+        self._next = state["epoch"], state["row"]
+        self._taken = state["taken"]
 
     def summary(self) -> str:
         """Return a summary of what became of all rows read; rows of later passes are counted again."""

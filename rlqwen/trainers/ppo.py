@@ -12,7 +12,6 @@ Shapes: P prompts a rollout, N tokens and S completions of a micro-batch.
 import random
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from rlqwen.models.loading import load_reference, load_scalar_model
 from rlqwen.models.reference_cache import digest_weights
 from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.rollout.sampler import describe_groups
+from rlqwen.trainers.checkpointer import Saveable, Stateful
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
-from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
 CRITIC_FOLDER = "critic"
@@ -89,7 +89,6 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         )
         self.critic = self._build_critic(value_model, peft_config)
         self.kl = KLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
-        self.num_rollouts = 0
 
     def _build_critic(self, model: str | nn.Module | None, peft_config: Any) -> Critic:
         config = self.args.critic
@@ -123,24 +122,23 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
         groups_P, metrics = self.next_groups(prompts_P)
-        metrics |= self.scoring_metrics()
+        metrics |= self.rollouts.scoring_metrics()
         started = time.monotonic()
-        self.num_rollouts += 1
-        order = random.Random(f"{self.args.seed}/{self.num_rollouts}")
+        order = random.Random(f"{self.args.seed}/{self.rollouts.num_draws}")
         updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
         self._add_fixed_estimates(updates)
         metrics |= self._assign_advantages([micro for update in updates for micro in update.micro_batches])
         for _ in range(self.args.num_ppo_epochs):
             for update in order.sample(updates, len(updates)):
                 self._update(update)
-        self.policy_changed()
-        self.write_completions(groups_P)
+        self.weights_changed()
+        self.rollouts.log_completions(groups_P)
         return (
             metrics
             | describe_groups(groups_P)
-            | self.summarise(updates, self.args.num_ppo_epochs)
+            | self.summarize(updates, self.args.num_ppo_epochs)
             | {
-                "critic/grad_norm": self.updates[-1].grad_norms["critic"],
+                "critic/grad_norm": self.updates_of_step[-1].grad_norms["critic"],
                 "time/train": time.monotonic() - started,
             }
         )
@@ -203,7 +201,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     def _update(self, update: Update) -> None:
         """One optimiser update. While the critic warms up, the policy has no part in it."""
-        critic_only = self.num_rollouts <= self.args.critic.warmup_rollouts
+        critic_only = self.rollouts.num_draws <= self.args.critic.warmup_rollouts
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
             logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
@@ -260,27 +258,17 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         penalty = self.args.missing_eos_penalty or 0.0
         return (group.total_rewards_G[index] or 0.0) - (penalty if group.completions[index].is_truncated else 0.0)
 
-    def save_beside(self, folder: Path) -> None:
-        super().save_beside(folder)
-        self.critic.save_trained(folder / CRITIC_FOLDER, write=self.ranks.is_main)
+    # What a checkpoint holds
 
-    def restore_beside(self, folder: Path) -> None:
-        super().restore_beside(folder)
-        self.critic.restore(folder / CRITIC_FOLDER)
+    def saved_models(self) -> dict[str, Saveable]:
+        return super().saved_models() | {CRITIC_FOLDER: self.critic}
 
-    def origin(self) -> dict[str, Any]:
-        if self._origin is None:
-            weights = dict(zip(self.critic.trained_names, self.critic.trained_parameters, strict=True))
-            super().origin()["critic.weights"] = digest_weights(weights)
-        return super().origin()
+    def saved_parts(self) -> dict[str, Stateful]:
+        return super().saved_parts() | {"kl": self.kl}
 
-    def progress(self) -> dict[str, Any]:
-        return super().progress() | {"kl": self.kl.progress(), "num_rollouts": self.num_rollouts}
-
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        super().restore_progress(progress)
-        self.kl.restore_progress(progress["kl"])
-        self.num_rollouts = progress["num_rollouts"]
+    def fingerprint_entries(self) -> dict[str, Any]:
+        weights = dict(zip(self.critic.trained_names, self.critic.trained_parameters, strict=True))
+        return super().fingerprint_entries() | {"critic.weights": digest_weights(weights)}
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:

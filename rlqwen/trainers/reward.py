@@ -24,15 +24,14 @@ from rlqwen.models.loading import load_scalar_model
 from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
-from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.run_logger import Metrics
 
 
-class RewardTrainer(Trainer[PreferenceRow, RewardConfig]):
+class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
     """Learn a reward from chosen and rejected answers (Bradley-Terry)."""
 
     algorithm = "reward"
     default_best_metric = "eval/rewards/accuracies"
-    policy: ScalarModel
 
     def __init__(
         self,
@@ -66,9 +65,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig]):
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         # The saved model finds a sequence's last token by looking for padding.
         self.policy.base_model.config.pad_token_id = self.processing_class.pad_token_id
-        self.read_training_data(train_dataset)
-        if eval_dataset is not None:
-            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.load_data(train_dataset, eval_dataset)
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> ScalarModel:
         if isinstance(model, str):

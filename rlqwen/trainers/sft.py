@@ -23,12 +23,13 @@ from rlqwen.data.views import Batches, Mapped, View
 from rlqwen.errors import ConfigError
 from rlqwen.evaluation.generation import GenerationEvaluation
 from rlqwen.evaluation.likelihood import Likelihood, measure_likelihood, sequence_tree
+from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.reporting import CompletionLog
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.item_stream import ItemStream, describe_first
 from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches, pack_share
-from rlqwen.trainers.telling import Metrics
+from rlqwen.trainers.run_logger import Metrics
 
 
 class EvalBins(View[Bin]):
@@ -45,7 +46,7 @@ class EvalBins(View[Bin]):
         return self.bins[place]
 
 
-class SFTTrainer(Trainer[Bin, SFTConfig]):
+class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
     """Maximise the likelihood of given answers."""
 
     algorithm = "sft"
@@ -80,11 +81,10 @@ class SFTTrainer(Trainer[Bin, SFTConfig]):
         )
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
-        self.read_training_data(train_dataset)
-        if eval_dataset is not None:
-            self.eval_rows = self.prepare_rows(eval_dataset, evaluation=True)
+        self.load_data(train_dataset, eval_dataset)
+        if self.eval_rows is not None:
             written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalBins) else []
-            self.best.find_key([f"eval/{key}" for key in ("loss", "perplexity", "tokens", "time", *written)])
+            self.evaluator.best.find_key([f"eval/{key}" for key in ("loss", "perplexity", "tokens", "time", *written)])
         elif self.args.eval_generation is not None:
             raise ConfigError("eval_generation needs rows to write for: give eval_dataset, or data.eval in a recipe")
 

@@ -157,7 +157,7 @@ def test_a_checkpoint_loads_and_says_what_it_came_from(tiny_model_path, tmp_path
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    origin = read_values(checkpoint, "origin")
+    origin = read_values(checkpoint, "fingerprint")
     assert {
         "version.torch",
         "version.rlqwen",
@@ -213,7 +213,7 @@ def test_another_model_tokenizer_and_world_are_seen(tiny_model_path, tmp_path):
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1e-3
     other.processing_class.chat_template += " "
-    origin = other.origin()
+    origin = other.fingerprint()
     origin["world_size"] = 2
     origin["version.torch"] = "0.1"
     with pytest.raises(ConfigError) as caught:
@@ -409,7 +409,7 @@ def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
             )
         )
         try:
-            return trainer.origin()
+            return trainer.fingerprint()
         finally:
             trainer.close()
 

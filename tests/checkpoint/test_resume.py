@@ -27,7 +27,7 @@ from rlqwen import (
 from rlqwen.cli import main
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
-from rlqwen.runs.verification import Difference, PreferenceExample, compare_runs
+from rlqwen.runs.verification import Difference, Comparison, compare_runs
 from tests.forked import run_forked
 from tests.forked_ranks import run_ranks
 
@@ -199,8 +199,8 @@ def test_two_ranks_write_a_checkpoint_that_two_and_one_can_use(tiny_model_path, 
     run_ranks(lambda: train(tmp_path / "straight"))
     run_ranks(lambda: train(tmp_path / "run"))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
-    assert (checkpoint / "random-0.json").is_file()
-    assert (checkpoint / "random-1.json").is_file()
+    assert (checkpoint / "rng-0.json").is_file()
+    assert (checkpoint / "rng-1.json").is_file()
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     run_ranks(lambda: train(tmp_path / "run", resume_from_checkpoint=str(checkpoint)))
     comparison = compare_runs(tmp_path / "straight", tmp_path / "run")
@@ -294,7 +294,7 @@ def test_verify_resume_gives_its_verdict(tiny_model_path, tmp_path, monkeypatch,
     def verify(recipe, *, steps, announce):
         assert (recipe.algorithm, steps) == ("sft", 6)
         found = [] if size is None else [Difference("loss (1.0 and 1.5)", 3, size)]
-        return PreferenceExample(found, num_metrics=10, num_weights=1000)
+        return Comparison(found, num_metrics=10, num_weights=1000)
 
     monkeypatch.setattr("rlqwen.runs.verification.verify_resume", verify)
     first, second = cli_recipes(tmp_path, tiny_model_path)

@@ -80,7 +80,7 @@ def follow_weights(trainer, inject=lambda update: None):
 
 def alter(trainer, change):
     """Pass every completion that is sampled for training through `change(completion, number)`, in order."""
-    engine, numbers = trainer.require_rollouts().engine, itertools.count()
+    engine, numbers = trainer.rollouts.require_sampler().engine, itertools.count()
     generate = engine.generate
 
     def altered(requests):

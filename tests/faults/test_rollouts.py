@@ -79,7 +79,7 @@ def test_a_rollback_gives_up_what_was_drawn_ahead(tiny_model_path, tmp_path):
 
     def noted(prompts_P):
         groups, metrics = next_groups(prompts_P)
-        trained.append((groups, metrics["groups/staleness"], trainer.rollouts.version))
+        trained.append((groups, metrics["groups/staleness"], trainer.rollouts.sampler.version))
         return groups, metrics
 
     trainer.update, trainer.next_groups = poisoned, noted

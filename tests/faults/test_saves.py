@@ -92,10 +92,9 @@ def save_in(run, folder: Path, operation: int, log: Path) -> int:
     """Save the trainer's present state in `folder`, killed at an operation; the exit code."""
 
     def child() -> None:
-        run.output_dir = folder
-        run._saved_step = -1
+        run.checkpointer.output_dir, run.checkpointer.saved_step = folder, -1
         names = kill_at(operation)
-        run.save_checkpoint()
+        run.checkpointer.save()
         log.write_text("\n".join(names))
 
     return run_forked(child)
@@ -162,8 +161,8 @@ def truncate(path: Path) -> None:
 DAMAGES = {
     "model.safetensors": flip_a_byte,
     "optimizer.safetensors": truncate,
-    "random-0.json": Path.unlink,
-    "progress.json": flip_a_byte,
+    "rng-0.json": Path.unlink,
+    "state.json": flip_a_byte,
     "manifest.json": truncate,
 }
 
@@ -229,13 +228,13 @@ def test_a_file_size_limit(run, tmp_path):
 
 
 def check_failed_save(run, folder: Path) -> None:
-    output_dir = run.output_dir
-    run.output_dir, run._saved_step = folder, -1
+    checkpointer, output_dir = run.checkpointer, run.checkpointer.output_dir
+    checkpointer.output_dir, checkpointer.saved_step = folder, -1
     try:
         with pytest.raises(SaveError, match=r"written, .* MB are free; the last one took .* MB") as caught:
-            run.save_checkpoint()
+            checkpointer.save()
     finally:
-        run.output_dir = output_dir
+        checkpointer.output_dir = output_dir
     assert caught.value.exit_code == 1
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
     assert find_fault(folder / "checkpoints" / "step-000002") is None
@@ -336,7 +335,7 @@ def test_pickles_in_a_checkpoint_are_never_read(run, tiny_model_path, tmp_path):
     pickle.loads(trap)
     assert sprung.exists()
     sprung.unlink()
-    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "training_args.bin", "random-0.pkl", "a/b.pt"):
+    for name in ("pytorch_model.bin", "optimizer.pt", "scheduler.pt", "training_args.bin", "rng-0.pkl", "a/b.pt"):
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_bytes(trap)
     assert resume(tiny_model_path, folder, save_total_limit=None) == 2

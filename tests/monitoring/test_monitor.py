@@ -373,22 +373,20 @@ ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "th
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
     done = poison(trainer, {5})
-    rows, step, put_back, restored = [], trainer.step, trainer._put_back, {}
+    rows, step, restored = [], trainer.step, {}
 
-    def spy_on_put_back(checkpoint):
-        progress = put_back(checkpoint)
-        restored[checkpoint.name] = trainer.policy.base_model.model.norm.weight.detach().clone()
-        return progress
+    def keep_restored_weight():
+        restored[trainer.state.global_step] = trainer.policy.base_model.model.norm.weight.detach().clone()
 
     trainer.step = lambda batch: step(rows.append(batch) or batch)
-    trainer._put_back = spy_on_put_back
+    trainer.weights_changed = keep_restored_weight
     trainer.train()
     assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)
     assert [row for batch in rows for row in batch] == order  # none twice, none left out
-    (name, weight) = restored.popitem()
-    assert name == "step-000004"
-    assert torch.equal(weight, load_file(tmp_path / "checkpoints" / name / "model.safetensors")["model.norm.weight"])
+    assert set(restored) == {4}
+    saved = load_file(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
+    assert torch.equal(restored[4], saved["model.norm.weight"])
     told, undone = (line for line in read_metrics(tmp_path) if "watch/action" in line)
     assert (told["step"], told["watch/symptom"], told["watch/action"]) == (6, "grad_norm", "rollback")
     assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)

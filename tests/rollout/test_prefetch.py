@@ -104,7 +104,7 @@ def figures(trainer, key):
 def test_which_weights_draw_which_step(tiny_model_path, tmp_path, algorithm, lag, expected):
     trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag)
     engines = []
-    trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.engine)))
+    trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.sampler.engine)))
     trainer.train()
     assert versions(tmp_path) == expected
     gaps = figures(trainer, "sampling/logp_gap")
@@ -126,7 +126,7 @@ class Watch(TrainerCallback):
 
 def test_what_is_too_stale_is_dropped_and_drawn_again(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path, max_steps=4)
-    trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.policy_changed()))
+    trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.weights_changed()))
     trainer.train()
     assert figures(trainer, "groups/stale_dropped") == [0.0, 0.0, 2.0, 0.0]
     assert figures(trainer, "groups/staleness") == [0.0, 1.0, 0.0, 1.0]

@@ -58,7 +58,7 @@ def test_ppo_weighs_long_completions_as_short_ones(sharp_model_path, tmp_path):
 def test_a_penalty_turns_the_correction_off_and_says_so(tiny_model_path, tmp_path, make, options):
     trainer = make(tiny_model_path, tmp_path, max_steps=1, top_p=0.9, **options)
     assert trainer.truncation is None  # nothing is computed of it that nothing is compared with
-    (note,) = [note for note in trainer._held_notes if "correction" in note]
+    (note,) = [note for note in trainer.logger.pending_notes if "correction" in note]
     (name,) = options
     assert f"no importance correction, and sampling/logp_gap is not measured: {name}" in note
     trainer.train()

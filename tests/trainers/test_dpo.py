@@ -222,7 +222,7 @@ def test_references_of_quantised_weights(tiny_model_path, tmp_path, bits):
 
 
 def notes(trainer):
-    return "\n".join(trainer._held_notes)
+    return "\n".join(trainer.logger.pending_notes)
 
 
 def test_the_cache_serves_equal_runs_and_no_others(tiny_model_path, tmp_path, cache):

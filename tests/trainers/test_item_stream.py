@@ -26,7 +26,7 @@ from rlqwen.types import Completion, Group, Prompt
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(item_stream, "WINDOW", 4)
-    monkeypatch.setattr("rlqwen.trainers.online.WINDOW", 4)
+    monkeypatch.setattr("rlqwen.trainers.prompt_data.WINDOW", 4)
 
 
 def numbers(count, *, drop=()):
@@ -59,7 +59,7 @@ def test_going_on_repeats_and_loses_nothing():
         taken = before.take(size)
         before.peek(0, 9)
         after = numbers(10, drop={0, 1, 2, 3, 7})
-        after.restore_progress(json.loads(json.dumps(before.progress())))
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert taken + after.take(30 - size) == whole
 
 

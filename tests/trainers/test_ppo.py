@@ -121,7 +121,7 @@ def test_mini_batches_and_passes_add_up_to_updates(tiny_model_path, tmp_path):
     assert trainer.plan.updates_per_step == 6
     assert "6 prompts x 4 generations = 24 completions a rollout = 3 x 8" in trainer.plan.text
     assert trainer.state.global_step == 12
-    assert trainer.num_rollouts == 2
+    assert trainer.rollouts.num_draws == 2
 
 
 def test_total_episodes_count_completions(tiny_model_path, tmp_path):

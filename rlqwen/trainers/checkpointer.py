@@ -1,0 +1,196 @@
+"""Save a run to `checkpoints/step-NNNNNN` of its folder, and restore it."""
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from rlqwen.checkpoint import (
+    Retention,
+    checkpoint_folder,
+    cut_back,
+    random_state,
+    read_values,
+    restore_random_state,
+    same_random_state,
+    set_aside,
+    sync_file,
+    write_checkpoint,
+    write_values,
+)
+from rlqwen.config import Recipe, TrainerConfig
+from rlqwen.config.recipe_yaml import write_resolved
+from rlqwen.distributed import OptimizerStep, Ranks
+from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE
+from rlqwen.trainers.callbacks import Callbacks
+from rlqwen.trainers.resume import FINGERPRINT, RNG, STATE, usable_checkpoints
+from rlqwen.trainers.run_logger import RunLogger
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class Stateful(Protocol):
+    """A part of a trainer whose state is JSON values and tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; called on the main rank only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state saved by `state_dict`; called on every rank."""
+        ...
+
+
+class Saveable(Protocol):
+    """A part of a trainer that writes files of its own into a checkpoint, such as a model."""
+
+    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+        """Write into `folder`; called on every rank, one of which is to `write`."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save_trained` wrote; called on every rank."""
+        ...
+
+
+class Checkpointer:
+    """Write complete checkpoints, drop old ones, and put everything back from one."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        args: TrainerConfig,
+        *,
+        models: Mapping[str, Saveable],
+        optimizer: OptimizerStep,
+        parts: Mapping[str, Stateful],
+        processing_class: PreTrainedTokenizerBase,
+        fingerprint: dict[str, Any],
+        recipe: Recipe | None,
+        ranks: Ranks,
+        state: TrainerState,
+        callbacks: Callbacks,
+        logger: RunLogger,
+        on_restore: Callable[[], None],
+    ) -> None:
+        """Take the parts of a trainer.
+
+        Args:
+            models: by the subfolder of the checkpoint that each writes to; `""` is the checkpoint's own folder.
+            parts: by name; their states go into one file.
+            fingerprint: what the result depends on; saved beside the state.
+            on_restore: called when weights have been replaced by those of a checkpoint.
+        """
+        self.saved_step = -1
+        """Update of the newest checkpoint that this process wrote or restored."""
+        self.saved_at = time.monotonic()
+        """When it was written."""
+        self.output_dir = output_dir
+        self._args = args
+        self._models = models
+        self._optimizer = optimizer
+        self._parts = parts
+        self._processing_class = processing_class
+        self._fingerprint = fingerprint
+        self._recipe = recipe
+        self._ranks = ranks
+        self._state = state
+        self._callbacks = callbacks
+        self._logger = logger
+        self._on_restore = on_restore
+
+    # Saving
+
+    def save(self, *, best: bool = False) -> None:
+        """Write the checkpoint of the last update if it is not there, and drop old ones as `save_total_limit` says."""
+        folder = checkpoint_folder(self.output_dir, self._state.global_step)
+        if best:
+            self._state.best_model_checkpoint = str(folder)
+        if self.saved_step != self._state.global_step:
+            if self._ranks.is_main:
+                sync_file(
+                    self.output_dir / METRICS_FILE
+                )  # its size is in the checkpoint, so it must survive a power cut
+            with same_random_state():
+                write_checkpoint(folder, self._fill, self._ranks)
+            self.saved_step, self.saved_at = self._state.global_step, time.monotonic()
+            self._callbacks.notify("on_save")
+        if self._ranks.is_main:
+            kept = self._state.best_model_checkpoint
+            retention = Retention(self._args.save_total_limit, self._args.save_keep_every)
+            retention.drop_old(folder.parent, best=Path(kept) if kept else None)
+
+    def _fill(self, folder: Path) -> None:
+        """Write the files of a checkpoint; called on every rank, and each file is written by one."""
+        is_main = self._ranks.is_main
+        for name, model in self._models.items():
+            model.save_trained(folder / name, write=is_main)
+        if is_main:
+            self._processing_class.save_pretrained(folder)
+            (folder / TRAINER_STATE_FILE).write_text(json.dumps(asdict(self._state), indent=1) + "\n", "utf-8")
+            if self._recipe is not None:
+                write_resolved(self._recipe, folder / RECIPE_FILE)
+        if self._args.save_only_model or self._args.parallel.autotp_size > 1:
+            return
+        if is_main:
+            write_values(folder, STATE, {name: part.state_dict() for name, part in self._parts.items()})
+            write_values(folder, FINGERPRINT, self._fingerprint)
+        self._optimizer.save(folder)
+        write_values(folder, f"{RNG}-{self._ranks.rank}", random_state())
+
+    # Restoring
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint of the run folder, the same on every rank; None if there is none."""
+        found = next(usable_checkpoints(self.output_dir, self._logger.note), None) if self._ranks.is_main else None
+        return self._ranks.from_main(found)
+
+    def restore(self, checkpoint: Path, *, keep: Collection[str] = ()) -> None:
+        """Restore models, optimizer and parts, except the parts named in `keep`, and archive later checkpoints.
+
+        Random states come last, by `restore_random_state`, when nothing else is to be built.
+        """
+        self._restore_trainer_state(json.loads((checkpoint / TRAINER_STATE_FILE).read_text("utf-8")))
+        states = read_values(checkpoint, STATE)
+        for name, model in self._models.items():
+            model.restore(checkpoint / name)
+        self._optimizer.restore(checkpoint)
+        for name, part in self._parts.items():
+            if name not in keep:
+                part.load_state_dict(states[name])
+        self._on_restore()
+        self.saved_step = self._state.global_step
+        if self._ranks.is_main and self._is_own(checkpoint):
+            for later in set_aside(self.output_dir, after=self.saved_step):
+                self._logger.note(f"{later.name} was not gone on from; it is in {later.parent / 'set-aside'} now")
+        self._ranks.barrier()
+
+    def truncate_run_folder(self, checkpoint: Path) -> None:
+        """Delete metrics and completions of later updates, if the checkpoint lies in this run folder."""
+        if self._ranks.is_main and self._is_own(checkpoint):
+            metrics_bytes = read_values(checkpoint, STATE)["logger"]["metrics_bytes"]
+            cut_back(self.output_dir, step=self._state.global_step, metrics_bytes=metrics_bytes)
+        self._ranks.barrier()
+
+    def restore_random_state(self, checkpoint: Path) -> None:
+        """Restore each rank's own random state; ranks added since the checkpoint keep their fresh seed."""
+        name = f"{RNG}-{self._ranks.rank}"
+        if (checkpoint / f"{name}.json").is_file():
+            restore_random_state(read_values(checkpoint, name))
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        return checkpoint.resolve().is_relative_to(self.output_dir.resolve())
+
+    def _restore_trainer_state(self, saved: dict[str, Any]) -> None:
+        """Update the state in place, because callbacks and loggers keep references to it."""
+        max_steps = self._state.max_steps
+        for name, value in saved.items():
+            setattr(self._state, name, value)
+        self._state.max_steps = max_steps
+        best = self._state.best_model_checkpoint
+        if best is not None and (here := self.output_dir / "checkpoints" / Path(best).name).is_dir():
+            self._state.best_model_checkpoint = str(here)

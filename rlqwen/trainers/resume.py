@@ -1,0 +1,78 @@
+"""Choose the checkpoint that a run resumes from, and refuse changes that would make it another run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlqwen.checkpoint import complete_checkpoints, read_values, require_complete
+from rlqwen.checkpoint.fingerprint import differences
+from rlqwen.config import TrainerConfig
+from rlqwen.errors import ConfigError
+from rlqwen.run_folder.layout import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
+
+STATE = "state"
+FINGERPRINT = "fingerprint"
+RNG = "rng"
+_STATE_OF_0_1 = "progress.json"
+Note = Callable[[str], None]
+
+
+def choose_checkpoint(
+    resume: bool | str | Path | None, args: TrainerConfig, output_dir: Path, note: Note
+) -> Path | None:
+    """Return the checkpoint to resume from, complete and verified; None to start, with an old run moved aside.
+
+    Called on the main rank only. `resume`: as for `Trainer.train`; None: as the config says.
+    """
+    resume = args.resume_from_checkpoint if resume is None else resume
+    chosen: Path | None = None
+    if resume and resume is not True and resume != "auto":
+        chosen = require_complete(Path(resume))
+        if why := _why_not_resumable(chosen):
+            raise ConfigError(f"resume_from_checkpoint: {str(chosen)!r} {why}; start a new run with it as model.path")
+    elif resume:
+        chosen = next(usable_checkpoints(output_dir, note), None)
+        if chosen is None and resume is True:
+            raise ConfigError(
+                f"there is no complete checkpoint in {str(output_dir)!r} to go on from: start without resuming "
+                "(train.overwrite_output_dir=true moves what is there aside), or set resume: auto in the recipe to "
+                "begin where there is none"
+            )
+    overwrite = args.overwrite_output_dir or (resume == "auto" and chosen is None)
+    if chosen is None or not chosen.resolve().is_relative_to(output_dir.resolve()):
+        # The constructor has refused what others left there, unless there were checkpoints to resume from.
+        refuse_used_folder(output_dir, overwrite=overwrite, apart_from=WRITTEN_BY_EVALUATION)
+    if chosen is None and overwrite:
+        aside = move_run_aside(output_dir)
+        if aside is not None:
+            note(f"the run that was in {output_dir} is in {aside} now")
+    return chosen
+
+
+def usable_checkpoints(output_dir: Path, note: Note) -> Iterator[Path]:
+    """Yield the checkpoints of a run folder that a run can resume from, newest first; note why others are left out."""
+    for folder in complete_checkpoints(output_dir, note):
+        if why := _why_not_resumable(folder):
+            note(f"checkpoint {folder} is not used: it {why}")
+        else:
+            yield folder
+
+
+def refuse_changes(checkpoint: Path, fingerprint: dict[str, Any], *, allowed: bool, note: Note) -> list[str]:
+    """Return what changed since the checkpoint; raise ConfigError with the list unless that is `allowed`."""
+    changes = differences(read_values(checkpoint, FINGERPRINT), fingerprint)
+    if changes and not allowed:
+        head = f"cannot go on from {str(checkpoint)!r}, because the result would not be that of one run:"
+        tail = "undo the changes, or accept them with --allow-changes (train.resume_allow_changes=true)"
+        raise ConfigError("\n  ".join([head, *changes]) + "\n" + tail)
+    for change in changes:
+        note(f"going on in spite of a change: {change}")
+    return changes
+
+
+def _why_not_resumable(checkpoint: Path) -> str | None:
+    if (checkpoint / f"{STATE}.json").is_file():
+        return None
+    if (checkpoint / _STATE_OF_0_1).is_file():
+        return "was written by rlqwen 0.1, whose training state this version cannot read"
+    return "holds the model alone (save_only_model), and nothing to go on from"

@@ -1,0 +1,221 @@
+"""Draw scored groups of completions for a trainer: sampled and scored on the main rank, and handed to every rank.
+
+Shapes: P prompts per rollout, G completions per prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, TrainerState
+
+from rlqwen.checkpoint import same_random_state
+from rlqwen.config import OnlineConfig
+from rlqwen.distributed import MainRank
+from rlqwen.reporting import CompletionLog
+from rlqwen.rewards import Scorer
+from rlqwen.rewards.registry import Reward
+from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
+from rlqwen.rollout.resources import uses_vllm
+from rlqwen.rollout.sampler import Sampler, describe_groups
+from rlqwen.trainers.preemption import Preemption
+from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.types import Group, Prompt
+
+
+class RolloutManager:
+    """Hold the scorer and the sampler of a run.
+
+    The scorer starts at once on the main rank, so that a wrong reward is found early. The sampler, and with it the engine,
+    starts at the first draw, so that a wrong argument is found before it.
+    """
+
+    def __init__(
+        self,
+        args: OnlineConfig,
+        rewards: Sequence[Reward],
+        *,
+        output_dir: Path,
+        main_rank: MainRank,
+        processing_class: PreTrainedTokenizerBase,
+        columns: set[str],
+        state: TrainerState,
+        preemption: Preemption,
+        logger: RunLogger,
+    ) -> None:
+        """`columns`: names of the data's columns, for rewards; may be filled in later."""
+        self.scorer: Scorer | None = None
+        """On the main rank."""
+        self.sampler: Sampler | None = None
+        """On the main rank, once something has been sampled."""
+        self._args = args
+        self._rewards = rewards
+        self._output_dir = output_dir
+        self._main_rank = main_rank
+        self._processing_class = processing_class
+        self._columns = columns
+        self._state = state
+        self._preemption = preemption
+        self._logger = logger
+        self._log = CompletionLog(output_dir)
+        self.num_draws = 0
+        """Training draws so far; names the next one, from which its sampling seeds derive."""
+        self._saved_sampler: dict[str, Any] | None = None
+        """State of the sampler that a resumed run has not started yet."""
+        main_rank.run(self._start_scorer)
+
+    def configure(
+        self,
+        *,
+        model_folder: str,
+        longest_prompt: int,
+        end_of_turn: str | None,
+        coming_prompts: Callable[[], Sequence[Prompt]],
+    ) -> None:
+        """Say what the sampler needs when it starts.
+
+        Args:
+            model_folder: config, tokenizer and the weights that rollout workers start with.
+            longest_prompt: tokens.
+            end_of_turn: the token with which the chat template ends a turn, if that is not the tokenizer's EOS.
+            coming_prompts: prompts that a checkpoint may hold prefetched groups of, and at least one.
+        """
+        self._model_folder = model_folder
+        self._longest_prompt = longest_prompt
+        self._end_of_turn = end_of_turn
+        self._coming_prompts = coming_prompts
+
+    def _start_scorer(self) -> None:
+        self.scorer = Scorer(
+            list(self._rewards),
+            self._args.scoring,
+            weights=self._args.reward_weights,
+            failures_dir=self._output_dir / "reward_failures",
+            tokenizer=self._processing_class,
+        )
+        self.scorer.trainer_state = self._state
+        self.scorer.columns = self._columns
+
+    def require_sampler(self) -> Sampler:
+        """Return the sampler, started on first use; called on the main rank only."""
+        if self.sampler is not None:
+            return self.sampler
+        if self.scorer is None:
+            self._start_scorer()
+        assert self.scorer is not None
+        if uses_vllm(self._args.rollout):
+            number = self._args.rollout.num_workers
+            self._logger.note(f"starting Ray and {number} vLLM worker(s), which takes a minute or less")
+        with same_random_state():  # a resumed run starts its engine later
+            self.sampler = Sampler(
+                self._main_rank.policy,
+                self._processing_class,
+                self.scorer,
+                self._args,
+                model_path=self._model_folder,
+                longest_prompt=self._longest_prompt,
+                end_of_turn=self._end_of_turn,
+            )
+        self._preemption.listen()  # Ray takes SIGTERM for itself
+        for note in self.sampler.notes:
+            self._logger.note(note)
+        self.sampler.wait_until_ready(self._logger.note)
+        if self._saved_sampler is not None:
+            self.sampler.restore_progress(self._saved_sampler, self._coming_prompts())
+            self._saved_sampler = None
+        return self.sampler
+
+    def next_groups(
+        self, prompts_P: Sequence[Prompt], coming: Sequence[list[Prompt]], *, among: Sequence[Prompt]
+    ) -> tuple[list[Group], Metrics]:
+        """Return the scored groups of a training step and metrics of the draw, on every rank.
+
+        Without `rollout.max_staleness` they are drawn from the present weights; with it, from those of some steps ago,
+        while the groups of the `coming` steps are being drawn. `among`: rows that other ranks find the prompts in.
+        """
+        self.num_draws += 1
+        name, number = self._draw_name(0), self._args.num_generations
+        if not self._args.rollout.max_staleness:
+            return self.sample(prompts_P, num_generations=number, draw=name, among=among)
+        later = [(self._draw_name(step), prompts) for step, prompts in enumerate(coming, start=1)]
+        return self._on_all_ranks(
+            lambda: self.require_sampler().take(prompts_P, num_generations=number, draw=name, coming=later), among
+        )
+
+    def sample(
+        self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str, among: Sequence[Prompt]
+    ) -> tuple[list[Group], Metrics]:
+        """Return scored groups from the present weights and metrics of the draw, on every rank.
+
+        `draw` names the draw within the run, and is part of the sampling seeds.
+        """
+        return self._on_all_ranks(
+            lambda: self.require_sampler().sample(prompts_P, num_generations=num_generations, draw=draw), among
+        )
+
+    def _on_all_ranks(
+        self, draw: Callable[[], tuple[list[Group], Metrics]], among: Sequence[Prompt]
+    ) -> tuple[list[Group], Metrics]:
+        drawn: list[Group] = []
+        ranks = self._main_rank.ranks
+
+        def work() -> tuple[Any, Metrics]:
+            groups, metrics = draw()
+            drawn.extend(groups)
+            return pack_groups(groups) if ranks.world_size > 1 else None, metrics
+
+        packed, metrics = self._main_rank.run(work)
+        return drawn if ranks.is_main else unpack_groups(packed, among), metrics
+
+    def _draw_name(self, ahead: int) -> str:
+        """Return the name of the training draw so many steps from now."""
+        return f"train/{self.num_draws + ahead}"
+
+    def evaluate(self, rows: Sequence[Prompt]) -> Metrics:
+        """Return mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
+        number = self._args.num_generations_eval or 1
+        groups, _ = self.sample(rows, num_generations=number, draw="eval", among=rows)
+        self.log_completions(groups, evaluation=True)
+        metrics = describe_groups(groups) | self.scoring_metrics()
+        del metrics["tokens/generated"]
+        return metrics
+
+    def log_completions(self, groups: Sequence[Group], *, evaluation: bool = False) -> None:
+        """Write completions beside the metrics of the run."""
+        if self._main_rank.ranks.is_main:
+            self._log.write(self._state.global_step, groups, evaluation=evaluation)
+
+    def scoring_metrics(self) -> Metrics:
+        """Return what the reward workers counted since the last call; nothing except on the main rank."""
+        if self.scorer is None:
+            return {}
+        metrics = self.scorer.metrics()
+        self.scorer.reset_metrics()
+        return metrics
+
+    def weights_changed(self) -> None:
+        """Have the next draw sample from the policy's new weights."""
+        if self.sampler is not None:
+            self.sampler.policy_changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of draws, and the state of the sampler with its prefetched groups."""
+        sampler = self._saved_sampler if self.sampler is None else self.sampler.progress()
+        return {"num_draws": self.num_draws, "sampler": sampler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state saved by `state_dict`; groups that a running sampler has prefetched are discarded."""
+        self.num_draws = state["num_draws"]
+        if self.sampler is not None:
+            self.sampler.forget_ahead()
+        else:
+            self._saved_sampler = state["sampler"]
+
+    def close(self) -> None:
+        """End the engine and the reward workers; may be called twice."""
+        if self.sampler is not None:
+            self.sampler.close()
+            self.sampler = None
+        if self.scorer is not None:
+            self.scorer.close()
+            self.scorer = None
