@@ -27,7 +27,7 @@ from rlqwen import (
 from rlqwen.cli import main
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
-from rlqwen.runs.verification import Difference, Comparison, compare_runs
+from rlqwen.runs.verification import Comparison, Difference, compare_runs
 from tests.forked import run_forked
 from tests.forked_ranks import run_ranks
 
