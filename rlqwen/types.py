@@ -21,8 +21,8 @@ FinishReason = Literal["stop", "length"]
 """`stop`: it ended by itself, at a stop token or a stop text. `length`: it was cut off at the token limit, hence
 truncated."""
 
-Outcome = Literal["ok", "timeout", "error", "invalid"]
-"""What became of one sample's reward call; see rlqwen.rewards.total_reward for what follows from it."""
+CallStatus = Literal["ok", "timeout", "error", "invalid"]
+"""Result of one sample's reward call; rlqwen.rewards.total_reward says how it affects the total reward."""
 
 
 @dataclass(slots=True)
@@ -74,8 +74,8 @@ class Group:
     """Version of the weights that sampled the completions."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     """Raw reward of each completion by reward name; None where missing or not applicable."""
-    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
-    """What became of each reward call, parallel to `rewards`."""
+    call_statuses: dict[str, list[CallStatus]] = field(default_factory=dict)
+    """Status of each reward call, parallel to `rewards`."""
     total_rewards_G: list[float | None] = field(default_factory=list)
     """Weighted sum over reward functions; None where it is missing, see rlqwen.rewards.total_reward."""
     advantages_G: list[float] = field(default_factory=list)

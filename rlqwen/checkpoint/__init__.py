@@ -3,35 +3,35 @@
 from rlqwen.checkpoint.atomic_folder import find_fault, is_storage_error, sync_file
 from rlqwen.checkpoint.checkpoints import (
     Retention,
+    archive_checkpoints,
     checkpoint_folder,
     complete_checkpoints,
     require_complete,
     restore_weights,
     save_model,
-    set_aside,
     write_checkpoint,
 )
-from rlqwen.checkpoint.rng_state import random_state, restore_random_state, same_random_state
-from rlqwen.checkpoint.state_files import read_values, write_values
-from rlqwen.run_folder.lifecycle import cut_back, open_run_folder
+from rlqwen.checkpoint.rng_state import get_rng_state, preserve_rng_state, set_rng_state
+from rlqwen.checkpoint.state_files import read_state, write_state
+from rlqwen.run_folder.lifecycle import open_run_folder, truncate_run_folder
 
 __all__ = [
     "Retention",
+    "archive_checkpoints",
     "checkpoint_folder",
     "complete_checkpoints",
-    "cut_back",
     "find_fault",
+    "get_rng_state",
     "is_storage_error",
     "open_run_folder",
-    "random_state",
-    "read_values",
+    "preserve_rng_state",
+    "read_state",
     "require_complete",
-    "restore_random_state",
     "restore_weights",
-    "same_random_state",
     "save_model",
-    "set_aside",
+    "set_rng_state",
     "sync_file",
+    "truncate_run_folder",
     "write_checkpoint",
-    "write_values",
+    "write_state",
 ]

@@ -28,7 +28,7 @@ def write_complete(folder: Path, fill: Callable[[Path], None], *, last_size: int
     `last_size`: bytes of the folder's predecessor, for the message where there is no room. Raises SaveError where the
     disk is full or cannot be written to; what was written is then removed.
     """
-    partial = partial_of(folder)
+    partial = partial_folder(folder)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)
@@ -47,7 +47,7 @@ def write_complete(folder: Path, fill: Callable[[Path], None], *, last_size: int
     return folder
 
 
-def partial_of(folder: Path) -> Path:
+def partial_folder(folder: Path) -> Path:
     """Where a folder is written before it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 

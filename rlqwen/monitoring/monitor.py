@@ -18,29 +18,29 @@ class Alert:
 
     step: int
     symptom: str
-    finding: Diagnosis
+    diagnosis: Diagnosis
     action: Action
 
     def fields(self) -> dict[str, Any]:
         """What is written down and sent: plain values."""
         return {
             "symptom": self.symptom,
-            "value": self.finding.value,
-            "threshold": self.finding.threshold,
-            "cause": self.finding.cause,
-            "advice": self.finding.advice,
+            "value": self.diagnosis.value,
+            "threshold": self.diagnosis.threshold,
+            "cause": self.diagnosis.cause,
+            "advice": self.diagnosis.advice,
             "action": self.action,
         }
 
     @property
     def text(self) -> str:
         """For people: one line, and one for each piece of advice."""
-        finding = self.finding
+        diagnosis = self.diagnosis
         head = (
-            f"watch: {self.symptom} at step {self.step} ({finding.value:.4g}, threshold {finding.threshold:.4g}): "
-            f"{finding.cause}"
+            f"watch: {self.symptom} at step {self.step} ({diagnosis.value:.4g}, threshold {diagnosis.threshold:.4g}): "
+            f"{diagnosis.cause}"
         )
-        return "\n".join([head, *(f"watch:   {line}" for line in finding.advice)])
+        return "\n".join([head, *(f"watch:   {line}" for line in diagnosis.advice)])
 
 
 class Monitor:
@@ -48,8 +48,8 @@ class Monitor:
 
     Example:
         guard = Monitor(args)
-        for trip in guard.observe(step, metrics):
-            print(trip.text)
+        for alert in guard.observe(step, metrics):
+            print(alert.text)
     """
 
     def __init__(self, args: TrainerConfig) -> None:
@@ -61,7 +61,7 @@ class Monitor:
         """Steps in a row that showed a symptom."""
         self._absent: dict[str, int] = {}
         """For symptoms that were told: steps in a row without them."""
-        self.trips: list[Alert] = []
+        self.alerts: list[Alert] = []
         """All of the run, in order."""
         self.cleared: list[str] = []
         """Symptoms that the last step was found free of."""
@@ -72,22 +72,22 @@ class Monitor:
         if not self._config.enabled:
             return []
         seen = Step(metrics, self._history, self._args)
-        trips = []
+        alerts = []
         for name, find in SYMPTOMS.items():
             limits: SymptomConfig | None = getattr(self._config, name)
             if limits is None:
                 continue
-            finding = find(limits, seen)
-            if self._is_news(name, limits, finding) and finding is not None:
-                trips.append(Alert(step, name, finding, limits.action or self._config.action))
+            diagnosis = find(limits, seen)
+            if self._is_news(name, limits, diagnosis) and diagnosis is not None:
+                alerts.append(Alert(step, name, diagnosis, limits.action or self._config.action))
         followed = {key: metrics[key] for key in ("entropy", "completions/mean_length") if key in metrics}
         self._history.add(followed | gradient_norms(metrics))
-        self.trips += trips
-        return trips
+        self.alerts += alerts
+        return alerts
 
-    def _is_news(self, name: str, limits: SymptomConfig, finding: Diagnosis | None) -> bool:
+    def _is_news(self, name: str, limits: SymptomConfig, diagnosis: Diagnosis | None) -> bool:
         """Count, and say whether the symptom has lasted long enough and has not been told."""
-        if finding is None:
+        if diagnosis is None:
             self._shown[name] = 0
             if name in self._absent:
                 self._absent[name] += 1
@@ -102,24 +102,24 @@ class Monitor:
             return not told
         return False
 
-    def forget_symptoms(self) -> None:
+    def reset_symptoms(self) -> None:
         """What was seen belongs to weights that are gone, and is told anew if it comes back."""
         self._shown, self._absent = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to be watched as if it had not been cut; as JSON can hold it."""
         return {"history": self._history.state_dict(), "shown": self._shown, "absent": self._absent} | {
-            "trips": [asdict(trip) for trip in self.trips]
+            "alerts": [asdict(alert) for alert in self.alerts]
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self._history.load_state_dict(state["history"])
         self._shown, self._absent = dict(state["shown"]), dict(state["absent"])
-        self.trips = [Alert(**trip | {"finding": Diagnosis(**trip["finding"])}) for trip in state["trips"]]
+        self.alerts = [Alert(**alert | {"diagnosis": Diagnosis(**alert["diagnosis"])}) for alert in state["alerts"]]
 
 
-def worst_action(trips: Iterable[Alert]) -> Action | None:
-    """The most severe of what the trips ask for; None where there are none."""
-    actions = [trip.action for trip in trips]
+def worst_action(alerts: Iterable[Alert]) -> Action | None:
+    """The most severe of what the alerts ask for; None where there are none."""
+    actions = [alert.action for alert in alerts]
     return max(actions, key=_SEVERITY.index) if actions else None

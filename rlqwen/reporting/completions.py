@@ -37,7 +37,7 @@ def completion_rows(group: Group) -> Iterator[dict[str, Any]]:
             "rewards": {name: values[index] for name, values in group.rewards.items()},
             "reward": group.total_rewards_G[index] if group.total_rewards_G else None,
             "advantage": group.advantages_G[index] if group.advantages_G else None,
-            "outcomes": {name: outcomes[index] for name, outcomes in group.outcomes.items() if outcomes[index] != "ok"},
+            "outcomes": {name: values[index] for name, values in group.call_statuses.items() if values[index] != "ok"},
             **({"extras": {name: values[index] for name, values in group.extras.items()}} if group.extras else {}),
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.token_ids),

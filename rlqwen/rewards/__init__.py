@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlqwen.rewards.build import build_rewards
-    from rlqwen.rewards.results import Tally
+    from rlqwen.rewards.call_counts import CallCounts
     from rlqwen.rewards.scorer import Scorer
 
 _HOMES = {
     "Scorer": "rlqwen.rewards.scorer",
-    "Tally": "rlqwen.rewards.results",
+    "CallCounts": "rlqwen.rewards.call_counts",
     "build_rewards": "rlqwen.rewards.build",
 }
 
-__all__ = ["Scorer", "Tally", "build_rewards"]
+__all__ = ["CallCounts", "Scorer", "build_rewards"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Turns what a user gives as `reward_funcs` into rewards."""
+"""Build rewards from what a user passes as `reward_funcs`."""
 
 import dataclasses
 import sys
@@ -14,12 +14,16 @@ from rlqwen.rewards.reward_model import RewardModel
 def build_rewards(
     reward_funcs: Any, args_list: Sequence[Mapping[str, Any]] | None = None, tokenizers: Any = None
 ) -> list[Reward]:
-    """Rewards from one entry or a list of them, each with a name of its own.
+    """Build rewards with distinct names from one entry or a list of entries. Models are not loaded here.
 
-    An entry is a callable, a name that the registry knows, a Reward, a torch module, or the folder or hub id of a
-    sequence-classification model. `args_list` and `tokenizers` are parallel to the entries: arguments of each
-    reward, and the tokenizer of each reward model (None: the model's own). Models are not loaded here. Raises
-    RewardSpecError.
+    Args:
+        reward_funcs: each entry is a callable, a name that the registry knows, a Reward, a torch module, or the folder
+            or hub id of a sequence-classification model.
+        args_list: arguments of each reward, parallel to the entries.
+        tokenizers: tokenizer of each reward model, parallel to the entries; None: the model's own.
+
+    Raises:
+        RewardSpecError: an entry is unknown or does not fit its arguments.
     """
     entries = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     all_args = _parallel([{}] * len(entries) if args_list is None else args_list, entries, "args")
@@ -46,17 +50,17 @@ def _build(entry: Any, args: Mapping[str, Any], tokenizer: Any) -> Reward:
 def _parallel(values: Any, entries: Sequence[Any], what: str) -> list[Any]:
     given: list[Any] = list(values) if isinstance(values, list | tuple) else [values]
     if len(given) != len(entries):
-        raise RewardSpecError(f"{len(given)} {what} for {len(entries)} rewards; give one a reward")
+        raise RewardSpecError(f"{len(given)} {what} for {len(entries)} rewards; give one per reward")
     return given
 
 
 def _is_module(entry: Any) -> bool:
-    torch = sys.modules.get("torch")  # where it has not been imported, nothing is one of its modules
+    torch = sys.modules.get("torch")  # if torch is not imported, no entry is a torch module
     return torch is not None and isinstance(entry, torch.nn.Module)
 
 
 def _is_model_path(name: str) -> bool:
-    """A folder, or what looks like a hub id and is no registered reward."""
+    """Return whether `name` is a folder, or looks like a hub id and is no registered reward."""
     if Path(name).is_dir():
         return True
     looks_like_an_id = name.count("/") == 1 and ":" not in name and not name.endswith(".py")

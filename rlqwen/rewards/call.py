@@ -1,4 +1,4 @@
-"""What became of a reward call: the judge of returned values, shared by workers and the trainer's process."""
+"""Call a reward and validate what it returns, in a worker or in the trainer's process."""
 
 import asyncio
 import dataclasses
@@ -12,53 +12,55 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from rlqwen.rewards.reward_logging import Journal
-from rlqwen.types import Outcome
+from rlqwen.rewards.reward_logging import RewardLogger
+from rlqwen.types import CallStatus
 
 MAX_TRACE_LENGTH = 20_000
-"""Characters of a traceback that are kept; its end says most."""
+"""Characters kept of a traceback, counted from its end, which is the most useful part."""
 
 
 @dataclass(slots=True, frozen=True)
 class CallResult:
-    """One call of one reward on n samples; every list has n entries."""
+    """Hold the result of one call of one reward on n samples. Every list has n entries."""
 
     rewards: list[float | None]
-    """None where missing (outcome is not ok) or not applicable (outcome is ok)."""
-    outcomes: list[Outcome]
+    """None if missing (status is not ok) or not applicable (status is ok)."""
+    statuses: list[CallStatus]
     traces: list[str | None]
-    """The reward's traceback, or what is wrong with its value; None where ok."""
+    """The reward's traceback, or what is wrong with its value. None if ok."""
     seconds: float
     is_settled: bool = True
-    """False: the call failed as a whole, so it is not known which of its samples is to blame."""
+    """False if the call failed as a whole, so that it is unknown which sample caused it."""
     metrics: Sequence[tuple[str, float]] = ()
-    """What the reward gave to `log_metric`."""
+    """What the reward passed to `log_metric`."""
     extras: Mapping[str, list[Any]] = field(default_factory=dict)
-    """What it gave to `log_extra`: column -> n values."""
+    """What the reward passed to `log_extra`: column -> n values."""
 
     @classmethod
-    def failed(cls, outcome: Outcome, trace: str, count: int, seconds: float) -> Self:
-        """The call as a whole gave nothing."""
-        return cls([None] * count, [outcome] * count, [trace[-MAX_TRACE_LENGTH:]] * count, seconds, is_settled=False)
+    def failed(cls, status: CallStatus, trace: str, count: int, seconds: float) -> Self:
+        """Return the result of a call that failed as a whole."""
+        return cls([None] * count, [status] * count, [trace[-MAX_TRACE_LENGTH:]] * count, seconds, is_settled=False)
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_plain(cls, content: Any, count: int) -> Self:
-        """What a worker sent for `count` samples; raises ValueError unless it is well-formed, since what ran there
-        may have written it."""
+    def from_dict(cls, content: Any, count: int) -> Self:
+        """Read a worker's reply for `count` samples.
+
+        Raises ValueError if it is malformed: code that ran in the worker may have written it.
+        """
         try:
             result = cls(**content)
             values = [*result.rewards, result.seconds, *(value for _, value in result.metrics)]
-            lists = [result.rewards, result.outcomes, result.traces, *result.extras.values()]
+            lists = [result.rewards, result.statuses, result.traces, *result.extras.values()]
             is_sound = (
                 all(isinstance(one, list) and len(one) == count for one in lists)
                 and all(isinstance(name, str) for name in (*result.extras, *(name for name, _ in result.metrics)))
                 and all(value is None or isinstance(value, int | float) for value in values)
                 and all(value is None or math.isfinite(value) for value in result.rewards)
-                and set(result.outcomes) <= {"ok", "timeout", "error", "invalid"}
+                and set(result.statuses) <= {"ok", "timeout", "error", "invalid"}
                 and all(trace is None or isinstance(trace, str) for trace in result.traces)
             )
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -76,19 +78,19 @@ def call(
     loggers: Iterable[str] = (),
     let_through: tuple[type[BaseException], ...] = (),
 ) -> CallResult:
-    """Call a reward on `count` samples and judge what it returns; coroutines are run to their end.
+    """Call a reward on `count` samples and validate what it returns. Coroutines run to their end.
 
-    `arguments` gives its arguments, to which the `loggers` that it takes are added. Whatever is raised becomes an
-    outcome, BaseException included (math-verify's timeout is one), except `let_through`.
+    `arguments` returns the reward's arguments; the log functions named in `loggers` are added to them. Every exception
+    becomes a call status, BaseException included (math-verify's timeout is one), except those in `let_through`.
     """
-    journal = Journal(count)
+    reward_logger = RewardLogger(count)
     started = time.perf_counter()
     try:
-        returned = function(**arguments(), **journal.functions(loggers))
+        returned = function(**arguments(), **reward_logger.functions(loggers))
         if inspect.isawaitable(returned):
             returned = _run_to_end(returned)
         values = as_list(returned)
-        judged = [judge(value) for value in values or ()]
+        validated = [validate(value) for value in values or ()]
     except BaseException as error:
         if isinstance(error, let_through):
             raise
@@ -98,13 +100,13 @@ def call(
     if values is None or len(values) != count:
         given = f"a {type(returned).__name__}" if values is None else f"{len(values)} values"
         return CallResult.failed("invalid", f"returned {given} for {count} completions", count, seconds)
-    rewards, traces = [reward for reward, _ in judged], [trace for _, trace in judged]
-    outcomes: list[Outcome] = ["invalid" if trace else "ok" for trace in traces]
-    return CallResult(rewards, outcomes, traces, seconds, metrics=journal.metrics, extras=journal.extras)
+    rewards, traces = [reward for reward, _ in validated], [trace for _, trace in validated]
+    statuses: list[CallStatus] = ["invalid" if trace else "ok" for trace in traces]
+    return CallResult(rewards, statuses, traces, seconds, metrics=reward_logger.metrics, extras=reward_logger.extras)
 
 
 def as_list(returned: Any) -> list[Any] | None:
-    """A list, tuple, or 1-d array or tensor as a list; None for anything else."""
+    """Return a list, tuple, or 1-d array or tensor as a list, and None for anything else."""
     if isinstance(returned, list | tuple):
         return list(returned)
     if hasattr(returned, "tolist"):
@@ -113,8 +115,8 @@ def as_list(returned: Any) -> list[Any] | None:
     return None
 
 
-def judge(value: Any) -> tuple[float | None, str | None]:
-    """A returned value as (reward, what is wrong with it). None is fine: the reward does not apply to the sample."""
+def validate(value: Any) -> tuple[float | None, str | None]:
+    """Return (reward, what is wrong with `value`). None is valid: the reward does not apply to the sample."""
     if value is None:
         return None, None
     number = value.tolist() if hasattr(value, "tolist") else value
@@ -130,7 +132,7 @@ def judge(value: Any) -> tuple[float | None, str | None]:
 
 
 def describe(error: BaseException, frames_to_hide: int = 0) -> str:
-    """The traceback of `error` as text, without our own frames at its top."""
+    """Return the traceback of `error` as text, without the first `frames_to_hide` frames, which are rlqwen's own."""
     frames = error.__traceback__
     for _ in range(frames_to_hide):
         if frames is not None and frames.tb_next is not None:
@@ -141,7 +143,7 @@ def describe(error: BaseException, frames_to_hide: int = 0) -> str:
     except MemoryError:
         return f"{type(error).__name__} (no memory left for its traceback)"
     finally:
-        # The frames hold what the reward had allocated.
+        # The frames keep alive what the reward had allocated.
         traceback.clear_frames(error.__traceback__)
 
 
@@ -155,7 +157,7 @@ async def _await(awaitable: Awaitable[Any]) -> Any:
 
 
 def _run_to_end(awaitable: Awaitable[Any]) -> Any:
-    """asyncio.run, in a thread of its own where this thread runs an event loop already, as notebooks do."""
+    """Run a coroutine, in a new thread if this thread already runs an event loop, as in notebooks."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Hands reward calls to worker processes as they come free, and ends those that outlive their deadline."""
+"""Send reward calls to idle worker processes, and kill workers whose call passes its deadline."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from rlqwen.rewards.sandbox.sandbox import minimal_environment, refusal
 from rlqwen.rewards.worker_handle import RewardWorker
 from rlqwen.rewards.worker_main import Setup
 from rlqwen.secrets import without_secrets
-from rlqwen.types import Outcome
+from rlqwen.types import CallStatus
 
 _MAX_IDLE_DEATHS = 5
 _RETIRE_WAIT = 1.0
@@ -28,40 +28,44 @@ _RETIRE_WAIT = 1.0
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Call:
-    """One call of one reward on one or more samples of a group."""
+    """Describe one call of one reward on one or more samples of a group."""
 
     index: int
-    """Number of the reward among those that the workers hold."""
+    """Index of the reward among those that the workers hold."""
     count: int
-    """Samples; `arguments` has so many of each."""
+    """Number of samples, and of entries in each list of `arguments`."""
     arguments: dict[str, Any]
     services: tuple[str, ...]
-    """Names that the reward takes beside its arguments: of rlqwen.rewards.reward_logging.LOGGERS, and CONFINED_PYTHON."""
+    """Arguments that the worker adds: names from rlqwen.rewards.reward_logging.LOGGERS, and CONFINED_PYTHON."""
     begin: Callable[[], None]
-    """Called in the dispatcher's thread, when a worker takes it up."""
+    """Called in the dispatcher's thread when the call is sent to a worker."""
     finish: Callable[[CallResult], None]
     """Called in the dispatcher's thread, after `begin`."""
     batch: object
-    """What `drop_queued` knows it by."""
+    """Identifies the batch for `drop_queued`."""
 
 
 @dataclass(slots=True)
-class _Seat:
-    """A worker and what it is doing."""
+class _WorkerSlot:
+    """Hold a worker and the call that it is running."""
 
     worker: RewardWorker
     deadline: float | None
-    """On the monotonic clock; None while it has nothing to do."""
+    """Seconds on the monotonic clock; None while the worker is idle."""
     is_ready: bool = False
     call: Call | None = None
     started: float = 0.0
 
 
 class Dispatcher:
-    """A pool of reward workers and the one thread that talks to them.
+    """Run a pool of reward workers from one thread.
 
-    `functions` are pickled rewards and `labels` what to call them in messages. `changed` is notified when `error`
-    is set: from then on nothing is served any more. `isolate`: all its workers are isolated.
+    Args:
+        functions: pickled rewards.
+        labels: one per reward, for messages.
+        config: the `scoring` section of the recipe.
+        changed: notified when a worker becomes ready, and when `error` is set; after an error no call is served.
+        isolate: whether the workers run in the sandbox.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Dispatcher:
         self._config = config
         self._changed = changed
         self._queue: deque[Call] = deque()
-        self._seats: list[_Seat] = []
+        self._slots: list[_WorkerSlot] = []
         self._idle_deaths = 0
         self._closing = False
         self._owner_pid = os.getpid()
@@ -102,9 +106,9 @@ class Dispatcher:
         self._wake()
 
     def drop_queued(self, batch: object) -> None:
-        """Forget the calls of a batch that have not begun."""
+        """Drop the calls of a batch that have not begun."""
         for call in [call for call in tuple(self._queue) if call.batch is batch]:
-            with contextlib.suppress(ValueError):  # the thread has just begun it
+            with contextlib.suppress(ValueError):  # the thread has just sent it
                 self._queue.remove(call)
 
     def close(self) -> None:
@@ -117,7 +121,7 @@ class Dispatcher:
             self._thread.join()
 
     def _wake(self) -> None:
-        # A full pipe wakes as well as one more byte; a closed one has no one to wake.
+        # A full pipe wakes the thread anyway. If the pipe is closed, the thread has ended.
         with contextlib.suppress(BlockingIOError, OSError):
             os.write(self._wake_writer, b"\0")
 
@@ -126,16 +130,16 @@ class Dispatcher:
             for _ in range(self._config.num_workers):
                 self._start_worker()
             while not self._closing:
-                self._hand_out()
-                self._attend()
+                self._send_calls()
+                self._handle_events()
         except RlqwenError as error:
             self._fail(error)
-        except BaseException as error:  # noqa: BLE001  the waiting thread must hear of it
+        except BaseException as error:  # noqa: BLE001  the waiting thread raises it
             self._fail(RewardFailure(f"the scoring thread stopped:\n{describe(error)}"))
         finally:
             self._end_workers()
             if self.error is None:
-                self._fail(RewardFailure("the scorer is closed: it calls no rewards any more"))
+                self._fail(RewardFailure("the scorer is closed: it calls no more rewards"))
 
     def _fail(self, error: RlqwenError) -> None:
         with self._changed:
@@ -144,18 +148,18 @@ class Dispatcher:
 
     def _start_worker(self) -> None:
         deadline = time.monotonic() + self._config.start_timeout
-        self._seats.append(_Seat(RewardWorker(self._setup, self._environment, is_silent=self._isolate), deadline))
+        self._slots.append(_WorkerSlot(RewardWorker(self._setup, self._environment, is_silent=self._isolate), deadline))
 
-    def _hand_out(self) -> None:
-        for seat in self._seats:
-            while seat.is_ready and seat.call is None and self._queue:
+    def _send_calls(self) -> None:
+        for slot in self._slots:
+            while slot.is_ready and slot.call is None and self._queue:
                 try:
                     call = self._queue.popleft()
                 except IndexError:
-                    return  # dropped by the trainer's thread meanwhile
-                self._begin(seat, call)
+                    return  # the trainer's thread has dropped it meanwhile
+                self._begin(slot, call)
 
-    def _begin(self, seat: _Seat, call: Call) -> None:
+    def _begin(self, slot: _WorkerSlot, call: Call) -> None:
         call.begin()
         try:
             message = pickle.dumps((call.index, call.count, call.services, cloudpickle.dumps(call.arguments)))
@@ -163,28 +167,28 @@ class Dispatcher:
             trace = f"the arguments cannot be sent to a worker:\n{describe(error)}"
             call.finish(CallResult.failed("error", trace, call.count, 0.0))
             return
-        seat.call, seat.started = call, time.monotonic()
-        seat.deadline = seat.started + self._config.timeout
-        seat.worker.send(message)
+        slot.call, slot.started = call, time.monotonic()
+        slot.deadline = slot.started + self._config.timeout
+        slot.worker.send(message)
 
-    def _attend(self) -> None:
-        """Wait for the next message or deadline, and deal with it."""
-        deadlines = [seat.deadline for seat in self._seats if seat.deadline is not None]
-        patience = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        ready = wait([self._wake_reader, *(seat.worker.connection for seat in self._seats)], patience)
+    def _handle_events(self) -> None:
+        """Wait for the next message or deadline, and handle it."""
+        deadlines = [slot.deadline for slot in self._slots if slot.deadline is not None]
+        timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        ready = wait([self._wake_reader, *(slot.worker.connection for slot in self._slots)], timeout)
         if self._wake_reader in ready:
             os.read(self._wake_reader.fileno(), 1 << 16)
         now = time.monotonic()
-        for seat in list(self._seats):
-            if seat.worker.connection in ready:
-                self._receive(seat)
-            elif seat.deadline is not None and now >= seat.deadline:
-                self._expire(seat)
+        for slot in list(self._slots):
+            if slot.worker.connection in ready:
+                self._receive(slot)
+            elif slot.deadline is not None and now >= slot.deadline:
+                self._expire(slot)
 
-    def _receive(self, seat: _Seat) -> None:
-        message = seat.worker.receive()
+    def _receive(self, slot: _WorkerSlot) -> None:
+        message = slot.worker.receive()
         if message is None:
-            self._bury(seat)
+            self._handle_death(slot)
             return
         kind, content = message
         if kind == "unsafe":
@@ -195,64 +199,64 @@ class Dispatcher:
                 f"reward {self._labels[index]} cannot be loaded in a worker process:\n{trace}\nMake what it needs "
                 "importable there, or name it in scoring.in_process to call it in the trainer's process"
             )
-        seat.deadline = None
+        slot.deadline = None
         if kind == "ready":
-            seat.is_ready = True
+            slot.is_ready = True
             with self._changed:
                 self.num_ready += 1
                 self._changed.notify_all()
-        elif seat.call is not None:
+        elif slot.call is not None:
             try:
-                result = CallResult.from_plain(content, seat.call.count)
+                result = CallResult.from_dict(content, slot.call.count)
             except ValueError as error:
-                result = CallResult.failed("invalid", str(error), seat.call.count, time.monotonic() - seat.started)
-            self._finish(seat, result)
+                result = CallResult.failed("invalid", str(error), slot.call.count, time.monotonic() - slot.started)
+            self._finish(slot, result)
 
-    def _finish(self, seat: _Seat, result: CallResult) -> None:
-        call, seat.call, seat.deadline = seat.call, None, None
+    def _finish(self, slot: _WorkerSlot, result: CallResult) -> None:
+        call, slot.call, slot.deadline = slot.call, None, None
         self._idle_deaths = 0
         if call is not None:
             call.finish(result)
 
-    def _expire(self, seat: _Seat) -> None:
-        if seat.call is None:
+    def _expire(self, slot: _WorkerSlot) -> None:
+        if slot.call is None:
             raise RewardFailure(
                 f"a reward worker was not ready after scoring.start_timeout={self._config.start_timeout:g} s; "
                 f"it imports {', '.join(self._labels)}"
             )
-        trace = f"still running after scoring.timeout={self._config.timeout:g} s, at:\n{seat.worker.where()}"
-        self._replace(seat)
-        seconds = time.monotonic() - seat.started
-        self._finish(seat, CallResult.failed("timeout", trace, seat.call.count, seconds))
+        trace = f"still running after scoring.timeout={self._config.timeout:g} s, at:\n{slot.worker.stack()}"
+        self._replace(slot)
+        seconds = time.monotonic() - slot.started
+        self._finish(slot, CallResult.failed("timeout", trace, slot.call.count, seconds))
 
-    def _bury(self, seat: _Seat) -> None:
-        death = f"the worker process {seat.worker.death()}\n{seat.worker.last_words()}".rstrip()
-        if not seat.is_ready:
+    def _handle_death(self, slot: _WorkerSlot) -> None:
+        death = f"the worker process {slot.worker.describe_exit()}\n{slot.worker.trace_tail()}".rstrip()
+        if not slot.is_ready:
             raise RewardFailure(f"{death}\nwhile it imported the rewards: {', '.join(self._labels)}")
-        if seat.call is None:
+        if slot.call is None:
             self._idle_deaths += 1
             if self._idle_deaths > _MAX_IDLE_DEATHS:
                 raise RewardFailure(f"reward workers keep dying between calls; the last one: {death}")
-        self._replace(seat)
-        if seat.call is not None:
-            seconds = time.monotonic() - seat.started
-            outcome: Outcome = "timeout" if "SIGXCPU" in death else "error"
-            self._finish(seat, CallResult.failed(outcome, death, seat.call.count, seconds))
+        self._replace(slot)
+        if slot.call is not None:
+            seconds = time.monotonic() - slot.started
+            status: CallStatus = "timeout" if "SIGXCPU" in death else "error"
+            self._finish(slot, CallResult.failed(status, death, slot.call.count, seconds))
 
-    def _replace(self, seat: _Seat) -> None:
-        self._seats.remove(seat)
-        seat.worker.kill()
+    def _replace(self, slot: _WorkerSlot) -> None:
+        self._slots.remove(slot)
+        slot.worker.kill()
         self.num_restarts += 1
         self._start_worker()
 
     def _end_workers(self) -> None:
-        """Let idle workers end by themselves for a moment, and kill what is left."""
-        idle = [seat.worker for seat in self._seats if seat.deadline is None and self.error is None]
+        """Give idle workers a moment to exit by themselves, then kill the rest."""
+        idle = [slot.worker for slot in self._slots if slot.deadline is None and self.error is None]
         for worker in idle:
             worker.retire()
         until = time.monotonic() + _RETIRE_WAIT
         while time.monotonic() < until and not all(worker.has_ended() for worker in idle):
             time.sleep(0.005)
-        for seat in self._seats:
-            seat.worker.kill()
-        self._seats.clear()
+        for slot in self._slots:
+            slot.worker.kill()
+        self._slots.clear()

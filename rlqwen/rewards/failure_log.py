@@ -1,33 +1,33 @@
-"""Keeps the inputs on which rewards failed, so that the failure can be repeated."""
+"""Write the inputs on which rewards failed to a file, so that the failure can be reproduced."""
 
 import json
 from pathlib import Path
 
 from rlqwen.secrets import redact_values
-from rlqwen.types import Group, Outcome
+from rlqwen.types import CallStatus, Group
 
 MAX_RECORDS = 200
-"""Records a run; enough to see what goes wrong, and no reward that always fails fills the disk."""
+"""Maximum number of records per run, so that a reward that always fails does not fill the disk."""
 
 FILE_NAME = "scoring_failures.jsonl"
 
 
 class FailureLog:
-    """Appends to `scoring_failures.jsonl` in `folder`; without a folder it keeps nothing."""
+    """Append records to `scoring_failures.jsonl` in `folder`; without a folder, write nothing."""
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / FILE_NAME
         self._num_records = 0
 
-    def write(self, reward: str, outcome: Outcome, group: Group, sample: int, trace: str | None) -> None:
-        """One record: the reward's name, prompt, completion and columns it was given, and what went wrong."""
+    def write(self, reward: str, status: CallStatus, group: Group, sample: int, trace: str | None) -> None:
+        """Write one record: the reward's name, its prompt, completion and columns, and what went wrong."""
         if self.path is None or self._num_records >= MAX_RECORDS:
             return
         self._num_records += 1
         completion = group.completions[sample]
         record = {
             "reward": reward,
-            "outcome": outcome,
+            "outcome": status,
             "prompt_index": group.prompt.index,
             "sample": sample,
             "policy_version": group.policy_version,

@@ -1,4 +1,4 @@
-"""Which rewards can go to a worker process, and how they are packed."""
+"""Pickle reward functions for worker processes, and find those that keep state between calls."""
 
 import dataclasses
 import functools
@@ -14,12 +14,13 @@ import cloudpickle  # type: ignore[import-untyped]
 _WRAPPER_ATTRIBUTES = {"__wrapped__", "__name__", "__qualname__", "__doc__", "__module__", "__annotations__"}
 
 
-def pack(function: Callable[..., Any]) -> bytes:
-    """Pickle `function` for a worker; raises whatever the pickler raises where it cannot travel.
+def pickle_function(function: Callable[..., Any]) -> bytes:
+    """Pickle `function` for a worker.
 
-    Functions of `__main__`, of notebooks and of modules that a fresh interpreter could not import go by value.
+    Functions of `__main__`, of notebooks and of modules that a fresh interpreter could not import are pickled by value.
+    Raises whatever the pickler raises if `function` cannot be pickled.
     """
-    module = _module_to_send(function)
+    module = _unimportable_module(function)
     if module is None:
         return bytes(cloudpickle.dumps(function))
     cloudpickle.register_pickle_by_value(module)
@@ -29,10 +30,10 @@ def pack(function: Callable[..., Any]) -> bytes:
         cloudpickle.unregister_pickle_by_value(module)
 
 
-def state_of(function: Callable[..., Any]) -> str | None:
-    """What keeps `function`'s state between calls, in words; None for a plain function, which keeps none."""
+def describe_state(function: Callable[..., Any]) -> str | None:
+    """Say what keeps state between calls of `function`; None for a plain function, which keeps none."""
     if isinstance(function, functools.partial):
-        return state_of(function.func)
+        return describe_state(function.func)
     if inspect.ismethod(function):
         owner = function.__self__
         return None if isinstance(owner, type) else f"it is a method of a {type(owner).__name__} object"
@@ -47,8 +48,8 @@ def state_of(function: Callable[..., Any]) -> str | None:
     return None
 
 
-def _module_to_send(function: Callable[..., Any]) -> ModuleType | None:
-    """The module of `function` if a worker could not import it by name."""
+def _unimportable_module(function: Callable[..., Any]) -> ModuleType | None:
+    """Return the module of `function` if a worker could not import it by name."""
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__module__", None) or type(function).__module__
@@ -59,9 +60,9 @@ def _module_to_send(function: Callable[..., Any]) -> ModuleType | None:
 
 
 def _can_import(name: str, file: str | None) -> bool:
-    """Whether a fresh interpreter with our sys.path finds module `name` in `file`.
+    """Return whether a fresh interpreter with this `sys.path` finds module `name` in `file`.
 
-    importlib.util.find_spec does not tell: it takes what sys.modules has.
+    importlib.util.find_spec does not answer that, because it reads sys.modules.
     """
     parent, _, _ = name.rpartition(".")
     path = getattr(sys.modules.get(parent), "__path__", None) if parent else None

@@ -1,4 +1,4 @@
-"""Where each reward is called: in a worker, in an isolated one, or in the trainer's own process."""
+"""Decide where each reward is called: in a worker, in an isolated worker, or in the trainer's process."""
 
 import warnings
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import ConfigError, RewardSpecError
-from rlqwen.rewards.pickling import pack, state_of
+from rlqwen.rewards.pickling import describe_state, pickle_function
 from rlqwen.rewards.registry import Reward
 from rlqwen.rewards.reward_model import RewardModel
 
@@ -22,36 +22,40 @@ def check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config:
     for key in ("in_process", "isolated"):
         for name in getattr(config, key):
             if name not in names:
-                raise ConfigError(f"scoring.{key} names {name!r}, which is no reward here: {', '.join(names)}")
+                raise ConfigError(f"scoring.{key} names {name!r}, which is no reward of this run: {', '.join(names)}")
     for reward in rewards:
         if not must_isolate(reward, config):
             continue
         if reward.name in config.in_process:
             raise ConfigError(
-                f"scoring.in_process names {reward.name!r}, which must run isolated: take it out there, or set "
+                f"scoring.in_process names {reward.name!r}, which must run isolated: remove it there, or set "
                 "scoring.isolation: off"
             )
         if isinstance(reward.function, RewardModel):
             raise ConfigError(
-                f"scoring.isolated names {reward.name!r}, a reward model, which has the trainer's process"
+                f"scoring.isolated names {reward.name!r}, a reward model; reward models run in the trainer's process"
             )
 
 
 def must_isolate(reward: Reward, config: ScoringConfig) -> bool:
-    """Whether a reward is called in isolated workers only."""
+    """Return whether a reward is called in isolated workers only."""
     return config.isolation == "required" and (reward.isolated or reward.name in config.isolated)
 
 
-def pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int, bytes]:
-    """Number of each reward that goes to workers -> the pickled function; warns of those that unexpectedly stay."""
-    packed = {}
+def pickle_rewards(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int, bytes]:
+    """Pickle the rewards that workers call: index of the reward -> pickled function.
+
+    Warns of each reward that is called in the trainer's process although `scoring.in_process` does not name it. Raises
+    RewardSpecError if such a reward must run isolated.
+    """
+    pickled = {}
     for index, reward in enumerate(rewards):
         if reward.name in config.in_process or isinstance(reward.function, RewardModel):
             continue
-        reason = state_of(reward.function)
+        reason = describe_state(reward.function)
         if reason is None:
             try:
-                packed[index] = pack(reward.function)
+                pickled[index] = pickle_function(reward.function)
                 continue
             except Exception as error:  # noqa: BLE001  picklers raise anything
                 reason = f"it cannot be pickled: {type(error).__name__}: {error}"
@@ -64,4 +68,4 @@ def pack_travellers(rewards: Sequence[Reward], config: ScoringConfig) -> dict[in
             f"make it a plain function, or accept this by scoring.in_process=[{reward.name!r}]",
             stacklevel=3,
         )
-    return packed
+    return pickled

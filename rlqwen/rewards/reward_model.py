@@ -1,4 +1,4 @@
-"""A sequence-classification model as a reward; torch is imported when one is loaded."""
+"""Use a sequence-classification model as a reward. Imports torch only when the model is loaded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +9,15 @@ from rlqwen.models.hub import check_vocabulary, pinned, split_revision
 
 
 class RewardModel:
-    """Scores prompt and completion with a model's single classification logit, as TRL does.
+    """Score prompt and completion with the single logit of a classification model, as TRL does.
 
-    `model`: a folder or hub id, or a torch module that takes `input_ids` and `attention_mask` and returns an object
-    with `logits` [B, 1]. Conversations go through the tokenizer's chat template. A path loads at the first call of
-    `load`, onto a GPU if there is one; a module stays where it is.
+    Conversations are rendered with the tokenizer's chat template.
+
+    Args:
+        model: a folder or hub id, which `load` loads, onto a GPU if there is one; or a torch module that takes
+            `input_ids` and `attention_mask` and returns an object with `logits` (B, 1), which stays on its device.
+        tokenizer: None: the model's own.
+        batch_size: number of completions per forward.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, batch_size: int = 16) -> None:
@@ -24,12 +28,12 @@ class RewardModel:
 
     @property
     def name(self) -> str:
-        """The last part of the model's path, as TRL names reward models."""
+        """Return the last part of the model's path, as TRL names reward models."""
         path = self._path()
         return Path(split_revision(path)[0]).name if path else type(self._model).__name__
 
     def load(self, default_tokenizer: Any = None) -> None:
-        """Load what was given by path; raises ModelError. `default_tokenizer` serves modules that tell no path."""
+        """Load a model that was given by path. `default_tokenizer` is for modules without a path. Raises ModelError."""
         if self._is_loaded:
             return
         from transformers import AutoTokenizer
@@ -49,7 +53,7 @@ class RewardModel:
             elif default_tokenizer is not None:
                 self._tokenizer = default_tokenizer
             else:
-                raise ModelError(f"reward model {self.name!r} is a module without a path, so give its tokenizer")
+                raise ModelError(f"reward model {self.name!r} is a module without a path: pass its tokenizer")
         from rlqwen.models.loading import text_tokenizer  # which imports transformers
 
         self._tokenizer = text_tokenizer(self._tokenizer)
@@ -63,7 +67,7 @@ class RewardModel:
         self._is_loaded = True
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """One reward for each completion."""
+        """Return one reward per completion."""
         import torch
 
         from rlqwen.data.encoding import encode
@@ -107,6 +111,6 @@ def _load_model(path: str) -> Any:
     if not has_head:
         raise ModelError(
             f"reward model {path!r} lacks weights (score.weight), so its scores would be random; "
-            "give a model that was trained as a reward model, with one label"
+            "use a model that was trained as a reward model, with one label"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

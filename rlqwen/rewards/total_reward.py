@@ -1,16 +1,16 @@
-"""What the rewards of a completion add up to, and what it means that one of them is missing.
+"""Add up the rewards of a completion, and define when the total is missing.
 
-Two things look alike in `group.rewards`, where both are None, and are told apart by `group.outcomes`:
+Two cases look alike in `group.rewards`, where both are None. `group.call_statuses` tells them apart:
 
-- A reward function returned None (outcome `ok`): it does not apply to this completion, and stays out of the weighted
-  sum, as in TRL. Where no reward applies, the total is missing.
-- The call failed (`timeout`, `error`, `invalid`): what it would have said is not known, so neither is the sum: the
-  total is missing, whatever the other rewards said. A reward of weight 0 is only watched: its failures leave the total
-  as it is, and it does not make a total of 0 where no other reward applies.
+- The reward function returned None (status `ok`): it does not apply to this completion and is left out of the weighted
+  sum, as in TRL. If no reward applies, the total is missing.
+- The call failed (status `timeout`, `error` or `invalid`): its value is unknown, so the total is missing, whatever the
+  other rewards are. A reward of weight 0 is only monitored: if it fails, the total stays as it is, and it does not make
+  a total of 0 if no other reward applies.
 
-A completion whose total is missing is as if it had not been sampled: it enters no baseline (rlqwen.algorithms.advantages), no
-loss and none of the counts that losses divide by, and no mean of the metrics; `reward/missing` says how many there are,
-`reward/NAME/timeout`, `/error` and `/invalid` why.
+A completion whose total is missing is treated as if it had not been sampled: it enters no baseline
+(rlqwen.algorithms.advantages), no loss, none of the counts that losses divide by, and no mean of the metrics.
+`reward/missing` is the share of such completions; `reward/NAME/timeout`, `/error` and `/invalid` say why.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def _total(group: Group, sample: int, weights: Mapping[str, float]) -> float | N
     applying = []
     nothing_counts = not any(weights.values())
     for name, weight in weights.items():
-        if weight and group.outcomes[name][sample] != "ok":
+        if weight and group.call_statuses[name][sample] != "ok":
             return None
         value = group.rewards[name][sample]
         if value is not None and (weight or nothing_counts):

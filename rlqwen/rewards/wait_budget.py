@@ -1,4 +1,4 @@
-"""Bounds how much of a run is spent waiting for rewards that hang."""
+"""Limit the time that a run spends waiting for rewards that hang."""
 
 import logging
 import time
@@ -12,26 +12,26 @@ logger = logging.getLogger(__name__)
 
 
 class WaitBudget:
-    """Limit on the time spent waiting for rewards that hang.
+    """Warn of rewards that hang, and stop the run if they cost too much time.
 
-    It warns when more than `scoring.max_wait_share` of a step is spent waiting for a reward whose calls run into their
-    deadline, and stops the run once that has cost `scoring.max_wait_seconds` without a better step in between.
+    A reward hangs if its calls run into their deadline; a slow reward that answers in time does not hang. A step is the
+    time from the end of one wait to the end of the next.
 
-    A step is the time from the end of one wait to the end of the next. A reward that is slow, but answers in time, is
-    not hanging.
+    Warns if more than `scoring.max_wait_share` of a step is spent waiting for such a reward, and stops the run once that
+    has cost `scoring.max_wait_seconds` over steps in a row.
     """
 
     def __init__(self, config: ScoringConfig) -> None:
         self._config = config
         self._began = time.monotonic()
         self._lost: Counter[str] = Counter()
-        """Seconds waited for each hanging reward in the steps before, since the last good one."""
+        """Reward -> seconds waited for it in the previous steps, since the last step below the share."""
         self._warned: set[str] = set()
 
     def check(self, hanging: Mapping[str, float]) -> None:
-        """Warn of rewards above the share in this step; raise RewardFailure if the total lost is too large.
+        """Warn of rewards above the share in this step. Raise RewardFailure if the total time lost is too large.
 
-        `hanging`: reward whose calls ran out of time in this step -> seconds waited for it in this step.
+        `hanging`: reward whose calls ran into their deadline in this step -> seconds waited for it in this step.
         """
         for name, seconds in self._above(hanging).items():
             lost = self._lost[name] + seconds
@@ -55,7 +55,7 @@ class WaitBudget:
                 )
 
     def end_step(self, hanging: Mapping[str, float]) -> None:
-        """End a step: add up the time lost to rewards above the share, and reset the others."""
+        """End a step: add the time lost to rewards above the share, and reset the others."""
         above = self._above(hanging)
         self._lost = Counter({name: self._lost[name] + seconds for name, seconds in above.items()})
         self._began = time.monotonic()
@@ -65,6 +65,4 @@ class WaitBudget:
         return {name: seconds for name, seconds in hanging.items() if seconds > allowed}
 
 
-_ADVICE = (
-    "Fix the reward, lower scoring.timeout, or raise scoring.num_workers; scoring.max_wait_share: 1 waits however long"
-)
+_ADVICE = "Fix the reward, lower scoring.timeout, or raise scoring.num_workers; scoring.max_wait_share: 1 waits without a limit"

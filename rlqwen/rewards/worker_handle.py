@@ -1,4 +1,4 @@
-"""The trainer's end of one reward worker."""
+"""Start, talk to and end one reward worker, from the trainer's process."""
 
 import contextlib
 import json
@@ -25,11 +25,15 @@ _MAX_REPLY_BYTES = 1 << 28
 
 
 class RewardWorker:
-    """A worker process, in a process group of its own so that what its rewards start ends with it.
+    """Control a worker process, which has its own process group so that programs that its rewards start end with it.
 
-    Not started by multiprocessing: that would import the user's `__main__` again, which in most training scripts
-    starts the training. `setup` is a pickled rlqwen.rewards.worker_main.Setup, `environment` all that the worker has of
-    one. What a silent worker prints is discarded: it has no descriptor of the trainer's then.
+    Not started by multiprocessing, because that would import the user's `__main__` again, which in most training scripts
+    starts the training.
+
+    Args:
+        setup: a pickled rlqwen.rewards.worker_main.Setup.
+        environment: all environment variables of the worker.
+        is_silent: discard what the worker prints, so that it inherits no file descriptor of the trainer.
     """
 
     def __init__(self, setup: bytes, environment: Mapping[str, str], *, is_silent: bool = False) -> None:
@@ -50,30 +54,30 @@ class RewardWorker:
         )
         theirs.close()
         for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            # A worker that stops in the middle of a message must not keep the trainer waiting.
+            # A worker that stops in the middle of a message must not block the trainer.
             ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", _MESSAGE_WAIT_S, 0))
         self.connection = Connection(ours.detach())
         self.pid: int | None = None
-        """Of the process that calls the rewards; None until it is ready."""
+        """Process id of the process that calls the rewards; None until it is ready."""
         self.send(setup)
 
     def send(self, message: bytes) -> None:
-        """Send; a worker that is gone is noticed by the reader of `connection`."""
+        """Send a message. If the worker has died, the reader of `connection` notices it."""
         with contextlib.suppress(OSError):
             self.connection.send_bytes(message)
 
     def receive(self) -> tuple[str, Any] | None:
-        """The next message, or None if the worker is gone."""
+        """Return the next message as (kind, content); None if the worker has died or sent something malformed."""
         try:
             kind, content = json.loads(self.connection.recv_bytes(_MAX_REPLY_BYTES))
             if kind == "ready":
                 self.pid = int(content)
         except (EOFError, OSError, ValueError, TypeError, RecursionError):
-            return None  # also for what no worker of ours would write
+            return None
         return kind, content
 
-    def where(self) -> str:
-        """Stack of the call in progress, from the worker itself; empty if it cannot tell."""
+    def stack(self) -> str:
+        """Return the stack of the call in progress, which the worker writes itself; empty if it cannot."""
         if self.pid is None:
             return ""
         with contextlib.suppress(ProcessLookupError):
@@ -86,17 +90,17 @@ class RewardWorker:
             if written and written == size:
                 break
             size = written
-        return self.last_words()
+        return self.trace_tail()
 
-    def last_words(self) -> str:
-        """What the worker's fault handler wrote, such as the stack at a segmentation fault."""
+    def trace_tail(self) -> str:
+        """Return what the worker's fault handler wrote, such as the stack at a segmentation fault."""
         return os.pread(self._trace.fileno(), 1 << 16, 0).decode(errors="replace").strip()
 
-    def death(self) -> str:
-        """How the process ended, in words; for a worker whose connection has closed."""
+    def describe_exit(self) -> str:
+        """Say how the process ended; for a worker whose connection has closed."""
         until = time.monotonic() + _REAP_WAIT
         while time.monotonic() < until:
-            # Not reaped here, so that its process group's number stays taken until `kill`.
+            # Do not reap the process here: its process group id must stay reserved until `kill`.
             ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None:
                 break
@@ -110,7 +114,7 @@ class RewardWorker:
         return f"ended itself with exit code {code}"
 
     def retire(self) -> None:
-        """Tell an idle worker to end by itself, so that exit handlers of rewards run; `kill` must follow."""
+        """Let an idle worker exit by itself, so that exit handlers of rewards run; call `kill` afterwards."""
         with contextlib.suppress(OSError):
             self.connection.close()
 
@@ -118,7 +122,7 @@ class RewardWorker:
         return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> None:
-        """End the whole process group and free what belongs to it; once."""
+        """End the whole process group and free its resources. May be called once only."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,14 +1,14 @@
-"""The process that calls rewards. Started by rlqwen.rewards.worker_handle; imports no torch unless a reward does.
+"""Call rewards in a worker process. Started by rlqwen.rewards.worker_handle; imports no torch unless a reward does.
 
-It is two processes. The one that was started becomes a guard: it runs none of the user's code, so nothing can keep
-it from ending the whole process group, programs that a reward started included, when the trainer is gone. Its child
-calls the rewards, in its main thread, because math-verify's timeouts are signal alarms.
+A worker is two processes. The first one becomes a watchdog: it runs no user code, so nothing can stop it from ending
+the whole process group, including programs that a reward started, when the trainer is gone. Its child calls the
+rewards, in the main thread, because math-verify's timeouts are signal alarms.
 
-Messages to a worker: first a Setup, then (number of the reward, number of samples, names that it takes beside its
-arguments, pickled arguments).
-Messages from it, in JSON, because a pickle from a worker that ran hostile code could run more of it in the trainer:
-[`ready`, pid], [`unloadable`, [number of the reward, traceback]] or [`unsafe`, why it can't be isolated], then
-[`result`, CallResult].
+Messages to a worker: first a Setup, then (index of the reward, number of samples, names of arguments that the worker
+adds, pickled arguments).
+Messages from a worker are JSON, because a pickle from a worker that ran hostile code could run code in the trainer:
+[`ready`, pid], [`unloadable`, [index of the reward, traceback]] or [`unsafe`, why it cannot be isolated], then one
+[`result`, CallResult] per call.
 """
 
 import contextlib
@@ -31,53 +31,54 @@ from rlqwen.rewards.call import call, describe
 from rlqwen.rewards.reward_logging import LOGGERS
 
 TRACE_SIGNAL = signal.SIGUSR1
-"""Makes a worker write where it is to its trace file, even from inside C code that holds the interpreter lock."""
+"""Makes a worker write its stack to its trace file, even from inside C code that holds the interpreter lock."""
 
 CONFINED_PYTHON = "confined_python"
-"""An argument of isolated rewards that name it: the start of a command line that runs a Python script confined."""
+"""Argument of isolated rewards that take it: the start of a command line that runs a Python script confined."""
 
 MAX_PROCESSES = 32
-"""Processes of one isolated worker."""
+"""Maximum number of processes of one isolated worker."""
 
-_GUARD_PERIOD = 0.2
-_GUARD_PERIOD_ISOLATED = 0.05
+_WATCHDOG_PERIOD = 0.2
+_WATCHDOG_PERIOD_ISOLATED = 0.05
 _PR_SET_PDEATHSIG = 1
 _MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(slots=True, frozen=True)
 class Setup:
-    """What a worker needs before it can serve."""
+    """Hold what a worker needs before it can call rewards."""
 
     functions: tuple[bytes, ...]
     """The rewards, pickled."""
     memory_bytes: int | None
-    """Of the process; isolated, also of it and all that it started together."""
+    """Memory limit of the process. If isolated, also the limit of its process group together."""
     cpu_seconds: float | None
-    """Processor time of one call, of all threads of the process."""
+    """Limit of processor time per call, summed over all threads of the process."""
     isolate: bool
-    """Whether to serve behind the boundary of rlqwen.rewards.sandbox.sandbox."""
+    """Whether to run in the sandbox (rlqwen.rewards.sandbox.sandbox)."""
 
 
 def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
-    """Serve until the trainer closes its end of the connection or is gone."""
-    del sys.argv[1:]  # what a reward imports may read them
+    """Call rewards until the trainer closes its end of the connection or is gone."""
+    del sys.argv[1:]  # modules that a reward imports may read them
     for fd in (connection_fd, trace_fd):
         os.set_inheritable(fd, False)
-    # A handler rather than SIG_IGN, which programs started by a reward would inherit.
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the trainer too, which then saves
+    # A terminal sends these signals to the trainer too, which then saves. A handler rather than SIG_IGN, because
+    # programs that a reward starts would inherit SIG_IGN.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     connection = Connection(connection_fd)
     setup: Setup = pickle.loads(connection.recv_bytes())
     alive_end, worker_end = os.pipe()
-    guard_pid = os.getpid()
+    watchdog_pid = os.getpid()
     worker_pid = os.fork()
     if worker_pid:
         connection.close()
         os.close(worker_end)
-        _guard(worker_pid, alive_end, trainer_pid, trace_fd, setup)
+        _watch(worker_pid, alive_end, trainer_pid, trace_fd, setup)
     os.close(alive_end)
-    _die_with(guard_pid)
+    _die_with(watchdog_pid)
     faulthandler.enable(file=trace_fd)
     faulthandler.register(TRACE_SIGNAL, file=trace_fd)
     for stream in (sys.stdout, sys.stderr):
@@ -85,14 +86,16 @@ def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
     _serve(connection, setup, trainer_pid)
 
 
-def _guard(worker_pid: int, alive_end: int, trainer_pid: int, trace_fd: int, setup: Setup) -> NoReturn:
-    """Wait for the worker's end and pass its exit status on; end the process group if the trainer goes first, or if
-    an isolated worker's processes take more than they may."""
+def _watch(worker_pid: int, alive_end: int, trainer_pid: int, trace_fd: int, setup: Setup) -> NoReturn:
+    """Wait for the worker to end, and exit with its status.
+
+    End the process group if the trainer ends first, or if the processes of an isolated worker exceed their limits.
+    """
     signal.signal(TRACE_SIGNAL, signal.SIG_IGN)
-    period = _GUARD_PERIOD_ISOLATED if setup.isolate else _GUARD_PERIOD
+    period = _WATCHDOG_PERIOD_ISOLATED if setup.isolate else _WATCHDOG_PERIOD
     while os.getppid() == trainer_pid:
         ready, _, _ = select.select([alive_end], [], [], period)
-        # The pipe's end is the quick sign; a process that the reward forked may still hold it open.
+        # The pipe closes at once when the worker ends, unless a process that the reward forked still holds it open.
         ended, status = os.waitpid(worker_pid, 0 if ready else os.WNOHANG)
         if ended:
             code = os.waitstatus_to_exitcode(status)
@@ -106,13 +109,13 @@ def _guard(worker_pid: int, alive_end: int, trainer_pid: int, trace_fd: int, set
 
 
 def _excess(max_bytes: float) -> str | None:
-    """What the processes of this group take too much of, in words."""
-    group, guard, num_bytes, count = os.getpgrp(), os.getpid(), 0, 0
+    """Say which limit the processes of this group exceed; None if none."""
+    group, watchdog, num_bytes, count = os.getpgrp(), os.getpid(), 0, 0
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == guard:
+        if not folder.name.isdigit() or int(folder.name) == watchdog:
             continue
         with contextlib.suppress(OSError):
-            # The name of the program, which may hold anything, stands in brackets before the other fields.
+            # The program's name, which may contain any character, is in parentheses before the other fields.
             if int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[2]) != group:
                 continue
             _, resident, shared, *_ = map(int, (folder / "statm").read_text().split())
@@ -125,13 +128,13 @@ def _excess(max_bytes: float) -> str | None:
     return None
 
 
-def _die_with(guard_pid: int) -> None:
-    """Ask the kernel to end this process when the guard ends, however that happens; Linux only."""
+def _die_with(watchdog_pid: int) -> None:
+    """Ask the kernel to kill this process when the watchdog ends for any reason (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guard_pid:
+    if os.getppid() != watchdog_pid:
         os._exit(1)
 
 
@@ -166,7 +169,7 @@ def _serve(connection: Connection, setup: Setup, trainer_pid: int) -> None:
         result = call(functions[index], arguments, count, loggers=[name for name in names if name in LOGGERS])
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        reply("result", result.plain())
+        reply("result", result.to_dict())
 
 
 def _arguments(pickled: bytes, names: Sequence[str], is_isolated: bool) -> dict[str, Any]:
@@ -179,9 +182,9 @@ def _arguments(pickled: bytes, names: Sequence[str], is_isolated: bool) -> dict[
 
 
 def _limit_resources(setup: Setup) -> None:
-    """Bound heap and private mappings (RLIMIT_DATA): unlike address space, importing torch or CUDA needs little.
+    """Limit heap and private mappings (RLIMIT_DATA), of which importing torch or CUDA needs little.
 
-    Isolated, bound the address space too, which counts memory that processes share, and the size of a file.
+    If isolated, also limit the address space, which includes shared memory, and the size of files.
     """
     import resource
 
@@ -199,7 +202,7 @@ def _limit_resources(setup: Setup) -> None:
 
 
 def _limit_processor_time(seconds: float | None) -> None:
-    """Allow so many seconds from now on; past them the kernel ends the process."""
+    """Have the kernel kill this process after `seconds` more of processor time."""
     if seconds is None:
         return
     import resource

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlqwen.data import find_prompts
-from rlqwen.types import Completion, FinishReason, Group, Outcome, Prompt
+from rlqwen.types import CallStatus, Completion, FinishReason, Group, Prompt
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class PackedGroups:
     """float32, which is what samplers compute in."""
     truncated: list[bool]
     rewards: list[dict[str, list[float | None]]]
-    outcomes: list[dict[str, list[Outcome]]]
+    call_statuses: list[dict[str, list[CallStatus]]]
     total_rewards: list[list[float | None]]
     experts: list[np.ndarray | None]
     """Of each completion."""
@@ -44,7 +44,7 @@ def pack_groups(groups: Sequence[Group]) -> PackedGroups:
         logprobs=np.array([logp for completion in completions for logp in completion.logprobs], dtype=np.float32),
         truncated=[completion.is_truncated for completion in completions],
         rewards=[group.rewards for group in groups],
-        outcomes=[group.outcomes for group in groups],
+        call_statuses=[group.call_statuses for group in groups],
         total_rewards=[group.total_rewards_G for group in groups],
         experts=[completion.experts for completion in completions],
         prompt_experts=[group.prompt_experts for group in groups],
@@ -69,7 +69,7 @@ def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group
                 completions[start : start + size],
                 packed.versions[place],
                 rewards=packed.rewards[place],
-                outcomes=packed.outcomes[place],
+                call_statuses=packed.call_statuses[place],
                 total_rewards_G=packed.total_rewards[place],
                 prompt_experts=packed.prompt_experts[place],
             )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlqwen.data import find_prompts
-from rlqwen.rewards import Scorer, Tally
+from rlqwen.rewards import CallCounts, Scorer
 from rlqwen.rollout import RolloutEngine
 from rlqwen.types import Completion, Group, GroupRequest, Prompt
 
@@ -57,10 +57,10 @@ class RolloutBatch:
         """That sampling took."""
         self._requests = requests
         self._scorer = scorer
-        self._batch = scorer.open()
+        self._batch = scorer.open_batch()
         self._arrived: dict[int, list[Group]] = {}
         self._groups: list[Group] | None = None
-        self._tally = Tally()
+        self._counts = CallCounts()
 
     def prompts_differ(self, prompts_P: Sequence[Prompt]) -> bool:
         """Whether these are not the rows that it was drawn for, as after the data went on without it."""
@@ -80,12 +80,12 @@ class RolloutBatch:
             self._scorer.wait(self._batch)
             # Groups come as they finish; training must not depend on that order.
             self._groups = [self._arrived[id(request.prompt)].pop() for request in self._requests]
-            self._tally = self._batch.tally
+            self._counts = self._batch.counts
         return self._groups
 
     def count(self) -> None:
         """Have the scorer's metrics tell of this draw."""
-        self._scorer.count(self._tally)
+        self._scorer.add_counts(self._counts)
 
     def progress(self) -> dict[str, Any]:
         """The scored draw as JSON can hold it."""
@@ -95,13 +95,13 @@ class RolloutBatch:
                 "completions": [[c.token_ids, c.logprobs, c.finish_reason, c.text] for c in group.completions],
                 **_plain_experts(group),
                 "rewards": group.rewards,
-                "outcomes": group.outcomes,
+                "call_statuses": group.call_statuses,
                 "totals": group.total_rewards_G,
                 "extras": group.extras,
             }
             for group in self.score()
         ]
-        return {"name": self.name, "version": self.version, "groups": groups, "tally": self._tally.plain()}
+        return {"name": self.name, "version": self.version, "groups": groups, "counts": self._counts.state_dict()}
 
     @classmethod
     def restored(
@@ -123,13 +123,13 @@ class RolloutBatch:
                 draw.version,
                 prompt_experts=array_of(group.get("prompt_experts")),
                 rewards=group["rewards"],
-                outcomes=group["outcomes"],
+                call_statuses=group["call_statuses"],
                 total_rewards_G=group["totals"],
                 extras=group["extras"],
             )
             for group, prompt in zip(progress["groups"], found, strict=True)
         ]
-        draw._tally = Tally.of_plain(progress["tally"])
+        draw._counts.load_state_dict(progress["counts"])
         return draw
 
 

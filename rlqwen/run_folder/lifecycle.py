@@ -42,7 +42,7 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
     return folder
 
 
-def cut_back(folder: Path, *, step: int, metrics_bytes: int) -> None:
+def truncate_run_folder(folder: Path, *, step: int, metrics_bytes: int) -> None:
     """Delete what was written after the checkpoint of update `step`, so that nothing appears twice.
 
     `metrics_bytes`: the size of `metrics.jsonl` then.

@@ -371,7 +371,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         )
         self.callbacks.notify("on_train_begin")
         if checkpoint is not None:
-            self.checkpointer.restore_random_state(checkpoint)
+            self.checkpointer.restore_rng_state(checkpoint)
 
     def _resume(self, checkpoint: Path, changes: list[str]) -> None:
         self.checkpointer.restore(checkpoint)

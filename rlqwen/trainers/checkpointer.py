@@ -11,16 +11,16 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 
 from rlqwen.checkpoint import (
     Retention,
+    archive_checkpoints,
     checkpoint_folder,
-    cut_back,
-    random_state,
-    read_values,
-    restore_random_state,
-    same_random_state,
-    set_aside,
+    get_rng_state,
+    preserve_rng_state,
+    read_state,
+    set_rng_state,
     sync_file,
+    truncate_run_folder,
     write_checkpoint,
-    write_values,
+    write_state,
 )
 from rlqwen.config import Recipe, TrainerConfig
 from rlqwen.config.recipe_yaml import write_resolved
@@ -115,7 +115,7 @@ class Checkpointer:
                 sync_file(
                     self.output_dir / METRICS_FILE
                 )  # its size is in the checkpoint, so it must survive a power cut
-            with same_random_state():
+            with preserve_rng_state():
                 write_checkpoint(folder, self._fill, self._ranks)
             self.saved_step, self.saved_at = self._state.global_step, time.monotonic()
             self._callbacks.notify("on_save")
@@ -137,10 +137,10 @@ class Checkpointer:
         if self._args.save_only_model or self._args.parallel.autotp_size > 1:
             return
         if is_main:
-            write_values(folder, STATE, {name: part.state_dict() for name, part in self._parts.items()})
-            write_values(folder, FINGERPRINT, self._fingerprint)
+            write_state(folder, STATE, {name: part.state_dict() for name, part in self._parts.items()})
+            write_state(folder, FINGERPRINT, self._fingerprint)
         self._optimizer.save(folder)
-        write_values(folder, f"{RNG}-{self._ranks.rank}", random_state())
+        write_state(folder, f"{RNG}-{self._ranks.rank}", get_rng_state())
 
     # Restoring
 
@@ -152,10 +152,10 @@ class Checkpointer:
     def restore(self, checkpoint: Path, *, keep: Collection[str] = ()) -> None:
         """Restore models, optimizer and parts, except the parts named in `keep`, and archive later checkpoints.
 
-        Random states come last, by `restore_random_state`, when nothing else is to be built.
+        Random states come last, by `restore_rng_state`, when nothing else is to be built.
         """
         self._restore_trainer_state(json.loads((checkpoint / TRAINER_STATE_FILE).read_text("utf-8")))
-        states = read_values(checkpoint, STATE)
+        states = read_state(checkpoint, STATE)
         for name, model in self._models.items():
             model.restore(checkpoint / name)
         self._optimizer.restore(checkpoint)
@@ -165,22 +165,22 @@ class Checkpointer:
         self._on_restore()
         self.saved_step = self._state.global_step
         if self._ranks.is_main and self._is_own(checkpoint):
-            for later in set_aside(self.output_dir, after=self.saved_step):
+            for later in archive_checkpoints(self.output_dir, after=self.saved_step):
                 self._logger.note(f"{later.name} was not gone on from; it is in {later.parent / 'set-aside'} now")
         self._ranks.barrier()
 
     def truncate_run_folder(self, checkpoint: Path) -> None:
         """Delete metrics and completions of later updates, if the checkpoint lies in this run folder."""
         if self._ranks.is_main and self._is_own(checkpoint):
-            metrics_bytes = read_values(checkpoint, STATE)["logger"]["metrics_bytes"]
-            cut_back(self.output_dir, step=self._state.global_step, metrics_bytes=metrics_bytes)
+            metrics_bytes = read_state(checkpoint, STATE)["logger"]["metrics_bytes"]
+            truncate_run_folder(self.output_dir, step=self._state.global_step, metrics_bytes=metrics_bytes)
         self._ranks.barrier()
 
-    def restore_random_state(self, checkpoint: Path) -> None:
+    def restore_rng_state(self, checkpoint: Path) -> None:
         """Restore each rank's own random state; ranks added since the checkpoint keep their fresh seed."""
         name = f"{RNG}-{self._ranks.rank}"
         if (checkpoint / f"{name}.json").is_file():
-            restore_random_state(read_values(checkpoint, name))
+            set_rng_state(read_state(checkpoint, name))
 
     def _is_own(self, checkpoint: Path) -> bool:
         return checkpoint.resolve().is_relative_to(self.output_dir.resolve())

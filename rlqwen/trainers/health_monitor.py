@@ -62,10 +62,10 @@ class HealthMonitor:
         if checkpoint is None:
             self.stop(checkpointer, "there is no checkpoint to roll back to (train.save_steps)")
         self._num_rollbacks += 1
-        step, alerts = self._state.global_step, self._monitor.trips
+        step, alerts = self._state.global_step, self._monitor.alerts
         checkpointer.restore(checkpoint, keep=_KEPT_IN_ROLLBACK)
-        self._monitor.trips = alerts
-        self._monitor.forget_symptoms()
+        self._monitor.alerts = alerts
+        self._monitor.reset_symptoms()
         self._logger.note(
             f"watch: rolled back from step {step} to {checkpoint}; the rows in between are not trained on again"
         )
@@ -83,7 +83,7 @@ class HealthMonitor:
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the alerts of the run, for its summary."""
-        return [{"step": alert.step, **alert.fields()} for alert in self._monitor.trips]
+        return [{"step": alert.step, **alert.fields()} for alert in self._monitor.alerts]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history of the metrics, the alerts, and the number of rollbacks."""

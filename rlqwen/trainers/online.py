@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.algorithms.losses import Totals
-from rlqwen.checkpoint.fingerprint import reward_origin
+from rlqwen.checkpoint.fingerprint import reward_fingerprint
 from rlqwen.config import OnlineConfig
 from rlqwen.data import longest_prompt
 from rlqwen.data.streams import StreamedRows
@@ -209,7 +209,7 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         return super().saved_parts() | {"rollouts": self.rollouts}
 
     def fingerprint_entries(self) -> dict[str, Any]:
-        return super().fingerprint_entries() | reward_origin(self.rewards)
+        return super().fingerprint_entries() | reward_fingerprint(self.rewards)
 
     def close(self) -> None:
         self.rollouts.close()

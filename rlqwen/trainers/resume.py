@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlqwen.checkpoint import complete_checkpoints, read_values, require_complete
-from rlqwen.checkpoint.fingerprint import differences
+from rlqwen.checkpoint import complete_checkpoints, read_state, require_complete
+from rlqwen.checkpoint.fingerprint import diff_fingerprints
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
 from rlqwen.run_folder.layout import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
@@ -60,7 +60,7 @@ def usable_checkpoints(output_dir: Path, note: Note) -> Iterator[Path]:
 
 def refuse_changes(checkpoint: Path, fingerprint: dict[str, Any], *, allowed: bool, note: Note) -> list[str]:
     """Return what changed since the checkpoint; raise ConfigError with the list unless that is `allowed`."""
-    changes = differences(read_values(checkpoint, FINGERPRINT), fingerprint)
+    changes = diff_fingerprints(read_state(checkpoint, FINGERPRINT), fingerprint)
     if changes and not allowed:
         head = f"cannot go on from {str(checkpoint)!r}, because the result would not be that of one run:"
         tail = "undo the changes, or accept them with --allow-changes (train.resume_allow_changes=true)"

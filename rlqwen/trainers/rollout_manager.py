@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from rlqwen.checkpoint import same_random_state
+from rlqwen.checkpoint import preserve_rng_state
 from rlqwen.config import OnlineConfig
 from rlqwen.distributed import MainRank
 from rlqwen.reporting import CompletionLog
@@ -106,7 +106,7 @@ class RolloutManager:
         if uses_vllm(self._args.rollout):
             number = self._args.rollout.num_workers
             self._logger.note(f"starting Ray and {number} vLLM worker(s), which takes a minute or less")
-        with same_random_state():  # a resumed run starts its engine later
+        with preserve_rng_state():  # a resumed run starts its engine later
             self.sampler = Sampler(
                 self._main_rank.policy,
                 self._processing_class,

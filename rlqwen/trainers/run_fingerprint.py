@@ -6,7 +6,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from rlqwen.checkpoint.fingerprint import config_origin, digest_rows, digest_tokenizer, flatten, package_origin
+from rlqwen.checkpoint.fingerprint import (
+    config_fingerprint,
+    digest_rows,
+    digest_tokenizer,
+    flatten,
+    package_fingerprint,
+)
 from rlqwen.config import Recipe, TrainerConfig
 from rlqwen.distributed import Ranks
 from rlqwen.models.carried_weights import carried_by
@@ -36,7 +42,7 @@ def run_fingerprint(
         "algorithm": algorithm,
         "world_size": ranks.world_size,
         "device": model.device.type,
-        **package_origin(),
+        **package_fingerprint(),
         "model.weights": digest_weights(model.model.state_dict()),
         "model.config": digest_config(model.base_model.config),
         "model.dtype": f"{model.original_dtype}, computing in {model.compute_dtype}",
@@ -44,7 +50,7 @@ def run_fingerprint(
         "data.train": train_digest,
         "data.eval": digest_rows(eval_rows) if eval_rows else None,
         **more,
-        **config_origin(args.model_dump(mode="json")),
+        **config_fingerprint(args.model_dump(mode="json")),
     }
     carried = carried_by(model.base_model)
     if carried and carried.weights:

@@ -42,7 +42,7 @@ def score(scorer: Scorer, *codes: str, prompt: Any = "Write it.", **columns: Any
     completions = [Completion([1], [0.0], "stop", code) for code in codes]
     group = Group(Prompt(0, [1], prompt, columns), completions, policy_version=0)
     scorer.score([group])
-    assert group.outcomes["CodeTests"] == ["ok"] * len(codes), group.outcomes
+    assert group.call_statuses["CodeTests"] == ["ok"] * len(codes), group.call_statuses
     return group.rewards["CodeTests"]
 
 

@@ -13,9 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from rlqwen import SFTConfig, SFTTrainer
-from rlqwen.checkpoint import Retention, random_state, read_values, restore_random_state, write_values
+from rlqwen.checkpoint import Retention, get_rng_state, read_state, set_rng_state, write_state
 from rlqwen.checkpoint.atomic_folder import find_fault, write_complete
-from rlqwen.checkpoint.fingerprint import config_origin, differences, digest_rows, flatten, reward_origin
+from rlqwen.checkpoint.fingerprint import (
+    config_fingerprint,
+    diff_fingerprints,
+    digest_rows,
+    flatten,
+    reward_fingerprint,
+)
 from rlqwen.config import Recipe
 from rlqwen.data import TokenizedRow
 from rlqwen.errors import ConfigError, Preempted
@@ -54,8 +60,8 @@ def names(folder: Path) -> list[str]:
 
 def test_values_come_back_as_they_were(tmp_path):
     values = {"a": [1, 2.5, None, {"b": torch.arange(3)}], "c": torch.tensor(0.1), "d": {}, "e": float("nan")}
-    write_values(tmp_path, "v", values)
-    back = read_values(tmp_path, "v")
+    write_state(tmp_path, "v", values)
+    back = read_state(tmp_path, "v")
     assert back["a"][:3] == [1, 2.5, None]
     assert torch.equal(back["a"][3]["b"], torch.arange(3))
     assert torch.equal(back["c"], torch.tensor(0.1))
@@ -64,10 +70,10 @@ def test_values_come_back_as_they_were(tmp_path):
 
 
 def test_random_states_come_back(tmp_path):
-    write_values(tmp_path, "random", random_state())
+    write_state(tmp_path, "random", get_rng_state())
     drawn = [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)]
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
-    restore_random_state(read_values(tmp_path, "random"))
+    set_rng_state(read_state(tmp_path, "random"))
     assert [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)] == drawn
 
 
@@ -102,8 +108,11 @@ def test_which_checkpoints_are_kept(tmp_path):
 
 def test_a_setting_that_another_version_lacks_and_that_is_off_is_no_difference():
     new = {"train.rollout.routing_replay": False, "train.other": None}
-    assert differences({}, new) == differences(new, {}) == []
-    assert len(differences({}, {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False})) == 3
+    assert diff_fingerprints({}, new) == diff_fingerprints(new, {}) == []
+    assert (
+        len(diff_fingerprints({}, {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False}))
+        == 3
+    )
 
 
 def test_differences_are_listed_by_name():
@@ -113,7 +122,7 @@ def test_differences_are_listed_by_name():
     }  # fmt: skip
     now = {**was, "train.lr": 2e-5, "new": 1}
     del now["train.lora.r"]
-    assert differences(was, now) == [
+    assert diff_fingerprints(was, now) == [
         "train.lr: was 1e-05, is 2e-05",
         "train.lora.r: was 8, is 'absent'",
         "new: was 'absent', is 1",
@@ -122,7 +131,7 @@ def test_differences_are_listed_by_name():
 
 def test_keys_that_change_no_result_may_change():
     config = {"learning_rate": 1e-5, "save_steps": 5, "rollout": {"max_restarts": 3, "num_workers": 2}}
-    assert config_origin(config) == {"train.learning_rate": 1e-5, "train.rollout.num_workers": 2}
+    assert config_fingerprint(config) == {"train.learning_rate": 1e-5, "train.rollout.num_workers": 2}
 
 
 def test_another_reward_function_is_seen():
@@ -133,9 +142,9 @@ def test_another_reward_function_is_seen():
         return [2.0] * len(completions)
 
     ours, theirs = resolve(first), resolve(other)
-    was, now = reward_origin([ours]), reward_origin([dataclasses.replace(theirs, name="first")])
-    assert [line.partition(":")[0] for line in differences(was, now)] == ["reward.first.source"]
-    assert reward_origin([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
+    was, now = reward_fingerprint([ours]), reward_fingerprint([dataclasses.replace(theirs, name="first")])
+    assert [line.partition(":")[0] for line in diff_fingerprints(was, now)] == ["reward.first.source"]
+    assert reward_fingerprint([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
 
 
 def test_digests_see_every_token_and_the_order():
@@ -157,7 +166,7 @@ def test_a_checkpoint_loads_and_says_what_it_came_from(tiny_model_path, tmp_path
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    origin = read_values(checkpoint, "fingerprint")
+    origin = read_state(checkpoint, "fingerprint")
     assert {
         "version.torch",
         "version.rlqwen",
@@ -413,4 +422,4 @@ def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
         finally:
             trainer.close()
 
-    assert differences(origin(6), origin(7)) == ["rewards.0.args.budget: was 6, is 7"]
+    assert diff_fingerprints(origin(6), origin(7)) == ["rewards.0.args.budget: was 6, is 7"]

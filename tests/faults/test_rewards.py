@@ -47,10 +47,10 @@ def test_hostile_math_answers_cost_no_more_than_their_deadline() -> None:
         started = time.monotonic()
         scorer.score(groups)
     wrong = {
-        name: (group.rewards["accuracy"], group.outcomes["accuracy"])
+        name: (group.rewards["accuracy"], group.call_statuses["accuracy"])
         for name, group in zip(HOSTILE, groups, strict=True)
         if group.rewards["accuracy"][0] not in (0.0, None) or group.rewards["accuracy"][1] != 1.0
     }
     assert wrong == {}
-    timeouts = sum(group.outcomes["accuracy"].count("timeout") for group in groups)
+    timeouts = sum(group.call_statuses["accuracy"].count("timeout") for group in groups)
     assert time.monotonic() - started < 2 * TIMEOUT * (timeouts + 1) + TIMEOUT * len(groups) / 4

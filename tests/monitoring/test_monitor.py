@@ -58,101 +58,103 @@ SICK = {
 }
 
 
-def guard_after(steps, args=None, **watch):
-    """A guard that has seen `steps` healthy steps."""
-    guard = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
+def monitor_after(steps, args=None, **watch):
+    """A monitor that has seen `steps` healthy steps."""
+    monitor = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
     for step in range(steps):
-        assert guard.observe(step, HEALTHY) == []
-    return guard
+        assert monitor.observe(step, HEALTHY) == []
+    return monitor
 
 
 @pytest.mark.parametrize("symptom", SICK)
 def test_each_symptom_trips_alone_with_its_cause_and_the_line_to_change(symptom):
-    guard = guard_after(20)
+    monitor = monitor_after(20)
     for step in range(20, 26):
-        trips = guard.observe(step, HEALTHY | SICK[symptom])
-        if trips:
+        alerts = monitor.observe(step, HEALTHY | SICK[symptom])
+        if alerts:
             break
-    (trip,) = trips
-    limits = getattr(guard._config, symptom)
-    assert trip.symptom == symptom
-    assert trip.step == 20 + limits.steps - 1
-    assert trip.action == ("stop" if symptom == "nonfinite" else "warn")
-    assert trip.finding.cause
-    assert all(" -> " in line for line in trip.finding.advice)
-    assert set(trip.fields()) == {"symptom", "value", "threshold", "cause", "advice", "action"}
+    (alert,) = alerts
+    limits = getattr(monitor._config, symptom)
+    assert alert.symptom == symptom
+    assert alert.step == 20 + limits.steps - 1
+    assert alert.action == ("stop" if symptom == "nonfinite" else "warn")
+    assert alert.diagnosis.cause
+    assert all(" -> " in line for line in alert.diagnosis.advice)
+    assert set(alert.fields()) == {"symptom", "value", "threshold", "cause", "advice", "action"}
 
 
 @pytest.mark.parametrize("symptom", SICK)
 def test_each_symptom_can_be_switched_off(symptom):
-    guard = guard_after(20, **{symptom: "off"})
-    assert not [trip for step in range(20, 30) for trip in guard.observe(step, HEALTHY | SICK[symptom])]
+    monitor = monitor_after(20, **{symptom: "off"})
+    assert not [alert for step in range(20, 30) for alert in monitor.observe(step, HEALTHY | SICK[symptom])]
 
 
 def test_all_of_it_can_be_switched_off():
-    guard = Monitor(GRPOConfig(watch=False))
+    monitor = Monitor(GRPOConfig(watch=False))
     sick = {key: value for part in SICK.values() for key, value in part.items()}
-    assert not [trip for step in range(10) for trip in guard.observe(step, sick)]
+    assert not [alert for step in range(10) for alert in monitor.observe(step, sick)]
 
 
 def test_the_advice_quotes_the_value_in_force():
     args = GRPOConfig(learning_rate=3e-4, beta=0.0)
-    guard = guard_after(10, args)
-    trips = [trip for step in range(3) for trip in guard.observe(step, HEALTHY | {"entropy": 0.0005})]
-    assert trips[0].finding.advice == [
+    monitor = monitor_after(10, args)
+    alerts = [alert for step in range(3) for alert in monitor.observe(step, HEALTHY | {"entropy": 0.0005})]
+    assert alerts[0].diagnosis.advice == [
         "train.learning_rate: 0.0003 -> try 0.0001",
         "train.entropy_coef: 0 -> try 0.001",
         "train.beta: 0 -> try 0.04",
     ]
-    guard = guard_after(0, PPOConfig(kl_coef=0.05))
-    guard.observe(0, HEALTHY | {"kl": 3.0})
-    (trip,) = guard.observe(1, HEALTHY | {"kl": 3.0})
-    assert "train.kl_coef: 0.05 -> try 0.1" in trip.finding.advice
+    monitor = monitor_after(0, PPOConfig(kl_coef=0.05))
+    monitor.observe(0, HEALTHY | {"kl": 3.0})
+    (alert,) = monitor.observe(1, HEALTHY | {"kl": 3.0})
+    assert "train.kl_coef: 0.05 -> try 0.1" in alert.diagnosis.advice
 
 
 def test_a_symptom_is_told_once_until_it_has_been_absent_for_long_enough():
-    guard = guard_after(0, clear_steps=3)
+    monitor = monitor_after(0, clear_steps=3)
     sick = HEALTHY | SICK["mismatch"]
     seen = [sick, sick, HEALTHY, HEALTHY, sick, HEALTHY, HEALTHY, HEALTHY, sick]
-    told = [[trip.symptom for trip in guard.observe(step, metrics)] for step, metrics in enumerate(seen)]
+    told = [[alert.symptom for alert in monitor.observe(step, metrics)] for step, metrics in enumerate(seen)]
     assert [step for step, symptoms in enumerate(told) if symptoms] == [0, 8]
-    assert len(guard.trips) == 2
+    assert len(monitor.alerts) == 2
 
 
 def test_steps_must_be_in_a_row():
-    guard = guard_after(0, mismatch={"steps": 3})
+    monitor = monitor_after(0, mismatch={"steps": 3})
     sick = HEALTHY | SICK["mismatch"]
-    told = [bool(guard.observe(step, metrics)) for step, metrics in enumerate([sick, sick, HEALTHY, sick, sick, sick])]
+    told = [
+        bool(monitor.observe(step, metrics)) for step, metrics in enumerate([sick, sick, HEALTHY, sick, sick, sick])
+    ]
     assert told == [False] * 5 + [True]
 
 
 def test_thresholds_are_the_recipes():
-    assert guard_after(0, mismatch=1.0).observe(0, HEALTHY | SICK["mismatch"]) == []
-    assert guard_after(0, mismatch=1e-8).observe(0, HEALTHY)[0].finding.threshold == 1e-8
-    assert guard_after(20, grad_norm=1000).observe(20, HEALTHY | SICK["grad_norm"]) == []
+    assert monitor_after(0, mismatch=1.0).observe(0, HEALTHY | SICK["mismatch"]) == []
+    assert monitor_after(0, mismatch=1e-8).observe(0, HEALTHY)[0].diagnosis.threshold == 1e-8
+    assert monitor_after(20, grad_norm=1000).observe(20, HEALTHY | SICK["grad_norm"]) == []
 
 
 def test_the_worst_action_counts():
-    guard = guard_after(0, mismatch={"action": "rollback"}, action="warn")
-    assert worst_action(guard.observe(0, HEALTHY | SICK["mismatch"] | SICK["skipped"])) == "rollback"
-    assert worst_action(guard.observe(1, HEALTHY | SICK["nonfinite"])) == "stop"
+    monitor = monitor_after(0, mismatch={"action": "rollback"}, action="warn")
+    assert worst_action(monitor.observe(0, HEALTHY | SICK["mismatch"] | SICK["skipped"])) == "rollback"
+    assert worst_action(monitor.observe(1, HEALTHY | SICK["nonfinite"])) == "stop"
     assert worst_action([]) is None
 
 
 def test_entropy_may_fall_far_where_the_run_began_high_but_not_to_nothing():
     """The quickstart's GRPO falls from 0.066 to 0.007 while its accuracy rises: no symptom."""
-    guard = guard_after(5)
-    assert not [t for step in range(10) for t in guard.observe(step, HEALTHY | {"entropy": 0.0068})]
+    monitor = monitor_after(5)
+    assert not [t for step in range(10) for t in monitor.observe(step, HEALTHY | {"entropy": 0.0068})]
     high = Monitor(GRPOConfig())
     for step in range(5):
         high.observe(step, HEALTHY | {"entropy": 2.0})
-    trips = [t for step in range(3) for t in high.observe(step, HEALTHY | {"entropy": 0.05})]
-    assert [t.finding.threshold for t in trips] == pytest.approx([0.06])
+    alerts = [t for step in range(3) for t in high.observe(step, HEALTHY | {"entropy": 0.05})]
+    assert [t.diagnosis.threshold for t in alerts] == pytest.approx([0.06])
 
 
 def test_warm_up_and_a_resting_policy_are_no_idleness():
-    guard = guard_after(0)
-    assert guard.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
+    monitor = monitor_after(0)
+    assert monitor.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
     critic_only = HEALTHY | {"grad_norm": 0.0, "critic/grad_norm": 0.4}
     assert not [t for step in range(10) for t in Monitor(PPOConfig()).observe(step, critic_only)]
 
@@ -163,20 +165,20 @@ def test_offline_runs_are_not_judged_by_what_they_do_not_have():
     assert not [
         t for s in range(9) for t in dpo.observe(s, {"loss": 0.6, "grad_norm": 2.0, "kl": 9.0, "learning_rate": 1.0})
     ]
-    (trip,) = Monitor(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
-    assert trip.symptom == "masked"
+    (alert,) = Monitor(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
+    assert alert.symptom == "masked"
 
 
 def test_a_guard_goes_on_from_its_state():
-    watched = guard_after(20)
+    watched = monitor_after(20)
     watched.observe(20, HEALTHY | SICK["kl"])
     resumed = Monitor(GRPOConfig(beta=0.04))
     resumed.load_state_dict(json.loads(json.dumps(watched.state_dict())))
     for step in (21, 22, 23, 24):
         sick = HEALTHY | SICK["kl"] | SICK["grad_norm"]
         assert [t.text for t in resumed.observe(step, sick)] == [t.text for t in watched.observe(step, sick)]
-    assert [trip.symptom for trip in watched.trips] == ["kl", "grad_norm"]
-    assert resumed.trips == watched.trips
+    assert [alert.symptom for alert in watched.alerts] == ["kl", "grad_norm"]
+    assert resumed.alerts == watched.alerts
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_a_trip_is_written_shown_summed_up_and_sent(tiny_model_path, tmp_path, s
     shown = capsys.readouterr().out
     assert "watch: idle at step 2" in shown
     summary = read_summary(tmp_path)
-    assert [trip["symptom"] for trip in summary["watch"]] == ["idle"]
+    assert [alert["symptom"] for alert in summary["watch"]] == ["idle"]
     assert "train.learning_rate: 0 -> above 0" in "\n".join(map(str, watch_lines(summary["watch"])))
     assert [(call["event"], call["run"], call["step"]) for call in server.posted] == [
         ("trip", tmp_path.name, 2),
@@ -390,7 +392,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_mode
     told, undone = (line for line in read_metrics(tmp_path) if "watch/action" in line)
     assert (told["step"], told["watch/symptom"], told["watch/action"]) == (6, "grad_norm", "rollback")
     assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)
-    assert [trip["symptom"] for trip in read_summary(tmp_path)["watch"]] == ["grad_norm"]
+    assert [alert["symptom"] for alert in read_summary(tmp_path)["watch"]] == ["grad_norm"]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(norms) == 7
     assert max(norms) < 5 * min(norms)

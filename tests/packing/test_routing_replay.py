@@ -202,7 +202,7 @@ def group_with_experts() -> Group:
 def test_records_reach_other_ranks_and_resumed_runs():
     group = group_with_experts()
     (arrived,) = unpack_groups(pack_groups([group]), [group.prompt])
-    scorer: Any = SimpleNamespace(open=lambda: None)
+    scorer: Any = SimpleNamespace(open_batch=lambda: None)
     draw = RolloutBatch("train/1", (), scorer, 1)
     draw._groups = [group]
     saved = json.loads(json.dumps(draw.progress()))

@@ -74,7 +74,7 @@ def groups() -> list[Group]:
         [completion("2", "stop"), completion("333", "length")],
         policy_version=4,
         rewards={"accuracy": [1.0, 0.0], "format": [None, 0.5]},
-        outcomes={"accuracy": ["ok", "ok"], "format": ["timeout", "ok"]},
+        call_statuses={"accuracy": ["ok", "ok"], "format": ["timeout", "ok"]},
         total_rewards_G=[1.0, 0.1],
         advantages_G=[0.9, -0.9],
     )

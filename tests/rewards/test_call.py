@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from rlqwen.rewards.call import as_list, call, judge
+from rlqwen.rewards.call import as_list, call, validate
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from rlqwen.rewards.call import as_list, call, judge
     ],
 )
 def test_numbers_and_none_are_rewards(value: Any, reward: float | None) -> None:
-    assert judge(value) == (reward, None)
+    assert validate(value) == (reward, None)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_numbers_and_none_are_rewards(value: Any, reward: float | None) -> None:
     ],
 )
 def test_other_values_are_explained(value: Any, sign: str) -> None:
-    reward, trace = judge(value)
+    reward, trace = validate(value)
     assert reward is None
     assert trace is not None
     assert re.search(sign, trace)
@@ -72,6 +72,6 @@ def test_arguments_that_cannot_be_made_are_an_error_of_the_call() -> None:
         raise ValueError("a column that only the trainer can read")
 
     result = call(len, arguments, 2)
-    assert result.outcomes == ["error", "error"]
+    assert result.statuses == ["error", "error"]
     assert not result.is_settled
     assert "a column that only the trainer can read" in str(result.traces[0])

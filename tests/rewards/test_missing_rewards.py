@@ -43,7 +43,7 @@ def scored(*token_ids, rewards=(fails_on_13, rises), weights=None):
 
 def test_a_failed_call_makes_the_total_missing_and_none_stays_out_of_it():
     group = scored([3, 4], [FAILING, 4], [8], rewards=(fails_on_13, rises, not_for_single_tokens))
-    assert group.outcomes["fails_on_13"] == ["ok", "error", "ok"]
+    assert group.call_statuses["fails_on_13"] == ["ok", "error", "ok"]
     assert group.rewards["rises"] == [0.75, 3.25, 2.0]
     assert group.total_rewards_G == [0.75 + 1.0, None, 2.0 + 2.0]
     assert scored([8], rewards=(not_for_single_tokens,)).total_rewards_G == [None]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlqwen.rewards.pickling import pack, state_of
+from rlqwen.rewards.pickling import describe_state, pickle_function
 
 
 def plain(completions: list[str]) -> list[float]:
@@ -59,12 +59,12 @@ class Frozen:
     ],
 )
 def test_functions_keep_no_state(function: Callable[..., Any]) -> None:
-    assert state_of(function) is None
+    assert describe_state(function) is None
 
 
 @pytest.mark.parametrize("function", [Counting(), Counting().__call__, functools.partial(Counting()), Slotted()])
 def test_objects_with_attributes_do(function: Callable[..., Any]) -> None:
-    assert state_of(function) is not None
+    assert describe_state(function) is not None
 
 
 def load_file(path: Path, name: str) -> Any:
@@ -85,11 +85,11 @@ def test_a_module_that_cannot_be_found_by_name_is_sent(
     file.write_text("SCALE = 3.0\ndef scaled(completions):\n    return [SCALE] * len(completions)\n")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, name, None)
-        packed = pack(load_file(file, name).scaled)
+        packed = pickle_function(load_file(file, name).scaled)
         patch.delitem(sys.modules, name)
     assert pickle.loads(packed)(completions=["a"]) == [3.0]
 
 
 def test_a_module_that_can_be_found_is_named() -> None:
-    assert b"json" in pack(__import__("json").dumps)
-    assert len(pack(__import__("json").dumps)) < 100
+    assert b"json" in pickle_function(__import__("json").dumps)
+    assert len(pickle_function(__import__("json").dumps)) < 100

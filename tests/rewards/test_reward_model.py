@@ -88,10 +88,10 @@ def test_a_module_without_a_path_takes_the_trainer_s_tokenizer(judge_folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(judge_folder)
     with Scorer(build_rewards(model), ScoringConfig(), tokenizer=tokenizer) as scorer:
         scorer.score([group])
-    assert group.outcomes["Qwen3ForSequenceClassification"] == ["ok"]
+    assert group.call_statuses["Qwen3ForSequenceClassification"] == ["ok"]
     with (
         Scorer(build_rewards(model), ScoringConfig()) as scorer,
-        pytest.raises(ModelError, match="give its tokenizer"),
+        pytest.raises(ModelError, match="pass its tokenizer"),
     ):
         scorer.wait_until_ready()
 

@@ -146,7 +146,7 @@ def test_limits_count_all_that_an_isolated_reward_starts(act: Callable[[str], No
     group = make_group("bad")
     with scoring(letters, isolated=["letters"], timeout=60.0, memory_gib=0.5, failures_dir=tmp_path) as scorer:
         scorer.score([group])
-        assert group.outcomes["letters"] == ["error"]
+        assert group.call_statuses["letters"] == ["error"]
         assert sign in (tmp_path / FILE_NAME).read_text()
         assert len(workers_of(os.getpid())) <= 2
         scorer.score([after := make_group("good")])
@@ -174,7 +174,7 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
     group = make_group("a")
     with scoring(answers, timeout=60.0) as scorer:
         scorer.score([group])
-    assert group.outcomes["answers"] == ["error"]
+    assert group.call_statuses["answers"] == ["error"]
     assert not marker.exists()
 
 
@@ -198,7 +198,7 @@ def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyP
         started = time.monotonic()
         scorer.score([bad, good])
     assert time.monotonic() - started < PATIENCE_S  # not by its deadline
-    assert (bad.outcomes["stalls"], good.rewards["stalls"]) == (["error"], [1.0])
+    assert (bad.call_statuses["stalls"], good.rewards["stalls"]) == (["error"], [1.0])
 
 
 def test_processor_time_of_a_call_is_bounded() -> None:
@@ -211,7 +211,7 @@ def test_processor_time_of_a_call_is_bounded() -> None:
     with scoring(burns, timeout=2 * PATIENCE_S, cpu_seconds=1.0) as scorer:
         started = time.monotonic()
         scorer.score([bad, good])
-    assert bad.outcomes["burns"] == ["timeout"]
+    assert bad.call_statuses["burns"] == ["timeout"]
     assert good.rewards["burns"] == [1.0]
     assert time.monotonic() - started < PATIENCE_S  # not by its deadline
 

@@ -71,7 +71,7 @@ def test_rewards_columns_and_weights_reach_the_group() -> None:
         scorer.submit(group)
         assert scorer.wait() == [group]
     assert group.rewards == {"matches": [1.0, 0.0, 0.0], "odd": [2.0, None, 2.0]}
-    assert group.outcomes == {"matches": ["ok"] * 3, "odd": ["ok"] * 3}
+    assert group.call_statuses == {"matches": ["ok"] * 3, "odd": ["ok"] * 3}
     assert group.total_rewards_G == [1.5, 0.0, 0.5]
 
 
@@ -155,7 +155,7 @@ def test_a_call_that_does_not_end_costs_only_its_own_sample(loop: Callable[[str]
         scorer.score([group, later])
         metrics = scorer.metrics()
     assert group.rewards["letters"] == [3.0, None, 5.0]
-    assert group.outcomes["letters"] == ["ok", "timeout", "ok"]
+    assert group.call_statuses["letters"] == ["ok", "timeout", "ok"]
     assert group.total_rewards_G == [3.0, None, 5.0]
     assert later.rewards["letters"] == [4.0]
     assert metrics["reward/letters/timeout"] == 1
@@ -223,7 +223,7 @@ def test_a_call_that_fails_costs_only_its_own_sample(sabotage: Callable[[str], A
         scorer.score([group, later])
         metrics = scorer.metrics()
     assert group.rewards["letters"] == [None, 5.0]
-    assert group.outcomes["letters"] == ["error", "ok"]
+    assert group.call_statuses["letters"] == ["error", "ok"]
     assert later.rewards["letters"] == [4.0]
     assert metrics["reward/letters/error"] == 1
     record = json.loads((tmp_path / "scoring_failures.jsonl").read_text())
@@ -250,7 +250,7 @@ def test_values_that_are_no_finite_numbers_are_invalid() -> None:
     group = make_group(*values, "good")
     with scoring(score_letters(values.get)) as scorer:
         scorer.score([group])
-    assert group.outcomes["letters"] == ["invalid"] * 5 + ["ok"]
+    assert group.call_statuses["letters"] == ["invalid"] * 5 + ["ok"]
     assert group.rewards["letters"] == [None] * 5 + [4.0]
 
 
@@ -262,7 +262,7 @@ def test_too_few_values_cost_only_the_samples_that_are_left_out() -> None:
     group = make_group("bad", "good")
     with scoring(forgetful) as scorer:
         scorer.score([group])
-    assert group.outcomes["forgetful"] == ["invalid", "ok"]
+    assert group.call_statuses["forgetful"] == ["invalid", "ok"]
     assert group.rewards["forgetful"] == [None, 4.0]
 
 
@@ -273,7 +273,7 @@ def test_a_number_for_a_whole_group_is_invalid() -> None:
     group = make_group("a", "b")
     with scoring(scalar) as scorer:
         scorer.score([group])
-    assert group.outcomes["scalar"] == ["invalid", "invalid"]
+    assert group.call_statuses["scalar"] == ["invalid", "invalid"]
 
 
 @pytest.mark.fault("a reward fails on most of a batch", "the run stops with the reward's own traceback")
@@ -281,7 +281,7 @@ def test_too_many_failures_stop_with_the_reward_s_own_traceback(tmp_path: Path) 
     group = make_group("bad", "bad2", "good", "fine")
     with scoring(score_letters(raise_error), max_failure_share=0.5, failures_dir=tmp_path) as scorer:
         scorer.score([group])
-        assert group.outcomes["letters"].count("error") == 2
+        assert group.call_statuses["letters"].count("error") == 2
         worse = make_group("bad", "bad2", "bad3", "fine")
         with pytest.raises(RewardFailure) as raised:
             scorer.score([worse])
@@ -448,7 +448,7 @@ def test_an_explicit_mark_brings_no_warning_and_failures_count_the_same() -> Non
     with scoring(stateful, in_process=["stateful"]) as scorer:
         scorer.score([group])
     assert seen == ["a", "bb", "a", "bb"]  # the group, then sample by sample
-    assert group.outcomes["stateful"] == ["error", "ok"]
+    assert group.call_statuses["stateful"] == ["error", "ok"]
     assert group.rewards["stateful"] == [None, 1.0]
 
 
@@ -538,7 +538,7 @@ def test_programs_that_a_reward_started_end_with_its_deadline(tmp_path: Path) ->
     group = make_group("a")
     with scoring(runs_a_program, timeout=3.0) as scorer:
         scorer.score([group])
-    assert group.outcomes["runs_a_program"] == ["timeout"]
+    assert group.call_statuses["runs_a_program"] == ["timeout"]
     assert not is_running(int(note.read_text()))
 
 
@@ -628,7 +628,7 @@ def test_the_built_in_accuracy_survives_hostile_answers() -> None:
     group = make_group(r"$\frac{1}{2}$", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}", r"\boxed{0.5}", solution="0.5")
     with scoring("accuracy", timeout=30.0) as scorer:
         scorer.score([group])
-    assert group.outcomes["accuracy"] == ["ok"] * 4  # its own alarms work in a worker's main thread
+    assert group.call_statuses["accuracy"] == ["ok"] * 4  # its own alarms work in a worker's main thread
     assert group.rewards["accuracy"][1:] in ([None, 0.0, 1.0], [0.0, 0.0, 1.0])
 
 
@@ -643,7 +643,7 @@ def test_the_deadline_holds_where_math_verify_has_no_alarm() -> None:
     group = make_group(r"$\boxed{9^{9^{9^{9}}}}$", r"$\frac{1}{2}$")
     with scoring(unguarded, timeout=2.0) as scorer:
         scorer.score([group])
-    assert group.outcomes["unguarded"] == ["timeout", "ok"]
+    assert group.call_statuses["unguarded"] == ["timeout", "ok"]
     assert group.rewards["unguarded"] == [None, 1.0]
 
 
@@ -677,5 +677,5 @@ def test_too_few_logged_values_are_an_error_of_the_reward() -> None:
     group = make_group("a", "b")
     with scoring(sloppy) as scorer:
         scorer.score([group])
-    assert group.outcomes["sloppy"] == ["ok", "ok"]  # one value is right for each sample alone
+    assert group.call_statuses["sloppy"] == ["ok", "ok"]  # one value is right for each sample alone
     assert group.extras == {"one": ["only", "only"]}

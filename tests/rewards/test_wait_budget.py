@@ -11,17 +11,17 @@ import pytest
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure
 from rlqwen.rewards import wait_budget as waiting
-from rlqwen.rewards.results import Tally
+from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.rewards.wait_budget import WaitBudget
 from tests.rewards.test_scorer import loop_in_python, make_group, score_letters, scoring
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _by_value() -> Iterator[None]:
-    for name in ("test_scoring", __name__):
+    for name in ("tests.rewards.test_scorer", __name__):
         cloudpickle.register_pickle_by_value(sys.modules[name])
     yield
-    for name in ("test_scoring", __name__):
+    for name in ("tests.rewards.test_scorer", __name__):
         cloudpickle.unregister_pickle_by_value(sys.modules[name])
 
 
@@ -99,10 +99,12 @@ def test_what_is_lost_adds_up_until_a_step_is_within_the_share(clock: Clock, cap
     patient.check({"judge": 10_000.0})
 
 
-def test_waiting_survives_a_checkpoint_and_older_ones_have_none() -> None:
-    tally = Tally()
-    tally.waited["judge"] += 3
-    assert Tally.of_plain(tally.plain()).waited == {"judge": 3}
-    old = tally.plain()
-    del old["waited"]
-    assert not Tally.of_plain(old).waited
+def test_seconds_waited_are_saved_and_are_zero_if_the_state_has_none() -> None:
+    counts, restored, without = CallCounts(), CallCounts(), CallCounts()
+    counts.waited["judge"] += 3
+    restored.load_state_dict(counts.state_dict())
+    assert restored.waited == {"judge": 3}
+    state = counts.state_dict()
+    del state["waited"]
+    without.load_state_dict(state)
+    assert not without.waited

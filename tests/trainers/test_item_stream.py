@@ -153,10 +153,15 @@ def test_rows_of_two_passes_are_told_apart_by_their_place():
     prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
     assert [group.prompt for group in unpack_groups(pack_groups(groups[:8]), prompts[:8])] == prompts[:8]
-    scorer = SimpleNamespace(open=lambda: None)
-    plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "outcomes": {}, "totals": [], "extras": {}}
+    scorer = SimpleNamespace(open_batch=lambda: None)
+    plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "call_statuses": {}, "totals": [], "extras": {}}
              for prompt in prompts]  # fmt: skip
-    told = {"name": "train/3", "version": 1, "groups": plain[8:], "tally": {"counts": [], "seconds": {}, "logged": {}}}
+    told = {
+        "name": "train/3",
+        "version": 1,
+        "groups": plain[8:],
+        "counts": {"num_samples": [], "seconds": {}, "logged": {}},
+    }
     assert [group.prompt for group in RolloutBatch.restored(told, prompts, scorer, 8).score()] == prompts[8:]
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 

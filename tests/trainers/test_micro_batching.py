@@ -150,7 +150,7 @@ def test_groups_arrive_as_they_were_but_for_texts():
             [Completion([1, 2, 3], [-0.5, -0.25, -2.0], "stop", "abc"), Completion([], [], "length", "")],
             policy_version=3,
             rewards={"a": [1.0, None]},
-            outcomes={"a": ["ok", "timeout"]},
+            call_statuses={"a": ["ok", "timeout"]},
             total_rewards_G=[0.1, None],
         ),
         Group(prompts[0], [Completion([9], [-1.0], "length", "z")], policy_version=2, total_rewards_G=[2.0]),
