@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 # From the bottom up; a package imports only from packages in lower rows.
 LAYERS = [
     {"errors", "types", "secrets"},
-    {"config", "plugins", "run_folder"},
+    {"config", "plugins"},
+    {"run_folder"},
     {"packing", "reporting", "monitoring"},
     {"distributed", "algorithms"},
     {"models"},

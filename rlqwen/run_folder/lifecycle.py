@@ -1,16 +1,21 @@
 """The run folder: made, and cut back to the checkpoint that a run goes on from."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
 from rlqwen.run_folder.layout import (
     CHECKPOINTS_FOLDER,
     COMPLETIONS_FOLDER,
     METRICS_FILE,
     mark_run_folder,
+    refuse_needed_inside,
     refuse_unmarked,
     refuse_used_folder,
 )
+from rlqwen.run_folder.lock import lock_run_folder
 
 
 def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool, resume: bool) -> Path:
@@ -39,6 +44,20 @@ def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: boo
         mark_run_folder(folder)
     except OSError as error:
         raise ConfigError(f"output_dir {str(folder)!r} cannot be written to: {error.strerror}") from error
+    return folder
+
+
+def open_locked_folder(config: TrainerConfig, default_name: str, needed: Mapping[str, Any]) -> Path:
+    """Open the run folder of a trainer, and lock it for this process; see `open_run_folder`.
+
+    `needed`: key of the config -> model, file or folder that it names and that a cleared run folder must not hold.
+    """
+    resume = bool(config.resume_from_checkpoint)
+    if config.output_dir and config.overwrite_output_dir and not resume:
+        names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
+        refuse_needed_inside(config.output_dir, names)
+    folder = open_run_folder(config.output_dir, default_name, overwrite=config.overwrite_output_dir, resume=resume)
+    lock_run_folder(folder)
     return folder
 
 

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 
-from rlqwen.checkpoint import find_fault, is_storage_error, save_model
+from rlqwen.checkpoint import is_storage_error, save_model
 from rlqwen.checkpoint.fingerprint import digest_rows
 from rlqwen.config import Recipe, SyncedReference, TrainerConfig
 from rlqwen.config.batch_plan import plan_batch, refuse_stream
@@ -37,8 +36,7 @@ from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.run_folder.layout import refuse_needed_inside
-from rlqwen.run_folder.lifecycle import open_run_folder
+from rlqwen.run_folder.lifecycle import open_locked_folder
 from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.trainers.best_checkpoint import BestMetric
 from rlqwen.trainers.callbacks import Callbacks
@@ -48,10 +46,11 @@ from rlqwen.trainers.evaluator import Evaluator
 from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.loop import TrainingLoop
-from rlqwen.trainers.micro_batching import count_tokens
+from rlqwen.trainers.micro_batching import save_batches
 from rlqwen.trainers.preemption import Preemption
 from rlqwen.trainers.reference_file import ReferenceFile
 from rlqwen.trainers.resume import choose_checkpoint, refuse_changes
+from rlqwen.trainers.router_loss import RouterLoss
 from rlqwen.trainers.run_fingerprint import run_fingerprint
 from rlqwen.trainers.run_history import RunHistory
 from rlqwen.trainers.run_logger import Metrics, RunLogger
@@ -90,7 +89,10 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         )
         set_seed(args.seed)
         self.preemption = Preemption()
-        self.output_dir = self._open_run_folder(model, args)
+        name = model if isinstance(model, str) else _name_of(model)
+        needed = {"model": name, "ref_model": getattr(args, "ref_model", None)}
+        default_folder = f"{self.algorithm}-{Path(name).name}"
+        self.output_dir = MainRank(self.ranks).run(lambda: open_locked_folder(args, default_folder, needed))
         self.model_folder: str | None = None
         """Local folder of the model, if it was given by name."""
         source: str | nn.Module = model
@@ -119,6 +121,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         for config in (own, getattr(self.policy, "reference_config", own)):
             check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
         self.main_rank = MainRank(self.ranks, self.policy)
+        self.router_loss = RouterLoss(self.policy, self.ranks)
         self.train_rows: Sequence[Row] = []
         self.new_stream: Callable[[], ItemStream[Row]] | None = None
         """Start the training data again, if it is a stream; `train_rows` is empty then."""
@@ -132,9 +135,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.history = RunHistory()
         self.updates_of_step: list[UpdateResult] = []
         """Updates of the current step."""
-        self._counted: Sequence[PackedBatch] | None = None
-        """The micro-batches that `_tokens_per_update` counts."""
-        self._tokens_per_update = 0.0
         self._fingerprint: dict[str, Any] | None = None
 
     @property
@@ -144,26 +144,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def _callback_context(self) -> dict[str, Any]:
         return {"model": self.model, "processing_class": self.processing_class}
-
-    def _open_run_folder(self, model: str | nn.Module, args: TrainerConfig) -> Path:
-        """Create the run folder, lock it for this process, and return its path; on every rank."""
-        model_name = model if isinstance(model, str) else _name_of(model)
-
-        def open_and_lock() -> Path:
-            if args.output_dir and args.overwrite_output_dir and not args.resume_from_checkpoint:
-                needed = {"model": model_name, "ref_model": getattr(args, "ref_model", None)}
-                names = {key: name for key, name in needed.items() if isinstance(name, str) and name}
-                refuse_needed_inside(args.output_dir, names)
-            folder = open_run_folder(
-                args.output_dir,
-                f"{self.algorithm}-{Path(model_name).name}",
-                overwrite=args.overwrite_output_dir,
-                resume=bool(args.resume_from_checkpoint),
-            )
-            lock_run_folder(folder)
-            return folder
-
-        return MainRank(self.ranks).run(open_and_lock)
 
     # What a trainer supplies
 
@@ -422,7 +402,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def _finish(self) -> None:
         """Complete the run folder; the summary comes last, and says that it is complete."""
-        final = self.evaluator.run_final(model_replaced=self._load_best())
+        replaced = self.args.load_best_model_at_end and self.checkpointer.load_best(self.policy)
+        final = self.evaluator.run_final(model_replaced=replaced)
         if isinstance(self.stream, ItemStream):
             self.logger.note(f"train: read of the stream: {self.stream.summary()}")
         self.save_model(self.output_dir / "final")
@@ -442,21 +423,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
         MainRank(self.ranks).run(write)  # an error there must end the other ranks too
 
-    def _load_best(self) -> bool:
-        """Load the weights of the best checkpoint if `load_best_model_at_end` asks for it; return whether it did."""
-        if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
-            return False
-        folder = Path(self.state.best_model_checkpoint)
-        fault = find_fault(folder)
-        if fault is not None:
-            self.logger.note(
-                f"the best checkpoint {folder} cannot be gone back to, and the last weights are kept: {fault}"
-            )
-            return False
-        self.policy.restore(folder)
-        self.weights_changed()
-        return True
-
     # What a step calls
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
@@ -465,40 +431,16 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         try:
             result = self.optimizer.step()
         except NonFiniteError:
-            self._keep_nonfinite(micro_batches)
+            save_batches(
+                self.output_dir / "nonfinite", micro_batches, step=self.state.global_step, rank=self.ranks.rank
+            )
             raise
         self.updates_of_step.append(result)
         if result.skipped:
-            self._keep_nonfinite(micro_batches)
+            save_batches(
+                self.output_dir / "nonfinite", micro_batches, step=self.state.global_step, rank=self.ranks.rank
+            )
         return result
-
-    def router_loss(
-        self, micro: PackedBatch, micro_batches: Sequence[PackedBatch], model: PackedModel | None = None
-    ) -> Tensor | float:
-        """Return the load-balancing loss of the experts in the forward just made on `micro`; 0 for a dense model.
-
-        Each micro-batch's loss counts by its share of the update's tokens. The load is the micro-batch's own, so unlike
-        other losses this one depends on the split, as it does in TRL. `micro_batches`: this rank's of the update;
-        `model`: None: the policy.
-        """
-        model = model or self.policy
-        if not model.routers.coefficient:
-            return 0.0
-        return model.router_loss(self.token_share(micro, micro_batches))
-
-    def token_share(self, micro: PackedBatch, micro_batches: Sequence[PackedBatch]) -> float:
-        """Return the micro-batch's share of the tokens that the update has on all ranks, each prefix counted once."""
-        if self._counted is not micro_batches:
-            self._counted = micro_batches
-            self._tokens_per_update = self.ranks.sum({"tokens": count_tokens(micro_batches)})["tokens"]
-        return count_tokens([micro]) / self._tokens_per_update
-
-    def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
-        folder = self.output_dir / "nonfinite"
-        folder.mkdir(exist_ok=True)
-        name = f"step-{self.state.global_step:06d}" + (f"-rank{self.ranks.rank}" if self.ranks.rank else "")
-        for number, batch in enumerate(micro_batches):
-            save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference if that is due since update `before`."""

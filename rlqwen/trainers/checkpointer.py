@@ -13,6 +13,7 @@ from rlqwen.checkpoint import (
     Retention,
     archive_checkpoints,
     checkpoint_folder,
+    find_fault,
     get_rng_state,
     preserve_rng_state,
     read_state,
@@ -25,6 +26,7 @@ from rlqwen.checkpoint import (
 from rlqwen.config import Recipe, TrainerConfig
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.distributed import OptimizerStep, Ranks
+from rlqwen.models.packed_model import PackedModel
 from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE
 from rlqwen.trainers.callbacks import Callbacks
 from rlqwen.trainers.resume import FINGERPRINT, RNG, STATE, usable_checkpoints
@@ -168,6 +170,21 @@ class Checkpointer:
             for later in archive_checkpoints(self.output_dir, after=self.saved_step):
                 self._logger.note(f"{later.name} was not gone on from; it is in {later.parent / 'set-aside'} now")
         self._ranks.barrier()
+
+    def load_best(self, model: PackedModel) -> bool:
+        """Load the weights of the best checkpoint into `model`; return whether there is a complete one."""
+        if not self._state.best_model_checkpoint:
+            return False
+        folder = Path(self._state.best_model_checkpoint)
+        fault = find_fault(folder)
+        if fault is not None:
+            self._logger.note(
+                f"the best checkpoint {folder} cannot be gone back to, and the last weights are kept: {fault}"
+            )
+            return False
+        model.restore(folder)
+        self._on_restore()
+        return True
 
     def truncate_run_folder(self, checkpoint: Path) -> None:
         """Delete metrics and completions of later updates, if the checkpoint lies in this run folder."""

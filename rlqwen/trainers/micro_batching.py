@@ -6,7 +6,9 @@ many micro-batches the others have, and makes up the difference with idle ones.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rlqwen.distributed import Ranks
@@ -81,3 +83,11 @@ def add_up(sums: dict[str, float], more: Mapping[str, Tensor | float]) -> None:
 
 def _pieces(tree: Tree) -> list[Tree]:
     return [replace(tree, branches=[branch]) for branch in tree.branches]
+
+
+def save_batches(folder: Path, batches: Sequence[PackedBatch], *, step: int, rank: int) -> None:
+    """Keep the tensors of an update's micro-batches in `folder`, to look at them later."""
+    folder.mkdir(exist_ok=True)
+    name = f"step-{step:06d}" + (f"-rank{rank}" if rank else "")
+    for number, batch in enumerate(batches):
+        save_file(batch.tensors(), folder / f"{name}-{number}.safetensors")

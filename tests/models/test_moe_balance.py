@@ -181,7 +181,7 @@ def test_micro_batches_count_by_their_tokens(tmp_path):
         [{"messages": CHAT + PAIR["chosen"]}],
     )
     batches = [pack([tree]) for tree in trees]
-    shares = [trainer.token_share(batch, batches) for batch in batches]
+    shares = [trainer.router_loss.token_share(batch, batches) for batch in batches]
     assert shares == pytest.approx([4 / 43, 39 / 43])
     policy.routers.metrics(lambda value: [value])
     for batch, share in zip(batches, shares, strict=True):
