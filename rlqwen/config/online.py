@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlqwen.config.base import NO_EFFECT
 from rlqwen.config.generation import GenerationKwargs, read_generation_kwargs
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
 from rlqwen.config.trainer import TrainerConfig, launched_ranks
@@ -90,7 +91,7 @@ class OnlineConfig(TrainerConfig):
     vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
 
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    scoring: ScoringConfig = Field(default_factory=ScoringConfig, json_schema_extra=NO_EFFECT)
 
     @model_validator(mode="before")
     @classmethod

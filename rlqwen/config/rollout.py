@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlqwen.config.base import ArgumentsConfig, Config
+from rlqwen.config.base import NO_EFFECT, ArgumentsConfig, Config
 from rlqwen.errors import ConfigError
 
 
@@ -38,19 +38,19 @@ class RolloutConfig(ArgumentsConfig):
     """Send the workers only the policy's adapter, which the engines apply to the base that they start with; vLLM can
     for LoRA and rsLoRA on the projections of dense models. False: weights with the adapter merged. None: the adapter
     where vLLM can and there is a GPU; on CPU it samples about three times slower with the adapter apart."""
-    start_timeout: float = Field(default=300.0, gt=0)
+    start_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
     """Seconds for Ray and all engines to come up."""
-    generate_timeout: float = Field(default=600.0, gt=0)
+    generate_timeout: float = Field(default=600.0, gt=0, json_schema_extra=NO_EFFECT)
     """Seconds in which a worker must finish a group; past it the worker counts as dead, is replaced, and its groups
     are retried."""
-    sync_timeout: float = Field(default=300.0, gt=0)
+    sync_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
     """Seconds for every worker to acknowledge new weights."""
     deterministic: bool = False
     """Deal groups out to several workers in fixed shares, each begun together, so that the same weights and seeds give
     the same completions and logprobs to the bit, which exact resume rests on. False: a group goes to whoever has room,
     and what else an engine computes at that time may change a logprob's last bits. One worker always gets all at once.
     Groups drawn again after a worker's death are the same but for rounding."""
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: int = Field(default=3, ge=0, json_schema_extra=NO_EFFECT)
     """How often workers are replaced over the run, all together, before the run stops."""
     max_staleness: int = Field(default=0, ge=0)
     """0: each step trains on groups of the present weights. k: on groups of the weights of k steps ago, so that workers
@@ -60,10 +60,10 @@ class RolloutConfig(ArgumentsConfig):
     """For mixtures of experts: have the trainer's forward choose the experts that vLLM chose for each token, with the
     weights that its own routers give them (R3, arXiv 2510.11370). Off-policy gaps shrink where rounding alone would send
     tokens to other experts. Policy and reference alike; a critic keeps its own."""
-    ray_address: str | None = None
+    ray_address: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """Address of a running Ray cluster. None starts a private one on this machine and ends it with the run."""
 
-    canary_tolerance: float | None = Field(default=None, gt=0)
+    canary_tolerance: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
     """Mean logprob gap a token allowed after a sync. None: 1e-3 in float32, 0.1 in bfloat16 and float16, whose rounding
     alone moves an unlikely token by more than that, but not the mean."""
 

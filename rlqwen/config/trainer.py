@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.base import NO_EFFECT, ArgumentsConfig
 from rlqwen.config.deepspeed import adopt_ds_config
 from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.watch import WatchConfig, read_watch
@@ -34,12 +34,12 @@ class TrainerConfig(ArgumentsConfig):
         "activation_offloading": "use gradient_checkpointing and max_tokens_per_micro_batch",
     }
 
-    output_dir: str | None = None
+    output_dir: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """The run folder. None: `runs/{algorithm}-{model name}`."""
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Start anew in a folder that holds a run already, which is moved aside to `previous-N` in it; otherwise that is
     refused."""
-    run_name: str | None = None
+    run_name: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """Name of the run for the metric sinks. None: the run folder's name."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
@@ -52,7 +52,7 @@ class TrainerConfig(ArgumentsConfig):
     max_steps: int = -1
     """Optimizer updates (GRPO: as in TRL, also updates); -1: as `num_train_epochs` says."""
     shuffle_dataset: bool = True
-    dataset_num_proc: int | None = Field(default=None, ge=1)
+    dataset_num_proc: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
     """Processes that tokenise. None: one, or from 10,000 rows on one per CPU."""
 
     learning_rate: float = Field(default=2e-5, ge=0)
@@ -82,9 +82,10 @@ class TrainerConfig(ArgumentsConfig):
     skipped. For GPUs without bfloat16."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. None: on GPU, not on CPU."""
-    use_cpu: bool = False
+    use_cpu: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Train on the CPU even where there is a GPU."""
-    model_init_kwargs: dict[str, Any] = Field(default_factory=dict)
+    # The digest of the weights records what these gave.
+    model_init_kwargs: dict[str, Any] = Field(default_factory=dict, json_schema_extra=NO_EFFECT)
     """Passed to `from_pretrained` when the model is given as a name or folder; `dtype` is that of frozen weights."""
     trust_remote_code: bool = False
     disable_dropout: bool = False
@@ -99,20 +100,20 @@ class TrainerConfig(ArgumentsConfig):
     """Updates between evaluations; None: `logging_steps`."""
     eval_on_start: bool = False
     per_device_eval_batch_size: int = Field(default=8, ge=1)
-    save_strategy: Schedule = "steps"
-    save_steps: int = Field(default=500, ge=1)
-    save_total_limit: int | None = Field(default=None, ge=1)
+    save_strategy: Schedule = Field(default="steps", json_schema_extra=NO_EFFECT)
+    save_steps: int = Field(default=500, ge=1, json_schema_extra=NO_EFFECT)
+    save_total_limit: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
     """Keep only so many checkpoints, the newest and the best."""
-    save_keep_every: int | None = Field(default=None, ge=1)
+    save_keep_every: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
     """Ours: keep the checkpoints of updates that this divides for good, not counted in `save_total_limit`."""
-    save_minutes: float | None = Field(default=None, gt=0)
+    save_minutes: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
     """Ours: save whenever so many minutes have passed since the last checkpoint, too."""
-    save_only_model: bool = False
+    save_only_model: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Leave optimiser and random states out of checkpoints, from which a run then cannot go on."""
-    resume_from_checkpoint: bool | str | None = None
+    resume_from_checkpoint: bool | str | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """Go on from a checkpoint: true: the newest complete one of the run folder; or the path of one.
     `auto`: true where there is one, else begin."""
-    resume_allow_changes: bool = False
+    resume_allow_changes: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Ours: go on although data, model, versions or keys that change the result are not those of the checkpoint."""
     load_best_model_at_end: bool = False
     """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
@@ -126,13 +127,13 @@ class TrainerConfig(ArgumentsConfig):
     early_stopping_threshold: float = Field(default=0.0, ge=0)
     """What counts as an improvement."""
 
-    logging_steps: int = Field(default=1, ge=1)
+    logging_steps: int = Field(default=1, ge=1, json_schema_extra=NO_EFFECT)
     """Updates between two lines of metrics (TRL: 10)."""
-    report_to: str | list[str] = "none"
+    report_to: str | list[str] = Field(default="none", json_schema_extra=NO_EFFECT)
     """Metric sinks beside the JSONL file that is always written: tensorboard, wandb, trackio, or none."""
-    disable_tqdm: bool = False
+    disable_tqdm: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """No live display, plain lines only."""
-    watch: WatchConfig = Field(default_factory=WatchConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig, json_schema_extra=NO_EFFECT)
     """Ours: what to look out for while training, and what to do then. `off`: nothing."""
     seed: int = 42
 

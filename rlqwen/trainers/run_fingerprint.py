@@ -50,7 +50,7 @@ def run_fingerprint(
         "data.train": train_digest,
         "data.eval": digest_rows(eval_rows) if eval_rows else None,
         **more,
-        **config_fingerprint(args.model_dump(mode="json")),
+        **config_fingerprint(args),
     }
     carried = carried_by(model.base_model)
     if carried and carried.weights:

@@ -22,7 +22,7 @@ from rlqwen.checkpoint.fingerprint import (
     flatten,
     reward_fingerprint,
 )
-from rlqwen.config import Recipe
+from rlqwen.config import GRPOConfig, Recipe
 from rlqwen.data import TokenizedRow
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
@@ -129,9 +129,25 @@ def test_differences_are_listed_by_name():
     ]
 
 
-def test_keys_that_change_no_result_may_change():
-    config = {"learning_rate": 1e-5, "save_steps": 5, "rollout": {"max_restarts": 3, "num_workers": 2}}
-    assert config_fingerprint(config) == {"train.learning_rate": 1e-5, "train.rollout.num_workers": 2}
+def test_settings_without_effect_on_the_result_are_not_in_the_fingerprint():
+    was = config_fingerprint(GRPOConfig())
+    changed = GRPOConfig(save_steps=5, watch="off", scoring={"timeout": 9}, rollout={"max_restarts": 9})
+    assert config_fingerprint(changed) == was
+    changed = GRPOConfig(learning_rate=1e-5, rollout={"num_workers": 2})
+    assert diff_fingerprints(was, config_fingerprint(changed)) == [
+        "train.learning_rate: was 1e-06, is 1e-05",
+        "train.rollout.num_workers: was 1, is 2",
+    ]
+
+
+def test_fields_marked_as_without_effect_are_those_that_only_steer_the_run():
+    kept = {name.removeprefix("train.").partition(".")[0] for name in config_fingerprint(GRPOConfig())}
+    assert set(GRPOConfig.model_fields) - kept == {
+        *("output_dir", "overwrite_output_dir", "run_name", "report_to", "disable_tqdm", "logging_steps"),
+        *("save_strategy", "save_steps", "save_minutes", "save_total_limit", "save_keep_every", "save_only_model"),
+        *("resume_from_checkpoint", "resume_allow_changes", "dataset_num_proc", "model_init_kwargs", "use_cpu"),
+        *("scoring", "watch"),
+    }
 
 
 def test_another_reward_function_is_seen():
