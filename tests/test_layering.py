@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 # From the bottom up; a package imports only from packages in lower rows.
 LAYERS = [
     {"errors", "types", "secrets"},
-    {"config", "plugins"},
+    {"plugins"},
+    {"config"},
     {"run_folder"},
     {"packing", "reporting", "monitoring"},
     {"distributed", "algorithms"},
@@ -29,7 +30,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NO_TORCH = {
-    "errors", "types", "secrets", "config.recipe_yaml", "plugins.entry_points", "rewards.registry", "reporting", "monitoring",
+    "errors", "types", "secrets", "config.recipe_yaml", "plugins.registry", "rewards.registry", "reporting", "monitoring",
     "cli",
 }  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

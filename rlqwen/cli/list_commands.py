@@ -11,12 +11,12 @@ def rewards() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rlqwen.rewards.registry import discover
+    from rlqwen.rewards.registry import REWARDS
 
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for heading in ("name", "origin", "what it does"):
         table.add_column(heading, overflow="fold")
-    entries = discover()
+    entries = REWARDS.discover()
     for name, entry in entries.items():
         about = Text(f"unusable: {entry.conflict}", style="red") if entry.conflict else Text(entry.doc)
         table.add_row(name, entry.origin, about)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import RewardSpecError
-from rlqwen.rewards.registry import Reward, discover, resolve, unique_names
+from rlqwen.rewards.registry import REWARDS, Reward, resolve, unique_names
 from rlqwen.rewards.reward_model import RewardModel
 
 
@@ -64,4 +64,4 @@ def _is_model_path(name: str) -> bool:
     if Path(name).is_dir():
         return True
     looks_like_an_id = name.count("/") == 1 and ":" not in name and not name.endswith(".py")
-    return looks_like_an_id and name not in discover()
+    return looks_like_an_id and name not in REWARDS.discover()

@@ -24,20 +24,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlqwen.errors import RewardSpecError
-from rlqwen.plugins.entry_points import RewardEntry, discover, load, locate, nearest
+from rlqwen.plugins.registry import Registry, nearest
 
 __all__ = [
+    "REWARDS",
     "Reward",
-    "RewardEntry",
     "call_arguments",
     "check_columns",
     "check_rows",
-    "discover",
-    "load",
     "resolve",
     "taken_columns",
     "unique_names",
 ]
+
+REWARDS = Registry("rlqwen.rewards", "reward", RewardSpecError)
 
 PROTOCOL = ("prompts", "completions", "completion_ids")
 """What every reward may name."""
@@ -76,7 +76,8 @@ def resolve(reward: str | Callable[..., Any], args: Mapping[str, Any] | None = N
     """
     args = dict(args or {})
     if isinstance(reward, str):
-        candidate, name, origin = locate(reward)
+        found = REWARDS.locate(reward)
+        candidate, name, origin = found.value, found.name, found.origin
     elif callable(reward):
         candidate, name, origin = reward, _name_of(reward), str(getattr(reward, "__module__", None))
     else:

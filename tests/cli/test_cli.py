@@ -116,10 +116,10 @@ def test_rewards_are_listed_with_origin_and_doc(capsys):
 
 
 def test_a_claimed_twice_reward_is_shown_as_unusable(capsys, monkeypatch):
-    from rlqwen.rewards.registry import RewardEntry
+    from rlqwen.plugins.registry import PluginEntry
 
-    entry = RewardEntry("accuracy", "a:b", "alpha", "1", conflict="registered by more than one package: alpha, beta")
-    monkeypatch.setattr("rlqwen.rewards.registry.discover", lambda: {"accuracy": entry})
+    entry = PluginEntry("accuracy", "a:b", "alpha", "1", conflict="registered by more than one package: alpha, beta")
+    monkeypatch.setattr("rlqwen.rewards.registry.REWARDS.discover", lambda: {"accuracy": entry})
     assert main(["rewards"]) == 0
     assert "unusable: registered by more than one package: alpha, beta" in capsys.readouterr().out
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 
 from rlqwen.errors import RewardSpecError
+from rlqwen.plugins.registry import PluginEntry
 from rlqwen.rewards.registry import (
-    RewardEntry,
+    REWARDS,
     call_arguments,
     check_columns,
-    discover,
-    load,
     resolve,
     unique_names,
 )
@@ -70,21 +69,21 @@ def rival_package(tmp_path_factory):
 
 
 def test_built_ins_are_registered_with_origin_and_a_line_of_doc():
-    entries = discover()
+    entries = REWARDS.discover()
     assert set(entries) >= BUILT_IN
     version = importlib.metadata.version("rlqwen")
     for name in BUILT_IN:
         assert entries[name].origin == f"rlqwen {version}"
         assert entries[name].conflict is None
         assert entries[name].doc
-        assert callable(load(name))
+        assert callable(REWARDS.load(name))
 
 
 def test_discovering_imports_no_reward_and_no_torch():
     code = """
 import sys
-from rlqwen.rewards.registry import discover
-docs = [entry.doc for entry in discover().values()]
+from rlqwen.rewards.registry import REWARDS
+docs = [entry.doc for entry in REWARDS.discover().values()]
 assert all(docs)
 print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "sympy", "math_verify", "rlqwen_rewards"}))
 """
@@ -94,8 +93,8 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "sympy", "
 def test_loading_one_reward_imports_no_other():
     code = """
 import sys
-from rlqwen.rewards.registry import load
-load("length")
+from rlqwen.rewards.registry import REWARDS
+REWARDS.load("length")
 print(sorted(name for name in sys.modules if name.startswith("rlqwen_rewards") or name == "sympy"))
 """
     assert run_python(code).strip() == "['rlqwen_rewards', 'rlqwen_rewards.answers', 'rlqwen_rewards.length']"
@@ -104,8 +103,8 @@ print(sorted(name for name in sys.modules if name.startswith("rlqwen_rewards") o
 def test_a_stranger_s_package_is_found_and_used_by_name(digits_package):
     code = """
 import json
-from rlqwen.rewards.registry import call_arguments, check_columns, discover, resolve
-entry = discover()["digits"]
+from rlqwen.rewards.registry import call_arguments, check_columns, REWARDS, resolve
+entry = REWARDS.discover()["digits"]
 reward = resolve("digits", {"scale": 2.0})
 check_columns(reward, ["prompt", "solution"], "the data")
 completions = [[{"role": "assistant", "content": text}] for text in (r"\\\\boxed{57}", r"\\\\boxed{47}", "57")]
@@ -122,12 +121,12 @@ print(json.dumps([entry.origin, entry.doc, reward.name, reward.origin, reward.fu
 def test_a_name_that_two_packages_claim_is_an_error_that_names_both(digits_package, rival_package):
     code = """
 from rlqwen.errors import RewardSpecError
-from rlqwen.rewards.registry import discover, resolve
-assert "digits" in discover() and "accuracy" in discover()
+from rlqwen.rewards.registry import REWARDS, resolve
+assert "digits" in REWARDS.discover() and "accuracy" in REWARDS.discover()
 try:
     resolve("digits")
 except RewardSpecError as error:
-    assert str(error) == discover()["digits"].conflict
+    assert str(error) == REWARDS.discover()["digits"].conflict
     print(error)
 assert resolve("rlqwen_reward_digits_rival:num_digits").function(["a1b2"]) == [2.0]
 """
@@ -173,7 +172,7 @@ def test_a_file_s_function(tmp_path):
     reward = resolve(f"{file}:reward")
     assert (reward.name, reward.origin) == ("reward", str(file))
     assert reward.function(completions=["a", "b"]) == [3.0, 3.0]
-    assert load(f"{file}:Box").__name__ == "Box"
+    assert REWARDS.load(f"{file}:Box").__name__ == "Box"
     with pytest.raises(RewardSpecError, match="has no 'rewad'; did you mean 'reward'"):
         resolve(f"{file}:rewad")
 
@@ -310,14 +309,14 @@ def test_only_named_arguments_are_passed():
 
 
 def test_entries_and_rewards_travel():
-    assert pickle.loads(pickle.dumps(discover()["accuracy"])) == discover()["accuracy"]
+    assert pickle.loads(pickle.dumps(REWARDS.discover()["accuracy"])) == REWARDS.discover()["accuracy"]
     assert pickle.loads(pickle.dumps(resolve("accuracy"))) == resolve("accuracy")
 
 
 @pytest.mark.parametrize("value", ["no_such_module_at_all:fn", "json.no_such:fn", "math:sqrt"])
 def test_doc_without_a_source_is_empty(value):
-    assert RewardEntry("x", value, "d", "1").doc == ""
+    assert PluginEntry("x", value, "d", "1").doc == ""
 
 
 def test_doc_of_what_the_module_only_imports_is_the_module_s():
-    assert RewardEntry("x", "json:no_such_function", "d", "1").doc.startswith("JSON (JavaScript Object Notation)")
+    assert PluginEntry("x", "json:no_such_function", "d", "1").doc.startswith("JSON (JavaScript Object Notation)")
