@@ -1,4 +1,4 @@
-"""The run folder and its checkpoints: what is written, how it is kept whole, and how a run goes on from it."""
+"""Write checkpoints completely or not at all, verify them, and restore runs from them."""
 
 from rlqwen.checkpoint.atomic_folder import find_fault, is_storage_error, sync_file
 from rlqwen.checkpoint.checkpoints import (

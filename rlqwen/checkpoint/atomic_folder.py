@@ -1,6 +1,6 @@
-"""A folder that is complete or is not there: written aside, listed with digests, synced to disk, renamed.
+"""Write a folder so that it is complete or absent: write it aside, list digests, sync to disk, rename.
 
-`manifest.json` holds the sha256 and the size of every other file. Before a checkpoint is used all of it is verified;
+`manifest.json` holds the sha256 and the size of every other file. All files are verified before a checkpoint is used;
 files that the manifest does not list are never read.
 """
 
@@ -23,10 +23,10 @@ _STORAGE_WORDS = ("no space left", "disk quota", "read-only file system", "file 
 
 
 def write_complete(folder: Path, fill: Callable[[Path], None], *, last_size: int | None = None) -> Path:
-    """Have `fill` write a folder aside, and put it in the place of `folder` when it is whole and on disk.
+    """Call `fill` to write a folder aside, and replace `folder` by it once it is complete and on disk.
 
-    `last_size`: bytes of the folder's predecessor, for the message where there is no room. Raises SaveError where the
-    disk is full or cannot be written to; what was written is then removed.
+    `last_size`: bytes of the previous folder, for the message if there is no space. Raises SaveError if the disk is full
+    or not writable; what was written is then removed.
     """
     partial = partial_folder(folder)
     try:
@@ -48,12 +48,12 @@ def write_complete(folder: Path, fill: Callable[[Path], None], *, last_size: int
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a folder is written before it is complete."""
+    """Return the path at which `folder` is written before it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a whole folder to its place; one that is there is moved aside first, and deleted last."""
+    """Rename a complete folder to its final path. An existing folder there is moved aside first and deleted last."""
     old = folder.with_name(f".{folder.name}.old")
     remove(old)
     if folder.exists():
@@ -64,7 +64,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """List the folder's files with their digests."""
+    """Write the manifest: the folder's files with sizes and digests."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": _digest(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
@@ -74,7 +74,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_complete` wrote, naming the file; None if nothing is."""
+    """Say what is wrong with a folder that `write_complete` wrote, and in which file; None if nothing is."""
     try:
         manifest: Any = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
         files = {str(name): (str(entry["sha256"]), int(entry["bytes"])) for name, entry in manifest["files"].items()}
@@ -87,18 +87,18 @@ def find_fault(folder: Path) -> str | None:
     for name, (digest, size) in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            return f"{MANIFEST_FILE} names {name!r}, which is outside of it"
+            return f"{MANIFEST_FILE} names {name!r}, which is outside the folder"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, and had {size:,}"
+            return f"{name} has {path.stat().st_size:,} bytes, and had {size:,} when it was saved"
         if _digest(path) != digest:
             return f"{name} has changed since it was saved (its sha256 differs)"
     return None
 
 
 def total_bytes(folder: Path) -> int:
-    """Of all files in a folder."""
+    """Return the size of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -108,13 +108,13 @@ def remove(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file and folder on disk before this returns."""
+    """Sync every file and folder in `folder` to disk."""
     for path in [*folder.rglob("*"), folder]:
         sync_file(path)
 
 
 def sync_file(path: Path) -> None:
-    """Have a file or folder on disk before this returns, if it is there."""
+    """Sync a file or folder to disk if it exists."""
     if not path.exists():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -130,23 +130,23 @@ def _digest(path: Path) -> str:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether the disk is full or not writable; safetensors and tokenizers say so in words alone."""
+    """Return whether the disk is full or not writable; safetensors and tokenizers only say so in the message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _STORAGE_ERRORS
     return any(word in str(error).lower() for word in _STORAGE_WORDS)
 
 
 def describe_storage_error(error: BaseException, partial: Path, last_size: int | None) -> str:
-    """What the system says, how much was written and needed, and how much is free."""
+    """Say what the system reports, how much was written and needed, and how much is free."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     written = 0
     with contextlib.suppress(OSError):
         written = total_bytes(partial)
     place = next((path for path in [partial, *partial.parents] if path.exists()), Path("/"))
     free = shutil.disk_usage(place).free
-    needed = f"; the last one took {last_size / 1e6:,.1f} MB" if last_size else ""
+    needed = f"; the last checkpoint took {last_size / 1e6:,.1f} MB" if last_size else ""
     return (
-        f"{reason}. {written / 1e6:,.1f} MB of it were written, {free / 1e6:,.1f} MB are free{needed}. "
-        "The part is removed and earlier checkpoints are kept: make room (save_total_limit keeps fewer), "
-        "and go on with `rlqwen run RECIPE --resume`"
+        f"{reason}. {written / 1e6:,.1f} MB were written, {free / 1e6:,.1f} MB are free{needed}. "
+        "The incomplete checkpoint is removed and earlier ones are kept: free some space (save_total_limit keeps fewer "
+        "checkpoints), and resume with `rlqwen run RECIPE --resume`"
     )

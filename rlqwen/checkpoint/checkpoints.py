@@ -1,7 +1,7 @@
-"""The checkpoints of a run, `checkpoints/step-NNNNNN`: written, found, verified, dropped.
+"""Write, find, verify and delete the checkpoints of a run, `checkpoints/step-NNNNNN`.
 
 A checkpoint is a model folder for `from_pretrained` (trained weights in float32), with the tokenizer, the adapter under
-`adapter/` where there is one, and what the trainer needs to go on.
+`adapter/` if there is one, and what the trainer needs to resume.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +23,19 @@ from rlqwen.errors import ConfigError
 from rlqwen.models.packed_model import ADAPTER_FOLDER, PackedModel
 from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER
 
-_ASIDE = "set-aside"
+_ARCHIVE = "set-aside"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after update `step` lies."""
+    """Return the path of the checkpoint after update `step`."""
     return run_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
 
 
 def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizerBase, *, write: bool = True) -> Path:
-    """Write model and tokenizer (and the adapter, under `adapter/`) in the dtype that the model came in; on every rank,
-    of which one is to `write`."""
+    """Write model and tokenizer (and the adapter, under `adapter/`) in the model's original dtype.
+
+    Every rank must call this, one of them with `write`.
+    """
 
     def fill(partial: Path) -> None:
         policy.save(partial, dtype=policy.original_dtype, write=write)
@@ -49,9 +51,9 @@ def save_model(folder: Path, policy: PackedModel, tokenizer: PreTrainedTokenizer
 
 
 def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -> None:
-    """Write a checkpoint whole or not at all, replacing one that is there.
+    """Write a checkpoint completely or not at all, replacing an existing one.
 
-    Every rank calls `fill`, which on each writes files that no other rank writes; the main rank makes it complete.
+    Every rank calls `fill`, which must write different files on each rank; the main rank completes the folder.
     """
 
     def fill_together(partial: Path) -> None:
@@ -68,12 +70,15 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -
 
 
 def restore_weights(folder: Path, policy: PackedModel) -> None:
-    """Load the trained weights of a checkpoint back into `policy`."""
+    """Load the trained weights of a checkpoint into `policy`."""
     policy.restore(folder)
 
 
 def complete_checkpoints(run_dir: Path, note: Callable[[str], None]) -> Iterator[Path]:
-    """Complete checkpoints of a run, newest first, each verified when it is asked for; `note` is told of the others."""
+    """Yield the complete checkpoints of a run, newest first, each verified when it is reached.
+
+    `note` is called with a message for each checkpoint that is not complete.
+    """
     for folder in reversed(_folders(run_dir / CHECKPOINTS_FOLDER)):
         fault = find_fault(folder)
         if fault is None:
@@ -83,28 +88,30 @@ def complete_checkpoints(run_dir: Path, note: Callable[[str], None]) -> Iterator
 
 
 def require_complete(folder: Path) -> Path:
-    """The checkpoint that a user named; ConfigError if it isn't one, or not whole."""
+    """Return the checkpoint that a user named; raise ConfigError if it is missing or not complete."""
     if not folder.is_dir():
         raise ConfigError(f"resume_from_checkpoint: there is no checkpoint {str(folder)!r}")
     fault = find_fault(folder)
     if fault is not None:
         raise ConfigError(
-            f"resume_from_checkpoint: checkpoint {str(folder)!r} cannot be used: {fault}; name another, or set true for "
-            "the newest that is complete"
+            f"resume_from_checkpoint: checkpoint {str(folder)!r} cannot be used: {fault}; name another, or use true for "
+            "the newest complete one"
         )
     return folder
 
 
 def archive_checkpoints(run_dir: Path, *, after: int) -> list[Path]:
-    """Move checkpoints of later updates than `after`, which a run that goes on from there writes anew, to
-    `checkpoints/set-aside`, and delete what a killed save left; returns those moved."""
+    """Move checkpoints of updates later than `after`, which the resumed run writes again, to `checkpoints/set-aside`.
+
+    Also delete what a killed save left. Return the paths that the moved checkpoints had.
+    """
     parent = run_dir / CHECKPOINTS_FOLDER
     for partial in parent.glob(".step-*"):
         remove(partial)
     later = [folder for folder in _folders(parent) if _step(folder) > after]
     for folder in later:
-        (parent / _ASIDE).mkdir(exist_ok=True)
-        put_in_place(folder, parent / _ASIDE / folder.name)
+        (parent / _ARCHIVE).mkdir(exist_ok=True)
+        put_in_place(folder, parent / _ARCHIVE / folder.name)
     return later
 
 
@@ -118,21 +125,21 @@ def _step(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept."""
+    """Decide which checkpoints are kept."""
 
     limit: int | None
-    """So many of the newest; None: all."""
+    """Number of newest checkpoints to keep; None: all."""
     keep_every: int | None
-    """Those of updates that this divides are kept for good, and not counted."""
+    """Checkpoints of updates that this number divides are kept forever, and do not count towards `limit`."""
 
     def drop_old(self, parent: Path, *, best: Path | None) -> None:
-        """Delete what need not be kept; never `best`. A checkpoint is gone at once, or still whole."""
+        """Delete checkpoints that need not be kept, but never `best`. A killed process leaves none half deleted."""
         if self.limit is None:
             return
-        passing = [
+        deletable = [
             folder for folder in _folders(parent) if not (self.keep_every and _step(folder) % self.keep_every == 0)
         ]
-        for folder in passing[: -self.limit]:
+        for folder in deletable[: -self.limit]:
             if folder != best:
                 dropped = folder.with_name(f".{folder.name}.dropped")
                 remove(dropped)

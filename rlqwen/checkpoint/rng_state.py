@@ -1,4 +1,4 @@
-"""The states of every random number generator of a process: Python's, numpy's, torch's, CUDA's."""
+"""Save and restore the RNG states of a process: Python's, numpy's, torch's and CUDA's."""
 
 import contextlib
 import random
@@ -10,7 +10,7 @@ import torch
 
 
 def get_rng_state() -> dict[str, Any]:
-    """As plain values and tensors."""
+    """Return all RNG states as JSON values and tensors."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -22,7 +22,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on from where `get_rng_state` was taken."""
+    """Restore the states returned by `get_rng_state`."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -34,9 +34,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Whatever is drawn inside, the generators are afterwards as they were.
+    """Restore all RNG states on leaving the context.
 
-    For what a run does once, at its start or at that of the run that goes on from it: the others must not notice.
+    For work that a run does once per process, such as starting an engine, so that a resumed run draws the same numbers.
     """
     state = get_rng_state()
     try:

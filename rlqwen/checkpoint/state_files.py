@@ -1,4 +1,4 @@
-"""Plain values and tensors, nested, as a JSON file and a safetensors file beside it. Nothing is pickled."""
+"""Write nested JSON values and tensors as a JSON file and a safetensors file. Nothing is pickled."""
 
 import json
 from pathlib import Path
@@ -11,26 +11,26 @@ from torch import Tensor
 _TENSOR = "__tensor__"
 
 
-def write_state(folder: Path, name: str, values: dict[str, Any]) -> None:
-    """Write `name.json`, and the tensors among `values` to `name.safetensors`; tuples become lists."""
+def write_state(folder: Path, name: str, state: dict[str, Any]) -> None:
+    """Write `state` to `name.json`, and its tensors to `name.safetensors`. Tuples become lists."""
     tensors: dict[str, Tensor] = {}
-    plain = _take_out(values, "", tensors)
+    plain = _take_out(state, "", tensors)
     (folder / f"{name}.json").write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
     if tensors:
         save_file(tensors, folder / f"{name}.safetensors")
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any]:
-    """What `write_state` wrote; tensors are on the CPU."""
+    """Read what `write_state` wrote. Tensors are on the CPU."""
     plain = json.loads((folder / f"{name}.json").read_text("utf-8"))
     path = folder / f"{name}.safetensors"
-    values: dict[str, Any] = _put_back(plain, load_file(path) if path.is_file() else {})
-    return values
+    state: dict[str, Any] = _put_back(plain, load_file(path) if path.is_file() else {})
+    return state
 
 
 def _take_out(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        # A copy: safetensors refuses tensors that share memory.
+        # Copied, because safetensors refuses tensors that share memory.
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: path}
     if isinstance(value, dict):

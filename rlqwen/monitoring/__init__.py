@@ -1,4 +1,4 @@
-"""The guard that watches a run: symptoms in its metrics, what they mean, whom to tell. No torch."""
+"""Watch a run: find symptoms in its metrics, diagnose them, and raise alerts. Imports no torch."""
 
 from rlqwen.monitoring.monitor import Alert, Monitor, worst_action
 from rlqwen.monitoring.webhook import Webhook

@@ -1,4 +1,4 @@
-"""Calls a webhook without ever holding up the run, or telling its address."""
+"""Call a webhook without delaying the run and without revealing its URL."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from rlqwen.secrets import redact_values
 
 
 class Webhook:
-    """POSTs JSON to a URL, each call in a thread of its own.
+    """POST JSON to a URL, each call in its own thread.
 
     Args:
         url: http(s) URL, or `$NAME` of the environment variable that holds it.
-        timeout_s: for one call, and for those still under way when the run ends.
+        timeout_s: seconds for one call, and for all unfinished calls when the run ends.
 
     Raises:
-        ConfigError: the environment variable is not set.
+        ConfigError: the environment variable is not set, or holds no http(s) URL.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
@@ -32,7 +32,7 @@ class Webhook:
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(
                     f"watch.webhook: the environment variable {name} "
-                    f"{'holds no http(s) URL' if url else 'is not set'}; set it, or leave watch.webhook out"
+                    f"{'holds no http(s) URL' if url else 'is not set'}; set it, or remove watch.webhook"
                 )
         self._url = url
         self._timeout_s = timeout_s
@@ -40,7 +40,7 @@ class Webhook:
         self._problems: list[str] = []
 
     def post(self, payload: Mapping[str, Any]) -> None:
-        """Send `payload`, secrets of the environment redacted, and go on."""
+        """Send `payload` with secrets of the environment redacted, without waiting for an answer."""
         plain = redact_values({key: _plain(value) for key, value in payload.items()})
         body = json.dumps(plain, ensure_ascii=False).encode()
         thread = threading.Thread(target=self._send, args=(body,), daemon=True, name="rlqwen-webhook")
@@ -48,12 +48,12 @@ class Webhook:
         thread.start()
 
     def problems(self) -> list[str]:
-        """What went wrong since the last call, without the URL."""
+        """Return what went wrong since the last call of this method, without the URL."""
         found, self._problems = self._problems, []
         return found
 
     def close(self) -> None:
-        """Wait for calls under way, no longer than one call may take."""
+        """Wait for unfinished calls, at most `timeout_s` together."""
         deadline = time.monotonic() + self._timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -66,11 +66,11 @@ class Webhook:
                 pass
         except urllib.error.HTTPError as error:
             self._problems.append(f"watch.webhook answered {error.code}")
-        except Exception as error:  # noqa: BLE001  whatever it is, the run goes on
-            # The message of some errors quotes the URL.
+        except Exception as error:  # noqa: BLE001  no error may stop the run
+            # Some error messages quote the URL.
             self._problems.append(f"watch.webhook could not be reached: {type(error).__name__}")
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN and infinity, which JSON lacks, by text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

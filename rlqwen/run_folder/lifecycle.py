@@ -1,4 +1,4 @@
-"""The run folder: made, and cut back to the checkpoint that a run goes on from."""
+"""Create the run folder, and truncate it to the checkpoint that a run resumes from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,21 +19,22 @@ from rlqwen.run_folder.lock import lock_run_folder
 
 
 def open_run_folder(output_dir: str | None, default_name: str, *, overwrite: bool, resume: bool) -> Path:
-    """Make the run folder, or refuse one that holds a run; without `output_dir`, a new one under `runs/`,
-    or with `resume` the newest there.
+    """Create and return the run folder; raise ConfigError if it already holds a run or is not writable.
 
-    One with checkpoints is not refused here, because `train` may be told to go on from them. Nothing is moved
-    aside here: that waits until training begins, after everything else has been found right.
+    Without `output_dir`, the folder is a new one under `runs/`, or with `resume` the newest one there.
+
+    A folder with checkpoints is accepted here, because `train` may be asked to resume from them. An earlier run is moved
+    aside only when training begins, after all other checks.
     """
     if output_dir is None:
         names = [default_name, *(f"{default_name}-{number}" for number in range(2, 10_000))]
         folders = [Path("runs") / name for name in names]
-        place = next(place for place, one in enumerate(folders) if not one.exists())
-        folder = folders[max(place - 1, 0) if resume else place]
+        first_free = next(index for index, one in enumerate(folders) if not one.exists())
+        folder = folders[max(first_free - 1, 0) if resume else first_free]
     else:
         folder = Path(output_dir)
-        can_go_on = (folder / CHECKPOINTS_FOLDER).is_dir()
-        refuse_used_folder(folder, overwrite=overwrite or resume or can_go_on)
+        has_checkpoints = (folder / CHECKPOINTS_FOLDER).is_dir()
+        refuse_used_folder(folder, overwrite=overwrite or resume or has_checkpoints)
         if overwrite and not resume:
             refuse_unmarked(folder)
     try:
@@ -62,9 +63,9 @@ def open_locked_folder(config: TrainerConfig, default_name: str, needed: Mapping
 
 
 def truncate_run_folder(folder: Path, *, step: int, metrics_bytes: int) -> None:
-    """Delete what was written after the checkpoint of update `step`, so that nothing appears twice.
+    """Delete metrics and completions written after the checkpoint of update `step`, so that none appears twice.
 
-    `metrics_bytes`: the size of `metrics.jsonl` then.
+    `metrics_bytes`: size of `metrics.jsonl` when that checkpoint was saved.
     """
     metrics = folder / METRICS_FILE
     if metrics.is_file() and metrics.stat().st_size > metrics_bytes:

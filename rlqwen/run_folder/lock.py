@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""Lock a run folder, so that only one run at a time trains in it."""
 
 import contextlib
 import fcntl
@@ -12,14 +12,14 @@ from rlqwen.errors import ConfigError
 
 LOCK_FILE = ".run.lock"
 _held: dict[tuple[int, Path], int] = {}
-"""(process, folder) -> file descriptor: a process may take its own lock again."""
+"""(process id, path of the lock) -> file descriptor, so that a process may lock a folder twice."""
 
 
 def lock_run_folder(folder: str | Path) -> None:
-    """Hold the folder until `unlock_run_folder` or the end of this process, however it ends.
+    """Lock the folder until `unlock_run_folder` or the end of this process.
 
-    The operating system lets go of the lock of a process that died, so nothing is ever left over. Raises ConfigError
-    that names process and host of the run that holds it.
+    The operating system releases the lock when the process ends for any reason, so no stale lock remains. Raises
+    ConfigError, which names process and host of the run that holds the lock.
     """
     path = Path(folder).resolve() / LOCK_FILE
     if (os.getpid(), path) in _held:
@@ -35,23 +35,23 @@ def lock_run_folder(folder: str | Path) -> None:
         os.close(descriptor)
         raise ConfigError(f"output_dir {str(folder)!r} {_in_use(path)}") from None
     except OSError:
-        os.close(descriptor)  # a file system without locks: better to train than not to
+        os.close(descriptor)  # a file system without locks: train without one
         return
-    with contextlib.suppress(OSError):  # a full disk; the lock is held all the same
+    with contextlib.suppress(OSError):  # a full disk; the lock is held nevertheless
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
     _held[os.getpid(), path] = descriptor
 
 
 def unlock_run_folder(folder: str | Path) -> None:
-    """Let go; does nothing where this process holds no lock."""
+    """Release the lock, if this process holds it."""
     descriptor = _held.pop((os.getpid(), Path(folder).resolve() / LOCK_FILE), None)
     if descriptor is not None:
         os.close(descriptor)
 
 
 def refuse_running(folder: str | Path) -> None:
-    """Raises ConfigError if another process trains in the folder."""
+    """Raise ConfigError if another process trains in the folder."""
     path = Path(folder).resolve() / LOCK_FILE
     if not path.is_file() or (os.getpid(), path) in _held:
         return

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, which are kept, what is refused on going on, and how a run is stopped and goes on."""
+"""Test what checkpoints hold, which are kept, which are refused on resume, and how signals stop a run."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def make(model, folder, rows=ROWS, **options):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """As in a forked child, so that sums are taken in the same order."""
+    """Use one thread, as in a forked child, so that sums are computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def names(folder: Path) -> list[str]:
 # The parts
 
 
-def test_values_come_back_as_they_were(tmp_path):
+def test_state_files_restore_values_and_tensors(tmp_path):
     values = {"a": [1, 2.5, None, {"b": torch.arange(3)}], "c": torch.tensor(0.1), "d": {}, "e": float("nan")}
     write_state(tmp_path, "v", values)
     back = read_state(tmp_path, "v")
@@ -69,7 +69,7 @@ def test_values_come_back_as_they_were(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
-def test_random_states_come_back(tmp_path):
+def test_rng_states_are_restored(tmp_path):
     write_state(tmp_path, "random", get_rng_state())
     drawn = [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)]
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
@@ -77,10 +77,10 @@ def test_random_states_come_back(tmp_path):
     assert [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)] == drawn
 
 
-def test_a_folder_is_whole_or_not_there(tmp_path):
+def test_a_folder_is_complete_or_absent(tmp_path):
     def fail(folder: Path) -> None:
         (folder / "a").write_text("x")
-        raise KeyError("nothing to do with the disk")
+        raise KeyError("not a storage error")
 
     with pytest.raises(KeyError):
         write_complete(tmp_path / "f", fail)
@@ -106,13 +106,11 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 8, 10, 12]
 
 
-def test_a_setting_that_another_version_lacks_and_that_is_off_is_no_difference():
-    new = {"train.rollout.routing_replay": False, "train.other": None}
-    assert diff_fingerprints({}, new) == diff_fingerprints(new, {}) == []
-    assert (
-        len(diff_fingerprints({}, {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False}))
-        == 3
-    )
+def test_a_setting_that_is_off_and_unknown_to_the_other_version_is_no_difference():
+    off = {"train.rollout.routing_replay": False, "train.other": None}
+    assert diff_fingerprints({}, off) == diff_fingerprints(off, {}) == []
+    on = {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False}
+    assert len(diff_fingerprints({}, on)) == 3
 
 
 def test_differences_are_listed_by_name():
@@ -150,7 +148,7 @@ def test_fields_marked_as_without_effect_are_those_that_only_steer_the_run():
     }
 
 
-def test_another_reward_function_is_seen():
+def test_the_fingerprint_changes_with_the_source_of_a_reward():
     def first(completions, **kwargs):
         return [1.0] * len(completions)
 
@@ -163,7 +161,7 @@ def test_another_reward_function_is_seen():
     assert reward_fingerprint([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
 
 
-def test_digests_see_every_token_and_the_order():
+def test_digests_depend_on_every_token_and_on_the_order():
     rows = [TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])]
     assert digest_rows(rows) == digest_rows([TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])])
     assert digest_rows(rows) != digest_rows(rows[::-1])
@@ -174,7 +172,7 @@ def test_digests_see_every_token_and_the_order():
 # Runs
 
 
-def test_a_checkpoint_loads_and_says_what_it_came_from(tiny_model_path, tmp_path):
+def test_a_checkpoint_loads_with_transformers_and_holds_a_fingerprint(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path, save_keep_every=3, save_steps=1, save_total_limit=1)
     trainer.train()
     assert names(tmp_path) == ["step-000003", "step-000004"]
@@ -182,20 +180,14 @@ def test_a_checkpoint_loads_and_says_what_it_came_from(tiny_model_path, tmp_path
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     for ours, theirs in zip(trainer.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    origin = read_state(checkpoint, "fingerprint")
-    assert {
-        "version.torch",
-        "version.rlqwen",
-        "model.weights",
-        "data.train",
-        "tokenizer",
-        "world_size",
-    } <= origin.keys()
-    assert origin["train.learning_rate"] == 2e-5
-    assert "train.output_dir" not in origin
+    fingerprint = read_state(checkpoint, "fingerprint")
+    names_of_entries = {"version.torch", "version.rlqwen", "model.weights", "data.train", "tokenizer", "world_size"}
+    assert names_of_entries <= fingerprint.keys()
+    assert fingerprint["train.learning_rate"] == 2e-5
+    assert "train.output_dir" not in fingerprint
 
 
-def test_only_the_model_is_kept_where_that_is_asked(tiny_model_path, tmp_path):
+def test_save_only_model_writes_no_optimizer_and_cannot_be_resumed(tiny_model_path, tmp_path):
     make(tiny_model_path, tmp_path, save_only_model=True).train()
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     assert not list(checkpoint.glob("optimizer*"))
@@ -204,7 +196,7 @@ def test_only_the_model_is_kept_where_that_is_asked(tiny_model_path, tmp_path):
         make(tiny_model_path, tmp_path, resume_from_checkpoint=str(checkpoint)).train()
 
 
-def test_saving_by_the_clock(tiny_model_path, tmp_path):
+def test_save_minutes_saves_after_that_time(tiny_model_path, tmp_path):
     make(tiny_model_path, tmp_path / "often", save_strategy="no", save_minutes=1e-9).train()
     assert names(tmp_path / "often") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
     make(tiny_model_path, tmp_path / "seldom", save_strategy="no", save_minutes=60.0).train()
@@ -219,7 +211,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("line", CHANGES)
-def test_changes_are_refused_or_accepted(tiny_model_path, tmp_path, line):
+def test_changed_settings_are_refused_unless_allowed(tiny_model_path, tmp_path, line):
     make(tiny_model_path, tmp_path).train()
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=line) as caught:
@@ -232,15 +224,15 @@ def test_changes_are_refused_or_accepted(tiny_model_path, tmp_path, line):
     assert json.loads((tmp_path / "summary.json").read_text())["resumed"][0]["step"] == 2
 
 
-def test_another_model_tokenizer_and_world_are_seen(tiny_model_path, tmp_path):
+def test_another_model_tokenizer_world_size_and_version_are_refused(tiny_model_path, tmp_path):
     make(tiny_model_path, tmp_path / "run").train()
     other = make(tiny_model_path, tmp_path / "run", resume_from_checkpoint=True)
     with torch.no_grad():
         next(other.model.parameters()).view(-1)[0] += 1e-3
     other.processing_class.chat_template += " "
-    origin = other.fingerprint()
-    origin["world_size"] = 2
-    origin["version.torch"] = "0.1"
+    fingerprint = other.fingerprint()
+    fingerprint["world_size"] = 2
+    fingerprint["version.torch"] = "0.1"
     with pytest.raises(ConfigError) as caught:
         other.train()
     for part in ("model.weights: was", "tokenizer: was", "world_size: was 1, is 2", "version.torch: was"):
@@ -248,7 +240,7 @@ def test_another_model_tokenizer_and_world_are_seen(tiny_model_path, tmp_path):
     assert str(caught.value).count(": was ") == 4
 
 
-def test_later_checkpoints_are_set_aside(tiny_model_path, tmp_path):
+def test_checkpoints_after_the_resumed_one_are_archived(tiny_model_path, tmp_path):
     make(tiny_model_path, tmp_path / "straight").train()
     make(tiny_model_path, tmp_path / "run").train()
     trainer = make(tiny_model_path, tmp_path / "run")
@@ -258,12 +250,11 @@ def test_later_checkpoints_are_set_aside(tiny_model_path, tmp_path):
     assert comparison.is_exact, str(comparison)
 
 
-def test_auto_begins_where_there_is_nothing(tiny_model_path, tmp_path):
+def test_resume_auto_starts_a_new_run_if_there_is_no_checkpoint(tiny_model_path, tmp_path):
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         make(tiny_model_path, tmp_path, resume_from_checkpoint=True).train()
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1}\n'
-    )  # left by a run that was killed before its first checkpoint
+    # Left by a run that was killed before its first checkpoint.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     make(tiny_model_path, tmp_path, resume_from_checkpoint="auto").train()
     assert read_metrics(tmp_path)[0]["loss"]
     trainer = make(tiny_model_path, tmp_path, resume_from_checkpoint="auto")
@@ -272,7 +263,7 @@ def test_auto_begins_where_there_is_nothing(tiny_model_path, tmp_path):
 
 
 class SendOnce(TrainerCallback):
-    """Signals to this process in the middle of update 3."""
+    """Send signals to this process in the middle of update 3."""
 
     def __init__(self, *signals: int) -> None:
         self.signals = signals
@@ -285,7 +276,7 @@ class SendOnce(TrainerCallback):
 
 @pytest.fixture
 def ctrl_c(request):
-    """Python's own handler, which a shell that runs the tests in the background has not left."""
+    """Install Python's SIGINT handler, which is absent if a shell runs the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -300,7 +291,7 @@ def ctrl_c(request):
         (signal.SIGINT, "Ctrl-C", 130),
     ],
 )
-def test_a_signal_saves_and_ends_with_the_code_for_again(tiny_model_path, tmp_path, ctrl_c, number, name, code):
+def test_a_signal_saves_and_ends_with_the_exit_code_for_a_retry(tiny_model_path, tmp_path, ctrl_c, number, name, code):
     before = signal.getsignal(number)
     make(tiny_model_path, tmp_path / "straight", save_steps=100).train()
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
@@ -315,7 +306,7 @@ def test_a_signal_saves_and_ends_with_the_code_for_again(tiny_model_path, tmp_pa
     assert comparison.is_exact, str(comparison)
 
 
-def test_a_second_signal_ends_at_once(tiny_model_path, tmp_path):
+def test_a_second_sigterm_ends_the_process_at_once(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path / "run")
     trainer.callbacks.append(SendOnce(signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
@@ -325,7 +316,7 @@ def test_a_second_signal_ends_at_once(tiny_model_path, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_a_second_ctrl_c_leaves_at_once(tiny_model_path, tmp_path, ctrl_c, first, second):
+def test_a_second_ctrl_c_ends_training_at_once(tiny_model_path, tmp_path, ctrl_c, first, second):
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(first, second))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -334,8 +325,8 @@ def test_a_second_ctrl_c_leaves_at_once(tiny_model_path, tmp_path, ctrl_c, first
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_ctrl_c_with_nothing_to_save_leaves_at_once(tiny_model_path, tmp_path, ctrl_c):
-    trainer = make(tiny_model_path, tmp_path / "run")  # saves update 2, which the signal comes right after
+def test_ctrl_c_right_after_a_checkpoint_ends_training_at_once(tiny_model_path, tmp_path, ctrl_c):
+    trainer = make(tiny_model_path, tmp_path / "run")  # it saves after update 2, and the signal comes right then
     trainer.callbacks.append(SendOnce(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         trainer.train()
@@ -343,7 +334,7 @@ def test_ctrl_c_with_nothing_to_save_leaves_at_once(tiny_model_path, tmp_path, c
     assert names(tmp_path / "run") == ["step-000002"]
 
 
-def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctrl_c):
+def test_the_same_trainer_resumes_after_ctrl_c(tiny_model_path, tmp_path, ctrl_c):
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -353,14 +344,14 @@ def test_a_notebook_goes_on_with_the_same_trainer(tiny_model_path, tmp_path, ctr
 
 def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
-    trainer.preemption.listen()  # as an evaluation does that starts Ray
+    trainer.preemption.listen()  # as an evaluation that starts Ray does
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted, match="SIGTERM: saved after update 1"):
         trainer.train()
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
 
 
-def test_a_closed_terminal_sends_the_signal_twice(tiny_model_path, tmp_path):
+def test_sighup_twice_still_saves(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path / "run")
     trainer.callbacks.append(SendOnce(signal.SIGHUP, signal.SIGHUP))
     with pytest.raises(Preempted, match="SIGHUP: saved after update 3"):
@@ -392,7 +383,7 @@ def recipe(folder: Path, **more) -> Recipe:
     )
 
 
-def test_what_is_done_with_each_stage(tmp_path):
+def test_resuming_a_pipeline_skips_finished_stages(tmp_path):
     recipes = [recipe(tmp_path / name) for name in ("first", "second", "third")]
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         plan_stages(recipes, resume=True)
@@ -410,17 +401,17 @@ def test_what_is_done_with_each_stage(tmp_path):
     assert not any(stage.finished for stage in plan_stages(recipes))
 
 
-def test_resume_auto_stands_in_the_recipe(tmp_path):
+def test_resume_auto_in_a_recipe_reuses_its_folder(tmp_path):
     (stage,) = plan_stages([recipe(tmp_path / "run", resume="auto")])
     assert stage.recipe.train.resume_from_checkpoint == "auto"
     assert stage.recipe.reuses_folder
     (tmp_path / "run" / "final").mkdir(parents=True)
-    (tmp_path / "run" / "summary.json").write_text("{")  # cut off: not finished
+    (tmp_path / "run" / "summary.json").write_text("{")  # truncated, so the stage is not finished
     assert not plan_stages([recipe(tmp_path / "run", resume="auto")])[0].finished
 
 
-def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
-    def origin(budget: int) -> dict:
+def test_the_fingerprint_holds_the_arguments_of_rewards(tiny_model_path, tmp_path):
+    def fingerprint(budget: int) -> dict:
         trainer = build_trainer(
             Recipe.parse(
                 {
@@ -438,4 +429,4 @@ def test_arguments_of_a_recipes_rewards_are_seen(tiny_model_path, tmp_path):
         finally:
             trainer.close()
 
-    assert diff_fingerprints(origin(6), origin(7)) == ["rewards.0.args.budget: was 6, is 7"]
+    assert diff_fingerprints(fingerprint(6), fingerprint(7)) == ["rewards.0.args.budget: was 6, is 7"]

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on comes to the same as one that isn't, to the bit; what has changed is refused."""
+"""Test that a run that is killed and resumed equals an uninterrupted run bit for bit."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def ppo(model, folder, *, peft_config=None, **options):
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
 CASES = {
     "sft": (sft, {}),
-    "sft: packing, accumulation, evaluation, the best": (
+    "sft: packing, accumulation, evaluation, best checkpoint": (
         sft,
         EVALUATING
         | {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -104,27 +104,27 @@ CASES = {
         EVALUATING | {"early_stopping_patience": 3, "early_stopping_threshold": 9.0, "save_steps": 1},
     ),
     "sft: LoRA with dropout": (sft, {"peft_config": lora()}),
-    "sft: DoRA and a whole embedding": (sft, {"peft_config": lora(use_dora=True, modules_to_save=["embed_tokens"])}),
+    "sft: DoRA and a full embedding": (sft, {"peft_config": lora(use_dora=True, modules_to_save=["embed_tokens"])}),
     "sft: PiSSA": (sft, {"peft_config": lora(init_lora_weights="pissa")}),
     "dpo": (dpo, EVALUATING),
-    "dpo: a reference that follows": (dpo, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "dpo: a synchronized reference": (dpo, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
     "dpo: LoRA": (dpo, {"peft_config": lora()}),
     "reward": (reward, {"peft_config": lora()}),
     "grpo": (grpo, EVALUATING),
-    "grpo: a reference, two passes": (grpo, {"beta": 0.1, "num_iterations": 2, "max_steps": 8, "save_steps": 4}),
+    "grpo: a reference, two iterations": (grpo, {"beta": 0.1, "num_iterations": 2, "max_steps": 8, "save_steps": 4}),
     "grpo: dynamic sampling, LoRA": (grpo, {"dynamic_sampling": True, "peft_config": lora()}),
-    "ppo: a steered KL": (
+    "ppo: an adaptive KL coefficient": (
         ppo,
         {"kl_target": 0.1, "num_mini_batches": 2, "num_ppo_epochs": 2, "max_steps": 12, "save_steps": 4},
     ),
     "ppo: LoRA on policy and critic": (ppo, {"peft_config": lora(), "max_steps": 8, "num_ppo_epochs": 1}),
-    "ppo: a head, the policy later": (ppo, {"critic": {"kind": "head", "warmup_rollouts": 2}, "num_ppo_epochs": 1}),
+    "ppo: a value head, critic warm-up": (ppo, {"critic": {"kind": "head", "warmup_rollouts": 2}, "num_ppo_epochs": 1}),
 }
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """As in the forked child, so that sums are taken in the same order."""
+    """Use one thread, as in the forked child, so that sums are computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -132,7 +132,7 @@ def _one_thread():
 
 
 class KillAfter(TrainerCallback):
-    """SIGKILL, once update `step` is logged."""
+    """Kill this process by SIGKILL once update `step` is logged."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -149,7 +149,7 @@ def train_and_die(make, step):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_and_resumed_is_the_same_to_the_bit(tiny_model_path, tmp_path, name):
+def test_a_killed_and_resumed_run_is_bitwise_equal(tiny_model_path, tmp_path, name):
     kind, options = CASES[name]
     straight = kind(tiny_model_path, tmp_path / "straight", **options)
     straight.train()
@@ -157,7 +157,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tiny_model_path, tmp_path, na
     killed = tmp_path / "killed"
     assert run_forked(lambda: train_and_die(lambda: kind(tiny_model_path, killed, **options), step)) == -signal.SIGKILL
     assert max(line["step"] for line in read_metrics(killed)) >= step
-    torch.manual_seed(99)  # nothing may hang on where the process was
+    torch.manual_seed(99)  # the result must not depend on the RNG state of this process
     kind(tiny_model_path, killed, **options, resume_from_checkpoint=True).train()
     comparison = compare_runs(tmp_path / "straight", killed)
     assert comparison.is_exact, str(comparison)
@@ -171,7 +171,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tiny_model_path, tmp_path, na
 
 
 class SignalAtTheEnd(TrainerCallback):
-    """To rank 1 alone, after the last update."""
+    """Send SIGTERM to rank 1 alone, after the last update."""
 
     def on_train_end(self, args, state, control, **kwargs):
         if os.environ["RANK"] == "1":
@@ -190,7 +190,7 @@ def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model
     assert run_ranks(train) == [(f"stopped: {ended}", True), (f"SIGTERM: {ended}", True)]
 
 
-def test_two_ranks_write_a_checkpoint_that_two_and_one_can_use(tiny_model_path, tmp_path):
+def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(tiny_model_path, tmp_path):
     options = {"per_device_train_batch_size": 2, "peft_config": lora()}
 
     def train(folder, **more):
@@ -216,7 +216,7 @@ def test_two_ranks_write_a_checkpoint_that_two_and_one_can_use(tiny_model_path, 
 
 
 def cli_recipes(folder: Path, model: Path) -> list[str]:
-    """Two stages, the second from the first's model, as files."""
+    """Write the recipes of two stages, the second of which starts from the first's model; return their paths."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     first = {
@@ -233,7 +233,7 @@ def cli_recipes(folder: Path, model: Path) -> list[str]:
 
 
 def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKILL) -> int:
-    """`rlqwen` with these words in a child of its own; `kill_at`: after so many updates of DPO it gets a signal."""
+    """Run `rlqwen` with these words in a child process, and send it signal `number` after `kill_at` updates of DPO."""
 
     def child() -> int:
         if kill_at is not None:
@@ -250,7 +250,7 @@ def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKIL
     return run_forked(child)
 
 
-def test_a_pipeline_goes_on_where_it_was_interrupted(tiny_model_path, tmp_path, capfd):
+def test_a_pipeline_resumes_where_it_was_interrupted(tiny_model_path, tmp_path, capfd):
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
     straight = cli_recipes(tmp_path / "straight", tiny_model_path)
@@ -277,7 +277,7 @@ def test_a_pipeline_goes_on_where_it_was_interrupted(tiny_model_path, tmp_path, 
     assert "finished already" in capfd.readouterr().out
 
 
-def test_comparing_runs_finds_what_differs(tiny_model_path, tmp_path):
+def test_compare_runs_lists_differences(tiny_model_path, tmp_path):
     sft(tiny_model_path, tmp_path / "one").train()
     sft(tiny_model_path, tmp_path / "other", learning_rate=2.9e-3).train()
     comparison = compare_runs(tmp_path / "one", tmp_path / "other")
@@ -290,7 +290,9 @@ def test_comparing_runs_finds_what_differs(tiny_model_path, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "code", "verdict"), [(None, 0, "exact: "), (0.5, 1, "not exact: 1 differences")])
-def test_verify_resume_gives_its_verdict(tiny_model_path, tmp_path, monkeypatch, capsys, size, code, verdict):
+def test_verify_resume_prints_the_verdict_and_sets_the_exit_code(
+    tiny_model_path, tmp_path, monkeypatch, capsys, size, code, verdict
+):
     def verify(recipe, *, steps, announce):
         assert (recipe.algorithm, steps) == ("sft", 6)
         found = [] if size is None else [Difference("loss (1.0 and 1.5)", 3, size)]

@@ -231,7 +231,7 @@ def check_failed_save(run, folder: Path) -> None:
     checkpointer, output_dir = run.checkpointer, run.checkpointer.output_dir
     checkpointer.output_dir, checkpointer.saved_step = folder, -1
     try:
-        with pytest.raises(SaveError, match=r"written, .* MB are free; the last one took .* MB") as caught:
+        with pytest.raises(SaveError, match=r"written, .* MB are free; the last checkpoint took .* MB") as caught:
             checkpointer.save()
     finally:
         checkpointer.output_dir = output_dir

@@ -1,4 +1,4 @@
-"""The guard: what trips, when it is told, what it costs, and whom it calls."""
+"""Test which symptoms raise an alert, when, what the alert does to the run, and the webhook."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.sft import SFTTrainer
 from tests.patience import PATIENCE_S
 
-# A GRPO step of the quickstart in good health.
+# Metrics of a healthy GRPO step of the quickstart.
 HEALTHY = {
     "loss": -0.0006,
     "grad_norm": 0.13,
@@ -32,7 +32,7 @@ HEALTHY = {
     "groups/no_signal": 0.3,
     "reward/mean": 0.8,
     "reward/missing": 0.0,
-    "reward/accuracy/mean": math.nan,  # no completion that it applies to
+    "reward/accuracy/mean": math.nan,  # it applies to no completion
     "reward/accuracy/ok": 256.0,
     "reward/accuracy/timeout": 0.0,
     "reward/accuracy/error": 0.0,
@@ -59,7 +59,7 @@ SICK = {
 
 
 def monitor_after(steps, args=None, **watch):
-    """A monitor that has seen `steps` healthy steps."""
+    """Return a monitor that has seen `steps` healthy steps."""
     monitor = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
     for step in range(steps):
         assert monitor.observe(step, HEALTHY) == []
@@ -67,7 +67,7 @@ def monitor_after(steps, args=None, **watch):
 
 
 @pytest.mark.parametrize("symptom", SICK)
-def test_each_symptom_trips_alone_with_its_cause_and_the_line_to_change(symptom):
+def test_each_symptom_raises_one_alert_with_cause_and_advice(symptom):
     monitor = monitor_after(20)
     for step in range(20, 26):
         alerts = monitor.observe(step, HEALTHY | SICK[symptom])
@@ -89,13 +89,13 @@ def test_each_symptom_can_be_switched_off(symptom):
     assert not [alert for step in range(20, 30) for alert in monitor.observe(step, HEALTHY | SICK[symptom])]
 
 
-def test_all_of_it_can_be_switched_off():
+def test_the_monitor_can_be_switched_off():
     monitor = Monitor(GRPOConfig(watch=False))
     sick = {key: value for part in SICK.values() for key, value in part.items()}
     assert not [alert for step in range(10) for alert in monitor.observe(step, sick)]
 
 
-def test_the_advice_quotes_the_value_in_force():
+def test_the_advice_quotes_the_present_value():
     args = GRPOConfig(learning_rate=3e-4, beta=0.0)
     monitor = monitor_after(10, args)
     alerts = [alert for step in range(3) for alert in monitor.observe(step, HEALTHY | {"entropy": 0.0005})]
@@ -110,39 +110,39 @@ def test_the_advice_quotes_the_value_in_force():
     assert "train.kl_coef: 0.05 -> try 0.1" in alert.diagnosis.advice
 
 
-def test_a_symptom_is_told_once_until_it_has_been_absent_for_long_enough():
+def test_a_symptom_raises_an_alert_again_only_after_clear_steps_without_it():
     monitor = monitor_after(0, clear_steps=3)
     sick = HEALTHY | SICK["mismatch"]
     seen = [sick, sick, HEALTHY, HEALTHY, sick, HEALTHY, HEALTHY, HEALTHY, sick]
-    told = [[alert.symptom for alert in monitor.observe(step, metrics)] for step, metrics in enumerate(seen)]
-    assert [step for step, symptoms in enumerate(told) if symptoms] == [0, 8]
+    alerts = [[alert.symptom for alert in monitor.observe(step, metrics)] for step, metrics in enumerate(seen)]
+    assert [step for step, symptoms in enumerate(alerts) if symptoms] == [0, 8]
     assert len(monitor.alerts) == 2
 
 
-def test_steps_must_be_in_a_row():
+def test_an_alert_needs_steps_in_a_row():
     monitor = monitor_after(0, mismatch={"steps": 3})
     sick = HEALTHY | SICK["mismatch"]
-    told = [
+    raised = [
         bool(monitor.observe(step, metrics)) for step, metrics in enumerate([sick, sick, HEALTHY, sick, sick, sick])
     ]
-    assert told == [False] * 5 + [True]
+    assert raised == [False] * 5 + [True]
 
 
-def test_thresholds_are_the_recipes():
+def test_thresholds_come_from_the_recipe():
     assert monitor_after(0, mismatch=1.0).observe(0, HEALTHY | SICK["mismatch"]) == []
     assert monitor_after(0, mismatch=1e-8).observe(0, HEALTHY)[0].diagnosis.threshold == 1e-8
     assert monitor_after(20, grad_norm=1000).observe(20, HEALTHY | SICK["grad_norm"]) == []
 
 
-def test_the_worst_action_counts():
+def test_worst_action_is_the_most_severe():
     monitor = monitor_after(0, mismatch={"action": "rollback"}, action="warn")
     assert worst_action(monitor.observe(0, HEALTHY | SICK["mismatch"] | SICK["skipped"])) == "rollback"
     assert worst_action(monitor.observe(1, HEALTHY | SICK["nonfinite"])) == "stop"
     assert worst_action([]) is None
 
 
-def test_entropy_may_fall_far_where_the_run_began_high_but_not_to_nothing():
-    """The quickstart's GRPO falls from 0.066 to 0.007 while its accuracy rises: no symptom."""
+def test_entropy_alerts_below_the_threshold_or_below_a_share_of_its_start():
+    """The quickstart's entropy falls from 0.066 to 0.007 while its accuracy rises, which is healthy."""
     monitor = monitor_after(5)
     assert not [t for step in range(10) for t in monitor.observe(step, HEALTHY | {"entropy": 0.0068})]
     high = Monitor(GRPOConfig())
@@ -152,15 +152,15 @@ def test_entropy_may_fall_far_where_the_run_began_high_but_not_to_nothing():
     assert [t.diagnosis.threshold for t in alerts] == pytest.approx([0.06])
 
 
-def test_warm_up_and_a_resting_policy_are_no_idleness():
+def test_warm_up_and_a_frozen_policy_are_not_idle():
     monitor = monitor_after(0)
     assert monitor.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
     critic_only = HEALTHY | {"grad_norm": 0.0, "critic/grad_norm": 0.4}
     assert not [t for step in range(10) for t in Monitor(PPOConfig()).observe(step, critic_only)]
 
 
-def test_offline_runs_are_not_judged_by_what_they_do_not_have():
-    """KTO's `kl` is no KL from a reference in nats a token."""
+def test_offline_runs_have_no_symptoms_of_online_runs():
+    """KTO logs a `kl` that is not the KL from the reference in nats per token."""
     dpo = Monitor(DPOConfig())
     assert not [
         t for s in range(9) for t in dpo.observe(s, {"loss": 0.6, "grad_norm": 2.0, "kl": 9.0, "learning_rate": 1.0})
@@ -169,7 +169,7 @@ def test_offline_runs_are_not_judged_by_what_they_do_not_have():
     assert alert.symptom == "masked"
 
 
-def test_a_guard_goes_on_from_its_state():
+def test_a_monitor_is_restored_from_its_state():
     watched = monitor_after(20)
     watched.observe(20, HEALTHY | SICK["kl"])
     resumed = Monitor(GRPOConfig(beta=0.04))
@@ -190,7 +190,7 @@ def test_a_guard_goes_on_from_its_state():
         ({"webhook": "ftp://host/topsecret"}, "watch: webhook: must be a URL"),
     ],
 )
-def test_a_wrong_section_is_refused_by_name(watch, message):
+def test_an_invalid_watch_section_is_refused_with_its_key(watch, message):
     with pytest.raises(ConfigError, match=message) as caught:
         GRPOConfig(watch=watch)
     assert "topsecret" not in str(caught.value)
@@ -200,7 +200,7 @@ def test_a_wrong_section_is_refused_by_name(watch, message):
 
 
 class Server(HTTPServer):
-    """Takes down what is posted; answers with `status`, once `may_answer` is set, as it is at first."""
+    """Record what is posted. Answer with `status` once `may_answer` is set, which it is at first."""
 
     def __init__(self):
         self.posted, self.status, self.may_answer = [], 200, threading.Event()
@@ -236,7 +236,7 @@ def address(server):
     return f"http://127.0.0.1:{server.server_port}/services/topsecret"
 
 
-def test_a_webhook_gets_json(server, monkeypatch):
+def test_a_webhook_receives_json(server, monkeypatch):
     monkeypatch.setenv("RLQWEN_TEST_HOOK", address(server))
     hook = Webhook("$RLQWEN_TEST_HOOK", 5.0)
     hook.post({"run": "a", "value": math.nan, "advice": ["x -> y"]})
@@ -245,7 +245,7 @@ def test_a_webhook_gets_json(server, monkeypatch):
     assert hook.problems() == []
 
 
-def test_a_webhook_that_fails_is_named_without_its_address(server):
+def test_a_failing_webhook_is_reported_without_its_url(server):
     server.status = 403
     hook = Webhook(address(server), 5.0)
     hook.post({})
@@ -257,27 +257,27 @@ def test_a_webhook_that_fails_is_named_without_its_address(server):
     assert gone.problems() == ["watch.webhook could not be reached: URLError"]
 
 
-def test_a_slow_webhook_does_not_hold_the_run_up(server):
+def test_a_slow_webhook_does_not_delay_the_run(server):
     server.may_answer.clear()
     hook = Webhook(address(server), 0.2)
     hook.post({})
     hook.close()
-    assert server.posted == []  # neither has waited for the answer, which would have come at the server's deadline
+    assert server.posted == []  # neither `post` nor `close` has waited for the answer
     server.may_answer.set()
 
 
-def test_an_unset_variable_is_refused_before_the_run(monkeypatch):
+def test_an_unset_webhook_variable_is_refused_before_the_run(monkeypatch):
     monkeypatch.delenv("RLQWEN_TEST_HOOK", raising=False)
     with pytest.raises(ConfigError, match=r"watch\.webhook: the environment variable RLQWEN_TEST_HOOK is not set"):
         Webhook("$RLQWEN_TEST_HOOK", 5.0)
 
 
-def test_a_written_out_address_stays_out_of_what_is_saved():
+def test_a_literal_webhook_url_is_not_saved():
     assert SFTConfig(watch={"webhook": "https://host/topsecret"}).model_dump()["watch"]["webhook"] is None
     assert SFTConfig(watch={"webhook": "$HOOK"}).model_dump()["watch"]["webhook"] == "$HOOK"
 
 
-def test_steps_that_were_rolled_back_are_drawn_as_they_were_made_last():
+def test_curves_show_the_last_value_of_a_step_that_was_rolled_back():
     lines = [
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 9.0},
@@ -297,7 +297,7 @@ def make_trainer(model, folder, **options):
     return SFTTrainer(str(model), SFTConfig(**(args | options)), train_dataset=ROWS)
 
 
-def test_a_trip_is_written_shown_summed_up_and_sent(tiny_model_path, tmp_path, server, capsys, monkeypatch):
+def test_an_alert_is_logged_displayed_summarized_and_sent(tiny_model_path, tmp_path, server, capsys, monkeypatch):
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     watch = {"idle": {"steps": 2}, "webhook": address(server)}
     make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch).train()
@@ -319,7 +319,7 @@ def test_a_trip_is_written_shown_summed_up_and_sent(tiny_model_path, tmp_path, s
     assert "topsecret" not in written + shown
 
 
-def test_a_stop_saves_a_checkpoint_first_and_says_why(tiny_model_path, tmp_path, server):
+def test_the_action_stop_saves_a_checkpoint_and_names_the_cause(tiny_model_path, tmp_path, server):
     watch = {"idle": {"steps": 2, "action": "stop"}, "webhook": address(server)}
     trainer = make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch)
     with pytest.raises(WatchStop, match="idle at step 2") as caught:
@@ -330,7 +330,7 @@ def test_a_stop_saves_a_checkpoint_first_and_says_why(tiny_model_path, tmp_path,
     assert [call["event"] for call in server.posted] == ["trip", "failed"]
 
 
-def test_a_dead_webhook_is_a_note_and_no_more(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_an_unreachable_webhook_does_not_stop_the_run(tiny_model_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     watch = {"webhook": "http://127.0.0.1:9/topsecret", "webhook_timeout": 1.0}
     make_trainer(tiny_model_path, tmp_path, watch=watch).train()
@@ -340,7 +340,7 @@ def test_a_dead_webhook_is_a_note_and_no_more(tiny_model_path, tmp_path, capsys,
     assert read_summary(tmp_path)["watch"] == []
 
 
-def test_sinks_of_numbers_get_the_numbers_of_an_event(tmp_path):
+def test_an_event_with_text_is_logged_beside_a_tensorboard_sink(tmp_path):
     torch_tensorboard = pytest.importorskip("tensorboard")
     assert torch_tensorboard
     with MetricLogger(tmp_path, report_to="tensorboard", display=False, total_steps=1, algorithm="sft") as logger:
@@ -351,8 +351,10 @@ def test_sinks_of_numbers_get_the_numbers_of_an_event(tmp_path):
 
 
 def poison(trainer, updates):
-    """Blow the weights up after those updates, counted over the whole run; the next gradient is far off. Returns the
-    steps as they are made."""
+    """Multiply a weight by 1000 after these updates, counted over the whole run, so that the next gradient explodes.
+
+    Return the list that every finished step is appended to.
+    """
     done = []
     update = trainer.update
 
@@ -371,8 +373,10 @@ def poison(trainer, updates):
 ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "threshold": 5}}
 
 
-@pytest.mark.fault("weights blown up between two checkpoints", "rolled back to the last one, on with the rows after it")
-def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_model_path, tmp_path):
+@pytest.mark.fault(
+    "weights exploded between two checkpoints", "rolled back to the last checkpoint; continues with the next rows"
+)
+def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
     done = poison(trainer, {5})
     rows, step, restored = [], trainer.step, {}
@@ -385,13 +389,13 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_mode
     trainer.train()
     assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)
-    assert [row for batch in rows for row in batch] == order  # none twice, none left out
+    assert [row for batch in rows for row in batch] == order  # no row twice, none skipped
     assert set(restored) == {4}
     saved = load_file(tmp_path / "checkpoints" / "step-000004" / "model.safetensors")
     assert torch.equal(restored[4], saved["model.norm.weight"])
-    told, undone = (line for line in read_metrics(tmp_path) if "watch/action" in line)
-    assert (told["step"], told["watch/symptom"], told["watch/action"]) == (6, "grad_norm", "rollback")
-    assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)
+    alert, rollback = (line for line in read_metrics(tmp_path) if "watch/action" in line)
+    assert (alert["step"], alert["watch/symptom"], alert["watch/action"]) == (6, "grad_norm", "rollback")
+    assert (rollback["watch/from_step"], rollback["watch/to_step"]) == (6, 4)
     assert [alert["symptom"] for alert in read_summary(tmp_path)["watch"]] == ["grad_norm"]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(norms) == 7
@@ -399,9 +403,9 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_rows_after_it(tiny_mode
 
 
 @pytest.mark.fault(
-    "weights blown up again and again", "rolled back max_rollbacks times, then stopped with the state saved"
+    "weights exploded again and again", "rolled back max_rollbacks times, then stopped with the state saved"
 )
-def test_rollbacks_are_counted(tiny_model_path, tmp_path):
+def test_the_run_stops_after_max_rollbacks(tiny_model_path, tmp_path):
     watch = ROLLBACK | {"max_rollbacks": 1}
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, save_strategy="steps", save_steps=2, watch=watch)
     poison(trainer, {5, 7})
@@ -411,7 +415,7 @@ def test_rollbacks_are_counted(tiny_model_path, tmp_path):
     assert (tmp_path / "checkpoints" / "step-000006").is_dir()
 
 
-def test_a_rollback_without_a_checkpoint_stops(tiny_model_path, tmp_path):
+def test_a_rollback_without_a_checkpoint_stops_the_run(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, watch=ROLLBACK)
     poison(trainer, {4})
     with pytest.raises(WatchStop, match="there is no checkpoint to roll back to"):

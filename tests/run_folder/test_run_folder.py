@@ -1,4 +1,4 @@
-"""`overwrite_output_dir`: what is moved aside, and what is refused."""
+"""Test what `overwrite_output_dir` moves aside and what it refuses."""
 
 from pathlib import Path
 
@@ -25,15 +25,15 @@ def recipe(start: str | Path, folder: str | Path, **more) -> Recipe:
     )
 
 
-def used(folder: Path) -> Path:
-    """A run folder that holds a run, with a model in it."""
+def make_used_folder(folder: Path) -> Path:
+    """Make a run folder that holds a run with a final model."""
     (folder / "final").mkdir(parents=True)
     (folder / "final" / "config.json").write_text("{}")
     (folder / RUN_MARKER).touch()
     return folder
 
 
-def test_a_run_is_moved_aside_and_nothing_else(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_only_files_of_the_run_are_moved_aside(tiny_model_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     folder = tmp_path / "run"
     for seed in (1, 2):
@@ -50,9 +50,9 @@ def test_a_run_is_moved_aside_and_nothing_else(tiny_model_path, tmp_path, capsys
     assert not (folder / "previous-2").exists()
 
 
-def test_what_no_run_wrote_is_not_moved(tiny_model_path, tmp_path):
-    """A folder of somebody else's, with a model in `final`."""
-    (used(tmp_path / "theirs") / RUN_MARKER).unlink()
+def test_a_folder_that_no_run_wrote_is_refused(tiny_model_path, tmp_path):
+    """The folder holds a model in `final`, but no marker of a run."""
+    (make_used_folder(tmp_path / "theirs") / RUN_MARKER).unlink()
     with pytest.raises(ConfigError, match=r"holds final, but no run of rlqwen wrote that"):
         check_before_run([recipe(tiny_model_path, tmp_path / "theirs")])
     rows = [{"prompt": "a", "completion": "b"}]
@@ -78,9 +78,9 @@ def test_what_no_run_wrote_is_not_moved(tiny_model_path, tmp_path):
         ("rewards.0.name", {"algorithm": "grpo", "train": {"overwrite_output_dir": True}, "rewards": ["run/r.py:f"]}),
     ],
 )
-def test_what_the_run_needs_may_not_lie_in_a_folder_that_it_clears(tiny_model_path, tmp_path, monkeypatch, key, more):
+def test_a_run_may_not_need_files_in_the_folder_that_it_clears(tiny_model_path, tmp_path, monkeypatch, key, more):
     monkeypatch.chdir(tmp_path)
-    used(Path("run"))
+    make_used_folder(Path("run"))
     Path("run/rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     Path("run/r.py").write_text("def f(completions, **kwargs): return [0.0] * len(completions)\n")
     message = rf"{key} '.*run/.*' lies in output_dir 'run', which train.overwrite_output_dir=true clears"
@@ -91,8 +91,8 @@ def test_what_the_run_needs_may_not_lie_in_a_folder_that_it_clears(tiny_model_pa
     assert Path("run/final/config.json").is_file()
 
 
-def test_a_later_recipe_may_need_what_an_earlier_one_trains_but_nothing_else_of_its_folder(tiny_model_path, tmp_path):
-    first = recipe(tiny_model_path, used(tmp_path / "first"))
+def test_a_later_recipe_may_start_from_the_final_model_of_an_earlier_one_only(tiny_model_path, tmp_path):
+    first = recipe(tiny_model_path, make_used_folder(tmp_path / "first"))
     check_before_run([first, recipe(tmp_path / "first" / "final", tmp_path / "second")])
     (tmp_path / "first" / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"model.path '.*step-000001' lies in output_dir '.*first'"):
@@ -100,7 +100,7 @@ def test_a_later_recipe_may_need_what_an_earlier_one_trains_but_nothing_else_of_
 
 
 def test_a_script_may_not_overwrite_the_model_that_it_loads(tmp_path):
-    folder = used(tmp_path / "run")
+    folder = make_used_folder(tmp_path / "run")
     args = SFTConfig(output_dir=str(folder), overwrite_output_dir=True)
     with pytest.raises(ConfigError, match=r"model '.*final' lies in output_dir"):
         SFTTrainer(str(folder / "final"), args=args, train_dataset=[{"prompt": "a", "completion": "b"}])
