@@ -63,8 +63,8 @@ def score(policy: Policy, batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
         chosen.clear()
         with policy.inference():
             logp_N, _ = policy.logprobs(batch)
-        assert batch.sampler_logp_N is not None
-        gaps.append((logp_N - batch.sampler_logp_N).abs())
+        assert "sampler_logp" in batch.per_token
+        gaps.append((logp_N - batch.per_token["sampler_logp"]).abs())
         assert batch.experts_TLK is not None
         recorded = batch.experts_TLK.long().sort(-1).values
         other_T = (torch.stack(chosen, 1).sort(-1).values != recorded).any(-1).any(-1)
@@ -94,7 +94,7 @@ def main() -> None:
             Tree(
                 group.prompt.token_ids,
                 [
-                    Branch(one.token_ids, sampler_logprobs=one.logprobs, experts=one.experts)
+                    Branch(one.token_ids, per_token={"sampler_logp": one.logprobs}, experts=one.experts)
                     for one in group.completions
                 ],
                 group.prompt_experts,

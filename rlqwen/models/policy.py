@@ -120,7 +120,7 @@ class Policy(PackedModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (N,) float32 logprobs of the batch's targets in nats, and (N,) entropies if asked; with gradient.
 
-        `truncation`: the sampler's; fills in `batch.log_kept_N`, and changes nothing of what is returned.
+        `truncation`: the sampler's; fills in the column `log_kept`, and changes nothing of what is returned.
         """
         return self.logprobs_and_hidden(batch, temperature=temperature, entropy=entropy, truncation=truncation)[:2]
 
@@ -189,7 +189,7 @@ class Policy(PackedModel):
                 temperature=temperature,
                 chunk_size=self.chunk_size,
             )
-            batch.log_kept_N = self.sequence.whole(kept, own, batch.num_targets)
+            batch.per_token["log_kept"] = self.sequence.whole(kept, own, batch.num_targets)
         return logp_N, entropy_N, hidden_NC
 
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -8,15 +8,24 @@ which tokens may see which.
 Shapes: T tokens in the row, N target tokens (those with a loss), S sequences (branches).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlqwen.packing.attention import Layout, Span
+
+T = TypeVar("T")
+
+
+class Columns(dict[str, Tensor]):
+    """Tensors of a packed batch by name, all of one length; naming a missing one raises a KeyError that lists them."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise KeyError(f"the packed batch has no column {name!r}; it has {', '.join(map(repr, self)) or 'none'}")
 
 
 @dataclass(slots=True)
@@ -26,15 +35,10 @@ class Branch:
     token_ids: list[int]
     loss_mask: list[bool] | None = None
     """Which tokens are targets; None: all. A first token without a prefix has no predictor and is never a target."""
-    sampler_logprobs: list[float] | None = None
-    """The sampler's log-probability of each token, where the branch was sampled."""
-    advantage: float = 0.0
-    reward: float = 0.0
-    """Of the whole branch, where advantages are yet to be estimated from it."""
-    label: bool = True
-    """Whether it is a good answer: of a pair, the chosen one is, the rejected one is not."""
-    ref_logprob: float | None = None
-    """The reference's log-probability of the whole branch, where it was computed before."""
+    per_token: dict[str, list[float]] = field(default_factory=dict)
+    """Column name -> one value per token, such as `sampler_logp`, the sampler's log-probability."""
+    per_sequence: dict[str, float | bool] = field(default_factory=dict)
+    """Column name -> one value for the whole branch, such as `advantage` or `label`."""
     experts: np.ndarray | None = None
     """(tokens, L, K) experts that the sampler chose for each token in each decoder layer; may lack the last tokens."""
 
@@ -61,12 +65,15 @@ class Tree:
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One micro-batch, ready for the model's forward."""
+    """One micro-batch, ready for the model's forward.
+
+    An algorithm keeps what it needs besides in named columns: one value per target token, or one per sequence.
+    """
 
     input_ids: Tensor
     """(1, T) long."""
     position_ids: Tensor
-    """(1, T) long; a branch goes on from its prefix."""
+    """(1, T) long; a branch continues the positions of its prefix."""
     layout: Layout
     source_N: Tensor
     """(N,) index in the row of the token whose hidden state predicts the target."""
@@ -76,31 +83,12 @@ class PackedBatch:
     """(N,) which sequence, 0 to S-1, a target belongs to; ascending."""
     lengths_S: Tensor
     """(S,) float: targets in each sequence."""
-    advantages_S: Tensor
-    """(S,) float."""
-    rewards_S: Tensor
-    """(S,) float."""
-    labels_S: Tensor
-    """(S,) bool: which sequences are good answers."""
-    sampler_logp_N: Tensor | None = None
-    """(N,) float: the sampler's logprobs; None where nothing was sampled."""
-    old_logp_N: Tensor | None = None
-    """(N,) float: the policy's logprobs before the first update on this rollout; None: the forward's own."""
-    log_kept_N: Tensor | None = None
-    """(N,) float: log of the probability that the sampler's truncation keeps of the policy's distribution, from where
-    `old_logp_N` is from; None: the sampler truncated nothing."""
-    ref_logp_N: Tensor | None = None
-    """(N,) float: the reference's logprobs."""
-    ref_logp_S: Tensor | None = None
-    """(S,) float: the reference's log-probability of each sequence."""
-    old_value_N: Tensor | None = None
-    """(N,) float: the critic's value of what stands before each target, before the first update on this rollout."""
-    advantage_N: Tensor | None = None
-    """(N,) float: advantages token by token, where they are not one for the whole sequence."""
+    per_token: Columns = field(default_factory=Columns)
+    """Column name -> (N,) values of the targets."""
+    per_sequence: Columns = field(default_factory=Columns)
+    """Column name -> (S,) values of the sequences."""
     experts_TLK: Tensor | None = None
-    """(T, L, K) int16: experts to choose in each decoder layer, -1 where none are recorded; None: all by the routers."""
-    return_N: Tensor | None = None
-    """(N,) float: what the critic should have said."""
+    """(T, L, K) int16: experts to choose in each decoder layer, -1 if none are recorded; None: all by the routers."""
 
     @property
     def num_tokens(self) -> int:
@@ -109,25 +97,40 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
+        """N, the tokens that have a loss."""
         return self.target_N.shape[0]
 
     @property
     def num_sequences(self) -> int:
+        """S, the branches."""
         return self.lengths_S.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on another device."""
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
-        return replace(self, layout=self.layout.to(device), **moved)
+        """Return the same batch on another device, with columns of its own."""
+        fields: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._fields().items()}
+        per_token, per_sequence = (
+            Columns({name: value.to(device, non_blocking=True) for name, value in columns.items()})
+            for columns in (self.per_token, self.per_sequence)
+        )
+        layout = self.layout.to(device)
+        return replace(self, layout=layout, per_token=per_token, per_sequence=per_sequence, **fields)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name, the layout's apart."""
+        """Return its tensors by name, columns with the suffix of their shape, without the layout's."""
+        per_token = {f"{name}_N": value for name, value in self.per_token.items()}
+        per_sequence = {f"{name}_S": value for name, value in self.per_sequence.items()}
+        return self._fields() | per_token | per_sequence
+
+    def _fields(self) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def pack(trees: Sequence[Tree]) -> PackedBatch:
-    """Lay `trees` out in one row; raises ValueError where there is nothing to pack."""
+    """Lay `trees` out in one row; the batch gets the columns that every branch has.
+
+    Raises ValueError if there is nothing to pack.
+    """
     row = _Row()
     for tree in trees:
         if tree.branches:
@@ -135,8 +138,6 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
     if not row.spans:
         raise ValueError("nothing to pack: no tree has a branch")
     branches = [branch for tree in trees for branch in tree.branches]
-    sampled = all(values is not None for values in row.sampler_logprobs)
-    referred = all(branch.ref_logprob is not None for branch in branches)
     return PackedBatch(
         input_ids=torch.tensor([row.token_ids]),
         position_ids=torch.tensor([row.positions]),
@@ -145,13 +146,27 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         target_N=torch.tensor(row.targets, dtype=torch.long),
         sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
         lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
-        advantages_S=torch.tensor([branch.advantage for branch in branches], dtype=torch.float32),
-        rewards_S=torch.tensor([branch.reward for branch in branches], dtype=torch.float32),
-        labels_S=torch.tensor([branch.label for branch in branches]),
-        sampler_logp_N=torch.tensor([x for values in row.sampler_logprobs for x in values or ()]) if sampled else None,
-        ref_logp_S=torch.tensor([branch.ref_logprob for branch in branches]) if referred else None,
+        per_token=Columns(
+            {
+                name: torch.tensor(
+                    [values[place] for values, places in zip(column, row.kept, strict=True) for place in places]
+                )
+                for name, column in _shared_columns([branch.per_token for branch in branches]).items()
+            }
+        ),
+        per_sequence=Columns(
+            {
+                name: torch.tensor(column, dtype=torch.bool if isinstance(column[0], bool) else torch.float32)
+                for name, column in _shared_columns([branch.per_sequence for branch in branches]).items()
+            }
+        ),
         experts_TLK=_experts(trees, len(row.token_ids)),
     )
+
+
+def _shared_columns(values: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
+    """Return the columns that every branch has, each as a list over the branches."""
+    return {name: [one[name] for one in values] for name in values[0] if all(name in one for one in values)}
 
 
 def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
@@ -185,7 +200,8 @@ class _Row:
     sources: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    sampler_logprobs: list[list[float] | None] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    """Places of each branch's targets among its tokens."""
 
     def add(self, tree: Tree) -> None:
         prefix_start = len(self.token_ids)
@@ -205,8 +221,7 @@ class _Row:
         self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
         self.targets += [branch.token_ids[i] for i in kept]
         self.lengths.append(len(kept))
-        logprobs = branch.sampler_logprobs
-        self.sampler_logprobs.append(None if logprobs is None else [logprobs[i] for i in kept])
+        self.kept.append(kept)
 
 
 def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
@@ -221,12 +236,19 @@ def idle_batch(tree: Tree) -> PackedBatch:
     Any loss of it is 0, with a gradient of 0 for every weight: what a rank does while others still have work, because
     ranks that hold weights in shards must all make the same forwards.
     """
-    branch = replace(tree.branches[0], token_ids=tree.branches[0].token_ids[:1], loss_mask=None, experts=None)
-    if branch.sampler_logprobs is not None:
-        branch.sampler_logprobs = branch.sampler_logprobs[:1]
+    first = tree.branches[0]
+    per_token = {name: values[:1] for name, values in first.per_token.items()}
+    branch = replace(first, token_ids=first.token_ids[:1], loss_mask=None, per_token=per_token, experts=None)
     batch = pack([Tree(tree.prefix[:1], [branch])])
-    empty: dict[str, Any] = {name: value[:0] for name, value in batch.tensors().items() if name.endswith(("_N", "_S"))}
-    return replace(batch, **empty)
+    return replace(
+        batch,
+        source_N=batch.source_N[:0],
+        target_N=batch.target_N[:0],
+        sequence_N=batch.sequence_N[:0],
+        lengths_S=batch.lengths_S[:0],
+        per_token=Columns({name: values[:0] for name, values in batch.per_token.items()}),
+        per_sequence=Columns({name: values[:0] for name, values in batch.per_sequence.items()}),
+    )
 
 
 def split_trees(

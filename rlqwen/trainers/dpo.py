@@ -196,7 +196,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         return self._read(self.policy.logprobs(micro)[0], micro)
 
     def _read(self, logp_N: Tensor, micro: PackedBatch, log_collision_N: Tensor | None = None) -> Answers:
-        ref_logp_S = micro.ref_logp_S
+        ref_logp_S = micro.per_sequence.get("ref_logp")
         if self.args.needs_reference and ref_logp_S is None:
             ref_logp_S = answer_logps(self.policy.reference_logprobs(micro), micro, self.args.ld_alpha)
         return read_answers(
@@ -251,7 +251,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         self.logger.note(f"{name}: log-probabilities of the reference: {note}")
         branches = (branch for tree in trees for branch in tree.branches)
         for branch, logp in zip(branches, logp_A.tolist(), strict=True):
-            branch.ref_logprob = logp
+            branch.per_sequence["ref_logp"] = logp
 
     @torch.no_grad()
     def _reference_logps(self, trees: list[Tree], name: str) -> Tensor:

@@ -148,7 +148,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         """One optimiser update."""
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
-            is_first = micro.old_logp_N is None
+            is_first = "old_logp" not in micro.per_token
             logp_N, entropy_N = self.policy.logprobs(
                 micro,
                 temperature=self.args.temperature,
@@ -186,8 +186,8 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                     branches.append(
                         Branch(
                             completion.token_ids,
-                            sampler_logprobs=completion.logprobs,
-                            advantage=advantage,
+                            per_token={"sampler_logp": completion.logprobs},
+                            per_sequence={"advantage": advantage},
                             experts=completion.experts,
                         )
                     )
@@ -210,9 +210,10 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             for micro in update.micro_batches:
                 moved = micro.to(self.policy.device)
                 if self.args.beta:
-                    micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
+                    micro.per_token["ref_logp"] = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
                 if self.plan.updates_per_step > 1:
                     with self.policy.inference():
                         logp_N, _ = self.policy.logprobs(moved, temperature=temperature, truncation=self.truncation)
-                    micro.old_logp_N = logp_N.cpu()
-                    micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()
+                    micro.per_token["old_logp"] = logp_N.cpu()
+                    if "log_kept" in moved.per_token:
+                        micro.per_token["log_kept"] = moved.per_token["log_kept"].cpu()

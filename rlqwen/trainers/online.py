@@ -191,7 +191,9 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         own[_TARGETS] = float(sum(micro.num_targets for micro in micros) * num_passes)
         own[_TOKENS] = count_tokens(micros) * num_passes
         # A mean over targets like the rest: those that came without the sampler's logprob.
-        own[_UNSAMPLED] = float(sum(micro.num_targets for micro in micros if micro.sampler_logp_N is None) * num_passes)
+        own[_UNSAMPLED] = float(
+            sum(micro.num_targets for micro in micros if "sampler_logp" not in micro.per_token) * num_passes
+        )
         sums = {_LOSS: 0.0} | self.ranks.sum(own)
         loss, tokens, targets = (sums.pop(key) for key in (_LOSS, _TOKENS, _TARGETS))
         means = {key: value / max(targets, 1.0) for key, value in sums.items()}

@@ -153,11 +153,12 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                 logp_N, _, hidden_NC = self.policy.logprobs_and_hidden(
                     moved, temperature=temperature, truncation=self.truncation
                 )
-                micro.old_logp_N = logp_N.cpu()
-                micro.log_kept_N = None if moved.log_kept_N is None else moved.log_kept_N.cpu()
-                micro.old_value_N = self.critic.values(moved, hidden_NC).cpu()
+                micro.per_token["old_logp"] = logp_N.cpu()
+                if "log_kept" in moved.per_token:
+                    micro.per_token["log_kept"] = moved.per_token["log_kept"].cpu()
+                micro.per_token["old_value"] = self.critic.values(moved, hidden_NC).cpu()
             if self.args.kl_coef:
-                micro.ref_logp_N = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
+                micro.per_token["ref_logp"] = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
 
     def _assign_advantages(self, micros: Sequence[PackedBatch]) -> Metrics:
         """Fill in advantages and returns of the whole rollout, and say what they came from.
@@ -166,16 +167,18 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         """
         if not micros:
             return {"kl_coef": self.kl.coef}
-        names = ["lengths_S", "rewards_S", "old_value_N", "old_logp_N", *(["ref_logp_N"] if self.args.kl_coef else [])]
-        own = {name: torch.cat([getattr(micro, name) for micro in micros]) for name in names}
+        names = ["old_value", "old_logp", *(["ref_logp"] if self.args.kl_coef else [])]
+        own = {name: torch.cat([micro.per_token[name] for micro in micros]) for name in names}
+        own["length"] = torch.cat([micro.lengths_S for micro in micros])
+        own["reward"] = torch.cat([micro.per_sequence["reward"] for micro in micros])
         by_share = self.ranks.gather_shares(own)
-        joined = {name: torch.cat([part[name] for part in by_share]) for name in names}
-        lengths_S, values_N = joined["lengths_S"], joined["old_value_N"]
+        joined = {name: torch.cat([part[name] for part in by_share]) for name in own}
+        lengths_S, values_N = joined["length"], joined["old_value"]
         kl_N = torch.zeros_like(values_N)
         if self.args.kl_coef:
-            kl_N = kl_divergence(joined["old_logp_N"], joined["ref_logp_N"], self.args.kl_estimator)
+            kl_N = kl_divergence(joined["old_logp"], joined["ref_logp"], self.args.kl_estimator)
         in_reward = self.kl.coef if self.args.kl_penalty == "reward" else 0.0
-        rewards_N = token_rewards(joined["rewards_S"], kl_N, lengths_S, kl_coef=in_reward)
+        rewards_N = token_rewards(joined["reward"], kl_N, lengths_S, kl_coef=in_reward)
         if self.args.whiten_rewards:
             rewards_N = whiten(rewards_N, shift_mean=False)
         advantages_N, returns_N = gae(rewards_N, values_N, lengths_S, gamma=self.args.gamma, lam=self.args.lam)
@@ -190,12 +193,12 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         }
         if self.args.whiten_advantages:
             advantages_N = whiten(advantages_N)
-        before = sum(len(part["old_value_N"]) for part in by_share[: self.ranks.data_rank])
-        mine = slice(before, before + len(own["old_value_N"]))
+        before = sum(len(part["old_value"]) for part in by_share[: self.ranks.data_rank])
+        mine = slice(before, before + len(own["old_value"]))
         sizes = [micro.num_targets for micro in micros]
         parts = zip(micros, advantages_N[mine].split(sizes), returns_N[mine].split(sizes), strict=True)
         for micro, advantage_N, return_N in parts:
-            micro.advantage_N, micro.return_N = advantage_N, return_N
+            micro.per_token["advantage"], micro.per_token["return"] = advantage_N, return_N
         self.kl.observe(metrics["kl/completion"], len(lengths_S))
         return metrics
 
@@ -241,8 +244,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             branches = [
                 Branch(
                     group.completions[index].token_ids,
-                    sampler_logprobs=group.completions[index].logprobs,
-                    reward=self._score(group, index),
+                    per_token={"sampler_logp": group.completions[index].logprobs},
+                    per_sequence={"reward": self._score(group, index)},
                     experts=group.completions[index].experts,
                 )
                 for index in indices

@@ -22,10 +22,10 @@ class PreferenceExample:
 def to_comparison(row: PreferenceRow | LabelledRow) -> PreferenceExample:
     """A tokenised row as a tree."""
     if isinstance(row, LabelledRow):
-        answers = [Branch(row.completion.token_ids, row.completion.loss_mask, label=row.label)]
+        answers = [Branch(row.completion.token_ids, row.completion.loss_mask, per_sequence={"label": row.label})]
     else:
         sides = ((row.chosen, True), (row.rejected, False))
-        answers = [Branch(side.token_ids, side.loss_mask, label=label) for side, label in sides]
+        answers = [Branch(side.token_ids, side.loss_mask, per_sequence={"label": label}) for side, label in sides]
     return PreferenceExample(Tree(row.prompt_ids, answers))
 
 
@@ -45,7 +45,10 @@ def add_mismatched(rows: list[PreferenceExample]) -> None:
         other = next((answers for answers in before if answers.prefix != prompt), None)
         if other is None:
             raise DataError("kto compares answers with those to other prompts, but all rows have the same prompt")
-        row.mismatched = Tree(prompt, [Branch(branch.token_ids, branch.loss_mask) for branch in other.branches])
+        row.mismatched = Tree(
+            prompt,
+            [Branch(branch.token_ids, branch.loss_mask, per_sequence={"label": True}) for branch in other.branches],
+        )
 
 
 def are_pairs(rows: Sequence[PreferenceExample]) -> bool:
@@ -55,7 +58,7 @@ def are_pairs(rows: Sequence[PreferenceExample]) -> bool:
 
 def balance_warnings(rows: Sequence[PreferenceExample], args: DPOConfig) -> list[str]:
     """KTO wants the weighted numbers of good and bad answers to be about equal (arXiv 2402.01306, eq. 8)."""
-    labels = [branch.label for row in rows for branch in row.answers.branches]
+    labels = [branch.per_sequence["label"] for row in rows for branch in row.answers.branches]
     good, bad = labels.count(True), labels.count(False)
     ratio = good * args.desirable_weight / max(bad * args.undesirable_weight, 1e-9)
     if good == bad or 0.99 <= ratio <= 1.34:

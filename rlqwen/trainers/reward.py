@@ -121,7 +121,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         return reward_loss(
             scores_S[::2],
             scores_S[1::2],
-            micro.rewards_S[::2],
+            micro.per_sequence["margin"][::2],
             totals,
             center_coefficient=self.args.center_rewards_coefficient,
         )
@@ -138,13 +138,11 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         )
 
     def _tree(self, row: PreferenceRow) -> Tree:
-        """Both sides without padding tokens at their end: transformers reads the score off the last other token.
-
-        The margin stands as the reward of the chosen side.
-        """
+        """Both sides without padding tokens at their end: transformers reads the score off the last other token."""
         pad = self.processing_class.pad_token_id
         chosen, rejected = (_without_tail(side.token_ids, pad) for side in (row.chosen, row.rejected))
-        return Tree(row.prompt_ids, [Branch(chosen, reward=row.margin or 0.0), Branch(rejected)])
+        margin: dict[str, float | bool] = {"margin": row.margin or 0.0}
+        return Tree(row.prompt_ids, [Branch(side, per_sequence=margin) for side in (chosen, rejected)])
 
 
 def _without_tail(token_ids: list[int], token_id: int | None) -> list[int]:

@@ -17,14 +17,14 @@ def make_batch(lengths=LENGTHS, advantages=(1.0, -1.0, 0.5, -0.7), *, seed=0):
     """A batch of sequences, and for each token the logprobs of policy, old policy, reference and sampler."""
     generator = torch.Generator().manual_seed(seed)
     branches = [
-        Branch([7] * length, sampler_logprobs=[0.0] * length, advantage=advantage)
+        Branch([7] * length, per_token={"sampler_logp": [0.0] * length}, per_sequence={"advantage": advantage})
         for length, advantage in zip(lengths, advantages, strict=True)
     ]
     batch = pack([Tree([1, 2], branches)])
     logp = -torch.rand(sum(lengths), generator=generator) * 3
-    batch.old_logp_N = logp + torch.randn(sum(lengths), generator=generator) * 0.3
-    batch.ref_logp_N = logp + torch.randn(sum(lengths), generator=generator) * 0.5
-    batch.sampler_logp_N = batch.old_logp_N + torch.randn(sum(lengths), generator=generator) * 0.1
+    batch.per_token["old_logp"] = logp + torch.randn(sum(lengths), generator=generator) * 0.3
+    batch.per_token["ref_logp"] = logp + torch.randn(sum(lengths), generator=generator) * 0.5
+    batch.per_token["sampler_logp"] = batch.per_token["old_logp"] + torch.randn(sum(lengths), generator=generator) * 0.1
     return batch, logp.requires_grad_()
 
 
@@ -53,7 +53,7 @@ def test_sft_loss_is_the_mean_negative_log_likelihood():
 )
 def test_normalisation_by_hand(loss_type, expected):
     batch, logp = make_batch()
-    batch.old_logp_N = None
+    batch.per_token.pop("old_logp", None)
     loss, _ = grpo_loss(logp, None, batch, plain(loss_type=loss_type, max_completion_length=10), totals_of(batch))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
@@ -61,7 +61,7 @@ def test_normalisation_by_hand(loss_type, expected):
 def one_token(ratio, advantage, **options):
     """Loss and gradient for one token whose policy is `ratio` times as likely as the old one."""
     batch, _ = make_batch((1,), (advantage,))
-    batch.old_logp_N = torch.tensor([-1.0])
+    batch.per_token["old_logp"] = torch.tensor([-1.0])
     logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
     loss, _ = grpo_loss(logp, None, batch, plain(**options), totals_of(batch))
     loss.backward()
@@ -89,7 +89,7 @@ def test_clipping_by_hand(ratio, advantage, options, loss, grad):
 
 def test_gspo_has_one_ratio_a_sequence():
     batch, _ = make_batch((2,), (1.0,))
-    batch.old_logp_N = torch.zeros(2)
+    batch.per_token["old_logp"] = torch.zeros(2)
     logp = torch.tensor([0.3, -0.1], requires_grad=True)
     config = plain(importance_sampling_level="sequence", loss_type="grpo")
     loss, _ = grpo_loss(logp, None, batch, config, totals_of(batch))
@@ -109,7 +109,7 @@ def test_kl_estimators_by_hand():
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_kl_term_pulls_towards_the_reference(estimator):
     batch, _ = make_batch((1,), (0.0,))
-    batch.old_logp_N, batch.ref_logp_N = None, torch.tensor([-2.0])
+    batch.per_token["ref_logp"] = torch.tensor([-2.0])
     logp = torch.tensor([-1.0], requires_grad=True)
     config = plain(beta=0.1, kl_estimator=estimator, use_bias_correction_kl=False)
     grpo_loss(logp, None, batch, config, totals_of(batch))[0].backward()
@@ -137,7 +137,7 @@ def test_entropy_bonus_raises_entropy():
 )
 def test_rollout_correction_by_hand(mode, expected):
     batch, _ = make_batch((2, 1), (1.0, 1.0))
-    batch.sampler_logp_N = -torch.tensor([2.0, 5.0, 0.1]).log()
+    batch.per_token["sampler_logp"] = -torch.tensor([2.0, 5.0, 0.1]).log()
     config = GRPOConfig(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=0.5)
     torch.testing.assert_close(rollout_correction(torch.zeros(3), batch, config), torch.tensor(expected))
 
@@ -169,13 +169,13 @@ def trl_loss(logp, entropy, batch, config):
     def pad(values):
         return torch.zeros(mask.shape).masked_scatter(mask, values)
 
-    correction = rollout_correction(batch.old_logp_N, batch, config)
+    correction = rollout_correction(batch.per_token["old_logp"], batch, config)
     rows = mask.shape[0]
     inputs = {
         "prompt_ids": torch.zeros(rows, 2, dtype=torch.long), "prompt_mask": torch.ones(rows, 2),
         "completion_ids": torch.zeros(rows, width, dtype=torch.long), "completion_mask": mask.long(),
-        "advantages": batch.advantages_S, "old_per_token_logps": pad(batch.old_logp_N),
-        "ref_per_token_logps": pad(batch.ref_logp_N), "importance_sampling_ratio": pad(correction),
+        "advantages": batch.per_sequence["advantage"], "old_per_token_logps": pad(batch.per_token["old_logp"]),
+        "ref_per_token_logps": pad(batch.per_token["ref_logp"]), "importance_sampling_ratio": pad(correction),
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
@@ -223,11 +223,14 @@ def test_any_split_into_micro_batches_adds_up_to_the_same_loss_and_gradient(opti
     whole.backward()
 
     parts, grads, start = 0.0, [], 0
-    for length, advantage in zip(LENGTHS, batch.advantages_S.tolist(), strict=True):
+    for length, advantage in zip(LENGTHS, batch.per_sequence["advantage"].tolist(), strict=True):
         token = slice(start, start + length)
         part, _ = make_batch((length,), (advantage,))
-        part.old_logp_N, part.ref_logp_N = batch.old_logp_N[token], batch.ref_logp_N[token]
-        part.sampler_logp_N = batch.sampler_logp_N[token]
+        part.per_token["old_logp"], part.per_token["ref_logp"] = (
+            batch.per_token["old_logp"][token],
+            batch.per_token["ref_logp"][token],
+        )
+        part.per_token["sampler_logp"] = batch.per_token["sampler_logp"][token]
         part_logp = logp.detach()[token].requires_grad_()
         loss, _ = grpo_loss(part_logp, entropy[token], part, config, totals)
         loss.backward()

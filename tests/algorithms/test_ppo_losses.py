@@ -19,21 +19,21 @@ def make_batch(lengths=LENGTHS, seed=0):
         return torch.randn(count, generator=generator) * scale
 
     sampler = [(-torch.rand(length, generator=generator)).tolist() for length in lengths]
-    branches = [Branch([7] * n, sampler_logprobs=logp) for n, logp in zip(lengths, sampler, strict=True)]
+    branches = [Branch([7] * n, per_token={"sampler_logp": logp}) for n, logp in zip(lengths, sampler, strict=True)]
     batch = pack([Tree([1, 2], branches)])
-    batch.old_logp_N = batch.sampler_logp_N.clone()
-    batch.ref_logp_N = batch.old_logp_N + draw(0.3)
-    batch.old_value_N, batch.advantage_N, batch.return_N = draw(), draw(), draw()
-    logp = (batch.old_logp_N + draw(0.3)).requires_grad_()
-    values = (batch.old_value_N + draw(0.4)).requires_grad_()
+    batch.per_token["old_logp"] = batch.per_token["sampler_logp"].clone()
+    batch.per_token["ref_logp"] = batch.per_token["old_logp"] + draw(0.3)
+    batch.per_token["old_value"], batch.per_token["advantage"], batch.per_token["return"] = draw(), draw(), draw()
+    logp = (batch.per_token["old_logp"] + draw(0.3)).requires_grad_()
+    values = (batch.per_token["old_value"] + draw(0.4)).requires_grad_()
     return batch, logp, values
 
 
 def test_policy_loss_by_hand():
     """Ratios e^0.1, e^0.5 (clipped up to 1.2) and e^-0.5 (not clipped down: the advantage is positive)."""
     batch = pack([Tree([1], [Branch([7, 7, 7])])])
-    batch.old_logp_N = torch.tensor([-1.0, -1.0, -1.0])
-    batch.advantage_N = torch.tensor([1.0, 2.0, 3.0])
+    batch.per_token["old_logp"] = torch.tensor([-1.0, -1.0, -1.0])
+    batch.per_token["advantage"] = torch.tensor([1.0, 2.0, 3.0])
     logp = torch.tensor([-0.9, -0.5, -1.5], requires_grad=True)
     loss, metrics = ppo_policy_loss(logp, None, batch, PPOConfig(), Totals(tokens=3, sequences=1), kl_coef=0.0)
     expected = -(1.1051709 + 2 * 1.2 + 3 * 0.6065307) / 3
@@ -48,7 +48,7 @@ def test_policy_loss_by_hand():
 def test_value_loss_by_hand():
     """Value 1.0, old 0.5, reach 0.2, return 0: the clipped 0.7 errs less, so the worse, 1.0, counts."""
     batch = pack([Tree([1], [Branch([7, 7])])])
-    batch.old_value_N, batch.return_N = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
+    batch.per_token["old_value"], batch.per_token["return"] = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
     values = torch.tensor([1.0, 0.9], requires_grad=True)
     loss, metrics = ppo_value_loss(values, batch, PPOConfig(), Totals(tokens=2, sequences=1))
     # The second: error 0.01 as it is, 0.09 clipped to 0.7.
@@ -71,12 +71,14 @@ def test_equals_the_formulas_of_trl():
     def masked_mean(padded):
         return (padded * mask).sum() / mask.sum()
 
-    value, old = pad(values), pad(batch.old_value_N)
+    value, old = pad(values), pad(batch.per_token["old_value"])
     clipped = torch.clamp(value, old - config.cliprange_value, old + config.cliprange_value)
-    squares = torch.max(torch.square(value - pad(batch.return_N)), torch.square(clipped - pad(batch.return_N)))
+    squares = torch.max(
+        torch.square(value - pad(batch.per_token["return"])), torch.square(clipped - pad(batch.per_token["return"]))
+    )
     vf_loss = 0.5 * masked_mean(squares)
-    ratio = torch.exp(pad(logp) - pad(batch.old_logp_N))
-    advantage = pad(batch.advantage_N)
+    ratio = torch.exp(pad(logp) - pad(batch.per_token["old_logp"]))
+    advantage = pad(batch.per_token["advantage"])
     clipped_ratio = torch.clamp(ratio, 1.0 - config.cliprange, 1.0 + config.cliprange)
     pg_loss = masked_mean(torch.max(-advantage * ratio, -advantage * clipped_ratio))
     theirs = pg_loss + config.vf_coef * vf_loss
@@ -100,12 +102,12 @@ def test_shares_of_any_split_add_up():
     whole = whole + ppo_value_loss(values, batch, config, totals)[0]
     parts = torch.zeros(())
     start = 0
-    names = ("sampler_logp_N", "old_logp_N", "ref_logp_N", "old_value_N", "advantage_N", "return_N")
+    names = ("sampler_logp", "old_logp", "ref_logp", "old_value", "advantage", "return")
     for length in LENGTHS:
         part = slice(start, start + length)
         micro = pack([Tree([1, 2], [Branch([7] * length)])])
         for name in names:
-            setattr(micro, name, getattr(batch, name)[part])
+            micro.per_token[name] = batch.per_token[name][part]
         parts = parts + ppo_policy_loss(logp[part], entropy[part], micro, config, totals, kl_coef=0.3)[0]
         parts = parts + ppo_value_loss(values[part], micro, config, totals)[0]
         start += length
@@ -114,13 +116,13 @@ def test_shares_of_any_split_add_up():
 
 def test_kl_in_the_loss_pulls_towards_the_reference():
     batch, _, _ = make_batch()
-    batch.advantage_N = torch.zeros(sum(LENGTHS))
-    logp = batch.old_logp_N.clone().requires_grad_()
+    batch.per_token["advantage"] = torch.zeros(sum(LENGTHS))
+    logp = batch.per_token["old_logp"].clone().requires_grad_()
     config = PPOConfig(kl_penalty="loss", kl_estimator="k2")
     totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
     loss, _ = ppo_policy_loss(logp, None, batch, config, totals, kl_coef=1.0)
     loss.backward()
-    assert torch.equal(torch.sign(logp.grad), torch.sign(logp.detach() - batch.ref_logp_N))
+    assert torch.equal(torch.sign(logp.grad), torch.sign(logp.detach() - batch.per_token["ref_logp"]))
 
 
 def test_an_entropy_bonus_lowers_the_loss():

@@ -37,7 +37,9 @@ def make_batch(lengths=LENGTHS, *, seed=0, labels=None):
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
         labels = [True, False] * (len(lengths) // 2)
-    branches = [Branch([7] * length, label=label) for length, label in zip(lengths, labels, strict=True)]
+    branches = [
+        Branch([7] * length, per_sequence={"label": label}) for length, label in zip(lengths, labels, strict=True)
+    ]
     batch = pack([Tree([1] * PROMPT, branches)])
     logp = -torch.rand(sum(lengths), generator=generator) * 3
     ref = logp + torch.randn(sum(lengths), generator=generator) * 0.5
@@ -164,7 +166,7 @@ def trl_cpo_loss(batch, logp, config, trl_type):
     """(loss, metrics) of TRL's CPOTrainer.get_batch_loss_metrics."""
     answers = read_answers(logp, batch)
     sums = answers.mean_logp_S if trl_type == "simpo" else answers.logp_S
-    nll = -logp[batch.labels_S[batch.sequence_N]].mean()
+    nll = -logp[batch.per_sequence["label"][batch.sequence_N]].mean()
     logits = torch.zeros(1)
     trainer = SimpleNamespace(
         accelerator=ACCELERATOR, alpha=0.0, loss_type=trl_type, beta=config.beta,
@@ -209,7 +211,7 @@ def test_orpo_equals_trl():
     mean_logp_S = read_answers(logp, batch).mean_logp_S
     trainer = SimpleNamespace(accelerator=ACCELERATOR, beta=0.3)
     ratio, *_ = ORPOTrainer.odds_ratio_loss(trainer, mean_logp_S[::2], mean_logp_S[1::2])
-    expected = -logp[batch.labels_S[batch.sequence_N]].mean() - ratio.mean()
+    expected = -logp[batch.per_sequence["label"][batch.sequence_N]].mean() - ratio.mean()
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(value, logp)[0] for value in (loss, expected)))
 
@@ -244,7 +246,7 @@ def trl_kto_loss(config, batch, logp, ref, mismatched, other_logp, other_ref_log
         _compute_kl_logps=lambda which, _: other_logp_S if which is model else other_ref_logp_S,
     )  # fmt: skip
     inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), completion_mask)
-    loss = KTOTrainer._compute_loss(trainer, model, inputs | {"label": batch.labels_S}, False)
+    loss = KTOTrainer._compute_loss(trainer, model, inputs | {"label": batch.per_sequence["label"]}, False)
     assert recorded["train"]["kl"][0] > 0
     return loss, {key: torch.tensor(values[0]) for key, values in recorded["train"].items() if values}
 

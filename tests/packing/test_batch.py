@@ -7,8 +7,11 @@ from rlqwen.packing.batch import Branch, Tree, pack, split_trees
 def test_pack_by_hand():
     batch = pack(
         [
-            Tree([10, 11], [Branch([20, 21], advantage=1.0), Branch([30], advantage=-1.0)]),
-            Tree([], [Branch([40, 41, 42], loss_mask=[True, False, True])]),
+            Tree(
+                [10, 11],
+                [Branch([20, 21], per_sequence={"advantage": 1.0}), Branch([30], per_sequence={"advantage": -1.0})],
+            ),
+            Tree([], [Branch([40, 41, 42], loss_mask=[True, False, True], per_sequence={"advantage": 0.0})]),
         ]
     )
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 40, 41, 42]]
@@ -17,13 +20,13 @@ def test_pack_by_hand():
     assert batch.source_N.tolist() == [1, 2, 1, 6]
     assert batch.sequence_N.tolist() == [0, 0, 1, 2]
     assert batch.lengths_S.tolist() == [2, 1, 1]
-    assert batch.advantages_S.tolist() == [1, -1, 0]
-    assert batch.sampler_logp_N is None
+    assert batch.per_sequence["advantage"].tolist() == [1, -1, 0]
+    assert not batch.per_token
 
 
 def test_pack_carries_sampler_logprobs_of_targets_only():
-    batch = pack([Tree([1], [Branch([2, 3], loss_mask=[False, True], sampler_logprobs=[-0.5, -0.25])])])
-    assert batch.sampler_logp_N.tolist() == [-0.25]
+    batch = pack([Tree([1], [Branch([2, 3], loss_mask=[False, True], per_token={"sampler_logp": [-0.5, -0.25]})])])
+    assert batch.per_token["sampler_logp"].tolist() == [-0.25]
 
 
 def test_pack_takes_an_empty_completion():

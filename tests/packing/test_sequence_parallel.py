@@ -78,7 +78,14 @@ def token_loss(policy: Policy, batch: PackedBatch) -> dict:
     loss.backward()
     grads = gradients(policy.model) | gradients(head.head)
     policy.model.zero_grad()
-    values = [logp_N, entropy_N, batch.log_kept_N, values_N, torch.as_tensor(balance), policy.reference_logprobs(batch)]
+    values = [
+        logp_N,
+        entropy_N,
+        batch.per_token["log_kept"],
+        values_N,
+        torch.as_tensor(balance),
+        policy.reference_logprobs(batch),
+    ]
     with policy.inference():
         values += policy.logprobs_and_collision(batch)
     return {"values": [value.detach() for value in values], "gradients": grads}

@@ -74,7 +74,7 @@ def test_grpo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path, op
         update = trainer._pack([(group, list(range(len(group))))])
         (micro,) = update.micro_batches
         if trainer.args.beta:
-            micro.ref_logp_N = trainer.policy.reference_logprobs(micro)
+            micro.per_token["ref_logp"] = trainer.policy.reference_logprobs(micro)
         logp_N, entropy_N = trainer.policy.logprobs(micro, entropy=True)
         loss, _ = grpo_loss(logp_N, entropy_N, micro, trainer.args, update.totals)
         present = [a for a, total in zip(group.advantages_G, group.total_rewards_G, strict=True) if total is not None]
@@ -96,7 +96,15 @@ def test_ppo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path):
         trainer._add_fixed_estimates([update])
         trainer._assign_advantages(update.micro_batches)
         (micro,) = update.micro_batches
-        results.append((update.totals, micro.target_N.tolist(), micro.rewards_S, micro.advantage_N, micro.return_N))
+        results.append(
+            (
+                update.totals,
+                micro.target_N.tolist(),
+                micro.per_sequence["reward"],
+                micro.per_token["advantage"],
+                micro.per_token["return"],
+            )
+        )
     trainer.close()
     assert results[0][:2] == results[1][:2]
     for ours, expected in zip(results[0][2:], results[1][2:], strict=True):

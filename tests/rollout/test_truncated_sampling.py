@@ -82,10 +82,10 @@ def test_stale_groups_need_a_correction_that_holds():
 
 def test_the_weights_by_hand():
     """Of two completions, sampled from what is left of the trainer's own distribution, the longer one weighs the same."""
-    trees = [Tree([1], [Branch([2] * length, sampler_logprobs=[-0.5] * length) for length in (2, 50)])]
+    trees = [Tree([1], [Branch([2] * length, per_token={"sampler_logp": [-0.5] * length}) for length in (2, 50)])]
     batch = pack(trees)
     old_logp_N = torch.full((52,), -0.7)
-    batch.log_kept_N = torch.full((52,), -0.2)
+    batch.per_token["log_kept"] = torch.full((52,), -0.2)
     config = GRPOConfig(top_p=0.9, vllm_importance_sampling_mode="sequence_truncate")
     weights_N, metrics = compare_with_sampler(old_logp_N, batch, config)
     torch.testing.assert_close(weights_N, torch.ones(52), atol=1e-4, rtol=0)

@@ -77,7 +77,7 @@ def policy(tiny_model_path):
 
 
 def idle(**branch):
-    batch = idle_batch(tree(4, 6, 7, sampler_logprobs=[-1.0] * 7, **branch))
+    batch = idle_batch(tree(4, 6, 7, per_token={"sampler_logp": [-1.0] * 7}, **branch))
     assert (batch.num_targets, batch.num_sequences) == (0, 0)
     assert batch.num_tokens == 2
     return batch
@@ -92,9 +92,9 @@ def assert_nothing(loss, parameters):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
 def test_an_idle_batch_is_nothing_to_grpo(policy, loss_type):
-    batch, config = idle(), GRPOConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1)
+    batch, config = idle(per_sequence={"advantage": 0.0}), GRPOConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1)
     logp_N, entropy_N = policy.logprobs(batch, entropy=True)
-    batch.ref_logp_N = logp_N.detach()
+    batch.per_token["ref_logp"] = logp_N.detach()
     loss, sums = grpo_loss(logp_N, entropy_N, batch, config, Totals(tokens=5, sequences=2))
     assert all(value.item() == 0 for value in sums.values())
     assert_nothing(loss, policy.trained_parameters)
@@ -105,8 +105,8 @@ def test_an_idle_batch_is_nothing_to_ppo(policy):
     logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(batch, entropy=True)
     head = ValueHead(hidden_NC.shape[1], train_trunk=True, device=torch.device("cpu"))
     values_N = head.values(batch, hidden_NC)
-    for name in ("old_logp_N", "ref_logp_N", "advantage_N", "old_value_N", "return_N"):
-        setattr(batch, name, logp_N.detach())
+    for name in ("old_logp", "ref_logp", "advantage", "old_value", "return"):
+        batch.per_token[name] = logp_N.detach()
     totals = Totals(tokens=5, sequences=2)
     policy_loss, _ = ppo_policy_loss(logp_N, entropy_N, batch, config, totals, kl_coef=0.1)
     value_loss, _ = ppo_value_loss(values_N, batch, config, totals)
@@ -115,9 +115,9 @@ def test_an_idle_batch_is_nothing_to_ppo(policy):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "ipo", "orpo", "kto"])
 def test_an_idle_batch_is_nothing_to_dpo(policy, loss_type):
-    batch, config = idle(ref_logprob=-3.0), DPOConfig(loss_type=loss_type)
-    assert batch.ref_logp_S.shape == (0,)
-    answers = read_answers(policy.logprobs(batch)[0], batch, ref_logp_S=batch.ref_logp_S, ld_alpha=0.5)
+    batch, config = idle(per_sequence={"ref_logp": -3.0, "label": True}), DPOConfig(loss_type=loss_type)
+    assert batch.per_sequence["ref_logp"].shape == (0,)
+    answers = read_answers(policy.logprobs(batch)[0], batch, ref_logp_S=batch.per_sequence["ref_logp"], ld_alpha=0.5)
     totals = AnswerTotals(good=1, bad=1, good_tokens=6, pairs=0 if loss_type == "kto" else 1)
     loss, metrics = preference_loss(answers, config, totals, kl=torch.tensor(0.1))
     assert all(value.item() == 0 for value in metrics.values())
@@ -127,16 +127,24 @@ def test_an_idle_batch_is_nothing_to_dpo(policy, loss_type):
 def test_an_idle_batch_is_nothing_to_a_reward_model(tiny_model_path):
     args = RewardConfig(use_cpu=True)
     model = ScalarModel(load_scalar_model(str(tiny_model_path), args)[0], args)
-    batch = idle()
+    batch = idle(per_sequence={"margin": 0.0})
     scores_S = model.scores(batch)
-    loss, _ = reward_loss(scores_S[::2], scores_S[1::2], batch.rewards_S[::2], Totals(tokens=0, sequences=3))
+    loss, _ = reward_loss(
+        scores_S[::2], scores_S[1::2], batch.per_sequence["margin"][::2], Totals(tokens=0, sequences=3)
+    )
     assert_nothing(loss, model.trained_parameters)
 
 
 def test_totals_are_counted_without_packing():
     trees = [
-        Tree([1, 2], [Branch([3, 4, 5]), Branch([6, 7], loss_mask=[False, True], label=False)]),
-        Tree([], [Branch([3, 4, 5]), Branch([6], label=False)]),
+        Tree(
+            [1, 2],
+            [
+                Branch([3, 4, 5], per_sequence={"label": True}),
+                Branch([6, 7], loss_mask=[False, True], per_sequence={"label": False}),
+            ],
+        ),
+        Tree([], [Branch([3, 4, 5], per_sequence={"label": True}), Branch([6], per_sequence={"label": False})]),
     ]
     assert [one.target_counts for one in trees] == [[3, 1], [2, 0]]
     assert AnswerTotals.of_trees(trees, paired=True) == AnswerTotals.of([pack(trees)], paired=True)

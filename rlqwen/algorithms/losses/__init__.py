@@ -10,7 +10,7 @@ from rlqwen.algorithms.losses.correction import rollout_correction
 from rlqwen.algorithms.losses.grpo import grpo_loss, token_weights
 from rlqwen.algorithms.losses.kl import kl_divergence
 from rlqwen.algorithms.losses.ppo import ppo_policy_loss, ppo_value_loss
-from rlqwen.algorithms.losses.reduction import Metrics, Totals, required, sequence_mean, sequence_sum
+from rlqwen.algorithms.losses.reduction import Metrics, Totals, sequence_mean, sequence_sum
 from rlqwen.algorithms.losses.reward import reward_loss
 from rlqwen.algorithms.losses.sft import sft_loss
 
@@ -22,7 +22,6 @@ __all__ = [
     "kl_divergence",
     "ppo_policy_loss",
     "ppo_value_loss",
-    "required",
     "reward_loss",
     "rollout_correction",
     "sequence_mean",

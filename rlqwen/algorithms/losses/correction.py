@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlqwen.algorithms.losses.reduction import Metrics, required, sequence_sum
+from rlqwen.algorithms.losses.reduction import Metrics, sequence_sum
 from rlqwen.config import OnlineConfig
 from rlqwen.packing.batch import PackedBatch
 
@@ -12,15 +12,15 @@ def compare_with_sampler(old_logp_N: Tensor, batch: PackedBatch, config: OnlineC
     """Return weights that correct for the sampler (None if off), and sums over tokens for the metrics.
 
     `old_logp_N`: the policy's before the update. They and the sampler's are compared as what they are of: the same
-    distribution, truncated the same way (`batch.log_kept_N`). Where the sampler also shaped it otherwise, such as by a
+    distribution, truncated the same way (the column `log_kept`). Where the sampler also shaped it otherwise, such as by a
     penalty on what was written before, there is nothing to compare, and so neither weights nor metrics.
     """
-    if batch.sampler_logp_N is None or config.uncomparable:
+    if "sampler_logp" not in batch.per_token or config.uncomparable:
         return None, {}
     logp_N = old_logp_N.detach()
     if config.truncation is not None:
-        logp_N = logp_N - required(batch.log_kept_N)
-    metrics: Metrics = {"sampling/logp_gap": (logp_N - batch.sampler_logp_N).abs().sum()}
+        logp_N = logp_N - batch.per_token["log_kept"]
+    metrics: Metrics = {"sampling/logp_gap": (logp_N - batch.per_token["sampler_logp"]).abs().sum()}
     if not config.vllm_importance_sampling_correction:
         return None, metrics
     weights_N = rollout_correction(logp_N, batch, config)
@@ -35,7 +35,7 @@ def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: OnlineConfig)
     [clip_min, clip_max], or set to 0 outside of it. `logp_N` is the policy's before the update, without gradient, of a
     distribution truncated as the sampler's.
     """
-    log_ratio_N = logp_N.detach() - required(batch.sampler_logp_N)
+    log_ratio_N = logp_N.detach() - batch.per_token["sampler_logp"]
     level, action = config.vllm_importance_sampling_mode.split("_")
     if level == "sequence":
         log_ratio_N = sequence_sum(log_ratio_N, batch)[batch.sequence_N]

@@ -6,7 +6,7 @@ from torch import Tensor
 from rlqwen.algorithms.losses.clipping import clipped_surrogate
 from rlqwen.algorithms.losses.correction import compare_with_sampler
 from rlqwen.algorithms.losses.kl import kl_divergence
-from rlqwen.algorithms.losses.reduction import Metrics, Totals, required, sequence_mean
+from rlqwen.algorithms.losses.reduction import Metrics, Totals, sequence_mean
 from rlqwen.config import GRPOConfig
 from rlqwen.packing.batch import PackedBatch
 
@@ -41,8 +41,8 @@ def grpo_loss(
         The scalar loss, and sums over tokens or sequences for the metrics.
     """
     logp_N = logp_N.float()
-    old_logp_N = logp_N.detach() if batch.old_logp_N is None else batch.old_logp_N
-    advantage_N = batch.advantages_S[batch.sequence_N]
+    old_logp_N = batch.per_token.get("old_logp", logp_N.detach())
+    advantage_N = batch.per_sequence["advantage"][batch.sequence_N]
     log_ratio_N = logp_N - old_logp_N
     if config.importance_sampling_level == "sequence":
         log_ratio_N = sequence_mean(log_ratio_N, batch)[batch.sequence_N]
@@ -61,7 +61,7 @@ def grpo_loss(
     if correction_N is not None:
         loss_N = loss_N * correction_N
     if config.beta:
-        kl_N = kl_divergence(logp_N, required(batch.ref_logp_N), config.kl_estimator)
+        kl_N = kl_divergence(logp_N, batch.per_token["ref_logp"], config.kl_estimator)
         metrics["kl"] = kl_N.detach().sum()
         loss_N = loss_N + config.beta * (kl_N * ratio_N if config.use_bias_correction_kl else kl_N)
     loss = (loss_N * token_weights(batch, config, totals)).sum()

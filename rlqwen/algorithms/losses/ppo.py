@@ -6,7 +6,7 @@ from torch import Tensor
 from rlqwen.algorithms.losses.clipping import clipped_surrogate
 from rlqwen.algorithms.losses.correction import compare_with_sampler
 from rlqwen.algorithms.losses.kl import kl_divergence
-from rlqwen.algorithms.losses.reduction import Metrics, Totals, required
+from rlqwen.algorithms.losses.reduction import Metrics, Totals
 from rlqwen.config import PPOConfig
 from rlqwen.packing.batch import PackedBatch
 
@@ -27,11 +27,11 @@ def ppo_policy_loss(
         The scalar loss, and sums over tokens for the metrics.
     """
     logp_N = logp_N.float()
-    old_logp_N = required(batch.old_logp_N)
+    old_logp_N = batch.per_token["old_logp"]
     log_ratio_N = logp_N - old_logp_N
     ratio_N = log_ratio_N.exp()
     loss_N, clipped_N = clipped_surrogate(
-        ratio_N, required(batch.advantage_N), low=config.cliprange, high=config.cliprange
+        ratio_N, batch.per_token["advantage"], low=config.cliprange, high=config.cliprange
     )
     metrics: Metrics = {
         "clip_ratio": clipped_N.float().sum(),
@@ -42,7 +42,7 @@ def ppo_policy_loss(
     if correction_N is not None:
         loss_N = loss_N * correction_N
     if config.kl_penalty == "loss" and kl_coef:
-        loss_N = loss_N + kl_coef * kl_divergence(logp_N, required(batch.ref_logp_N), config.kl_estimator)
+        loss_N = loss_N + kl_coef * kl_divergence(logp_N, batch.per_token["ref_logp"], config.kl_estimator)
     if entropy_N is not None:
         metrics["entropy"] = entropy_N.detach().sum()
         if config.entropy_coef:
@@ -59,11 +59,11 @@ def ppo_value_loss(values_N: Tensor, batch: PackedBatch, config: PPOConfig, tota
     Args:
         values_N: (N,) the critic's values, with gradient.
     """
-    values_N, returns_N = values_N.float(), required(batch.return_N)
+    values_N, returns_N = values_N.float(), batch.per_token["return"]
     error_N = (values_N - returns_N).square()
     clipped_N = torch.zeros_like(error_N, dtype=torch.bool)
     if config.cliprange_value:
-        old_N, reach = required(batch.old_value_N), config.cliprange_value
+        old_N, reach = batch.per_token["old_value"], config.cliprange_value
         clipped_error_N = (values_N.clamp(old_N - reach, old_N + reach) - returns_N).square()
         clipped_N = clipped_error_N > error_N
         error_N = torch.max(error_N, clipped_error_N)

@@ -28,9 +28,3 @@ def sequence_sum(values_N: Tensor, batch: PackedBatch) -> Tensor:
 def sequence_mean(values_N: Tensor, batch: PackedBatch) -> Tensor:
     """(S,) means over the tokens of each sequence; 0 for an empty one."""
     return sequence_sum(values_N, batch) / batch.lengths_S.clamp(min=1)
-
-
-def required(values: Tensor | None) -> Tensor:
-    """The tensor that the caller had to fill in."""
-    assert values is not None, "the batch lacks logprobs that this loss needs"
-    return values

@@ -78,16 +78,17 @@ class AnswerTotals:
         """Counts over `batches`."""
         good = bad = tokens = 0
         for batch in batches:
-            good += int(batch.labels_S.sum())
-            bad += int((~batch.labels_S).sum())
-            tokens += int(batch.lengths_S[batch.labels_S].sum())
+            labels_S = batch.labels_S if isinstance(batch, Answers) else batch.per_sequence["label"]
+            good += int(labels_S.sum())
+            bad += int((~labels_S).sum())
+            tokens += int(batch.lengths_S[labels_S].sum())
         return cls(good, bad, tokens, pairs=good if paired else 0)
 
     @classmethod
     def of_trees(cls, trees: Iterable[Tree], *, paired: bool) -> "AnswerTotals":
         """Counts over `trees`, before they are packed."""
         counts = [
-            (branch.label, count)
+            (bool(branch.per_sequence["label"]), count)
             for tree in trees
             for branch, count in zip(tree.branches, tree.target_counts, strict=True)
         ]
@@ -124,7 +125,7 @@ def read_answers(
         plain_logp_S=plain_logp_S,
         ref_logp_S=nothing_S if ref_logp_S is None else ref_logp_S,
         lengths_S=batch.lengths_S,
-        labels_S=batch.labels_S,
+        labels_S=batch.per_sequence["label"],
         log_weight_S=weight_S,
     )
 
