@@ -1,109 +1,109 @@
-"""Every error that rlqwen raises on purpose.
+"""Define every error that rlqwen raises on purpose.
 
     RlqwenError
-    ├── InputError (ValueError)          what the user gave is wrong: exit code 2, a message and no traceback
+    ├── InputError (ValueError)          invalid user input: exit code 2, a message and no traceback
     │   ├── ConfigError                  a recipe or an argument of a config
     │   ├── DataError                    a data file or a row
-    │   │   └── PromptMismatch           a preference row whose answers are to different prompts
+    │   │   └── PromptMismatch           a preference row whose answers belong to different prompts
     │   ├── ModelError                   a model folder, tokenizer or chat template
     │   ├── RewardSpecError              an unknown, ambiguous or ill-fitting reward
-    │   └── ResourceError                more CPUs, GPUs or memory asked than there are
+    │   └── ResourceError                more CPUs, GPUs or memory requested than available
     ├── RewardFailure (RuntimeError)     a reward failed on too large a share of a batch
     ├── SaveError (OSError)              a checkpoint or a file of the run cannot be written
-    ├── Preempted                        asked to stop, and saved: exit code 75, the run can go on
-    │   └── Interrupted (KeyboardInterrupt)   the same by Ctrl-C: exit code 130
+    ├── Preempted                        stopped by a signal after saving: exit code 75, the run can resume
+    │   └── Interrupted (KeyboardInterrupt)   stopped by Ctrl-C: exit code 130
     ├── NonFiniteError (RuntimeError)    loss or gradient was NaN or infinite too many steps in a row
-    ├── MainRankFailed (RuntimeError)    the main rank of several met an error, which it shows itself
-    ├── WatchStop (RuntimeError)         the guard found a symptom whose action is to stop
-    └── RolloutError (RuntimeError)      the rollout workers cannot go on
-        ├── WorkerDied                   a worker died more often than it may be restarted
+    ├── MainRankFailed (RuntimeError)    the main rank raised an error, which it reports itself
+    ├── WatchStop (RuntimeError)         the monitor found a symptom whose action is to stop
+    └── RolloutError (RuntimeError)      the rollout workers cannot continue
+        ├── WorkerDied                   workers died more often than they may be restarted
         ├── WeightSyncError              a worker's weights differ from the trainer's after a sync
-        └── DeadlineExceeded (TimeoutError)   a wait outlived its deadline
+        └── DeadlineExceeded (TimeoutError)   a wait passed its deadline
 
-A message says what is wrong, where, which value, and how to mend it. All of them pickle, because Ray carries
-them between processes: an error takes exactly one argument, its message.
+A message says what is wrong, where, which value, and how to fix it. All errors can be pickled, because Ray sends them
+between processes: an error takes exactly one argument, its message.
 """
 
 
 class RlqwenError(Exception):
-    """Base of every error raised on purpose; `exit_code` is what the command line ends with."""
+    """Serve as the base of every error raised on purpose; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class InputError(RlqwenError, ValueError):
-    """What the user gave is wrong; the message alone must be enough to mend it."""
+    """Report invalid user input; the message alone must be enough to fix it."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A recipe or an argument of a config is wrong."""
+    """Report an invalid recipe or config argument."""
 
 
 class DataError(InputError):
-    """A data file or a row is wrong; the message names file and row."""
+    """Report an invalid data file or row; the message names both."""
 
 
 class PromptMismatch(DataError):
-    """The answers of a preference row are answers to different prompts."""
+    """Report a preference row whose answers belong to different prompts."""
 
 
 class ModelError(InputError):
-    """A model folder, tokenizer or chat template cannot be used."""
+    """Report a model folder, tokenizer or chat template that cannot be used."""
 
 
 class RewardSpecError(InputError):
-    """A reward is unknown, claimed by two packages, or asks for columns that the data lacks."""
+    """Report a reward that is unknown, claimed by two packages, or takes columns that the data lacks."""
 
 
 class ResourceError(InputError):
-    """More CPUs, GPUs or memory were asked for than exist."""
+    """Report a request for more CPUs, GPUs or memory than there are."""
 
 
 class RewardFailure(RlqwenError, RuntimeError):
-    """A reward failed on too large a share of a batch; carries the reward's own traceback in its message."""
+    """Report a reward that failed on too large a share of a batch; the message holds its traceback."""
 
 
 class SaveError(RlqwenError, OSError):
-    """A checkpoint or a file of the run cannot be written: the disk is full, or not writable."""
+    """Report that a checkpoint or file of the run cannot be written: the disk is full or not writable."""
 
 
 class Preempted(RlqwenError):
-    """The run was told to stop (SIGTERM, SIGUSR1, SIGHUP), and can go on from its last checkpoint."""
+    """Report that a signal (SIGTERM, SIGUSR1, SIGHUP) stopped the run, which can resume from its last checkpoint."""
 
-    exit_code = 75  # EX_TEMPFAIL: a scheduler may start the job again
+    exit_code = 75  # EX_TEMPFAIL, so that a scheduler may restart the job
 
 
 class Interrupted(Preempted, KeyboardInterrupt):
-    """The run was stopped by Ctrl-C, or by a notebook's stop button, and can go on from its last checkpoint."""
+    """Report that Ctrl-C or a notebook's stop button stopped the run, which can resume from its last checkpoint."""
 
     exit_code = 130
 
 
 class NonFiniteError(RlqwenError, RuntimeError):
-    """Loss or gradient was NaN or infinite in too many steps in a row."""
+    """Report a loss or gradient that was NaN or infinite in too many steps in a row."""
 
 
 class MainRankFailed(RlqwenError, RuntimeError):
-    """The main rank met an error while the others waited for it; it shows that error itself."""
+    """Report, on the other ranks, that the main rank raised an error while they waited for it."""
 
 
 class WatchStop(RlqwenError, RuntimeError):
-    """The guard of the run (`train.watch`) found a symptom that is to stop it; a checkpoint was saved first."""
+    """Report that the monitor (`train.watch`) stopped the run because of a symptom, after saving a checkpoint."""
 
 
 class RolloutError(RlqwenError, RuntimeError):
-    """The rollout workers cannot go on."""
+    """Report that the rollout workers cannot continue."""
 
 
 class WorkerDied(RolloutError):
-    """A rollout worker died more often than it may be restarted."""
+    """Report that rollout workers died more often than they may be restarted."""
 
 
 class WeightSyncError(RolloutError):
-    """A rollout worker's weights differ from the trainer's after a sync."""
+    """Report that a rollout worker's weights differ from the trainer's after a sync."""
 
 
 class DeadlineExceeded(RolloutError, TimeoutError):
-    """A wait outlived its deadline."""
+    """Report a wait that passed its deadline."""

@@ -1,7 +1,7 @@
-"""What travels between data, rollout, scoring and training: plain dataclasses, no torch.
+"""Define the dataclasses that pass between data, rollout, scoring and training. Imports no torch.
 
 Example:
-    A group is a prompt and its G completions; every list of a group with suffix `_G` is parallel to `completions`.
+    A group is a prompt and its G completions; every list with suffix `_G` is parallel to `completions`.
 
         prompt = Prompt(index=0, token_ids=[5, 6], content="2+2=", columns={"solution": "4"})
         group = Group(prompt, [Completion([52, 9], [-0.1, -0.2], "stop", "4")], policy_version=3)
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 Message = dict[str, Any]
-"""A chat turn: `role`, `content` and what else the chat template reads."""
+"""A chat message: `role`, `content` and other keys that the chat template reads."""
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: it ended by itself, at a stop token or a stop text. `length`: it was cut off at the token limit, hence
-truncated."""
+"""`stop`: the completion ended at a stop token or stop text. `length`: it was truncated at the token limit."""
 
 CallStatus = Literal["ok", "timeout", "error", "invalid"]
 """Result of one sample's reward call; rlqwen.rewards.total_reward says how it affects the total reward."""
@@ -27,17 +26,17 @@ CallStatus = Literal["ok", "timeout", "error", "invalid"]
 
 @dataclass(slots=True)
 class Prompt:
-    """One row of the data, ready to be sampled from."""
+    """Hold one row of the dataset, ready for sampling."""
 
     index: int
     """Row number in the dataset, from 0; part of the sampling seed."""
     token_ids: list[int]
     content: str | list[Message]
-    """The prompt as reward functions see it: text, or messages."""
+    """The prompt that reward functions get: text or messages."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """The row's other columns, passed on to the reward functions that name them."""
+    """The row's other columns, passed to the reward functions that take them."""
     opens_reasoning: bool = False
-    """The tokens end with `<think>`, which messages do not show: completions begin inside of the reasoning."""
+    """Whether the tokens end with `<think>`, which is not in the messages, so that completions begin inside the reasoning."""
 
     @property
     def is_conversational(self) -> bool:
@@ -46,18 +45,18 @@ class Prompt:
 
 @dataclass(slots=True)
 class Completion:
-    """One sampled answer."""
+    """Hold one sampled completion."""
 
     token_ids: list[int]
-    """Includes the end-of-turn token, or the token that completes a stop text, when `finish_reason` is `stop`."""
+    """If `finish_reason` is `stop`, includes the end-of-turn token or the token that completes a stop text."""
     logprobs: list[float]
     """The sampler's log-probability of each token, after temperature and truncation of the distribution."""
     finish_reason: FinishReason
     text: str
-    """Decoded without special tokens, for rewards and for people."""
+    """Decoded without special tokens."""
     experts: "np.ndarray | None" = None
-    """(tokens, L, K) experts that the sampler chose for each token in each of L layers, -1 where it did not say; may lack
-    the last tokens, which nothing was sampled from. None: not asked for."""
+    """(tokens, L, K) K experts that the sampler chose for each token in each of L layers, -1 if unknown; may lack the last
+    tokens, which nothing was sampled from. None: not requested."""
 
     @property
     def is_truncated(self) -> bool:
@@ -66,23 +65,23 @@ class Completion:
 
 @dataclass(slots=True)
 class Group:
-    """A prompt, its G completions, and what scoring and advantage estimation add to them."""
+    """Hold a prompt, its G completions, and their rewards and advantages."""
 
     prompt: Prompt
     completions: list[Completion]
     policy_version: int
     """Version of the weights that sampled the completions."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
-    """Raw reward of each completion by reward name; None where missing or not applicable."""
+    """Reward name -> raw reward of each completion; None if missing or not applicable."""
     call_statuses: dict[str, list[CallStatus]] = field(default_factory=dict)
-    """Status of each reward call, parallel to `rewards`."""
+    """Reward name -> status of each call, parallel to `rewards`."""
     total_rewards_G: list[float | None] = field(default_factory=list)
-    """Weighted sum over reward functions; None where it is missing, see rlqwen.rewards.total_reward."""
+    """Weighted sum over the rewards of each completion; None if missing (rlqwen.rewards.total_reward)."""
     advantages_G: list[float] = field(default_factory=list)
     prompt_experts: "np.ndarray | None" = None
-    """(tokens, L, K) experts that the sampler chose for the prompt, see Completion.experts."""
+    """(tokens, L, K) experts that the sampler chose for the prompt; see Completion.experts."""
     extras: dict[str, list[Any]] = field(default_factory=dict)
-    """What reward functions gave to `log_extra`: column -> a value for each completion."""
+    """What reward functions passed to `log_extra`: column -> one value per completion."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -90,16 +89,16 @@ class Group:
 
 @dataclass(slots=True, frozen=True)
 class Truncation:
-    """Rule for which tokens of a distribution are kept; it depends on nothing but the distribution."""
+    """Define which tokens of a distribution are kept, depending on the distribution only."""
 
     top_p: float = 1.0
-    """The fewest likeliest tokens that have this probability together; 1: all."""
+    """Keep the smallest set of most likely tokens with at least this total probability; 1: all."""
     top_k: int = 0
-    """So many of the likeliest; 0: all."""
+    """Keep this many of the most likely tokens; 0: all."""
     min_p: float = 0.0
-    """Those at least this share as likely as the likeliest; 0: all."""
+    """Keep tokens with at least this share of the highest probability; 0: all."""
     keeps_ties: bool = False
-    """Tokens exactly as likely as the `top_k`-th stay as well, as with vLLM's sampler on CPU."""
+    """Also keep tokens exactly as likely as the `top_k`-th, as vLLM's CPU sampler does."""
 
     def __bool__(self) -> bool:
         return bool(self.top_p < 1 or self.top_k or self.min_p)
@@ -107,8 +106,10 @@ class Truncation:
 
 @dataclass(slots=True, frozen=True)
 class Sampling:
-    """Sampling parameters, with the names, meanings and order of vLLM's SamplingParams: allowed tokens, bad words,
-    `min_tokens`, bias, penalties, temperature, min-p, top-k, top-p."""
+    """Hold sampling parameters, with the names and meanings of vLLM's SamplingParams.
+
+    Applied in vLLM's order: allowed tokens, bad words, `min_tokens`, bias, penalties, temperature, min-p, top-k, top-p.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -119,15 +120,15 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
-    """Texts that end a completion, which holds all of the token that completes one."""
+    """Texts that end a completion, which includes the whole token that completes the text."""
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
-    """No stop token or text ends a completion before it has so many."""
+    """Minimum number of tokens before a stop token or text may end a completion."""
     bad_words: tuple[str, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit)."""
+    """(token id, value added to its logit)."""
     allowed_token_ids: tuple[int, ...] = ()
-    """None: all."""
+    """Empty: all."""
 
     @property
     def truncation(self) -> Truncation:
@@ -141,7 +142,7 @@ class Sampling:
 
 @dataclass(slots=True, frozen=True)
 class GroupRequest:
-    """Asks the rollout engine for one group; `len(seeds)` completions, each from its own seed."""
+    """Request one group from the rollout engine: `len(seeds)` completions, each from its own seed."""
 
     prompt: Prompt
     seeds: tuple[int, ...]
@@ -150,11 +151,11 @@ class GroupRequest:
 
 @dataclass(slots=True, frozen=True)
 class Canary:
-    """A fixed token sequence with the trainer's own logprobs, which a worker must reproduce after a weight sync."""
+    """Hold a fixed token sequence with the trainer's logprobs, which a worker must reproduce after a weight sync."""
 
     token_ids: tuple[int, ...]
     """T tokens."""
     logprobs: tuple[float, ...]
     """T - 1 values: log p(token t+1 | tokens up to t), at temperature 1."""
     tolerance: float
-    """Largest mean absolute gap allowed, in nats a token; depends on the dtype that the worker computes in."""
+    """Largest mean absolute gap allowed, in nats per token; depends on the dtype that the worker computes in."""

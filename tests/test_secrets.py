@@ -1,4 +1,4 @@
-"""Secrets of the environment reach neither reward workers nor files."""
+"""Test that secrets of the environment reach neither reward workers nor files."""
 
 import json
 import os
@@ -30,13 +30,13 @@ CANARY = "canary-5f2c-value"
         ("HTTP_PROXY", "http://proxy:3128", False),
     ],
 )
-def test_what_looks_like_a_secret(name: str, value: str, secret: bool) -> None:
+def test_secrets_are_recognized_by_name_or_value(name: str, value: str, secret: bool) -> None:
     assert is_secret(name, value) is secret
     assert (name in without_secrets({name: value})) is not secret
     assert without_secrets({name: value}, allowed=[name]) == {name: value}
 
 
-def test_values_are_replaced_by_names_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secrets_are_replaced_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTER_TOKEN", f"{CANARY}-longer")
     monkeypatch.setenv("INNER_TOKEN", CANARY)
     monkeypatch.setenv("SHORT_TOKEN", "true")
@@ -46,7 +46,7 @@ def test_values_are_replaced_by_names_wherever_they_stand(monkeypatch: pytest.Mo
     }
 
 
-def test_workers_get_only_the_secrets_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_only_the_secrets_in_scoring_env(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_TOKEN", CANARY)
     monkeypatch.setenv("JUDGE_API_KEY", "judge-value-99")
 
@@ -63,7 +63,7 @@ REWARD = '''
 import os
 
 def leaky(completions, log_metric=None, log_extra=None, key="", **_):
-    """Finds the secret in its argument, and tells everyone."""
+    """Log the secret in its argument."""
     log_metric(f"leak/{key}", 1.0)
     log_extra("leak", [key] * len(completions))
     return [1.0] * len(completions)

@@ -1,4 +1,4 @@
-"""What a run reports: metric sinks, the display, completions, curves and the summary. No torch."""
+"""Report on runs: metric sinks, the display, completions, curves and the summary. Imports no torch."""
 
 from rlqwen.reporting.completions import CompletionLog, read_completions
 from rlqwen.reporting.curves import plot_curves, plot_pipeline

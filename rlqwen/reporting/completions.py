@@ -1,4 +1,4 @@
-"""The completions of a run, written beside its metrics."""
+"""Write the completions of a run to its folder, and read them back."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from rlqwen.types import Group
 
 
 class CompletionLog:
-    """Writes `completions/step-000123.jsonl`: one line a completion, with its prompt, rewards and advantage."""
+    """Write `completions/step-000123.jsonl`: one line per completion, with its prompt, rewards and advantage."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self._folder = Path(output_dir) / COMPLETIONS_FOLDER
 
     def write(self, step: int, groups: Sequence[Group], *, evaluation: bool = False) -> Path:
-        """Write the groups of a step, or those of the evaluation after it to `eval-000123.jsonl`; returns the file."""
+        """Write the groups of a step and return the file. `evaluation`: write to `eval-000123.jsonl` instead."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{'eval' if evaluation else 'step'}-{step:06d}.jsonl"
         with path.open("w", encoding="utf-8") as file:
@@ -28,7 +28,7 @@ class CompletionLog:
 
 
 def completion_rows(group: Group) -> Iterator[dict[str, Any]]:
-    """One plain mapping a completion; missing rewards are None."""
+    """Yield the JSON values of each completion of a group; missing rewards are None."""
     for index, completion in enumerate(group.completions):
         yield {
             "prompt_index": group.prompt.index,
@@ -46,7 +46,7 @@ def completion_rows(group: Group) -> Iterator[dict[str, Any]]:
 
 
 def read_completions(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's last file of completions, an evaluation's if there is one; [] if there is none."""
+    """Return the rows of a run's last evaluation, or of its last step if it has none; [] without completions."""
     folder = Path(run_dir) / COMPLETIONS_FOLDER
     files = sorted(folder.glob("eval-*.jsonl")) or sorted(folder.glob("step-*.jsonl"))
     return [json.loads(line) for line in files[-1].read_text(encoding="utf-8").splitlines()] if files else []

@@ -1,4 +1,4 @@
-"""Curves of a run, as a picture."""
+"""Draw the curves of a run into an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from rlqwen.reporting.sinks import read_metrics
 
 CURVES_FILE = "curves.png"
 _SMOOTH_FROM = 40
-"""Curves of more points are drawn faint, with a smoothed one over them."""
+"""Curves of at least this many points are drawn faint, with a smoothed curve over them."""
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: metric keys that share a unit."""
+    """Name the metric keys, which share a unit, of one set of axes."""
 
     title: str
     ylabel: str
@@ -26,17 +26,18 @@ class Panel:
 
 
 def plot_curves(run_dir: str | Path) -> Path:
-    """Draw reward and accuracy (SFT: the loss; DPO: loss, accuracy and margin) against steps into `curves.png` of the run folder; returns its path.
+    """Draw the curves of a run into `curves.png` of its folder and return that path.
 
-    Raises DataError if the run has logged nothing.
+    GRPO and PPO: reward and accuracy; SFT: the loss; DPO: loss, accuracy and margin. Raises DataError if the run has
+    logged nothing.
     """
     return plot_pipeline(run_dir, [run_dir])
 
 
 def plot_pipeline(folder: str | Path, run_dirs: Sequence[str | Path]) -> Path:
-    """Draw the curves of several runs, a row each, into `curves.png` of `folder`."""
-    # Imported here: Matplotlib takes half a second, and only the end of a run needs it. Figure without pyplot draws
-    # by Agg and leaves the user's backend alone.
+    """Draw the curves of several runs, one row per run, into `curves.png` of `folder`."""
+    # Imported here, because Matplotlib takes half a second and only the end of a run needs it. Figure without pyplot
+    # draws with Agg and does not change the user's backend.
     from matplotlib.figure import Figure
 
     rows = [(Path(run_dir), read_metrics(run_dir)) for run_dir in run_dirs]
@@ -59,7 +60,7 @@ def plot_pipeline(folder: str | Path, run_dirs: Sequence[str | Path]) -> Path:
 
 
 def choose_panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
-    """The axes that a run's metrics call for: reward and its parts, or loss; accuracy wherever it was evaluated."""
+    """Choose the axes for a run's metrics: reward and its parts, or loss; accuracy if it was evaluated."""
     keys = {key: None for line in lines for key in line}
     means = tuple(key for key in keys if key.startswith("reward/") and key.endswith("/mean"))
     panels = []
@@ -68,11 +69,11 @@ def choose_panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
     elif "rewards/margins" in keys or "eval/rewards/margins" in keys:
         panels += _preference_panels(keys)
     elif "loss" in keys or "eval/loss" in keys:
-        panels.append(Panel("loss", "nats a token", _known(keys, "loss"), _known(keys, "eval/loss")))
+        panels.append(Panel("loss", "nats per token", _known(keys, "loss"), _known(keys, "eval/loss")))
     accuracy = _known(keys, "reward/accuracy/mean")
     evaluated = _known(keys, "eval/accuracy") or _known(keys, "eval/reward/accuracy/mean")
     if accuracy or evaluated:
-        panels.append(Panel("accuracy", "share of right answers", accuracy, evaluated))
+        panels.append(Panel("accuracy", "share of correct answers", accuracy, evaluated))
     others = tuple(key for key in means if key not in ("reward/mean", *accuracy))
     if others:
         panels.append(Panel("other rewards", "unweighted reward", others, ()))
@@ -80,11 +81,11 @@ def choose_panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
 
 
 def _preference_panels(keys: dict[str, None]) -> list[Panel]:
-    """Loss, how many pairs are ranked rightly, and by how much."""
+    """Return the panels of preference runs: loss, share of pairs ranked correctly, and margin."""
     panels = [Panel("loss", "mean over pairs", _known(keys, "loss"), _known(keys, "eval/loss"))]
     ranked, evaluated = _known(keys, "rewards/accuracies"), _known(keys, "eval/rewards/accuracies")
     if ranked or evaluated:
-        panels.append(Panel("accuracy", "share of pairs ranked rightly", ranked, evaluated))
+        panels.append(Panel("accuracy", "share of pairs ranked correctly", ranked, evaluated))
     return [*panels, Panel("margin", "reward", _known(keys, "rewards/margins"), _known(keys, "eval/rewards/margins"))]
 
 
@@ -118,14 +119,14 @@ def _draw(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]], run_name: st
 
 
 def _series(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps that were rolled back and made anew count as they were made last."""
+    """Return steps and values. A step that was rolled back and repeated has its last value."""
     points = {line["step"]: line[key] for line in lines if line.get(key) is not None}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Mean of each point's neighbourhood, a twentieth of the curve wide, so that the end is not delayed."""
+    """Average each point over a centered window, a twentieth of the curve wide, so that the end is not delayed."""
     half = max(1, len(values) // 40)
     windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+"""Show a run while it trains: a live panel on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -34,28 +34,28 @@ _EVALUATION_NAMES = {
     "completions/truncated": "cut off",
 }
 _PACE_STEPS = 2
-"""Steps after the first, which imports, compiles and starts engines, before a pace is worth telling."""
+"""Steps needed after the first one, which imports, compiles and starts engines, for an estimate of the time left."""
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_POINTS = 32
 
 
 class Display(Protocol):
-    """Shows the metrics of logged steps."""
+    """Show the metrics of logged steps."""
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def note(self, text: str) -> None:
-        """Show a line of text without tearing what else is shown."""
+        """Show a line of text without breaking the rest of the display."""
 
     def close(self) -> None: ...
 
 
 class PlainDisplay:
-    """One compact line a logged step, at most one in `interval` seconds; evaluations, the first and the last always.
+    """Print one compact line per logged step, at most one per `interval` seconds.
 
-    `write` takes a line; `clock` gives seconds.
+    Evaluations, the first and the last step are always printed. `write` prints a line; `clock` returns seconds.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A panel that stays at the bottom of the terminal; what others print scrolls above it."""
+    """Show a panel at the bottom of the terminal; other output scrolls above it."""
 
     def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
         self._total_steps = total_steps
@@ -115,7 +115,7 @@ class LiveDisplay:
         self._metrics: Mapping[str, float] = {}
         self._evaluations: list[tuple[int, Mapping[str, float]]] = []
         self._history: list[float] = []
-        # Standard output and error are redirected by Live, so a user's print does not tear the panel.
+        # Live redirects standard output and error, so that a user's print does not break the panel.
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=False)
         self._live.start()
 
@@ -127,7 +127,7 @@ class LiveDisplay:
             self._history.append(curve)
 
     def show_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The first evaluation stays on show beside the latest."""
+        """Show an evaluation; the first one stays visible beside the latest."""
         self._evaluations = [*self._evaluations[:1], (step, metrics)]
 
     def note(self, text: str) -> None:
@@ -156,7 +156,7 @@ class LiveDisplay:
 
 
 class Progress:
-    """Elapsed and remaining time; the pace is that of the steps seen, so start-up does not spoil it."""
+    """Measure elapsed and remaining time. The pace is that of the steps after the first, which excludes start-up."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total_steps = total_steps
@@ -184,10 +184,10 @@ class Progress:
 
 
 def headline(metrics: Mapping[str, float]) -> list[str]:
-    """What the run is about: reward and each reward's mean, or the loss and how well pairs are ranked."""
+    """Format the main metrics: the reward and each reward's mean, or the loss and how well pairs are ranked."""
     if "reward/mean" not in metrics:
-        figures = {"loss": ".4f", "rewards/accuracies": ".3f", "rewards/margins": ".4f"}
-        return [f"{_EVALUATION_NAMES[key]} {metrics[key]:{form}}" for key, form in figures.items() if key in metrics]
+        formats = {"loss": ".4f", "rewards/accuracies": ".3f", "rewards/margins": ".4f"}
+        return [f"{_EVALUATION_NAMES[key]} {metrics[key]:{form}}" for key, form in formats.items() if key in metrics]
     parts = [f"reward {metrics['reward/mean']:.3f}"]
     for key, value in metrics.items():
         if key.startswith("reward/") and key.endswith("/mean") and key != "reward/mean":
@@ -196,7 +196,7 @@ def headline(metrics: Mapping[str, float]) -> list[str]:
 
 
 def details(metrics: Mapping[str, float]) -> list[str]:
-    """Lengths, KL, entropy and the optimiser's figures, as far as the step has them."""
+    """Format lengths, KL, entropy, gradient norm and learning rate, as far as the step has them."""
     parts = []
     if "completions/mean_length" in metrics:
         parts.append(f"len {metrics['completions/mean_length']:.1f}")
@@ -214,7 +214,7 @@ def details(metrics: Mapping[str, float]) -> list[str]:
 
 
 def speed(metrics: Mapping[str, float]) -> list[str]:
-    """Tokens a second over the whole step, and where the step's time went."""
+    """Format tokens per second over the whole step, and the share of each phase of the step's time."""
     parts = []
     seconds = metrics.get("time/step", 0.0)
     tokens = metrics.get("tokens/generated", metrics.get("tokens/trained"))
@@ -226,30 +226,30 @@ def speed(metrics: Mapping[str, float]) -> list[str]:
     return parts
 
 
-def evaluation_figures(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """What a person wants of an evaluation, by short names; failures only where there are any.
+def evaluation_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return the main metrics of an evaluation by short names, and failures if there are any.
 
-    Times, counts and spreads are left to the files.
+    Times, counts and standard deviations are left out; the files hold them.
     """
-    figures = {}
+    shown = {}
     for key, value in metrics.items():
         name = key.removeprefix("eval/")
         if name in _EVALUATION_NAMES:
-            figures[_EVALUATION_NAMES[name]] = value
+            shown[_EVALUATION_NAMES[name]] = value
         elif name.startswith("reward/") and name.endswith("/mean"):
-            figures[name.removeprefix("reward/").removesuffix("/mean")] = value
+            shown[name.removeprefix("reward/").removesuffix("/mean")] = value
         elif value and name.endswith(("/missing", "/timeout", "/error", "/invalid", "/restarts")):
-            figures[name.removeprefix("reward/")] = value
-    return figures
+            shown[name.removeprefix("reward/")] = value
+    return shown
 
 
 def format_evaluation(metrics: Mapping[str, float]) -> str:
-    """`eval  reward 0.611  accuracy 0.520  len 6.1` in one line."""
-    return "eval  " + "  ".join(f"{name} {value:.4g}" for name, value in evaluation_figures(metrics).items())
+    """Format an evaluation in one line, such as `eval  reward 0.611  accuracy 0.520  len 6.1`."""
+    return "eval  " + "  ".join(f"{name} {value:.4g}" for name, value in evaluation_metrics(metrics).items())
 
 
 def format_duration(seconds: float | None) -> str:
-    """`1:02:03` or `2:03`; `-` where unknown."""
+    """Format seconds as `1:02:03` or `2:03`; None as `-`."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -258,7 +258,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def sparkline(values: list[float]) -> str:
-    """The curve so far in at most 32 characters, each the mean of an equal stretch of steps."""
+    """Draw a curve in at most 32 characters, each the mean over an equal number of steps."""
     values = [value for value in values if value - value == 0]
     if len(values) < 2:
         return ""

@@ -1,4 +1,4 @@
-"""The screen at the end of `rlqwen run`: figures before and after, files, samples, the next command."""
+"""Print the report at the end of `rlqwen run`: metrics before and after, files, samples, the next command."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from rich.text import Text
 
 from rlqwen.reporting.completions import read_completions
 from rlqwen.reporting.curves import CURVES_FILE
-from rlqwen.reporting.display import evaluation_figures, format_duration
+from rlqwen.reporting.display import evaluation_metrics, format_duration
 from rlqwen.reporting.summary import SUMMARY_FILE, read_summary
 from rlqwen.run_folder.layout import COMPLETIONS_FOLDER, FINAL_FOLDER, METRICS_FILE, RECIPE_FILE
 
 _FILES = {
-    SUMMARY_FILE: "the figures above, and versions",
+    SUMMARY_FILE: "the metrics above, and versions",
     CURVES_FILE: "the curves",
     METRICS_FILE: "every logged step",
     COMPLETIONS_FOLDER: "completions with their rewards",
@@ -27,7 +27,7 @@ _FILES = {
 
 
 def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: int = 4) -> None:
-    """Print how finished runs ended, from what their folders hold."""
+    """Print the results of finished runs from their run folders."""
     for run_dir in map(Path, run_dirs):
         summary = read_summary(run_dir)
         took = format_duration(summary["wall_time_s"])
@@ -35,10 +35,14 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
         console.rule(
             f"{escape(str(run_dir))}: {summary['algorithm']}, {summary['steps']} steps in {took}", align="left"
         )
-        figures = figures_table(summary)
-        console.print(figures if figures else "No evaluation was asked for (train.eval_strategy).")
+        table = evaluation_table(summary)
+        console.print(table if table else "No evaluation was requested (train.eval_strategy).")
         if summary.get("watch"):
-            console.print(Group(Text("\nThe guard noticed", style="bold yellow"), *watch_lines(summary["watch"])))
+            console.print(
+                Group(
+                    Text("\nAlerts of the monitor (train.watch)", style="bold yellow"), *alert_lines(summary["watch"])
+                )
+            )
     last = Path(run_dirs[-1])
     samples = pick_samples(read_completions(last), num_samples)
     if samples:
@@ -48,9 +52,9 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
     console.print(f"  {next_command(last, summary['algorithm'])}", markup=False, highlight=False, soft_wrap=True)
 
 
-def figures_table(summary: Mapping[str, Any]) -> Table | None:
-    """Each evaluation figure before and after; None if nothing was evaluated."""
-    before, after = (evaluation_figures(summary[key] or {}) for key in ("initial_eval", "final_eval"))
+def evaluation_table(summary: Mapping[str, Any]) -> Table | None:
+    """Build a table of each evaluation metric before and after; None if nothing was evaluated."""
+    before, after = (evaluation_metrics(summary[key] or {}) for key in ("initial_eval", "final_eval"))
     names = list(before | after)
     if not names:
         return None
@@ -61,23 +65,23 @@ def figures_table(summary: Mapping[str, Any]) -> Table | None:
     for name in names:
         old, new = before.get(name), after.get(name)
         change = f"{new - old:+.3f}" if old is not None and new is not None else ""
-        table.add_row(name, _figure(old), _figure(new), change)
+        table.add_row(name, _format_value(old), _format_value(new), change)
     return table
 
 
-def watch_lines(trips: Sequence[Mapping[str, Any]], count: int = 8) -> list[Text]:
-    """What the guard told while the run went on: symptom, cause, and the recipe line to change."""
+def alert_lines(alerts: Sequence[Mapping[str, Any]], count: int = 8) -> list[Text]:
+    """Format the first `count` alerts of a run: symptom, cause, and the recipe lines to change."""
     lines = []
-    for trip in trips[:count]:
-        lines.append(Text(f"  step {trip['step']}: {trip['symptom']} ({trip['action']}): {trip['cause']}"))
-        lines += [Text(f"      {advice}", style="cyan") for advice in trip["advice"]]
-    if len(trips) > count:
-        lines.append(Text(f"  and {len(trips) - count} more, in {METRICS_FILE}"))
+    for alert in alerts[:count]:
+        lines.append(Text(f"  step {alert['step']}: {alert['symptom']} ({alert['action']}): {alert['cause']}"))
+        lines += [Text(f"      {advice}", style="cyan") for advice in alert["advice"]]
+    if len(alerts) > count:
+        lines.append(Text(f"  and {len(alerts) - count} more, in {METRICS_FILE}"))
     return lines
 
 
 def pick_samples(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Rows spread evenly over the file, each of another prompt."""
+    """Pick rows evenly spread over the file, each of a different prompt."""
     first_of = {row["prompt_index"]: row for row in reversed(rows)}
     firsts = [first_of[index] for index in sorted(first_of)]
     picked = min(count, len(firsts))
@@ -85,7 +89,7 @@ def pick_samples(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, A
 
 
 def sample_lines(row: Mapping[str, Any]) -> RenderableType:
-    """Prompt, completion and rewards, each cut to a line."""
+    """Format prompt, completion and rewards, each shortened to one line."""
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         prompt = next((str(turn.get("content")) for turn in reversed(prompt) if turn.get("role") == "user"), "")
@@ -103,7 +107,7 @@ def sample_lines(row: Mapping[str, Any]) -> RenderableType:
 
 
 def files_table(run_dirs: Sequence[str | Path]) -> Table:
-    """What the runs left where, with the combined files of a pipeline first."""
+    """Build a table of the files that the runs wrote, the combined files of a pipeline first."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     folders = [Path(run_dir) for run_dir in run_dirs]
     parent = pipeline_folder(folders)
@@ -119,7 +123,7 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
 
 
 def auto_class(folder: Path) -> str:
-    """Return the class of transformers that loads the model in a folder: a reward model has a head of another kind."""
+    """Return the transformers class that loads the model in a folder; reward models have a different head."""
     try:
         architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures")
     except (OSError, ValueError):
@@ -129,7 +133,7 @@ def auto_class(folder: Path) -> str:
 
 
 def next_command(run_dir: Path, algorithm: str) -> str:
-    """A command that makes sense after the run: reinforce what was imitated, or measure what was learned."""
+    """Return a command to run next: GRPO after SFT, else an evaluation."""
     final = run_dir / FINAL_FOLDER
     if algorithm == "dpo":
         return f"rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
@@ -141,12 +145,12 @@ def next_command(run_dir: Path, algorithm: str) -> str:
 
 
 def pipeline_folder(run_dirs: Sequence[str | Path]) -> Path | None:
-    """The folder that several run folders share as their parent; None for one run, or where they share none."""
+    """Return the parent that several run folders share; None for a single run, or without a common parent."""
     parents = {Path(run_dir).parent for run_dir in run_dirs}
     return parents.pop() if len(run_dirs) > 1 and len(parents) == 1 else None
 
 
-def _figure(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

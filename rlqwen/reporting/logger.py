@@ -1,4 +1,4 @@
-"""The one place that trainers report to."""
+"""Send a trainer's metrics, events and notes to sinks and display."""
 
 import atexit
 import os
@@ -12,20 +12,20 @@ from rlqwen.reporting.display import Display, LiveDisplay, PlainDisplay
 from rlqwen.reporting.sinks import open_sinks
 
 DISPLAY_VARIABLE = "RLQWEN_DISPLAY"
-"""Environment variable that chooses the display where the caller does not: live, plain or off."""
+"""Environment variable that chooses the display if the caller does not: live, plain or off."""
 
 
 class MetricLogger:
-    """Sends each step's metrics to the file, the sinks and the display.
+    """Send each step's metrics to `metrics.jsonl`, the sinks and the display.
 
     Args:
         output_dir: the run folder; `metrics.jsonl` is appended to.
-        report_to: `none`, or one or several of tensorboard, wandb, trackio.
+        report_to: `none`, or one or more of tensorboard, wandb, trackio.
         run_name: name of the run in the sinks; None: the folder's name.
-        display: True: the live panel. False: plain lines. None: as `RLQWEN_DISPLAY` says, else the panel if standard
-            output is a terminal.
+        display: True: the live panel. False: plain lines. None: what `RLQWEN_DISPLAY` says; if it is unset, the panel if
+            standard output is a terminal, else plain lines.
         total_steps: updates that the run will make.
-        resumed_at: the update that the run goes on after, from a checkpoint.
+        resumed_at: the update whose checkpoint the run resumes from.
 
     Raises:
         ConfigError: a sink is unknown or not installed.
@@ -51,7 +51,7 @@ class MetricLogger:
         atexit.register(self.close)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report one step; keys are `area/name`, values floats or one-element tensors."""
+        """Log the metrics of one step: keys `area/name`, values floats or one-element tensors."""
         values = {key: float(value) for key, value in metrics.items()}
         for sink in self._sinks:
             sink.log(step, values)
@@ -65,7 +65,7 @@ class MetricLogger:
             self._display.show_evaluation(step, evaluation)
 
     def event(self, step: int, fields: Mapping[str, str | float | list[str]]) -> None:
-        """Write a line of its own that is no step's metrics; sinks that take numbers alone get the numbers."""
+        """Log a separate line that is not the metrics of a step. Sinks that accept only numbers get the numbers."""
         for sink in self._sinks:
             sink.event(step, fields)
 
@@ -75,7 +75,7 @@ class MetricLogger:
             self._display.note(text)
 
     def close(self) -> None:
-        """Give the terminal back and finish the sinks; more calls do nothing."""
+        """Restore the terminal and close the sinks; idempotent."""
         atexit.unregister(self.close)
         if self._display:
             self._display.close()

@@ -1,4 +1,4 @@
-"""Where metrics go: a JSONL file always; TensorBoard, Weights & Biases and trackio when asked for."""
+"""Write metrics to a JSONL file, and to TensorBoard, Weights & Biases or trackio if requested."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from rlqwen.secrets import redact_values
 
 
 class Sink(Protocol):
-    """Takes the metrics of one step."""
+    """Write metrics to one destination."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def event(self, step: int, fields: Mapping[str, Any]) -> None:
-        """What is said once, texts among it."""
+        """Write an event, whose fields may be text; by default, log its numbers."""
         numbers = {key: float(value) for key, value in fields.items() if isinstance(value, int | float)}
         if numbers:
             self.log(step, numbers)
@@ -27,9 +27,9 @@ class Sink(Protocol):
 
 
 class JsonlSink(Sink):
-    """One JSON object a logged step, flushed at once, so that a killed run keeps what it had.
+    """Write one JSON object per logged step, flushed at once, so that a killed run keeps its metrics.
 
-    JSON has no NaN: a value that is not finite is null, and `nonfinite` says what it was:
+    JSON has no NaN, so a value that is not finite is written as null, and `nonfinite` holds it as text:
     `{"step": 3, "loss": null, "nonfinite": {"loss": "nan"}}`.
     """
 
@@ -53,10 +53,11 @@ class JsonlSink(Sink):
 
 
 class TensorBoardSink(Sink):
-    """Event files in `tensorboard/` of the run folder."""
+    """Write event files to `tensorboard/` in the run folder."""
 
     def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
-        purge = None if resumed_at is None else resumed_at + 1  # what a run that was killed wrote after its checkpoint
+        # Drop what a killed run wrote after its checkpoint.
+        purge = None if resumed_at is None else resumed_at + 1
         self._writer = import_module("torch.utils.tensorboard").SummaryWriter(
             str(output_dir / "tensorboard"), purge_step=purge
         )
@@ -70,7 +71,7 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run; project and entity come from W&B's own environment variables."""
+    """Write to a Weights & Biases run. W&B's own environment variables set project and entity."""
 
     def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
         self._run = import_module("wandb").init(name=run_name, dir=str(output_dir))
@@ -83,7 +84,7 @@ class WandbSink(Sink):
 
 
 class TrackioSink(Sink):
-    """A trackio run in project `rlqwen`."""
+    """Write to a trackio run in project `rlqwen`."""
 
     def __init__(self, output_dir: Path, run_name: str, resumed_at: int | None) -> None:
         self._trackio = import_module("trackio")
@@ -106,9 +107,10 @@ _SINKS: dict[str, type[TensorBoardSink] | type[WandbSink] | type[TrackioSink]] =
 def open_sinks(
     output_dir: Path, report_to: str | Sequence[str], run_name: str, resumed_at: int | None = None
 ) -> list[Sink]:
-    """The JSONL file and the sinks that `report_to` names; `resumed_at`: the update that the run goes on after.
+    """Open the JSONL file and the sinks named in `report_to`.
 
-    Raises ConfigError for a name that is unknown, or whose package is not installed.
+    `resumed_at`: the update whose checkpoint the run resumes from. Raises ConfigError if a name is unknown or its package
+    is not installed.
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     wanted = [name for name in names if name != "none"]
@@ -124,7 +126,7 @@ def open_sinks(
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The logged lines of a run, in order; a last line that a killed run left unfinished is left out."""
+    """Return the logged lines of a run, in order, without an incomplete last line of a killed run."""
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         return []

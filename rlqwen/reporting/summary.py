@@ -1,4 +1,4 @@
-"""`summary.json`: what a run came to, in figures."""
+"""Write and read `summary.json`, the metrics of a finished run before and after."""
 
 import json
 import math
@@ -27,8 +27,8 @@ def write_summary(
 ) -> Path:
     """Write the summary of one run.
 
-    `initial_eval` and `final_eval` are the same evaluation before and after, keys `eval/...`; `more` is whatever else
-    is worth keeping. Values that are not finite are written as null.
+    `initial_eval` and `final_eval` are the same evaluation before and after training, with keys `eval/...`; `more` holds
+    further entries. Values that are not finite are written as null.
     """
     return _write(
         run_dir,
@@ -46,7 +46,7 @@ def write_summary(
 
 
 def write_pipeline_summary(folder: str | Path, run_dirs: Sequence[str | Path]) -> Path:
-    """Write the summary of several runs in order: the last run's evaluations on top, every run's under `stages`."""
+    """Write the summary of several runs in order: the last run's evaluations at the top, each run's under `stages`."""
     stages = [{"run_dir": str(run_dir), **read_summary(run_dir)} for run_dir in run_dirs]
     versions = [stage.pop("versions") for stage in stages]
     last = stages[-1]
@@ -66,13 +66,13 @@ def write_pipeline_summary(folder: str | Path, run_dirs: Sequence[str | Path]) -
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any]:
-    """The summary of a finished run."""
+    """Read the summary of a finished run."""
     summary: dict[str, Any] = json.loads((Path(run_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
     return summary
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python, rlqwen and the packages that a result depends on, those installed."""
+    """Return the versions of Python, rlqwen and the installed packages that a result depends on."""
     versions = {"python": platform.python_version()}
     for package in ("rlqwen", *_PACKAGES):
         try:

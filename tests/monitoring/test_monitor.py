@@ -14,7 +14,7 @@ from rlqwen.errors import ConfigError, WatchStop
 from rlqwen.monitoring import Monitor, Webhook, worst_action
 from rlqwen.reporting import MetricLogger, read_metrics, read_summary
 from rlqwen.reporting.curves import _series
-from rlqwen.reporting.end_of_run import watch_lines
+from rlqwen.reporting.end_of_run import alert_lines
 from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.sft import SFTTrainer
 from tests.patience import PATIENCE_S
@@ -310,7 +310,7 @@ def test_an_alert_is_logged_displayed_summarized_and_sent(tiny_model_path, tmp_p
     assert "watch: idle at step 2" in shown
     summary = read_summary(tmp_path)
     assert [alert["symptom"] for alert in summary["watch"]] == ["idle"]
-    assert "train.learning_rate: 0 -> above 0" in "\n".join(map(str, watch_lines(summary["watch"])))
+    assert "train.learning_rate: 0 -> above 0" in "\n".join(map(str, alert_lines(summary["watch"])))
     assert [(call["event"], call["run"], call["step"]) for call in server.posted] == [
         ("trip", tmp_path.name, 2),
         ("finished", tmp_path.name, 4),

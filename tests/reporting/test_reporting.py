@@ -1,4 +1,4 @@
-"""Metrics: sinks, displays, curves, summary and the final screen."""
+"""Test metric sinks, displays, curves, the summary and the report at the end of a run."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def silent(monkeypatch):
 
 @pytest.fixture
 def groups() -> list[Group]:
-    """Two prompts with two completions each; the second reward is missing once."""
+    """Return two groups with two completions each; the second reward is missing once."""
 
     def completion(text: str, finish: str) -> Completion:
         return Completion([1] * len(text), [-0.5] * len(text), finish, text)
@@ -101,7 +101,7 @@ def finished_run(folder: Path, algorithm: str, groups: list[Group] | None = None
 # Sinks
 
 
-def test_jsonl_has_a_flushed_line_a_step_and_null_for_what_is_not_finite(tmp_path):
+def test_jsonl_is_flushed_per_step_and_has_null_for_nonfinite_values(tmp_path):
     logger = MetricLogger(tmp_path, total_steps=2, algorithm="sft")
     logger.log(1, {"loss": torch.tensor(0.5), "grad_norm": math.inf, "kl": math.nan})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -111,13 +111,13 @@ def test_jsonl_has_a_flushed_line_a_step_and_null_for_what_is_not_finite(tmp_pat
     ]
 
 
-def test_a_line_that_a_killed_run_left_unfinished_is_not_read(tmp_path):
+def test_an_incomplete_last_line_is_not_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
     assert read_metrics(tmp_path / "nothing") == []
 
 
-def test_unknown_and_missing_sinks_are_refused_with_what_to_do(tmp_path, monkeypatch):
+def test_unknown_and_uninstalled_sinks_are_refused_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="unknown metric sink 'mlflow'; known: tensorboard, wandb, trackio, none"):
         MetricLogger(tmp_path, report_to="mlflow", total_steps=1, algorithm="sft")
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -137,8 +137,8 @@ def test_tensorboard_gets_the_values(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_hosted_sinks_get_run_name_steps_and_the_end(tmp_path, monkeypatch, name):
-    """A recording stand-in takes the place of the service's package."""
+def test_hosted_sinks_get_run_name_steps_and_finish(tmp_path, monkeypatch, name):
+    """A fake module that records calls replaces the service's package."""
     calls: list[tuple] = []
 
     class Service(types.ModuleType):
@@ -167,7 +167,7 @@ def test_display_variable_is_checked(tmp_path, monkeypatch):
 # Completions
 
 
-def test_completions_hold_prompt_rewards_advantage_and_what_went_wrong(tmp_path, groups):
+def test_completions_hold_prompt_rewards_advantage_and_failed_calls(tmp_path, groups):
     path = CompletionLog(tmp_path).write(12, groups)
     assert path == tmp_path / "completions" / "step-000012.jsonl"
     rows = read_completions(tmp_path)
@@ -187,7 +187,7 @@ def test_completions_hold_prompt_rewards_advantage_and_what_went_wrong(tmp_path,
     assert (rows[1]["finish_reason"], rows[3]["completion"], rows[3]["reward"]) == ("length", "五", None)
 
 
-def test_the_last_evaluation_is_read_before_the_last_step(tmp_path, groups):
+def test_completions_are_read_from_the_last_evaluation_if_there_is_one(tmp_path, groups):
     log = CompletionLog(tmp_path)
     log.write(9, groups)
     log.write(1, groups[:1], evaluation=True)
@@ -198,7 +198,7 @@ def test_the_last_evaluation_is_read_before_the_last_step(tmp_path, groups):
 # Display
 
 
-def test_plain_lines_are_thinned_but_show_first_last_and_evaluations():
+def test_plain_lines_respect_the_interval_except_first_last_and_evaluations():
     lines: list[str] = []
     now = [0.0]
     display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: now[0])
@@ -217,7 +217,7 @@ def test_plain_lines_are_thinned_but_show_first_last_and_evaluations():
     assert lines[0] == "step  0/10  eval  accuracy 0.5"
 
 
-def test_plain_display_shows_what_it_held_back_when_it_closes_early():
+def test_plain_display_prints_the_last_step_on_close():
     lines: list[str] = []
     display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: 0.0)
     display.show(1, STEP)
@@ -226,7 +226,7 @@ def test_plain_display_shows_what_it_held_back_when_it_closes_early():
     assert [line[:10] for line in lines] == ["step  1/10", "step  2/10"]
 
 
-def test_a_line_names_reward_lengths_kl_entropy_speed_and_time_split():
+def test_a_line_shows_reward_lengths_kl_entropy_speed_and_shares_of_time():
     assert headline(STEP) == ["reward 0.500", "accuracy 0.400", "format 1.000"]
     assert headline({"loss": 0.12345}) == ["loss 0.1235"]
     assert details(STEP) == ["len 6.2", "cut off 25%", "kl 0.001", "entropy 0.500"]
@@ -243,7 +243,7 @@ def test_a_line_names_reward_lengths_kl_entropy_speed_and_time_split():
     assert format_evaluation(evaluation) == "eval  reward 0.5  format 0.25  format/error 2  cut off 0"
 
 
-def test_remaining_time_leaves_the_start_up_out():
+def test_remaining_time_excludes_start_up():
     now = [0.0]
     progress = Progress(11, lambda: now[0])
     assert progress.remaining() is None
@@ -251,7 +251,7 @@ def test_remaining_time_leaves_the_start_up_out():
     progress.advance(1)
     now[0] = 62.0
     progress.advance(2)
-    assert progress.remaining() is None  # one step is no pace
+    assert progress.remaining() is None  # one step is too few for a pace
     now[0] = 64.0
     progress.advance(3)
     assert progress.remaining() == 16.0  # 8 steps at 2 s, although the first took a minute
@@ -264,7 +264,7 @@ def test_sparkline_spans_the_range_and_skips_nan():
     assert len(sparkline([float(n) for n in range(1000)])) == 32
 
 
-def test_live_display_keeps_prints_whole_and_gives_the_terminal_back(capsys):
+def test_live_display_keeps_prints_whole_and_restores_the_terminal(capsys):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     display = LiveDisplay(10, "grpo · run", console)
@@ -278,13 +278,13 @@ def test_live_display_keeps_prints_whole_and_gives_the_terminal_back(capsys):
     assert capsys.readouterr().out == ""
     for part in ("[not markup]", "step 3/10", "reward 0.500", "entropy 0.500", "500 tok/s", "step 0  eval  accuracy"):
         assert part in text
-    assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")  # the cursor comes back
+    assert text.index("\x1b[?25l") < text.rindex("\x1b[?25h")  # the cursor is visible again
 
 
 # Curves
 
 
-def test_panels_follow_what_was_logged():
+def test_panels_depend_on_the_logged_metrics():
     sft = choose_panels([{"step": 1, "loss": 1.0}, {"step": 1, "eval/loss": 2.0}])
     assert [(panel.title, panel.train_keys, panel.eval_keys) for panel in sft] == [("loss", ("loss",), ("eval/loss",))]
     grpo = choose_panels([{"step": 1, **STEP}, {"step": 1, "eval/reward/mean": 1.0, "eval/accuracy": 0.5}])
@@ -308,10 +308,10 @@ def test_curves_of_a_run_that_logged_nothing_are_refused(tmp_path):
         plot_curves(tmp_path)
 
 
-# Summary and final screen
+# Summary and report
 
 
-def test_summary_holds_figures_and_versions(tmp_path):
+def test_summary_holds_metrics_and_versions(tmp_path):
     write_summary(
         tmp_path,
         algorithm="sft",
@@ -334,7 +334,7 @@ def test_summary_holds_figures_and_versions(tmp_path):
     }
 
 
-def test_pipeline_summary_puts_the_last_stages_evaluations_on_top(tmp_path):
+def test_pipeline_summary_has_the_evaluations_of_the_last_stage_at_the_top(tmp_path):
     sft = finished_run(tmp_path / "sft", "sft")
     grpo = finished_run(tmp_path / "grpo", "grpo", before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
@@ -344,7 +344,7 @@ def test_pipeline_summary_puts_the_last_stages_evaluations_on_top(tmp_path):
     assert [stage["algorithm"] for stage in summary["stages"]] == ["sft", "grpo"]
 
 
-def test_final_screen_shows_figures_files_samples_and_the_next_command(tmp_path, groups):
+def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path, groups):
     sft = finished_run(tmp_path / "sft", "sft")
     grpo = finished_run(tmp_path / "grpo", "grpo", groups, before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
@@ -353,7 +353,7 @@ def test_final_screen_shows_figures_files_samples_and_the_next_command(tmp_path,
     text = screen.getvalue()
     for part in (
         "sft, 2 steps in 1:01",
-        "No evaluation was asked for",
+        "No evaluation was requested",
         "1+1=? → 2   [accuracy 1.00  format missing]",
         "2+2= → 4   [accuracy 1.00]",
         f"{tmp_path / 'summary.json'}",
@@ -367,7 +367,7 @@ def test_final_screen_shows_figures_files_samples_and_the_next_command(tmp_path,
     assert "time" not in text.split("Sample")[0].split("accuracy")[1]
 
 
-def test_the_final_screen_names_the_class_that_loads_a_model(tmp_path):
+def test_the_report_names_the_class_that_loads_a_model(tmp_path):
     assert auto_class(tmp_path) == "AutoModelForCausalLM"
     for architecture, expected in (
         ("Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
