@@ -10,7 +10,7 @@ from rlqwen.preflight.check_report import CheckReport
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.placement import must_isolate
 from rlqwen.rewards.registry import Reward, check_rows, taken_columns
-from rlqwen.rewards.sandbox.sandbox import refusal, why_not
+from rlqwen.rewards.sandbox.sandbox import unavailable_message, unavailable_reason
 
 Row = dict[str, Any]
 
@@ -56,9 +56,9 @@ def check_rewards(
         named += [f"{spec.name} x {spec.weight:g} (to be trained)" for spec in specs if spec.name in to_train]
         report.facts.append(("rewards", ", ".join(named)))
         to_isolate = [repr(reward.name) for reward in rewards if must_isolate(reward, scoring)]
-        reason = why_not() if to_isolate else None
+        reason = unavailable_reason() if to_isolate else None
         if reason is not None:
-            raise RewardSpecError(refusal(to_isolate, reason))
+            raise RewardSpecError(unavailable_message(to_isolate, reason))
         for reward in rewards:
             for where, rows in parts.items():
                 with report.collecting():

@@ -16,7 +16,7 @@ import cloudpickle  # type: ignore[import-untyped]
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError
 from rlqwen.rewards.call import CallResult, describe
-from rlqwen.rewards.sandbox.sandbox import minimal_environment, refusal
+from rlqwen.rewards.sandbox.sandbox import minimal_environment, unavailable_message
 from rlqwen.rewards.worker_handle import RewardWorker
 from rlqwen.rewards.worker_main import Setup
 from rlqwen.secrets import without_secrets
@@ -192,7 +192,7 @@ class Dispatcher:
             return
         kind, content = message
         if kind == "unsafe":
-            raise RewardSpecError(refusal(self._labels, content))
+            raise RewardSpecError(unavailable_message(self._labels, content))
         if kind == "unloadable":
             index, trace = content
             raise RewardSpecError(

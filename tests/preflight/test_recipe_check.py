@@ -234,7 +234,7 @@ def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path, tmp_path):
 
 
 def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlqwen.preflight.reward_check.why_not", lambda: "no Landlock")
+    monkeypatch.setattr("rlqwen.preflight.reward_check.unavailable_reason", lambda: "no Landlock")
     for isolation, num_faults in (("required", 1), ("off", 0)):
         scoring = {"isolated": ["accuracy"], "isolation": isolation}
         report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO | {"scoring": scoring}))

@@ -1,4 +1,4 @@
-"""Judging what rewards return, without worker processes."""
+"""Test the validation of what rewards return, without worker processes."""
 
 import asyncio
 import re
@@ -41,14 +41,14 @@ def test_numbers_and_none_are_rewards(value: Any, reward: float | None) -> None:
         ([1.0], "a list"),
     ],
 )
-def test_other_values_are_explained(value: Any, sign: str) -> None:
+def test_other_values_are_invalid_and_explained(value: Any, sign: str) -> None:
     reward, trace = validate(value)
     assert reward is None
     assert trace is not None
     assert re.search(sign, trace)
 
 
-def test_lists_are_what_can_be_read_as_one() -> None:
+def test_lists_tuples_and_arrays_are_read_as_lists() -> None:
     assert as_list((1, 2)) == [1, 2]
     assert as_list(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
     assert as_list(numpy.float64(1.0)) is None
@@ -56,7 +56,7 @@ def test_lists_are_what_can_be_read_as_one() -> None:
     assert as_list({1: 2}) is None
 
 
-def test_async_rewards_run_where_a_loop_runs_already() -> None:
+def test_async_rewards_run_inside_a_running_event_loop() -> None:
     async def reward(completions: list[str]) -> list[float]:
         await asyncio.sleep(0)
         return [float(len(completions))]
@@ -67,7 +67,7 @@ def test_async_rewards_run_where_a_loop_runs_already() -> None:
     assert asyncio.run(as_in_a_notebook()).rewards == [1.0]
 
 
-def test_arguments_that_cannot_be_made_are_an_error_of_the_call() -> None:
+def test_an_error_while_building_arguments_is_an_error_of_the_call() -> None:
     def arguments() -> dict[str, Any]:
         raise ValueError("a column that only the trainer can read")
 

@@ -1,4 +1,4 @@
-"""What a missing reward does: from the scorer over advantages to the loss, and in the figures of an evaluation."""
+"""Test the effect of missing rewards on totals, advantages, the loss and evaluation metrics."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.trainers.test_grpo import make_trainer as make_grpo
 from tests.trainers.test_ppo import make_trainer as make_ppo
 
 FAILING = 13
-"""Token on which a reward fails."""
+"""Token id on which a reward fails."""
 
 
 def fails_on_13(completion_ids, **_):
@@ -32,7 +32,7 @@ def not_for_single_tokens(completion_ids, **_):
 
 
 def scored(*token_ids, rewards=(fails_on_13, rises), weights=None):
-    """A group of these completions, scored in this process."""
+    """Return a group of these completions, scored in this process."""
     completions = [Completion(ids, [-1.0] * len(ids), "stop", "") for ids in token_ids]
     group = Group(Prompt(0, [5, 6, 7], "x"), completions, policy_version=1)
     config = ScoringConfig(in_process=[reward.__name__ for reward in rewards], max_failure_share=1.0)
@@ -41,7 +41,7 @@ def scored(*token_ids, rewards=(fails_on_13, rises), weights=None):
     return group
 
 
-def test_a_failed_call_makes_the_total_missing_and_none_stays_out_of_it():
+def test_a_failed_call_makes_the_total_missing_and_none_is_left_out():
     group = scored([3, 4], [FAILING, 4], [8], rewards=(fails_on_13, rises, not_for_single_tokens))
     assert group.call_statuses["fails_on_13"] == ["ok", "error", "ok"]
     assert group.rewards["rises"] == [0.75, 3.25, 2.0]
@@ -49,9 +49,11 @@ def test_a_failed_call_makes_the_total_missing_and_none_stays_out_of_it():
     assert scored([8], rewards=(not_for_single_tokens,)).total_rewards_G == [None]
     half = scored([8], [8, 9], rewards=(not_for_single_tokens, rises), weights=(1.0, 0.0))
     assert half.total_rewards_G == [None, 1.0]
-    assert scored([8], rewards=(rises,), weights=(0.0,)).total_rewards_G == [0.0]  # of which a KL alone may be trained
-    watched = scored([3, 4], [FAILING, 4], weights=(0.0, 2.0))
-    assert watched.total_rewards_G == [1.5, 6.5]  # of weight 0, the failing reward is only watched
+    assert scored([8], rewards=(rises,), weights=(0.0,)).total_rewards_G == [
+        0.0
+    ]  # a run may train on the KL term alone
+    monitored = scored([3, 4], [FAILING, 4], weights=(0.0, 2.0))
+    assert monitored.total_rewards_G == [1.5, 6.5]  # the failing reward has weight 0, so it is only monitored
 
 
 @pytest.mark.parametrize(
@@ -64,12 +66,12 @@ def test_a_failed_call_makes_the_total_missing_and_none_stays_out_of_it():
     ],
     ids=str,
 )
-def test_grpo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path, options):
+def test_grpo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_path, options):
     trainer = make_grpo(tiny_model_path, tmp_path, **options)
     results = []
-    for lost in ([[FAILING, 8, 9]], []):
-        group = scored([4, 5, 6], [7], *lost, [11, 12])
-        assert group.total_rewards_G.count(None) == len(lost)
+    for missing in ([[FAILING, 8, 9]], []):
+        group = scored([4, 5, 6], [7], *missing, [11, 12])
+        assert group.total_rewards_G.count(None) == len(missing)
         trainer._assign_advantages([group])
         update = trainer._pack([(group, list(range(len(group))))])
         (micro,) = update.micro_batches
@@ -87,11 +89,11 @@ def test_grpo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path, op
     assert loss == pytest.approx(expected_loss)
 
 
-def test_ppo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path):
+def test_ppo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_path):
     trainer = make_ppo(tiny_model_path, tmp_path)
     results = []
-    for lost in ([[FAILING, 8, 9]], []):
-        group = scored([4, 5, 6], [7], *lost, [11, 12])
+    for missing in ([[FAILING, 8, 9]], []):
+        group = scored([4, 5, 6], [7], *missing, [11, 12])
         update = trainer._pack([(group, list(range(len(group))))])
         trainer._add_fixed_estimates([update])
         trainer._assign_advantages(update.micro_batches)
@@ -112,7 +114,7 @@ def test_ppo_learns_as_if_it_had_not_been_sampled(tiny_model_path, tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
-def test_evaluation_tells_what_is_missing_and_means_are_of_the_rest(tiny_model_path, tmp_path, make):
+def test_evaluation_counts_missing_rewards_and_averages_the_others(tiny_model_path, tmp_path, make):
     def fails_once(prompts, **_):
         if "3 + 1" in str(prompts):
             raise ValueError("three")
@@ -121,18 +123,18 @@ def test_evaluation_tells_what_is_missing_and_means_are_of_the_rest(tiny_model_p
     scoring = {"in_process": ["fails_once", "rises"], "max_failure_share": 1.0}
     rows = {"rows": ROWS} if make is make_grpo else {"eval_rows": ROWS[:4]}
     trainer = make(tiny_model_path, tmp_path, reward=[fails_once, rises], scoring=scoring, **rows)
-    figures = trainer.evaluate()
+    metrics = trainer.evaluate()
     trainer.close()
-    assert figures["eval/reward/missing"] == 0.25
-    assert figures["eval/reward/fails_once/error"] == 1
-    assert figures["eval/reward/fails_once/mean"] == 1.0
+    assert metrics["eval/reward/missing"] == 0.25
+    assert metrics["eval/reward/fails_once/error"] == 1
+    assert metrics["eval/reward/fails_once/mean"] == 1.0
     (folder,) = (tmp_path / "completions").glob("eval-*")
     kept = [row["rewards"] for row in map(json.loads, folder.read_text().splitlines()) if row["reward"] is not None]
-    assert figures["eval/reward/mean"] == pytest.approx(sum(sum(one.values()) for one in kept) / 3)
+    assert metrics["eval/reward/mean"] == pytest.approx(sum(sum(one.values()) for one in kept) / 3)
 
 
-def test_rows_of_several_tasks_give_none_for_what_they_lack(tiny_model_path, tmp_path):
-    """As in TRL's documentation of several tasks: columns are the union over the rows, whichever comes first."""
+def test_rewards_get_none_for_columns_that_a_row_lacks(tiny_model_path, tmp_path):
+    """As in TRL's documentation of several tasks, columns are the union over the rows, whichever comes first."""
     seen = []
 
     def maths(completions, task, solution, **columns):

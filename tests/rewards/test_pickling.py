@@ -1,4 +1,4 @@
-"""What may go to a worker process, and by which way."""
+"""Test which rewards are pickled for workers, and whether by value or by name."""
 
 import functools
 import importlib.util
@@ -63,7 +63,7 @@ def test_functions_keep_no_state(function: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("function", [Counting(), Counting().__call__, functools.partial(Counting()), Slotted()])
-def test_objects_with_attributes_do(function: Callable[..., Any]) -> None:
+def test_objects_with_attributes_keep_state(function: Callable[..., Any]) -> None:
     assert describe_state(function) is not None
 
 
@@ -78,18 +78,18 @@ def load_file(path: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["only_here_rewards", "json", "package_of_none.rewards"])
-def test_a_module_that_cannot_be_found_by_name_is_sent(
+def test_a_module_that_cannot_be_imported_is_pickled_by_value(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rewards.py"
     file.write_text("SCALE = 3.0\ndef scaled(completions):\n    return [SCALE] * len(completions)\n")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, name, None)
-        packed = pickle_function(load_file(file, name).scaled)
+        pickled = pickle_function(load_file(file, name).scaled)
         patch.delitem(sys.modules, name)
-    assert pickle.loads(packed)(completions=["a"]) == [3.0]
+    assert pickle.loads(pickled)(completions=["a"]) == [3.0]
 
 
-def test_a_module_that_can_be_found_is_named() -> None:
+def test_a_module_that_can_be_imported_is_pickled_by_name() -> None:
     assert b"json" in pickle_function(__import__("json").dumps)
     assert len(pickle_function(__import__("json").dumps)) < 100

@@ -1,4 +1,4 @@
-"""Reward models score in the trainer's process, beside plain rewards."""
+"""Test reward models, which score in the trainer's process beside plain rewards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def judge_folder(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reward model: random, but with a classification head of its own."""
+    """Write a random reward model with a classification head."""
     folder = tmp_path_factory.mktemp("models") / "judge"
     tokenizer = AutoTokenizer.from_pretrained(policy_folder)
     config = Qwen3Config.from_pretrained(policy_folder, num_labels=1, pad_token_id=tokenizer.pad_token_id)
@@ -38,7 +38,7 @@ def make_group(prompt: str | list[Message], *texts: str) -> Group:
 
 
 def expected(folder: Path, text: str) -> float:
-    """The logit of one text alone, without padding or batches."""
+    """Return the logit of one text, without padding and batching."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_scores_are_the_model_s_logits(form: Callable[[Path], Any], judge_folder
     assert group.total_rewards_G[0] == pytest.approx(2 * scores[0] + 1, abs=1e-5)
 
 
-def test_conversations_go_through_the_chat_template(judge_folder: Path) -> None:
+def test_conversations_are_rendered_with_the_chat_template(judge_folder: Path) -> None:
     prompt = [{"role": "user", "content": "2+2="}]
     group = make_group(prompt, "4")
     with Scorer(build_rewards(str(judge_folder)), ScoringConfig()) as scorer:
@@ -80,7 +80,7 @@ def test_conversations_go_through_the_chat_template(judge_folder: Path) -> None:
     assert group.rewards["judge"] == pytest.approx([expected(judge_folder, text)], abs=1e-5)
 
 
-def test_a_module_without_a_path_takes_the_trainer_s_tokenizer(judge_folder: Path) -> None:
+def test_a_module_without_a_path_uses_the_tokenizer_of_the_trainer(judge_folder: Path) -> None:
     config = Qwen3Config.from_pretrained(judge_folder, num_labels=1)
     model = Qwen3ForSequenceClassification(config)
     model.config._name_or_path = ""
@@ -105,7 +105,7 @@ def test_a_model_without_a_trained_head_is_refused(policy_folder: Path) -> None:
         scorer.score([group])
 
 
-def test_entries_are_told_apart(judge_folder: Path) -> None:
+def test_build_rewards_recognizes_each_kind_of_entry(judge_folder: Path) -> None:
     def accuracy(completions: list[str]) -> list[float]:
         return [0.0]
 

@@ -1,4 +1,4 @@
-"""Isolated reward workers, tried from inside."""
+"""Test the sandbox of reward workers from inside."""
 
 import os
 import re
@@ -15,10 +15,9 @@ import pytest
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import ConfigError
-from rlqwen.rewards import Scorer, build_rewards
-from rlqwen.rewards import worker_handle as process
+from rlqwen.rewards import Scorer, build_rewards, worker_handle
 from rlqwen.rewards.failure_log import FILE_NAME
-from rlqwen.rewards.sandbox import sandbox as boundary
+from rlqwen.rewards.sandbox import sandbox
 from rlqwen.rewards.sandbox.syscalls import CALLS
 from tests.patience import PATIENCE_S
 from tests.rewards.test_scorer import make_group, scoring, workers_of
@@ -32,7 +31,7 @@ def _by_value() -> Iterator[None]:
 
 
 def attempt(act: Callable[[], Any]) -> float:
-    """1 if the act succeeded, 0 if it was refused."""
+    """Return 1 if the act succeeded, 0 if it was refused."""
     try:
         act()
     except (OSError, KeyError):
@@ -40,7 +39,7 @@ def attempt(act: Callable[[], Any]) -> float:
     return 1.0
 
 
-def test_an_isolated_reward_reaches_nothing_and_an_ordinary_one_beside_it_does(
+def test_only_the_isolated_reward_is_denied_network_files_environment_and_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import socket
@@ -74,7 +73,7 @@ def test_an_isolated_reward_reaches_nothing_and_an_ordinary_one_beside_it_does(
     assert group.rewards["ordinary"] == [1.0] * 8
 
 
-def test_a_reward_can_ask_for_it_and_off_takes_it_away() -> None:
+def test_a_reward_can_require_isolation_and_the_config_can_switch_it_off() -> None:
     def nosy(completions: list[str]) -> list[float]:
         return [float("PYTHONPATH" in os.environ)] * len(completions)
 
@@ -107,7 +106,7 @@ def fork(text: str) -> None:
 
 
 def bomb(text: str) -> None:
-    """Doubles, up to 256."""
+    """Start two processes that each start two, up to 256."""
     code = (
         "import subprocess, sys, time\n"
         "if int(sys.argv[2]): [subprocess.Popen([sys.executable, '-Sc', sys.argv[1], sys.argv[1], "
@@ -139,7 +138,9 @@ def many_that_take_memory(text: str) -> None:
         pytest.param(many_that_take_memory, "GiB together", marks=pytest.mark.slow_fault),
     ],
 )
-def test_limits_count_all_that_an_isolated_reward_starts(act: Callable[[str], None], sign: str, tmp_path: Path) -> None:
+def test_limits_include_all_processes_of_an_isolated_reward(
+    act: Callable[[str], None], sign: str, tmp_path: Path
+) -> None:
     def letters(completions: list[str]) -> list[float]:
         return [act(text) or 1.0 if text == "bad" else 1.0 for text in completions]  # type: ignore[func-returns-value]
 
@@ -180,8 +181,8 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("a reward worker stops in the middle of its answer", "its call failed, the trainer goes on")
-def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_MESSAGE_WAIT_S", 1)
+def test_an_incomplete_answer_does_not_block_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_handle, "_MESSAGE_WAIT_S", 1)
 
     def stalls(completions: list[str]) -> list[float]:
         if completions == ["bad"]:
@@ -197,11 +198,11 @@ def test_half_an_answer_does_not_hold_up_the_trainer(monkeypatch: pytest.MonkeyP
     with scoring(stalls, timeout=2 * PATIENCE_S) as scorer:
         started = time.monotonic()
         scorer.score([bad, good])
-    assert time.monotonic() - started < PATIENCE_S  # not by its deadline
+    assert time.monotonic() - started < PATIENCE_S  # ended before its deadline
     assert (bad.call_statuses["stalls"], good.rewards["stalls"]) == (["error"], [1.0])
 
 
-def test_processor_time_of_a_call_is_bounded() -> None:
+def test_processor_time_per_call_is_limited() -> None:
     def burns(completions: list[str]) -> list[float]:
         while completions == ["bad"]:
             pass
@@ -213,10 +214,10 @@ def test_processor_time_of_a_call_is_bounded() -> None:
         scorer.score([bad, good])
     assert bad.call_statuses["burns"] == ["timeout"]
     assert good.rewards["burns"] == [1.0]
-    assert time.monotonic() - started < PATIENCE_S  # not by its deadline
+    assert time.monotonic() - started < PATIENCE_S  # ended before its deadline
 
 
-def test_what_must_be_isolated_never_runs_in_the_trainer_s_process() -> None:
+def test_a_reward_that_requires_isolation_never_runs_in_the_trainer() -> None:
     class Stateful:
         isolated = True
 
@@ -238,23 +239,23 @@ def len_of(completions: list[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def test_the_probe_finds_that_this_machine_can() -> None:
-    assert boundary.why_not() is None
+def test_this_machine_can_isolate_workers() -> None:
+    assert sandbox.unavailable_reason() is None
 
 
-def test_a_boundary_that_does_not_hold_is_noticed() -> None:
+def test_a_sandbox_that_does_not_hold_is_detected() -> None:
     with pytest.raises(OSError, match="does not hold: a file was written"):
-        boundary._try(os.getpid())
+        sandbox._test(os.getpid())
 
 
 @pytest.mark.fault("a kernel without Landlock, and a reward that must run isolated", "refused, with what to do")
-def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
-    """The kernel's Landlock is taken away from a process, and so from the workers that it starts."""
+def test_a_reward_that_requires_isolation_is_refused_without_landlock() -> None:
+    """A seccomp filter removes Landlock from a process and from the workers that it starts."""
     script = """
         from rlqwen.config import ScoringConfig
         from rlqwen.errors import RewardSpecError
         from rlqwen.rewards import Scorer, build_rewards
-        from rlqwen.rewards.sandbox import sandbox as boundary, seccomp
+        from rlqwen.rewards.sandbox import sandbox, seccomp
 
         def one(completions): return [1.0] * len(completions)
         one.isolated = True
@@ -263,7 +264,7 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
         try:
             with Scorer(build_rewards([one]), ScoringConfig()) as scorer: scorer.wait_until_ready()
         except RewardSpecError as error: print(error)
-        print("probe:", boundary.why_not())
+        print("probe:", sandbox.unavailable_reason())
         with Scorer(build_rewards([one]), ScoringConfig(isolation="off")) as scorer: scorer.wait_until_ready()
         print("off is ready")
     """
@@ -280,11 +281,11 @@ def test_where_it_cannot_be_had_the_reward_is_refused() -> None:
 
 OLD_KERNEL = """
 import os, sys
-from rlqwen.rewards.sandbox import sandbox as boundary, landlock
+from rlqwen.rewards.sandbox import sandbox, landlock
 landlock.version = lambda: int(sys.argv[1])
 trainer = os.getpid()
 if os.fork() == 0:
-    boundary.isolate(trainer)
+    sandbox.isolate(trainer)
     for flags in (os.O_RDONLY | os.O_TRUNC, os.O_WRONLY, os.O_RDWR):
         for path in (sys.argv[2], sys.executable):
             try: os.open(path, flags)
@@ -296,8 +297,8 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
-def test_the_boundary_holds_by_what_older_kernels_have(version: int, tmp_path: Path) -> None:
-    """Asked of Landlock no more than an older one gives; seccomp must do the rest."""
+def test_the_sandbox_holds_on_older_kernels(version: int, tmp_path: Path) -> None:
+    """Use only the Landlock features of an older version; seccomp must do the rest."""
     file = tmp_path / "precious"
     file.write_text("kept")
     command = [sys.executable, "-c", OLD_KERNEL, str(version), str(file)]
@@ -310,7 +311,7 @@ HEADERS = {0: "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", 1: "/usr/include/
 
 
 @pytest.mark.parametrize("column", HEADERS, ids=["x86_64", "aarch64"])
-def test_numbers_of_system_calls_are_the_kernel_s(column: int) -> None:
+def test_system_call_numbers_match_the_kernel_headers(column: int) -> None:
     header = Path(HEADERS[column])
     if not header.is_file():
         pytest.skip(f"the kernel's headers are not installed ({header})")

@@ -1,4 +1,4 @@
-"""Rewards that behave, and rewards that do not, in real worker processes."""
+"""Test the scorer with well-behaved and hostile rewards in real worker processes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.patience import PATIENCE_S, wait_until
 
 @pytest.fixture(autouse=True, scope="module")
 def _by_value() -> Iterator[None]:
-    """Functions of this module go to workers by value, which then need not import pytest."""
+    """Pickle functions of this module by value, so that workers need not import pytest."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -39,15 +39,15 @@ def make_group(*texts: str, prompt: str | list[Message] = "2+2=", **columns: Any
 
 @contextmanager
 def scoring(*functions: Callable[..., Any], **options: Any) -> Iterator[Scorer]:
-    """A scorer that tolerates every failure unless told otherwise. A test of what hangs sets its own deadline."""
-    places = {key: options.pop(key) for key in ("weights", "failures_dir") if key in options}
+    """Yield a scorer that tolerates every failure by default. A test of a hanging reward sets its own deadline."""
+    arguments = {key: options.pop(key) for key in ("weights", "failures_dir") if key in options}
     config = ScoringConfig(**{"timeout": 60.0, "max_failure_share": 1.0, "start_timeout": PATIENCE_S} | options)
-    with Scorer(build_rewards(list(functions)), config, **places) as scorer:
+    with Scorer(build_rewards(list(functions)), config, **arguments) as scorer:
         yield scorer
 
 
 def score_letters(sabotage: Callable[[str], Any]) -> Callable[..., list[Any]]:
-    """A reward that gives the length of a completion, or what `sabotage` makes of it."""
+    """Return a reward: the length of a completion, or `sabotage(text)` if it starts with `bad`."""
 
     def letters(completions: list[str]) -> list[Any]:
         return [sabotage(text) if text.startswith("bad") else len(text) for text in completions]
@@ -75,7 +75,7 @@ def test_rewards_columns_and_weights_reach_the_group() -> None:
     assert group.total_rewards_G == [1.5, 0.0, 0.5]
 
 
-def test_built_in_rewards_know_where_the_template_opened_the_reasoning() -> None:
+def test_built_in_rewards_are_told_that_the_template_opened_the_reasoning() -> None:
     group = make_group(
         r"maybe \boxed{4}", r"2+2</think> \boxed{4}", prompt=[{"role": "user", "content": "?"}], solution="4"
     )
@@ -85,7 +85,7 @@ def test_built_in_rewards_know_where_the_template_opened_the_reasoning() -> None
     assert group.rewards == {"accuracy": [0.0, 1.0], "format": [0.0, 1.0], "boxed_format": [0.0, 1.0]}
 
 
-def test_a_total_is_of_the_rewards_that_apply() -> None:
+def test_the_total_sums_the_rewards_that_apply() -> None:
     def first(completions: list[str]) -> list[float | None]:
         return [None, None]
 
@@ -98,7 +98,7 @@ def test_a_total_is_of_the_rewards_that_apply() -> None:
     assert group.total_rewards_G == [None, 3.0]
 
 
-def test_conversations_arrive_as_messages() -> None:
+def test_conversations_are_passed_as_messages() -> None:
     def echo(prompts: list[Any], completions: list[Any]) -> list[float]:
         assert prompts == [[{"role": "user", "content": "2+2="}]] * 2
         assert completions[1] == [{"role": "assistant", "content": "5"}]
@@ -122,7 +122,7 @@ def test_async_rewards_are_awaited() -> None:
     assert group.rewards["slow_length"] == [1.0, 2.0]
 
 
-def test_arrays_are_taken_as_lists() -> None:
+def test_a_reward_may_return_an_array() -> None:
     def as_array(completions: list[str]) -> Any:
         import numpy
 
@@ -149,7 +149,7 @@ def loop_in_a_regular_expression(text: str) -> bool:
 
 @pytest.mark.fault("a reward loops in Python, in C, in a regular expression", "only its sample is missing")
 @pytest.mark.parametrize("loop", [loop_in_python, loop_in_big_integers, loop_in_a_regular_expression])
-def test_a_call_that_does_not_end_costs_only_its_own_sample(loop: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_call_that_does_not_end_loses_only_its_own_sample(loop: Callable[[str], Any], tmp_path: Path) -> None:
     group, later = make_group("one", "bad", "three"), make_group("last")
     with scoring(score_letters(loop), timeout=1.0, failures_dir=tmp_path) as scorer:
         scorer.score([group, later])
@@ -160,7 +160,7 @@ def test_a_call_that_does_not_end_costs_only_its_own_sample(loop: Callable[[str]
     assert later.rewards["letters"] == [4.0]
     assert metrics["reward/letters/timeout"] == 1
     assert metrics["reward/letters/ok"] == 3
-    assert metrics["scoring/restarts"] == 2  # the whole group, then the guilty sample
+    assert metrics["scoring/restarts"] == 2  # the call of the whole group, then the call of the bad sample
     record = json.loads((tmp_path / "scoring_failures.jsonl").read_text())
     assert f"in {loop.__name__}" in record["traceback"]
 
@@ -171,7 +171,7 @@ def raise_error(text: str) -> float:
 
 def raise_outside_exception(text: str) -> float:
     class Timeout(BaseException):
-        """As math-verify's."""
+        """Derive from BaseException, as math-verify's timeout does."""
 
     raise Timeout(text)
 
@@ -216,7 +216,7 @@ def take_memory_bit_by_bit(text: str) -> float:
         (take_memory_bit_by_bit, "MemoryError"),
     ],
 )
-def test_a_call_that_fails_costs_only_its_own_sample(sabotage: Callable[[str], Any], sign: str, tmp_path: Path) -> None:
+def test_a_call_that_fails_loses_only_its_own_sample(sabotage: Callable[[str], Any], sign: str, tmp_path: Path) -> None:
     group, later = make_group("bad", "three", solution=["x", 1]), make_group("last")
     memory_gib = 0.5 if sabotage is take_memory_bit_by_bit else 4.0
     with scoring(score_letters(sabotage), timeout=10.0, memory_gib=memory_gib, failures_dir=tmp_path) as scorer:
@@ -245,7 +245,7 @@ def test_a_call_that_fails_costs_only_its_own_sample(sabotage: Callable[[str], A
 
 
 @pytest.mark.fault("a reward returns NaN, inf, a string, a list, an integer beyond floats", "only these are missing")
-def test_values_that_are_no_finite_numbers_are_invalid() -> None:
+def test_values_that_are_not_finite_numbers_are_invalid() -> None:
     values = {"bad1": float("nan"), "bad2": float("inf"), "bad3": "1.0", "bad4": [1.0], "bad5": 10**400}
     group = make_group(*values, "good")
     with scoring(score_letters(values.get)) as scorer:
@@ -255,7 +255,7 @@ def test_values_that_are_no_finite_numbers_are_invalid() -> None:
 
 
 @pytest.mark.fault("a reward returns too few values", "only the samples that it leaves out are missing")
-def test_too_few_values_cost_only_the_samples_that_are_left_out() -> None:
+def test_too_few_values_lose_only_the_samples_that_are_left_out() -> None:
     def forgetful(completions: list[str]) -> list[float]:
         return [float(len(text)) for text in completions if text != "bad"]
 
@@ -266,7 +266,7 @@ def test_too_few_values_cost_only_the_samples_that_are_left_out() -> None:
     assert group.rewards["forgetful"] == [None, 4.0]
 
 
-def test_a_number_for_a_whole_group_is_invalid() -> None:
+def test_one_number_for_a_group_is_invalid() -> None:
     def scalar(completions: list[str]) -> Any:
         return 1.0
 
@@ -277,7 +277,7 @@ def test_a_number_for_a_whole_group_is_invalid() -> None:
 
 
 @pytest.mark.fault("a reward fails on most of a batch", "the run stops with the reward's own traceback")
-def test_too_many_failures_stop_with_the_reward_s_own_traceback(tmp_path: Path) -> None:
+def test_too_many_failures_stop_the_run_with_the_traceback_of_the_reward(tmp_path: Path) -> None:
     group = make_group("bad", "bad2", "good", "fine")
     with scoring(score_letters(raise_error), max_failure_share=0.5, failures_dir=tmp_path) as scorer:
         scorer.score([group])
@@ -285,7 +285,7 @@ def test_too_many_failures_stop_with_the_reward_s_own_traceback(tmp_path: Path) 
         worse = make_group("bad", "bad2", "bad3", "fine")
         with pytest.raises(RewardFailure) as raised:
             scorer.score([worse])
-        scorer.score([again := make_group("fine")])  # the failed batch is forgotten
+        scorer.score([again := make_group("fine")])  # the failed batch is discarded
     message = str(raised.value)
     assert "'letters'" in message
     assert "failed on 3 of 4 completions (error 3)" in message
@@ -297,7 +297,7 @@ def test_too_many_failures_stop_with_the_reward_s_own_traceback(tmp_path: Path) 
     assert again.rewards["letters"] == [4.0]
 
 
-def test_a_hopeless_batch_stops_as_soon_as_that_is_certain(tmp_path: Path) -> None:
+def test_a_batch_stops_as_soon_as_too_many_failures_are_certain(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
 
     def hangs(completions: list[str]) -> list[float]:
@@ -308,17 +308,17 @@ def test_a_hopeless_batch_stops_as_soon_as_that_is_certain(tmp_path: Path) -> No
     hopeless = scoring(hangs, timeout=1.0, max_failure_share=0.0)
     with hopeless as scorer, pytest.raises(RewardFailure, match="timeout 1"):
         scorer.score([make_group(*["bad"] * 20)])
-    assert len(calls.read_text().splitlines()) <= 2  # the whole group, then a sample; all would be 21
+    assert len(calls.read_text().splitlines()) <= 2  # the whole group, then one sample, instead of 21 calls
 
 
-def test_few_of_many_failures_are_kept(tmp_path: Path) -> None:
+def test_at_most_200_failures_are_written(tmp_path: Path) -> None:
     with scoring(score_letters(lambda text: float("nan")), failures_dir=tmp_path) as scorer:
         scorer.score([make_group(*["bad"] * 150), make_group(*["bad"] * 150)])
     assert len((tmp_path / "scoring_failures.jsonl").read_text().splitlines()) == 200
 
 
 def test_submit_returns_at_once_and_scoring_overlaps(tmp_path: Path) -> None:
-    """Both calls end before `wait`, and neither before both were submitted."""
+    """Both calls end before `wait` is called, and neither ends before both were submitted."""
 
     def obedient(completions: list[str]) -> list[float]:
         while not (tmp_path / "go").exists():
@@ -338,7 +338,7 @@ def test_submit_returns_at_once_and_scoring_overlaps(tmp_path: Path) -> None:
 def test_several_workers_share_the_calls(tmp_path: Path) -> None:
     def who(completions: list[str]) -> list[float]:
         (tmp_path / str(os.getpid())).touch()
-        while len(list(tmp_path.iterdir())) < 2:  # until the other one has a call too
+        while len(list(tmp_path.iterdir())) < 2:  # until the other worker has a call, too
             time.sleep(0.01)
         return [float(os.getpid())] * len(completions)
 
@@ -379,7 +379,7 @@ def test_overhead_is_small() -> None:
             started = time.perf_counter()
             scorer.score(groups)
             seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 3.0  # 0.03 s on an idle machine; looking for answers every 50 ms would take 5 s
+    assert min(seconds) < 3.0  # 0.03 s on an idle machine; polling every 50 ms would take 5 s
 
 
 def test_metrics_count_until_they_are_reset() -> None:
@@ -389,7 +389,7 @@ def test_metrics_count_until_they_are_reset() -> None:
         counted = scorer.metrics()
         scorer.reset_metrics()
         scorer.score([make_group("good")])
-        anew = scorer.metrics()
+        counted_again = scorer.metrics()
     assert {key: value for key, value in counted.items() if "seconds" not in key} == {
         "reward/letters/ok": 3,
         "reward/letters/timeout": 0,
@@ -397,10 +397,10 @@ def test_metrics_count_until_they_are_reset() -> None:
         "reward/letters/invalid": 0,
         "scoring/restarts": 0,
     }
-    assert (anew["reward/letters/ok"], anew["reward/letters/error"]) == (1, 0)
+    assert (counted_again["reward/letters/ok"], counted_again["reward/letters/error"]) == (1, 0)
 
 
-def test_what_cannot_travel_is_called_here_with_a_warning() -> None:
+def test_a_reward_that_cannot_be_pickled_runs_in_process_with_a_warning() -> None:
     lock = threading.Lock()
 
     def locked(completions: list[str]) -> list[float]:
@@ -425,7 +425,7 @@ class Curriculum:
         return self(completions)
 
 
-def test_what_keeps_state_is_called_here_with_a_warning() -> None:
+def test_a_reward_that_keeps_state_runs_in_process_with_a_warning() -> None:
     curriculum, other = Curriculum(), Curriculum()
     group = make_group("a")
     with pytest.warns(UserWarning, match="is called in the trainer's process") as warned:
@@ -437,7 +437,7 @@ def test_what_keeps_state_is_called_here_with_a_warning() -> None:
     assert group.total_rewards_G == [2.0]
 
 
-def test_an_explicit_mark_brings_no_warning_and_failures_count_the_same() -> None:
+def test_in_process_gives_no_warning_and_counts_failures_alike() -> None:
     seen = []
 
     def stateful(completions: list[str]) -> list[float]:
@@ -452,7 +452,7 @@ def test_an_explicit_mark_brings_no_warning_and_failures_count_the_same() -> Non
     assert group.rewards["stateful"] == [None, 1.0]
 
 
-def test_ctrl_c_in_a_reward_of_this_process_is_not_a_failed_call() -> None:
+def test_ctrl_c_in_an_in_process_reward_is_not_a_failed_call() -> None:
     def interrupted(completions: list[str]) -> list[float]:
         raise KeyboardInterrupt
 
@@ -460,7 +460,7 @@ def test_ctrl_c_in_a_reward_of_this_process_is_not_a_failed_call() -> None:
         scorer.score([make_group("a")])
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_invalid_arguments_of_the_scorer_are_refused() -> None:
     def fine(completions: list[str]) -> list[float]:
         return [1.0]
 
@@ -472,7 +472,7 @@ def test_wrong_arguments_are_refused() -> None:
         Scorer(build_rewards([fine]) * 2, ScoringConfig())
 
 
-def test_a_function_from_a_file_travels_by_value(tmp_path: Path) -> None:
+def test_a_function_from_a_file_is_pickled_by_value(tmp_path: Path) -> None:
     file = tmp_path / "my_rewards.py"
     file.write_text(
         "import os\nSCALE = 3.0\ndef helper(text):\n    return SCALE * len(text)\n"
@@ -486,7 +486,7 @@ def test_a_function_from_a_file_travels_by_value(tmp_path: Path) -> None:
 
 
 class Unloadable:
-    """Travels, but cannot be rebuilt."""
+    """Can be pickled, but not unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (__import__, ("no_such_module_here",))
@@ -516,18 +516,18 @@ class Endless(Unloadable):
 
 
 @pytest.mark.parametrize(
-    ("cargo", "sign", "start_timeout"),
+    ("payload", "sign", "start_timeout"),
     [(Deadly(), "exit code 5", PATIENCE_S), (Endless(), "start_timeout=1 s", 1.0)],
 )
-def test_a_worker_that_does_not_come_up_stops_the_run(cargo: Any, sign: str, start_timeout: float) -> None:
+def test_a_worker_that_does_not_start_stops_the_run(payload: Any, sign: str, start_timeout: float) -> None:
     def heavy(completions: list[str]) -> list[float]:
-        return [float(cargo is None)]
+        return [float(payload is None)]
 
     with scoring(heavy, start_timeout=start_timeout) as scorer, pytest.raises(RewardFailure, match=sign):
         scorer.score([make_group("a")])
 
 
-def test_programs_that_a_reward_started_end_with_its_deadline(tmp_path: Path) -> None:
+def test_programs_that_a_reward_started_end_at_its_deadline(tmp_path: Path) -> None:
     note = tmp_path / "pid"
 
     def runs_a_program(completions: list[str]) -> list[float]:
@@ -550,13 +550,13 @@ def test_close_leaves_no_process_and_may_be_repeated() -> None:
     before = {child.pid for child in workers_of(os.getpid())}
     with scoring(letters, num_workers=2, timeout=600) as scorer:
         scorer.wait_until_ready()
-        scorer.submit(make_group("a"))  # one is busy, one idle
+        scorer.submit(make_group("a"))  # one worker is busy, one idle
         assert len(workers_of(os.getpid())) >= len(before) + 2
     scorer.close()
     assert {child.pid for child in workers_of(os.getpid())} <= before
 
 
-def test_a_closed_scorer_says_so() -> None:
+def test_submitting_to_a_closed_scorer_raises() -> None:
     def fine(completions: list[str]) -> list[float]:
         return [1.0]
 
@@ -618,22 +618,22 @@ def test_no_process_outlives_the_trainer(sign: signal.Signals, tmp_path: Path) -
         program = int(trainer.stderr.readline().split()[1])
         started = [child.pid for child in workers_of(trainer.pid)]
         assert program in started
-        assert len(started) >= 5  # two guards, two workers, one program
+        assert len(started) >= 5  # two watchdogs, two workers, one program
         trainer.send_signal(sign)
         trainer.wait(timeout=PATIENCE_S)
-        wait_until(lambda: not any(map(is_running, started)), "all that it started has ended")
+        wait_until(lambda: not any(map(is_running, started)), "all processes that it started have ended")
 
 
 def test_the_built_in_accuracy_survives_hostile_answers() -> None:
     group = make_group(r"$\frac{1}{2}$", r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}", r"\boxed{0.5}", solution="0.5")
     with scoring("accuracy", timeout=30.0) as scorer:
         scorer.score([group])
-    assert group.call_statuses["accuracy"] == ["ok"] * 4  # its own alarms work in a worker's main thread
+    assert group.call_statuses["accuracy"] == ["ok"] * 4  # math-verify's alarms work in a worker's main thread
     assert group.rewards["accuracy"][1:] in ([None, 0.0, 1.0], [0.0, 0.0, 1.0])
 
 
-def test_the_deadline_holds_where_math_verify_has_no_alarm() -> None:
-    from math_verify import parse, verify  # here, so that workers import it before the clock runs
+def test_the_deadline_ends_math_verify_without_its_alarm() -> None:
+    from math_verify import parse, verify  # imported here, so that workers import it before the deadline starts
 
     def unguarded(completions: list[str]) -> list[float]:
         gold = parse("$0.5$", parsing_timeout=None)
@@ -648,7 +648,7 @@ def test_the_deadline_holds_where_math_verify_has_no_alarm() -> None:
 
 
 @pytest.mark.parametrize("in_process", [[], ["talkative"]])
-def test_rewards_may_log_and_see_the_trainer_s_state(in_process: list[str]) -> None:
+def test_rewards_can_log_and_read_the_trainer_state(in_process: list[str]) -> None:
     def talkative(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any) -> list[float]:
         log_metric("mean_length", sum(map(len, completions)) / len(completions))
         log_extra("shouted", [text.upper() for text in completions])
@@ -669,7 +669,7 @@ def test_rewards_may_log_and_see_the_trainer_s_state(in_process: list[str]) -> N
     assert metrics["mean_length"] == 1.5
 
 
-def test_too_few_logged_values_are_an_error_of_the_reward() -> None:
+def test_too_few_logged_values_are_an_error_of_the_call() -> None:
     def sloppy(completions: list[str], **kwargs: Any) -> list[float]:
         kwargs["log_extra"]("one", ["only"])
         return [1.0] * len(completions)
@@ -677,5 +677,5 @@ def test_too_few_logged_values_are_an_error_of_the_reward() -> None:
     group = make_group("a", "b")
     with scoring(sloppy) as scorer:
         scorer.score([group])
-    assert group.call_statuses["sloppy"] == ["ok", "ok"]  # one value is right for each sample alone
+    assert group.call_statuses["sloppy"] == ["ok", "ok"]  # one value is correct for a call with one sample
     assert group.extras == {"one": ["only", "only"]}

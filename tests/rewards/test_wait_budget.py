@@ -1,4 +1,4 @@
-"""Rewards that hang: how long the run waits for them, and what it says."""
+"""Test how long a run waits for rewards that hang, and what it reports."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure
-from rlqwen.rewards import wait_budget as waiting
+from rlqwen.rewards import wait_budget
 from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.rewards.wait_budget import WaitBudget
 from tests.rewards.test_scorer import loop_in_python, make_group, score_letters, scoring
@@ -26,7 +26,7 @@ def _by_value() -> Iterator[None]:
 
 
 class Clock:
-    """Stands in for the `time` module of rlqwen.rewards.wait_budget."""
+    """Replace the `time` module of rlqwen.rewards.wait_budget."""
 
     now = 0.0
 
@@ -37,11 +37,11 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(waiting, "time", clock)
+    monkeypatch.setattr(wait_budget, "time", clock)
     return clock
 
 
-def test_a_hanging_reward_is_named_and_then_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hanging_reward_warns_and_then_stops_the_run(caplog: pytest.LogCaptureFixture) -> None:
     letters = score_letters(loop_in_python)
     sign = r"'letters' hangs.*scoring\.timeout=0\.3,.*max_wait_seconds=0\.8"
     with scoring(letters, timeout=0.3, max_wait_share=0.01, max_wait_seconds=0.8) as scorer:
@@ -54,7 +54,7 @@ def test_a_hanging_reward_is_named_and_then_stops_the_run(caplog: pytest.LogCapt
     assert "lower scoring.timeout" in lines[0]
 
 
-def test_a_slow_reward_is_waited_for_and_the_metrics_say_how_long(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_reward_does_not_hang_and_its_wait_is_measured(caplog: pytest.LogCaptureFixture) -> None:
     def slow(completions: list[str]) -> list[float]:
         time.sleep(0.4)
         return [1.0] * len(completions)
@@ -70,13 +70,15 @@ def test_a_slow_reward_is_waited_for_and_the_metrics_say_how_long(caplog: pytest
         scorer.wait_until_ready()
         scorer.score([make_group("a"), make_group("b")])
         metrics = scorer.metrics()
-    assert metrics["reward/slow/wait_seconds"] > 0.1  # 0.8, less what passed before the wait
+    assert metrics["reward/slow/wait_seconds"] > 0.1  # 0.8 minus the time before the wait
     assert metrics["reward/here/wait_seconds"] >= 0.2
-    assert metrics["reward/quick/wait_seconds"] < metrics["reward/slow/wait_seconds"]  # its calls stood in the queue
+    assert (
+        metrics["reward/quick/wait_seconds"] < metrics["reward/slow/wait_seconds"]
+    )  # its calls were queued, not running
     assert not [record for record in caplog.records if "hangs" in record.getMessage()]
 
 
-def test_what_is_lost_adds_up_until_a_step_is_within_the_share(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_time_lost_adds_up_until_a_step_is_within_the_share(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     budget = WaitBudget(ScoringConfig(max_wait_share=0.5, max_wait_seconds=100))
 
     def step(seconds: float, waited: float) -> None:

@@ -1,1 +1,1 @@
-"""What an isolated reward worker is kept from, on Linux without root: see rlqwen.rewards.sandbox.sandbox."""
+"""Isolate reward workers on Linux without root (rlqwen.rewards.sandbox.sandbox)."""

@@ -1,7 +1,8 @@
-"""Files that a process and all that it starts may read; everything else is closed to it: Landlock, without root.
+"""Restrict a process and its children to reading a list of files, by Landlock, without root.
 
-Landlock (landlock(7), Linux 5.13) also keeps a process from tracing, and from reading the memory, environment and
-descriptors of, any process that is not under the same or a stricter rule. From Linux 6.12 on, signals are kept in too.
+Landlock (landlock(7), Linux 5.13) also stops a process from tracing any process that is not under the same or a
+stricter rule, and from reading its memory, environment and file descriptors. Since Linux 6.12 it blocks signals to such
+processes, too.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _TRUNCATE = 1 << 14
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _MOST_RIGHTS = 16
-"""From version 5 on."""
+"""Number of access rights since version 5."""
 _SCOPE_ABSTRACT_UNIX_AND_SIGNALS = 0b11
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/urandom", "/dev/random")
@@ -30,20 +31,21 @@ _SYSTEM = (
 
 
 def version() -> int:
-    """Version of the kernel's Landlock; raises OSError where it has none, or it is switched off."""
+    """Return the version of the kernel's Landlock; raise OSError if it has none or it is switched off."""
     libc = ctypes.CDLL(None, use_errno=True)
     return _checked(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(_CREATE_RULESET_VERSION)))
 
 
 def restrict(readable: Iterable[str], listed: Iterable[str] = ()) -> None:
-    """Close all files but those in and below `readable`, and the system's programs and libraries, to this process.
+    """Restrict this process to reading files in and below `readable`, and the system's programs and libraries.
 
-    Below `listed` it may see names. Nothing can be written but to `/dev/null`, and to what is open already. Raises OSError where it can't be had.
+    Below `listed` it may list file names. It can write only to `/dev/null` and to files that are already open. Raises
+    OSError if the kernel does not support this.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     abi = version()
     rights = (1 << _NUM_RIGHTS.get(abi, _MOST_RIGHTS)) - 1
-    # filesystem, network (left to seccomp), scope: later kernels take the longer struct
+    # Access to files, to the network (seccomp handles that), scope. Kernels before version 6 take the short struct.
     handled = struct.pack("QQQ", rights, 0, _SCOPE_ABSTRACT_UNIX_AND_SIGNALS) if abi >= 6 else struct.pack("Q", rights)
     ruleset = _checked(libc.syscall(_CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), ctypes.c_uint32(0)))
     try:
@@ -62,7 +64,7 @@ def _allow(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
-        return  # what is not there needs no rule
+        return  # a missing file needs no rule
     try:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= ~_READ_DIR

@@ -1,12 +1,12 @@
-"""The boundary around an isolated reward worker, and the tighter one around programs that it runs.
+"""Isolate a reward worker, and confine the programs that it runs even further.
 
-Isolated: no network, nothing written, no environment of the user's, no file read but Python, its packages and the
-system's libraries, no other process reached; all that the worker starts is under the same rules. Two mechanisms that
-need no root and work in containers make it: Landlock for files, seccomp for system calls. A worker tries the boundary
-before it loads a reward, and does not serve if it fails to hold.
+An isolated process has no network, writes nothing, has none of the user's environment variables, reads only Python, its
+packages and the system's libraries, and reaches no other process; everything that it starts has the same limits. Two
+mechanisms that need no root and work in containers do this: Landlock for files, seccomp for system calls. A worker tests
+the sandbox before it loads a reward, and does not start if the test fails.
 
-Confined, for the programs that an isolated reward runs: moreover no new process or thread, no signal to any other
-process, and no file of the reward's own either.
+A confined program, which an isolated reward runs, moreover starts no process or thread, sends no signal to any other
+process, and does not read the reward's own files.
 """
 
 import os
@@ -43,8 +43,8 @@ except OSError as error: sys.exit(str(error))
 _PROBE_WAIT_S = 60.0
 
 
-def why_not() -> str | None:
-    """Why a worker can't be isolated here, in words; None if it can: it is tried, in a process of its own."""
+def unavailable_reason() -> str | None:
+    """Say why a worker cannot be isolated on this machine; None if it can. Tries it in a new process."""
     command = [sys.executable, "-c", _PROBE, *sys.path]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_WAIT_S, check=False)
@@ -53,42 +53,42 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
-def refusal(rewards: Sequence[str], reason: str) -> str:
-    """Message of the error for rewards that must run isolated where they can't."""
+def unavailable_message(rewards: Sequence[str], reason: str) -> str:
+    """Return the error message for rewards that must run isolated on a machine that cannot isolate them."""
     return (
-        f"{', '.join(rewards)} must run isolated, which this machine does not allow: {reason}. It takes Linux on x86-64 "
+        f"{', '.join(rewards)} must run isolated, which this machine does not allow: {reason}. It needs Linux on x86-64 "
         "or aarch64 with seccomp and Landlock (5.13 or newer; in a container, a profile that allows them). To run it "
-        "all the same with nothing but limits around it: scoring.isolation: off"
+        "without isolation, with resource limits only: scoring.isolation: off"
     )
 
 
 def minimal_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What an isolated worker gets to see of `environment`: language and time zone."""
+    """Return the environment of an isolated worker: fixed values, and language and time zone from `environment`."""
     return _FIXED | {name: environment[name] for name in _KEPT if name in environment}
 
 
 def isolate(trainer_pid: int) -> None:
-    """Put this process, and all that it will start, behind the boundary for good, and try whether it holds.
+    """Isolate this process and everything that it starts, permanently, and test the sandbox.
 
-    Raises OSError, saying what is missing, where it can't be had or doesn't hold.
+    Raises OSError, which says what is missing, if the sandbox is not available or the test fails.
     """
     if sys.platform != "linux":
         raise OSError(f"it needs Linux, and this is {sys.platform}")
     seccomp.forbid_new_privileges()
-    whole, listed = _where_code_is()
-    landlock.restrict([*python_folders(), *whole], listed)
+    readable, listed = _code_on_path()
+    landlock.restrict([*python_folders(), *readable], listed)
     seccomp.install(seccomp.isolating_filter([trainer_pid, os.getppid()]))
-    _try(trainer_pid)
+    _test(trainer_pid)
 
 
 def confined_python() -> list[str]:
-    """Start of a command line for `[*confined_python(), script, *arguments]`: the script runs confined."""
+    """Return the start of a command line, `[*confined_python(), script, *arguments]`, that runs a script confined."""
     root = str(Path(__file__).parents[3])
     return [sys.executable, "-I", "-c", _BOOTSTRAP, root]
 
 
 def run_confined(arguments: Sequence[str]) -> None:
-    """Run the Python script `arguments[0]` in this process, confined. Must be isolated already."""
+    """Run the Python script `arguments[0]` in this process, confined. The process must be isolated already."""
     script = arguments[0]
     seccomp.forbid_new_privileges()
     landlock.restrict([*python_folders(), script])
@@ -99,15 +99,15 @@ def run_confined(arguments: Sequence[str]) -> None:
 
 
 def python_folders() -> list[str]:
-    """Where the interpreter, its library and what is installed in its environment lie."""
+    """Return the folders of the interpreter, its library and the installed packages."""
     prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
     return [folder for folder in dict.fromkeys(prefixes) if Path(folder) not in (Path("/"), Path.home())]
 
 
-def _where_code_is() -> tuple[list[str], list[str]]:
-    """What of the other folders of `sys.path` may be read, and the folders, whose names may be listed.
+def _code_on_path() -> tuple[list[str], list[str]]:
+    """Return the readable paths in the other folders of `sys.path`, and the folders that may be listed.
 
-    Of a folder such as the project's only modules and packages, not data that lie beside them.
+    In a folder such as the project's, only modules and packages are readable, not data beside them.
     """
     readable: list[str] = []
     listed: list[str] = []
@@ -124,8 +124,8 @@ def _is_code(path: Path) -> bool:
     return path.suffix in _CODE_SUFFIXES or (path / "__init__.py").is_file()
 
 
-def _try(trainer_pid: int) -> None:
-    """Attempt what must not be possible."""
+def _test(trainer_pid: int) -> None:
+    """Attempt what must not be possible; raise OSError if it succeeds."""
     name = f"rlqwen-isolation-{os.getpid()}"
     for folder in dict.fromkeys(("/tmp", "/var/tmp", "/dev/shm", str(Path.cwd()))):
         path = Path(folder) / name
@@ -147,4 +147,4 @@ def _expect_refusal(success: str, attempt: Callable[[], object]) -> None:
         attempt()
     except OSError:
         return
-    raise OSError(f"the boundary does not hold: {success}")
+    raise OSError(f"the sandbox does not hold: {success}")

@@ -1,7 +1,7 @@
-"""System calls that a process and all that it starts may not make: seccomp filters, built and installed without root.
+"""Build and install seccomp filters, which forbid system calls to a process and its children, without root.
 
-A filter is a program for the kernel's classic BPF machine (seccomp(2)). Filters add up, are inherited, and can't be
-taken off again. Linux on x86-64 and aarch64.
+A filter is a program for the kernel's classic BPF machine (seccomp(2)). Filters add up, are inherited, and cannot be
+removed. Supports Linux on x86-64 and aarch64.
 """
 
 import ctypes
@@ -23,26 +23,31 @@ _NEW_NAMESPACES = 0x7E020080
 _CLONE_VFORK, _CLONE_THREAD = 0x4000, 0x10000
 _O_ACCMODE, _O_TRUNC = 0o3, 0o1000
 _TERMINAL_INJECTION = (0x5412, 0x541C)
-"""TIOCSTI and TIOCLINUX, which type into a terminal."""
+"""TIOCSTI and TIOCLINUX, which inject input into a terminal."""
 
 Instruction = tuple[int, int, int, int]
 
 
 def isolating_filter(protected: Iterable[int]) -> bytes:
-    """No network, no forks (only threads and programs), no signals to the processes `protected` nor to whole groups, nothing else that `DENIED` lists."""
-    rules = [*_refuse("clone3", errno.ENOSYS), *_refuse("openat2", errno.ENOSYS)]  # both have an older sister
+    """Build the filter of an isolated process.
+
+    It refuses network, forks (threads and programs are allowed), signals to the processes `protected` and to process
+    groups, and all other calls listed in `DENIED`.
+    """
+    # ENOSYS makes callers fall back to the older clone and openat.
+    rules = [*_refuse("clone3", errno.ENOSYS), *_refuse("openat2", errno.ENOSYS)]
     for name in DENIED:
         rules += _refuse(name)
     rules += _where("socketpair", 0, [(_JUMP_EQ, _AF_UNIX, False)])
     rules += _where("socketpair", 1, [(_JUMP_EQ, _SOCK_STREAM, False)], mask=_SOCK_KIND)
     rules += _where("clone", 0, [(_JUMP_SET, _NEW_NAMESPACES, True)])
-    # Threads, and programs as subprocess starts them, whose starter waits until they run: of either a guard can keep
-    # count. A process that forks at full speed outruns it, and RLIMIT_NPROC does not hold for root.
+    # The watchdog can count threads, and programs started by subprocess, which waits until they run. It cannot keep up
+    # with a process that forks at full speed, and RLIMIT_NPROC does not apply to root.
     rules += _refuse("fork")
     rules += _where("clone", 0, [(_JUMP_SET, _CLONE_VFORK | _CLONE_THREAD, False)])
     rules += _where("prlimit64", 0, [(_JUMP_EQ, 0, False)])
     rules += _where("ioctl", 1, [(_JUMP_EQ, request, True) for request in _TERMINAL_INJECTION])
-    # Landlock before its third version lets a file be emptied by opening it for reading.
+    # Landlock before version 3 allows a file to be truncated by opening it for reading.
     for name, argument in (("open", 1), ("openat", 2)):
         rules += _where(name, argument, [(_JUMP_EQ, _O_TRUNC, True)], mask=_O_ACCMODE | _O_TRUNC)
     targets = [(_JUMP_EQ, 0, True), (_JUMP_GT, 0x7FFFFFFF, True), *((_JUMP_EQ, pid, True) for pid in protected)]
@@ -52,7 +57,7 @@ def isolating_filter(protected: Iterable[int]) -> bytes:
 
 
 def confining_filter(pid: int) -> bytes:
-    """No new process, thread or program, and signals to the process `pid` alone."""
+    """Build the filter of a confined process: no new process, thread or program, and signals only to process `pid`."""
     rules = []
     for name in ("clone", "fork", "vfork"):
         rules += _refuse(name, errno.EAGAIN)
@@ -64,12 +69,12 @@ def confining_filter(pid: int) -> bytes:
 
 
 def forbid_new_privileges() -> None:
-    """Programs that this process starts get no more rights than it has; without it the kernel takes no filter."""
+    """Deny programs that this process starts any new privileges, which the kernel requires before a filter."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, None)
 
 
 def install(program: bytes) -> None:
-    """Filter this process from here on; raises OSError where the kernel or the machine is not of the right kind."""
+    """Install a filter in this process; raise OSError if the kernel or the machine does not support it."""
     code = ctypes.create_string_buffer(program, len(program))
     packed = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
     header = ctypes.create_string_buffer(packed, len(packed))
@@ -83,14 +88,17 @@ def _prctl(option: int, value: int, pointer: Any) -> None:
 
 
 def _machine() -> int:
-    """Column of the machine in the tables; raises OSError where it has none."""
+    """Return the column of this machine in the tables; raise OSError if there is none."""
     if platform.machine() not in ARCHITECTURES or struct.calcsize("P") != 8:
         raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
     return list(ARCHITECTURES).index(platform.machine())
 
 
 def _program(rules: list[Instruction]) -> bytes:
-    """Kill what calls by another machine's table; calls newer than we know do not exist."""
+    """Assemble a filter.
+
+    Calls by another machine's table kill the process; calls newer than NEWEST fail with ENOSYS.
+    """
     start = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_JUMP_EQ, 1, 0, ARCHITECTURES[platform.machine()]),
@@ -108,7 +116,10 @@ def _refuse(name: str, code: int = errno.EPERM) -> list[Instruction]:
 
 
 def _where(name: str, argument: int, tests: list[tuple[int, int, bool]], mask: int | None = None) -> list[Instruction]:
-    """Refuse a call whose argument (its low 32 bits, masked) passes a test that is True, or fails one that is False."""
+    """Refuse a call depending on the low 32 bits of an argument, masked.
+
+    `tests`: (jump, value, refuse_if); the call is refused if the result of a test equals `refuse_if`.
+    """
     number = CALLS[name][_machine()]
     if number is None:
         return []

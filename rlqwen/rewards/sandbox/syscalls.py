@@ -1,10 +1,10 @@
-"""Numbers of system calls, and which of them an isolated process may not make."""
+"""List the numbers of system calls, and those that an isolated process may not make."""
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""Machine -> its number in a filter; the columns of the tables below."""
+"""Machine -> its number in a filter. The order is that of the columns in the tables below."""
 
 NEWEST = 462
-"""The last system call that was looked at (mseal, Linux 6.10); on x86-64 also below those of the x32 table."""
+"""The newest system call that was reviewed (mseal, Linux 6.10). On x86-64 this also excludes the x32 table."""
 
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
     # other machines and programs
@@ -33,7 +33,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "sched_setaffinity": (203, 122),
     "move_pages": (279, 239),
     "migrate_pages": (256, 238),
-    # leaving the process group, by which all is ended
+    # leaving the process group, which the watchdog kills
     "setsid": (112, 157),
     "setpgid": (109, 154),
     # namespaces and mounts
@@ -50,7 +50,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "fsconfig": (431, 431),
     "fsmount": (432, 432),
     "fspick": (433, 433),
-    # what Landlock does not see of files
+    # access to files that Landlock does not check
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -72,7 +72,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "truncate": (76, 45),
     "open_by_handle_at": (304, 265),
     "name_to_handle_at": (303, 264),
-    # memory that no limit counts, and what outlives the process
+    # memory that no limit counts, and objects that outlive the process
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -124,7 +124,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "lookup_dcookie": (212, 18),
 }
 
-_TELLING: dict[str, tuple[int | None, int | None]] = {
+_CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "socketpair": (53, 199),
     "clone": (56, 220),
     "clone3": (435, 435),
@@ -142,7 +142,7 @@ _TELLING: dict[str, tuple[int | None, int | None]] = {
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
 }
-"""Those that depend on their arguments, or have a filter of their own."""
+"""Calls whose refusal depends on their arguments or on the filter."""
 
-CALLS = _REFUSED | _TELLING
+CALLS = _REFUSED | _CONDITIONAL
 DENIED = tuple(_REFUSED)
