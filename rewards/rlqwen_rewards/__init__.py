@@ -1,7 +1,7 @@
-"""The built-in rewards; each follows TRL's reward protocol and knows nothing of rlqwen.
+"""Provide the built-in rewards, which follow TRL's reward protocol and do not import rlqwen.
 
-They are registered by entry point (`rlqwen rewards` lists them). TRL's names are importable from here too, so
-`from rlqwen_rewards import accuracy_reward` stands in for `from trl.rewards import accuracy_reward`.
+They are registered by entry points (`rlqwen rewards` lists them). TRL's names can be imported from here, too: use
+`from rlqwen_rewards import accuracy_reward` instead of `from trl.rewards import accuracy_reward`.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that the length reward doesn't pay for the import of SymPy."""
+    """Import on first use, so that simple rewards do not import SymPy."""
     if name not in _HOMES:
         raise AttributeError(f"module 'rlqwen_rewards' has no attribute {name!r}")
     return getattr(import_module(f"rlqwen_rewards.{_HOMES[name]}"), name)

@@ -1,23 +1,23 @@
-r"""Is the final answer right? Read as a person would; formulas are compared by math-verify.
+r"""Reward correct final answers, compared by what they mean; math-verify compares formulas.
 
-The last box of a completion, GSM8K's `####`, `<answer>...</answer>`, or the formula behind "the answer is" is its
-answer. A solution says
-what is right in the same forms, or bare. Both are written in one notation, read, and compared by what they are:
+The answer of a completion is its last box, the text after GSM8K's `####`, `<answer>...</answer>`, or the formula after
+"the answer is". A solution has the same forms, or is the bare answer. Both are converted to one notation, parsed, and
+compared by their kind:
 
-- **Numbers** are equal exactly (1,234 is 1234, 2 2/3 is 8/3, five is 5), or to six places where one is a decimal. A
-  number must be worked out: for 86, neither `19 + 67` nor `\frac{172}{2}` is paid, for 1024 `2^{10}` is not, but
-  `10^6` is a way to write 1,000,000. No expression is paid that stands in the prompt and not in the solution.
-- **Units** may be left out or added. Where both have one, they must measure the same, and are converted: 1 m is
-  100 cm, 10 m is not 10 cm. What is counted (72 clips) is not compared. A single letter in a solution is a unit
-  only in `\text{}`: `5m` is a product. A duration of several units needs its units.
-- **Percent**: 50% is 50 where the sign is left out, and is 0.5; 50 is not 0.5.
-- **Choices**: where the solution is `B. 12`, both `B` and `12` are right; where it is `B`, `(B)` and `B. 12` are,
-  and 12 is not.
-- **Several answers** must all be there, in any order; those of a tuple, an interval or a matrix in their places.
-- **Names** may be left out: 5 for `x = 5`. Every number of a chain `a = b = c` must be right.
-- **Words** are equal letter by letter, but for capitals.
+- **Numbers** must be equal exactly (1,234 is 1234, 2 2/3 is 8/3, five is 5), or to six decimal places if one is a
+  decimal. A number must be computed: neither `19 + 67` nor `\frac{172}{2}` counts for 86, nor `2^{10}` for 1024, but
+  `10^6` counts for 1,000,000. An expression that is in the prompt and not in the solution does not count.
+- **Units** may be omitted or added. If both have one, they must have the same dimension and are converted: 1 m is
+  100 cm, 10 m is not 10 cm. Names of counted things (72 clips) are not compared. A single letter in a solution is a
+  unit only in `\text{}`, because `5m` is a product. A duration of several units needs its units.
+- **Percent**: 50% equals 50 without the sign, and 0.5; 50 does not equal 0.5.
+- **Choices**: if the solution is `B. 12`, both `B` and `12` are correct; if it is `B`, `(B)` and `B. 12` are, and 12
+  is not.
+- **Several answers** must all be present, in any order; in a tuple, an interval or a matrix, in the same order.
+- **Names** may be omitted: 5 for `x = 5`. Every number of a chain `a = b = c` must be correct.
+- **Words** must be equal letter by letter, except for case.
 
-| solution | right | wrong |
+| solution | correct | wrong |
 |---|---|---|
 | `1{,}234` | `1234`, `1,234 km`, `1234.0` | `234`, `1` |
 | `2\frac{2}{3}` | `2 2/3`, `8/3`, `2.666667` | `2`, `2/3` |
@@ -69,7 +69,7 @@ from rlqwen_rewards.comparison import is_meaningful, same
 from rlqwen_rewards.notation import canonical, contains, squeeze
 from rlqwen_rewards.numerals import read_number
 
-_TIMEOUT = 3  # seconds for one comparison; an ordinary one takes milliseconds
+_TIMEOUT = 3  # seconds per comparison, which usually takes milliseconds
 _LONGEST_ANSWER = 1000
 
 _INTEGER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})\.?")
@@ -84,10 +84,10 @@ _OPERATION = re.compile(
 def grade(text: str, solution: Any, *, plain: bool = False, prompt: Any = None) -> float | None:
     """Return 1.0 if the answer in `text` equals the solution, 0.0 if it does not or if there is no answer.
 
-    None if the solution itself cannot be read. A comparison that runs out of time is 0.0, because only a formula made
-    for it does so. `plain` also takes an answer that nothing marks: what "the answer is" says, else the last
-    formula or number of the text. An answer of over 1,000 characters is no answer. A solution may be a list of which any
-    will do.
+    None if the solution itself cannot be parsed. A comparison that runs out of time gives 0.0, because only a formula
+    made for that purpose takes so long. With `plain`, an unmarked answer counts, too: the text after "the answer is",
+    else the last formula or number. An answer of over 1,000 characters counts as none. A solution may be a list, any
+    entry of which is accepted.
     """
     if isinstance(solution, str):
         return _grade(text, solution, plain, prompt)
@@ -110,7 +110,7 @@ def _grade(text: str, solution: str, plain: bool, prompt: Any) -> float | None:
         return 1.0
     if not gold.is_readable:
         return None
-    return float(_within_time(partial(same, gold.text, said)) and not _stands_in_prompt(said, prompt))
+    return float(_within_time(partial(same, gold.text, said)) and not _is_in_prompt(said, prompt))
 
 
 def _answer(text: str, plain: bool) -> str | None:
@@ -118,13 +118,15 @@ def _answer(text: str, plain: bool) -> str | None:
     boxed = boxed_answer(text)
     if boxed and "####" in text:
         hashed = hashed_answer(text[boxes(text)[-1][1] :])
-        return join((boxed, hashed)) if hashed and _NUMBER_FIRST.match(hashed) else boxed  # else it is a heading
+        return (
+            join((boxed, hashed)) if hashed and _NUMBER_FIRST.match(hashed) else boxed
+        )  # otherwise `####` begins a heading
     return boxed or marked_answer(text) or stated_answer(text) or (unmarked_answer(text) if plain else None)
 
 
 @dataclass(frozen=True)
 class _Gold:
-    """A solution, ready to compare."""
+    """Hold a solution in the form that is compared."""
 
     text: str
     key: str
@@ -134,18 +136,18 @@ class _Gold:
 
 @lru_cache(maxsize=8192)
 def _gold(solution: str) -> _Gold | None:
-    """Return the solution in the form that is compared; None if there is none."""
+    """Return the solution in the form that is compared; None if it is empty."""
     text = canonical(_unmark(solution)) if given_solutions(solution) else ""
     if not text:
         return None
     key, found = squeeze(text), text
     is_readable = _within_time(partial(is_meaningful, text))
-    if not is_readable and (in_sentence := _searched(solution)):
+    if not is_readable and (in_sentence := _find_in_sentence(solution)):
         found, is_readable = in_sentence, True
     return _Gold(found, key, _integer(found), is_readable)
 
 
-def _searched(solution: str) -> str | None:
+def _find_in_sentence(solution: str) -> str | None:
     """Return the answer in a sentence: the text after "the answer is", or the only formula."""
     stated = _ANSWER_IS.search(solution)
     formulas = _INLINE.findall(solution)
@@ -155,11 +157,14 @@ def _searched(solution: str) -> str | None:
 
 
 def _within_time(check: Callable[[], bool]) -> bool:
-    """Run a check; False if it takes too long. Signals reach the main thread only; elsewhere the caller's deadline holds."""
+    """Run a check; return False if it takes too long.
+
+    The timeout needs the main thread, which receives signals; elsewhere the caller's deadline applies.
+    """
     seconds = _TIMEOUT if threading.current_thread() is threading.main_thread() else None
 
     def repeatedly_timed() -> bool:
-        # Python drops an exception that is raised in a destructor: the alarm, which rings once, would be lost.
+        # Python ignores an exception raised in a destructor, which would lose a single alarm, so repeat it.
         if seconds and hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
         return check()
@@ -185,7 +190,7 @@ def _integer(text: str) -> int | None:
     return int(text.rstrip(".").replace(",", "")) if _INTEGER.fullmatch(text) else None
 
 
-def _stands_in_prompt(answer: str, prompt: Any) -> bool:
+def _is_in_prompt(answer: str, prompt: Any) -> bool:
     """Return whether the answer is an expression that the prompt asks to evaluate or to rewrite."""
     if prompt is None or not _OPERATION.search(answer):
         return False
@@ -197,10 +202,10 @@ def _stands_in_prompt(answer: str, prompt: Any) -> bool:
 
 
 def accuracy_reward(completions: list[Any], solution: list[Any], **columns: Any) -> list[float | None]:
-    """1.0 where the completion's answer equals the solution, else 0.0; None where the solution can't be read.
+    """Score 1.0 if the completion's answer equals the solution, else 0.0; None if the solution cannot be parsed.
 
-    TRL's reward of this name; it also reads GSM8K's `#### 72`, takes the last of several boxes, and solutions in
-    bare LaTeX. Anything in the completion counts, its reasoning included.
+    TRL's reward of this name. It also accepts GSM8K's `#### 72`, the last of several boxes, and solutions in bare LaTeX.
+    The whole completion is searched, including its reasoning.
     """
     return [grade(text_of(completion), gold) for completion, gold in zip(completions, solution, strict=True)]
 
@@ -208,7 +213,7 @@ def accuracy_reward(completions: list[Any], solution: list[Any], **columns: Any)
 def reasoning_accuracy_reward(
     completions: list[Any], solution: list[Any], reasoning_delimiters: list[str] | None = None, **columns: Any
 ) -> list[float | None]:
-    """`accuracy_reward` on what follows the reasoning; 0.0 where the reasoning was never closed. As in TRL."""
+    """Score by `accuracy_reward` the text after the reasoning; 0.0 if the reasoning was never closed, as in TRL."""
     delimiters = reasoning_delimiters or ["</think>"]
     rewards: list[float | None] = []
     for completion, gold in zip(completions, solution, strict=True):
@@ -220,16 +225,16 @@ def reasoning_accuracy_reward(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """1 if the final answer equals column `solution` (or `answer`), by math-verify; 0 if not.
+    """Score 1 if the final answer equals column `solution` (or `answer`), by math-verify; 0 if not.
 
-    The answer is what the last box, GSM8K's `####`, `<answer>...</answer>` or "the answer is $...$" holds, after
-    `</think>` if there is one; several answers where one is asked for are wrong, and so is an expression that the prompt asks to work out. A
-    completion that never closes its reasoning, or opens it again after its answer, is wrong. None (missing) where
-    there is no solution or it can't be read. The module's text says what counts as equal.
+    The answer is the content of the last box, of GSM8K's `####`, of `<answer>...</answer>`, or of "the answer is $...$",
+    after `</think>` if there is one. Several answers instead of one are wrong, and so is an expression that the prompt
+    asks to compute. A completion that never closes its reasoning, or opens it again after its answer, is wrong. None
+    (missing) if there is no solution or it cannot be parsed. The module's docstring defines equality.
     """
 
     plain: bool = False
-    """Take an unmarked answer too: what "the answer is" says, else the last formula or number of the text."""
+    """Whether an unmarked answer counts: the text after "the answer is", else the last formula or number."""
 
     required_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("solution", "answer"),)
 

@@ -1,4 +1,4 @@
-"""Find the text of a completion and the answer in a text; shared by the rewards that look at answers."""
+"""Find the text of a completion, and the answer in a text."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ _SAID = re.compile(
 )
 _CHOICE = re.compile(r"[\s*_]*(\(?[A-Z]\)?)[\s*_.。]*")
 _TAIL = 2000
-"""Characters at the end of a text in which an answer without a box is looked for; a degenerate text costs seconds else."""
+"""Number of characters at the end of a text that are searched for an unboxed answer; longer texts could take seconds."""
 
 _HASHED = re.compile(r"####\s*(\S[^\n]*)")
 _MISSING = frozenset(("", "nan", "NaN", "<NA>", "NaT"))
@@ -42,7 +42,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: a string, or messages, of which the last with content counts."""
+    """Return the text of a completion: the string, or the last message with content."""
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
@@ -59,8 +59,8 @@ def texts_of(
 ) -> list[str]:
     """Return the texts of completions, each preceded by the `<think>` that ends its prompt in some chat templates.
 
-    `opened` says whose prompts did. Without it a prompt's own text tells; where a prompt is messages, whose template
-    is not known here, a completion that closes reasoning which it never opened does.
+    `opened` says which prompts end with `<think>`. Without it, the text of the prompt decides. If the prompt is messages,
+    whose template is unknown here, a completion that closes reasoning without opening it counts as opened.
     """
     texts = [text_of(completion) for completion in completions]
     if opened is None:
@@ -72,7 +72,7 @@ def _was_opened(text: str, prompt: Any) -> bool:
     if not isinstance(prompt, str):
         if not prompt or prompt[-1].get("role") != "assistant":
             return CLOSE in text and OPEN not in text
-        prompt = text_of(prompt[-1:])  # the beginning of the model's turn
+        prompt = text_of(prompt[-1:])  # the beginning of the model's message
     return bool(prompt.rstrip().endswith(OPEN))
 
 
@@ -89,7 +89,7 @@ def final_text(text: str, delimiters: Sequence[str] = (CLOSE,)) -> str | None:
 
 
 def _answers_between_blocks(text: str) -> bool:
-    """Return whether an answer stands before or between the reasoning blocks of a text whose last block is open."""
+    """Return whether an answer is before or between the reasoning blocks of a text whose last block is open."""
     first = text.find(OPEN)
     if first < 0 or (first == 0 and text.find(OPEN, 1) < 0):
         return False
@@ -99,9 +99,9 @@ def _answers_between_blocks(text: str) -> bool:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Every complete outermost `\boxed{...}`: start, end, and what is inside. Braces are balanced, `\{` is no brace.
+    r"""Return every complete outermost `\boxed{...}` as (start, end, content). Braces are balanced; `\{` is no brace.
 
-    One pass, because a model that degenerates writes thousands of boxes that it never closes.
+    Takes one pass, because a degenerate model may write thousands of unclosed boxes.
     """
     found: list[tuple[int, int, str]] = []
     open_braces: list[tuple[int, int] | None] = []  # start of the box and of its content; None for a plain brace
@@ -152,7 +152,7 @@ def join(contents: Iterable[str]) -> str:
 
 
 def hashed_answer(text: str) -> str | None:
-    """Return the rest of the line after the last `####` (GSM8K); of several, all that are not corrected later."""
+    """Return the line after the last `####` (GSM8K); after several, all that are not corrected later."""
     if "####" not in text:
         return None
     found = list(_HASHED.finditer(text))
@@ -188,7 +188,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def unmarked_answer(text: str) -> str | None:
-    """Return what follows "the answer is" (all of it if repeated); otherwise the last formula or number."""
+    """Return the text after "the answer is" (all of them if repeated); otherwise the last formula or number."""
     tail = text[-_TAIL:]
     said = list(_SAID.finditer(tail))
     if not said:
@@ -202,7 +202,7 @@ def unmarked_answer(text: str) -> str | None:
 
 
 def _choice_or_number(text: str) -> str | None:
-    """Return a letter that stands alone, otherwise the last formula or number."""
+    """Return a single letter if that is the whole text, otherwise the last formula or number."""
     if choice := _CHOICE.fullmatch(text):
         return choice[1]
     found = [match[0] for match in _UNMARKED.finditer(text)]
@@ -215,14 +215,14 @@ def marked_answer(text: str) -> str | None:
 
 
 def solutions_of(reward: str, solution: Sequence[Any] | None, answer: Sequence[Any] | None) -> Sequence[Any]:
-    """The column that holds the right answers: `solution`, else `answer`."""
+    """Return the column with the correct answers: `solution`, else `answer`."""
     column = solution if solution is not None else answer
     if column is None:
-        raise ValueError(f"{reward} needs a data column 'solution' or 'answer' with the right answers")
+        raise ValueError(f"{reward} needs a data column 'solution' or 'answer' with the correct answers")
     return column
 
 
 def given_solutions(solution: Any) -> list[Any]:
-    """Return the accepted answers of one row; an empty result if the data has none (None, NaN, empty)."""
+    """Return the accepted answers of one row; [] if the row has none (None, NaN or empty)."""
     given = list(solution) if isinstance(solution, list | tuple) else [solution]
     return [one for one in given if one is not None and str(one).strip() not in _MISSING]

@@ -1,4 +1,4 @@
-"""The judge's end of a completion's process (rlqwen_rewards.candidate)."""
+"""Control the process that runs a completion's code (rlqwen_rewards.candidate_script)."""
 
 import builtins
 import contextlib
@@ -13,36 +13,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rlqwen_rewards import candidate
-from rlqwen_rewards.candidate import decode, encode
+from rlqwen_rewards import candidate_script
+from rlqwen_rewards.candidate_script import decode, encode
 
 MAX_BYTES = 1 << 22
-"""Of a reply, and of what a program prints."""
+"""Maximum size of a reply, and of a program's output."""
 
 _START_WAIT = 20.0
-_SCRIPT = str(Path(candidate.__file__))
+_SCRIPT = str(Path(candidate_script.__file__))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one process."""
+    """Limit one process."""
 
     timeout: float
-    """Seconds for a test."""
+    """Seconds per test."""
     memory_bytes: int
     cpu_seconds: int
-    """Over all its tests."""
+    """Processor time over all tests."""
 
 
 class CandidateEnded(BaseException):
-    """The code ended its process, or ran out of time; a BaseException so that few tests take it for their own."""
+    """Report that the code ended its process or ran out of time. A BaseException, so that few tests catch it."""
 
 
 class Candidate:
-    """A process that runs a completion's code, started by the command `python`; a context manager.
+    """Run a completion's code in a process that the command `python` starts; a context manager.
 
-    After CandidateEnded it must not be asked again. Raises RuntimeError where no interpreter starts, of which the code
-    is innocent.
+    It must not be used again after CandidateEnded. Raises RuntimeError if the interpreter does not start, which is not
+    the code's fault.
     """
 
     def __init__(self, python: Sequence[str], limits: Limits, *, is_program: bool) -> None:
@@ -64,7 +64,7 @@ class Candidate:
         self._buffer = bytearray()
         self._limits = limits
         self.has_ended = False
-        """CandidateEnded was raised, whether or not a test let it through."""
+        """Whether CandidateEnded was raised, even if a test caught it."""
         self.begin(_START_WAIT)
         try:
             self._receive()
@@ -73,11 +73,11 @@ class Candidate:
             raise RuntimeError(f"the interpreter for the code did not start: {end}") from None
 
     def begin(self, seconds: float | None = None) -> None:
-        """Start the clock of a test."""
+        """Start the time limit of a test."""
         self._until = time.monotonic() + (self._limits.timeout if seconds is None else seconds)
 
     def ask(self, *request: Any) -> Any:
-        """The answer to a request, as plain data and Remotes; raises what the code raised, or CandidateEnded."""
+        """Send a request and return the answer as plain data and Remotes. Raises what the code raised, or CandidateEnded."""
         self._send(json.dumps(request).encode() + b"\n")
         try:
             kind, *content = self._receive()
@@ -85,12 +85,12 @@ class Candidate:
                 return decode(content[0], lambda number: Remote(self, int(number)))
             name, message = content
         except (ValueError, TypeError, RecursionError, IndexError) as error:
-            raise self._end(f"no answer, but {error}") from None
+            raise self._end(f"it sent a malformed answer: {error}") from None
         cls = getattr(builtins, str(name), Exception)
         raise (cls if isinstance(cls, type) and issubclass(cls, Exception) else Exception)(str(message))
 
     def run_program(self, code: str, standard_input: str) -> str:
-        """What the program prints, given its input; raises CandidateEnded unless it ends by itself, with status 0."""
+        """Return what the program prints for an input. Raises CandidateEnded unless it ends by itself with status 0."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._send(json.dumps(["program", code]).encode() + b"\n")
@@ -105,7 +105,7 @@ class Candidate:
         return printed.decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the process; more calls do nothing."""
+        """End the process; idempotent."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
@@ -155,7 +155,7 @@ class Candidate:
                 raise self._end("out of time")
 
     def _exchange(self, text: bytes) -> bytes:
-        """Write the program's input while reading its output, until it closes that."""
+        """Write the program's input while reading its output, until the program closes its output."""
         source, sink = self._process.stdin, self._process.stdout
         assert source is not None
         assert sink is not None
@@ -174,7 +174,7 @@ class Candidate:
                         try:
                             rest = rest[os.write(source.fileno(), rest) :]
                         except OSError:
-                            rest = rest[len(rest) :]  # it reads no further
+                            rest = rest[len(rest) :]  # the program has closed its input
                         if not rest:
                             selector.unregister(source)
                             with contextlib.suppress(OSError):
@@ -189,9 +189,10 @@ class Candidate:
 
 
 class Remote:
-    """An object of the code's that is no plain data: attributes are read and set there, calls are made there.
+    """Stand for an object in the code's process that is not plain data.
 
-    It equals only itself, whatever the code's own `__eq__` says.
+    Attributes are read and set, and calls are made, in that process. It equals only itself, even if the code's class
+    defines `__eq__`.
     """
 
     __slots__ = ("_candidate", "_handle")
@@ -213,10 +214,10 @@ class Remote:
 
 
 def _plain(value: Any) -> Any:
-    return encode(value, _handle_of)
+    return encode(value, _encode_remote)
 
 
-def _handle_of(value: Any) -> Any:
+def _encode_remote(value: Any) -> Any:
     if isinstance(value, Remote):
         return {"handle": value._handle}
-    raise TypeError(f"a test cannot give {type(value).__name__} objects to the code, only plain data")
+    raise TypeError(f"a test cannot pass {type(value).__name__} objects to the code, only plain data")

@@ -1,4 +1,4 @@
-"""Compare two answers in canonical notation; what is a formula on both sides goes to math-verify."""
+"""Compare two answers in canonical notation; math-verify compares formulas."""
 
 import logging
 import re
@@ -7,11 +7,22 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify  # type: ignore[import-untyped]
 
+from rlqwen_rewards.answer_parser import (
+    SEPARATOR,
+    Amount,
+    Choice,
+    DateOrTime,
+    Items,
+    ParsedAnswer,
+    Prose,
+    Words,
+    parse_answer,
+    read_measure,
+)
 from rlqwen_rewards.notation import split, squeeze
 from rlqwen_rewards.numerals import Number, read_number, same_number
-from rlqwen_rewards.readings import SEPARATOR, Amount, Choice, Items, Moment, Prose, Reading, Words, read, read_measure
 
-# It warns that timeouts are off; the caller sets one for the whole comparison where it can.
+# It warns that timeouts are off; the caller sets a timeout for the whole comparison if it can.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _CONFIG = (
@@ -35,30 +46,30 @@ _HUGE = re.compile(r"\d\s*\^\s*\{?\s*\(?[\d.]+\}?\s*\^|\^\s*\{?\s*\d{5,}|\d{4,}\
 
 
 def is_meaningful(text: str) -> bool:
-    """Return whether a gold answer has content that another text can be compared with."""
-    reading = read(text)
-    if isinstance(reading, Items):
-        return all(map(is_meaningful, reading.items))
-    if isinstance(reading, Amount):
-        return reading.number is not None or bool(_formula(reading.text)) or bool(_EQUALS.search(reading.text))
-    return not isinstance(reading, Prose)
+    """Return whether a gold answer can be compared with another text."""
+    parsed = parse_answer(text)
+    if isinstance(parsed, Items):
+        return all(map(is_meaningful, parsed.items))
+    if isinstance(parsed, Amount):
+        return parsed.number is not None or bool(_formula(parsed.text)) or bool(_EQUALS.search(parsed.text))
+    return not isinstance(parsed, Prose)
 
 
 def same(gold: str, answer: str) -> bool:
-    """Return whether the answer equals the gold answer. A hostile formula can make this run for a long time."""
+    """Return whether the answer equals the gold answer. May run for a long time on a hostile formula."""
     if squeeze(gold) == squeeze(answer):
         return True
     gold, answer = _exact(gold, gold), _exact(answer, gold)
     named = _same_without_names(gold, answer)
     if named is not None:
         return named
-    left, right = read(gold), read(answer)
+    left, right = parse_answer(gold), parse_answer(answer)
     if isinstance(left, Prose) or isinstance(right, Prose):
         return False
     if isinstance(left, Choice) or isinstance(right, Choice):
         return _same_choice(gold, left, answer, right)
-    if isinstance(left, Moment) or isinstance(right, Moment):
-        return isinstance(left, Moment) and isinstance(right, Moment) and _same_moment(left, right)
+    if isinstance(left, DateOrTime) or isinstance(right, DateOrTime):
+        return isinstance(left, DateOrTime) and isinstance(right, DateOrTime) and _same_date_or_time(left, right)
     if isinstance(left, Items) or isinstance(right, Items):
         return _same_items(gold, left, answer, right)
     if isinstance(left, Words) or isinstance(right, Words):
@@ -84,7 +95,7 @@ def _same_without_names(gold: str, answer: str) -> bool | None:
         if not is_named and len(answers) == 1:
             return False
         if not is_named or (len(answers) > 1 and not _same_name(golds[0], answers[0])):
-            return None  # an equation as such
+            return None  # an equation, not a named value
     value = golds[-1]
     numeric = [side for side in answers[:-1] if not _VARIABLE.search(side) and not _NAME.fullmatch(side)]
     return same(value, answers[-1]) and all(same(value, side) or _same_formula(value, side) for side in numeric)
@@ -100,7 +111,7 @@ def _same_name(gold: str, answer: str) -> bool:
     return left == right or _INDEX.sub("", left) == right or left == _INDEX.sub("", right)
 
 
-def _same_choice(gold: str, left: Reading, answer: str, right: Reading) -> bool:
+def _same_choice(gold: str, left: ParsedAnswer, answer: str, right: ParsedAnswer) -> bool:
     if isinstance(left, Choice) and isinstance(right, Choice):
         both = left.content is not None and right.content is not None
         return left.letter == right.letter and (not both or same(str(left.content), str(right.content)))
@@ -109,25 +120,25 @@ def _same_choice(gold: str, left: Reading, answer: str, right: Reading) -> bool:
     return isinstance(right, Choice) and right.content is not None and same(gold, right.content)
 
 
-def _same_moment(left: Moment, right: Moment) -> bool:
+def _same_date_or_time(left: DateOrTime, right: DateOrTime) -> bool:
     if len(left.parts) != len(right.parts):
         return False
-    if len(left.parts) == 4:  # a time of day; a.m. and p.m. matter where the gold tells them
+    if len(left.parts) == 4:  # a time of day; a.m. and p.m. matter if the gold answer has them
         return left.parts[:3] == right.parts[:3] and (
             left.parts[3] is None or right.parts[3] is not None or (left.parts[0] or 0) > 12
         )
     return left.parts == right.parts
 
 
-def _letters(reading: Reading) -> str | None:
+def _letters(parsed: ParsedAnswer) -> str | None:
     """Return the letters of several choices, `AC` for `A, C`."""
-    if not isinstance(reading, Items) or not reading.items:
+    if not isinstance(parsed, Items) or not parsed.items:
         return None
-    choices = [read(item) for item in reading.items]
+    choices = [parse_answer(item) for item in parsed.items]
     return "".join(sorted(one.letter if isinstance(one, Choice) and one.content is None else "?" for one in choices))
 
 
-def _same_items(gold: str, left: Reading, answer: str, right: Reading) -> bool:
+def _same_items(gold: str, left: ParsedAnswer, answer: str, right: ParsedAnswer) -> bool:
     if _letters(left) == squeeze(answer) or squeeze(gold) == _letters(right):
         return True
     if isinstance(left, Items) and isinstance(right, Items):
@@ -138,7 +149,7 @@ def _same_items(gold: str, left: Reading, answer: str, right: Reading) -> bool:
             return _pair_up(left.items, right.items, is_ordered=True)
         return "list" not in kinds and "set" not in kinds and _same_formula(gold, answer)
     if isinstance(right, Items):
-        if right.kind in ("list", "set"):  # one answer, said several times
+        if right.kind in ("list", "set"):  # one answer, repeated
             return (
                 isinstance(left, Choice | Amount)
                 and right.kind == "list"
@@ -181,7 +192,7 @@ def _same_amount(gold: Amount, answer: Amount) -> bool:
     if gold.number is None:
         return (ratio in (None, 1)) and gold.is_percent == answer.is_percent and _same_formula(gold.text, answer.text)
     if answer.number is None:
-        # An expression is paid for a number only where no number says it exactly.
+        # An expression equals a number only if no number expresses it exactly.
         is_exact = gold.number.form == "decimal" and _IRRATIONAL.search(answer.text)
         return bool(is_exact) and ratio in (None, 1) and _same_formula(gold.text, answer.text)
     if answer.number.form == "power" and gold.number.form != "power":
@@ -197,7 +208,7 @@ def _same_amount(gold: Amount, answer: Amount) -> bool:
 
 def _same_formula(gold: str, answer: str) -> bool:
     if _BASE.search(gold) or _BASE.search(answer) or _HUGE.search(answer):
-        return False  # math-verify drops a number's base
+        return False  # math-verify ignores the base of a number
     left, right = _formula(gold), _formula(answer)
     try:
         return bool(
@@ -211,10 +222,10 @@ def _same_formula(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=2048)
 def _formula(text: str) -> tuple[Any, ...]:
-    """Return the SymPy object of a formula that takes up the whole text, in a tuple that is otherwise empty."""
-    if not text or _JUXTAPOSED.search(text):  # math-verify adds numbers that stand side by side
+    """Return a tuple with the SymPy object of a formula that is the whole text; an empty tuple if it is none."""
+    if not text or _JUXTAPOSED.search(text):  # math-verify adds adjacent numbers
         return ()
-    text = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2]) * 'p'}}}", text)  # math-verify drops them
+    text = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2]) * 'p'}}}", text)  # math-verify ignores primes
     try:
         found: list[Any] = parse(
             f"${text.replace('$', '')}$",

@@ -1,4 +1,4 @@
-"""Correctness scaled by length along a cosine (arXiv 2502.03373, appendix C.1)."""
+"""Scale a reward for correctness by length along a cosine (arXiv 2502.03373, appendix C.1)."""
 
 import math
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from rlqwen_rewards.answers import solutions_of
 
 @dataclass(frozen=True)
 class CosineLength:
-    r"""Right answers earn more when short, wrong ones lose less when long: more thought where it is needed.
+    r"""Score correct answers higher if they are short, and wrong ones higher if they are long.
 
-    $R(y) = v_{long} + (v_{short} - v_{long}) (1 + \cos(\pi \min(|y| / L_{max}, 1))) / 2$ with |y| in tokens, and the
-    two values taken from the correct or the wrong pair. None where accuracy is None.
+    $R(y) = v_{long} + (v_{short} - v_{long}) (1 + \cos(\pi \min(|y| / L_{max}, 1))) / 2$ with |y| in tokens; the
+    two values are those for correct or for wrong answers. None if accuracy is None.
     """
 
     max_len: int
-    """L_max: completions of so many tokens or more get the value for long ones."""
+    """L_max: completions of at least this many tokens get the value for long ones."""
     min_value_wrong: float = -1.0
-    """Wrong and short."""
+    """Value of wrong and short completions."""
     max_value_wrong: float = -0.5
-    """Wrong and long."""
+    """Value of wrong and long completions."""
     min_value_correct: float = 0.5
-    """Correct and long."""
+    """Value of correct and long completions."""
     max_value_correct: float = 1.0
-    """Correct and short."""
+    """Value of correct and short completions."""
 
     required_columns: ClassVar[tuple[tuple[str, ...], ...]] = (("solution", "answer"),)
 
@@ -74,5 +74,5 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> Callable[..., list[float | None]]:
-    """TRL's constructor of this name; grades as `accuracy_reward` does."""
+    """Construct the reward as TRL's function of this name does; graded by `accuracy_reward`."""
     return _CosineScaledReward(max_len, min_value_wrong, max_value_wrong, min_value_correct, max_value_correct)

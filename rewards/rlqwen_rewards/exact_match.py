@@ -1,4 +1,4 @@
-"""Is the final answer the solution, letter by letter?"""
+"""Reward answers that equal the solution character by character."""
 
 import re
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ _PUNCTUATION = re.compile(r"[^\w\s]")
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 if the final answer is exactly column `solution` (or `answer`), white space aside; 0 if not, None without one.
+    """Score 1 if the final answer equals column `solution` (or `answer`) except for white space; 0 if not, None without one.
 
-    On both sides the answer is what is boxed or stands behind `####`, or else all the text after `</think>`.
+    On both sides the answer is the text in a box or after `####`, else all text after `</think>`.
     """
 
     ignore_case: bool = False
@@ -39,9 +39,9 @@ class ExactMatch:
         ]
 
     def _matches(self, text: str | None, golds: Sequence[Any]) -> bool:
-        return text is not None and self._normal(text) in [self._normal(str(gold)) for gold in golds]
+        return text is not None and self._normalize(text) in [self._normalize(str(gold)) for gold in golds]
 
-    def _normal(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         text = marked_answer(text) or text
         if self.ignore_case:
             text = text.casefold()

@@ -1,4 +1,4 @@
-"""Does the completion have the form that was asked for?"""
+"""Reward completions that have a required format."""
 
 import re
 from collections.abc import Sequence
@@ -13,41 +13,41 @@ _ANSWER = re.compile(r"\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 
 
 def think_format_reward(completions: list[Any], **columns: Any) -> list[float]:
-    """Return 1 if the completion begins with one `<think>...</think>`, else 0, as TRL's reward of this name.
+    """Score 1 if the completion begins with one `<think>...</think>`, else 0, as TRL's reward of this name does.
 
-    Unlike TRL's it knows prompts that end with `<think>`; see `Format`.
+    Unlike TRL's, it handles prompts that end with `<think>`; see `Format`.
     """
     return Format()(completions, **columns)
 
 
 def boxed_format(completions: list[Any], **columns: Any) -> list[float]:
-    r"""1 if the completion holds exactly one \boxed{...} outside of its reasoning, and something in it; else 0."""
+    r"""Score 1 if the completion has exactly one non-empty \boxed{...} outside its reasoning, else 0."""
     return Format(require="boxed")(completions, **columns)
 
 
 @dataclass(frozen=True)
 class Format:
-    r"""1 if the completion has every part of `require` (think, answer, boxed), or fits `pattern`; 0 if not.
+    r"""Score 1 if the completion has every part of `require` (think, answer, boxed), or matches `pattern`; 0 if not.
 
     - think: begins with one `<think>...</think>`
-    - answer: what follows the reasoning is one `<answer>...</answer>` and nothing else
-    - boxed: exactly one `\boxed{...}` outside of the reasoning, and something in it
+    - answer: the text after the reasoning is one `<answer>...</answer>` and nothing else
+    - boxed: exactly one non-empty `\boxed{...}` outside the reasoning
     """
 
     require: str | Sequence[str] | None = None
-    """One part or several; `think` if neither this nor `pattern` is given."""
+    """One or more parts; `think` if neither this nor `pattern` is given."""
     pattern: str | None = None
-    """Instead: a regular expression that the whole completion must match; `.` matches line ends."""
+    """Regular expression that the whole completion must match, instead of `require`; `.` matches line ends."""
     think_in_prompt: bool = False
-    """Every prompt ends with `<think>`, so completions begin inside of the reasoning; need not be said where the
-    prompts are at hand, because each is looked at."""
+    """Whether every prompt ends with `<think>`, so that completions begin inside the reasoning. Not needed if the reward
+    gets the prompts, because it checks each of them."""
 
     def __post_init__(self) -> None:
         if self.require is not None and self.pattern is not None:
             raise ValueError("give require or pattern, not both")
         unknown = [part for part in self._required if part not in _PARTS]
         if unknown:
-            raise ValueError(f"require: unknown part {unknown[0]!r}; there are {', '.join(_PARTS)}")
+            raise ValueError(f"require: unknown part {unknown[0]!r}; known parts: {', '.join(_PARTS)}")
         if self.pattern is not None:
             re.compile(self.pattern, re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""Does the completion keep to one language, its reasoning included (as in DeepSeek-R1, arXiv 2501.12948)?"""
+"""Reward completions that stay in one language, reasoning included (as in DeepSeek-R1, arXiv 2501.12948)."""
 
 import re
 import unicodedata
@@ -27,7 +27,7 @@ _SCRIPTS: dict[str, tuple[str, ...]] = {
     "ka": ("GEORGIAN",),
     "hy": ("ARMENIAN",),
 }
-"""ISO 639-1 code -> scripts, as the first word of their letters' Unicode names."""
+"""ISO 639-1 code -> scripts, named by the first word of the Unicode names of their letters."""
 
 _NOT_LANGUAGE = re.compile(
     r"```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\\\((?:(?!\\\().)*?\\\)|\\\[(?:(?!\\\[).)*?\\\]"  # code and formulas
@@ -36,15 +36,16 @@ _NOT_LANGUAGE = re.compile(
 )
 _ENOUGH_LETTERS = 50
 _ENOUGH_CHARACTERS = 15
-"""On shorter texts a statistical identifier guesses; there only the script counts. Chinese characters say more."""
+"""Shorter texts are too short to identify the language, so only the script counts. Chinese characters carry more
+information than letters."""
 
 
 @dataclass(frozen=True)
 class Language:
-    """Share of letters in the language's script; 0 if a longer text is in another language of that script.
+    """Score the share of letters in the language's script; 0 if a longer text is in another language of that script.
 
-    The language is column `language` where the data has it, else argument `language`; an ISO 639-1 code. Formulas,
-    code and tags are left out. None (missing) where no letters remain.
+    The language is column `language` if the data has it, else argument `language`; an ISO 639-1 code. Formulas, code and
+    tags are ignored. None (missing) if no letters remain.
     """
 
     language: str | None = None
@@ -66,7 +67,7 @@ class Language:
 
 def _scripts(language: str | None) -> tuple[str, ...]:
     if language not in _SCRIPTS:
-        raise ValueError(f"language: unknown code {language!r}; there are {', '.join(sorted(_SCRIPTS))}")
+        raise ValueError(f"language: unknown code {language!r}; known codes: {', '.join(sorted(_SCRIPTS))}")
     return _SCRIPTS[language]
 
 
@@ -96,7 +97,7 @@ def _identify(text: str, candidates: set[str]) -> str:
 
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
-    """Loaded on first use: it takes about a second."""
+    """Load the language identifier on first use, because that takes about a second."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)

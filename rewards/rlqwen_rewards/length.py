@@ -1,4 +1,4 @@
-"""Shorter is better, up to a point."""
+"""Reward short completions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,18 +8,18 @@ from rlqwen_rewards.answers import solutions_of
 
 @dataclass(frozen=True)
 class Length:
-    """1 up to `target` tokens, then falls linearly to 0 at `budget` tokens and stays there.
+    """Score 1 up to `target` tokens, then less, falling linearly to 0 at `budget` tokens and beyond.
 
-    Give it a small weight beside accuracy. With `only_correct` a wrong completion gets 0 whatever its length: without
-    it, the members of a group that are all wrong differ in length alone, and are taught to be short instead of right.
+    Give it a small weight beside accuracy. With `only_correct`, a wrong completion gets 0 whatever its length. Without
+    it, completions of a group that are all wrong differ only in length, so the model learns to be short, not correct.
     """
 
     budget: int
-    """Tokens at which the reward is 0."""
+    """Number of tokens from which the reward is 0."""
     target: int = 0
-    """Tokens up to which the reward is 1."""
+    """Number of tokens up to which the reward is 1."""
     only_correct: bool = False
-    """Reward correct completions only; needs column `solution` or `answer`."""
+    """Whether to reward correct completions only; needs column `solution` or `answer`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.target < self.budget:
@@ -40,7 +40,7 @@ class Length:
         rewards: list[float | None] = [self._reward(len(ids)) for ids in completion_ids]
         if not self.only_correct:
             return rewards
-        from rlqwen_rewards.accuracy import Accuracy  # here, because it imports SymPy
+        from rlqwen_rewards.accuracy import Accuracy  # imported here, because it imports SymPy
 
         grades = Accuracy()(completions, solution=solutions_of("length", solution, answer), **columns)
         return [

@@ -1,4 +1,4 @@
-"""Write an answer in one notation: LaTeX with ASCII signs, without what changes only its look."""
+"""Write answers in one canonical notation: LaTeX with ASCII characters, without commands that affect only layout."""
 
 import re
 import unicodedata
@@ -93,13 +93,13 @@ def canonical(text: str) -> str:
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = unwrap(text)
-    if len(_DOLLAR.findall(text)) % 2 == 0:  # formulas inside a text; a single one is a currency
+    if len(_DOLLAR.findall(text)) % 2 == 0:  # dollar signs around formulas; a single one is a currency
         text = _DOLLAR.sub("", text)
     return _join_thousands(text.replace(r"\$", "$").strip())
 
 
 def unwrap(text: str) -> str:
-    """Remove trailing punctuation, and one sign or command that encloses the whole text."""
+    """Remove trailing punctuation, and signs or commands that enclose the whole text."""
     while True:
         before = text
         text = _LAST.sub("", text.strip())
@@ -116,7 +116,7 @@ def squeeze(text: str) -> str:
 
 
 def contains(text: str, expression: str) -> bool:
-    """Return whether a text contains an expression outside larger numbers, words and powers; both canonical."""
+    """Return whether a text contains an expression that is not part of a larger number, word or power; both canonical."""
     pattern = r"\s*".join(map(re.escape, squeeze(expression)))
     return re.search(rf"(?<![\w.^\\]){pattern}(?![\w^]|\.\d)", _tidy(text)) is not None
 
@@ -126,12 +126,12 @@ def _tidy(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Return the words of a text, without LaTeX's commands for upright type."""
+    """Return a text without LaTeX's `\\text` commands."""
     return " ".join(_TEXT.sub(r"\1", text).split())
 
 
 def depths(text: str) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, depth after it) of each bracket, brace and begin or end of an environment."""
+    """Yield (start, end, depth after it) of each bracket, brace, and `\\begin` or `\\end`."""
     depth = 0
     for match in _BRACKET.finditer(text):
         if match[0] in _OPENING:
@@ -144,7 +144,7 @@ def depths(text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Split where the separator stands outside of all brackets."""
+    """Split a text at separators outside all brackets."""
     spans = list(_outside(text))
     pieces, start = [], 0
     for match in separator.finditer(text):

@@ -1,4 +1,4 @@
-"""Read numbers that are written out, exactly: integers, decimals, fractions, mixed numbers, powers of integers."""
+"""Read numbers exactly: integers, decimals, fractions, mixed numbers and powers of integers."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _SCALES = {
 
 @dataclass(frozen=True)
 class Number:
-    """A number and how it was written."""
+    """Hold a number and its notation."""
 
     value: Fraction
     form: Form
@@ -40,7 +40,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """Read the number that takes up the whole text (canonical notation); None for an expression or other text."""
+    """Read a number that is the whole text (in canonical notation); None for an expression or other text."""
     match = _PATTERN.fullmatch(text.strip())
     return _number(match) if match else None
 

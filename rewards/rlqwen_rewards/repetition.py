@@ -1,4 +1,4 @@
-"""Repetition penalty by n-grams of tokens (arXiv 2502.03373, appendix C.2)."""
+"""Penalize repeated n-grams of tokens (arXiv 2502.03373, appendix C.2)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Repetition:
-    """`max_penalty` times the share of the completion's n-grams that are repeats; 0 if none is.
+    """Score `max_penalty` times the share of the completion's n-grams that are repeats; 0 without repeats.
 
     $R(y) = p (1 - unique / all)$ over the n-grams of token ids; 0 for completions of fewer than n tokens.
     """
@@ -36,5 +36,5 @@ class Repetition:
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float]]:
-    """TRL's constructor of this name."""
+    """Construct the reward as TRL's function of this name does."""
     return Repetition(ngram_size, max_penalty)

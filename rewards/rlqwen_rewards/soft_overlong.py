@@ -1,4 +1,4 @@
-"""Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13)."""
+"""Penalize overlong completions gradually (DAPO, arXiv 2503.14476, equation 13)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SoftOverlong:
-    """0 up to `max_completion_len - soft_punish_cache` tokens, then falls linearly to -1 at `max_completion_len`."""
+    """Score 0 up to `max_completion_len - soft_punish_cache` tokens, then less, linearly, to -1 at `max_completion_len`."""
 
     max_completion_len: int
-    """L_max, in tokens; beyond it the punishment stays -1."""
+    """L_max, in tokens, from which the score is -1."""
     soft_punish_cache: int
-    """L_cache: the number of tokens over which the punishment grows."""
+    """L_cache: number of tokens over which the score falls from 0 to -1."""
 
     __name__ = "soft_overlong_punishment_reward"
 
@@ -34,5 +34,5 @@ class SoftOverlong:
 
 
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
-    """TRL's constructor of this name."""
+    """Construct the reward as TRL's function of this name does."""
     return SoftOverlong(max_completion_len, soft_punish_cache)

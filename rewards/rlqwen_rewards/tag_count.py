@@ -1,4 +1,4 @@
-"""Partial credit for tags: a gentler start than an all-or-nothing format reward."""
+"""Reward each expected tag, for a smoother signal than an all-or-nothing format reward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rlqwen_rewards.answers import texts_of
 
 @dataclass(frozen=True)
 class TagCount:
-    """Share of `tags` that occur exactly once in the completion; a `<think>` that ends the prompt counts as its own."""
+    """Score the share of `tags` that occur exactly once in the completion. A `<think>` at the end of the prompt counts."""
 
     tags: Sequence[str] = ("<think>", "</think>", "<answer>", "</answer>")
 

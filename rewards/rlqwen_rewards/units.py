@@ -1,4 +1,4 @@
-"""Read units, so that 10 cm is not 10 m but is 100 mm, and 2 hours 30 minutes is 150 minutes."""
+"""Read units, so that 10 cm equals 100 mm but not 10 m, and 2 hours 30 minutes equal 150 minutes."""
 
 import re
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ _DERIVED = {
     (("length", 3),): ((("volume", 1),), Fraction(1000)),
     (("length", 2),): ((("area", 1),), Fraction(1)),
 }
-"""Dimensions that are a power or a quotient of others, and what to multiply by."""
+"""Power or quotient of dimensions -> (dimension that it equals, factor)."""
 
 _TOKEN = re.compile(
     r"(?P<per>/|\bper\b|每)|(?P<prefix>\b(?:square|sq|cubic|cu)\b\.?|平方|立方)"
@@ -60,20 +60,20 @@ _PREFIXES = {"s": 2, "平": 2, "c": 3, "立": 3}
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of measure, or the name of what is counted."""
+    """Hold a unit of measure, or the name of counted things."""
 
     name: str
     dimension: tuple[tuple[str, int], ...] | None = None
-    """Base dimensions and their powers; None for things that are counted."""
+    """Base dimensions and their powers; None for counted things."""
     factor: Fraction = Fraction(1)
     """Size in the dimension's base unit."""
     is_compound: bool = False
-    """Of several units, such as 2 hours 30 minutes, so that the number alone says nothing."""
+    """Whether it has several units, such as 2 hours 30 minutes, so that the number alone is meaningless."""
 
 
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit:
-    """Return the unit that a text names; a unit outside the table is read as the name of a counted thing."""
+    """Return the unit that a text names; a unit outside the table counts as the name of counted things."""
     dimensions: dict[str, int] = {}
     factor, sign, prefix, position = Fraction(1), 1, 1, 0
     while position < len(text):

@@ -1,4 +1,4 @@
-"""Code that is right, wrong and hostile, in real isolated workers."""
+"""Test `code_tests` with correct, wrong and hostile code in real isolated workers."""
 
 import json
 import time
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from rlqwen_rewards.candidate_process import Limits
+from rlqwen_rewards.case_runner import run_cases, same_text, same_value
 from rlqwen_rewards.code_cases import FunctionCall, Program, Statements, parse_cases
-from rlqwen_rewards.code_tests import code_of, run_cases, same_text, same_value
+from rlqwen_rewards.code_tests import CodeTests, code_of
 
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards import Scorer, build_rewards
@@ -21,7 +22,7 @@ ASSERTS = ["assert double(2) == 4", "assert double([1]) == [1, 1]", "assert doub
 
 
 def scorer_with(timeout: float) -> Scorer:
-    """`timeout`: for each test of a completion."""
+    """Return a scorer; `timeout` is in seconds per test of a completion."""
     rewards = build_rewards([REWARD], [{"all_or_nothing": False, "timeout": timeout}])
     return Scorer(rewards, ScoringConfig(timeout=PATIENCE_S, max_failure_share=1.0))
 
@@ -46,7 +47,7 @@ def score(scorer: Scorer, *codes: str, prompt: Any = "Write it.", **columns: Any
     return group.rewards["CodeTests"]
 
 
-def test_assertions_give_the_share_that_holds(scorer: Scorer) -> None:
+def test_the_reward_is_the_share_of_assertions_that_hold(scorer: Scorer) -> None:
     right = "Sure:\n```python\ndef double(x):\n    return x + x\n```\nDone."
     half = "```python\ndef double(x):\n    return 2 * x if isinstance(x, int) else x\n```"
     thinking = f"<think>```python\nnonsense(\n```</think>{right}"
@@ -54,7 +55,7 @@ def test_assertions_give_the_share_that_holds(scorer: Scorer) -> None:
     assert score(scorer, right, half, thinking, broken, "no code", test_list=ASSERTS) == [1.0, 1 / 3, 1.0, 0.0, 0.0]
 
 
-def test_humaneval_checks_call_the_entry_point_and_continue_the_prompt(scorer: Scorer) -> None:
+def test_humaneval_tests_call_the_entry_point_and_code_may_continue_the_prompt(scorer: Scorer) -> None:
     test = "def check(candidate):\n    for i in range(5):\n        assert candidate(i) == i * i, 'no square'\n"
     prompt = 'def square(x):\n    """x times x"""\n'
     rewards = score(
@@ -64,7 +65,7 @@ def test_humaneval_checks_call_the_entry_point_and_continue_the_prompt(scorer: S
     assert rewards == [1.0, 0.0, 1.0]
 
 
-def test_programs_are_fed_and_their_output_compared(scorer: Scorer) -> None:
+def test_programs_get_input_and_their_output_is_compared(scorer: Scorer) -> None:
     tests = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]})
     add = "a, b = map(int, input().split())\nprint(a + b)\n"
     leave = f"import sys\n{add}sys.exit(0)\n"
@@ -72,14 +73,14 @@ def test_programs_are_fed_and_their_output_compared(scorer: Scorer) -> None:
     assert score(scorer, add, leave, fail, "print(3)", input_output=tests) == [1.0, 1.0, 0.0, 0.5]
 
 
-def test_functions_are_called_by_name_in_the_module_or_in_solution(scorer: Scorer) -> None:
+def test_functions_are_found_in_the_module_or_in_class_solution(scorer: Scorer) -> None:
     tests = {"fn_name": "pair", "inputs": [[1, 2], [3, 4]], "outputs": [[[2, 1]], [[4, 3]]]}
     plain = "def pair(a, b):\n    return b, a\n"
     method = "class Solution:\n    def pair(self, a, b):\n        return [b, a]\n"
     assert score(scorer, plain, method, "def other(): ...", tests=tests) == [1.0, 1.0, 0.0]
 
 
-def test_objects_of_the_code_s_own_classes_can_be_used_by_tests(scorer: Scorer) -> None:
+def test_tests_can_use_objects_of_classes_that_the_code_defines(scorer: Scorer) -> None:
     code = (
         "class Pair:\n    def __init__(self, a, b=0): self.a, self.b = a, b\n    def swap(self): return self.b, self.a\n"
         "def total(pairs): return sum(p.a + p.b for p in pairs)\n"
@@ -120,7 +121,7 @@ CHEATS = {
 
 
 @pytest.mark.fault("a completion that cheats its tests: ends early, overrides equality, looks for the results", "0")
-def test_cheats_earn_nothing(scorer: Scorer) -> None:
+def test_code_that_cheats_is_not_rewarded(scorer: Scorer) -> None:
     assert score(scorer, HONEST, *CHEATS.values(), test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(CHEATS)
 
 
@@ -156,8 +157,10 @@ DENIED = {
 
 
 @pytest.mark.fault("a completion that reaches for network, files, secrets, other processes", "refused; it sees nothing")
-def test_the_boundary_holds_for_what_a_completion_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each attempt prints whether it succeeded; all must have been refused, while the worker serves on."""
+def test_the_sandbox_denies_files_network_processes_and_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt prints whether it succeeded; all must be refused, and the worker must continue."""
     monkeypatch.setenv("CANARY_TOKEN", "canary-value-1234")
     data = tmp_path / "answers.jsonl"
     data.write_text("42")
@@ -196,38 +199,36 @@ HANGS = {
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("a completion that loops, takes 5 GB, crashes, forks without end, floods its output", "0 in time")
-def test_hostile_code_costs_only_itself(impatient_scorer: Scorer) -> None:
+def test_hostile_code_loses_only_its_own_reward(impatient_scorer: Scorer) -> None:
     started = time.monotonic()
     assert score(impatient_scorer, HONEST, *HANGS.values(), HONEST, test_list=ASSERTS[:1]) == [1.0] + [0.0] * len(
         HANGS
     ) + [1.0]
-    assert time.monotonic() - started < PATIENCE_S  # some sleep for longer
+    assert time.monotonic() - started < PATIENCE_S  # some of them sleep for longer
     assert impatient_scorer.metrics()["scoring/restarts"] == 0
 
 
-def test_a_test_that_catches_everything_does_not_pass_for_code_that_ran_out_of_time(impatient_scorer: Scorer) -> None:
+def test_code_that_ran_out_of_time_fails_a_test_that_catches_everything(impatient_scorer: Scorer) -> None:
     tests = ["try:\n    double(1)\nexcept:\n    pass", "assert True"]
     assert score(impatient_scorer, "def double(x):\n    while True: pass", test_list=tests) == [0.0]
 
 
-def test_an_interpreter_that_does_not_start_is_no_fault_of_the_code() -> None:
+def test_an_interpreter_that_does_not_start_raises() -> None:
     with pytest.raises(RuntimeError, match="did not start: its process ended"):
         run_cases(HONEST, [Statements("assert True")], ["/bin/false"], Limits(1.0, 1 << 29, 5))
 
 
-def test_isolation_can_be_given_up() -> None:
+def test_code_tests_run_with_isolation_off() -> None:
     with Scorer(build_rewards([REWARD]), ScoringConfig(isolation="off")) as scorer:
         assert score(scorer, HONEST, "def double(x): return x", test_list=ASSERTS) == [1.0, 0.0]
 
 
-def test_without_isolation_it_refuses_to_run() -> None:
-    import rlqwen_rewards.code_tests as module
-
+def test_code_tests_refuse_to_run_outside_a_worker() -> None:
     with pytest.raises(RuntimeError, match="isolated workers"):
-        module.CodeTests()(["p"], ["c"], tests=[["assert True"]])
+        CodeTests()(["p"], ["c"], tests=[["assert True"]])
 
 
-def test_forms_of_tests() -> None:
+def test_parse_cases_reads_the_forms_of_datasets() -> None:
     assert parse_cases("assert f(1) == 2", setup="x = 1") == [Statements("assert f(1) == 2", "x = 1")]
     assert parse_cases([{"input": ["1", "2"], "output": "3"}]) == [Program("1\n2", "3")]
     assert parse_cases([{"input": "[1, 2]\n3", "output": "[3]", "testtype": "functional"}], entry_point="f") == [
@@ -242,17 +243,17 @@ def test_forms_of_tests() -> None:
         (7, "must be statements"),
         ([7], "a statement or a mapping"),
         ([{"in": 1}], "'input' and 'output'"),
-        ({"inputs": [1], "outputs": []}, "lists of one length"),
+        ({"inputs": [1], "outputs": []}, "lists of the same length"),
         ("def check(candidate): ...", "entry_point"),
-        ("assert (", "no valid Python"),
+        ("assert (", "not valid Python"),
     ],
 )
-def test_malformed_tests_say_what_is_wrong(tests: Any, sign: str) -> None:
+def test_malformed_tests_are_refused_with_the_reason(tests: Any, sign: str) -> None:
     with pytest.raises(ValueError, match=sign):
         parse_cases(tests)
 
 
-def test_comparison_is_of_plain_data() -> None:
+def test_values_and_texts_are_compared_as_plain_data() -> None:
     assert same_value((1, [2, 3]), [1, (2, 3)])
     assert same_value({1: 0.1 + 0.2}, {"1": 0.3})
     assert not same_value(True, 1)
@@ -261,7 +262,7 @@ def test_comparison_is_of_plain_data() -> None:
     assert not same_text("1\n2", "1")
 
 
-def test_the_last_closed_block_is_the_code() -> None:
+def test_the_code_is_the_last_closed_block() -> None:
     assert code_of("```python\na = 1\n```\ntext\n```\nb = 2\n```\n```json\n{}\n```") == "b = 2\n"
     assert code_of("plain = 1") == "plain = 1"
     assert code_of("```python\nunfinished") == ""

@@ -97,7 +97,7 @@ def test_pattern_must_match_the_whole_completion():
 
 
 def test_format_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="unknown part 'box'; there are think, answer, boxed"):
+    with pytest.raises(ValueError, match="unknown part 'box'; known parts: think, answer, boxed"):
         Format(require=["think", "box"])
     with pytest.raises(ValueError, match="not both"):
         Format(require="think", pattern="x")

@@ -270,7 +270,7 @@ def test_built_ins_take_args_and_refuse_wrong_ones():
     assert resolve("format", {"require": ["boxed"]}).function(completions=[r"\boxed{1}"]) == [1.0]
     with pytest.raises(RewardSpecError, match="reward 'length' needs args: budget"):
         resolve("length")
-    with pytest.raises(RewardSpecError, match=r"refuses args .*there are think, answer, boxed"):
+    with pytest.raises(RewardSpecError, match=r"refuses args .*known parts: think, answer, boxed"):
         resolve("format", {"require": "box"})
 
 

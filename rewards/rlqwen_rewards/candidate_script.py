@@ -1,16 +1,16 @@
-"""Runs a completion's Python in a process that knows nothing of the results that are expected of it.
+"""Run a completion's Python code in a process that does not hold the expected results.
 
-A script: `candidate.py REQUESTS REPLIES MEMORY_BYTES CPU_SECONDS`, the first two descriptors. It writes `["ready"]`,
-reads the code, and either runs it as a program, or loads it and answers requests, one JSON list a line:
+A script: `candidate_script.py REQUESTS REPLIES MEMORY_BYTES CPU_SECONDS`; the first two are file descriptors. It writes
+`["ready"]`, reads the code, and either runs it as a program, or loads it and answers requests, one JSON list per line:
 
-    ["program", code]                     the code, as `__main__`, on its own standard input and output
+    ["program", code]                     runs the code as `__main__` with the standard input and output
     ["load", code]                        -> ["value", null]
     ["get", name or handle, attribute]    -> ["value", encoded]
     ["set", handle, attribute, value]     -> ["value", null]
     ["call", handle, arguments, keywords] -> ["value", encoded]
 
-or `["raised", class, message]`. Nothing here guards against the code: it may write whatever it likes as a reply. It
-gains nothing, because replies are plain data, and whoever asked compares them.
+or `["raised", class, message]`. This script does not defend itself against the code, which may write any reply. The code
+gains nothing by that, because replies are plain data and the other process compares them with the expected results.
 """
 
 import collections
@@ -35,9 +35,9 @@ _LISTS: tuple[Any, ...] = (
 
 
 def encode(value: Any, opaque: Callable[[Any], Any]) -> Any:
-    """Plain data as JSON that keeps the type; `opaque` encodes, or refuses, everything else.
+    """Encode plain data as JSON that keeps the type; `opaque` encodes or refuses everything else.
 
-    What derives from a plain type becomes that type, so no method of the code's own travels along.
+    An instance of a subclass of a plain type becomes that plain type, which drops methods that the code overrides.
     """
     if value is None or isinstance(value, bool | str):
         return value if value is None or isinstance(value, bool) else str.__str__(value)
@@ -59,7 +59,7 @@ def encode(value: Any, opaque: Callable[[Any], Any]) -> Any:
 
 
 def decode(content: Any, handle: Callable[[int], Any]) -> Any:
-    """The inverse of `encode`; `handle` gives what stands behind a number. Raises ValueError for anything else."""
+    """Decode what `encode` returned. `handle` returns the object of a handle. Raises ValueError for other content."""
     if content is None or isinstance(content, bool | int | str):
         return content
     if not isinstance(content, dict) or len(content) != 1:
@@ -83,12 +83,12 @@ def decode(content: Any, handle: Callable[[int], Any]) -> Any:
 
 
 class _Server:
-    """Answers requests on the objects of one module."""
+    """Answer requests about the objects of one module."""
 
     def __init__(self) -> None:
         self.module = types.ModuleType("completion")
         self.objects: list[Any] = [self.module]
-        """What a handle stands for; the module is 0."""
+        """Object of each handle; handle 0 is the module."""
 
     def answer(self, kind: str, *parts: Any) -> Any:
         if kind == "load":
@@ -144,7 +144,7 @@ def main() -> None:
             requests.close()
             replies.close()
             sys.argv[:] = ["completion.py"]
-            # In its own frame, and with nothing of this module in reach by name.
+            # Run in a new namespace, without any name of this module.
             names = {"__name__": "__main__", "__builtins__": __builtins__}
             exec(compile(request[1], "<completion>", "exec"), names)  # noqa: S102
             return

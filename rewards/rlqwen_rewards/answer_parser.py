@@ -1,4 +1,4 @@
-"""Read an answer as a person would: as a choice, a date, several answers, an amount with its unit, a word, a formula."""
+"""Parse an answer into a choice, a date or time, several answers, an amount with its unit, words, or a formula."""
 
 import re
 from collections.abc import Callable
@@ -13,22 +13,25 @@ from rlqwen_rewards.units import Unit, read_unit
 
 @dataclass(frozen=True)
 class Choice:
-    """A letter of a multiple choice, and the option's text where it is given."""
+    """Hold the letter of a multiple choice, and the text of the option if it is given."""
 
     letter: str
     content: str | None
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A date, as (year, month, day), or a time of day; what is not told is None."""
+class DateOrTime:
+    """Hold a date (year, month, day), or a time of day; parts that are not given are None."""
 
     parts: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class Items:
-    """Several answers in one; `kind` is `list`, `set`, `rows`, `row`, `ratio`, the brackets, or a matrix's shape."""
+    """Hold several answers in one.
+
+    `kind` is `list`, `set`, `rows`, `row`, `ratio`, `range`, the brackets, or the shape of a matrix.
+    """
 
     kind: str
     items: tuple[str, ...]
@@ -40,7 +43,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Amount:
-    """A number or formula, and its unit; also any formula without one."""
+    """Hold a number or formula, and its unit if it has one."""
 
     text: str
     number: Number | None = None
@@ -50,17 +53,17 @@ class Amount:
 
 @dataclass(frozen=True)
 class Words:
-    """A verbal answer, compared letter by letter."""
+    """Hold an answer in words, which is compared letter by letter."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Prose:
-    """A text in which no answer can be told; it equals nothing but itself."""
+    """Stand for a text in which no answer is recognized; it equals only itself."""
 
 
-Reading = Choice | Moment | Items | Amount | Words | Prose
+ParsedAnswer = Choice | DateOrTime | Items | Amount | Words | Prose
 
 _CHOICE_WORD = r"(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?:?|故?选项?|答案[是为]?:?)"
 _CHOICE = re.compile(
@@ -126,20 +129,20 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?:\s+|[.,:;]\s*)[A-Za-z]{2,}|[
 
 
 @lru_cache(maxsize=8192)
-def read(text: str) -> Reading:
-    """Parse a text in canonical notation into one of the answer types."""
+def parse_answer(text: str) -> ParsedAnswer:
+    """Parse a text in canonical notation into one of the types of answers."""
     for reader in _READERS:
-        if (reading := reader(text)) is not None:
-            return reading
+        if (parsed := reader(text)) is not None:
+            return parsed
     return Prose() if _PROSE.search(plain_text(text)) else Amount(text)
 
 
-def _read_number(text: str) -> Reading | None:
+def _read_number(text: str) -> ParsedAnswer | None:
     number = read_number(text)
     return Amount(text, number) if number else None
 
 
-def _read_grid(text: str) -> Reading | None:
+def _read_grid(text: str) -> ParsedAnswer | None:
     match = _GRID.fullmatch(text)
     if match is None:
         return Items("row", tuple(cells)) if len(cells := split(text, _CELL)) > 1 else None
@@ -151,7 +154,7 @@ def _read_grid(text: str) -> Reading | None:
     return Items(f"matrix of {len(rows)} rows", tuple(cells))
 
 
-def _read_choice(text: str) -> Reading | None:
+def _read_choice(text: str) -> ParsedAnswer | None:
     match = _CHOICE.fullmatch(plain_text(text))
     if match is None:
         return None
@@ -161,21 +164,21 @@ def _read_choice(text: str) -> Reading | None:
     return Choice((match["a"] or match["b"] or match["c"] or match["d"]).upper(), match["content"])
 
 
-def _read_moment(text: str) -> Reading | None:
+def _read_date_or_time(text: str) -> ParsedAnswer | None:
     text = plain_text(text)
     if text[:1].isdigit() and (match := _CLOCK.fullmatch(text)) and int(match[1]) < 25 and int(match[2]) < 60:
         hour = int(match[1]) % 12 + (12 if match[4] in "pP" else 0) if match[4] else int(match[1])
-        return Moment((hour, int(match[2]), int(match[3] or 0), None if match[4] is None else 1))
+        return DateOrTime((hour, int(match[2]), int(match[3] or 0), None if match[4] is None else 1))
     for pattern in _DATES:
         if match := pattern.fullmatch(text):
             part = match.groupdict()
             month = part.get("number") or _MONTHS.index(part["month"].lower()) + 1
             year, day = (int(part[name]) if part.get(name) else None for name in ("year", "day"))
-            return Moment((year, int(month), day))
+            return DateOrTime((year, int(month), day))
     return None
 
 
-def _read_brackets(text: str) -> Reading | None:
+def _read_brackets(text: str) -> ParsedAnswer | None:
     found = brackets_around(text)
     if found is None:
         return None
@@ -185,14 +188,14 @@ def _read_brackets(text: str) -> Reading | None:
         return None
     if (opening, closing) == (r"\{", r"\}"):
         builder = _BUILDER.fullmatch(content)
-        return read(builder[1]) if builder else Items("set", items)
+        return parse_answer(builder[1]) if builder else Items("set", items)
     if len(items) == 1:
-        return read(items[0]) if (opening, closing) == ("(", ")") else None
+        return parse_answer(items[0]) if (opening, closing) == ("(", ")") else None
     opening, closing = ("(" if opening == r"\langle" else opening), (")" if closing == r"\rangle" else closing)
     return Items(opening + closing, items) if opening in "([" and closing in ")]" else None
 
 
-def _read_compound(text: str) -> Reading | None:
+def _read_compound(text: str) -> ParsedAnswer | None:
     """Read 2 hours 30 minutes, 5 feet 3 inches, 1小时20分: units of one dimension, largest first."""
     text = plain_text(text)
     total, position = Fraction(0), 0
@@ -216,7 +219,7 @@ def _read_compound(text: str) -> Reading | None:
     return Amount(text, Number(total, "decimal"), Unit(text, ((dimensions.pop(), 1),), is_compound=True))
 
 
-def _read_list(text: str) -> Reading | None:
+def _read_list(text: str) -> ParsedAnswer | None:
     if match := _RANGE.fullmatch(text):
         return Items("range", match.groups())
     items = tuple(split(text, SEPARATOR))
@@ -229,7 +232,7 @@ def _read_list(text: str) -> Reading | None:
     return Items("ratio", items) if len(items) > 1 and all(map(read_number, items)) else None
 
 
-def _read_amount(text: str) -> Reading | None:
+def _read_amount(text: str) -> ParsedAnswer | None:
     if text.endswith("%"):
         amount = text[:-1].strip()
         return Amount(amount, read_number(amount), is_percent=True) if amount else None
@@ -269,7 +272,7 @@ def _is_bare_unit(rest: str, unit: str) -> bool:
     return not unit[0].isascii() or (rest[0] == " " and len(unit.split()[0]) > 2 and unit.replace(" ", "").isalpha())
 
 
-def _read_words(text: str) -> Reading | None:
+def _read_words(text: str) -> ParsedAnswer | None:
     text = plain_text(text).strip("!. ")
     if text.casefold() in _NUMBERS:
         return Amount(text, Number(Fraction(_NUMBERS[text.casefold()]), "integer"))
@@ -278,7 +281,7 @@ def _read_words(text: str) -> Reading | None:
     return Words(_ARTICLE.sub("", text.replace("-", " ")).casefold())
 
 
-_READERS: tuple[Callable[[str], Reading | None], ...] = (
-    _read_number, _read_grid, _read_choice, _read_moment, _read_brackets, _read_compound, _read_list, _read_amount,
+_READERS: tuple[Callable[[str], ParsedAnswer | None], ...] = (
+    _read_number, _read_grid, _read_choice, _read_date_or_time, _read_brackets, _read_compound, _read_list, _read_amount,
     _read_words,
 )  # fmt: skip
