@@ -70,14 +70,14 @@ def conversation(text):
 
 
 @pytest.mark.parametrize(("text", "solution", "reward"), SAME_AS_TRL)
-def test_accuracy_is_trl_s_where_trl_is_right(text, solution, reward):
+def test_accuracy_equals_trl_if_trl_is_correct(text, solution, reward):
     assert trl_rewards.accuracy_reward([conversation(text)], [solution]) == [reward]
     assert accuracy_reward([conversation(text)], [solution]) == [reward]
     assert Accuracy()([text], answer=[solution]) == [reward]
 
 
 @pytest.mark.parametrize(("text", "solution", "ours", "theirs"), BETTER_THAN_TRL)
-def test_accuracy_where_trl_errs(text, solution, ours, theirs):
+def test_accuracy_corrects_errors_of_trl(text, solution, ours, theirs):
     assert accuracy_reward([conversation(text)], [solution]) == [ours]
     assert trl_rewards.accuracy_reward([conversation(text)], [solution]) == [theirs]
 
@@ -96,7 +96,7 @@ def test_accuracy_is_the_same_off_the_main_thread():
     [r"\( " * 12_000, r"\boxed{" + "(" * 2000 + ")" * 2000 + "}", "the answer is $" * 3000, r"\boxed{" * 10_000],
     ids=["open formulas", "nested", "anchors", "open boxes"],
 )
-def test_degenerate_completions_are_wrong_and_cheap(text):
+def test_degenerate_completions_are_wrong_in_little_time(text):
     start = time.process_time()
     assert grade(text, "72.5") == 0.0
     assert grade(text, "72.5", plain=True) == 0.0
@@ -113,7 +113,7 @@ def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch):
     assert 1.0 in quick
 
 
-def test_plain_takes_the_last_number_or_formula():
+def test_plain_accepts_the_last_number_or_formula():
     assert grade("So she needs 5 more.", "5") == 0.0
     assert grade("So she needs 5 more.", "5", plain=True) == 1.0
     assert grade("First $3$, then $5$", "5", plain=True) == 1.0
@@ -134,11 +134,11 @@ def test_plain_takes_the_last_number_or_formula():
         ("The answer is 71. Wait, that is wrong. The answer is 72.", "72", 1.0),
     ],
 )
-def test_plain_takes_what_the_text_says_is_the_answer(text, solution, expected):
+def test_plain_accepts_the_text_after_the_answer_is(text, solution, expected):
     assert grade(text, solution, plain=True) == expected
 
 
-def test_any_of_several_solutions_will_do():
+def test_any_of_several_solutions_is_accepted():
     assert grade(r"\boxed{2}", ["1", "2"]) == 1.0
     assert grade(r"\boxed{3}", ["1", "2"]) == 0.0
     assert grade(r"\boxed{3}", [""]) is None
@@ -155,7 +155,7 @@ def test_only_the_answer_after_the_reasoning_counts():
     assert accuracy_reward(texts, ["7"] * 4) == [1.0, 0.0, 1.0, 1.0]
 
 
-def test_reasoning_accuracy_is_trl_s():
+def test_reasoning_accuracy_equals_trl():
     texts = [r"<think>x</think> \boxed{7}", r"\boxed{7}", r"<think>\boxed{7}</think> no", r"x</r> \boxed{7}"]
     completions = [conversation(text) for text in texts]
     for delimiters in (None, ["</r>"], ["</r>", "</think>"]):
@@ -163,7 +163,7 @@ def test_reasoning_accuracy_is_trl_s():
         assert reasoning_accuracy_reward(completions, ["7"] * 4, delimiters) == theirs
 
 
-def test_accuracy_prefers_solution_to_answer_and_needs_one():
+def test_accuracy_prefers_column_solution_and_needs_one():
     assert Accuracy()([r"\boxed{1}"], solution=["1"], answer=["2"]) == [1.0]
     with pytest.raises(ValueError, match="'solution' or 'answer'"):
         Accuracy()([r"\boxed{1}"])
@@ -178,7 +178,7 @@ def test_exact_match():
     assert ExactMatch()([r"so \boxed{72}"], solution=[["71", 72]]) == [1.0]
 
 
-def test_right_answers_to_word_problems_get_1_and_wrong_ones_0():
+def test_correct_answers_to_word_problems_get_1_and_wrong_ones_0():
     with WORD_PROBLEMS.open(encoding="utf-8") as lines:
         rationales = [json.loads(line)["answer"] for line in lines]
     finals = [rationale.split("####")[1].strip() for rationale in rationales]

@@ -15,7 +15,7 @@ from rlqwen_rewards.answers import boxed_answer, final_text, hashed_answer, mark
         ([], ""),
     ],
 )
-def test_text_of_completions_in_every_form(completion, text):
+def test_text_of_reads_every_form_of_completion(completion, text):
     assert text_of(completion) == text
 
 
@@ -47,11 +47,11 @@ def test_boxed_answer(text, answer):
     ("text", "answer"),
     [("#### 1\nno\n#### 72 \nbye", "72"), ("####72", "72"), ("####", None), ("### 72", None)],
 )
-def test_hashed_answer_is_the_line_after_the_last_hashes(text, answer):
+def test_hashed_answer_is_the_rest_of_the_line_after_the_last_hashes(text, answer):
     assert hashed_answer(text) == answer
 
 
-def test_a_box_goes_before_hashes_and_an_empty_box_marks_nothing():
+def test_a_box_precedes_hashes_and_an_empty_box_is_no_answer():
     assert marked_answer("\\boxed{5}\n#### 6") == "5"
     assert marked_answer("\\boxed{}\n#### 6") == "6"
     assert marked_answer(r"\boxed{}") is None
@@ -69,15 +69,15 @@ def test_a_box_goes_before_hashes_and_an_empty_box_marks_nothing():
         ("72</answer>", None),
     ],
 )
-def test_an_answer_may_stand_in_tags(text, answer):
+def test_an_answer_may_be_in_tags(text, answer):
     assert marked_answer(text) == answer
 
 
-def test_endless_tags_take_linear_time():
+def test_many_unclosed_tags_take_linear_time():
     start = time.process_time()
     assert marked_answer("<answer>" * 50_000) is None
     assert marked_answer("<answer>5</answer>" + "<answer>" * 50_000) == "5"
-    assert time.process_time() - start < 10  # minutes if it were quadratic
+    assert time.process_time() - start < 10  # quadratic time would take minutes
 
 
 def test_final_text_needs_closed_reasoning():
@@ -86,8 +86,8 @@ def test_final_text_needs_closed_reasoning():
     assert final_text("no reasoning") == "no reasoning"
 
 
-def test_endless_boxes_take_linear_time():
+def test_many_unclosed_boxes_take_linear_time():
     start = time.process_time()
     assert boxed_answer(r"\boxed{" * 50_000) is None
     assert boxed_answer(r"\boxed{" * 50_000 + "5}") == "5"
-    assert time.process_time() - start < 10  # 0.1 measured; minutes if it were quadratic
+    assert time.process_time() - start < 10  # 0.1 s measured; quadratic time would take minutes

@@ -1,4 +1,4 @@
-r"""Every gold as a reader would read it: `\boxed{G}` is right, and no part of G is, unless the policy says so."""
+r"""Test that `\boxed{G}` is correct for every gold answer G, and no part of G is, except as the policy says."""
 
 import re
 from fractions import Fraction
@@ -435,9 +435,11 @@ P(A) = \frac{1}{3} -> \frac{1}{3}
 f(x) = x^2 + 1 -> x^2 + 1
 y = 2x + 3 -> 2x + 3
 """
-r"""A number without its unit, a value without its name, one of choice and content: parts, and right nonetheless."""
+r"""Parts that are correct by the policy: a number without its unit, a value without its name, a choice or its content."""
 
-SAME_TEXT = re.compile(r"\\boxed|####|^\\text\{[^{}\d]*\}$|答|\\left")  # the part is all that the gold says
+SAME_TEXT = re.compile(
+    r"\\boxed|####|^\\text\{[^{}\d]*\}$|答|\\left"
+)  # the part is the whole content of the gold answer
 
 MORE_PARTS = r"""
 1,234 -> 34
@@ -805,7 +807,7 @@ def boxed(answer):
 
 
 @pytest.mark.parametrize("gold", GOLDS)
-def test_a_gold_is_right_and_no_part_of_it_is(gold):
+def test_a_gold_answer_is_correct_and_its_parts_are_not(gold):
     gold = gold.replace(r"\n#", "\n#")
     assert grade(boxed(gold), gold) == 1.0
     parts = {part for part in _PART.findall(gold) if part != gold and not SAME_TEXT.search(gold)}
@@ -814,12 +816,12 @@ def test_a_gold_is_right_and_no_part_of_it_is(gold):
 
 
 @pytest.mark.parametrize(("gold", "part"), pairs(BY_POLICY))
-def test_parts_that_are_right_by_policy(gold, part):
+def test_some_parts_are_correct_by_the_policy(gold, part):
     assert grade(boxed(part), gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "part"), pairs(MORE_PARTS))
-def test_larger_parts_are_not_right(gold, part):
+def test_larger_parts_are_wrong(gold, part):
     assert grade(boxed(gold), gold) == 1.0
     assert grade(boxed(part), gold) != 1.0
 
@@ -833,17 +835,17 @@ def policy_examples():
 
 
 @pytest.mark.parametrize(("gold", "answer", "reward"), list(policy_examples()))
-def test_the_table_of_the_policy(gold, answer, reward):
+def test_the_examples_of_the_policy_hold(gold, answer, reward):
     assert grade(boxed(answer), gold) == reward
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SAME))
-def test_what_reads_the_same_is_right(gold, answer):
+def test_equal_answers_in_other_notation_are_correct(gold, answer):
     assert grade(boxed(answer), gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT))
-def test_what_reads_differently_is_wrong(gold, answer):
+def test_different_answers_are_wrong(gold, answer):
     assert grade(boxed(answer), gold) == 0.0
 
 
@@ -855,16 +857,16 @@ def test_what_reads_differently_is_wrong(gold, answer):
         (Fraction(1, 3), "1/3", 1.0),
     ],
 )  # fmt: skip
-def test_golds_given_as_numbers(gold, answer, reward):
+def test_gold_answers_may_be_numbers(gold, answer, reward):
     assert grade(boxed(answer), gold) == reward
 
 
 @pytest.mark.parametrize("gold", [None, float("nan"), "", "  ", "nan", [], [None], "I do not know", r"\frac{1}{"])
-def test_a_gold_that_is_missing_or_cannot_be_read_is_none(gold):
+def test_a_missing_or_unreadable_gold_answer_gives_none(gold):
     texts = [r"\boxed{2}", r"\boxed{None}", r"\boxed{nan}", "no answer", "<think>never closed"]
     assert Accuracy()(texts, solution=[gold] * 5) == [None] * 5
 
 
-def test_several_golds_of_which_one_is_missing():
+def test_a_missing_gold_answer_among_several_is_ignored():
     assert grade(r"\boxed{2}", [None, "2"]) == 1.0
     assert grade(r"\boxed{3}", [None, "2"]) == 0.0

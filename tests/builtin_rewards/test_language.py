@@ -15,29 +15,29 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("language", TEXTS)
-def test_each_language_is_told_from_every_other(language):
+def test_each_language_is_distinguished_from_the_others(language):
     rewards = Language(language)(list(TEXTS.values()))
     assert rewards == [1.0 if other == language else 0.0 for other in TEXTS]
 
 
-def test_mixing_costs_the_share_of_foreign_letters():
+def test_mixed_text_scores_the_share_of_letters():
     assert Language("en")(["we 加 it 数字"]) == [4 / 7]
     assert Language("zh")(["we 加 it 数字"]) == [3 / 7]
 
 
-def test_formulas_code_and_tags_are_no_language():
+def test_formulas_code_and_tags_are_ignored():
     text = "<think>加</think> $x+y$ \\(abc\\) ```print(x)``` `code` \\frac \\boxed{\\text{word}}"
     assert Language("zh")([text]) == [1.0]
     assert Language("en")([r"\boxed{57}", ""]) == [None, None]
 
 
-def test_formulas_that_never_close_take_linear_time():
+def test_unclosed_formulas_take_linear_time():
     start = time.process_time()
     assert Language("en")([r"\( " * 12_000]) == [None]
     assert time.process_time() - start < 10
 
 
-def test_the_data_s_column_goes_before_the_argument():
+def test_column_language_overrides_the_argument():
     assert Language("en")(["да", "да"], language=["ru", "en"]) == [1.0, 0.0]
 
 

@@ -39,7 +39,7 @@ def test_length_refuses_an_empty_range(args):
         Length(**args)
 
 
-def test_cosine_length_is_trl_s():
+def test_cosine_length_equals_trl():
     texts = [r"\boxed{5}"] * 5 + [r"\boxed{6}"] * 5 + [r"\boxed{5}"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     lengths = ids(0, 25, 50, 100, 200, 0, 25, 50, 100, 200, 7)
@@ -56,7 +56,7 @@ def test_cosine_length_is_trl_s():
         CosineLength(max_len=0)
 
 
-def test_soft_overlong_is_trl_s():
+def test_soft_overlong_equals_trl():
     lengths = ids(0, 80, 81, 90, 100, 101)
     assert SoftOverlong(100, 20)(lengths) == pytest.approx([0.0, 0.0, -0.05, -0.5, -1.0, -1.0])
     for cache in (0, 20, 100):
@@ -66,7 +66,7 @@ def test_soft_overlong_is_trl_s():
         SoftOverlong(100, 101)
 
 
-def test_repetition_is_trl_s():
+def test_repetition_equals_trl():
     completion_ids = [[1, 2, 3, 4], [5, 5, 5, 5, 5], [1, 2, 1, 2, 1], [1], []]
     assert Repetition(ngram_size=2)(completion_ids) == pytest.approx([0.0, -0.75, -0.5, 0.0, 0.0])
     for size in (1, 2, 3):
@@ -79,11 +79,11 @@ def test_repetition_is_trl_s():
         Repetition(ngram_size=0)
 
 
-def test_trl_s_names_of_made_rewards_survive_pickling():
-    made = [get_cosine_scaled_reward(10), get_soft_overlong_punishment(10, 5), get_repetition_penalty_reward()]
+def test_constructed_rewards_keep_the_names_of_trl_when_pickled():
+    ours = [get_cosine_scaled_reward(10), get_soft_overlong_punishment(10, 5), get_repetition_penalty_reward()]
     theirs = [
         trl_rewards.get_cosine_scaled_reward(10),
         trl_rewards.get_soft_overlong_punishment(10, 5),
         trl_rewards.get_repetition_penalty_reward(),
     ]
-    assert [pickle.loads(pickle.dumps(one)).__name__ for one in made] == [one.__name__ for one in theirs]
+    assert [pickle.loads(pickle.dumps(one)).__name__ for one in ours] == [one.__name__ for one in theirs]

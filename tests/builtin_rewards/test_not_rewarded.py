@@ -1,4 +1,4 @@
-r"""What must not be paid: the question itself, several answers for one, answers in or before reasoning, endless work."""
+"""Test that accuracy does not reward the question itself, hedging, answers inside reasoning, and hostile formulas."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from rlqwen_rewards.length import Length
 
 from tests.patience import PATIENCE_S
 
-# prompt, solution, and the boxed answer that only gives the question back
+# prompt, solution, and a boxed answer that only repeats the question
 QUESTIONS = [
     ("What is 19 + 67?", "86", "19 + 67"),
     ("What is 19 + 67?", "86", "19+67"),
@@ -33,7 +33,7 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize(("prompt", "solution", "answer"), QUESTIONS)
-def test_the_question_is_no_answer(prompt, solution, answer):
+def test_the_question_is_not_rewarded_as_an_answer(prompt, solution, answer):
     text = rf"\boxed{{{answer}}}"
     assert Accuracy()([text], solution=[solution], prompts=[prompt]) == [0.0]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt}]
@@ -55,7 +55,7 @@ def test_the_question_is_no_answer(prompt, solution, answer):
         (r"Expand $(x+1)^2$.", "x^2+2x+1", "1 + 2x + x^2"),
     ],
 )
-def test_an_answer_that_stands_in_the_prompt_worked_out_is_paid(prompt, solution, answer):
+def test_a_computed_answer_that_is_in_the_prompt_is_rewarded(prompt, solution, answer):
     assert Accuracy()([rf"\boxed{{{answer}}}"], solution=[solution], prompts=[prompt]) == [1.0]
 
 
@@ -105,7 +105,7 @@ HEDGES = [
 
 
 @pytest.mark.parametrize("text", HEDGES)
-def test_several_answers_are_not_the_right_one(text):
+def test_several_answers_instead_of_one_are_not_rewarded(text):
     assert Accuracy()([text], solution=["72"]) == [0.0]
 
 
@@ -126,7 +126,7 @@ def test_several_answers_are_not_the_right_one(text):
         "答案是 $72$。",
     ],
 )
-def test_one_answer_that_stands_is_paid(text):
+def test_one_final_answer_is_rewarded(text):
     assert Accuracy()([text], solution=["72"]) == [1.0]
 
 
@@ -143,11 +143,11 @@ def test_one_answer_that_stands_is_paid(text):
         r"\boxed{71} <think>wait</think> \boxed{72}",
     ],
 )
-def test_an_answer_inside_of_reasoning_or_before_it_is_not_paid(text):
+def test_an_answer_inside_or_before_reasoning_is_not_rewarded(text):
     assert Accuracy()([text], solution=["72"]) == [0.0]
 
 
-def test_reasoning_in_several_blocks_before_the_answer_is_fine():
+def test_an_answer_after_several_blocks_of_reasoning_is_rewarded():
     assert Accuracy()([r"<think>a</think> <think>b</think> \boxed{72}"], solution=["72"]) == [1.0]
 
 
@@ -155,7 +155,7 @@ OPEN_PROMPTS = ["<|im_start|>assistant\n<think>\n", [{"role": "assistant", "cont
 
 
 @pytest.mark.parametrize("prompt", OPEN_PROMPTS)
-def test_reasoning_that_the_prompt_opened(prompt):
+def test_reasoning_opened_by_the_prompt_must_be_closed(prompt):
     texts = [r"maybe \boxed{4}, but wait", r"maybe \boxed{4}</think> no", r"2+2</think> \boxed{4}"]
     many = {"solution": ["4"] * 3, "prompts": [prompt] * 3}
     assert Accuracy()(texts, **many) == [0.0, 0.0, 1.0]
@@ -165,14 +165,14 @@ def test_reasoning_that_the_prompt_opened(prompt):
     assert right == [False, False, True]
 
 
-def test_reasoning_that_the_template_opened_as_the_trainer_tells():
+def test_reasoning_opened_by_the_template_must_be_closed():
     texts, prompts = [r"maybe \boxed{4}"] * 2, [[{"role": "user", "content": "2+2?"}]] * 2
     assert Accuracy()(texts, solution=["4"] * 2, prompts=prompts) == [1.0, 1.0]
     rewards = Accuracy()(texts, solution=["4"] * 2, prompts=prompts, prompt_opens_reasoning=[True, False])
     assert rewards == [0.0, 1.0]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where the alarm meets a destructor
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the alarm may interrupt a destructor
 @pytest.mark.parametrize(
     "answer",
     [
@@ -184,10 +184,10 @@ def test_hostile_formulas_are_wrong_in_time_on_the_main_thread(answer, monkeypat
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     start = time.process_time()
     assert [grade(rf"\boxed{{{answer}}}", gold) for gold in ("72", "x^2+1")] == [0.0] * 2
-    assert time.process_time() - start < 30  # a second for each formula, then it is given up
+    assert time.process_time() - start < 30  # one second per formula
 
 
-def test_running_out_of_time_is_wrong_for_a_completion(monkeypatch):
+def test_a_completion_whose_comparison_times_out_is_wrong(monkeypatch):
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     monkeypatch.setattr(accuracy, "same", lambda *_: time.sleep(20))
     assert grade(r"\boxed{x+x}", "2x") == 0.0
@@ -195,7 +195,7 @@ def test_running_out_of_time_is_wrong_for_a_completion(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_alarm_that_a_destructor_swallows_rings_again(monkeypatch):
+def test_an_alarm_that_a_destructor_swallows_is_repeated(monkeypatch):
     class Slow:
         def __del__(self):
             time.sleep(20)
@@ -211,13 +211,13 @@ def test_an_alarm_that_a_destructor_swallows_rings_again(monkeypatch):
     assert time.monotonic() - start < 15
 
 
-def test_running_out_of_time_is_none_for_a_gold(monkeypatch):
+def test_a_gold_answer_whose_check_times_out_gives_none(monkeypatch):
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     monkeypatch.setattr(accuracy, "is_meaningful", lambda *_: time.sleep(20))
     assert grade(r"\boxed{x+x}", "3x + 987654") is None
 
 
-def test_power_towers_are_wrong_off_the_main_thread_too():
+def test_power_towers_are_wrong_off_the_main_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(grade(r"\boxed{9^{9^{9^{9}}}}", "x^2+2")), daemon=True)
     thread.start()
