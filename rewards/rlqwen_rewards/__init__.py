@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rlqwen_rewards.repetition import get_repetition_penalty_reward
     from rlqwen_rewards.soft_overlong import get_soft_overlong_punishment
 
-_HOMES = {
+_MODULES = {
     "accuracy_reward": "accuracy",
     "get_cosine_scaled_reward": "cosine_length",
     "get_repetition_penalty_reward": "repetition",
@@ -35,9 +35,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that simple rewards do not import SymPy."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rlqwen_rewards' has no attribute {name!r}")
-    return getattr(import_module(f"rlqwen_rewards.{_HOMES[name]}"), name)
+    return getattr(import_module(f"rlqwen_rewards.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

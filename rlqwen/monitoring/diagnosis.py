@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlqwen.config import OnlineConfig, TrainerConfig
-from rlqwen.monitoring.history import History
+from rlqwen.monitoring.metric_history import MetricHistory
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,7 +25,7 @@ class ObservedStep:
     """Hold the metrics of a step, the history of those before it, and the run's settings."""
 
     metrics: Mapping[str, float]
-    history: History
+    history: MetricHistory
     args: TrainerConfig
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 from rlqwen.config import TrainerConfig
 from rlqwen.config.watch import Action, SymptomConfig
 from rlqwen.monitoring.diagnosis import Diagnosis, ObservedStep
-from rlqwen.monitoring.history import History
+from rlqwen.monitoring.metric_history import MetricHistory
 from rlqwen.monitoring.symptoms import SYMPTOMS
 from rlqwen.monitoring.update_symptoms import gradient_norms
 
@@ -58,7 +58,7 @@ class Monitor:
         self._args = args
         self._config = args.watch
         window = self._config.grad_norm.window if self._config.grad_norm else 1
-        self._history = History(self._config.start_steps, window)
+        self._history = MetricHistory(self._config.start_steps, window)
         self._present: dict[str, int] = {}
         """Symptom -> number of steps in a row with it."""
         self._absent: dict[str, int] = {}

@@ -1,26 +1,26 @@
-"""Rewards in worker processes with hard deadlines.
+"""Call rewards in worker processes with hard deadlines.
 
-Imported lazily: a worker process passes through this package and must start fast.
+Names are imported lazily, because worker processes import this package and must start fast.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlqwen.rewards.build import build_rewards
+    from rlqwen.rewards.build_rewards import build_rewards
     from rlqwen.rewards.call_counts import CallCounts
     from rlqwen.rewards.scorer import Scorer
 
-_HOMES = {
+_MODULES = {
     "Scorer": "rlqwen.rewards.scorer",
     "CallCounts": "rlqwen.rewards.call_counts",
-    "build_rewards": "rlqwen.rewards.build",
+    "build_rewards": "rlqwen.rewards.build_rewards",
 }
 
 __all__ = ["CallCounts", "Scorer", "build_rewards"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rlqwen.rewards' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -15,7 +15,7 @@ import cloudpickle  # type: ignore[import-untyped]
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError
-from rlqwen.rewards.call import CallResult, describe
+from rlqwen.rewards.reward_call import CallResult, describe
 from rlqwen.rewards.sandbox.sandbox import minimal_environment, unavailable_message
 from rlqwen.rewards.worker_handle import RewardWorker
 from rlqwen.rewards.worker_main import Setup

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rlqwen.errors import RewardFailure
-from rlqwen.rewards.call import CallResult
 from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.rewards.failure_log import FailureLog
 from rlqwen.rewards.registry import Reward
+from rlqwen.rewards.reward_call import CallResult
 from rlqwen.rewards.scoring_batch import ScoringBatch, ScoringJob
 from rlqwen.secrets import redact, redact_values
 

@@ -10,13 +10,13 @@ from types import SimpleNamespace, TracebackType
 from typing import Any, Self
 
 from rlqwen.config import ScoringConfig
-from rlqwen.rewards.call import CallResult, call
 from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.rewards.dispatcher import Call, Dispatcher
 from rlqwen.rewards.failure_log import FailureLog
 from rlqwen.rewards.placement import check_arguments, must_isolate, pickle_rewards
 from rlqwen.rewards.registry import Reward, call_arguments, check_columns
 from rlqwen.rewards.result_recorder import ResultRecorder
+from rlqwen.rewards.reward_call import CallResult, call
 from rlqwen.rewards.reward_logging import LOGGERS
 from rlqwen.rewards.reward_model import RewardModel
 from rlqwen.rewards.scoring_batch import ScoringBatch, ScoringJob

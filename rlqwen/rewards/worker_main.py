@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlqwen.rewards.call import call, describe
+from rlqwen.rewards.reward_call import call, describe
 from rlqwen.rewards.reward_logging import LOGGERS
 
 TRACE_SIGNAL = signal.SIGUSR1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class History:
+class MetricHistory:
     """Compute medians of metrics over the first `start_steps` values of the run and over the last `window` values."""
 
     def __init__(self, start_steps: int, window: int) -> None:

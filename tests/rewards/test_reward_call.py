@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from rlqwen.rewards.call import as_list, call, validate
+from rlqwen.rewards.reward_call import as_list, call, validate
 
 
 @pytest.mark.parametrize(
