@@ -1,53 +1,71 @@
-"""From rewards to advantages: pure functions of tensors.
+"""Estimate advantages from rewards: pure functions of tensors.
 
-Shapes: P prompts, G completions a prompt. A missing reward (rlqwen.rewards.total_reward says when it is) is NaN: it takes no
-part in any mean or deviation, and its advantage is 0.
+An estimator of groups (`group`, `rloo`, `reinforce_pp`) is called with what its signature names: `rewards` and `lengths`,
+both (P, G), settings of the trainer's config, and the recipe's `advantage_args`.
+
+Shapes: P prompts, G completions per prompt. A missing reward (see rlqwen.rewards.total_reward) is NaN: it is left out of every
+mean and deviation, and its advantage is 0.
 """
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Estimator = Literal["group", "rloo", "reinforce_pp"]
-Scale = Literal["group", "batch", "none"]
-
 EPSILON = 1e-4
-"""Added to a deviation before dividing by it; TRL's value."""
+"""Added to a standard deviation before dividing by it; TRL's value."""
 
 
-def group_advantages(rewards_PG: Tensor, *, estimator: Estimator = "group", scale: Scale = "group") -> Tensor:
-    """Advantages of each completion against its own group.
+def group(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
+    """Compare each completion with the mean of its group (GRPO, arXiv 2402.03300): A = r - mean(group).
 
-    - `group`: A = r - mean(group); GRPO, arXiv 2402.03300.
-    - `rloo`: A = r - mean(the group's others) = (r - mean(group)) * G / (G - 1); arXiv 2402.14740.
-    - `reinforce_pp`: the group baseline, then whitened over the batch whatever `scale` says;
-      REINFORCE++-baseline, arXiv 2501.03262.
-
-    `scale` divides by the deviation of the group, of the whole batch, or by nothing (Dr. GRPO, arXiv 2503.20783).
+    `scale_rewards` divides by the deviation of the `group`, of the whole `batch`, or by nothing (`none`; Dr. GRPO, arXiv
+    2503.20783).
 
     Args:
-        rewards_PG: (P, G) float, NaN where a reward is missing.
+        rewards: (P, G) float, NaN if a reward is missing.
 
     Returns:
-        (P, G) float32, 0 where the reward is missing.
+        (P, G) float32, 0 if the reward is missing.
     """
+    return _present(_scaled(_centered(rewards), rewards, scale_rewards), rewards)
+
+
+def rloo(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
+    """Compare each completion with the mean of the others in its group (RLOO, arXiv 2402.14740).
+
+    A = r - mean(others) = (r - mean(group)) * G / (G - 1). Arguments and result as for `group`.
+    """
+    count = (~rewards.isnan()).sum(1, keepdim=True)
+    return _present(_scaled(_centered(rewards) * count / (count - 1).clamp(min=1), rewards, scale_rewards), rewards)
+
+
+def reinforce_pp(rewards: Tensor) -> Tensor:
+    """Compare with the group mean, then whiten over the batch (REINFORCE++-baseline, arXiv 2501.03262).
+
+    Arguments and result as for `group`; `scale_rewards` does not apply.
+    """
+    centered = _centered(rewards)
+    centered = centered - centered.nanmean()
+    return _present(centered / (nan_std(centered.flatten()[None]) + EPSILON), rewards)
+
+
+def _centered(rewards_PG: Tensor) -> Tensor:
     rewards = rewards_PG.float()
-    present = ~rewards.isnan()
-    count = present.sum(1, keepdim=True)
-    centred = rewards - rewards.nanmean(1, keepdim=True)
+    centered = rewards - rewards.nanmean(1, keepdim=True)
     # The mean of equal numbers may round to another one, and dividing by a deviation near 0 would blow that up.
-    centred = centred.masked_fill(present & ~carries_signal(rewards)[:, None], 0.0)
-    if estimator == "rloo":
-        centred = centred * count / (count - 1).clamp(min=1)
-    if estimator == "reinforce_pp":
-        centred = centred - centred.nanmean()
-        centred = centred / (nan_std(centred.flatten()[None]) + EPSILON)
-    elif scale == "group":
-        centred = centred / (nan_std(rewards) + EPSILON)
-    elif scale == "batch":
-        centred = centred / (nan_std(rewards.flatten()[None]) + EPSILON)
-    return torch.where(present, centred, 0.0)
+    return centered.masked_fill(~rewards.isnan() & ~carries_signal(rewards)[:, None], 0.0)
+
+
+def _scaled(centered_PG: Tensor, rewards_PG: Tensor, scale: str) -> Tensor:
+    rewards = rewards_PG.float()
+    if scale == "group":
+        return centered_PG / (nan_std(rewards) + EPSILON)
+    if scale == "batch":
+        return centered_PG / (nan_std(rewards.flatten()[None]) + EPSILON)
+    return centered_PG
+
+
+def _present(advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
+    return torch.where(rewards_PG.isnan(), 0.0, advantages_PG)
 
 
 def nan_std(values: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Direct preference optimisation and its relatives."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reference import SyncedReference
+from rlqwen.plugins.kinds import LOSSES
 
-PreferenceLoss = Literal[
+LossName = Literal[
     "sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "simpo", "cpo", "orpo", "kto",
 ]  # fmt: skip
@@ -46,9 +47,12 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     learning_rate: float = Field(default=1e-6, ge=0)
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference; IPO's tau; in SimPO, CPO and ORPO the scale of the margin."""
-    loss_type: list[PreferenceLoss] = Field(default=["sigmoid"], min_length=1)
+    loss_type: list[str] = Field(default=["sigmoid"], min_length=1)
     """One loss, or several that are added; see rlqwen.algorithms.losses.preference for formulas and papers. TRL's own, and ours:
-    `simpo`, `cpo`, `orpo` (no reference), `kto` (pairs or labelled answers)."""
+    `simpo`, `cpo`, `orpo` (no reference), `kto` (pairs or labelled answers). Also another registered loss of pairs
+    (`rlqwen losses`), `package.module:function` or `file.py:function`, which is given a reference."""
+    loss_args: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Ours: name of a loss -> its arguments beyond this config's fields."""
     loss_weights: list[float] | None = None
     """A weight a loss; None: 1 each."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -95,7 +99,7 @@ class DPOConfig(PreferenceConfig, SyncedReference):
         return bool(RANKING.intersection(self.loss_type))
 
     @property
-    def weighted_losses(self) -> list[tuple[PreferenceLoss, float]]:
+    def weighted_losses(self) -> list[tuple[str, float]]:
         """Each loss with its weight."""
         return list(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
@@ -106,6 +110,12 @@ class DPOConfig(PreferenceConfig, SyncedReference):
 
     @model_validator(mode="after")
     def _losses_fit_together(self) -> "DPOConfig":
+        every = frozenset(get_args(LossName))
+        plugins = frozenset(self.loss_type) - every
+        for name in plugins:
+            LOSSES.check_name(name, "loss_type", sorted(every))
+        if unnamed := self.loss_args.keys() - set(self.loss_type):
+            raise ValueError(f"loss_args: {min(unnamed)!r} is not among loss_type {', '.join(self.loss_type)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} values for {len(self.loss_type)} losses "
@@ -115,9 +125,8 @@ class DPOConfig(PreferenceConfig, SyncedReference):
             raise ValueError(f"loss_type names a loss twice: {', '.join(self.loss_type)}; use loss_weights")
         if "exo_pair" in self.loss_type and not self.label_smoothing:
             raise ValueError("exo_pair needs label_smoothing above 0; its paper recommends 1e-3")
-        if self.label_smoothing and not SMOOTHED.intersection(self.loss_type):
+        if self.label_smoothing and not plugins and not SMOOTHED.intersection(self.loss_type):
             raise ValueError(_unfit("label_smoothing", self.loss_type, SMOOTHED, "it is not used there"))
-        every = frozenset(get_args(PreferenceLoss))
         for option, given, fitting, reason in (
             (
                 f"f_divergence_type={self.f_divergence_type!r}",
@@ -139,7 +148,7 @@ class DPOConfig(PreferenceConfig, SyncedReference):
                 "each answer is judged by its distance from the reference",
             ),
         ):
-            unfit = [loss for loss in self.loss_type if loss not in fitting]
+            unfit = [loss for loss in self.loss_type if loss not in fitting and loss not in plugins]
             if given and unfit:
                 raise ValueError(_unfit(option, unfit, fitting, reason))
         return self

@@ -1,14 +1,22 @@
 """Group Relative Policy Optimization and its relatives."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlqwen.config.online import OnlineConfig
 from rlqwen.config.reference import SyncedReference
 from rlqwen.errors import ConfigError
+from rlqwen.plugins.kinds import ADVANTAGES, LOSSES, NORMALIZERS
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+PRESETS: dict[str, tuple[str, str]] = {
+    "grpo": ("clipped", "sequence_mean"),
+    "dapo": ("clipped", "token_mean"),
+    "bnpo": ("clipped", "token_mean"),
+    "dr_grpo": ("clipped", "constant_length"),
+    "cispo": ("cispo", "token_mean"),
+}
+"""TRL's names of losses -> surrogate and normalizer. Over a whole update, `bnpo` is `dapo`."""
 
 
 class GRPOConfig(OnlineConfig, SyncedReference):
@@ -23,8 +31,14 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     num_iterations: int = Field(default=1, ge=1)
     """Passes over a rollout (mu in the paper)."""
 
-    loss_type: LossType = "dapo"
-    """How the loss is clipped and normalised; see rlqwen.algorithms.losses.grpo_loss for formulas and papers."""
+    loss_type: str = "dapo"
+    """`grpo`, `dapo`, `bnpo`, `dr_grpo` or `cispo`, which name a surrogate and a normalizer; or a surrogate alone: a
+    registered loss (`rlqwen losses`), `package.module:function` or `file.py:function`."""
+    loss_normalizer: str | None = None
+    """Ours: what the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, or another registered
+    normalizer, `package.module:function` or `file.py:function`. None: that of `loss_type`; of a surrogate, `token_mean`."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Ours: arguments of the surrogate beyond this config's fields."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """`sequence` is GSPO: one ratio a completion, the geometric mean of its tokens' ratios."""
     epsilon: float = Field(default=0.2, gt=0)
@@ -39,9 +53,12 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     """Ours: estimator of the KL term (http://joschu.net/blog/kl-approx.html); TRL has k3."""
     use_bias_correction_kl: bool = True
     """Weight the KL term by the ratio, so that its gradient is unbiased off policy (arXiv 2512.02556)."""
-    advantage_estimator: Literal["group", "rloo", "reinforce_pp"] = "group"
-    """Ours: group mean baseline, leave-one-out (arXiv 2402.14740), or group mean with whitening over the batch
-    (REINFORCE++-baseline, arXiv 2501.03262)."""
+    advantage_estimator: str = "group"
+    """Ours: `group`: group mean baseline; `rloo`: leave-one-out (arXiv 2402.14740); `reinforce_pp`: group mean with
+    whitening over the batch (REINFORCE++-baseline, arXiv 2501.03262); or another registered one (`rlqwen advantages`),
+    `package.module:function` or `file.py:function`."""
+    advantage_args: dict[str, Any] = Field(default_factory=dict)
+    """Ours: arguments of the estimator beyond this config's fields."""
     scale_rewards: Literal["group", "batch", "none"] | bool = "group"
     """What the centred rewards are divided by; True is `group`, False is `none`."""
     entropy_coef: float = 0.0
@@ -55,6 +72,23 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     """Ours: draw more prompts until the batch is full of groups whose rewards differ (DAPO)."""
     max_sampling_rounds: int = Field(default=4, ge=1)
     """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
+
+    @property
+    def surrogate(self) -> str:
+        """The loss of a token, by name."""
+        return PRESETS.get(self.loss_type, (self.loss_type, ""))[0]
+
+    @property
+    def normalizer(self) -> str:
+        """What the sum over tokens is divided by, by name."""
+        return self.loss_normalizer or PRESETS.get(self.loss_type, ("", "token_mean"))[1]
+
+    @model_validator(mode="after")
+    def _names_are_registered(self) -> "GRPOConfig":
+        LOSSES.check_name(self.surrogate, "loss_type", PRESETS)
+        NORMALIZERS.check_name(self.normalizer, "loss_normalizer")
+        ADVANTAGES.check_name(self.advantage_estimator, "advantage_estimator")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> "GRPOConfig":

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rlqwen.config.base import ArgumentsConfig
 from rlqwen.config.online import OnlineConfig
+from rlqwen.plugins.kinds import LOSSES
 
 # TRL's names for what every sampling trainer here calls by one name.
 _TRL_NAMES = {"response_length": "max_completion_length", "local_rollout_forward_batch_size": None}
@@ -80,6 +81,11 @@ class PPOConfig(OnlineConfig):
     kl_horizon: int = Field(default=10_000, ge=1)
     """Ours: completions over which the adaptive coefficient moves."""
 
+    loss_type: str = "clipped"
+    """Ours: the surrogate of the policy's loss: a registered loss (`rlqwen losses`), `package.module:function` or
+    `file.py:function`; it gets `cliprange` as `epsilon`."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Ours: arguments of the surrogate beyond this config's fields."""
     cliprange: float = Field(default=0.2, gt=0)
     """How far a token's probability ratio may leave 1 before its gradient is cut."""
     vf_coef: float = Field(default=0.1, ge=0)
@@ -104,6 +110,7 @@ class PPOConfig(OnlineConfig):
 
     @model_validator(mode="after")
     def _coherent_ppo(self) -> "PPOConfig":
+        LOSSES.check_name(self.loss_type, "loss_type")
         if self.kl_estimator == "k1" and self.kl_penalty == "loss":
             raise ValueError("kl_penalty='loss' needs kl_estimator 'k2' or 'k3': the gradient of k1 is 0 on average")
         if self.kl_target is not None and not self.kl_coef:

@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlqwen.config.preference import PreferenceConfig
+from rlqwen.plugins.kinds import LOSSES
 
 
 class RewardConfig(PreferenceConfig):
@@ -17,3 +18,13 @@ class RewardConfig(PreferenceConfig):
     """Must stay empty: whoever asks the reward model renders conversations without."""
     center_rewards_coefficient: float | None = Field(default=None, ge=0)
     """Weight of a penalty on (r_chosen + r_rejected)^2 that keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""
+    loss_type: str = "bradley_terry"
+    """Ours: the loss of a pair: `bradley_terry`, another registered loss (`rlqwen losses`), `package.module:function` or
+    `file.py:function`."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Ours: arguments of the loss beyond this config's fields."""
+
+    @model_validator(mode="after")
+    def _loss_is_registered(self) -> "RewardConfig":
+        LOSSES.check_name(self.loss_type, "loss_type")
+        return self

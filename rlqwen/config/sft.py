@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.trainer import TrainerConfig
+from rlqwen.plugins.kinds import LOSSES
 
 
 class SFTConfig(TrainerConfig):
@@ -32,6 +33,11 @@ class SFTConfig(TrainerConfig):
     """Ours: thoughts in the earlier turns of `messages`. None: as the template itself writes them (Qwen3's leaves them
     out); true: write and learn each turn as if it were the last; false: take them out, whatever the template does. What
     stands before a `completion` is always what serving sends."""
+    loss_type: str = "nll"
+    """The loss of a target token: `nll`, another registered loss (`rlqwen losses`), `package.module:function` or
+    `file.py:function`."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Ours: arguments of the loss beyond this config's fields."""
     eos_token: str | None = None
     """Token that ends a turn. None: the tokenizer's."""
     pad_token: str | None = None
@@ -39,3 +45,8 @@ class SFTConfig(TrainerConfig):
     eval_generation: EvalGenerationConfig | None = None
     """Ours: evaluate by what the model writes too, for example `{metrics: [exact_match, rouge], max_tokens: 64}`; its
     figures, such as `eval/rouge_l`, may be the `metric_for_best_model`."""
+
+    @model_validator(mode="after")
+    def _loss_is_registered(self) -> "SFTConfig":
+        LOSSES.check_name(self.loss_type, "loss_type")
+        return self

@@ -10,7 +10,7 @@ Example:
 
 import difflib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,25 @@ class Registry:
         if conflict := entries[name].conflict:
             raise self.error(conflict)
         return entries[name]
+
+    def check_name(self, spec: str, key: str, others: Collection[str] = ()) -> None:
+        """Raise ValueError, for a config's validator, if `spec` is a name that no package registers.
+
+        Imports nothing; a module or a file is looked up when it is used. `key`: what the config calls it; `others`: names
+        that are accepted besides.
+        """
+        if ":" in spec:
+            return
+        entries = self.discover()
+        if spec not in entries:
+            known = [*others, *(name for name in entries if name not in others)]
+            hint = f"did you mean {near!r}? " if (near := nearest(spec, known)) else ""
+            raise ValueError(
+                f"{key}: unknown {self.noun} {spec!r}; {hint}known: {', '.join(known)}, or package.module:{self.kind} or "
+                f"path/to/file.py:{self.kind}"
+            )
+        if conflict := entries[spec].conflict:
+            raise ValueError(f"{key}: {conflict}")
 
     def _attribute_of_module(self, home: str, attribute: str, label: str) -> Any:
         module = import_module(home, label, self.error, kind=self.kind)

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlqwen.errors import RewardSpecError
-from rlqwen.plugins.registry import Registry, nearest
+from rlqwen.plugins.kinds import REWARDS
+from rlqwen.plugins.registry import nearest
 
 __all__ = [
     "REWARDS",
@@ -36,8 +37,6 @@ __all__ = [
     "taken_columns",
     "unique_names",
 ]
-
-REWARDS = Registry("rlqwen.rewards", "reward", RewardSpecError)
 
 PROTOCOL = ("prompts", "completions", "completion_ids")
 """What every reward may name."""

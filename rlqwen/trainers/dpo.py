@@ -12,7 +12,7 @@ Shapes: N target tokens, S answers.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums
 from rlqwen.algorithms.losses.preference import (
     Answers,
     AnswerTotals,
+    PreferenceLoss,
     answer_logps,
     kto_kl,
-    preference_loss,
     read_answers,
 )
 from rlqwen.config import DPOConfig
@@ -95,6 +96,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             callbacks=callbacks,
             reference=reference,
         )
+        self.loss = PreferenceLoss(self.args)
         self._check_reference()
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
@@ -142,12 +144,14 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             metrics = self._backward_in_two_passes(batches, totals)
         else:
             sums: Metrics = {}
+            collected = MetricSums()
             for micro in batches:
-                loss, part = preference_loss(self._answers(micro), self.args, totals, kl=kl)
+                loss, shares, found = self.loss(self._answers(micro), totals, kl=kl)
                 loss = loss + self.router_loss(micro, batches)
                 self.optimizer.backward(loss)
-                add_up(sums, {"loss": loss.detach(), **part})
-            metrics = self.ranks.sum(sums)
+                add_up(sums, {"loss": loss.detach(), **shares})
+                collected.add(found)
+            metrics = self.ranks.sum(sums) | self._reduce(collected, totals)
         self.update(batches)
         self.refresh_reference(self.args, self.state.global_step - 1)
         targets = sum(micro.num_targets for micro in batches)
@@ -167,16 +171,16 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         for logp_N in logps:
             logp_N.requires_grad_()
         answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
-        loss, metrics = preference_loss(self._of_all_ranks(Answers.join(answers)), self.args, totals)
+        loss, shares, found = self.loss(self._of_all_ranks(Answers.join(answers)), totals)
         added: Metrics = {}
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
             share = (self.policy.logprobs(micro)[0] * grad_N).sum()
             balance = self.router_loss(micro, micro_batches)
             self.optimizer.backward(share + balance)
             add_up(added, {"loss": float(balance)})
-        figures = {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
-        add_up(figures, self.ranks.sum(added))
-        return figures
+        metrics = {key: value.item() for key, value in {"loss": loss, **shares}.items()}
+        add_up(metrics, self.ranks.sum(added))
+        return metrics | self._reduce_whole(found, totals)
 
     def _of_all_ranks(self, own: Answers) -> Answers:
         """This rank's answers, with their gradient, among those of all shares, in their order."""
@@ -219,9 +223,21 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         answers = self._of_all_ranks(own)
         totals = AnswerTotals.of([answers], paired=are_pairs(rows))
         kl = self._kl(rows, size)
-        loss, metrics = preference_loss(answers, self.args, totals, kl=kl)
-        metrics |= {} if kl is None else {"kl": kl}
-        return {key: value.item() for key, value in {"loss": loss, **metrics}.items()}
+        loss, shares, found = self.loss(answers, totals, kl=kl)
+        shares |= {} if kl is None else {"kl": kl}
+        metrics = {key: value.item() for key, value in {"loss": loss, **shares}.items()}
+        return metrics | self._reduce_whole(found, totals)
+
+    def _reduce(self, collected: MetricSums, totals: AnswerTotals) -> Metrics:
+        """Return the metrics that losses of pairs have reported, over all ranks."""
+        answers = totals.good + totals.bad
+        return collected.reduce(self.ranks.gather_shares, tokens=answers, sequences=totals.pairs)
+
+    def _reduce_whole(self, found: Mapping[str, Metric], totals: AnswerTotals) -> Metrics:
+        """Return metrics of a loss that has seen the answers of all ranks at once."""
+        collected = MetricSums()
+        collected.add(found)
+        return collected.reduce(lambda own: [own], tokens=totals.good + totals.bad, sequences=totals.pairs)
 
     def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
         """This rank's micro-batches, of `size` whole trees, or of as many as the token budget allows where there is

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.advantages import carries_signal, group_advantages, soft_overlong_penalty
-from rlqwen.algorithms.losses import Totals, grpo_loss
+from rlqwen.algorithms.advantages import carries_signal, soft_overlong_penalty
+from rlqwen.algorithms.losses import GRPOLoss, Totals, settings_of
 from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
 from rlqwen.packing.batch import Branch, Tree
+from rlqwen.plugins.kinds import ADVANTAGES
+from rlqwen.plugins.named_call import NamedCall
 from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
 from rlqwen.trainers.run_logger import Metrics
@@ -74,6 +76,14 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             reward_processing_classes=reward_processing_classes,
             reference=args.beta > 0,
         )
+        self.loss = GRPOLoss(self.args)
+        self.estimate_advantages = NamedCall.find(
+            ADVANTAGES,
+            self.args.advantage_estimator,
+            inputs=("rewards", "lengths"),
+            settings=settings_of(self.args),
+            arguments=self.args.advantage_args,
+        )
 
     # The algorithm
 
@@ -121,10 +131,9 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         return (kept + spare)[:wanted] if self.args.dynamic_sampling else groups, metrics
 
     def _assign_advantages(self, groups_P: list[Group]) -> None:
-        advantages_PG = group_advantages(
-            self._shaped_rewards(groups_P),
-            estimator=self.args.advantage_estimator,
-            scale=str(self.args.scale_rewards),  # type: ignore[arg-type]  # a bool has become one of the names
+        lengths_PG = torch.tensor([[len(one.token_ids) for one in group.completions] for group in groups_P])
+        advantages_PG: Tensor = self.estimate_advantages(
+            {"rewards": self._shaped_rewards(groups_P), "lengths": lengths_PG}
         )
         for group, advantages_G in zip(groups_P, advantages_PG.tolist(), strict=True):
             group.advantages_G = advantages_G
@@ -155,10 +164,10 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                 entropy=True,
                 truncation=self.truncation if is_first else None,
             )
-            loss, sums = grpo_loss(logp_N, entropy_N, micro, self.args, update.totals)
+            loss, metrics = self.loss(logp_N, entropy_N, micro, update.totals)
             loss = loss + self.router_loss(micro, update.micro_batches)
             self.optimizer.backward(loss)
-            update.add(loss, sums)
+            update.add(loss, metrics)
         self.update(update.micro_batches)
 
     # From groups to batches

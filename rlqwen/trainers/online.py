@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums
 from rlqwen.algorithms.losses import Totals
 from rlqwen.checkpoint.fingerprint import reward_fingerprint
 from rlqwen.config import OnlineConfig
@@ -25,7 +26,7 @@ from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.checkpointer import Stateful
 from rlqwen.trainers.item_stream import ItemStream
-from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
+from rlqwen.trainers.micro_batching import count_tokens, micro_batches
 from rlqwen.trainers.prompt_data import PromptData
 from rlqwen.trainers.rollout_manager import RolloutManager
 from rlqwen.trainers.run_logger import Metrics
@@ -33,9 +34,6 @@ from rlqwen.types import Group, Prompt, Truncation
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
-
-_LOSS, _TOKENS, _TARGETS = "loss", "tokens/trained", "targets"
-_UNSAMPLED = "sampling/logp_missing"
 
 
 @dataclass(slots=True)
@@ -46,12 +44,15 @@ class Update:
     """This rank's."""
     totals: Totals
     """Counts of all its completions on all ranks, those without a gradient included."""
-    sums: dict[str, float] = field(default_factory=dict)
-    """This rank's shares of the loss, and metrics of its forward passes, summed over tokens."""
+    loss: float = 0.0
+    """This rank's share of the loss, added up over micro-batches and passes."""
+    metrics: MetricSums = field(default_factory=MetricSums)
+    """Metrics of this rank's forward passes."""
 
-    def add(self, loss: Tensor, sums: Mapping[str, Tensor | float]) -> None:
-        """Add a micro-batch's share of the loss, and the sums of its forward pass."""
-        add_up(self.sums, {_LOSS: loss.detach(), **sums})
+    def add(self, loss: Tensor, metrics: Mapping[str, Metric]) -> None:
+        """Add a micro-batch's share of the loss, and the metrics of its forward pass."""
+        self.loss += float(loss.detach())
+        self.metrics.add(metrics)
 
 
 class OnlineTrainer(Trainer[Prompt, Args, Policy]):
@@ -184,20 +185,27 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
 
     def summarize(self, updates: Sequence[Update], num_passes: int) -> Metrics:
         """Return, over all ranks, the mean loss of an update, means over all trained tokens, and their number."""
-        own: Metrics = {}
+        metrics = MetricSums()
         for update in updates:
-            add_up(own, update.sums)
+            metrics.join(update.metrics.sums)
         micros = [micro for update in updates for micro in update.micro_batches]
-        own[_TARGETS] = float(sum(micro.num_targets for micro in micros) * num_passes)
-        own[_TOKENS] = count_tokens(micros) * num_passes
-        # A mean over targets like the rest: those that came without the sampler's logprob.
-        own[_UNSAMPLED] = float(
-            sum(micro.num_targets for micro in micros if "sampler_logp" not in micro.per_token) * num_passes
+        unsampled = sum(micro.num_targets for micro in micros if "sampler_logp" not in micro.per_token)
+        counts = self.ranks.sum(
+            {
+                "loss": sum((update.loss for update in updates), 0.0),
+                "targets": float(sum(micro.num_targets for micro in micros) * num_passes),
+                "sequences": float(sum(micro.num_sequences for micro in micros) * num_passes),
+                "tokens": count_tokens(micros) * num_passes,
+                "unsampled": float(unsampled * num_passes),
+            }
         )
-        sums = {_LOSS: 0.0} | self.ranks.sum(own)
-        loss, tokens, targets = (sums.pop(key) for key in (_LOSS, _TOKENS, _TARGETS))
-        means = {key: value / max(targets, 1.0) for key, value in sums.items()}
-        return means | {_TOKENS: tokens, _LOSS: loss / (len(updates) * num_passes)}
+        targets = counts["targets"]
+        means = metrics.reduce(self.ranks.gather_shares, tokens=targets, sequences=counts["sequences"])
+        return means | {
+            "sampling/logp_missing": counts["unsampled"] / max(targets, 1.0),
+            "tokens/trained": counts["tokens"],
+            "loss": counts["loss"] / (len(updates) * num_passes),
+        }
 
     # What the loop calls
 

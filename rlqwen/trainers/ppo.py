@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.algorithms.advantages import gae, token_rewards, whiten
 from rlqwen.algorithms.kl_controller import KLController
-from rlqwen.algorithms.losses import Totals, kl_divergence, ppo_policy_loss, ppo_value_loss
+from rlqwen.algorithms.loss_metrics import Metric
+from rlqwen.algorithms.losses import PPOPolicyLoss, Totals, kl_divergence, ppo_value_loss
 from rlqwen.config import PPOConfig
 from rlqwen.distributed import ParameterGroup
 from rlqwen.errors import ConfigError
@@ -87,6 +88,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             reward_processing_classes=reward_processing_classes,
             reference=args.kl_coef > 0 if ref_model is None else load_reference(ref_model, model, args),
         )
+        self.loss = PPOPolicyLoss(self.args)
         self.critic = self._build_critic(value_model, peft_config)
         self.kl = KLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
 
@@ -211,23 +213,24 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                 micro, temperature=self.args.temperature, entropy=True
             )
             values_N = self.critic.values(micro, hidden_NC.detach() if critic_only else hidden_NC)
-            value_loss, sums = ppo_value_loss(values_N, micro, self.args, update.totals)
-            policy_loss, policy_sums = ppo_policy_loss(
-                logp_N, entropy_N, micro, self.args, update.totals, kl_coef=self.kl.coef
-            )
+            value_loss, value_metrics = ppo_value_loss(values_N, micro, self.args, update.totals)
+            policy_loss, metrics = self.loss(logp_N, entropy_N, micro, update.totals, kl_coef=self.kl.coef)
             balance = self.router_loss(micro, update.micro_batches)
             loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
             if isinstance(self.critic, ScalarModel):
                 loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
             self.optimizer.backward(loss)
-            weight = update.totals.tokens  # `add` gathers sums over tokens
-            update.add(
-                loss,
-                sums
-                | policy_sums
-                | {"loss/policy": policy_loss.item() * weight, "loss/value": value_loss.item() * weight},
-            )
+            shares = {
+                "loss/policy": self._share(policy_loss, update.totals),
+                "loss/value": self._share(value_loss, update.totals),
+            }
+            update.add(loss, value_metrics | metrics | shares)
         self.update(update.micro_batches)
+
+    @staticmethod
+    def _share(loss: Tensor, totals: Totals) -> Metric:
+        """Report a share of an update's mean loss; multiplied by the update's tokens, because the mean divides by them."""
+        return Metric(torch.tensor(loss.item() * totals.tokens, dtype=torch.float64), "token_mean")
 
     # From groups to batches
 

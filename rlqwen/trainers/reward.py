@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.losses import Totals, reward_loss
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums
+from rlqwen.algorithms.losses import LossCall, settings_of
 from rlqwen.config import RewardConfig
 from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_reward_rows
 from rlqwen.distributed import pick_device
@@ -23,7 +24,7 @@ from rlqwen.models.critic import ScalarModel
 from rlqwen.models.loading import load_scalar_model
 from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.trainers.base import Trainer
-from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
+from rlqwen.trainers.micro_batching import count_tokens, micro_batches
 from rlqwen.trainers.run_logger import Metrics
 
 
@@ -65,6 +66,12 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         # The saved model finds a sequence's last token by looking for padding.
         self.policy.base_model.config.pad_token_id = self.processing_class.pad_token_id
+        self.loss = LossCall(
+            self.args.loss_type,
+            inputs=("chosen", "rejected", "margin"),
+            settings=settings_of(self.args),
+            arguments=self.args.loss_args,
+        )
         self.load_data(train_dataset, eval_dataset)
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> ScalarModel:
@@ -91,40 +98,39 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         """One update on the mean loss of the pairs in `rows`."""
         started = time.monotonic()
         batches = list(self._micro_batches(rows, self.args.per_device_train_batch_size))
-        totals = Totals(tokens=0, sequences=len(rows))
-        sums: Metrics = {}
+        total, metrics = 0.0, MetricSums()
         for micro in batches:
-            loss, figures = self._loss(micro, totals)
+            loss, found = self._loss(micro, len(rows))
             loss = loss + self.router_loss(micro, batches)
             self.optimizer.backward(loss)
-            add_up(sums, {**figures, "loss": loss.detach() * len(rows)})
+            total += float(loss.detach() * len(rows))
+            metrics.add(found)
         self.update(batches)
         tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})
-        return self._means(sums, rows) | tokens | {"time/train": time.monotonic() - started}
+        return self._means(total, metrics, len(rows)) | tokens | {"time/train": time.monotonic() - started}
 
     def compute_evaluation(self, rows: Sequence[PreferenceRow]) -> Metrics:
-        """Mean loss, share of pairs that are ranked right, and mean rewards of either side."""
-        totals = Totals(tokens=0, sequences=len(rows))
-        sums: Metrics = {}
+        """Return the mean loss, the share of pairs that are ranked right, and the mean rewards of either side."""
+        total, metrics = 0.0, MetricSums()
         for micro in self._micro_batches(rows, self.args.per_device_eval_batch_size):
-            loss, figures = self._loss(micro, totals)
-            add_up(sums, {**figures, "loss": loss * len(rows)})
-        return self._means(sums, rows)
+            loss, found = self._loss(micro, len(rows))
+            total += float(loss * len(rows))
+            metrics.add(found)
+        return self._means(total, metrics, len(rows))
 
-    def _means(self, sums: Metrics, rows: Sequence[PreferenceRow]) -> Metrics:
-        """Over the pairs of all ranks."""
-        return {key: value / len(rows) for key, value in self.ranks.sum(sums).items()}
+    def _means(self, total: float, metrics: MetricSums, num_pairs: int) -> Metrics:
+        """Return means over the pairs of all ranks."""
+        means = metrics.reduce(self.ranks.gather_shares, tokens=num_pairs, sequences=num_pairs)
+        return means | {"loss": self.ranks.sum({"loss": total})["loss"] / num_pairs}
 
-    def _loss(self, micro: PackedBatch, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, micro: PackedBatch, num_pairs: int) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the micro-batch's share of the update's loss, and metrics."""
         micro = micro.to(self.policy.device)
         scores_S = self.policy.scores(micro)
-        return reward_loss(
-            scores_S[::2],
-            scores_S[1::2],
-            micro.per_sequence["margin"][::2],
-            totals,
-            center_coefficient=self.args.center_rewards_coefficient,
+        loss_B, metrics = self.loss(
+            {"chosen": scores_S[::2], "rejected": scores_S[1::2], "margin": micro.per_sequence["margin"][::2]}
         )
+        return loss_B.sum() / max(num_pairs, 1.0), metrics
 
     def _micro_batches(self, rows: Sequence[PreferenceRow], size: int) -> Iterator[PackedBatch]:
         """This rank's packed pairs, chosen before rejected."""

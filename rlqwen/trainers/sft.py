@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.losses import Totals, sft_loss
+from rlqwen.algorithms.loss_metrics import MetricSums
+from rlqwen.algorithms.losses import LossCall, Totals, settings_of
 from rlqwen.config import SFTConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_sft
 from rlqwen.data.bins import Bin, make_bins
@@ -81,6 +82,12 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
         )
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
+        self.loss = LossCall(
+            self.args.loss_type,
+            inputs=("logp", "lengths", "sequence"),
+            settings=settings_of(self.args),
+            arguments=self.args.loss_args,
+        )
         self.load_data(train_dataset, eval_dataset)
         if self.eval_rows is not None:
             written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalBins) else []
@@ -114,15 +121,22 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
         counts = [count for tree in _trees(rows) for count in tree.target_counts]
         totals = Totals(tokens=sum(counts), sequences=len(counts))
         sums: Metrics = {}
+        collected = MetricSums()
         for micro in micro_batches:
-            logp_N, _ = self.policy.logprobs(micro.to(self.policy.device))
-            loss, _ = sft_loss(logp_N, totals)
+            micro = micro.to(self.policy.device)
+            logp_N, _ = self.policy.logprobs(micro)
+            loss_N, found = self.loss({"logp": logp_N, "lengths": micro.lengths_S, "sequence": micro.sequence_N})
+            collected.add(found)
+            loss = loss_N.sum() / max(totals.tokens, 1.0)
             loss = loss + self.router_loss(micro, micro_batches)
             self.optimizer.backward(loss)
             add_up(sums, {"loss": loss.detach()})
         self.update(micro_batches)
         add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
-        return self.ranks.sum(sums) | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
+        reduced = collected.reduce(self.ranks.gather_shares, tokens=totals.tokens, sequences=totals.sequences)
+        return (
+            reduced | self.ranks.sum(sums) | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
+        )
 
     def compute_evaluation(self, rows: Sequence[Bin]) -> Metrics:
         """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy

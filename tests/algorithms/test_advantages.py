@@ -3,15 +3,8 @@ import math
 import pytest
 import torch
 
-from rlqwen.algorithms.advantages import (
-    carries_signal,
-    gae,
-    group_advantages,
-    nan_std,
-    soft_overlong_penalty,
-    token_rewards,
-    whiten,
-)
+from rlqwen.algorithms.advantages import carries_signal, gae, nan_std, soft_overlong_penalty, token_rewards, whiten
+from tests.losses import group_advantages
 
 NAN = math.nan
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlqwen.algorithms.losses import Totals, grpo_loss, kl_divergence, rollout_correction, sft_loss
+from rlqwen.algorithms.losses import Totals, kl_divergence, rollout_correction
 from rlqwen.config import GRPOConfig
 from rlqwen.packing.batch import Branch, Tree, pack
+from tests.losses import grpo_loss, sft_loss
 
 LENGTHS = (5, 1, 3, 4)
 

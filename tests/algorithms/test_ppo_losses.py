@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from rlqwen.algorithms.losses import Totals, ppo_policy_loss, ppo_value_loss
+from rlqwen.algorithms.losses import Totals
 from rlqwen.config import PPOConfig
 from rlqwen.packing.batch import Branch, Tree, pack
+from tests.losses import ppo_policy_loss, ppo_value_loss
 
 LENGTHS = (3, 5, 1, 4)
 

@@ -9,17 +9,11 @@ from typing import get_args
 import pytest
 import torch
 
-from rlqwen.algorithms.losses.preference import (
-    Answers,
-    AnswerTotals,
-    answer_logps,
-    kto_kl,
-    preference_loss,
-    read_answers,
-)
+from rlqwen.algorithms.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, read_answers
 from rlqwen.config import DPOConfig
-from rlqwen.config.dpo import PreferenceLoss
+from rlqwen.config.dpo import LossName
 from rlqwen.packing.batch import Branch, Tree, pack
+from tests.losses import preference_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM
@@ -116,7 +110,7 @@ def trl_loss(batch, logp, ref, collision, config):
     return DPOTrainer._compute_loss(trainer, model, inputs, False), metrics["train"]
 
 
-REFERENCE_LOSSES = sorted(set(get_args(PreferenceLoss)) - {"simpo", "cpo", "orpo", "kto"})
+REFERENCE_LOSSES = sorted(set(get_args(LossName)) - {"simpo", "cpo", "orpo", "kto"})
 OF_DIFFERENCE = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"]
 SMOOTHING = {"exo_pair": {"label_smoothing": 1e-3}}
 VARIANTS = [
@@ -299,7 +293,7 @@ def test_by_hand(options, expected):
     assert one_pair(0.5, -0.3, beta=1.0, **options)[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(get_args(PreferenceLoss)) - {"kto", "sft", "apo_down"}))
+@pytest.mark.parametrize("name", sorted(set(get_args(LossName)) - {"kto", "sft", "apo_down"}))
 def test_gradients_raise_the_chosen_and_lower_the_rejected_answer(name):
     _, (chosen, rejected) = one_pair(-3.0, 0.0, beta=1.0, loss_type=name, **SMOOTHING.get(name, {}))
     assert chosen < 0 < rejected
@@ -341,7 +335,7 @@ def test_orpo_stays_finite_for_an_answer_of_probability_one():
 
 
 SPLIT = [
-    *({"loss_type": name, **SMOOTHING.get(name, {})} for name in sorted(set(get_args(PreferenceLoss)))),
+    *({"loss_type": name, **SMOOTHING.get(name, {})} for name in sorted(set(get_args(LossName)))),
     {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.2},
     {"loss_type": "sigmoid", "use_weighting": True},
 ]

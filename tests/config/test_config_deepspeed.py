@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from rlqwen.cli import main
 from rlqwen.config import GRPOConfig, SFTConfig
-from rlqwen.distributed import Part, build_optimizer_step
+from rlqwen.distributed import ParameterGroup, build_optimizer_step
 from rlqwen.distributed.deepspeed_config import complete_ds_config, fp16_settings
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
@@ -198,7 +198,7 @@ def test_every_key_is_honoured_or_named():
 
 def test_a_batch_that_the_ranks_do_not_make_is_refused_without_an_engine_too():
     args = SFTConfig(deepspeed={"train_batch_size": 8}, per_device_train_batch_size=2)
-    part = Part("policy", [torch.nn.Parameter(torch.zeros(1))], 1.0)
+    part = ParameterGroup("policy", [torch.nn.Parameter(torch.zeros(1))], 1.0)
     two = SimpleNamespace(data_size=2)  # ranks that the config was not made for
     with pytest.raises(ConfigError, match="train_batch_size of the ds_config is 8, but the batch is 16"):
         build_optimizer_step([part], args, total_updates=1, ranks=two)

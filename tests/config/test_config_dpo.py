@@ -4,7 +4,7 @@ import pytest
 from trl import DPOConfig as TRLConfig
 
 from rlqwen.config import DPOConfig
-from rlqwen.config.dpo import PreferenceLoss
+from rlqwen.config.dpo import LossName
 from rlqwen.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def test_one_loss_or_several():
 
 
 def test_what_a_loss_needs():
-    every = get_args(PreferenceLoss)
+    every = get_args(LossName)
     configs = {name: DPOConfig(loss_type=name, label_smoothing=0.1 if name == "exo_pair" else 0) for name in every}
     assert {name for name, config in configs.items() if not config.needs_reference} == {"sft", "simpo", "cpo", "orpo"}
     assert {name for name, config in configs.items() if not config.needs_pairs} == {"kto", "sft"}

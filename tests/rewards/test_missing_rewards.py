@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from rlqwen.algorithms.losses import grpo_loss
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards import Scorer, build_rewards
 from rlqwen.types import Completion, Group, Prompt
+from tests.losses import grpo_loss
 from tests.trainers.test_grpo import ROWS
 from tests.trainers.test_grpo import make_trainer as make_grpo
 from tests.trainers.test_ppo import make_trainer as make_ppo

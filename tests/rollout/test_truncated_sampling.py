@@ -89,7 +89,7 @@ def test_the_weights_by_hand():
     config = GRPOConfig(top_p=0.9, vllm_importance_sampling_mode="sequence_truncate")
     weights_N, metrics = compare_with_sampler(old_logp_N, batch, config)
     torch.testing.assert_close(weights_N, torch.ones(52), atol=1e-4, rtol=0)
-    assert metrics["sampling/logp_gap"].item() == pytest.approx(0.0, abs=1e-5)
+    assert metrics["sampling/logp_gap"].value.item() == pytest.approx(0.0, abs=1e-5)
     whole_N, _ = compare_with_sampler(old_logp_N, batch, GRPOConfig(vllm_importance_sampling_mode="sequence_truncate"))
     assert whole_N[-1].item() == pytest.approx(math.exp(-0.2 * 50), rel=1e-3)  # what it was without the term
 

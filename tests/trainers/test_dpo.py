@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rlqwen import DPOConfig, DPOTrainer
+from rlqwen.algorithms.losses.preference import PreferenceLoss
 from rlqwen.cli import main
 from rlqwen.config import QuantizationSettings
-from rlqwen.config.dpo import PreferenceLoss
+from rlqwen.config.dpo import LossName
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.models.quantization import bitsandbytes_config
 from rlqwen.models.reference_cache import CACHE_VARIABLE, digest_weights
@@ -102,16 +103,14 @@ def moved_trainer(tiny_model_path, tmp_path_factory):
 def gradients(trainer, **options):
     """Metrics and gradients of one step on six pairs."""
     trainer.args = DPOConfig(**options)
+    trainer.loss = PreferenceLoss(trainer.args)
     trainer.model.zero_grad()
     metrics = trainer.step(trainer.train_rows[:6])
     return metrics, [parameter.grad.clone() for parameter in trainer.model.parameters()]
 
 
 LOSSES = [
-    *(
-        {"loss_type": name} | ({"label_smoothing": 0.01} if name == "exo_pair" else {})
-        for name in get_args(PreferenceLoss)
-    ),
+    *({"loss_type": name} | ({"label_smoothing": 0.01} if name == "exo_pair" else {}) for name in get_args(LossName)),
     {"loss_type": "sigmoid", "use_weighting": True},
     {"loss_type": ["aot", "sft"], "ld_alpha": 0.3},
 ]
@@ -412,7 +411,7 @@ def test_a_recipe_runs_from_the_command_line(recipe, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.loss_type=dpo", "train.loss_type.0: input should be 'sigmoid'"),
+        ("train.loss_type=dpo", "train.loss_type: unknown loss 'dpo'; did you mean 'ipo'"),
         ("train.loss_weights=[1]", "loss_weights has 1 values for 2 losses (sigmoid, sft)"),
         ("train.loss_type=[exo_pair, sft]", "exo_pair needs label_smoothing above 0"),
         ("train.f_divergence_type=forwardkl", "train.f_divergence_type: input should be 'reverse_kl'"),

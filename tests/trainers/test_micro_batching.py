@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlqwen.algorithms.losses import Totals, grpo_loss, ppo_policy_loss, ppo_value_loss, reward_loss
-from rlqwen.algorithms.losses.preference import AnswerTotals, preference_loss, read_answers
+from rlqwen.algorithms.losses import Totals
+from rlqwen.algorithms.losses.preference import AnswerTotals, read_answers
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
 from rlqwen.models.critic import ScalarModel, ValueHead
 from rlqwen.models.loading import load_model, load_scalar_model
@@ -15,6 +15,7 @@ from rlqwen.packing.batch import Branch, Tree, idle_batch, pack
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.trainers.micro_batching import count_tokens, micro_batches, pack_share, share_trees
 from rlqwen.types import Completion, Group, Prompt
+from tests.losses import grpo_loss, ppo_policy_loss, ppo_value_loss, preference_loss, reward_loss
 
 
 def tree(prefix: int, *lengths: int, **branch) -> Tree:

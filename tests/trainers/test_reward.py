@@ -11,9 +11,10 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlqwen import RewardConfig, RewardTrainer
-from rlqwen.algorithms.losses import Totals, reward_loss
+from rlqwen.algorithms.losses import Totals
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.rewards.reward_model import RewardModel
+from tests.losses import reward_loss
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM

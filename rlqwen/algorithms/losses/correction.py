@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from rlqwen.algorithms.losses.reduction import Metrics, sequence_sum
+from rlqwen.algorithms.loss_metrics import Metric, token_mean
+from rlqwen.algorithms.losses.reduction import sequence_sum
 from rlqwen.config import OnlineConfig
 from rlqwen.packing.batch import PackedBatch
 
 
-def compare_with_sampler(old_logp_N: Tensor, batch: PackedBatch, config: OnlineConfig) -> tuple[Tensor | None, Metrics]:
+def compare_with_sampler(
+    old_logp_N: Tensor, batch: PackedBatch, config: OnlineConfig
+) -> tuple[Tensor | None, dict[str, Metric]]:
     """Return weights that correct for the sampler (None if off), and sums over tokens for the metrics.
 
     `old_logp_N`: the policy's before the update. They and the sampler's are compared as what they are of: the same
@@ -20,11 +23,11 @@ def compare_with_sampler(old_logp_N: Tensor, batch: PackedBatch, config: OnlineC
     logp_N = old_logp_N.detach()
     if config.truncation is not None:
         logp_N = logp_N - batch.per_token["log_kept"]
-    metrics: Metrics = {"sampling/logp_gap": (logp_N - batch.per_token["sampler_logp"]).abs().sum()}
+    metrics = {"sampling/logp_gap": token_mean((logp_N - batch.per_token["sampler_logp"]).abs())}
     if not config.vllm_importance_sampling_correction:
         return None, metrics
     weights_N = rollout_correction(logp_N, batch, config)
-    return weights_N, metrics | {"sampling/correction": weights_N.sum()}
+    return weights_N, metrics | {"sampling/correction": token_mean(weights_N)}
 
 
 def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: OnlineConfig) -> Tensor:

@@ -1,11 +1,12 @@
-"""Supervised fine-tuning."""
+"""Losses of supervised fine-tuning, one value per target token.
+
+They are called with what their signature names: `logp` (N,), logprobs under the policy with gradient; `lengths` (S,) and
+`sequence` (N,); settings of the trainer's config, and the recipe's `loss_args`.
+"""
 
 from torch import Tensor
 
-from rlqwen.algorithms.losses.reduction import Metrics, Totals
 
-
-def sft_loss(logp_N: Tensor, totals: Totals) -> tuple[Tensor, Metrics]:
-    """Mean negative log-likelihood a token."""
-    loss = -logp_N.sum() / max(totals.tokens, 1.0)
-    return loss, {}
+def nll(logp: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each token."""
+    return -logp

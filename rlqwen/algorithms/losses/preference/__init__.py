@@ -1,10 +1,11 @@
-"""DPO and its relatives: pure functions of answers' log-probabilities.
+"""Losses of DPO and its relatives: pure functions of the log-probabilities of answers.
 
-answers = read_answers(logp_N, batch, ref_logp_S=ref_logp_S)
-loss, metrics = preference_loss(answers, config, AnswerTotals.of([batch], paired=True))
+Example:
+    answers = read_answers(logp_N, batch, ref_logp_S=ref_logp_S)
+    loss, shares, metrics = PreferenceLoss(config)(answers, AnswerTotals.of([batch], paired=True))
 """
 
 from rlqwen.algorithms.losses.preference.answers import Answers, AnswerTotals, answer_logps, read_answers
-from rlqwen.algorithms.losses.preference.loss import kto_kl, preference_loss
+from rlqwen.algorithms.losses.preference.loss import PreferenceLoss, kto_kl
 
-__all__ = ["AnswerTotals", "Answers", "answer_logps", "kto_kl", "preference_loss", "read_answers"]
+__all__ = ["AnswerTotals", "Answers", "PreferenceLoss", "answer_logps", "kto_kl", "read_answers"]

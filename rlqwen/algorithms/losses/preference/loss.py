@@ -1,54 +1,83 @@
-"""The loss of DPO and its relatives: a weighted sum of the types that the config names."""
+"""The loss of DPO and its relatives: a weighted sum of the losses that the config names."""
 
 import torch
 from torch import Tensor
 
+from rlqwen.algorithms.loss_metrics import Metric
+from rlqwen.algorithms.losses.calls import LossCall, settings_of
 from rlqwen.algorithms.losses.preference.answers import Answers, AnswerTotals
-from rlqwen.algorithms.losses.preference.paired import PAIR_LOSSES
-from rlqwen.algorithms.losses.reduction import Metrics
+from rlqwen.algorithms.losses.preference.paired import score
 from rlqwen.config import DPOConfig
 
+PAIR_INPUTS = ("chosen", "rejected", "chosen_score", "rejected_score")
+_NOT_OF_PAIRS = ("kto", "sft")
 
-def preference_loss(
-    answers: Answers, config: DPOConfig, totals: AnswerTotals, *, kl: Tensor | None = None
-) -> tuple[Tensor, Metrics]:
-    """The micro-batch's share of the update's loss.
 
-    Each type is a mean over the update's pairs (`kto`: over its answers; `sft`, and what `cpo` and `orpo` add: minus
-    the mean log-likelihood of a token of the good answers), and the types are added with `loss_weights`.
+class PreferenceLoss:
+    """The loss that a DPOConfig describes.
 
-    Args:
-        answers: of the micro-batch; of the whole update for types that rank its pairs (`aot`, `aot_unpaired`).
-        kl: for `kto`, the policy's distance from the reference, without gradient; see `kto_kl`.
-
-    Returns:
-        The scalar loss, and shares of the update's means for the metrics; both add up over micro-batches.
+    Each named loss is a mean over the update's pairs (`kto`: over its answers; `sft`, and what `cpo` and `orpo` add: minus
+    the mean log-likelihood per token of the good answers), and they are added with `loss_weights`.
     """
-    good, bad = answers.good, answers.bad
-    likelihood_weight = {"sft": 1.0, "cpo": config.cpo_alpha, "orpo": 1.0}
-    loss = answers.logp_S.new_zeros(())
-    metrics: Metrics = {}
-    for name, weight in config.weighted_losses:
-        part = loss.new_zeros(())
-        if name == "kto":
-            assert kl is not None, "kto needs an estimate of the KL divergence"
-            part = part + kto(answers, config, kl).sum() / max(totals.good + totals.bad, 1)
-        if name in PAIR_LOSSES:
-            losses_B = PAIR_LOSSES[name](good, bad, config)
-            if config.use_weighting:
-                losses_B = losses_B * (good.log_weight_S + bad.log_weight_S).exp()
-            part = part + losses_B.sum() / max(totals.pairs, 1)
-        if likelihood_weight.get(name):
-            part = part - likelihood_weight[name] * good.plain_logp_S.sum() / max(totals.good_tokens, 1)
-        if len(config.loss_type) > 1:
-            metrics[f"loss/{name}"] = part.detach()
-        loss = loss + weight * part
-    return loss, metrics | _reward_metrics(good, bad, config, totals)
+
+    def __init__(self, config: DPOConfig) -> None:
+        """Resolve the losses of pairs; ConfigError if one is unknown or needs what there is not."""
+        self._config = config
+        settings = settings_of(config)
+        self._pair_losses = {
+            name: LossCall(name, inputs=PAIR_INPUTS, settings=settings, arguments=config.loss_args.get(name))
+            for name in config.loss_type
+            if name not in _NOT_OF_PAIRS
+        }
+
+    def __call__(
+        self, answers: Answers, totals: AnswerTotals, *, kl: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Metric]]:
+        """Return the micro-batch's share of the update's loss, shares of means, and the metrics of plugins.
+
+        The shares add up over micro-batches to the means of the update.
+
+        Args:
+            answers: of the micro-batch; of the whole update for losses that rank its pairs (`aot`, `aot_unpaired`).
+            kl: for `kto`, the policy's distance from the reference, without gradient; see `kto_kl`.
+        """
+        config, good, bad = self._config, answers.good, answers.bad
+        likelihood_weight = {"sft": 1.0, "cpo": config.cpo_alpha, "orpo": 1.0}
+        loss = answers.logp_S.new_zeros(())
+        shares: dict[str, Tensor] = {}
+        metrics: dict[str, Metric] = {}
+        for name, weight in config.weighted_losses:
+            part = loss.new_zeros(())
+            if name == "kto":
+                assert kl is not None, "kto needs an estimate of the KL divergence"
+                part = part + kto(answers, config, kl).sum() / max(totals.good + totals.bad, 1)
+            if name in self._pair_losses:
+                losses_B, found = self._pair_losses[name](self._inputs(good, bad))
+                metrics |= found
+                if config.use_weighting:
+                    losses_B = losses_B * (good.log_weight_S + bad.log_weight_S).exp()
+                part = part + losses_B.sum() / max(totals.pairs, 1)
+            if likelihood_weight.get(name):
+                part = part - likelihood_weight[name] * good.plain_logp_S.sum() / max(totals.good_tokens, 1)
+            if len(config.loss_type) > 1:
+                shares[f"loss/{name}"] = part.detach()
+            loss = loss + weight * part
+        return loss, shares | _reward_metrics(good, bad, config, totals), metrics
+
+    def _inputs(self, good: Answers, bad: Answers) -> dict[str, Answers | Tensor]:
+        divergence, alpha = self._config.f_divergence_type, self._config.f_alpha_divergence_coef
+        return {
+            "chosen": good,
+            "rejected": bad,
+            "chosen_score": score(good, divergence, alpha),
+            "rejected_score": score(bad, divergence, alpha),
+        }
 
 
 def kto(answers: Answers, config: DPOConfig, kl: Tensor) -> Tensor:
-    """(S,) losses of single answers (KTO, arXiv 2402.01306, eq. 7), r the log-ratio of policy and reference:
-    desirable_weight (1 - sigma(beta (r - kl))) for good ones, undesirable_weight (1 - sigma(beta (kl - r))) for bad.
+    """Return (S,) losses of single answers (KTO, arXiv 2402.01306, eq. 7), r the log-ratio of policy and reference.
+
+    desirable_weight (1 - sigma(beta (r - kl))) for good answers, undesirable_weight (1 - sigma(beta (kl - r))) for bad ones.
     """
     gain = config.beta * (answers.log_ratio_S - kl)
     return torch.where(
@@ -59,27 +88,27 @@ def kto(answers: Answers, config: DPOConfig, kl: Tensor) -> Tensor:
 
 
 def kto_kl(mismatched: Answers) -> Tensor:
-    """The KL divergence that KTO compares rewards with: mean log-ratio of answers to other prompts, at least 0."""
+    """Return the KL divergence that KTO compares rewards with: mean log-ratio of answers to other prompts, at least 0."""
     return mismatched.log_ratio_S.mean().clamp(min=0).detach()
 
 
 @torch.no_grad()
-def _reward_metrics(good: Answers, bad: Answers, config: DPOConfig, totals: AnswerTotals) -> Metrics:
-    """Implicit rewards and log-probabilities; the margin is the difference of the mean rewards."""
-    metrics: Metrics = {}
+def _reward_metrics(good: Answers, bad: Answers, config: DPOConfig, totals: AnswerTotals) -> dict[str, Tensor]:
+    """Return shares of implicit rewards and log-probabilities; the margin is the difference of the mean rewards."""
+    shares: dict[str, Tensor] = {}
     rewards = {"chosen": _rewards(good, config), "rejected": _rewards(bad, config)}
     for name, side, count in (("chosen", good, totals.good), ("rejected", bad, totals.bad)):
         if count:
-            metrics[f"rewards/{name}"] = rewards[name].sum() / count
-            metrics[f"logps/{name}"] = side.logp_S.sum() / count
+            shares[f"rewards/{name}"] = rewards[name].sum() / count
+            shares[f"logps/{name}"] = side.logp_S.sum() / count
     if totals.good and totals.bad:
-        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        shares["rewards/margins"] = shares["rewards/chosen"] - shares["rewards/rejected"]
     if totals.pairs:
-        metrics["rewards/accuracies"] = (rewards["chosen"] > rewards["rejected"]).float().sum() / totals.pairs
-    return metrics
+        shares["rewards/accuracies"] = (rewards["chosen"] > rewards["rejected"]).float().sum() / totals.pairs
+    return shares
 
 
 def _rewards(answers: Answers, config: DPOConfig) -> Tensor:
-    """What the first loss beside `sft` takes an answer's reward to be."""
+    """Return what the first loss other than `sft` takes an answer's reward to be."""
     main = next((name for name in config.loss_type if name != "sft"), "sft")
     return config.beta * (answers.mean_logp_S if main in ("simpo", "orpo") else answers.log_ratio_S)
