@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlqwen.rewards.build_rewards import build_rewards
     from rlqwen.rewards.call_counts import CallCounts
+    from rlqwen.rewards.reward_funcs import build_rewards
     from rlqwen.rewards.scorer import Scorer
 
 _MODULES = {
     "Scorer": "rlqwen.rewards.scorer",
     "CallCounts": "rlqwen.rewards.call_counts",
-    "build_rewards": "rlqwen.rewards.build_rewards",
+    "build_rewards": "rlqwen.rewards.reward_funcs",
 }
 
 __all__ = ["CallCounts", "Scorer", "build_rewards"]
