@@ -70,6 +70,10 @@ class ArgumentsConfig(Config):
             raise explain(error) from None
 
 
+class Section(ArgumentsConfig):
+    """A part of a trainer's config that stands at the top of a recipe, beside `train`."""
+
+
 def explain(error: ValidationError, where: str = "") -> ConfigError:
     """Turn pydantic's report into ours: `where: path.to.key: what is wrong (value given: ...)`, a line a fault."""
     lines = []

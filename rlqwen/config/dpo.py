@@ -33,6 +33,8 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     `per_device_train_batch_size` counts rows: pairs, or single answers with a label.
     """
 
+    trainer: ClassVar[str] = "rlqwen.trainers.dpo:DPOTrainer"
+
     refused: ClassVar[dict[str, str]] = PreferenceConfig.refused | {
         "rpo_alpha": "use loss_type: [sigmoid, sft] with loss_weights: [1, rpo_alpha]",
         "max_completion_length": "use max_length, which bounds prompt and answer together",

@@ -1,6 +1,6 @@
 """Group Relative Policy Optimization and its relatives."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ PRESETS: dict[str, tuple[str, str]] = {
 
 class GRPOConfig(OnlineConfig, SyncedReference):
     """Arguments of GRPOTrainer; TRL's names, meanings and defaults unless said otherwise."""
+
+    trainer: ClassVar[str] = "rlqwen.trainers.grpo:GRPOTrainer"
 
     num_generations: int = Field(default=8, ge=2)
     """G: completions a prompt."""

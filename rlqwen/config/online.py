@@ -40,6 +40,7 @@ _UNCOMPARABLE = ("min_tokens", "presence_penalty", "frequency_penalty", "bad_wor
 class OnlineConfig(TrainerConfig):
     """Arguments of the trainers that learn from their own completions, GRPO and PPO."""
 
+    rewards: ClassVar[Literal["required", "optional", "refused"]] = "required"
     refused: ClassVar[dict[str, str]] = TrainerConfig.refused | {
         "vllm_mode": _ON_A_CLUSTER,
         "vllm_server_base_url": _ON_A_CLUSTER,

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.base import Section
 from rlqwen.config.deepspeed_keys import unused_note
 
 
-class ParallelConfig(ArgumentsConfig):
+class ParallelConfig(Section):
     """Ranks of the run: data parallel, but for the groups that are asked for here."""
 
     deepspeed: str | dict[str, Any] | None = None

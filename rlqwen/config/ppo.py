@@ -34,6 +34,8 @@ class PPOConfig(OnlineConfig):
     `num_mini_batches` x `num_ppo_epochs` updates. `max_steps`, `save_steps` and the like count updates (TRL: rollouts).
     """
 
+    trainer: ClassVar[str] = "rlqwen.trainers.ppo:PPOTrainer"
+
     refused: ClassVar[dict[str, str]] = OnlineConfig.refused | {
         "sft_model_path": "give the policy as `model`; its frozen copy is the reference",
         "reward_model_path": "give the reward model's path in reward_funcs, or under `rewards:` in a recipe",

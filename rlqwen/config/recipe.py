@@ -4,30 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from rlqwen.config.algorithms import config_class, sections
 from rlqwen.config.base import Config
 from rlqwen.config.data import DataConfig
-from rlqwen.config.dpo import DPOConfig
-from rlqwen.config.grpo import GRPOConfig
-from rlqwen.config.online import OnlineConfig
-from rlqwen.config.ppo import PPOConfig
-from rlqwen.config.reward import RewardConfig
 from rlqwen.config.rollout import RewardSpecs
-from rlqwen.config.sft import SFTConfig
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
-
-TRAINER_CONFIGS: dict[str, type[TrainerConfig]] = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "dpo": DPOConfig,
-    "ppo": PPOConfig,
-    "grpo": GRPOConfig,
-}
-
-
-def samples(algorithm: str) -> bool:
-    """Whether the algorithm learns from completions of its own, which a reward scores."""
-    return issubclass(TRAINER_CONFIGS[algorithm], OnlineConfig)
+from rlqwen.plugins.kinds import TRAINERS
 
 
 class LoraSettings(Config):
@@ -109,18 +92,20 @@ class ModelConfig(Config):
         return self
 
 
-def _key_path(fault: str, algorithm: str) -> str:
-    """Where a fault of the trainer's config stands in a recipe: `epsilon: ...` is `train.epsilon: ...` there."""
+def _key_path(fault: str, config: type[TrainerConfig]) -> str:
+    """Return a fault of the trainer's config under its key in a recipe: `epsilon: ...` is `train.epsilon: ...` there."""
     key = fault.partition(":")[0].partition(".")[0]
-    if key in ("rollout", "scoring", "parallel", "output_dir"):
+    if key == "output_dir" or key in sections(config):
         return fault
-    return f"train.{fault}" if key in TRAINER_CONFIGS[algorithm].model_fields else f"train: {fault}"
+    return f"train.{fault}" if key in config.model_fields else f"train: {fault}"
 
 
 class Recipe(Config):
     """A run from weights to weights."""
 
-    algorithm: Literal["sft", "reward", "dpo", "ppo", "grpo"]
+    algorithm: str
+    """`sft`, `reward`, `dpo`, `ppo`, `grpo`, another registered trainer (`rlqwen trainers`), `package.module:Class` or
+    `file.py:Class`."""
     model: ModelConfig
     data: DataConfig
     rewards: RewardSpecs = Field(default_factory=list)
@@ -139,25 +124,26 @@ class Recipe(Config):
     @model_validator(mode="before")
     @classmethod
     def _gather_trainer_config(cls, values: Any) -> Any:
-        """`rollout`, `scoring`, `parallel` and `output_dir` stand at the top of a recipe and belong to the trainer's config."""
+        """Move the sections of the trainer's config, and `output_dir`, from the top of the recipe into the config."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
         algorithm = values.get("algorithm")
-        if algorithm not in TRAINER_CONFIGS:
-            raise ValueError(f"algorithm: must be one of {', '.join(TRAINER_CONFIGS)} (value given: {algorithm!r})")
+        if not isinstance(algorithm, str):
+            known = ", ".join(TRAINERS.discover())
+            raise ValueError(f"algorithm: must be one of {known} (value given: {algorithm!r})")
+        config = config_class(algorithm)
         if not isinstance(values.get("train") or {}, dict):
             raise ValueError(f"train: must be a mapping of arguments (value given: {values['train']!r})")
         train = dict(values.get("train") or {})
+        for section in sections(config):
+            if section in values:
+                train[section] = values.pop(section)
         for section in ("rollout", "scoring"):
             if section in values:
-                if not samples(algorithm):
-                    raise ValueError(
-                        f"{section!r} has no meaning for algorithm {algorithm!r}: nothing is generated or scored"
-                    )
-                train[section] = values.pop(section)
-        if "parallel" in values:
-            train["parallel"] = values.pop("parallel")
+                raise ValueError(
+                    f"{section!r} has no meaning for algorithm {algorithm!r}: nothing is generated or scored"
+                )
         if "output_dir" in values:
             if train.get("output_dir") not in (None, values["output_dir"]):
                 raise ValueError(
@@ -166,15 +152,15 @@ class Recipe(Config):
                 )
             train["output_dir"] = values["output_dir"]
         try:
-            values["train"] = TRAINER_CONFIGS[algorithm](**train)
+            values["train"] = config(**train)
         except ConfigError as error:
-            raise ConfigError("\n".join(_key_path(line, algorithm) for line in str(error).splitlines())) from None
+            raise ConfigError("\n".join(_key_path(line, config) for line in str(error).splitlines())) from None
         return values
 
     @model_validator(mode="after")
     def _rewards_fit_algorithm(self) -> "Recipe":
-        if samples(self.algorithm) and not self.rewards:
+        if self.train.rewards == "required" and not self.rewards:
             raise ValueError(f"algorithm {self.algorithm!r} needs at least one reward; `rlqwen rewards` lists them")
-        if self.rewards and not samples(self.algorithm):
+        if self.train.rewards == "refused" and self.rewards:
             raise ValueError(f"algorithm {self.algorithm!r} takes no rewards")
         return self

@@ -18,12 +18,10 @@ import yaml
 from pydantic import BaseModel
 
 from rlqwen.config import Recipe
-from rlqwen.config.recipe import TRAINER_CONFIGS
+from rlqwen.config.algorithms import config_class, sections
 from rlqwen.errors import ConfigError
+from rlqwen.plugins.kinds import TRAINERS
 from rlqwen.secrets import redact_values
-
-_SECTIONS_OF_TRAIN = ("rollout", "scoring", "parallel")
-"""Parts of the trainer's config that stand at the top of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def write_resolved(recipe: Recipe, path: str | Path) -> None:
     train = values.pop("train")
     output_dir = values.pop("output_dir")
     train.pop("output_dir", None)
-    for section in _SECTIONS_OF_TRAIN:
+    for section in sections(type(recipe.train)):
         if section in train:
             values[section] = train.pop(section)
     values |= {"train": train, "output_dir": output_dir}
@@ -148,7 +146,7 @@ def parse_override(text: str) -> Override:
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} is not of the form key.path=value, such as train.learning_rate=1e-5")
-    algorithm = parts[0] if parts[0] in TRAINER_CONFIGS else None
+    algorithm = parts[0] if parts[0] in TRAINERS.discover() else None
     path = parts[1:] if algorithm else parts
     if not path:
         raise ConfigError(f"override {text!r} names an algorithm and no key; write {parts[0]}.train.max_steps=10")
@@ -288,13 +286,16 @@ def _assign(values: dict[str, Any], override: Override) -> None:
 
 def _fits(override: Override, algorithm: Any) -> bool:
     """Whether recipes of this algorithm have such a key; what is inside free-form mappings always fits."""
-    if algorithm not in TRAINER_CONFIGS or override.algorithm not in (None, algorithm):
+    if not isinstance(algorithm, str) or override.algorithm not in (None, algorithm):
         return False
-    trainer = TRAINER_CONFIGS[algorithm]
+    try:
+        trainer = config_class(algorithm)
+    except ConfigError:
+        return False
     first, *rest = override.path
     if first == "train":
         return not rest or _has_path(trainer, rest)
-    if first in _SECTIONS_OF_TRAIN:
+    if first in sections(trainer):
         return _has_path(trainer, [first, *rest])
     return _has_path(Recipe, [first, *rest])
 

@@ -1,6 +1,6 @@
 """Reward modelling."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from rlqwen.plugins.kinds import LOSSES
 
 class RewardConfig(PreferenceConfig):
     """Arguments of RewardTrainer; TRL's names, meanings and defaults unless said otherwise."""
+
+    trainer: ClassVar[str] = "rlqwen.trainers.reward:RewardTrainer"
+    trains_scalar_model: ClassVar[bool] = True
 
     learning_rate: float = Field(default=1e-4, ge=0)
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"

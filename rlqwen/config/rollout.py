@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rlqwen.config.base import NO_EFFECT, ArgumentsConfig, Config
+from rlqwen.config.base import NO_EFFECT, Config, Section
 from rlqwen.errors import ConfigError
 
 
-class RolloutConfig(ArgumentsConfig):
+class RolloutConfig(Section):
     """The pool of rollout workers."""
 
     engine: Literal["vllm", "transformers"] | None = None
@@ -103,7 +103,7 @@ RewardSpecs = Annotated[list[RewardSpec], BeforeValidator(_accept_bare_names)]
 """Rewards, of which one may be its bare name."""
 
 
-class ScoringConfig(ArgumentsConfig):
+class ScoringConfig(Section):
     """The worker processes that call the rewards."""
 
     num_workers: int = Field(default=1, ge=1)

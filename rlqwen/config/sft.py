@@ -1,6 +1,6 @@
 """Supervised fine-tuning."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from rlqwen.plugins.kinds import LOSSES
 
 class SFTConfig(TrainerConfig):
     """Arguments of SFTTrainer; TRL's names, meanings and defaults unless said otherwise."""
+
+    trainer: ClassVar[str] = "rlqwen.trainers.sft:SFTTrainer"
 
     max_length: int | None = Field(default=1024, ge=2)
     """Longer sequences are truncated, and counted; None: never."""

@@ -19,7 +19,17 @@ def launched_ranks() -> int:
 
 
 class TrainerConfig(ArgumentsConfig):
-    """Batch, optimiser, schedule, evaluation, saving and logging."""
+    """Batch, optimizer, schedule, evaluation, saving and logging.
+
+    A plugin's config derives from this or from OnlineConfig, and names its trainer.
+    """
+
+    trainer: ClassVar[str] = ""
+    """The trainer class that takes this config, `package.module:Class`; imported when training starts."""
+    rewards: ClassVar[Literal["required", "optional", "refused"]] = "refused"
+    """Whether a recipe of this algorithm names rewards."""
+    trains_scalar_model: ClassVar[bool] = False
+    """Whether the model that is trained has one number as its output, as a reward model does."""
 
     refused: ClassVar[dict[str, str]] = {
         "use_liger_kernel": "logprobs are computed in chunks from hidden states already",

@@ -37,7 +37,7 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
     warning, because a stranger's code may still load it; an adapter that does not fit is a fault.
     """
     try:
-        model = meta_model(facts.config, scalar=recipe.algorithm == "reward")
+        model = meta_model(facts.config, scalar=recipe.train.trains_scalar_model)
     except ModelError as error:
         report.warnings.append(f"parameters were not counted: {error}")
         return

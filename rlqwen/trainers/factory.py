@@ -1,19 +1,14 @@
 """From a recipe to the trainer that carries it out."""
 
-from collections.abc import Callable
 from typing import Any
 
 from rlqwen.config import ModelConfig, Recipe
+from rlqwen.config.algorithms import trainer_class
 from rlqwen.data import RecipeData, load_recipe_data
 from rlqwen.models.adapters import lora_config
 from rlqwen.models.quantization import bitsandbytes_config
 from rlqwen.rewards import build_rewards
 from rlqwen.trainers.base import Trainer
-from rlqwen.trainers.dpo import DPOTrainer
-from rlqwen.trainers.grpo import GRPOTrainer
-from rlqwen.trainers.ppo import PPOTrainer
-from rlqwen.trainers.reward import RewardTrainer
-from rlqwen.trainers.sft import SFTTrainer
 
 
 def build_trainer(recipe: Recipe) -> Trainer[Any, Any, Any]:
@@ -42,16 +37,8 @@ def _build(recipe: Recipe, data: RecipeData) -> Trainer[Any, Any, Any]:
         shared["reward_funcs"] = build_rewards(
             [spec.name for spec in recipe.rewards], [spec.args for spec in recipe.rewards]
         )
-    return TRAINERS[recipe.algorithm](recipe.model.path, args=args, **shared)
-
-
-TRAINERS: dict[str, Callable[..., Trainer[Any, Any, Any]]] = {
-    "sft": SFTTrainer,
-    "reward": RewardTrainer,
-    "dpo": DPOTrainer,
-    "ppo": PPOTrainer,
-    "grpo": GRPOTrainer,
-}
+    trainer: Trainer[Any, Any, Any] = trainer_class(recipe.algorithm)(recipe.model.path, args=args, **shared)
+    return trainer
 
 
 def model_arguments(model: ModelConfig) -> dict[str, Any]:
