@@ -118,9 +118,9 @@ def _answer(text: str, plain: bool) -> str | None:
     boxed = boxed_answer(text)
     if boxed and "####" in text:
         hashed = hashed_answer(text[boxes(text)[-1][1] :])
-        return (
-            join((boxed, hashed)) if hashed and _NUMBER_FIRST.match(hashed) else boxed
-        )  # otherwise `####` begins a heading
+        if hashed and _NUMBER_FIRST.match(hashed):  # otherwise `####` begins a heading
+            return join((boxed, hashed))
+        return boxed
     return boxed or marked_answer(text) or stated_answer(text) or (unmarked_answer(text) if plain else None)
 
 

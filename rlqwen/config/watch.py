@@ -1,4 +1,4 @@
-"""The guard that watches a run: which symptoms it looks for, from which threshold on, and what it then does."""
+"""Configure the monitor of a run: the symptoms it looks for, their thresholds, and the actions it takes."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -126,7 +126,7 @@ _Shorthand = BeforeValidator(_read_shorthand)
 
 
 class WatchConfig(ArgumentsConfig):
-    """The guard; each symptom is a section with a threshold, a number that sets it, or `off`."""
+    """Configure the monitor. Each symptom is a section with a threshold, a number that sets the threshold, or `off`."""
 
     enabled: bool = True
     action: Action = "warn"
@@ -139,7 +139,7 @@ class WatchConfig(ArgumentsConfig):
     start_steps: int = Field(default=5, ge=1)
     """Steps whose median stands for the run's start."""
     webhook: str | None = None
-    """URL that gets a POST of JSON at each trip and at the run's end. `$NAME` takes it from the environment; a URL that is
+    """URL that gets a POST of JSON at each alert and at the run's end. `$NAME` takes it from the environment; a URL that is
     written out is left out of the run folder's recipe."""
     webhook_timeout: float = Field(default=5.0, gt=0, le=60)
     """Seconds for one call; a failing hook never harms the run."""

@@ -152,8 +152,8 @@ def describe_exit(code: int) -> str:
 def _reason_to_give_up(
     folders: Sequence[Path], policy: Policy, restart: int, stalls: int, started: float
 ) -> str | None:
-    if any(_guard_stopped(folder, started) for folder in folders):
-        return "its guard (train.watch) stopped it, and would again"
+    if any(_monitor_stopped(folder, started) for folder in folders):
+        return "its monitor (train.watch) stopped it, and would again"
     if stalls >= policy.max_stalls:
         return f"it died {stalls} times in a row at the same step; mend the cause, then --resume"
     return (
@@ -161,7 +161,7 @@ def _reason_to_give_up(
     )
 
 
-def _guard_stopped(folder: Path, started: float) -> bool:
+def _monitor_stopped(folder: Path, started: float) -> bool:
     path = folder / ERROR_FILE
     return path.is_file() and path.stat().st_mtime >= started - 1 and WatchStop.__name__ in path.read_text("utf-8")
 

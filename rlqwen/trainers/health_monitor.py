@@ -78,7 +78,7 @@ class HealthMonitor:
         checkpointer.save()
         causes = [alert.text for alert in self._alerts if alert.action != "warn"]
         raise WatchStop(
-            "\n".join([f"the guard (train.watch) stopped the run: {why}; the state was saved first", *causes])
+            "\n".join([f"the monitor (train.watch) stopped the run: {why}; the state was saved first", *causes])
         )
 
     def summary(self) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def steps(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trips(folder):
+def alerts(folder):
     return {line["watch/symptom"]: line for line in read_metrics(folder) if "watch/symptom" in line}
 
 
@@ -123,7 +123,7 @@ def test_nan_in_logits(tiny_model_path, tmp_path, make):
     (kept,) = (tmp_path / "nonfinite").iterdir()
     assert kept.name == "step-000002-0.safetensors"
     assert load_file(kept)["input_ids"].numel() > 0
-    assert trips(tmp_path)["skipped"]["step"] == 2
+    assert alerts(tmp_path)["skipped"]["step"] == 2
 
 
 @pytest.mark.fault("NaN in one gradient", "that update is skipped, weights bit-unchanged, batch saved")
@@ -198,20 +198,22 @@ def shifted_logprobs(completion, number):
     return completion
 
 
-@pytest.mark.fault("the sampler's logprobs are missing", "the mismatch monitor trips at the first step")
+@pytest.mark.fault("the sampler's logprobs are missing", "the monitor reports a mismatch at the first step")
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
 @pytest.mark.parametrize("change", [without_logprobs, without_some_logprobs])
 def test_missing_logprobs(tiny_model_path, tmp_path, make, change):
     trainer = make(tiny_model_path, tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     alter(trainer, change)
     trainer.train()
-    trip = trips(tmp_path)["mismatch"]
-    assert trip["step"] == 1
-    assert trip["watch/value"] == steps(trainer, "sampling/logp_missing")[0] > 0
-    assert "without the sampler's logprobs" in trip["watch/cause"]
+    alert = alerts(tmp_path)["mismatch"]
+    assert alert["step"] == 1
+    assert alert["watch/value"] == steps(trainer, "sampling/logp_missing")[0] > 0
+    assert "without the sampler's logprobs" in alert["watch/cause"]
 
 
-@pytest.mark.fault("the sampler's logprobs are shifted by one token", "the mismatch monitor trips at the first step")
+@pytest.mark.fault(
+    "the sampler's logprobs are shifted by one token", "the monitor reports a mismatch at the first step"
+)
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
 def test_shifted_logprobs(tiny_model_path, tmp_path, make):
     """The same run with logprobs in their place says nothing."""
@@ -220,7 +222,7 @@ def test_shifted_logprobs(tiny_model_path, tmp_path, make):
         sharpen(trainer)
         alter(trainer, change)
         trainer.train()
-        assert ("mismatch" in trips(tmp_path / name)) == (name == "shifted"), steps(trainer, "sampling/logp_gap")
+        assert ("mismatch" in alerts(tmp_path / name)) == (name == "shifted"), steps(trainer, "sampling/logp_gap")
 
 
 @pytest.mark.fault("NaN among the sampler's logprobs", "that update is skipped, weights bit-unchanged, batch saved")
@@ -256,7 +258,7 @@ def test_an_empty_completion(tiny_model_path, tmp_path, loss_type):
     assert not same(seen[0], seen[1])
 
 
-@pytest.mark.fault("all completions are empty", "nothing is trained, nothing fails, and the guard says so")
+@pytest.mark.fault("all completions are empty", "nothing is trained, nothing fails, and the monitor says so")
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
 def test_only_empty_completions(tiny_model_path, tmp_path, make):
     trainer = make(tiny_model_path, tmp_path)
@@ -264,10 +266,10 @@ def test_only_empty_completions(tiny_model_path, tmp_path, make):
     trainer.train()
     assert steps(trainer, "completions/mean_length") == [0.0] * 3
     assert steps(trainer, "updates/skipped") == [0.0] * 3
-    assert trips(tmp_path)["empty"]["step"] == 2
+    assert alerts(tmp_path)["empty"]["step"] == 2
 
 
-@pytest.mark.fault("completions that are the end of turn and no more", "trained on as one token; the guard says so")
+@pytest.mark.fault("completions that are the end of turn and no more", "trained on as one token; the monitor says so")
 def test_end_of_turn_first(tiny_model_path, tmp_path):
     trainer = make_grpo(tiny_model_path, tmp_path, max_steps=2, beta=0.1)
     eos = trainer.processing_class.eos_token_id
@@ -275,11 +277,11 @@ def test_end_of_turn_first(tiny_model_path, tmp_path):
     trainer.train()
     assert all(map(math.isfinite, steps(trainer)))
     assert steps(trainer, "completions/truncated") == [0.0] * 2
-    assert trips(tmp_path)["empty"]["step"] == 2
+    assert alerts(tmp_path)["empty"]["step"] == 2
 
 
 @pytest.mark.fault(
-    "no completion ever ends", "with mask_truncated_completions nothing is trained, and the guard names the limit"
+    "no completion ever ends", "with mask_truncated_completions nothing is trained, and the monitor names the limit"
 )
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_no_end_of_turn(tiny_model_path, tmp_path, beta):
@@ -293,9 +295,9 @@ def test_no_end_of_turn(tiny_model_path, tmp_path, beta):
     trainer.train()
     assert same(seen[0], seen[-1])
     assert steps(trainer) == [0.0] * 3
-    trip = trips(tmp_path)["masked"]
-    assert trip["step"] == 1
-    assert trip["watch/advice"] == [
+    alert = alerts(tmp_path)["masked"]
+    assert alert["step"] == 1
+    assert alert["watch/advice"] == [
         "train.max_completion_length: 6 -> try 12",
         "train.mask_truncated_completions: True -> false",
     ]
@@ -306,21 +308,21 @@ def nothing(completions, **kwargs):
 
 
 @pytest.mark.fault(
-    "every reward is zero and every completion cut off", "the guard names the limit and the model's end of turn"
+    "every reward is zero and every completion cut off", "the monitor names the limit and the model's end of turn"
 )
 def test_zero_reward_and_cut_off(tiny_model_path, tmp_path):
     trainer = make_grpo(
         tiny_model_path, tmp_path, max_steps=5, reward=nothing, watch={"zero_reward": {"truncated": 0.5}}
     )
     trainer.train()
-    found = trips(tmp_path)
+    found = alerts(tmp_path)
     assert found["zero_reward"]["step"] == 3
     assert found["zero_reward"]["watch/advice"][0] == "train.max_completion_length: 6 -> try 12"
     assert found["no_signal"]["step"] == 5
 
 
 @pytest.mark.fault(
-    "all groups have equal rewards", "loss and gradient are exactly 0, no weight moves, the guard says so"
+    "all groups have equal rewards", "loss and gradient are exactly 0, no weight moves, the monitor says so"
 )
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_zero_variance(tiny_model_path, tmp_path, value):
@@ -332,12 +334,12 @@ def test_zero_variance(tiny_model_path, tmp_path, value):
     trainer.train()
     assert steps(trainer) == steps(trainer, "grad_norm") == [0.0] * 3
     assert same(seen[0], seen[-1])
-    assert trips(tmp_path)["no_signal"]["step"] == 2
-    assert "idle" not in trips(tmp_path)
+    assert alerts(tmp_path)["no_signal"]["step"] == 2
+    assert "idle" not in alerts(tmp_path)
 
 
 @pytest.mark.fault(
-    "a batch whose every label is masked", "a step without loss or change, no NaN, and the guard says so"
+    "a batch whose every label is masked", "a step without loss or change, no NaN, and the monitor says so"
 )
 def test_all_masked(tiny_model_path, tmp_path):
     trainer = make_sft(tiny_model_path, tmp_path)
@@ -347,7 +349,7 @@ def test_all_masked(tiny_model_path, tmp_path):
     trainer.train()
     assert same(seen[0], seen[-1])
     assert steps(trainer) == [0.0] * 3
-    assert trips(tmp_path)["masked"]["step"] == 1
+    assert alerts(tmp_path)["masked"]["step"] == 1
 
 
 @pytest.mark.fault(

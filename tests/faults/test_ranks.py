@@ -53,7 +53,7 @@ def test_workers_that_die_end_all_ranks(tiny_model_path, tmp_path):
     "a symptom that stops a run, one that rolls it back, on two ranks",
     "both stop after one whole checkpoint; both go back, and end with equal weights",
 )
-def test_the_guard_acts_on_both_ranks(tiny_model_path, tmp_path):
+def test_the_monitor_acts_on_both_ranks(tiny_model_path, tmp_path):
     ranks = run_on_two_ranks(["stopped", "blown_up"], tiny_model_path, tmp_path)
     for rank in ranks:
         assert rank["stopped"]["error"] == "WatchStop"

@@ -108,7 +108,7 @@ def test_a_run_that_gains_nothing_is_given_up(script):
     assert "3 times in a row at the same step" in said[-1]
 
 
-def test_a_run_that_its_guard_stopped_stays_stopped(script):
+def test_a_run_that_its_monitor_stopped_is_not_restarted(script):
     command, run = script('(run / "error.log").write_text("rlqwen.errors.WatchStop: kl")\nsys.exit(1)')
     assert supervise(command, [run], Policy(3, **QUICK), print) == 1
     assert len(starts(run)) == 1
