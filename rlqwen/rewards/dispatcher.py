@@ -27,7 +27,7 @@ _RETIRE_WAIT = 1.0
 
 
 @dataclass(slots=True, frozen=True, eq=False)
-class Call:
+class WorkerCall:
     """Describe one call of one reward on one or more samples of a group."""
 
     index: int
@@ -53,7 +53,7 @@ class _WorkerSlot:
     deadline: float | None
     """Seconds on the monotonic clock; None while the worker is idle."""
     is_ready: bool = False
-    call: Call | None = None
+    call: WorkerCall | None = None
     started: float = 0.0
 
 
@@ -86,7 +86,7 @@ class Dispatcher:
         self._labels = labels
         self._config = config
         self._changed = changed
-        self._queue: deque[Call] = deque()
+        self._queue: deque[WorkerCall] = deque()
         self._slots: list[_WorkerSlot] = []
         self._idle_deaths = 0
         self._closing = False
@@ -100,7 +100,7 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._run, name="rlqwen-scoring", daemon=True)
         self._thread.start()
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: WorkerCall) -> None:
         """Queue a call; thread-safe."""
         self._queue.append(call)
         self._wake()
@@ -159,7 +159,7 @@ class Dispatcher:
                     return  # the trainer's thread has dropped it meanwhile
                 self._begin(slot, call)
 
-    def _begin(self, slot: _WorkerSlot, call: Call) -> None:
+    def _begin(self, slot: _WorkerSlot, call: WorkerCall) -> None:
         call.begin()
         try:
             message = pickle.dumps((call.index, call.count, call.services, cloudpickle.dumps(call.arguments)))

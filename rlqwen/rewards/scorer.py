@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards.call_counts import CallCounts
-from rlqwen.rewards.dispatcher import Call, Dispatcher
+from rlqwen.rewards.dispatcher import Dispatcher, WorkerCall
 from rlqwen.rewards.failure_log import FailureLog
 from rlqwen.rewards.placement import check_arguments, must_isolate, pickle_rewards
 from rlqwen.rewards.registry import Reward, call_arguments, check_columns
@@ -212,7 +212,7 @@ class Scorer:
         if CONFINED_PYTHON in self.rewards[job.reward].parameters:
             services += (CONFINED_PYTHON,)
         begin, finish = partial(self._call_begun, job), partial(self._finish, job)
-        dispatcher.submit(Call(index, len(job.samples), self._arguments(job), services, begin, finish, job.batch))
+        dispatcher.submit(WorkerCall(index, len(job.samples), self._arguments(job), services, begin, finish, job.batch))
 
     def _arguments(self, job: ScoringJob) -> dict[str, Any]:
         prompt = job.group.prompt
