@@ -1,14 +1,13 @@
-"""Find rewards by entry point, module or file; check what they need; give them what they take.
+"""Find rewards by entry point, module or file, check which columns they need, and select their arguments.
 
-A reward function follows TRL's protocol: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`,
-of which it names what it wants. What a name stands for is that function, or a factory that returns it. A class, and a
-callable that takes none of `prompts`, `completions`, `completion_ids` and no `**kwargs`, is a factory. The arguments
-in a recipe are bound to a function, or given to a factory.
+A reward function follows TRL's protocol: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`; its
+signature names the arguments that it takes. A name refers to such a function, or to a factory that returns one. A class,
+or a callable that takes none of `prompts`, `completions`, `completion_ids` and no `**kwargs`, is a factory. The arguments
+in a recipe are bound to a function, or passed to a factory.
 
-A function may carry an attribute `required_columns`: tuples of column names, of each of which the data must have one.
-Parameters without a default are required in any case. With an attribute `isolated` that is true, it runs untrusted code
-and is called in an isolated worker only. Reward models (a torch module, a model folder) are not resolved
-here.
+A function may have an attribute `required_columns`: tuples of column names, of each of which the data must have one.
+Parameters without a default are always required. A function with a true attribute `isolated` runs untrusted code and is
+called only in an isolated worker. Reward models (a torch module, a model folder) are not resolved here.
 
 Example:
     reward = resolve("accuracy", {"plain": True})
@@ -39,39 +38,39 @@ __all__ = [
 ]
 
 PROTOCOL = ("prompts", "completions", "completion_ids")
-"""What every reward may name."""
+"""Arguments that every reward may take."""
 
 _ONLY_IN_TRL = ("trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward function and what its signature says."""
+    """Hold a reward function and what its signature says."""
 
     name: str
-    """What its metrics are called."""
+    """Name of the reward in metrics."""
     function: Callable[..., Any]
     origin: str
     """Package and version, module, or file."""
     is_async: bool
     parameters: tuple[str, ...]
-    """Names that the signature takes, without those that arguments are bound to."""
+    """Parameters of the signature, without those that arguments are bound to."""
     required: tuple[str, ...]
-    """Those of `parameters` that have no default."""
+    """The `parameters` without a default."""
     accepts_any_column: bool
-    """It takes `**kwargs`, and so is given every column."""
+    """Whether it takes `**kwargs` and therefore gets every column."""
     bound: tuple[str, ...] = ()
-    """Names that arguments are bound to; columns of these names are kept from it."""
+    """Parameters that arguments are bound to; columns of these names are not passed."""
     column_choices: tuple[tuple[str, ...], ...] = ()
     """The data must have one column of each tuple."""
     isolated: bool = False
-    """It asks for an isolated worker."""
+    """Whether it must run in an isolated worker."""
 
 
 def resolve(reward: str | Callable[..., Any], args: Mapping[str, Any] | None = None) -> Reward:
-    """The reward function that a user named or gave, with `args` bound to it or given to its factory.
+    """Return the reward that a user named or passed, with `args` bound to it or passed to its factory.
 
-    Raises RewardSpecError if there is none, if it fails to import, or if `args` don't fit.
+    Raises RewardSpecError if there is none, if it fails to import, or if `args` do not fit.
     """
     args = dict(args or {})
     if isinstance(reward, str):
@@ -88,13 +87,13 @@ def resolve(reward: str | Callable[..., Any], args: Mapping[str, Any] | None = N
     if not isinstance(reward, str) and not args:
         raise RewardSpecError(
             f"reward {name!r} takes none of {', '.join(PROTOCOL)} and no **kwargs; "
-            f"if it makes reward functions, call it and give what it returns"
+            f"if it is a factory of reward functions, call it and pass what it returns"
         )
     made = _call_factory(candidate, args, name)
     if not callable(made) or not _is_function(made, name):
         raise RewardSpecError(
             f"reward {name!r} ({origin}) takes none of {', '.join(PROTOCOL)}, so it counts as a factory, "
-            f"but what it returns is no reward function: {made!r}"
+            f"but what it returns is not a reward function: {made!r}"
         )
     return _describe(made, name, origin)
 
@@ -107,7 +106,7 @@ def _is_function(candidate: Callable[..., Any], name: str) -> bool:
 
 
 def _bind(function: Callable[..., Any], args: dict[str, Any], name: str) -> Callable[..., Any]:
-    """Bind `args`; also refuses a name that only `**kwargs` would take, because there a typo would go unseen."""
+    """Bind `args`. Refuse a name that only `**kwargs` would accept, because that would hide a typo."""
     if not args:
         return function
     _check_args(args, [one for one in _named_parameters(function, name) if one not in PROTOCOL], name)
@@ -180,7 +179,7 @@ def _name_of(function: Callable[..., Any]) -> str:
 
 
 def unique_names(names: Sequence[str]) -> list[str]:
-    """The same names, a later namesake with `_2`, `_3`, ... appended, because metrics are keyed by them."""
+    """Append `_2`, `_3`, ... to repeated names, because metrics are keyed by name."""
     unique: list[str] = []
     for name in names:
         candidate, number = name, 2
@@ -191,12 +190,12 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def check_columns(reward: Reward, columns: Collection[str], where: str) -> None:
-    """Raise RewardSpecError unless the data in `where` has every column that the reward cannot do without."""
+    """Raise RewardSpecError if the data in `where` lacks a column that the reward requires."""
     for one in reward.required:
         if one in _ONLY_IN_TRL and one not in columns:
             raise RewardSpecError(
-                f"reward {reward.name!r} ({reward.origin}) cannot do without {one!r}, which TRL's trainer passes and "
-                f"rlqwen doesn't: rewards run in processes of their own; give the parameter a default"
+                f"reward {reward.name!r} ({reward.origin}) requires {one!r}, which TRL's trainer passes and "
+                f"rlqwen does not, because rewards run in their own processes; give the parameter a default"
             )
     there = ", ".join(sorted(columns)) or "none"
     for choice in _column_choices(reward):
@@ -211,12 +210,13 @@ def check_columns(reward: Reward, columns: Collection[str], where: str) -> None:
 def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], where: str) -> tuple[set[str], list[str]]:
     """Check that each column that a reward requires is in some row of `where`.
 
-    Rows of several tasks need not have all of them: a reward is given None where a row lacks one.
+    Rows of several tasks need not have all of them: a reward gets None for a column that a row lacks.
 
     Returns:
-        The names of all columns, and a line for each reward about the rows that lack what it needs.
+        The names of all columns, and one line per reward about rows that lack a column that it requires.
 
-    Raises RewardSpecError.
+    Raises:
+        RewardSpecError: no row has a required column.
     """
     columns: set[str] = set()
     filled: Counter[frozenset[str]] = Counter()
@@ -237,7 +237,7 @@ def check_rows(rewards: Sequence[Reward], rows: Iterable[Mapping[str, Any]], whe
 
 
 def taken_columns(rewards: Iterable[Reward]) -> set[str] | None:
-    """Return the columns that at least one reward may be given; None for all, if one takes any."""
+    """Return the columns that at least one reward takes; None if a reward takes every column."""
     taken: set[str] = set()
     for reward in rewards:
         if reward.accepts_any_column:
@@ -258,9 +258,9 @@ def call_arguments(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What to call `reward.function` with: of everything there is, what its signature names, or all with `**kwargs`.
+    """Return the arguments that the signature of `reward.function` names, or all of them if it takes `**kwargs`.
 
-    All sequences, columns included, are parallel: an element a completion.
+    All sequences, including columns, have one element per completion.
     """
     everything = dict(columns) | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     if reward.accepts_any_column:

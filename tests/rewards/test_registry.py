@@ -68,7 +68,7 @@ def rival_package(tmp_path_factory):
     return target
 
 
-def test_built_ins_are_registered_with_origin_and_a_line_of_doc():
+def test_built_in_rewards_have_an_origin_and_a_line_of_documentation():
     entries = REWARDS.discover()
     assert set(entries) >= BUILT_IN
     version = importlib.metadata.version("rlqwen")
@@ -79,7 +79,7 @@ def test_built_ins_are_registered_with_origin_and_a_line_of_doc():
         assert callable(REWARDS.load(name))
 
 
-def test_discovering_imports_no_reward_and_no_torch():
+def test_discover_imports_neither_rewards_nor_torch():
     code = """
 import sys
 from rlqwen.rewards.registry import REWARDS
@@ -100,7 +100,7 @@ print(sorted(name for name in sys.modules if name.startswith("rlqwen_rewards") o
     assert run_python(code).strip() == "['rlqwen_rewards', 'rlqwen_rewards.answers', 'rlqwen_rewards.length']"
 
 
-def test_a_stranger_s_package_is_found_and_used_by_name(digits_package):
+def test_a_reward_of_another_package_is_found_by_name(digits_package):
     code = """
 import json
 from rlqwen.rewards.registry import call_arguments, check_columns, REWARDS, resolve
@@ -118,7 +118,7 @@ print(json.dumps([entry.origin, entry.doc, reward.name, reward.origin, reward.fu
     assert rewards == [2.0, 1.0, 0.0]
 
 
-def test_a_name_that_two_packages_claim_is_an_error_that_names_both(digits_package, rival_package):
+def test_a_name_claimed_by_two_packages_is_an_error_that_names_both(digits_package, rival_package):
     code = """
 from rlqwen.errors import RewardSpecError
 from rlqwen.rewards.registry import REWARDS, resolve
@@ -154,12 +154,12 @@ assert resolve("rlqwen_reward_digits_rival:num_digits").function(["a1b2"]) == [2
         ("math:sqrt", "parameter 'x' is positional-only"),
     ],
 )
-def test_what_cannot_be_found_is_told_in_one_message(spec, message):
+def test_an_unknown_reward_is_refused_with_a_hint(spec, message):
     with pytest.raises(RewardSpecError, match=message):
         resolve(spec)
 
 
-def test_a_file_s_function(tmp_path):
+def test_a_function_is_loaded_from_a_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from dataclasses import dataclass\n"
@@ -177,17 +177,17 @@ def test_a_file_s_function(tmp_path):
         resolve(f"{file}:rewad")
 
 
-def test_a_file_that_fails_to_import_tells_the_cause(tmp_path):
+def test_a_file_that_fails_to_import_names_the_cause(tmp_path):
     file = tmp_path / "broken.py"
-    file.write_text("raise RuntimeError('no licence')\n")
+    file.write_text("raise RuntimeError('no license')\n")
     before = set(sys.modules)
-    with pytest.raises(RewardSpecError, match="cannot be imported: RuntimeError: no licence") as caught:
+    with pytest.raises(RewardSpecError, match="cannot be imported: RuntimeError: no license") as caught:
         resolve(f"{file}:reward")
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert not [name for name in set(sys.modules) - before if name.startswith("broken_")]
 
 
-def test_callables_of_every_kind_have_a_name():
+def test_every_kind_of_callable_has_a_name():
     class Judge:
         def __call__(self, completions):
             return [0.0] * len(completions)
@@ -199,7 +199,7 @@ def test_callables_of_every_kind_have_a_name():
     assert unique_names(["a", "a", "a_2", "b", "a"]) == ["a", "a_3", "a_2", "b", "a_4"]
 
 
-def test_a_signature_says_what_a_reward_takes():
+def test_the_signature_determines_the_parameters_of_a_reward():
     reward = resolve(good)
     assert reward.parameters == ("completions", "solution", "bonus")
     assert reward.required == ("completions", "solution")
@@ -209,7 +209,7 @@ def test_a_signature_says_what_a_reward_takes():
     assert not resolve(lambda completion_ids: []).accepts_any_column
 
 
-def test_coroutines_are_known_as_such():
+def test_coroutine_functions_are_recognized():
     async def judge(completions, k=1):
         return [float(k)] * len(completions)
 
@@ -223,7 +223,7 @@ def test_coroutines_are_known_as_such():
     assert resolve(Judge()).is_async
 
 
-def test_args_are_bound_to_a_function_and_kept_from_columns():
+def test_args_are_bound_to_a_function_and_hide_columns_of_that_name():
     reward = resolve(good, {"bonus": 0.5})
     assert reward.function(completions=["ab"], solution=["x"]) == [2.5]
     arguments = call_arguments(reward, ["p"], ["ab"], [[1]], {"solution": ["x"], "bonus": ["a column"], "other": [0]})
@@ -240,8 +240,8 @@ def test_args_are_bound_to_a_function_and_kept_from_columns():
         resolve(good, {"completions": 1})
 
 
-def test_args_are_given_to_a_factory():
-    def factory(k, flavour="plain"):
+def test_args_are_passed_to_a_factory():
+    def factory(k, flavoring="plain"):
         if k < 0:
             raise ValueError(f"k must not be negative, not {k}")
         return lambda completions: [float(k)] * len(completions)
@@ -250,23 +250,23 @@ def test_args_are_given_to_a_factory():
     assert reward.name == "factory"
     assert reward.function(completions=["a"]) == [3.0]
     with pytest.raises(RewardSpecError, match="reward 'factory' needs args: k"):
-        resolve(factory, {"flavour": "sweet"})
-    with pytest.raises(RewardSpecError, match="has no argument 'flavor'; did you mean 'flavour'"):
-        resolve(factory, {"k": 1, "flavor": "sweet"})
+        resolve(factory, {"flavoring": "sweet"})
+    with pytest.raises(RewardSpecError, match="has no argument 'flavour'; did you mean 'flavoring'"):
+        resolve(factory, {"k": 1, "flavour": "sweet"})
     with pytest.raises(RewardSpecError, match=r"refuses args \{'k': -1\}: ValueError: k must not be negative, not -1"):
         resolve(factory, {"k": -1})
-    with pytest.raises(RewardSpecError, match=r"takes none of .* call it and give what it returns"):
+    with pytest.raises(RewardSpecError, match=r"takes none of .* call it and pass what it returns"):
         resolve(factory)
 
 
 def test_a_factory_must_return_a_reward_function():
-    with pytest.raises(RewardSpecError, match="what it returns is no reward function: 3"):
+    with pytest.raises(RewardSpecError, match="what it returns is not a reward function: 3"):
         resolve(lambda k: k, {"k": 3})
-    with pytest.raises(RewardSpecError, match="what it returns is no reward function: <function"):
+    with pytest.raises(RewardSpecError, match="what it returns is not a reward function: <function"):
         resolve(lambda k: lambda text: 0.0, {"k": 3})
 
 
-def test_built_ins_take_args_and_refuse_wrong_ones():
+def test_built_in_rewards_refuse_invalid_args():
     assert resolve("format", {"require": ["boxed"]}).function(completions=[r"\boxed{1}"]) == [1.0]
     with pytest.raises(RewardSpecError, match="reward 'length' needs args: budget"):
         resolve("length")
@@ -274,7 +274,7 @@ def test_built_ins_take_args_and_refuse_wrong_ones():
         resolve("format", {"require": "box"})
 
 
-def test_columns_that_a_signature_needs_must_be_there():
+def test_a_missing_required_column_is_refused():
     check_columns(resolve(good), ["prompt", "solution"], "train.jsonl")
     with pytest.raises(RewardSpecError) as caught:
         check_columns(resolve(good), ["question", "answer"], "train.jsonl")
@@ -284,13 +284,13 @@ def test_columns_that_a_signature_needs_must_be_there():
     )
 
 
-def test_what_only_trl_passes_must_have_a_default():
+def test_arguments_that_only_trl_passes_need_a_default():
     check_columns(resolve(lambda completions, trainer_state=None, log_extra=None, log_metric=None: []), [], "d")
-    with pytest.raises(RewardSpecError, match="cannot do without 'log_metric', which TRL's trainer passes"):
+    with pytest.raises(RewardSpecError, match="requires 'log_metric', which TRL's trainer passes"):
         check_columns(resolve(lambda completions, log_metric: []), [], "d")
 
 
-def test_one_of_several_columns_must_be_there():
+def test_one_of_several_columns_is_required():
     check_columns(resolve("accuracy"), ["answer"], "d")
     check_columns(resolve("accuracy"), ["solution"], "d")
     with pytest.raises(RewardSpecError, match="needs a column 'solution' or 'answer', which d lacks; columns there: x"):
@@ -308,7 +308,7 @@ def test_only_named_arguments_are_passed():
     assert everything == {"prompts": ["p"], "completions": ["c"], "completion_ids": [[1]], **columns}
 
 
-def test_entries_and_rewards_travel():
+def test_entries_and_rewards_can_be_pickled():
     assert pickle.loads(pickle.dumps(REWARDS.discover()["accuracy"])) == REWARDS.discover()["accuracy"]
     assert pickle.loads(pickle.dumps(resolve("accuracy"))) == resolve("accuracy")
 
@@ -318,5 +318,5 @@ def test_doc_without_a_source_is_empty(value):
     assert PluginEntry("x", value, "d", "1").doc == ""
 
 
-def test_doc_of_what_the_module_only_imports_is_the_module_s():
+def test_doc_of_an_unknown_attribute_is_that_of_the_module():
     assert PluginEntry("x", "json:no_such_function", "d", "1").doc.startswith("JSON (JavaScript Object Notation)")
