@@ -125,7 +125,7 @@ def _find_subject(
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many prompts.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: vllm where it imports.")
+@click.option("--engine", help="vllm, transformers or a plugin's. Default: vllm if it can be imported.")
 @click.option("--seed", type=int, default=42, show_default=True)
 def pairs(model: str, prompts: str, output: str, **options: Any) -> None:
     """Sample answers from MODEL and write pairs of a better and a worse one, for DPO and reward modelling.

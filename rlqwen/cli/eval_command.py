@@ -22,7 +22,7 @@ from rlqwen.cli.session import console, prepare
 @click.option("--temperature", type=click.FloatRange(min=0), help="Default: the recipe's, else 1.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of a completion. Default: the recipe's, else 512.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many rows.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), help="Default: vllm where it imports.")
+@click.option("--engine", help="vllm, transformers or a plugin's. Default: vllm if it can be imported.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
 @click.option("--system-prompt", help="Put before every prompt as a system turn.")
 @click.option("--split", help="Split of a hub dataset.")

@@ -2,18 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rlqwen.config.base import NO_EFFECT, Config, Section
 from rlqwen.errors import ConfigError
+from rlqwen.plugins.kinds import ENGINES
 
 
 class RolloutConfig(Section):
     """The pool of rollout workers."""
 
-    engine: Literal["vllm", "transformers"] | None = None
-    """`vllm`: engines in Ray actors. `transformers`: plain sampling in the trainer's process, slow. None takes vLLM
-    where it imports, else transformers with a warning."""
+    engine: str | None = None
+    """`vllm`: engines in Ray workers. `transformers`: plain sampling in the trainer's process, which is slow. Or another
+    registered engine (`rlqwen engines`), `package.module:Class` or `file.py:Class`. None: vLLM if it can be imported,
+    otherwise transformers with a warning."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a plugin's engine."""
     num_workers: int = Field(default=1, ge=1)
     """Number of vLLM engines, each an actor."""
     num_cpus_per_worker: float | None = Field(default=None, gt=0)
@@ -66,6 +70,13 @@ class RolloutConfig(Section):
     canary_tolerance: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
     """Mean logprob gap a token allowed after a sync. None: 1e-3 in float32, 0.1 in bfloat16 and float16, whose rounding
     alone moves an unlikely token by more than that, but not the mean."""
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_registered(cls, value: str | None) -> str | None:
+        if value is not None:
+            ENGINES.check_name(value, "engine")
+        return value
 
     @model_validator(mode="after")
     def _experts_come_from_vllm(self) -> "RolloutConfig":

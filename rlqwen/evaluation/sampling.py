@@ -18,7 +18,7 @@ from rlqwen.models.loading import load_generation_config, stop_token_ids
 from rlqwen.preflight import prompt_room
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import RolloutEngine, build_engine
-from rlqwen.rollout.resources import uses_vllm
+from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.sampler import sampling_seed
 from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling
 
@@ -107,7 +107,7 @@ def _prompts(model: EvalModel, rows: Sequence[Row], config: EvalConfig) -> tuple
 @contextmanager
 def _engine(model: EvalModel, prompts: Sequence[Prompt], config: EvalConfig) -> Iterator[RolloutEngine]:
     with ExitStack() as stack:
-        policy = None if uses_vllm(config.rollout) else stack.enter_context(policy_of(model.folder))
+        policy = None if engine_class(config.rollout).in_workers else stack.enter_context(policy_of(model.folder))
         engine = build_engine(
             config.rollout,
             model_path=model.folder,

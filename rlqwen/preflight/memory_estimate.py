@@ -15,7 +15,7 @@ from rlqwen.preflight.parameter_counts import (
     trained_parameters,
 )
 from rlqwen.preflight.settings_check import check_rollout_dtype, check_settings
-from rlqwen.rollout.resources import uses_vllm
+from rlqwen.rollout.engine import engine_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtyp
     line = f"{_gigabytes(sum(parts.values()))}: {named}"
     if train.parallel.zero_stage:
         line += f"; {_SHARED[train.parallel.zero_stage]}"
-    if isinstance(train, OnlineConfig) and uses_vllm(train.rollout):
+    if isinstance(train, OnlineConfig) and engine_class(train.rollout).in_workers:
         line += f"; each rollout worker holds {_gigabytes(2 * total)} of weights in bfloat16 besides"
     return f"{line}; activations come on top"
 

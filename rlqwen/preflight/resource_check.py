@@ -1,11 +1,9 @@
 """What the rollout workers ask for, against what this machine has."""
 
-from importlib.util import find_spec
-
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
 from rlqwen.rollout import plan_workers
-from rlqwen.rollout.resources import uses_vllm
+from rlqwen.rollout.engine import engine_class
 
 
 def check_resources(rollout: RolloutConfig) -> str:
@@ -14,13 +12,12 @@ def check_resources(rollout: RolloutConfig) -> str:
     Raises ResourceError, with the arithmetic, if it is more than this machine has. A cluster (`ray_address`) is not
     looked into.
     """
-    if not uses_vllm(rollout):
-        return "transformers engine in the trainer's process, which is slow"
-    if find_spec("vllm") is None:
-        raise ResourceError(
-            "rollout.engine is vllm, which is not installed: pip install 'rlqwen[cuda]' or 'rlqwen[cpu]'"
-        )
-    workers = f"{rollout.num_workers} vLLM worker{'s' if rollout.num_workers > 1 else ''}"
+    engine = engine_class(rollout)
+    if (why := engine.why_unavailable()) is not None:
+        raise ResourceError(f"rollout.engine is {rollout.engine}: {why}")
+    if not engine.in_workers:
+        return f"{engine.title} engine in the trainer's process, which is slow"
+    workers = f"{rollout.num_workers} {engine.title} worker{'s' if rollout.num_workers > 1 else ''}"
     if rollout.ray_address is not None:
         return f"{workers} on the Ray cluster at {rollout.ray_address}, whose resources were not looked into"
     each = plan_workers(rollout)

@@ -11,7 +11,7 @@ from rlqwen.packing.sequence_parallel import check_heads
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.model_check import ConfigFacts
 from rlqwen.preflight.parameter_counts import chosen_experts
-from rlqwen.rollout.engine import choose_dtype
+from rlqwen.rollout.engine import engine_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,5 +47,5 @@ def check_rollout_dtype(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
         return
     compute_dtype = "bfloat16" if train.bf16 else "float16" if train.fp16 else "float32"  # of a trainer on CPU
     with report.collecting():
-        _, note = choose_dtype(train.rollout, facts.path, compute_dtype)
+        _, note = engine_class(train.rollout).choose_dtype(train.rollout, facts.path, compute_dtype)
         report.facts += [("rollout dtype", note)] if note else []

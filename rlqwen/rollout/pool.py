@@ -1,4 +1,4 @@
-"""A pool of vLLM workers under Ray: hands out groups as workers have room, replaces workers that die or get stuck.
+"""Hold a pool of workers under Ray: hands out groups as workers have room, replaces workers that die or get stuck.
 
 A worker serves only while it holds the pool's version of the weights. A replacement starts from the model's folder and
 is sent that version, canary included, before it gets a group; groups of the worker before it are drawn again, from the
@@ -51,12 +51,13 @@ class _Flight:
 
 
 class RolloutPool:
-    """The vLLM engine of a trainer; see RolloutEngine."""
+    """A trainer's engine in Ray workers; see RolloutEngine."""
 
     def __init__(
         self,
         config: RolloutConfig,
         *,
+        engine: str,
         model_path: str,
         tokenizer: "PreTrainedTokenizerBase",
         dtype: str,
@@ -79,6 +80,7 @@ class RolloutPool:
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
         joined = cluster.connect(config, sent_bytes=sent_bytes(model_path, dtype, lora_rank))
         self._settings = EngineSettings(
+            engine=engine,
             model_path=str(Path(model_path).absolute()),
             dtype=dtype,
             max_model_length=max_model_length,
@@ -92,6 +94,7 @@ class RolloutPool:
             lora_rank=lora_rank,
             tokenizer_files=files_of(tokenizer) if reads_text else None,
             returns_experts=config.routing_replay,
+            arguments=config.engine_args,
         )
         self._slots = Slots(config, self._settings, joined)
 

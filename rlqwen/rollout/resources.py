@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from rlqwen.config import RolloutConfig
@@ -128,11 +127,6 @@ def _check_memory(config: RolloutConfig, free_gib: float) -> None:
 def count_cpus() -> float:
     """CPUs that this process may use."""
     return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def uses_vllm(config: RolloutConfig) -> bool:
-    """Return whether `config` means vLLM workers on this machine."""
-    return config.engine == "vllm" or (config.engine is None and find_spec("vllm") is not None)
 
 
 def samples_on_gpu(config: RolloutConfig) -> bool:

@@ -20,10 +20,10 @@ from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Branch, Tree, pack
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import build_engine
-from rlqwen.rollout.engine import choose_dtype
+from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
-from rlqwen.rollout.resources import samples_on_gpu, uses_vllm
+from rlqwen.rollout.resources import samples_on_gpu
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
 
 CANARY_LENGTH = 64
@@ -59,7 +59,8 @@ class Sampler:
         self.scorer = scorer
         self.args = args
         own_dtype = str(policy.compute_dtype).removeprefix("torch.")
-        self.compute_dtype, dtype_note = choose_dtype(args.rollout, model_path, own_dtype)
+        engine = engine_class(args.rollout)
+        self.compute_dtype, dtype_note = engine.choose_dtype(args.rollout, model_path, own_dtype)
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
         self.lora_rank, sync_note = choose_sync(policy, args.rollout)
         self.notes = [note for note in (dtype_note, sync_note) if note is not None]
@@ -81,10 +82,10 @@ class Sampler:
         self.version = 1
         self._synced_version = 0
         self.max_staleness = args.rollout.max_staleness
-        if self.max_staleness and not uses_vllm(args.rollout):
+        if self.max_staleness and not engine.in_workers:
             raise ConfigError(
-                f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the "
-                "transformers engine samples in the trainer's own process: set it to 0, or install vllm"
+                f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the engine "
+                f"{engine.title} samples in the trainer's own process: set it to 0, or use vllm"
             )
         self._ahead = Prefetcher(self.engine)
 
@@ -244,7 +245,7 @@ def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str 
 
     ConfigError if `rollout.lora` asks for what vLLM cannot do.
     """
-    if (not policy.has_adapter and not config.lora) or not uses_vllm(config):
+    if (not policy.has_adapter and not config.lora) or not engine_class(config).in_workers:
         return None, None
     obstacle = policy.lora_obstacle
     on_gpu = samples_on_gpu(config)

@@ -1,8 +1,8 @@
-"""One vLLM engine in a Ray actor, stepping without pause while groups are in flight.
+"""One engine in a Ray actor, stepping without pause while groups are in flight.
 
 The actor is asynchronous: each call submits its work to the one thread that owns the engine and awaits the answer, so
 any number of groups share the engine's batch. The engine lives in the actor's own process: killing that kills it all.
-torch and vLLM are imported only inside the thread, after the environment that they read at import is set.
+torch and the engine are imported only inside the thread, after the environment that they read at import is set.
 """
 
 import asyncio
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rlqwen.errors import RolloutError, WorkerDied
+from rlqwen.plugins.kinds import ENGINES
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
 from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlqwen.rollout.engines.vllm import VllmEngine
+    from rlqwen.rollout.engine import WorkerEngine
 
 T = TypeVar("T")
 Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
@@ -95,7 +96,7 @@ class EngineThread(threading.Thread):
         """Groups of shares that are not complete yet."""
         self._num_requests = 0
         self._version = 0
-        self._engine: VllmEngine
+        self._engine: WorkerEngine
 
     def submit(self, work: Callable[[], None], future: "Future[Any]") -> None:
         """Run `work` between two steps of the engine; an exception in it goes to `future`."""
@@ -105,9 +106,9 @@ class EngineThread(threading.Thread):
         try:
             _require_model(Path(self.settings.model_path))
             _set_environment(self.settings)
-            from rlqwen.rollout.engines.vllm import VllmEngine
-
-            self._engine = VllmEngine(self.settings)
+            engine = ENGINES.load(self.settings.engine)
+            engine.set_environment(self.settings)
+            self._engine = engine.start(self.settings)
         except BaseException as error:  # noqa: BLE001 - the caller must hear of it, whatever it is
             self.started.set_exception(_portable(error))
             return
@@ -203,25 +204,11 @@ def _require_model(folder: Path) -> None:
 
 
 def _set_environment(settings: EngineSettings) -> None:
-    """What vLLM and torch read at import. Usage reports are off; errors are logged, progress is not."""
-    os.environ.update(
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_NO_USAGE_STATS="1",
-        VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        TORCH_CPP_LOG_LEVEL="ERROR",
-        TOKENIZERS_PARALLELISM="false",
-    )
+    """Set what torch reads from the environment at import."""
+    os.environ.update(TORCH_CPP_LOG_LEVEL="ERROR", TOKENIZERS_PARALLELISM="false")
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        os.environ.update(
-            VLLM_CPU_KVCACHE_SPACE=str(settings.kv_cache_gib),
-            # "auto" would set a core aside and pin two workers to the same ones.
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            OMP_NUM_THREADS=str(settings.num_threads),
-            # Threads that spin at a barrier for one that lost its core to another process stall the engine.
-            OMP_WAIT_POLICY="PASSIVE",
-            # vLLM compiles its ranking of logprobs even in eager mode: 6 s at the first step, and no gain on CPU.
-            TORCH_COMPILE_DISABLE="1",
-        )
+        # Threads that spin at a barrier for one that lost its core to another process stall the engine.
+        os.environ.update(OMP_NUM_THREADS=str(settings.num_threads), OMP_WAIT_POLICY="PASSIVE")
     warnings.filterwarnings("ignore")
 
 

@@ -1,9 +1,9 @@
 """What travels between the pool and its workers."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlqwen.types import FinishReason, Sampling
 
@@ -19,6 +19,8 @@ Sampled = tuple[list[int], list[float], FinishReason, "np.ndarray | None"]
 class EngineSettings:
     """All that a worker needs to start its engine; plain values, for they travel through Ray."""
 
+    engine: str
+    """The engine's name, `package.module:Class` or `/path/to/file.py:Class`."""
     model_path: str
     dtype: str
     max_model_length: int
@@ -36,6 +38,8 @@ class EngineSettings:
     """Name -> content of the tokenizer's files, for requests that name texts; None: requests are of token ids alone."""
     returns_experts: bool = False
     """Whether completions come with the experts that a mixture chose."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """`rollout.engine_args`."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.registry import Reward
-from rlqwen.rollout.resources import uses_vllm
+from rlqwen.rollout.engine import engine_class
 from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.checkpointer import Stateful
@@ -119,10 +119,11 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
             self.logger.note(args.correction_note)
 
     def _replay_routing(self) -> None:
-        if not uses_vllm(self.args.rollout):
+        engine = engine_class(self.args.rollout)
+        if not engine.returns_experts:
             raise ConfigError(
-                "rollout.routing_replay=true replays experts that vLLM chose, and vllm is not installed: install it, or "
-                "leave routing_replay out"
+                f"rollout.routing_replay=true replays experts that the engine chose, and {engine.title} does not report "
+                "them: install and use vllm, or leave routing_replay out"
             )
         self.policy.replay_routing()
 
@@ -174,8 +175,8 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
     def truncation(self) -> Truncation | None:
         """Truncation of the policy's distribution in the engine; None: no truncation, or nothing is compared."""
         given = None if self.args.uncomparable else self.args.truncation
-        is_vllm_on_cpu = uses_vllm(self.args.rollout) and self.policy.device.type == "cpu"
-        return given and replace(given, keeps_ties=is_vllm_on_cpu)
+        keeps_ties = engine_class(self.args.rollout).keeps_ties(self.policy.device.type)
+        return given and replace(given, keeps_ties=keeps_ties)
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
         """Return this rank's packed micro-batches of trees of completions, as large as the config allows."""

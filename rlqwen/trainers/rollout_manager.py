@@ -15,8 +15,8 @@ from rlqwen.distributed import MainRank
 from rlqwen.reporting import CompletionLog
 from rlqwen.rewards import Scorer
 from rlqwen.rewards.registry import Reward
+from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
-from rlqwen.rollout.resources import uses_vllm
 from rlqwen.rollout.sampler import Sampler, describe_groups
 from rlqwen.trainers.preemption import Preemption
 from rlqwen.trainers.run_logger import Metrics, RunLogger
@@ -103,9 +103,10 @@ class RolloutManager:
         if self.scorer is None:
             self._start_scorer()
         assert self.scorer is not None
-        if uses_vllm(self._args.rollout):
+        engine = engine_class(self._args.rollout)
+        if engine.in_workers:
             number = self._args.rollout.num_workers
-            self._logger.note(f"starting Ray and {number} vLLM worker(s), which takes a minute or less")
+            self._logger.note(f"starting Ray and {number} {engine.title} worker(s), which takes a minute or less")
         with preserve_rng_state():  # a resumed run starts its engine later
             self.sampler = Sampler(
                 self._main_rank.policy,

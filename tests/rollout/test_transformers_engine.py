@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
-from rlqwen.rollout import build_engine, engine
+from rlqwen.rollout import build_engine
+from rlqwen.rollout.engines import vllm
 from rlqwen.rollout.engines.transformers import TransformersEngine
 from rlqwen.types import Group, GroupRequest, Prompt, Sampling
 
@@ -135,8 +136,8 @@ def build(config: RolloutConfig, model: PreTrainedModel, folder: Path) -> object
 def test_without_vllm_transformers_is_taken_with_a_warning(
     model: PreTrainedModel, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "vllm" else object())
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None if name == "vllm" else object())
     with pytest.warns(UserWarning, match="vllm can't be imported"):
         assert isinstance(build(RolloutConfig(), model, tiny_model_path), TransformersEngine)
-    with pytest.raises(ResourceError, match="'vllm' but vllm can't be imported"):
+    with pytest.raises(ResourceError, match="vllm can't be imported: pip install"):
         build(RolloutConfig(engine="vllm"), model, tiny_model_path)

@@ -16,9 +16,9 @@ from rlqwen.models.loading import load_model
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.rollout import build_engine
-from rlqwen.rollout.engine import choose_dtype
+from rlqwen.rollout.engines.vllm import Vllm
+from rlqwen.rollout.engines.vllm_served_model import text_view
 from rlqwen.rollout.pool import RolloutPool
-from rlqwen.rollout.served_model import text_view
 from rlqwen.types import Canary, Group
 from tests.rollout.test_pool import TEMPERATURE, logprobs, requests
 
@@ -104,22 +104,22 @@ def test_the_same_seeds_draw_the_same(pool: RolloutPool) -> None:
 
 def test_bfloat16_is_chosen_on_cpu_and_said(folder: Path) -> None:
     config = RolloutConfig(engine="vllm", num_gpus_per_worker=0)
-    dtype, note = choose_dtype(config, str(folder), "float32")
+    dtype, note = Vllm.choose_dtype(config, str(folder), "float32")
     assert dtype == "bfloat16"
     assert note is not None
     assert "bfloat16" in note
-    assert choose_dtype(config, str(folder), "bfloat16") == ("bfloat16", None)
+    assert Vllm.choose_dtype(config, str(folder), "bfloat16") == ("bfloat16", None)
     with pytest.raises(ConfigError, match=r"rollout\.dtype is float32.*bfloat16 only"):
-        choose_dtype(config.model_copy(update={"dtype": "float32"}), str(folder), "float32")
+        Vllm.choose_dtype(config.model_copy(update={"dtype": "float32"}), str(folder), "float32")
     on_gpu = config.model_copy(update={"num_gpus_per_worker": 1.0})
-    assert choose_dtype(on_gpu, str(folder), "float32") == ("float32", None)
+    assert Vllm.choose_dtype(on_gpu, str(folder), "float32") == ("float32", None)
 
 
 def test_heads_without_a_kernel_are_refused(tmp_path: Path) -> None:
     config = {"model_type": "qwen3_next", "linear_key_head_dim": 32, "linear_value_head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="linear_key_head_dim is 32"):
-        choose_dtype(RolloutConfig(engine="vllm", num_gpus_per_worker=0), str(tmp_path), "float32")
+        Vllm.choose_dtype(RolloutConfig(engine="vllm", num_gpus_per_worker=0), str(tmp_path), "float32")
 
 
 def test_text_view(folder: Path, tmp_path: Path) -> None:

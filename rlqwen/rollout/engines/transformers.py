@@ -16,8 +16,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from rlqwen.config import RolloutConfig
 from rlqwen.data.control_tokens import CompletionReader
 from rlqwen.errors import ConfigError
+from rlqwen.rollout.engine import Engine
 from rlqwen.rollout.engines.transformers_shaping import Shaping, StopTexts
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
@@ -156,3 +158,17 @@ class _SeededSampler(LogitsProcessor):
             noisy_BV = logp_BV - (-uniform_BV.to(logp_BV.device).clamp_min(1e-20).log()).log()
         self.logp_T.append(logp_BV.gather(-1, noisy_BV.argmax(dim=-1, keepdim=True)).squeeze(-1))
         return noisy_BV
+
+
+class Transformers(Engine):
+    """Sample with transformers in the trainer's own process."""
+
+    title = "transformers"
+
+    @classmethod
+    def build(
+        cls, config: RolloutConfig, *, policy: Any, tokenizer: PreTrainedTokenizerBase, max_model_length: int
+    ) -> TransformersEngine:
+        return TransformersEngine(
+            policy, tokenizer, max_model_length=max_model_length, max_num_seqs=config.max_num_seqs
+        )

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from rlqwen.errors import RolloutError
-from rlqwen.rollout.served_model import TEXT_CLASSES
+from rlqwen.rollout.engines.vllm_served_model import TEXT_CLASSES
 
 _MODULES = (
     "torchvision", "torchvision.io", "torchvision.transforms", "torchvision.transforms.v2",
