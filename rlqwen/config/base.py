@@ -1,6 +1,7 @@
 """The base of every config model: unknown keys are refused with the nearest, errors read as one line a fault."""
 
 import difflib
+import re
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -81,7 +82,7 @@ def explain(error: ValidationError, where: str = "") -> ConfigError:
         path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
-            lines += [f"{path}: {line}" if path else line for line in str(cause).splitlines()]
+            lines += [_prefix(path, line) for line in str(cause).splitlines()]
             continue
         if isinstance(cause, ValueError):
             message = str(cause)
@@ -90,3 +91,10 @@ def explain(error: ValidationError, where: str = "") -> ConfigError:
         lines.append(f"{path}: {message}" if path else message)
     prefix = f"{where}: " if where else ""
     return ConfigError("\n".join(prefix + line for line in lines))
+
+
+def _prefix(path: str, fault: str) -> str:
+    """Join the path of a config to a fault inside it: `rollout` and `num_workers: ...` to `rollout.num_workers: ...`."""
+    if not path:
+        return fault
+    return f"{path}.{fault}" if re.match(r"[\w.]+: ", fault) else f"{path}: {fault}"

@@ -76,6 +76,10 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
 
     @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
     def surrogate(self) -> str:
         """The loss of a token, by name."""
         return PRESETS.get(self.loss_type, (self.loss_type, ""))[0]

@@ -98,6 +98,10 @@ class PPOConfig(OnlineConfig):
     """Ours: entropy bonus, per token."""
     critic: CriticConfig = Field(default_factory=CriticConfig)
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0
+
     @model_validator(mode="before")
     @classmethod
     def _accept_names_of_trl(cls, values: Any) -> Any:

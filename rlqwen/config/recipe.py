@@ -11,6 +11,7 @@ from rlqwen.config.rollout import RewardSpecs
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import TRAINERS
+from rlqwen.plugins.registry import nearest
 
 
 class LoraSettings(Config):
@@ -92,58 +93,58 @@ class ModelConfig(Config):
         return self
 
 
-def _key_path(fault: str, config: type[TrainerConfig]) -> str:
-    """Return a fault of the trainer's config under its key in a recipe: `epsilon: ...` is `train.epsilon: ...` there."""
-    key = fault.partition(":")[0].partition(".")[0]
-    if key == "output_dir" or key in sections(config):
-        return fault
-    return f"train.{fault}" if key in config.model_fields else f"train: {fault}"
-
-
 class Recipe(Config):
-    """A run from weights to weights."""
+    """One run: the weights it starts from, its data, its algorithm and that algorithm's settings."""
 
     algorithm: str
-    """`sft`, `reward`, `dpo`, `ppo`, `grpo`, another registered trainer (`rlqwen trainers`), `package.module:Class` or
-    `file.py:Class`."""
+    """What trains the model: a registered name (`rlqwen trainers` lists them), such as `sft`, `reward`, `dpo`, `ppo` or
+    `grpo`; `package.module:Class`; or `path/to/file.py:Class`."""
     model: ModelConfig
+    """The weights to start from."""
     data: DataConfig
+    """Training and evaluation rows."""
     rewards: RewardSpecs = Field(default_factory=list)
+    """What scores completions. Required by algorithms that sample, refused by those that do not."""
     train: SerializeAsAny[TrainerConfig]
-    """The algorithm's own config: SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig."""
+    """The algorithm's own config, such as GRPOConfig. Its fields that are sections (mappings with keys of their own, such as
+    `rollout`) may stand at the top of the recipe instead."""
     output_dir: str
     """The run folder."""
     resume: Literal["auto"] | None = None
-    """`auto`: go on from the newest complete checkpoint of `output_dir` where there is one, else begin."""
+    """`auto`: resume from the newest complete checkpoint in `output_dir`, or begin if there is none. None: begin."""
 
     @property
     def reuses_folder(self) -> bool:
-        """Return whether `output_dir` may hold a run already: one to be moved aside, or to go on with."""
+        """Return whether `output_dir` may hold a run already, which is moved aside or resumed."""
         return bool(self.train.overwrite_output_dir or self.train.resume_from_checkpoint or self.resume)
+
+    @classmethod
+    def sections_of(cls, config: type[TrainerConfig]) -> list[str]:
+        """Return the fields of a trainer's config that may stand at the top of a recipe.
+
+        A section that is named like a key of the recipe, such as `model`, stands under `train` only.
+        """
+        return [name for name in sections(config) if name not in cls.model_fields]
 
     @model_validator(mode="before")
     @classmethod
     def _gather_trainer_config(cls, values: Any) -> Any:
-        """Move the sections of the trainer's config, and `output_dir`, from the top of the recipe into the config."""
+        """Build the trainer's config from `train`, the sections at the top, and `output_dir`."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        algorithm = values.get("algorithm")
-        if not isinstance(algorithm, str):
-            known = ", ".join(TRAINERS.discover())
-            raise ValueError(f"algorithm: must be one of {known} (value given: {algorithm!r})")
-        config = config_class(algorithm)
+        config = _config_class(values.get("algorithm"))
         if not isinstance(values.get("train") or {}, dict):
             raise ValueError(f"train: must be a mapping of arguments (value given: {values['train']!r})")
         train = dict(values.get("train") or {})
-        for section in sections(config):
-            if section in values:
-                train[section] = values.pop(section)
-        for section in ("rollout", "scoring"):
-            if section in values:
-                raise ValueError(
-                    f"{section!r} has no meaning for algorithm {algorithm!r}: nothing is generated or scored"
-                )
+        at_top = cls.sections_of(config)
+        for name in [name for name in values if name not in cls.model_fields]:
+            if name not in at_top:
+                raise ValueError(_unknown_key(name, values, [*cls.model_fields, *at_top], at_top))
+            if name in train:
+                raise ValueError(f"{name} stands at the top of the recipe and under train: leave one of them out")
+        under_train = set(train)
+        train |= {name: values.pop(name) for name in at_top if name in values}
         if "output_dir" in values:
             if train.get("output_dir") not in (None, values["output_dir"]):
                 raise ValueError(
@@ -154,7 +155,9 @@ class Recipe(Config):
         try:
             values["train"] = config(**train)
         except ConfigError as error:
-            raise ConfigError("\n".join(_key_path(line, config) for line in str(error).splitlines())) from None
+            outside = {"output_dir", *at_top} - under_train
+            lines = [_place_fault(line, config, outside) for line in str(error).splitlines()]
+            raise ConfigError("\n".join(lines)) from None
         return values
 
     @model_validator(mode="after")
@@ -164,3 +167,42 @@ class Recipe(Config):
         if self.train.rewards == "refused" and self.rewards:
             raise ValueError(f"algorithm {self.algorithm!r} takes no rewards")
         return self
+
+
+def _config_class(algorithm: Any) -> type[TrainerConfig]:
+    if not isinstance(algorithm, str):
+        names = ", ".join(TRAINERS.discover())
+        raise ValueError(f"algorithm: must be a name, such as {names} (value given: {algorithm!r})")
+    try:
+        return config_class(algorithm)
+    except ConfigError as error:
+        raise ConfigError(f"algorithm: {error}") from error
+
+
+def _place_fault(fault: str, config: type[TrainerConfig], outside: set[str]) -> str:
+    """Name a fault of the trainer's config by its key in the recipe: `epsilon: ...` is `train.epsilon: ...` there."""
+    key = fault.partition(":")[0].partition(".")[0]
+    if key in outside:
+        return fault
+    return f"train.{fault}" if key in config.model_fields else f"train: {fault}"
+
+
+def _unknown_key(name: str, values: dict[str, Any], known: list[str], at_top: list[str]) -> str:
+    """Explain a key at the top of a recipe that is neither the recipe's own nor a section of its algorithm."""
+    algorithm, value = values["algorithm"], values[name]
+    users = [other for other in TRAINERS.discover() if name in _sections_or_none(other)]
+    if users:
+        return (
+            f"{name!r} has no meaning for algorithm {algorithm!r}: it is a section of {', '.join(users)}, and the "
+            f"sections of {algorithm!r} are {', '.join(at_top)} (value given: {value!r})"
+        )
+    hint = f"did you mean {near!r}?" if (near := nearest(name, known)) else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key {name!r}; {hint} (value given: {value!r})"
+
+
+def _sections_or_none(algorithm: str) -> list[str]:
+    """Return the sections of a registered algorithm; none if its package cannot be imported."""
+    try:
+        return Recipe.sections_of(config_class(algorithm))
+    except ConfigError:
+        return []

@@ -9,16 +9,16 @@ Relative paths inside a recipe are meant from the working directory.
 import difflib
 import re
 import warnings
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
 
-from rlqwen.config import Recipe
-from rlqwen.config.algorithms import config_class, sections
+from rlqwen.config import Recipe, TrainerConfig
+from rlqwen.config.algorithms import config_class, short_name
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import TRAINERS
 from rlqwen.secrets import redact_values
@@ -58,23 +58,28 @@ def load_recipes(paths_or_names: Sequence[str | Path], overrides: Sequence[str] 
     the output folder of an earlier recipe is kept, with a warning, unless the override names the algorithm:
     `model.path=...` is where a pipeline begins, not each of its stages. An override that fits none is an error.
     """
-    parsed = [parse_override(text) for text in overrides]
     files = [find_recipe(path_or_name) for path_or_name in paths_or_names]
     raws = [_read_mapping(file) for file in files]
+    configs = [_config_or_none(raw) for raw in raws]
+    names = [short_name(str(raw.get("algorithm"))) for raw in raws]
+    parsed = [parse_override(text, names) for text in overrides]
     fitting: list[list[Override]] = [[] for _ in raws]
     for override in parsed:
-        homes = [index for index, raw in enumerate(raws) if _fits(override, raw.get("algorithm"))]
+        meant = [place for place, name in enumerate(names) if override.algorithm in (None, name)]
+        homes = [place for place in meant if _fits(override, configs[place])]
         if len(homes) > 1 and override.algorithm is None:
-            homes = [home for home in homes if not _goes_on(override, home, raws)]
+            homes = [home for home in homes if not _continues_earlier(override, home, raws)]
         if not homes:
             # A recipe of the right algorithm says best what is wrong with the key.
-            homes = [i for i, raw in enumerate(raws) if override.algorithm in (None, raw.get("algorithm"))][-1:]
+            homes = meant[-1:]
         if not homes:
             algorithms = ", ".join(str(raw.get("algorithm")) for raw in raws)
             raise ConfigError(f"override {override.text!r} fits no recipe: their algorithms are {algorithms}")
         for home in homes:
             fitting[home].append(override)
-    recipes = [_build(file, raw, own) for file, raw, own in zip(files, raws, fitting, strict=True)]
+    recipes = [
+        _build(file, raw, config, own) for file, raw, config, own in zip(files, raws, configs, fitting, strict=True)
+    ]
     _refuse_shared_folders(files, recipes)
     return recipes
 
@@ -131,22 +136,25 @@ def write_resolved(recipe: Recipe, path: str | Path) -> None:
     train = values.pop("train")
     output_dir = values.pop("output_dir")
     train.pop("output_dir", None)
-    for section in sections(type(recipe.train)):
-        if section in train:
-            values[section] = train.pop(section)
+    for section in Recipe.sections_of(type(recipe.train)):
+        values[section] = train.pop(section)
     values |= {"train": train, "output_dir": output_dir}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(redact_values(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def parse_override(text: str) -> Override:
-    """Split `key.path=value`; the value is read as YAML (`null`, `true`, `1e-4`, `[a, b]`, `{r: 8}`)."""
+def parse_override(text: str, algorithms: Collection[str] = ()) -> Override:
+    """Split `key.path=value`; the value is read as YAML (`null`, `true`, `1e-4`, `[a, b]`, `{r: 8}`).
+
+    `algorithms`: names that `key.path` may begin with, besides registered ones.
+    """
     key, equals, value = text.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise ConfigError(f"override {text!r} is not of the form key.path=value, such as train.learning_rate=1e-5")
-    algorithm = parts[0] if parts[0] in TRAINERS.discover() else None
+    is_algorithm = parts[0] not in Recipe.model_fields and (parts[0] in algorithms or parts[0] in TRAINERS.discover())
+    algorithm = parts[0] if is_algorithm else None
     path = parts[1:] if algorithm else parts
     if not path:
         raise ConfigError(f"override {text!r} names an algorithm and no key; write {parts[0]}.train.max_steps=10")
@@ -210,23 +218,49 @@ def _refuse_shared_folders(files: Sequence[Path], recipes: Sequence[Recipe]) -> 
     for file, recipe in zip(files, recipes, strict=True):
         folder = Path(recipe.output_dir).resolve()
         if folder in owners:
+            name = short_name(recipe.algorithm)
             raise ConfigError(
                 f"{file}: output_dir: {recipe.output_dir!r} is the run folder of {owners[folder]} too; "
-                f"give each its own, such as {recipe.algorithm}.output_dir={recipe.output_dir}-{recipe.algorithm}"
+                f"give each its own, such as {name}.output_dir={recipe.output_dir}-{name}"
             )
         owners[folder] = file
 
 
-def _build(path: Path, raw: dict[str, Any], overrides: Sequence[Override]) -> Recipe:
+def _config_or_none(raw: dict[str, Any]) -> type[TrainerConfig] | None:
+    """Return the config class of a recipe's algorithm; None if it has none, which building the recipe reports."""
+    try:
+        return config_class(str(raw.get("algorithm")))
+    except ConfigError:
+        return None
+
+
+def _build(
+    path: Path, raw: dict[str, Any], config: type[TrainerConfig] | None, overrides: Sequence[Override]
+) -> Recipe:
     if isinstance(raw.get("rewards"), list):
         raw["rewards"] = [{"name": item} if isinstance(item, str) else item for item in raw["rewards"]]
+    sections = Recipe.sections_of(config) if config else []
+    placed = []
     for override in overrides:
-        _assign(raw, override)
+        placed.append(_follow_section(override, raw, sections))
+        _assign(raw, placed[-1])
     try:
         return Recipe.parse(raw)
     except ConfigError as error:
-        lines = [_locate(line, path, overrides) for line in str(error).splitlines()]
+        lines = [_locate(line, path, placed) for line in str(error).splitlines()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def _follow_section(override: Override, raw: dict[str, Any], sections: Collection[str]) -> Override:
+    """Point an override at the place of its section in the recipe, which may be the top or `train`."""
+    train: Any = raw.get("train")
+    train = train if isinstance(train, dict) else {}
+    path = override.path
+    if path[0] == "train" and len(path) > 1 and path[1] in sections and path[1] in raw and path[1] not in train:
+        return replace(override, path=path[1:])
+    if path[0] in sections and path[0] in train and path[0] not in raw:
+        return replace(override, path=("train", *path))
+    return override
 
 
 def _locate(line: str, path: Path, overrides: Sequence[Override]) -> str:
@@ -240,15 +274,15 @@ def _locate(line: str, path: Path, overrides: Sequence[Override]) -> str:
     return f"{path}: {line}"
 
 
-def _goes_on(override: Override, place: int, raws: Sequence[dict[str, Any]]) -> bool:
-    """Return whether what the override would replace in a recipe is the result of an earlier one; warn if so."""
+def _continues_earlier(override: Override, place: int, raws: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the value that the override would replace is the result of an earlier recipe; warn if so."""
     value: Any = raws[place]
     for part in override.path:
         value = value.get(part) if isinstance(value, dict) else None
     earlier = [raw.get("output_dir") for raw in raws[:place]]
     if not isinstance(value, str) or not any(isinstance(of, str) and Path(value).is_relative_to(of) for of in earlier):
         return False
-    key, algorithm = ".".join(override.path), raws[place].get("algorithm")
+    key, algorithm = ".".join(override.path), short_name(str(raws[place].get("algorithm")))
     warnings.warn(
         f"{override.text} does not reach the {algorithm} recipe, which goes on from {value}; "
         f"write {algorithm}.{key}=... to change that",
@@ -284,19 +318,15 @@ def _assign(values: dict[str, Any], override: Override) -> None:
             holder = holder[key]
 
 
-def _fits(override: Override, algorithm: Any) -> bool:
-    """Whether recipes of this algorithm have such a key; what is inside free-form mappings always fits."""
-    if not isinstance(algorithm, str) or override.algorithm not in (None, algorithm):
-        return False
-    try:
-        trainer = config_class(algorithm)
-    except ConfigError:
+def _fits(override: Override, config: type[TrainerConfig] | None) -> bool:
+    """Return whether a recipe has such a key; what is inside free-form mappings always fits."""
+    if config is None:
         return False
     first, *rest = override.path
     if first == "train":
-        return not rest or _has_path(trainer, rest)
-    if first in sections(trainer):
-        return _has_path(trainer, [first, *rest])
+        return not rest or _has_path(config, rest)
+    if first in Recipe.sections_of(config):
+        return _has_path(config, [first, *rest])
     return _has_path(Recipe, [first, *rest])
 
 
@@ -304,10 +334,8 @@ def _has_path(model: type[BaseModel], path: Sequence[str]) -> bool:
     if path[0] not in model.model_fields:
         return False
     rest = [part for part in path[1:] if not part.isdigit()]
-    if not rest:
-        return True
     inner = [kind for kind in _flatten(model.model_fields[path[0]].annotation) if _is_model(kind)]
-    return not inner or any(_has_path(kind, rest) for kind in inner)
+    return not rest or not inner or any(_has_path(kind, rest) for kind in inner)
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -25,7 +25,8 @@ class TrainerConfig(ArgumentsConfig):
     """
 
     trainer: ClassVar[str] = ""
-    """The trainer class that takes this config, `package.module:Class`; imported when training starts."""
+    """The trainer class that takes this config: `package.module:Class`, or `Class` in the module of this config. It is
+    imported when training starts."""
     rewards: ClassVar[Literal["required", "optional", "refused"]] = "refused"
     """Whether a recipe of this algorithm names rewards."""
     trains_scalar_model: ClassVar[bool] = False
@@ -146,6 +147,11 @@ class TrainerConfig(ArgumentsConfig):
     watch: WatchConfig = Field(default_factory=WatchConfig, json_schema_extra=NO_EFFECT)
     """Ours: what to look out for while training, and what to do then. `off`: nothing."""
     seed: int = 42
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether training compares the policy with a frozen reference."""
+        return False
 
     @model_validator(mode="before")
     @classmethod

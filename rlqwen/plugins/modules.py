@@ -14,6 +14,9 @@ from typing import Any
 
 from rlqwen.errors import InputError
 
+_imported_files: dict[str, tuple[int, int]] = {}
+"""Module name of an imported file -> its time of modification, in ns, and its size, in bytes."""
+
 
 def import_module(name: str, label: str, error: type[InputError], *, kind: str = "function") -> Any:
     """Import a module by its dotted name; `label` begins the message of the `error` that is raised if it fails."""
@@ -26,11 +29,17 @@ def import_module(name: str, label: str, error: type[InputError], *, kind: str =
 
 
 def import_file(path: Path, label: str, error: type[InputError]) -> Any:
-    """Import a file under a module name of its own; `label` begins the message of the `error` if it fails."""
+    """Import a file under a module name of its own; `label` begins the message of the `error` if it fails.
+
+    A file that has not changed since its last import is not run again, so that its classes stay the same.
+    """
     if not path.is_file():
         raise error(f"{label}: there is no file {str(path)!r} in {str(Path.cwd())!r}")
     path = path.resolve()
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size)
+    if name in sys.modules and _imported_files.get(name) == stamp:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -41,6 +50,7 @@ def import_file(path: Path, label: str, error: type[InputError]) -> Any:
     except Exception as cause:
         del sys.modules[name]
         raise error(f"{label} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    _imported_files[name] = stamp
     return module
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.config import DPOConfig, GRPOConfig, OnlineConfig, PPOConfig, Recipe
+from rlqwen.config import DPOConfig, OnlineConfig, PPOConfig, Recipe
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import count_text
 from rlqwen.preflight.check_report import CheckReport
@@ -106,11 +106,10 @@ def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtyp
 
 
 def _holds_reference(recipe: Recipe) -> bool:
-    """Whether a frozen copy of the model stands beside the one that is trained."""
+    """Return whether a frozen copy of the model stays in memory beside the one that is trained."""
     train = recipe.train
-    if isinstance(train, DPOConfig):
-        return train.needs_reference and not train.precompute_ref_log_probs
-    return (isinstance(train, GRPOConfig) and train.beta > 0) or (isinstance(train, PPOConfig) and train.kl_coef > 0)
+    is_precomputed = isinstance(train, DPOConfig) and train.precompute_ref_log_probs
+    return train.needs_reference and not is_precomputed
 
 
 def _gigabytes(size: int) -> str:

@@ -22,6 +22,7 @@ from rlqwen.preflight.tokenized_rows import (
     describe_thinking,
     describe_untokenized,
     tokenize,
+    unknown_rows,
 )
 
 Row = dict[str, Any]
@@ -41,11 +42,14 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
     evaluation = _load(report, recipe, "eval")
     train, evaluation = _clean(report, recipe, train, evaluation)
     taken: set[str] | None = None
-    if isinstance(recipe.train, OnlineConfig):
+    if isinstance(recipe.train, OnlineConfig) and recipe.rewards:
         parts = {"data.train": train, "data.eval": evaluation}
         taken = check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
+    unknown = unknown_rows(recipe.train)
     for name, rows in (("train", train), ("eval", evaluation)):
-        if rows and model:
+        if rows and unknown:
+            report.warnings.append(f"data.{name} was not tokenized: {unknown}")
+        elif rows and model:
             with report.collecting():
                 tokenized = _tokenize(recipe, rows, model, f"data.{name}")
                 if isinstance(recipe.train, OnlineConfig):
@@ -55,7 +59,7 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
                     if isinstance(recipe.train, OnlineConfig):
                         describe_thinking(report, recipe.train, model)
                     describe_batch(report, recipe, tokenized)
-    if not model:
+    if unknown or not model:
         describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
     if isinstance(recipe.train, OnlineConfig):
         if recipe.train.correction_note:

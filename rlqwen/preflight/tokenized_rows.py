@@ -4,14 +4,32 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rlqwen.config import DPOConfig, OnlineConfig, Recipe, RewardConfig, SFTConfig
+from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, Recipe, RewardConfig, SFTConfig, TrainerConfig
 from rlqwen.config.batch_plan import plan_batch, prompt_room
-from rlqwen.data import DataReport, tokenize_preference_examples, tokenize_prompts, tokenize_reward_rows, tokenize_sft
+from rlqwen.data import (
+    DataReport,
+    tokenize_preference_examples,
+    tokenize_preferences,
+    tokenize_prompts,
+    tokenize_reward_rows,
+    tokenize_sft,
+)
 from rlqwen.errors import DataError
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.model_check import ModelFacts
 
 Row = dict[str, Any]
+
+KNOWN_ROWS = (SFTConfig, PreferenceConfig, OnlineConfig)
+"""Config classes whose rows a check can tokenize, as can any subclass of them."""
+
+
+def unknown_rows(config: TrainerConfig) -> str | None:
+    """Return why the rows of this config's trainer cannot be tokenized here; None if they can."""
+    if isinstance(config, KNOWN_ROWS):
+        return None
+    names = ", ".join(known.__name__ for known in KNOWN_ROWS)
+    return f"{type(config).__name__} is none of {names}, so that only its trainer knows how to read rows"
 
 
 def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataReport:
@@ -24,10 +42,12 @@ def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataRepo
                 f"to stop; {data.num_truncated} of {data.num_rows} rows are cut at train.max_length={config.max_length}"
             )
         return data
-    if isinstance(config, DPOConfig):
-        return tokenize_preference_examples(rows, model.tokenizer, config)[1]
     if isinstance(config, RewardConfig):
         return tokenize_reward_rows(rows, model.tokenizer, config)[1]
+    if isinstance(config, DPOConfig):
+        return tokenize_preference_examples(rows, model.tokenizer, config)[1]
+    if isinstance(config, PreferenceConfig):
+        return tokenize_preferences(rows, model.tokenizer, config)[1]
     assert isinstance(config, OnlineConfig)
     _, data = tokenize_prompts(
         rows,

@@ -66,6 +66,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
     """Hold the model, the data and the parts of a run, and run its loop; see SFTTrainer and GRPOTrainer."""
 
     algorithm: ClassVar[str]
+    config_class: ClassVar[type[TrainerConfig]]
+    """Class of `args`; read if a recipe's `algorithm` names the trainer itself."""
     default_best_metric: ClassVar[str]
 
     def __init__(

@@ -62,6 +62,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
     """Make good answers likelier than bad ones, measured against a reference."""
 
     algorithm = "dpo"
+    config_class = DPOConfig
     default_best_metric = "eval/loss"
 
     def __init__(

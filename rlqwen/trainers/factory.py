@@ -1,4 +1,4 @@
-"""From a recipe to the trainer that carries it out."""
+"""Build the trainer of a recipe."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rlqwen.trainers.base import Trainer
 
 
 def build_trainer(recipe: Recipe) -> Trainer[Any, Any, Any]:
-    """Load the recipe's data and model; everything that is wrong with either is an InputError."""
+    """Load the recipe's data and model into the trainer of its algorithm; raise InputError for faults in either."""
     data = load_recipe_data(recipe.data)
     trainer = _build(recipe, data)
     trainer.cleaning = data.cleaning
@@ -42,7 +42,7 @@ def _build(recipe: Recipe, data: RecipeData) -> Trainer[Any, Any, Any]:
 
 
 def model_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained`."""
+    """Return the arguments of `from_pretrained` that the recipe's `model` section sets."""
     arguments = dict(model.init_kwargs)
     if model.dtype != "auto":
         arguments["dtype"] = model.dtype

@@ -35,6 +35,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     """Sample a group of completions for each prompt, score them, and make the better ones likelier."""
 
     algorithm = "grpo"
+    config_class = GRPOConfig
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
     """Sample completions, say with a critic which of their tokens did better than expected, and make those likelier."""
 
     algorithm = "ppo"
+    config_class = PPOConfig
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
     """Learn a reward from chosen and rejected answers (Bradley-Terry)."""
 
     algorithm = "reward"
+    config_class = RewardConfig
     default_best_metric = "eval/rewards/accuracies"
 
     def __init__(

@@ -51,6 +51,7 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
     """Maximise the likelihood of given answers."""
 
     algorithm = "sft"
+    config_class = SFTConfig
     default_best_metric = "eval/loss"
 
     def __init__(

@@ -27,6 +27,7 @@ from rlqwen.data.sources import Row, prepare_row, read_source
 from rlqwen.errors import ConfigError, DataError, InputError, ModelError, PromptMismatch
 from rlqwen.preflight.model_check import read_model
 from rlqwen.preflight.reward_check import resolve_rewards
+from rlqwen.preflight.tokenized_rows import unknown_rows
 from rlqwen.rewards.registry import Reward
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def find_subject(
 
 def _of_recipe(name: str, model: str | None) -> Subject:
     recipe = load_recipe(name)
+    if reason := unknown_rows(recipe.train):
+        raise ConfigError(f"{name}: {reason}")
     sources = {"train": recipe.data.train} | ({"eval": recipe.data.eval} if recipe.data.eval else {})
     parts = {name: source if isinstance(source, list) else [source] for name, source in sources.items()}
     config = recipe.train
@@ -150,7 +153,7 @@ def _of_recipe(name: str, model: str | None) -> Subject:
     warnings: list[str] = []
     path, tokenizer, context = _read_tokenizer(settings, warnings)
     context = context if path == recipe.model.path else None
-    assert isinstance(config, SFTConfig | PreferenceConfig | OnlineConfig)
+    assert isinstance(config, TrainConfig)
     title, cleaning = f"{name} ({recipe.algorithm})", recipe.data.cleaning
     return Subject(
         title, kind, config, path, tokenizer, context, parts, warnings, cleaning, True, _find_rewards(recipe)
