@@ -13,7 +13,7 @@ from rlqwen import __version__
 from rlqwen.cli.data_commands import data
 from rlqwen.cli.eval_command import evaluate
 from rlqwen.cli.export_command import export
-from rlqwen.cli.list_commands import recipes, rewards
+from rlqwen.cli.list_commands import advantages, engines, losses, recipes, rewards, trainers
 from rlqwen.cli.run_commands import check, run, verify_resume_command
 from rlqwen.cli.session import RUN_AGAIN, Interrupts, wait_for_cause
 from rlqwen.errors import RlqwenError
@@ -81,5 +81,8 @@ def cli() -> None:
     """
 
 
-for command in (run, check, verify_resume_command, evaluate, export, data, rewards, recipes):
+for command in (
+    run, check, verify_resume_command, evaluate, export, data,
+    recipes, trainers, losses, advantages, rewards, engines,
+):  # fmt: skip
     cli.add_command(command)

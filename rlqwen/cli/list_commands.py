@@ -1,26 +1,60 @@
-"""`rlqwen rewards` and `rlqwen recipes`."""
+"""List what recipes may name: registered plugins, and packaged recipes."""
 
 import click
 
 from rlqwen.cli.session import console
+from rlqwen.plugins.kinds import ADVANTAGES, ENGINES, LOSSES, NORMALIZERS, REWARDS, TRAINERS
+from rlqwen.plugins.registry import Registry
 
 
 @click.command()
 def rewards() -> None:
-    """List the registered rewards: name, origin package and version, what it does."""
+    """List rewards: names under `rewards` of a recipe."""
+    _show_registered(REWARDS, "rewards")
+
+
+@click.command()
+def trainers() -> None:
+    """List trainers: names for `algorithm` of a recipe."""
+    _show_registered(TRAINERS, "trainers")
+
+
+@click.command()
+def losses() -> None:
+    """List losses and normalizers: names for `train.loss_type` and `train.loss_normalizer`."""
+    _show_registered(LOSSES, "losses")
+    click.echo()
+    _show_registered(NORMALIZERS, "normalizers")
+
+
+@click.command()
+def advantages() -> None:
+    """List advantage estimators: names for `train.advantage_estimator`."""
+    _show_registered(ADVANTAGES, "advantage estimators")
+
+
+@click.command()
+def engines() -> None:
+    """List rollout engines: names for `rollout.engine`."""
+    _show_registered(ENGINES, "rollout engines")
+
+
+def _show_registered(registry: Registry, plural: str) -> None:
+    """Print a table of name, origin and first docstring line, without importing any plugin."""
     from rich.table import Table
     from rich.text import Text
 
-    from rlqwen.rewards.registry import REWARDS
-
+    entries = registry.discover()
+    if not entries:
+        click.echo(f"No {plural} are registered: no installed package has the entry point group {registry.group}.")
+        return
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     for heading in ("name", "origin", "what it does"):
         table.add_column(heading, overflow="fold")
-    entries = REWARDS.discover()
     for name, entry in entries.items():
         about = Text(f"unusable: {entry.conflict}", style="red") if entry.conflict else Text(entry.doc)
         table.add_row(name, entry.origin, about)
-    console().print(table if entries else "No rewards are registered; is rlqwen installed with its built-in rewards?")
+    console().print(table)
 
 
 @click.group(invoke_without_command=True)

@@ -28,7 +28,9 @@ UNPAIRED = frozenset({"kto", "sft"})
 
 
 class DPOConfig(PreferenceConfig, SyncedReference):
-    """Arguments of DPOTrainer; TRL's names, meanings and defaults unless said otherwise.
+    """Configure DPOTrainer: learn from chosen and rejected answers (DPO, arXiv 2305.18290, and its relatives).
+
+    Names, meanings and defaults are TRL's unless a field says otherwise.
 
     `per_device_train_batch_size` counts rows: pairs, or single answers with a label.
     """

@@ -20,7 +20,10 @@ PRESETS: dict[str, tuple[str, str]] = {
 
 
 class GRPOConfig(OnlineConfig, SyncedReference):
-    """Arguments of GRPOTrainer; TRL's names, meanings and defaults unless said otherwise."""
+    """Configure GRPOTrainer: compare each completion with its group (GRPO, arXiv 2402.03300, and its relatives).
+
+    Names, meanings and defaults are TRL's unless a field says otherwise.
+    """
 
     trainer: ClassVar[str] = "rlqwen.trainers.grpo:GRPOTrainer"
 

@@ -28,8 +28,9 @@ class CriticConfig(ArgumentsConfig):
 
 
 class PPOConfig(OnlineConfig):
-    """Arguments of PPOTrainer; names, meanings and defaults of TRL 1.9's, the last that had one, unless said otherwise.
+    """Configure PPOTrainer: clipped policy gradients with a learned value model (PPO, arXiv 1707.06347).
 
+    Names, meanings and defaults are those of TRL 1.9, the last version that had PPO, unless a field says otherwise.
     A rollout has per_device_train_batch_size x gradient_accumulation_steps x `num_mini_batches` completions, and gives
     `num_mini_batches` x `num_ppo_epochs` updates. `max_steps`, `save_steps` and the like count updates (TRL: rollouts).
     """

@@ -9,7 +9,10 @@ from rlqwen.plugins.kinds import LOSSES
 
 
 class RewardConfig(PreferenceConfig):
-    """Arguments of RewardTrainer; TRL's names, meanings and defaults unless said otherwise."""
+    """Configure RewardTrainer: learn a reward model from chosen and rejected answers.
+
+    Names, meanings and defaults are TRL's unless a field says otherwise.
+    """
 
     trainer: ClassVar[str] = "rlqwen.trainers.reward:RewardTrainer"
     trains_scalar_model: ClassVar[bool] = True

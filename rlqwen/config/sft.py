@@ -10,7 +10,10 @@ from rlqwen.plugins.kinds import LOSSES
 
 
 class SFTConfig(TrainerConfig):
-    """Arguments of SFTTrainer; TRL's names, meanings and defaults unless said otherwise."""
+    """Configure SFTTrainer: maximize the likelihood of given answers.
+
+    Names, meanings and defaults are TRL's unless a field says otherwise.
+    """
 
     trainer: ClassVar[str] = "rlqwen.trainers.sft:SFTTrainer"
 

@@ -115,11 +115,34 @@ def test_rewards_are_listed_with_origin_and_doc(capsys):
     assert "math-verify" in line
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "about"),
+    [
+        ("trainers", "grpo", "GRPOTrainer"),
+        ("losses", "clipped", ""),
+        ("losses", "sequence_mean", ""),
+        ("advantages", "rloo", ""),
+    ],
+)
+def test_plugins_of_each_kind_are_listed_with_origin_and_doc(capsys, command, name, about):
+    assert main([command]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
+    assert f"rlqwen {__version__}" in line
+    assert about in line
+    assert len(line.split(__version__)[1].strip()) > 20  # the first line of its docstring
+
+
+def test_an_empty_list_is_a_plain_sentence(capsys, monkeypatch):
+    monkeypatch.setattr("rlqwen.plugins.kinds.ENGINES.discover", dict)
+    assert main(["engines"]) == 0
+    assert capsys.readouterr().out.startswith("No rollout engines are registered: ")
+
+
 def test_a_claimed_twice_reward_is_shown_as_unusable(capsys, monkeypatch):
     from rlqwen.plugins.registry import PluginEntry
 
     entry = PluginEntry("accuracy", "a:b", "alpha", "1", conflict="registered by more than one package: alpha, beta")
-    monkeypatch.setattr("rlqwen.rewards.registry.REWARDS.discover", lambda: {"accuracy": entry})
+    monkeypatch.setattr("rlqwen.plugins.kinds.REWARDS.discover", lambda: {"accuracy": entry})
     assert main(["rewards"]) == 0
     assert "unusable: registered by more than one package: alpha, beta" in capsys.readouterr().out
 
