@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlqwen.config import GRPOConfig, Recipe, SFTConfig
 from rlqwen.config.recipe_yaml import copy_recipe, find_recipe, list_recipes, load_recipe, load_recipes, write_resolved
@@ -78,7 +79,7 @@ def test_sections_at_the_top_reach_the_trainer_config(grpo):
 def test_resolved_recipe_keeps_sections_at_the_top_and_fills_defaults(grpo, tmp_path):
     write_resolved(load_recipe(grpo), tmp_path / "out.yaml")
     text = (tmp_path / "out.yaml").read_text()
-    assert "\nrollout:\n  engine: null\n  num_workers: 2\n" in text
+    assert yaml.safe_load(text)["rollout"]["num_workers"] == 2
     assert "\n  max_completion_length: 512\n" in text
     assert text.count("output_dir: runs/grpo") == 1
 
