@@ -1,4 +1,4 @@
-"""Post-train Qwen models: SFT, reward models, DPO, PPO and GRPO on one policy wrapper, with vLLM rollouts managed by Ray.
+"""Post-train Qwen models: SFT, reward models, DPO, PPO, GRPO and distillation on one policy wrapper, with vLLM rollouts managed by Ray.
 
 The public names are imported on first use, so `import rlqwen` is quick and needs no torch.
 """
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlqwen.config import (
+        DistillationConfig,
         DPOConfig,
         GRPOConfig,
         PPOConfig,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         ScoringConfig,
         SFTConfig,
     )
+    from rlqwen.trainers.distillation import DistillationTrainer
     from rlqwen.trainers.dpo import DPOTrainer
     from rlqwen.trainers.grpo import GRPOTrainer
     from rlqwen.trainers.ppo import PPOTrainer
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "DPOConfig": "rlqwen.config",
     "DPOTrainer": "rlqwen.trainers.dpo",
+    "DistillationConfig": "rlqwen.config",
+    "DistillationTrainer": "rlqwen.trainers.distillation",
     "GRPOConfig": "rlqwen.config",
     "GRPOTrainer": "rlqwen.trainers.grpo",
     "PPOConfig": "rlqwen.config",
@@ -42,6 +46,8 @@ _HOMES = {
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "PPOConfig",

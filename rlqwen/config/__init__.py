@@ -3,6 +3,7 @@
 from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig
 from rlqwen.config.data import DataConfig, SampledPairsConfig, SourceConfig
+from rlqwen.config.distillation import DistillationConfig
 from rlqwen.config.dpo import DPOConfig
 from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.grpo import GRPOConfig
@@ -24,6 +25,7 @@ __all__ = [
     "CriticConfig",
     "DPOConfig",
     "DataConfig",
+    "DistillationConfig",
     "EvalGenerationConfig",
     "GRPOConfig",
     "LoraSettings",

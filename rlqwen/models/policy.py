@@ -38,6 +38,7 @@ from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.models.text_only import text_only
 from rlqwen.packing.batch import PackedBatch
+from rlqwen.packing.divergence import chunked_kl
 from rlqwen.packing.forward import hidden_states, own_attention, use_packed_attention
 from rlqwen.packing.logprobs import chunked_log_collision, chunked_logprobs, scaled_logits
 from rlqwen.packing.routing_replay import RoutingReplay
@@ -158,6 +159,32 @@ class Policy(PackedModel):
             if model is self.base_model:
                 return self.root(self._logprobs, model, batch, temperature, False)[0]  # type: ignore[no-any-return]
             return self._logprobs(model, batch, temperature, False)[0]
+
+    def kl_to_reference(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+        """Return (N,) KL(policy || reference) over the vocabulary at each target, in nats, with gradient for the policy.
+
+        The reference must be a model of its own; it may have another size, but not another vocabulary.
+        """
+        if self._reference is None:
+            raise ValueError("kl_to_reference needs a reference that is a model of its own")
+        with self.inference():
+            other_hidden_ND = self._hidden(self._reference, batch)
+        return self.root(self._kl, batch, other_hidden_ND, temperature)  # type: ignore[no-any-return]
+
+    def _kl(self, batch: PackedBatch, other_hidden_ND: Tensor, temperature: float) -> Tensor:
+        hidden_NC = self._hidden(self.base_model, batch)
+        assert self._reference is not None
+        other_head_VD = head_weight(self._reference)
+        kl = chunked_kl(
+            hidden_NC,
+            head_weight(self.base_model),
+            other_hidden_ND,
+            other_head_VD,
+            temperature=temperature,
+            chunk_size=self.chunk_size,
+        )
+        own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
+        return self.sequence.whole(kl, own, batch.num_targets)
 
     def _logprobs(
         self,

@@ -11,7 +11,8 @@ from rlqwen.errors import ConfigError
 
 # Last parts of keys of evaluation figures.
 _BETTER_LOW = {
-    "truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds", "wait_seconds"
+    "truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds", "wait_seconds",
+    "kl"
 }  # fmt: skip
 
 

@@ -22,11 +22,11 @@ from rlqwen.algorithms.advantages import carries_signal, soft_overlong_penalty
 from rlqwen.algorithms.losses import GRPOLoss, Totals, settings_of
 from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
-from rlqwen.packing.batch import Branch, Tree
+from rlqwen.packing.batch import Tree
 from rlqwen.plugins.kinds import ADVANTAGES
 from rlqwen.plugins.named_call import NamedCall
 from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, deal
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -193,14 +193,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
                     continue
                 tokens += len(completion.token_ids)
                 if advantage or self._trains_without_advantage:
-                    branches.append(
-                        Branch(
-                            completion.token_ids,
-                            per_token={"sampler_logp": completion.logprobs},
-                            per_sequence={"advantage": advantage},
-                            experts=completion.experts,
-                        )
-                    )
+                    branches.append(branch_of(completion, advantage=advantage))
             if branches:
                 trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
         return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))

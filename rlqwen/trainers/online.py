@@ -18,7 +18,7 @@ from rlqwen.data import longest_prompt
 from rlqwen.data.streams import StreamedRows
 from rlqwen.errors import ConfigError
 from rlqwen.models.policy import Policy
-from rlqwen.packing.batch import PackedBatch, Tree
+from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
@@ -30,7 +30,7 @@ from rlqwen.trainers.micro_batching import count_tokens, micro_batches
 from rlqwen.trainers.prompt_data import PromptData
 from rlqwen.trainers.rollout_manager import RolloutManager
 from rlqwen.trainers.run_logger import Metrics
-from rlqwen.types import Group, Prompt, Truncation
+from rlqwen.types import Completion, Group, Prompt, Truncation
 
 RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
@@ -224,6 +224,12 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
 
     def close(self) -> None:
         self.rollouts.close()
+
+
+def branch_of(completion: Completion, **per_sequence: float | bool) -> Branch:
+    """Return a completion as a branch of its prompt, with the sampler's logprobs if it has them."""
+    per_token = {} if completion.logprobs is None else {"sampler_logp": completion.logprobs}
+    return Branch(completion.token_ids, per_token=per_token, per_sequence=per_sequence, experts=completion.experts)
 
 
 def deal(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[tuple[Group, list[int]]]]:

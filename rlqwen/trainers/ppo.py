@@ -29,10 +29,10 @@ from rlqwen.models.critic import Critic, ScalarModel, ValueHead
 from rlqwen.models.hub import check_vocabulary
 from rlqwen.models.loading import load_reference, load_scalar_model
 from rlqwen.models.reference_cache import digest_weights
-from rlqwen.packing.batch import Branch, PackedBatch, Tree
+from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.checkpointer import Saveable, Stateful
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, deal
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, deal
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -246,12 +246,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         trees = []
         for group, indices in share:
             branches = [
-                Branch(
-                    group.completions[index].token_ids,
-                    per_token={"sampler_logp": group.completions[index].logprobs},
-                    per_sequence={"reward": self._score(group, index)},
-                    experts=group.completions[index].experts,
-                )
+                branch_of(group.completions[index], reward=self._score(group, index))
                 for index in indices
                 if group.total_rewards_G[index] is not None and group.completions[index].token_ids
             ]

@@ -173,13 +173,17 @@ class RolloutManager:
         return f"train/{self.num_draws + ahead}"
 
     def evaluate(self, rows: Sequence[Prompt]) -> Metrics:
-        """Return mean rewards of completions sampled as in training, from the same seeds at every evaluation."""
+        """Return mean rewards and lengths of completions for `rows`."""
+        metrics = describe_groups(self.sample_evaluation(rows)) | self.scoring_metrics()
+        del metrics["tokens/generated"]
+        return metrics
+
+    def sample_evaluation(self, rows: Sequence[Prompt]) -> list[Group]:
+        """Return groups sampled as in training, from the same seeds at every evaluation, and log them."""
         number = self._args.num_generations_eval or 1
         groups, _ = self.sample(rows, num_generations=number, draw="eval", among=rows)
         self.log_completions(groups, evaluation=True)
-        metrics = describe_groups(groups) | self.scoring_metrics()
-        del metrics["tokens/generated"]
-        return metrics
+        return groups
 
     def log_completions(self, groups: Sequence[Group], *, evaluation: bool = False) -> None:
         """Write completions beside the metrics of the run."""

@@ -1,0 +1,33 @@
+"""On-policy distillation: a student learns from a teacher on samples of its own."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from rlqwen.config.online import OnlineConfig
+from rlqwen.plugins.kinds import LOSSES, NORMALIZERS
+
+
+class DistillationConfig(OnlineConfig):
+    """Arguments of DistillationTrainer; those of sampling are GRPO's."""
+
+    trainer: ClassVar[str] = "rlqwen.trainers.distillation:DistillationTrainer"
+    rewards: ClassVar[Literal["required", "optional", "refused"]] = "optional"
+
+    learning_rate: float = Field(default=1e-5, ge=0)
+    teacher: str | None = None
+    """Folder or hub id of the teacher (`owner/model@revision` pins it), which must have the student's tokenizer. None: it is
+    given to the trainer as `teacher_model`."""
+    loss_type: str = "reverse_kl"
+    """`reverse_kl`, another registered loss (`rlqwen losses`), `package.module:function` or `file.py:function`."""
+    loss_normalizer: str = "token_mean"
+    """What the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, or another registered
+    normalizer, `package.module:function` or `file.py:function`."""
+    loss_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the loss beyond this config's fields."""
+
+    @model_validator(mode="after")
+    def _names_are_registered(self) -> "DistillationConfig":
+        LOSSES.check_name(self.loss_type, "loss_type")
+        NORMALIZERS.check_name(self.loss_normalizer, "loss_normalizer")
+        return self

@@ -1,0 +1,136 @@
+"""Distill a teacher into a student on the student's own samples.
+
+Example:
+    trainer = DistillationTrainer(
+        model="Qwen/Qwen3-0.6B", teacher_model="Qwen/Qwen3-8B", train_dataset=dataset, args=DistillationConfig()
+    )
+    trainer.train()
+
+The student samples completions, the teacher says at each of their tokens how likely every next token is, and the student
+moves towards that: dense feedback on what the student really writes (GKD, arXiv 2306.13649; MiniLLM, arXiv 2306.08543).
+
+Shapes: P prompts per rollout, N tokens of a micro-batch.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from rlqwen.algorithms.loss_metrics import MetricSums, token_mean
+from rlqwen.algorithms.losses import LossCall, Normalizer, Totals, settings_of
+from rlqwen.config import DistillationConfig
+from rlqwen.errors import ConfigError
+from rlqwen.models.loading import load_reference
+from rlqwen.packing.batch import Tree
+from rlqwen.rollout.sampler import describe_groups
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of
+from rlqwen.trainers.run_logger import Metrics
+from rlqwen.types import Group, Prompt
+
+
+class DistillationTrainer(OnlineTrainer[DistillationConfig]):
+    """Sample completions with the student, and lower its KL divergence from the teacher at each of their tokens."""
+
+    algorithm = "distillation"
+    default_best_metric = "eval/kl"
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher_model: str | nn.Module | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        peft_config: Any = None,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        reward_processing_classes: Any = None,
+    ) -> None:
+        """Load student and teacher.
+
+        Args:
+            model: the student: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
+            teacher_model: the teacher, which is frozen; None: `args.teacher`. It must have the student's tokenizer.
+            train_dataset: a datasets.Dataset or a list of rows with a `prompt` (text or messages).
+            eval_dataset: the same, never trained on.
+            reward_funcs: rewards that are only measured, as for GRPOTrainer.
+            peft_config: a peft.LoraConfig; None trains all weights.
+        """
+        args = args or DistillationConfig()
+        if teacher_model is not None and args.teacher is not None:
+            raise ConfigError(f"the teacher is given twice, as teacher_model and as args.teacher={args.teacher!r}")
+        teacher = args.teacher if teacher_model is None else teacher_model
+        if teacher is None:
+            raise ConfigError(
+                "distillation needs a teacher: give teacher_model, or teacher in the recipe's train section"
+            )
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            peft_config=peft_config,
+            reward_processing_classes=reward_processing_classes,
+            reference=load_reference(teacher, model, args),
+        )
+        settings = settings_of(self.args)
+        self.loss = LossCall(
+            self.args.loss_type, inputs=("kl", "lengths", "sequence"), settings=settings, arguments=self.args.loss_args
+        )
+        self.normalizer = Normalizer(self.args.loss_normalizer, settings)
+
+    def step(self, prompts_P: list[Prompt]) -> Metrics:
+        """Sample completions for each prompt, and make one update towards the teacher on their tokens."""
+        groups_P, metrics = self.next_groups(prompts_P)
+        started = time.monotonic()
+        update = self._pack(groups_P)
+        for micro in update.micro_batches:
+            micro = micro.to(self.policy.device)
+            kl_N = self.policy.kl_to_reference(micro, temperature=self.args.temperature)
+            loss_N, found = self.loss({"kl": kl_N, "lengths": micro.lengths_S, "sequence": micro.sequence_N})
+            loss = (loss_N * self.normalizer(micro, update.totals)).sum()
+            loss = loss + self.router_loss(micro, update.micro_batches)
+            self.optimizer.backward(loss)
+            update.add(loss, found | {"kl": token_mean(kl_N)})
+        self.update(update.micro_batches)
+        self.weights_changed()
+        self.rollouts.log_completions(groups_P)
+        trained = self.summarize([update], num_passes=1) | {"time/train": time.monotonic() - started}
+        return metrics | self._describe(groups_P) | trained
+
+    def compute_evaluation(self, rows: Sequence[Prompt]) -> Metrics:
+        """Return the KL from the teacher on completions sampled as in training, their lengths, and rewards if there are any."""
+        groups = self.rollouts.sample_evaluation(rows)
+        collected, update = MetricSums(), self._pack(groups)
+        for micro in update.micro_batches:
+            kl_N = self.policy.kl_to_reference(micro.to(self.policy.device), temperature=self.args.temperature)
+            collected.add({"kl": token_mean(kl_N)})
+        totals = update.totals
+        kl = collected.reduce(self.ranks.gather_shares, tokens=totals.tokens, sequences=totals.sequences)
+        metrics = self._describe(groups) | kl
+        del metrics["tokens/generated"]
+        return metrics
+
+    def _describe(self, groups_P: Sequence[Group]) -> Metrics:
+        """Return means over the completions, without those of rewards if there are none."""
+        metrics = describe_groups(groups_P) | self.rollouts.scoring_metrics()
+        without = ("reward/", "groups/no_signal")
+        return metrics if self.rewards else {key: v for key, v in metrics.items() if not key.startswith(without)}
+
+    def _pack(self, groups_P: Sequence[Group]) -> Update:
+        """Return the micro-batches of all completions that have a token."""
+        trees = []
+        for group in groups_P:
+            branches = [branch_of(completion) for completion in group.completions if completion.token_ids]
+            if branches:
+                trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
+        tokens = sum(len(branch.token_ids) for tree in trees for branch in tree.branches)
+        sequences = sum(len(tree.branches) for tree in trees)
+        return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))

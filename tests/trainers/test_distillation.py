@@ -1,0 +1,93 @@
+"""On-policy distillation: the student's own samples, the teacher's distribution at each of their tokens."""
+
+import json
+
+import pytest
+import torch
+
+from rlqwen import DistillationConfig, DistillationTrainer
+from rlqwen.errors import ConfigError
+from rlqwen.models.tiny import build_tiny_qwen3
+from tests.trainers.test_grpo import ROWS, prefers_even
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tmp_path_factory):
+    return build_tiny_qwen3(tmp_path_factory.mktemp("teacher") / "qwen3", hidden_size=96)
+
+
+def make_trainer(model, folder, teacher_model, *, rewards=(), eval_dataset=None, **options):
+    """Sampled by the transformers engine, in this process."""
+    defaults = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 3,
+        "learning_rate": 3e-3, "save_strategy": "no", "rollout": {"engine": "transformers"},
+        "scoring": {"in_process": [reward.__name__ for reward in rewards]},
+    }  # fmt: skip
+    return DistillationTrainer(
+        str(model),
+        teacher_model,
+        DistillationConfig(**defaults | options),
+        ROWS,
+        eval_dataset,
+        reward_funcs=list(rewards),
+    )
+
+
+def test_the_student_comes_nearer_to_a_teacher_of_another_size(tiny_model_path, teacher_path, tmp_path):
+    trainer = make_trainer(
+        tiny_model_path, tmp_path, str(teacher_path), max_steps=20, eval_dataset=ROWS[:4], eval_on_start=True
+    )
+    trainer.train()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["final_eval"]["eval/kl"] < 0.5 * summary["initial_eval"]["eval/kl"]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["loss"] == pytest.approx(entry["kl"], rel=1e-5) for entry in logged)
+    assert not any(key.startswith("reward/") for entry in logged for key in entry)
+
+
+def test_rewards_are_measured_if_there_are_any(tiny_model_path, teacher_path, tmp_path):
+    trainer = make_trainer(tiny_model_path, tmp_path, str(teacher_path), rewards=[prefers_even])
+    trainer.train()
+    assert "reward/prefers_even/mean" in trainer.state.log_history[0]
+
+
+def test_micro_batches_change_nothing_but_rounding(tiny_model_path, teacher_path, tmp_path):
+    options = {"max_steps": 1, "optim": "adamw_torch", "adam_epsilon": 1.0}
+    weights = []
+    for name, split in {
+        "whole": {"per_device_train_batch_size": 8},
+        "split": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "tokens": {"max_tokens_per_micro_batch": 40},
+    }.items():
+        trainer = make_trainer(tiny_model_path, tmp_path / name, str(teacher_path), **options | split)
+        trainer.train()
+        weights.append(torch.cat([weight.detach().flatten() for weight in trainer.policy.trained_parameters]))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
+
+
+def test_a_resumed_run_equals_one_without_a_break(tiny_model_path, teacher_path, tmp_path):
+    options = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tiny_model_path, tmp_path / "whole", str(teacher_path), **options).train()
+    folder = tmp_path / "cut"
+    make_trainer(tiny_model_path, folder, str(teacher_path), **options | {"max_steps": 2}).train()
+    resumed = make_trainer(tiny_model_path, folder, str(teacher_path), **options, resume_allow_changes=True)
+    resumed.train(resume_from_checkpoint=True)
+
+    def losses(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "text"),
+    [
+        (None, {}, "distillation needs a teacher"),
+        ("here", {"teacher": "there"}, "the teacher is given twice"),
+    ],
+)
+def test_one_teacher_is_needed(tiny_model_path, tmp_path, teacher, options, text):
+    with pytest.raises(ConfigError, match=text):
+        make_trainer(tiny_model_path, tmp_path, teacher, **options)
