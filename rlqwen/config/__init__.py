@@ -1,4 +1,4 @@
-"""Every config model: pydantic, unknown keys forbidden, no torch."""
+"""Define every config model in pydantic: unknown keys are refused, and torch is not imported."""
 
 from rlqwen.config.base import Config
 from rlqwen.config.cleaning import CleaningConfig, NearDuplicatesConfig, PatternConfig

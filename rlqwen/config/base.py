@@ -1,4 +1,4 @@
-"""The base of every config model: unknown keys are refused with the nearest, errors read as one line a fault."""
+"""Define the base of every config model, which refuses unknown keys and explains errors in one line each."""
 
 import difflib
 import re
@@ -10,16 +10,16 @@ from pydantic.config import JsonDict
 from rlqwen.errors import ConfigError
 
 NO_EFFECT: JsonDict = {"affects_result": False}
-"""Pass as `json_schema_extra` of a field that leaves the trained weights as they are, as long as nothing fails."""
+"""Pass as `json_schema_extra` of a field that does not change the trained weights unless something fails."""
 
 
 class Config(BaseModel):
-    """A pydantic model that forbids unknown keys and says what was probably meant."""
+    """Refuse unknown keys, and suggest the key that was probably meant."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
     refused: ClassVar[dict[str, str]] = {}
-    """Keys that other libraries have and rlqwen does not: key -> what to use instead."""
+    """Keys of other libraries that rlqwen does not have: key -> what to use instead."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,7 +54,8 @@ class Config(BaseModel):
 
     @classmethod
     def parse(cls, values: Any, where: str = "") -> Self:
-        """Validate `values`; raises ConfigError, each fault on a line that begins with `where` and the key's path."""
+        """Validate `values`; raise ConfigError with one line per fault, which begins with `where` and the key's
+        path."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -62,7 +63,7 @@ class Config(BaseModel):
 
 
 class ArgumentsConfig(Config):
-    """A config that people construct by hand in Python: its constructor raises ConfigError."""
+    """A config that users construct in Python; its constructor raises ConfigError."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -76,7 +77,7 @@ class Section(ArgumentsConfig):
 
 
 def explain(error: ValidationError, where: str = "") -> ConfigError:
-    """Turn pydantic's report into ours: `where: path.to.key: what is wrong (value given: ...)`, a line a fault."""
+    """Turn pydantic's report into one line per fault: `where: path.to.key: what is wrong (value given: ...)`."""
     lines = []
     for fault in error.errors(include_url=False):
         path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))

@@ -1,4 +1,4 @@
-"""How rows become updates, and how the context is shared between prompt and completion."""
+"""Compute how rows become updates, and how prompt and completion share the context."""
 
 import math
 from dataclasses import dataclass
@@ -9,22 +9,25 @@ from rlqwen.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batch arithmetic of a run."""
+    """Hold the batch arithmetic of a run."""
 
     rows_per_step: int
     """Rows of the data that one step takes."""
     updates_per_step: int
+    """Optimizer updates per step; several if a rollout serves several."""
     total_updates: int
+    """Optimizer updates of the whole run."""
     completions_per_update: int
     """Completions that one update trains on, on all ranks together; without sampling, rows."""
     text: str
-    """All of it in one line."""
+    """The plan in one line."""
 
 
 def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) -> BatchPlan:
     """Compute prompts x generations = completions = micro-batch x accumulation x ranks, and the resulting updates.
 
-    `num_rows`: rows that are left after tokenising and packing; None for a stream. Raises ConfigError if the batch doesn't come out even.
+    `num_rows`: rows that are left after tokenization and packing; None for a stream. Raises ConfigError if the batch
+    does not divide evenly.
     """
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     split = f"{size} a micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
@@ -73,9 +76,9 @@ def refuse_stream(config: TrainerConfig) -> None:
 
 
 def prompt_room(context: int, config: OnlineConfig) -> int:
-    """Tokens that a prompt may have: the model's context less the completion, at most `max_prompt_length`.
+    """Return how many tokens a prompt may have: the context minus the completion, at most `max_prompt_length`.
 
-    Raises ConfigError if the completion leaves nothing of the context, or a prompt as long as allowed leaves the
+    Raises ConfigError if the completion leaves nothing of the context, or if a prompt as long as allowed leaves the
     completion less than it may have.
     """
     completion, prompt = config.max_completion_length, config.max_prompt_length
@@ -95,7 +98,7 @@ def prompt_room(context: int, config: OnlineConfig) -> int:
 
 
 def _row_name(config: TrainerConfig) -> str:
-    """What one row of the batch is."""
+    """Return what one row of the batch is called."""
     if isinstance(config, SFTConfig) and config.packing:
         return "packed row"
     if isinstance(config, PreferenceConfig):
@@ -104,7 +107,7 @@ def _row_name(config: TrainerConfig) -> str:
 
 
 def _rows_in_all(config: TrainerConfig, num_rows: int) -> float:
-    """Rows of the data that the run takes, those of later epochs counted again."""
+    """Return how many rows the run takes, those of later epochs counted again."""
     if isinstance(config, OnlineConfig) and config.total_completions is not None:
         return config.total_completions / config.num_generations
     return config.num_train_epochs * num_rows

@@ -1,4 +1,4 @@
-"""What is taken out of the training rows, and what is masked in all rows, before anything is tokenised."""
+"""Configure which training rows are dropped, and what is masked in all rows, before tokenization."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -12,21 +12,24 @@ Part = Literal["row", "prompt", "answer"]
 
 
 class NearDuplicatesConfig(Config):
-    """When two rows count as nearly the same."""
+    """Configure when two rows count as near duplicates."""
 
     threshold: float = Field(default=0.8, gt=0, le=1)
-    """Similarity from which on they do: shared runs of three words, of all that either has (rlqwen.data.duplicates)."""
+    """Smallest similarity of near duplicates: the share of runs of three words that both have, of all that either has
+    (rlqwen.data.duplicates)."""
 
 
 class PatternConfig(Config):
-    """A regular expression, as Python's `re` reads it, that is searched for in each text of a row."""
+    """A regular expression, in the syntax of Python's `re`, that is searched for in each text of a row."""
 
     name: str = Field(min_length=1)
-    """What the counts call it."""
+    """The name of its count in reports."""
     pattern: str
-    """Write `(?i)` in front to ignore case. One that matches the empty text would match every row, and is refused."""
+    """The expression. Begin it with `(?i)` to ignore case. One that matches the empty text would match every row, and
+    is refused."""
     part: Part = "row"
-    """`prompt`: all before the last answer. `answer`: the last assistant turn, the completion, or both of a pair."""
+    """Where to search. `row`: everywhere. `prompt`: all text before the last answer. `answer`: the last assistant
+    message, the completion, or both answers of a pair."""
 
     @field_validator("pattern")
     @classmethod
@@ -41,41 +44,45 @@ class PatternConfig(Config):
 
 
 def _switch(value: Any) -> Any:
-    """`near_duplicates: true` is the default settings, `false` is none."""
+    """Read `near_duplicates: true` as the default settings, and `false` as none."""
     if isinstance(value, bool):
         return {} if value else None
     return value
 
 
 class CleaningConfig(Config):
-    """Steps in their order: mask, bounds of length, patterns, exact duplicates, near duplicates, overlap with eval.
+    """Clean rows in this order: mask, length limits, patterns, exact duplicates, near duplicates, overlap with eval.
 
-    Of equal rows the first stays. Eval rows are masked too, so that both look alike, and none of them is dropped.
+    Of equal rows the first stays. Evaluation rows are masked too, so that both sets look alike, but never dropped.
     """
 
     mask: list[MaskKind] = Field(default_factory=list)
-    """What is replaced by a placeholder such as `[EMAIL]`; see rlqwen.data.cleaning.masking for what is found."""
+    """What to replace by a placeholder such as `[EMAIL]`; rlqwen.data.cleaning.masking says what is found."""
     min_chars: int | None = Field(default=None, ge=1)
-    """Characters of the whole row, all turns together."""
+    """Fewest characters of a row, all messages together. None: no limit."""
     max_chars: int | None = Field(default=None, ge=1)
+    """Most characters of a row, all messages together. None: no limit."""
     min_prompt_chars: int | None = Field(default=None, ge=1)
-    """Characters of all that comes before the last answer."""
+    """Fewest characters before the last answer. None: no limit."""
     max_prompt_chars: int | None = Field(default=None, ge=1)
+    """Most characters before the last answer. None: no limit."""
     min_answer_chars: int | None = Field(default=None, ge=1)
-    """Characters of the last answer; of a pair, both answers must be long enough."""
+    """Fewest characters of the last answer; of both answers of a pair. None: no limit."""
     max_answer_chars: int | None = Field(default=None, ge=1)
+    """Most characters of the last answer; of both answers of a pair. None: no limit."""
     drop_patterns: list[PatternConfig] = Field(default_factory=list)
-    """A row in which one of them is found is dropped."""
+    """Drop rows in which at least one of these is found."""
     keep_patterns: list[PatternConfig] = Field(default_factory=list)
-    """A row in which one of them is not found is dropped."""
+    """Drop rows in which at least one of these is not found."""
     exact_duplicates: bool = False
-    """Drop rows that equal an earlier one in all that is trained on."""
+    """Drop rows that equal an earlier one in everything that is trained on."""
     near_duplicates: Annotated[NearDuplicatesConfig | None, BeforeValidator(_switch)] = None
-    """Drop rows that are nearly the same as an earlier one; `true` for the default settings."""
+    """Drop rows that nearly equal an earlier one; `true` for the default settings. None: keep them."""
     drop_eval_overlap: bool = False
-    """Drop training rows whose prompt an eval row has too; also nearly the same ones, if `near_duplicates` is set."""
+    """Drop training rows whose prompt is also in the evaluation rows; near duplicates of such prompts too, if
+    `near_duplicates` is set."""
     cache_dir: str | None = None
-    """Where results are kept. None: `$RLQWEN_CACHE/data`, else `~/.cache/rlqwen/data`."""
+    """Folder for results. None: `$RLQWEN_CACHE/data`, otherwise `~/.cache/rlqwen/data`."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> "CleaningConfig":

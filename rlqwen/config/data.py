@@ -1,4 +1,4 @@
-"""Where rows come from and how they are read."""
+"""Configure the sources of rows, and how they are read."""
 
 from typing import Annotated, Any
 
@@ -10,59 +10,64 @@ from rlqwen.config.rollout import RewardSpecs, RolloutConfig, ScoringConfig
 
 
 class SampledPairsConfig(Config):
-    """Pairs of a model's own answers, the better against the worse, drawn when the recipe is run."""
+    """Pairs of a model's own answers, a better and a worse one, that are sampled when the recipe is run."""
 
     prompts: "SourceConfig"
-    """Where the prompts come from; their other columns go to the rewards."""
+    """Source of the prompts; their other columns are passed to the rewards."""
     rewards: RewardSpecs = Field(min_length=1)
-    """What says which answer is better; several are added up by weight."""
+    """Rewards that decide which answer is better; several are added by weight."""
     model: str | None = None
-    """Whose answers. None: those of the model that the recipe starts from."""
+    """The model whose answers are sampled. None: the model that the recipe starts from."""
     num_samples: int = Field(default=8, ge=2)
-    """Answers to each prompt."""
+    """Answers per prompt."""
     pairs_per_prompt: int = Field(default=1, ge=1)
-    """At most; the best against the worst first."""
+    """Most pairs per prompt; the best answer against the worst comes first."""
     min_gap: float = Field(default=0.0, ge=0)
-    """Rewards of a pair differ by more than this."""
+    """The rewards of a pair differ by more than this."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
     max_tokens: int = Field(default=512, ge=1)
-    """Of one answer."""
+    """Longest answer, in tokens."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, for example `{enable_thinking: false}`."""
     seed: int = 42
+    """Seed of sampling."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """The engines that sample answers."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig)
+    """The worker processes that call the rewards."""
 
 
 class SourceConfig(Config):
-    """One source of rows; several are mixed by weight."""
+    """One source of rows; several sources are mixed by weight."""
 
     path: str | None = None
     """A file (.json, .jsonl, .parquet, .csv), a folder of such files, a hub dataset id, or `builtin:NAME` (questions,
-    instructions_zh, pairs): a few rows that come with rlqwen, with the columns of the hub dataset that they stand in
-    for, whose `name`, `split` and `revision` they ignore."""
+    instructions_zh, pairs): a few rows that come with rlqwen, with the columns of the hub dataset that they replace,
+    and without its `name`, `split` and `revision`."""
     generator: str | None = None
-    """Instead of `path`: a built-in generator, such as `arithmetic`."""
+    """A built-in generator, such as `arithmetic`, instead of `path`."""
     sampled: SampledPairsConfig | None = None
-    """Instead of `path`: preference pairs that a model is to sample."""
+    """Preference pairs that a model will sample, instead of `path`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the generator."""
     name: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset. None: its default."""
     split: str | None = None
-    """Split of a hub dataset; `train` if not given."""
+    """Split of a hub dataset. None: `train`."""
     revision: str | None = None
-    """Revision of a hub dataset, to pin it."""
+    """Revision of a hub dataset, which pins it. None: the newest."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column map, ours: theirs; for example `{prompt: question, solution: answer}`."""
+    """Map from our column names to those of the source, for example `{prompt: question, solution: answer}`."""
     system_prompt: str | None = None
-    """Put before every prompt as a system turn; makes string prompts conversational."""
+    """System message to put before every prompt; it makes string prompts conversational. None: none is added."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of this source when several are mixed, 1 beside others that have one. None for all: all rows are used."""
+    """Share of this source in a mixture; 1 if only other sources have one. None for all sources: use all their rows."""
     limit: int | None = Field(default=None, gt=0)
-    """Take only the first so many rows."""
+    """Use only this many rows, from the first. None: all."""
     streaming: bool = False
-    """Read and tokenise rows while training, in their own order, never all of them at once: for `data.train` of sft, grpo
-    and ppo, with `train.max_steps`."""
+    """Read and tokenize rows while training, in their own order, never all at once. Only for `data.train` of sft, grpo
+    and ppo, and needs `train.max_steps`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SourceConfig":
@@ -90,17 +95,17 @@ class DataConfig(Config):
     train: Sources
     """One source, or several mixed by weight."""
     eval: Sources | None = None
-    """Rows that evaluation uses; never trained on."""
+    """Rows for evaluation, which are never trained on. None: no evaluation."""
     mixing_seed: int = 42
     """Seed of the order in which mixed sources are interleaved."""
     cache_dir: str | None = None
-    """Folder for rows and token ids on disk. None: `data` in the environment variable RLQWEN_CACHE, or else `rlqwen` in
-    the cache of the datasets library (HF_DATASETS_CACHE)."""
+    """Folder for rows and token ids on disk. None: `data` in the folder that the environment variable RLQWEN_CACHE
+    names, or else `rlqwen` in the cache of the datasets library (HF_DATASETS_CACHE)."""
     cleaning: CleaningConfig | None = None
-    """What is dropped from the training rows and masked in all rows; None for nothing."""
+    """Which training rows are dropped, and what is masked in all rows. None: nothing."""
 
     def sampled_sources(self) -> list[SampledPairsConfig]:
-        """What a model is to sample before training can begin."""
+        """Return the sources that a model has to sample before training can begin."""
         parts = [self.train, *([self.eval] if self.eval else [])]
         sources = [source for part in parts for source in (part if isinstance(part, list) else [part])]
         return [source.sampled for source in sources if source.sampled is not None]

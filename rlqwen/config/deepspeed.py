@@ -1,4 +1,4 @@
-"""What a user's ds_config, DeepSpeed's own JSON, says of fields of ours."""
+"""Read a user's ds_config, DeepSpeed's own JSON, as values of rlqwen's fields."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ _SAME = {
     "scheduler.params.warmup_max_lr": "learning_rate",
     "zero_optimization.stage": "parallel.zero_stage",
 }
-"""Keys of a ds_config that say what a field of ours says."""
+"""Keys of a ds_config -> our fields with the same meaning."""
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SCHEDULE_KEYS = {
     "WarmupLR": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"},
@@ -36,9 +36,9 @@ _ADAMW = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 
 
 def adopt_ds_config(values: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
-    """A trainer's arguments, completed by what their `deepspeed` (or `parallel.deepspeed`) says.
+    """Return a trainer's arguments, completed by what their `deepspeed` (or `parallel.deepspeed`) says.
 
-    ValueError that names both keys and values where one contradicts the other.
+    Raises ValueError that names both keys and values if they contradict each other.
     """
     values = dict(values)
     parallel = values.get("parallel") or {}
@@ -64,7 +64,7 @@ def adopt_ds_config(values: Mapping[str, Any], num_ranks: int) -> dict[str, Any]
 
 
 def read_ds_config(source: Any) -> dict[str, Any]:
-    """The mapping itself, or what its JSON file holds; ValueError if it is no such thing."""
+    """Return the mapping itself, or what its JSON file holds; raise ValueError if that is not a mapping."""
     if isinstance(source, Mapping):
         return dict(source)
     try:
@@ -79,7 +79,7 @@ def read_ds_config(source: Any) -> dict[str, Any]:
 
 
 def _statements(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: int) -> Iterator[Adopted]:
-    """What a ds_config says of fields of ours."""
+    """Yield what a ds_config says about our fields."""
     for theirs, ours in _SAME.items():
         value = _at(given, theirs)
         if value not in (None, AUTO):
@@ -141,7 +141,7 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
 
 
 def _accumulation(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: int) -> Iterator[Adopted]:
-    """Micro-batches that follow from a whole batch, where nothing else says how many."""
+    """Yield the number of micro-batches that follows from a whole batch, if nothing else sets it."""
     whole, size = given.get("train_batch_size"), given.get("train_micro_batch_size_per_gpu")
     size = values.get("per_device_train_batch_size") if size in (None, AUTO) else size
     if whole in (None, AUTO) or not isinstance(size, int) or given.get("gradient_accumulation_steps", AUTO) != AUTO:

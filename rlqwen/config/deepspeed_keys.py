@@ -1,4 +1,4 @@
-"""Which keys of a ds_config act here, and which do not."""
+"""List which keys of a ds_config have an effect here."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,14 +23,14 @@ ALWAYS = frozenset(
         )),
     }
 )  # fmt: skip
-"""Carried out here, from the fields that they are adopted into."""
+"""Keys that become fields of ours and always have an effect."""
 OF_ENGINE = frozenset(
     {
         "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "data_types",
         "aio", "comms_logger",
     }
 )  # fmt: skip
-"""Sections that DeepSpeed's engine carries out from stage 1 on; at stage 0 there is none."""
+"""Sections that DeepSpeed's engine applies from stage 1 on; at stage 0 there is no engine."""
 
 
 def engine_keys(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def engine_keys(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unused_keys(given: Mapping[str, Any], zero_stage: int) -> list[str]:
-    """Return the key paths of a ds_config that change nothing here, without those that ask for nothing."""
+    """Return the key paths of a ds_config that change nothing here, except those that ask for nothing."""
     return [
         path
         for path, value in _leaves(given)
@@ -48,7 +48,7 @@ def unused_keys(given: Mapping[str, Any], zero_stage: int) -> list[str]:
 
 
 def unused_note(given: Mapping[str, Any], zero_stage: int) -> str | None:
-    """Return one line that names the unused keys, or None."""
+    """Return one line that names the unused keys; None if there are none."""
     unused = unused_keys(given, zero_stage)
     at = "" if zero_stage else ", of which ZeRO stage 0 carries out its batch, precision, optimizer and scheduler"
     return f"keys of the ds_config not used{at}: {', '.join(unused)}" if unused else None

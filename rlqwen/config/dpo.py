@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives."""
+"""Configure direct preference optimization and its relatives."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -16,15 +16,15 @@ LossName = Literal[
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 NO_REFERENCE = frozenset({"sft", "simpo", "cpo", "orpo"})
-"""Losses of the policy's log-probabilities alone."""
+"""Losses that use the policy's log-probabilities alone."""
 SMOOTHED = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "cpo"})
-"""Losses that allow for flipped labels."""
+"""Losses that model labels which may be flipped."""
 OF_DIFFERENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop"})
-"""Losses of the difference between the two answers' scores, in which what depends on the prompt alone cancels."""
+"""Losses of the difference between the two answers' scores, in which terms of the prompt alone cancel."""
 RANKING = frozenset({"aot", "aot_unpaired"})
 """Losses that sort the pairs of a whole update."""
 UNPAIRED = frozenset({"kto", "sft"})
-"""Losses that need no pairs: single answers with a label will do."""
+"""Losses that need no pairs, because a single answer with a label is enough."""
 
 
 class DPOConfig(PreferenceConfig, SyncedReference):
@@ -49,32 +49,35 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     }
 
     learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference; IPO's tau; in SimPO, CPO and ORPO the scale of the margin."""
+    """How strongly the policy is kept close to the reference: IPO's tau, and in SimPO, CPO and ORPO the scale of the
+    margin."""
     loss_type: list[str] = Field(default=["sigmoid"], min_length=1)
-    """One loss, or several that are added; see rlqwen.algorithms.losses.preference for formulas and papers. TRL's own, and ours:
-    `simpo`, `cpo`, `orpo` (no reference), `kto` (pairs or labelled answers). Also another registered loss of pairs
-    (`rlqwen losses`), `package.module:function` or `file.py:function`, which is given a reference."""
+    """One loss, or several that are added; rlqwen.algorithms.losses.preference has formulas and papers. Beyond TRL's
+    losses: `simpo`, `cpo`, `orpo` (no reference) and `kto` (pairs or labeled answers). Also another registered loss of
+    pairs (`rlqwen losses`), `package.module:function` or `file.py:function`, which gets a reference."""
     loss_args: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Ours: name of a loss -> its arguments beyond this config's fields."""
+    """Ours: name of a loss -> its arguments that are not fields of this config."""
     loss_weights: list[float] | None = None
-    """A weight a loss; None: 1 each."""
+    """One weight per loss. None: 1 each."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of labels taken to be flipped; `sigmoid` and `sigmoid_norm` (ours) become conservative DPO."""
+    """Assumed share of flipped labels. `sigmoid` and `sigmoid_norm` (ours) become conservative DPO."""
     f_divergence_type: FDivergence = "reverse_kl"
-    """What keeps the policy near the reference (f-DPO, arXiv 2309.16240)."""
+    """The divergence that keeps the policy near the reference (f-DPO, arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
-    """alpha of `alpha_divergence`."""
+    """The alpha of `alpha_divergence`."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the tokens by which an answer is longer than the other of its pair (LD-DPO, arXiv 2409.06411)."""
+    """Weight of the tokens by which an answer is longer than the other of its pair (LD-DPO, arXiv 2409.06411). None:
+    1."""
     use_weighting: bool = False
-    """Weight pairs by how likely the policy is to write them (WPO, arXiv 2406.11827)."""
+    """Weight pairs by how likely the policy is to generate them (WPO, arXiv 2406.11827)."""
     reference_free: bool = False
-    """Ours (formerly TRL's): take the reference to be uniform, and load none."""
+    """Ours (formerly TRL's): assume a uniform reference, and load none."""
     discopop_tau: float = Field(default=0.05, gt=0)
     """Temperature of `discopop`."""
     simpo_gamma: float = Field(default=0.5, ge=0)
-    """Margin that `simpo` asks for, in units of the reward."""
+    """Target margin of `simpo`, in units of the reward."""
     cpo_alpha: float = Field(default=1.0, ge=0)
     """Weight of the chosen answers' negative log-likelihood in `cpo`."""
     desirable_weight: float = Field(default=1.0, ge=0)
@@ -83,28 +86,31 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     """Weight of bad answers in `kto`."""
 
     ref_model: str | None = None
-    """Ours, for recipes: folder or hub id of the reference. None: the model as it is before training."""
+    """Ours, for recipes: folder or hub id of the reference. None: the model before training."""
     precompute_ref_log_probs: bool = False
-    """Compute the reference's log-probabilities once, before training, keep them on disk, and free the reference."""
+    """Compute the reference's log-probabilities once before training, store them on disk, and free the reference."""
     precompute_ref_batch_size: int | None = Field(default=None, ge=1)
-    """Rows a forward of that; None: `per_device_train_batch_size`, in evaluation `per_device_eval_batch_size`."""
+    """Rows per forward pass when precomputing. None: `per_device_train_batch_size`, and for evaluation rows
+    `per_device_eval_batch_size`."""
 
     @property
     def needs_reference(self) -> bool:
+        """Return whether a loss compares the policy with a reference."""
         return not self.reference_free and not NO_REFERENCE.issuperset(self.loss_type)
 
     @property
     def needs_pairs(self) -> bool:
+        """Return whether a setting or a loss compares two answers to a prompt."""
         return self.ld_alpha is not None or not UNPAIRED.issuperset(self.loss_type)
 
     @property
     def ranks_pairs(self) -> bool:
-        """Whether a loss needs all pairs of an update at once."""
+        """Return whether a loss needs all pairs of an update at once."""
         return bool(RANKING.intersection(self.loss_type))
 
     @property
     def weighted_losses(self) -> list[tuple[str, float]]:
-        """Each loss with its weight."""
+        """Return each loss with its weight."""
         return list(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True))
 
     @field_validator("loss_type", mode="before")

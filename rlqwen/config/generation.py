@@ -1,4 +1,4 @@
-"""What `generation_kwargs` may hold: vLLM's sampling parameters by their names, which both engines honour."""
+"""Define what `generation_kwargs` may hold: vLLM's sampling parameters by their names, which both engines apply."""
 
 import json
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ OF_THE_CONFIG = {
 
 
 class GenerationKwargs(ArgumentsConfig):
-    """Sampling parameters beyond the fields of the trainer's config."""
+    """Sampling parameters that are not fields of the trainer's config."""
 
     refused: ClassVar[dict[str, str]] = {
         "n": _GROUPS, "best_of": _GROUPS, "num_return_sequences": _GROUPS, "seed": _SEEDS, "logprobs": _LOGPROBS,
@@ -56,21 +56,22 @@ class GenerationKwargs(ArgumentsConfig):
     }  # fmt: skip
 
     stop: list[str] = Field(default_factory=list)
-    """Texts that end a completion: it is finished then, not truncated, and holds the whole token that completes one."""
+    """Texts that end a completion. It then counts as finished, not truncated, and keeps the whole token that completes
+    the text."""
     stop_token_ids: list[int] = Field(default_factory=list)
-    """Tokens that end a completion, beside the end of turn and the EOS token."""
+    """Tokens that end a completion, besides the end of turn and the EOS token."""
     min_tokens: int = Field(default=0, ge=0)
-    """Nothing ends a completion before it has so many tokens."""
+    """Fewest tokens of a completion; nothing ends it earlier."""
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken off the logit of every token that the completion has already."""
+    """Subtracted from the logit of every token that the completion already has."""
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken off a token's logit for each time that the completion has it."""
+    """Subtracted from a token's logit once per occurrence in the completion."""
     bad_words: list[str] = Field(default_factory=list)
-    """Texts that are not written."""
+    """Texts that are never generated."""
     logit_bias: dict[int, float] = Field(default_factory=dict)
     """Token id -> what is added to its logit."""
     allowed_token_ids: list[int] = Field(default_factory=list)
-    """Nothing but these is written. Empty: everything may be."""
+    """The only tokens that may be generated. Empty: all."""
 
     @model_validator(mode="before")
     @classmethod
@@ -86,7 +87,7 @@ class GenerationKwargs(ArgumentsConfig):
     @field_validator("stop", "stop_token_ids", "bad_words", "allowed_token_ids", mode="before")
     @classmethod
     def _accept_one(cls, value: Any) -> Any:
-        """Accept one text or id in place of a list; None for nothing."""
+        """Accept one text or id instead of a list, and None as nothing."""
         return [value] if isinstance(value, str | int) else [] if value is None else value
 
     @field_validator("logit_bias", mode="before")
@@ -105,7 +106,7 @@ class GenerationKwargs(ArgumentsConfig):
 def read_generation_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     """Move values of `generation_kwargs` that have a field of their own into that field, as TRL does.
 
-    Raises ValueError where the two say different things.
+    Raises ValueError if the two contradict each other.
     """
     given = values.get("generation_kwargs")
     if isinstance(given, str):

@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization and its relatives."""
+"""Configure Group Relative Policy Optimization and its relatives."""
 
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, tuple[str, str]] = {
     "dr_grpo": ("clipped", "constant_length"),
     "cispo": ("cispo", "token_mean"),
 }
-"""TRL's names of losses -> surrogate and normalizer. Over a whole update, `bnpo` is `dapo`."""
+"""TRL's names of losses -> surrogate and normalizer. Over a whole update, `bnpo` equals `dapo`."""
 
 
 class GRPOConfig(OnlineConfig, SyncedReference):
@@ -28,55 +28,61 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     trainer: ClassVar[str] = "rlqwen.trainers.grpo:GRPOTrainer"
 
     num_generations: int = Field(default=8, ge=2)
-    """G: completions a prompt."""
+    """G, the number of completions per prompt."""
     generation_batch_size: int | None = Field(default=None, ge=1)
-    """Completions a rollout. None: one update's, times `steps_per_generation`."""
+    """Completions per rollout, on all ranks together. None: `per_device_train_batch_size` x `steps_per_generation` x
+    ranks."""
     steps_per_generation: int | None = Field(default=None, ge=1)
-    """Micro-batches a rollout feeds; None: `gradient_accumulation_steps`, so one update a rollout."""
+    """Micro-batches per rollout. None: `gradient_accumulation_steps`, so that a rollout serves one update."""
     num_iterations: int = Field(default=1, ge=1)
-    """Passes over a rollout (mu in the paper)."""
+    """Passes over each rollout (mu in the paper)."""
 
     loss_type: str = "dapo"
     """`grpo`, `dapo`, `bnpo`, `dr_grpo` or `cispo`, which name a surrogate and a normalizer; or a surrogate alone: a
     registered loss (`rlqwen losses`), `package.module:function` or `file.py:function`."""
     loss_normalizer: str | None = None
-    """Ours: what the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, or another registered
-    normalizer, `package.module:function` or `file.py:function`. None: that of `loss_type`; of a surrogate, `token_mean`."""
+    """Ours: what the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, another
+    registered normalizer (`rlqwen losses`), `package.module:function` or `file.py:function`. None: the normalizer of
+    `loss_type`, or `token_mean` if that names a surrogate alone."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    """Ours: arguments of the surrogate beyond this config's fields."""
+    """Ours: arguments of the surrogate that are not fields of this config."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """`sequence` is GSPO: one ratio a completion, the geometric mean of its tokens' ratios."""
+    """`token`: one probability ratio per token. `sequence` (GSPO): one per completion, the geometric mean of its
+    tokens' ratios."""
     epsilon: float = Field(default=0.2, gt=0)
+    """How far a probability ratio may fall below 1 before it is clipped; the upper limit is `epsilon_high`."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clip; None: `epsilon`. With cispo, the cap of the ratio itself: set it, 5 is usual, for below 1 it only
-    scales the loss down."""
+    """How far a ratio may rise above 1 before it is clipped. None: `epsilon`. With `cispo` it caps the ratio itself:
+    set it, usually to 5, because a cap below 1 only scales the loss down."""
     delta: float | None = Field(default=None, gt=1)
-    """Dual clip: the ratio's cap where the advantage is negative."""
+    """Cap of the ratio for negative advantages (dual clipping). None: no cap."""
     beta: float = Field(default=0.0, ge=0)
-    """KL coefficient; 0 loads no reference model."""
+    """Coefficient of the KL to the reference, in the loss. At 0 no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Ours: estimator of the KL term (http://joschu.net/blog/kl-approx.html); TRL has k3."""
+    """Ours: estimator of the KL term (http://joschu.net/blog/kl-approx.html). TRL has k3."""
     use_bias_correction_kl: bool = True
-    """Weight the KL term by the ratio, so that its gradient is unbiased off policy (arXiv 2512.02556)."""
+    """Weight the KL term by the ratio, so that its gradient is unbiased off-policy (arXiv 2512.02556)."""
     advantage_estimator: str = "group"
-    """Ours: `group`: group mean baseline; `rloo`: leave-one-out (arXiv 2402.14740); `reinforce_pp`: group mean with
-    whitening over the batch (REINFORCE++-baseline, arXiv 2501.03262); or another registered one (`rlqwen advantages`),
-    `package.module:function` or `file.py:function`."""
+    """Ours: `group`: the group's mean is the baseline. `rloo`: the mean of the other completions (arXiv 2402.14740).
+    `reinforce_pp`: the group's mean, then whitening over the batch (REINFORCE++-baseline, arXiv 2501.03262). Or another
+    registered one (`rlqwen advantages`), `package.module:function` or `file.py:function`."""
     advantage_args: dict[str, Any] = Field(default_factory=dict)
-    """Ours: arguments of the estimator beyond this config's fields."""
+    """Ours: arguments of the estimator that are not fields of this config."""
     scale_rewards: Literal["group", "batch", "none"] | bool = "group"
-    """What the centred rewards are divided by; True is `group`, False is `none`."""
+    """Divide centered rewards by the standard deviation of the `group`, of the `batch`, or by nothing (`none`). True
+    means `group`, False means `none`."""
     entropy_coef: float = 0.0
-    """Entropy bonus, per token."""
+    """Weight of the entropy bonus per token."""
     mask_truncated_completions: bool = False
-    """Truncated completions give no loss; they still count in the group's baseline."""
+    """Compute no loss on truncated completions; they still count in their group's baseline."""
     soft_overlong_cache: int | None = Field(default=None, ge=1)
-    """Ours: soft overlong punishment (DAPO, arXiv 2503.14476): over the last so many tokens before
-    `max_completion_length` the reward falls linearly by 1."""
+    """Ours: soft overlong punishment (DAPO, arXiv 2503.14476): over this many tokens before `max_completion_length`,
+    the reward falls linearly by 1. None: no punishment."""
     dynamic_sampling: bool = False
-    """Ours: draw more prompts until the batch is full of groups whose rewards differ (DAPO)."""
+    """Ours: sample more prompts until the batch is full of groups whose rewards differ (DAPO)."""
     max_sampling_rounds: int = Field(default=4, ge=1)
-    """Ours: rollouts at most for one batch under dynamic sampling; then it is filled with what there is."""
+    """Ours: maximum number of rollouts for one batch under dynamic sampling; after that, groups with equal rewards fill
+    it."""
 
     @property
     def needs_reference(self) -> bool:
@@ -84,12 +90,12 @@ class GRPOConfig(OnlineConfig, SyncedReference):
 
     @property
     def surrogate(self) -> str:
-        """The loss of a token, by name."""
+        """Return the name of the per-token loss."""
         return PRESETS.get(self.loss_type, (self.loss_type, ""))[0]
 
     @property
     def normalizer(self) -> str:
-        """What the sum over tokens is divided by, by name."""
+        """Return the name of what the sum over tokens is divided by."""
         return self.loss_normalizer or PRESETS.get(self.loss_type, ("", "token_mean"))[1]
 
     @model_validator(mode="after")
@@ -124,7 +130,7 @@ class GRPOConfig(OnlineConfig, SyncedReference):
         return self.per_device_train_batch_size * steps * num_ranks
 
     def check_batch(self, num_ranks: int) -> None:
-        """ConfigError if the completions of a rollout don't make whole groups and whole updates."""
+        """Raise ConfigError if the completions of a rollout do not make whole groups and whole updates."""
         super().check_batch(num_ranks)
         batch, update = self.completions_per_rollout(num_ranks), self.completions_per_update(num_ranks)
         if batch % update:

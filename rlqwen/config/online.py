@@ -1,4 +1,4 @@
-"""What the trainers that sample have in common: how completions are drawn, scored and corrected for."""
+"""Configure what trainers that sample share: how completions are sampled, scored and corrected for."""
 
 from typing import Any, ClassVar, Literal
 
@@ -38,7 +38,7 @@ _UNCOMPARABLE = ("min_tokens", "presence_penalty", "frequency_penalty", "bad_wor
 
 
 class OnlineConfig(TrainerConfig):
-    """Arguments of the trainers that learn from their own completions, GRPO and PPO."""
+    """Arguments of trainers that learn from the policy's own completions, such as GRPO and PPO."""
 
     rewards: ClassVar[Literal["required", "optional", "refused"]] = "required"
     refused: ClassVar[dict[str, str]] = TrainerConfig.refused | {
@@ -62,37 +62,51 @@ class OnlineConfig(TrainerConfig):
     }
 
     learning_rate: float = Field(default=1e-6, ge=0)
+    """Peak learning rate."""
     num_generations: int = Field(default=1, ge=1)
-    """G: completions a prompt."""
+    """Completions per prompt."""
     num_generations_eval: int | None = Field(default=None, ge=1)
-    """Completions a prompt in evaluation. None: 1 (TRL: `num_generations`)."""
+    """Completions per prompt in evaluation. None: 1 (TRL: `num_generations`)."""
     max_completion_length: int = Field(default=512, ge=1)
+    """Longest completion, in tokens; longer ones are truncated."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Prompts of more tokens are over-long. None: what the model's context leaves beside the completion."""
+    """Longest prompt, in tokens. None: what the model's context leaves besides the completion."""
     overlong_prompts: Literal["drop", "refuse"] = "drop"
-    """Ours: drop over-long prompts and say how many, or stop with an error that names the rows."""
+    """Ours: `drop` longer prompts and report how many, or `refuse` them with an error that names the rows."""
     temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most likely tokens whose probabilities add up to this. 1: from all."""
     top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the most likely tokens. 0: from all."""
     min_p: float | None = Field(default=None, ge=0, le=1)
+    """Sample from tokens that are at least this fraction as likely as the most likely one. None: from all."""
     repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divide the positive logits, and multiply the negative ones, of tokens that the text already has. 1: no
+    penalty."""
     generation_kwargs: GenerationKwargs = Field(default_factory=GenerationKwargs)
-    """More of vLLM's sampling parameters, such as `stop`; both engines honour them."""
+    """More of vLLM's sampling parameters, such as `stop`; both engines apply them."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, for example `{enable_thinking: false}`."""
     reward_weights: list[float] | None = None
-    """A weight a reward function; None: 1 each."""
+    """One weight per reward function. None: 1 each."""
 
     vllm_importance_sampling_correction: bool = True
-    """Correct for the gap between the sampler's and the trainer's logprobs (TIS). With top_p, top_k or min_p both are of
-    the truncated distribution; penalties and what else shapes it (`uncomparable`) turn the correction off."""
+    """Correct for the gap between the sampler's and the trainer's logprobs (TIS). With top_p, top_k or min_p, both are
+    those of the truncated distribution. Penalties and other settings that the trainer cannot reproduce turn the
+    correction off."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """Truncate or mask the correction, by token or by sequence. With `rollout.max_staleness` the default is
-    `token_truncate`: over a whole sequence, a few updates' drift would mask too much."""
+    """Truncate or mask the correction, per token or per sequence. With `rollout.max_staleness` the default is
+    `token_truncate`, because over a whole sequence the drift of a few updates would mask too much."""
     vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
+    """Largest importance weight; larger ones are truncated or masked. None: no limit."""
     vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
+    """Smallest importance weight; smaller ones are raised to it or masked. None: no limit."""
 
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """The engines that sample completions."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig, json_schema_extra=NO_EFFECT)
+    """The worker processes that call the rewards."""
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +180,7 @@ class OnlineConfig(TrainerConfig):
 
     @property
     def truncation(self) -> Truncation | None:
-        """Return the truncation of the policy's distribution in the sampler; None: no truncation."""
+        """Return how the sampler truncates the policy's distribution; None if it does not."""
         return Truncation(self.top_p, self.top_k, self.min_p or 0.0) or None
 
     @property
@@ -188,15 +202,15 @@ class OnlineConfig(TrainerConfig):
         return f"no importance correction, and sampling/logp_gap is not measured: {self.uncomparable}"
 
     def completions_per_update(self, num_ranks: int) -> int:
-        """Completions that one optimizer update trains on."""
+        """Return how many completions one optimizer update trains on."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_ranks
 
     def completions_per_rollout(self, num_ranks: int) -> int:
-        """Completions that are sampled at a time, for one or more updates."""
+        """Return how many completions are sampled at a time, for one or more updates."""
         return self.completions_per_update(num_ranks)
 
     def check_batch(self, num_ranks: int) -> None:
-        """ConfigError if the completions of a rollout don't make whole groups."""
+        """Raise ConfigError if the completions of a rollout do not make whole groups."""
         batch = self.completions_per_rollout(num_ranks)
         if batch % self.num_generations:
             raise ConfigError(
@@ -206,17 +220,17 @@ class OnlineConfig(TrainerConfig):
             )
 
     def _rollout_terms(self, num_ranks: int) -> str:
-        """What multiplies to the completions of a rollout."""
+        """Return, in words, the product that gives the completions of a rollout."""
         return "per_device_train_batch_size x gradient_accumulation_steps" + (
             f" x {num_ranks} ranks" if num_ranks > 1 else ""
         )
 
     @property
     def passes_per_rollout(self) -> int:
-        """How often each completion of a rollout is trained on."""
+        """Return how often each completion of a rollout is trained on."""
         return 1
 
     @property
     def total_completions(self) -> int | None:
-        """Completions of the whole run, where it is limited by them."""
+        """Return the completions of the whole run if it is limited by them, otherwise None."""
         return None

@@ -1,4 +1,4 @@
-"""How many processes hold a row, or a weight, together."""
+"""Configure how many processes hold a row, or a weight, together."""
 
 from typing import Any, Literal
 
@@ -9,25 +9,25 @@ from rlqwen.config.deepspeed_keys import unused_note
 
 
 class ParallelConfig(Section):
-    """Ranks of the run: data parallel, but for the groups that are asked for here."""
+    """Configure the ranks of a run, which are data-parallel except for the groups configured here."""
 
     deepspeed: str | dict[str, Any] | None = None
-    """A ds_config as DeepSpeed takes it, or the path of one in JSON. Values `"auto"` are filled in from this config; what
-    else it says is adopted where this config says nothing, and must not contradict it."""
+    """A ds_config in DeepSpeed's own form, or the path of one in JSON. Values `"auto"` are filled in from this config;
+    other values fill in fields that this config leaves unset, and must not contradict it. None: no ds_config."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What data-parallel ranks share out beside the batch (DeepSpeed ZeRO, arXiv 1910.02054): 0 nothing, 1 the
-    optimizer's state, 2 gradients too, 3 weights too."""
+    """What data-parallel ranks shard besides the batch (DeepSpeed ZeRO, arXiv 1910.02054): 0 nothing, 1 the optimizer's
+    state, 2 also gradients, 3 also weights."""
     offload_optimizer: bool = False
-    """Keep the optimizer's state in CPU memory, and update there; from stage 1 on."""
+    """Keep the optimizer's state in CPU memory and update there. Needs stage 1, 2 or 3."""
     offload_parameters: bool = False
-    """Keep each rank's share of the weights in CPU memory between uses; at stage 3."""
+    """Keep each rank's shard of the weights in CPU memory between uses. Needs stage 3."""
     sequence_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that forward each row together, a slice of its tokens each (DeepSpeed Ulysses, arXiv 2309.14509): for
-    contexts whose activations are too many for one. It must divide the ranks and the model's attention heads."""
+    """Ranks that forward each row together, one slice of its tokens each (DeepSpeed Ulysses, arXiv 2309.14509), for
+    contexts whose activations do not fit on one. It must divide the ranks and the model's attention heads."""
     autotp_size: int = Field(default=1, ge=1)
-    """Ranks that hold each layer together, a shard of its matrices each (DeepSpeed AutoTP). It must divide the ranks, the
-    model's heads, key-value heads and intermediate size. Dense models without an adapter; rollouts by vLLM; checkpoints
-    hold the weights alone."""
+    """Ranks that hold each layer together, one shard of its matrices each (DeepSpeed AutoTP). It must divide the ranks,
+    the model's heads, key-value heads and intermediate size. For dense models without an adapter, with rollouts by
+    vLLM; checkpoints hold the weights alone."""
 
     timeout: float = Field(default=600.0, gt=0)
     """Seconds that a rank waits for the others within an update before the run ends."""
@@ -64,5 +64,5 @@ class ParallelConfig(Section):
 
     @property
     def ranks_per_row(self) -> int:
-        """Ranks that see the same rows."""
+        """Return how many ranks see the same rows."""
         return self.sequence_parallel_size * self.autotp_size

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation."""
+"""Configure proximal policy optimization."""
 
 from typing import Any, ClassVar, Literal
 
@@ -13,18 +13,18 @@ _TRL_NAMES = {"response_length": "max_completion_length", "local_rollout_forward
 
 
 class CriticConfig(ArgumentsConfig):
-    """The value model."""
+    """Arguments of the value model."""
 
     kind: Literal["model", "head"] = "model"
-    """`model`: a model of its own. `head`: one matrix on the policy's trunk, half the memory and compute."""
+    """`model`: a separate model. `head`: one matrix on top of the policy, with half the memory and compute."""
     path: str | None = None
-    """Where a critic of its own starts from, such as a reward model. None: the policy's weights, with values of 0."""
+    """Starting weights of a separate critic, such as a reward model. None: the policy's weights, with all values 0."""
     learning_rate: float | None = Field(default=None, ge=0)
-    """None: the policy's."""
+    """Peak learning rate of the critic. None: the policy's."""
     train_trunk: bool = True
-    """Whether the value loss of a `head` also trains the policy's trunk, weighed by `vf_coef`."""
+    """Whether the value loss of a `head` also trains the policy's layers, weighted by `vf_coef`."""
     warmup_rollouts: int = Field(default=0, ge=0)
-    """Sampler at the start in which the critic learns and the policy stays as it is."""
+    """Rollouts at the start in which the critic is trained and the policy is not."""
 
 
 class PPOConfig(OnlineConfig):
@@ -50,54 +50,56 @@ class PPOConfig(OnlineConfig):
     }
 
     learning_rate: float = Field(default=3e-6, ge=0)
+    """Peak learning rate of the policy."""
     temperature: float = Field(default=0.7, gt=0)
+    """Sampling temperature."""
     num_generations: int = Field(default=1, ge=1)
-    """Ours: completions a prompt, which share the prompt's forward."""
+    """Ours: completions per prompt, which share the prompt's forward pass."""
     total_episodes: int | None = Field(default=None, ge=1)
-    """Completions to sample over the run; instead of `max_steps` or `num_train_epochs`."""
+    """Completions to sample over the run, in place of `max_steps` or `num_train_epochs`. None: those decide."""
     num_mini_batches: int = Field(default=1, ge=1)
-    """Updates that one pass over a rollout is split into. They are drawn once a rollout, and visited in a new order
-    each pass."""
+    """Updates per pass over a rollout. The split is drawn once per rollout, and visited in a new order each pass."""
     num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over a rollout."""
 
     gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount a token."""
+    """Discount factor per token."""
     lam: float = Field(default=0.95, ge=0, le=1)
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalized advantage estimation."""
     whiten_rewards: bool = False
-    """Divide token rewards by their deviation over the rollout."""
+    """Divide token rewards by their standard deviation over the rollout."""
     whiten_advantages: bool = True
-    """Ours: bring advantages to mean 0 and deviation 1 over the rollout, as TRL always does."""
+    """Ours: normalize advantages to mean 0 and standard deviation 1 over the rollout, as TRL always does."""
     missing_eos_penalty: float | None = Field(default=None, ge=0)
-    """Taken off the reward of a completion that was cut off at `max_completion_length`."""
+    """Subtracted from the reward of a completion that was cut off at `max_completion_length`. None: nothing."""
 
     kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of the KL to the reference; 0 loads no reference model."""
+    """Weight of the KL to the reference. At 0 no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """http://joschu.net/blog/kl-approx.html"""
+    """Estimator of the KL; see http://joschu.net/blog/kl-approx.html."""
     kl_penalty: Literal["reward", "loss"] = "reward"
-    """Ours: whether the KL is taken off each token's reward, or added to the loss."""
+    """Ours: subtract the KL from each token's reward (`reward`), or add it to the loss (`loss`)."""
     kl_target: float | None = Field(default=None, gt=0)
-    """Ours: adapt `kl_coef` so that the KL of a completion, in nats, comes near this (arXiv 1909.08593, section 2.2).
-    None: it stays as it is."""
+    """Ours: adapt `kl_coef` so that the KL per completion, in nats, approaches this value (arXiv 1909.08593, section
+    2.2). None: `kl_coef` stays constant."""
     kl_horizon: int = Field(default=10_000, ge=1)
-    """Ours: completions over which the adaptive coefficient moves."""
+    """Ours: number of completions over which the adaptive coefficient moves."""
 
     loss_type: str = "clipped"
     """Ours: the surrogate of the policy's loss: a registered loss (`rlqwen losses`), `package.module:function` or
-    `file.py:function`; it gets `cliprange` as `epsilon`."""
+    `file.py:function`. It gets `cliprange` as `epsilon`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    """Ours: arguments of the surrogate beyond this config's fields."""
+    """Ours: arguments of the surrogate that are not fields of this config."""
     cliprange: float = Field(default=0.2, gt=0)
-    """How far a token's probability ratio may leave 1 before its gradient is cut."""
+    """How far a token's probability ratio may leave 1 before it is clipped."""
     vf_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss."""
     cliprange_value: float = Field(default=0.2, ge=0)
-    """How far a value may leave the one before the update; 0 (ours): as far as it likes."""
+    """How far a value may move from its value before the update. 0 (ours): no limit."""
     entropy_coef: float = 0.0
-    """Ours: entropy bonus, per token."""
+    """Ours: weight of the entropy bonus per token."""
     critic: CriticConfig = Field(default_factory=CriticConfig)
+    """The value model."""
 
     @property
     def needs_reference(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the trainers that learn from preferences have in common: how their rows are tokenised."""
+"""Configure what trainers that learn from preferences share: how their rows are tokenized."""
 
 from typing import Any, Literal
 
@@ -8,20 +8,21 @@ from rlqwen.config.trainer import TrainerConfig
 
 
 class PreferenceConfig(TrainerConfig):
-    """Arguments of the trainers that learn from chosen and rejected answers, DPO and reward modelling."""
+    """Arguments that DPOTrainer and RewardTrainer share, for chosen and rejected answers."""
 
     max_length: int | None = Field(default=1024, ge=2)
-    """Tokens of prompt and answer together; None: no limit."""
+    """Limit on prompt and answer together, in tokens. None: no limit."""
     max_prompt_length: int | None = Field(default=None, ge=1)
-    """Longer prompts lose their beginning; None: never."""
+    """Longer prompts, in tokens, lose their beginning. None: no limit."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """Which end of a longer sequence is kept; `drop` (ours) leaves the row out instead."""
+    """Which end of a longer sequence is kept. `drop` (ours) leaves the row out instead."""
     chat_template_path: str | None = None
-    """A Jinja file, or a model whose chat template to use."""
+    """A Jinja file, or a model whose chat template to use. None: the model's own."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example `{enable_thinking: false}`."""
     eos_token: str | None = None
-    """Token that ends a text. None: the tokenizer's."""
+    """Token that ends an answer. None: the tokenizer's."""
     pad_token: str | None = None
-    """Accepted for TRL's sake: nothing is padded here."""
+    """Accepted because TRL has it, and not used: batches are not padded."""
     disable_dropout: bool = True
+    """Set every dropout probability of the model to 0."""

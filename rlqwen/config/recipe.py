@@ -1,4 +1,4 @@
-"""A whole run: what `rlqwen run` reads from YAML."""
+"""Define a recipe: what `rlqwen run` reads from YAML."""
 
 from typing import Any, Literal
 
@@ -15,36 +15,41 @@ from rlqwen.plugins.registry import nearest
 
 
 class LoraSettings(Config):
-    """Low-rank adapters; PEFT's names."""
+    """Low-rank adapters, by PEFT's names."""
 
     r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
     lora_alpha: int | None = Field(default=None, ge=1)
-    """None: twice `r`."""
+    """Scale of the adapters, which is divided by `r`. None: twice `r`."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability in front of the adapters."""
     target_modules: str | list[str] = "all-linear"
-    """Names, ends of names, or one regular expression. `all-linear`: every linear layer but the head, without a
-    mixture's experts and routers. `experts`, or `gate_proj`, `up_proj`, `down_proj`, reach the experts, `gate` the
-    routers; `[all-linear, experts]` is both. Never a vision tower. A name that matches nothing is refused."""
+    """Names, ends of names, or one regular expression. `all-linear`: every linear layer except the head, without a
+    mixture's experts and routers. `experts`, or `gate_proj`, `up_proj`, `down_proj`, include the experts, and `gate`
+    the routers; `[all-linear, experts]` is both. A vision tower is never included. A name that matches nothing is
+    refused."""
     exclude_modules: str | list[str] | None = None
-    """Names, or a regular expression, of modules that get no adapter."""
+    """Names, or a regular expression, of modules that get no adapter. None: no exceptions."""
     target_parameters: list[str] | None = None
-    """Parameters by name, such as `mlp.experts.gate_up_proj`; `target_modules` finds a mixture's own by itself."""
+    """Parameters by name, such as `mlp.experts.gate_up_proj`. None: those of a mixture that `target_modules` finds."""
     layers_to_transform: int | list[int] | None = None
-    """Only these decoder layers, from 0; `target_modules` must then be a list of names."""
+    """Decoder layers that get adapters, from 0; `target_modules` must then be a list of names. None: all layers."""
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Module name or regular expression -> another `r`."""
     alpha_pattern: dict[str, int] = Field(default_factory=dict)
     """Module name or regular expression -> another `lora_alpha`."""
     modules_to_save: list[str] | None = None
-    """Modules trained fully beside the adapters, such as `embed_tokens`; a tied head stays tied."""
+    """Modules whose weights are all trained besides the adapters, such as `embed_tokens`; a tied head stays tied. None:
+    no modules."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Ids of tokens whose rows of the embedding are trained, such as new ones'; a tied head stays tied."""
+    """Ids of tokens whose embedding rows are trained, such as new tokens; a tied head stays tied. None: no rows."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (arXiv 2312.03732)."""
     use_dora: bool = False
-    """Train the magnitude of each output apart from its direction (DoRA, arXiv 2402.09353)."""
+    """Train the magnitude of each output separately from its direction (DoRA, arXiv 2402.09353)."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal", "pissa", "olora"] = True
-    """True: B is zero. `pissa` and `olora` take the adapter out of the base weights, and leave no reference."""
+    """Initial weights. True: B is zero. `pissa` and `olora` move a part of the base weights into the adapter, so that
+    no reference is left."""
 
     @model_validator(mode="after")
     def _names_for_layers(self) -> "LoraSettings":
@@ -57,32 +62,37 @@ class LoraSettings(Config):
 
 
 class QuantizationSettings(Config):
-    """Frozen base weights in 4 or 8 bits, by bitsandbytes."""
+    """Quantize frozen base weights to 4 or 8 bits with bitsandbytes."""
 
     bits: Literal[4, 8] = 4
+    """Bits per weight."""
     type: Literal["nf4", "fp4"] = "nf4"
-    """4 bits only: the levels; `nf4` are those of a normal distribution (arXiv 2305.14314)."""
+    """The levels of 4-bit weights; `nf4` has those of a normal distribution (arXiv 2305.14314)."""
     double: bool = True
-    """4 bits only: quantise the scales too."""
+    """Quantize the scales of 4-bit weights, too."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """4 bits only: what the products are taken in. `auto`: bfloat16 on a GPU, float32 on CPU. 8 bits: float16."""
+    """The dtype of products with 4-bit weights. `auto`: bfloat16 on GPU, float32 on CPU. With 8 bits it is always
+    float16."""
 
 
 class ModelConfig(Config):
-    """The policy's starting weights."""
+    """The weights that the policy starts from."""
 
     path: str
-    """Hub id, folder, or `builtin:NAME`: about a million random weights, for tests and the quickstart. Names: tiny-qwen2,
-    tiny-qwen3, tiny-qwen3-moe, tiny-qwen3-next, tiny-qwen3.5, tiny-qwen3.5-moe, and these two with `-text` (no vision
-    tower)."""
+    """Hub id, folder, or `builtin:NAME`: about a million random weights, for tests and the quickstart. Names:
+    tiny-qwen2, tiny-qwen3, tiny-qwen3-moe, tiny-qwen3-next, tiny-qwen3.5, tiny-qwen3.5-moe, and the last two with
+    `-text` (no vision tower)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of weights that are not trained; trained weights are float32."""
+    """The dtype of frozen weights; trained weights are float32. `auto`: the checkpoint's."""
     lora: LoraSettings | None = None
+    """Low-rank adapters to train instead of the weights. None: train all weights."""
     quantization: QuantizationSettings | None = None
-    """Quantise the base weights on loading; needs `lora`."""
+    """Quantize the base weights on loading; needs `lora`. None: do not."""
     revision: str | None = None
-    """Hub revision, to pin the weights. Other models, such as a reference, are pinned by name: `owner/model@revision`."""
+    """Hub revision, which pins the weights. Other models, such as a reference, are pinned by name:
+    `owner/model@revision`. None: the newest."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     init_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More arguments of `from_pretrained`, or of the built-in model."""
 

@@ -1,4 +1,4 @@
-"""Reward modelling."""
+"""Configure reward modeling."""
 
 from typing import Any, ClassVar, Literal
 
@@ -18,17 +18,19 @@ class RewardConfig(PreferenceConfig):
     trains_scalar_model: ClassVar[bool] = True
 
     learning_rate: float = Field(default=1e-4, ge=0)
+    """Peak learning rate."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
-    """What becomes of a longer pair: as in TRL it is left out, since an answer without its end is another answer."""
+    """What happens to a pair longer than `max_length`. As in TRL it is left out, because an answer without its end is a
+    different answer."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, max_length=0)
-    """Must stay empty: whoever asks the reward model renders conversations without."""
+    """Must stay empty, because whoever uses the reward model renders conversations without them."""
     center_rewards_coefficient: float | None = Field(default=None, ge=0)
     """Weight of a penalty on (r_chosen + r_rejected)^2 that keeps rewards around 0 (arXiv 2312.09244, eq. 2)."""
     loss_type: str = "bradley_terry"
-    """Ours: the loss of a pair: `bradley_terry`, another registered loss (`rlqwen losses`), `package.module:function` or
-    `file.py:function`."""
+    """Ours: the loss of a pair: `bradley_terry`, another registered loss (`rlqwen losses`), `package.module:function`
+    or `file.py:function`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    """Ours: arguments of the loss beyond this config's fields."""
+    """Ours: arguments of the loss that are not fields of this config."""
 
     @model_validator(mode="after")
     def _loss_is_registered(self) -> "RewardConfig":

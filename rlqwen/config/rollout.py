@@ -1,4 +1,4 @@
-"""How completions are generated and scored."""
+"""Configure how completions are generated and scored."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,24 +10,24 @@ from rlqwen.plugins.kinds import ENGINES
 
 
 class RolloutConfig(Section):
-    """The pool of rollout workers."""
+    """Configure the engines that sample completions."""
 
     engine: str | None = None
     """`vllm`: engines in Ray workers. `transformers`: plain sampling in the trainer's process, which is slow. Or another
     registered engine (`rlqwen engines`), `package.module:Class` or `file.py:Class`. None: vLLM if it can be imported,
     otherwise transformers with a warning."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a plugin's engine."""
+    """Arguments of an engine that a plugin brings."""
     num_workers: int = Field(default=1, ge=1)
-    """Number of vLLM engines, each an actor."""
+    """Number of vLLM engines, one Ray actor each."""
     num_cpus_per_worker: float | None = Field(default=None, gt=0)
-    """CPUs asked of Ray for each worker. None: 1 on a GPU machine, else an equal share of this machine's."""
+    """CPUs requested from Ray per worker. None: 1 on a GPU machine, otherwise an equal share of this machine's."""
     num_gpus_per_worker: float | None = Field(default=None, ge=0)
-    """GPUs asked of Ray for each worker. None: `tensor_parallel_size` where GPUs exist, else 0."""
+    """GPUs requested from Ray per worker. None: `tensor_parallel_size` if there are GPUs, otherwise 0."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that one engine shards the model over."""
     gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)
-    """Share of a GPU's memory that one engine may take."""
+    """Share of a GPU's memory that one engine may use."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV cache of one engine on CPU, in GiB."""
     max_model_length: int | None = Field(default=None, gt=0)
@@ -35,41 +35,42 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(default=128, ge=1)
     """Completions that one engine decodes at the same time."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the engines compute in. `auto`: what the trainer's forward computes in."""
+    """The dtype in which engines compute. `auto`: that of the trainer's forward pass."""
     enforce_eager: bool | None = None
     """Skip compilation and CUDA graphs. None: only on CPU."""
     lora: bool | None = None
-    """Send the workers only the policy's adapter, which the engines apply to the base that they start with; vLLM can
-    for LoRA and rsLoRA on the projections of dense models. False: weights with the adapter merged. None: the adapter
-    where vLLM can and there is a GPU; on CPU it samples about three times slower with the adapter apart."""
+    """True: send the workers only the policy's adapter, which they apply to the base model that they started with; vLLM
+    supports that for LoRA and rsLoRA on the projections of dense models. False: send weights with the adapter merged.
+    None: the adapter if vLLM supports it and there is a GPU, because on CPU an unmerged adapter makes sampling about
+    three times slower."""
     start_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
-    """Seconds for Ray and all engines to come up."""
+    """Seconds for Ray and all engines to start."""
     generate_timeout: float = Field(default=600.0, gt=0, json_schema_extra=NO_EFFECT)
-    """Seconds in which a worker must finish a group; past it the worker counts as dead, is replaced, and its groups
-    are retried."""
+    """Seconds in which a worker must finish a group. After that it counts as dead and is replaced, and its groups are
+    retried."""
     sync_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
-    """Seconds for every worker to acknowledge new weights."""
+    """Seconds for all workers to acknowledge new weights."""
     deterministic: bool = False
-    """Deal groups out to several workers in fixed shares, each begun together, so that the same weights and seeds give
-    the same completions and logprobs to the bit, which exact resume rests on. False: a group goes to whoever has room,
-    and what else an engine computes at that time may change a logprob's last bits. One worker always gets all at once.
-    Groups drawn again after a worker's death are the same but for rounding."""
+    """True: give several workers fixed shares of the groups, each started together, so that the same weights and seeds
+    give bit-identical completions and logprobs, which exact resume needs. False: a group goes to the next free worker,
+    and what else an engine computes at that time may change a logprob's last bits. A single worker always gets all
+    groups at once. Groups that are sampled again after a worker's death are equal except for rounding."""
     max_restarts: int = Field(default=3, ge=0, json_schema_extra=NO_EFFECT)
-    """How often workers are replaced over the run, all together, before the run stops."""
+    """How often workers may be replaced during the run, all workers together, before the run stops."""
     max_staleness: int = Field(default=0, ge=0)
-    """0: each step trains on groups of the present weights. k: on groups of the weights of k steps ago, so that workers
-    sample the coming steps' groups while the policy trains; importance weights correct for the difference. More than 1
+    """0: each step trains on groups of the current weights. k: on groups of the weights of k steps ago, so that workers
+    sample groups for later steps while the policy trains; importance weights correct for the difference. More than 1
     gives slow rewards more time."""
     routing_replay: bool = False
-    """For mixtures of experts: have the trainer's forward choose the experts that vLLM chose for each token, with the
-    weights that its own routers give them (R3, arXiv 2510.11370). Off-policy gaps shrink where rounding alone would send
-    tokens to other experts. Policy and reference alike; a critic keeps its own."""
+    """For mixtures of experts: make the trainer's forward pass choose the experts that vLLM chose for each token, with
+    the weights of its own routers (R3, arXiv 2510.11370). That narrows gaps between sampler and trainer where rounding
+    alone would send tokens to other experts. It applies to policy and reference; a critic keeps its own routing."""
     ray_address: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
-    """Address of a running Ray cluster. None starts a private one on this machine and ends it with the run."""
+    """Address of a running Ray cluster. None: start a private cluster on this machine, which ends with the run."""
 
     canary_tolerance: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
-    """Mean logprob gap a token allowed after a sync. None: 1e-3 in float32, 0.1 in bfloat16 and float16, whose rounding
-    alone moves an unlikely token by more than that, but not the mean."""
+    """Largest allowed mean gap between logprobs per token after a weight sync, in nats. None: 1e-3 in float32, and 0.1
+    in bfloat16 and float16, whose rounding alone moves an unlikely token by more than that, but not the mean."""
 
     @field_validator("engine")
     @classmethod
@@ -89,7 +90,7 @@ class RolloutConfig(Section):
 
     @staticmethod
     def check_experts(model: str, num_experts: int) -> None:
-        """ConfigError where routing is to be replayed in a model without experts."""
+        """Raise ConfigError if routing is to be replayed in a model without experts."""
         if not num_experts:
             raise ConfigError(f"rollout.routing_replay is for mixtures of experts, and {model} is none: leave it out")
 
@@ -100,8 +101,9 @@ class RewardSpec(Config):
     name: str
     """A registered name, `package.module:function`, or `path/to/file.py:function`."""
     weight: float = 1.0
+    """Weight of this reward in the sum."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Bound to the function by keyword, or given to its factory."""
+    """Arguments that are bound to the function by keyword, or passed to its factory."""
 
 
 def _accept_bare_names(rewards: Any) -> Any:
@@ -111,37 +113,38 @@ def _accept_bare_names(rewards: Any) -> Any:
 
 
 RewardSpecs = Annotated[list[RewardSpec], BeforeValidator(_accept_bare_names)]
-"""Rewards, of which one may be its bare name."""
+"""Rewards, each a mapping or a bare name."""
 
 
 class ScoringConfig(Section):
-    """The worker processes that call the rewards."""
+    """Configure the worker processes that call the rewards."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Processes that score; each holds every reward."""
+    """Processes that score; each loads every reward."""
     timeout: float = Field(default=30.0, gt=0)
-    """Seconds for one call of one reward on one group; past it the worker is killed and replaced."""
+    """Seconds for one call of one reward on one group. After that the worker is killed and replaced."""
     start_timeout: float = Field(default=120.0, gt=0)
     """Seconds for a worker to import the rewards."""
     memory_gib: float | None = Field(default=4.0, gt=0)
-    """Memory that a worker may take; a reward that asks for more gets MemoryError. None: no limit."""
+    """Memory limit of a worker, in GiB; a reward that allocates more gets MemoryError. None: no limit."""
     cpu_seconds: float | None = Field(default=None, gt=0)
-    """Processor time that one call may take, of all its threads together; past it the worker is killed and replaced.
+    """Processor seconds that one call may use, all its threads together. After that the worker is killed and replaced.
     None: what fits into `timeout`."""
     env: list[str] = Field(default_factory=list)
-    """Variables of the environment to pass to rewards although their names look like secrets, such as
-    `OPENAI_API_KEY` for a judge. Isolated rewards get none."""
+    """Environment variables to pass to rewards although their names look like secrets, such as `OPENAI_API_KEY` for a
+    judge. Isolated rewards get none."""
     isolated: list[str] = Field(default_factory=list)
-    """Names of rewards to call in isolated workers, beside those that ask for it themselves: no network, no file
-    written, no environment, none read but Python's own. SECURITY.md says how far that goes."""
+    """Names of rewards to call in isolated workers, besides rewards that ask for it themselves. An isolated worker has
+    no network and no environment, writes no files, and reads only Python's own. SECURITY.md states the limits."""
     isolation: Literal["required", "off"] = "required"
-    """`off`: where this machine can't isolate, call rewards that ask for it in ordinary workers all the same."""
+    """`required`: refuse rewards that ask for isolation if this machine cannot isolate. `off`: then call them in
+    ordinary workers."""
     max_failure_share: float = Field(default=0.5, ge=0, le=1)
-    """Stop the run when a reward fails on more than this share of a batch."""
+    """Stop the run if a reward fails on more than this share of a batch."""
     max_wait_share: float = Field(default=0.5, gt=0, le=1)
     """Share of a step that may be spent waiting for a reward whose calls run into `timeout`. Above it, a warning names
-    the reward. 1: however long."""
+    the reward. 1: no limit."""
     max_wait_seconds: float = Field(default=600.0, gt=0)
-    """Stop the run when steps above `max_wait_share`, one after the other, have waited this long for such a reward."""
+    """Stop the run if consecutive steps above `max_wait_share` have waited this many seconds for such a reward."""
     in_process: list[str] = Field(default_factory=list)
-    """Names of rewards to call in the trainer's own process, without a deadline: for rewards that keep state."""
+    """Names of rewards to call in the trainer's own process, without a timeout: for rewards that keep state."""

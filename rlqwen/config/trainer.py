@@ -1,4 +1,4 @@
-"""What every trainer's config has: names, meanings and defaults of transformers.TrainingArguments unless said here."""
+"""Configure what all trainers share, by the names and with the defaults of transformers.TrainingArguments."""
 
 import os
 from typing import Any, ClassVar, Literal
@@ -14,23 +14,24 @@ Schedule = Literal["no", "steps", "epoch"]
 
 
 def launched_ranks() -> int:
-    """How many processes a launcher has started for this run; 1 without one."""
+    """Return how many processes a launcher has started for this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TrainerConfig(ArgumentsConfig):
-    """Batch, optimizer, schedule, evaluation, saving and logging.
+    """Configure batch, optimizer, schedule, evaluation, saving and logging.
 
-    A plugin's config derives from this or from OnlineConfig, and names its trainer.
+    A plugin's config derives from this or from OnlineConfig, and names its trainer. Fields marked `Ours` are not in
+    TRL.
     """
 
     trainer: ClassVar[str] = ""
     """The trainer class that takes this config: `package.module:Class`, or `Class` in the module of this config. It is
     imported when training starts."""
     rewards: ClassVar[Literal["required", "optional", "refused"]] = "refused"
-    """Whether a recipe of this algorithm names rewards."""
+    """Whether a recipe of this algorithm lists rewards."""
     trains_scalar_model: ClassVar[bool] = False
-    """Whether the model that is trained has one number as its output, as a reward model does."""
+    """Whether the trained model outputs one number, as a reward model does."""
 
     refused: ClassVar[dict[str, str]] = {
         "use_liger_kernel": "logprobs are computed in chunks from hidden states already",
@@ -48,105 +49,129 @@ class TrainerConfig(ArgumentsConfig):
     output_dir: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """The run folder. None: `runs/{algorithm}-{model name}`."""
     overwrite_output_dir: bool = Field(default=False, json_schema_extra=NO_EFFECT)
-    """Start anew in a folder that holds a run already, which is moved aside to `previous-N` in it; otherwise that is
-    refused."""
+    """Start again in a folder that already holds a run, which is moved to `previous-N` inside it. False: refuse such a
+    folder."""
     run_name: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
-    """Name of the run for the metric sinks. None: the run folder's name."""
+    """Name of the run in the metric sinks. None: the run folder's name."""
 
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Sequences (GRPO: completions) a micro-batch; times `gradient_accumulation_steps` and ranks gives one update."""
+    """Sequences (with GRPO and PPO: completions) per micro-batch. Times `gradient_accumulation_steps` and ranks, this
+    is one update."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Micro-batches an update. The loss is normalised over the whole update, so the split changes only rounding."""
+    """Micro-batches per update. The loss is normalized over the whole update, so that the split changes only
+    rounding."""
     max_tokens_per_micro_batch: int | None = Field(default=None, ge=1)
-    """Ours: split an update by packed tokens instead, so that memory is bounded whatever the lengths."""
+    """Ours: split an update by packed tokens instead, which bounds memory whatever the lengths. None: split by
+    sequences."""
     num_train_epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows, if `max_steps` is -1."""
     max_steps: int = -1
-    """Optimizer updates (GRPO: as in TRL, also updates); -1: as `num_train_epochs` says."""
+    """Optimizer updates of the run, with GRPO and PPO too. -1: `num_train_epochs` decides."""
     shuffle_dataset: bool = True
+    """Visit the training rows in a new random order each epoch."""
     dataset_num_proc: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
-    """Processes that tokenise. None: one, or from 10,000 rows on one per CPU."""
+    """Processes that tokenize rows. None: one, or one per CPU from 10,000 rows on."""
 
     learning_rate: float = Field(default=2e-5, ge=0)
+    """Peak learning rate."""
     lr_scheduler_type: str = "linear"
-    """A name that transformers.get_scheduler knows: linear, cosine, constant, constant_with_warmup, ..."""
+    """A schedule of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the schedule."""
     warmup_steps: float = Field(default=0, ge=0)
-    """Warm-up updates; below 1, a share of all updates."""
+    """Updates over which the learning rate rises to its peak; below 1, a share of all updates."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
-    """Warm-up as a share of all updates."""
+    """The same as a share of all updates."""
     optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch_fused"
+    """The optimizer. Both are AdamW; `adamw_torch_fused` updates in one kernel."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay rate of AdamW's mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to AdamW's denominator for numerical stability."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradient norm is clipped to this; 0: not clipped."""
+    """Gradient norm that larger gradients are scaled down to. 0: no clipping."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
-    """Ours: an update with a NaN or infinite loss or gradient is skipped; so many in a row stop the run."""
+    """Ours: an update with a NaN or infinite loss or gradient is skipped; this many in a row stop the run."""
 
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
-    """Ours: what the ranks share out among them."""
+    """Ours: how ranks share the model, its optimizer and each row."""
     bf16: bool | None = None
-    """Compute in bfloat16 while trained weights stay float32. None: on GPUs that have it, not on CPU."""
+    """Compute in bfloat16 while trained weights stay float32. None: true on GPUs that support it, false on CPU."""
     fp16: bool = False
-    """Compute in float16, the loss scaled so that small gradients do not vanish; an update whose gradient overflows is
-    skipped. For GPUs without bfloat16."""
+    """Compute in float16 with dynamic loss scaling, which keeps small gradients from underflowing; an update whose
+    gradient overflows is skipped. For GPUs without bfloat16."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass to save memory. None: on GPU, not on CPU."""
+    """Recompute activations in the backward pass to save memory. None: true on GPU, false on CPU."""
     use_cpu: bool = Field(default=False, json_schema_extra=NO_EFFECT)
-    """Train on the CPU even where there is a GPU."""
+    """Train on the CPU even if there is a GPU."""
     # The digest of the weights records what these gave.
     model_init_kwargs: dict[str, Any] = Field(default_factory=dict, json_schema_extra=NO_EFFECT)
-    """Passed to `from_pretrained` when the model is given as a name or folder; `dtype` is that of frozen weights."""
+    """Arguments of `from_pretrained` when the model is given by name or folder; `dtype` is that of frozen weights."""
     trust_remote_code: bool = False
+    """Run Python code that comes with a model or tokenizer."""
     disable_dropout: bool = False
+    """Set every dropout probability of the model to 0."""
     router_aux_loss_coef: float | None = Field(default=None, ge=0)
-    """Weight of the load-balancing loss of a mixture of experts. None: the model config's own, but 0 where the routers
-    are frozen, as they are under LoRA; 0: off."""
+    """Weight of the load-balancing loss of a mixture of experts; 0: none. None: the value in the model's config, or 0
+    if the routers are frozen, as they are under LoRA."""
     logprob_chunk_size: int = Field(default=1024, ge=1)
-    """Ours: tokens whose logits exist at the same time."""
+    """Ours: number of tokens whose logits are in memory at the same time."""
 
     eval_strategy: Schedule = "no"
+    """When to evaluate: never, every `eval_steps` updates, or after each epoch."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Updates between evaluations; None: `logging_steps`."""
+    """Updates between evaluations. None: `logging_steps`."""
     eval_on_start: bool = False
+    """Evaluate before the first update, too."""
     per_device_eval_batch_size: int = Field(default=8, ge=1)
+    """Sequences per micro-batch in evaluation."""
     save_strategy: Schedule = Field(default="steps", json_schema_extra=NO_EFFECT)
+    """When to save a checkpoint: never, every `save_steps` updates, or after each epoch."""
     save_steps: int = Field(default=500, ge=1, json_schema_extra=NO_EFFECT)
+    """Updates between checkpoints."""
     save_total_limit: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
-    """Keep only so many checkpoints, the newest and the best."""
+    """Number of checkpoints to keep: the newest, and the best. None: all."""
     save_keep_every: int | None = Field(default=None, ge=1, json_schema_extra=NO_EFFECT)
-    """Ours: keep the checkpoints of updates that this divides for good, not counted in `save_total_limit`."""
+    """Ours: keep checkpoints of updates that are multiples of this forever, not counted in `save_total_limit`. None: no
+    such checkpoints."""
     save_minutes: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
-    """Ours: save whenever so many minutes have passed since the last checkpoint, too."""
+    """Ours: also save when this many minutes have passed since the last checkpoint. None: do not."""
     save_only_model: bool = Field(default=False, json_schema_extra=NO_EFFECT)
-    """Leave optimiser and random states out of checkpoints, from which a run then cannot go on."""
+    """Leave optimizer and random states out of checkpoints; a run cannot resume from such checkpoints."""
     resume_from_checkpoint: bool | str | None = Field(default=None, json_schema_extra=NO_EFFECT)
-    """Go on from a checkpoint: true: the newest complete one of the run folder; or the path of one.
-    `auto`: true where there is one, else begin."""
+    """Resume from a checkpoint. True: the newest complete one in the run folder. A string: the path of one. `auto`: as
+    true if there is one, otherwise start. None or false: start."""
     resume_allow_changes: bool = Field(default=False, json_schema_extra=NO_EFFECT)
-    """Ours: go on although data, model, versions or keys that change the result are not those of the checkpoint."""
+    """Ours: resume even if the data, the model, versions or keys that affect the result differ from the
+    checkpoint's."""
     load_best_model_at_end: bool = False
-    """Keep the best checkpoint by `metric_for_best_model` and go back to it at the end."""
+    """Keep the best checkpoint by `metric_for_best_model`, and load it at the end."""
     metric_for_best_model: str | None = None
-    """A key of the evaluation metrics, with or without `eval/`. None: the loss (SFT, DPO), the reward (GRPO)."""
+    """A key of the evaluation metrics, with or without `eval/`. None: the trainer's own choice, such as the loss (SFT,
+    DPO) or the reward (GRPO, PPO)."""
     greater_is_better: bool | None = None
-    """None: unless the metric's name ends in `loss` or `perplexity`, or counts what should be rare or short, such as
-    `completions/truncated`, `reward/missing`, `label/unparsable` or `time`."""
+    """Whether a larger `metric_for_best_model` is better. None: true, except if its name ends in `loss` or
+    `perplexity`, or if it counts what should be rare or short, such as `completions/truncated`, `reward/missing`,
+    `label/unparsable` or `time`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Ours: stop after so many evaluations without an improvement of `metric_for_best_model`."""
+    """Ours: stop after this many evaluations without an improvement of `metric_for_best_model`. None: never."""
     early_stopping_threshold: float = Field(default=0.0, ge=0)
-    """What counts as an improvement."""
+    """Smallest change of the metric that counts as an improvement."""
 
     logging_steps: int = Field(default=1, ge=1, json_schema_extra=NO_EFFECT)
-    """Updates between two lines of metrics (TRL: 10)."""
+    """Updates between two logged rows of metrics (TRL: 10)."""
     report_to: str | list[str] = Field(default="none", json_schema_extra=NO_EFFECT)
-    """Metric sinks beside the JSONL file that is always written: tensorboard, wandb, trackio, or none."""
+    """Metric sinks besides the JSONL file, which is always written: tensorboard, wandb, trackio, or none."""
     disable_tqdm: bool = Field(default=False, json_schema_extra=NO_EFFECT)
-    """No live display, plain lines only."""
+    """Print plain lines instead of a live display."""
     watch: WatchConfig = Field(default_factory=WatchConfig, json_schema_extra=NO_EFFECT)
-    """Ours: what to look out for while training, and what to do then. `off`: nothing."""
+    """Ours: symptoms to watch for while training, and what to do about them. `off`: watch for none."""
     seed: int = 42
+    """Seed of data order, dropout, sampling and new weights."""
 
     @property
     def needs_reference(self) -> bool:
