@@ -30,7 +30,7 @@ def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) 
     does not divide evenly.
     """
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    split = f"{size} a micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
+    split = f"{size} per micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
     if config.max_tokens_per_micro_batch is not None:
         split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {_count(num_ranks, 'rank')}"
     if isinstance(config, OnlineConfig):
@@ -41,15 +41,15 @@ def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) 
         shares = completions // per_update
         updates = shares * config.passes_per_rollout
         line = (
-            f"{_count(rows, 'prompt')} x {_count(generations, 'generation')} = {completions} completions a rollout = "
+            f"{_count(rows, 'prompt')} x {_count(generations, 'generation')} = {completions} completions per rollout = "
         )
         line += f"{shares} x {per_update} = " if shares > 1 else ""
-        line += f"{split}; {_count(updates, 'update')} a rollout"
+        line += f"{split}; {_count(updates, 'update')} per rollout"
         line += f" ({config.passes_per_rollout} passes)" if config.passes_per_rollout > 1 else ""
     else:
         rows = per_update = size * accumulation * num_ranks
         updates = 1
-        line = f"{_count(rows, _row_name(config))} an update = {split}"
+        line = f"{_count(rows, _row_name(config))} per update = {split}"
     total = config.max_steps
     if total < 0:
         total = math.ceil(_rows_in_all(config, num_rows or 0) / rows) * updates

@@ -148,7 +148,7 @@ def _accumulation(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks
         return
     if whole % (size * num_ranks):
         raise ValueError(
-            f"train_batch_size of the ds_config is {whole}, which {size} a micro-batch x {num_ranks} ranks do not divide"
+            f"train_batch_size of the ds_config is {whole}, which {size} per micro-batch x {num_ranks} ranks do not divide"
         )
     yield "train_batch_size", "gradient_accumulation_steps", whole // (size * num_ranks)
 

@@ -136,7 +136,7 @@ class GRPOConfig(OnlineConfig, SyncedReference):
         if batch % update:
             ranks = f" x {num_ranks} ranks" if num_ranks > 1 else ""
             raise ConfigError(
-                f"{batch} completions a rollout don't divide into updates of {update} (per_device_train_batch_size "
+                f"{batch} completions per rollout do not divide into updates of {update} (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}"
                 f"{ranks})"
             )

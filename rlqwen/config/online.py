@@ -214,7 +214,7 @@ class OnlineConfig(TrainerConfig):
         batch = self.completions_per_rollout(num_ranks)
         if batch % self.num_generations:
             raise ConfigError(
-                f"{batch} completions a rollout ({self._rollout_terms(num_ranks)}) don't divide into groups of "
+                f"{batch} completions per rollout ({self._rollout_terms(num_ranks)}) do not divide into groups of "
                 f"num_generations={self.num_generations}; "
                 f"nearest: {max(1, round(batch / self.num_generations)) * self.num_generations}"
             )

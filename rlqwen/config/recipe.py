@@ -99,7 +99,7 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _quantized_weights_need_an_adapter(self) -> "ModelConfig":
         if self.quantization is not None and self.lora is None:
-            raise ValueError("quantization: quantised weights cannot be trained themselves; set lora, such as {r: 16}")
+            raise ValueError("quantization: quantized weights cannot be trained themselves; set lora, such as {r: 16}")
         return self
 
 

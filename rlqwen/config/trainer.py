@@ -40,7 +40,7 @@ class TrainerConfig(ArgumentsConfig):
         "remove_unused_columns": "leave it out: reward functions get the columns that they name",
         "fsdp": "set parallel.zero_stage to 3, which shards weights as FSDP does",
         "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
-        "dataloader_num_workers": "leave it out: rows are tokenised once, before training",
+        "dataloader_num_workers": "leave it out: rows are tokenized once, before training",
         "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
         "logging_strategy": "use logging_steps",
         "activation_offloading": "use gradient_checkpointing and max_tokens_per_micro_batch",

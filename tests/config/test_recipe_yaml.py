@@ -171,7 +171,7 @@ def test_a_fault_in_the_file_names_file_and_key_path(grpo):
 
 
 def test_a_batch_that_does_not_divide_is_refused(grpo):
-    assert "don't divide into groups of num_generations=7" in message_of(grpo, overrides=("train.num_generations=7",))
+    assert "do not divide into groups of num_generations=7" in message_of(grpo, overrides=("train.num_generations=7",))
 
 
 def test_broken_yaml_names_the_line(sft):

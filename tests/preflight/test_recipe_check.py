@@ -67,8 +67,8 @@ def test_grpo_arithmetic_is_one_line_from_prompts_to_updates():
     # 64 completions = 8 prompts x 8; two updates of 32 each, twice over; ceil(3 x 20 / 8) = 8 rollouts
     assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (8, 4, 32)
     assert plan.text == (
-        "8 prompts x 8 generations = 64 completions a rollout = 2 x 32 = 16 a micro-batch x 2 accumulated x 1 rank; "
-        "4 updates a rollout (2 passes); 32 updates in all = 3.2 epochs"
+        "8 prompts x 8 generations = 64 completions per rollout = 2 x 32 = 16 per micro-batch x 2 accumulated x 1 rank; "
+        "4 updates per rollout (2 passes); 32 updates in all = 3.2 epochs"
     )
 
 
@@ -76,20 +76,20 @@ def test_ranks_multiply_the_update():
     plan = plan_batch(GRPOConfig(per_device_train_batch_size=8, num_iterations=2, max_steps=4), 20, num_ranks=3)
     assert (plan.rows_per_step, plan.updates_per_step, plan.completions_per_update) == (3, 2, 24)
     assert plan.text.startswith(
-        "3 prompts x 8 generations = 24 completions a rollout = 8 a micro-batch x 1 accumulated x 3 ranks; 2 updates"
+        "3 prompts x 8 generations = 24 completions per rollout = 8 per micro-batch x 1 accumulated x 3 ranks; 2 updates"
     )
     plan = plan_batch(GRPOConfig(per_device_train_batch_size=8, generation_batch_size=48), 20, num_ranks=3)
     assert (plan.rows_per_step, plan.updates_per_step) == (6, 2)  # given in all, not for each rank
     plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), 10, num_ranks=2)
     assert plan.rows_per_step == plan.completions_per_update == 8
-    assert plan.text.startswith("8 sequences an update = 4 a micro-batch x 1 accumulated x 2 ranks")
+    assert plan.text.startswith("8 sequences per update = 4 per micro-batch x 1 accumulated x 2 ranks")
 
 
 def test_a_batch_that_ranks_leave_uneven_is_refused(monkeypatch):
     config = GRPOConfig(per_device_train_batch_size=8, generation_batch_size=16)
-    with pytest.raises(ConfigError, match=r"16 completions a rollout don't divide into updates of 24 .* x 3 ranks"):
+    with pytest.raises(ConfigError, match=r"16 completions per rollout do not divide into updates of 24 .* x 3 ranks"):
         plan_batch(config, 20, num_ranks=3)
-    with pytest.raises(ConfigError, match="4 completions a rollout"):
+    with pytest.raises(ConfigError, match="4 completions per rollout"):
         GRPOConfig(per_device_train_batch_size=4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert GRPOConfig(per_device_train_batch_size=4).completions_per_rollout(2) == 8
@@ -99,7 +99,7 @@ def test_sft_arithmetic_counts_sequences_and_honours_max_steps():
     plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), num_rows=10)
     assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (4, 1, 5)
     assert plan.text == (
-        "4 sequences an update = 4 a micro-batch x 1 accumulated x 1 rank; 5 updates in all = 2 epochs"
+        "4 sequences per update = 4 per micro-batch x 1 accumulated x 1 rank; 5 updates in all = 2 epochs"
     )
     assert plan_batch(SFTConfig(per_device_train_batch_size=4), num_rows=10).total_updates == 8  # ceil(3 x 10 / 4)
 

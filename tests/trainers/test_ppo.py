@@ -119,7 +119,7 @@ def test_mini_batches_and_passes_add_up_to_updates(tiny_model_path, tmp_path):
     trainer.train()
     assert trainer.plan.rows_per_step == 6
     assert trainer.plan.updates_per_step == 6
-    assert "6 prompts x 4 generations = 24 completions a rollout = 3 x 8" in trainer.plan.text
+    assert "6 prompts x 4 generations = 24 completions per rollout = 3 x 8" in trainer.plan.text
     assert trainer.state.global_step == 12
     assert trainer.rollouts.num_draws == 2
 
@@ -237,7 +237,7 @@ def test_explained_variance():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_generations": 3}, "don't divide into groups of num_generations=3"),
+        ({"num_generations": 3}, "do not divide into groups of num_generations=3"),
         ({"kl_penalty": "loss"}, "needs kl_estimator 'k2' or 'k3'"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
         ({"critic": {"kind": "head", "path": "x"}}, "critic.path is for a critic of its own"),
