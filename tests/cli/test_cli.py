@@ -202,7 +202,7 @@ def test_check_prints_what_it_found_and_ends_with_2_if_anything_is_wrong(recipes
 def test_run_trains_for_real_and_shows_figures_and_files(recipes, capsys):
     assert main(["run", "sft.yaml", "train.disable_tqdm=true"]) == 0
     printed = capsys.readouterr().out
-    for part in ("8 sequences an update", "step 1/2", "step 2/2", "perplexity", "runs/sft/final/", "rlqwen run GRPO"):
+    for part in ("8 sequences per update", "step 1/2", "step 2/2", "perplexity", "runs/sft/final/", "rlqwen run GRPO"):
         assert part in printed
     assert load_recipe("runs/sft/recipe.yaml") == load_recipe("sft.yaml", ["train.disable_tqdm=true"])
     assert Path("runs/sft/curves.png").is_file()

@@ -163,7 +163,7 @@ def test_the_recipe_s_section():
     config = model_arguments(ModelConfig.parse(model))["quantization_config"]
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "fp4", True)
     assert config.bnb_4bit_compute_dtype is torch.bfloat16
-    with pytest.raises(ConfigError, match="quantised weights cannot be trained themselves; set lora"):
+    with pytest.raises(ConfigError, match="quantized weights cannot be trained themselves; set lora"):
         ModelConfig.parse({"path": "x", "quantization": {}})
     with pytest.raises(ConfigError, match=r"quantization\.bits"):
         ModelConfig.parse(model | {"quantization": {"bits": 3}})
