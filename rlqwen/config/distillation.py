@@ -1,4 +1,4 @@
-"""On-policy distillation: a student learns from a teacher on samples of its own."""
+"""Configure on-policy distillation: a student learns from a teacher on the student's own samples."""
 
 from typing import Any, ClassVar, Literal
 
@@ -9,22 +9,27 @@ from rlqwen.plugins.kinds import LOSSES, NORMALIZERS
 
 
 class DistillationConfig(OnlineConfig):
-    """Arguments of DistillationTrainer; those of sampling are GRPO's."""
+    """Configure DistillationTrainer: learn from a teacher on the student's own samples.
+
+    Arguments of sampling are those of GRPO.
+    """
 
     trainer: ClassVar[str] = "rlqwen.trainers.distillation:DistillationTrainer"
     rewards: ClassVar[Literal["required", "optional", "refused"]] = "optional"
 
     learning_rate: float = Field(default=1e-5, ge=0)
+    """Peak learning rate."""
     teacher: str | None = None
-    """Folder or hub id of the teacher (`owner/model@revision` pins it), which must have the student's tokenizer. None: it is
-    given to the trainer as `teacher_model`."""
+    """Folder or hub id of the teacher (`owner/model@revision` pins it), which must have the student's tokenizer. None:
+    the trainer gets it as `teacher_model`."""
     loss_type: str = "reverse_kl"
-    """`reverse_kl`, another registered loss (`rlqwen losses`), `package.module:function` or `file.py:function`."""
+    """The loss of a token: `reverse_kl`, another registered loss (`rlqwen losses`), `package.module:function` or
+    `file.py:function`."""
     loss_normalizer: str = "token_mean"
-    """What the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, or another registered
-    normalizer, `package.module:function` or `file.py:function`."""
+    """What the sum over tokens is divided by: `token_mean`, `sequence_mean`, `constant_length`, another registered
+    normalizer (`rlqwen losses`), `package.module:function` or `file.py:function`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the loss beyond this config's fields."""
+    """Arguments of the loss that are not fields of this config."""
 
     @model_validator(mode="after")
     def _names_are_registered(self) -> "DistillationConfig":

@@ -35,6 +35,7 @@ class DistillationTrainer(OnlineTrainer[DistillationConfig]):
     """Sample completions with the student, and lower its KL divergence from the teacher at each of their tokens."""
 
     algorithm = "distillation"
+    config_class = DistillationConfig
     default_best_metric = "eval/kl"
 
     def __init__(

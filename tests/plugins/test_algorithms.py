@@ -114,7 +114,7 @@ def test_check_says_so_if_it_does_not_know_an_algorithms_rows(folder, tiny_model
 # Finding
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo", "grpo", "distillation"])
 def test_a_built_in_algorithm_names_its_trainer_and_the_trainer_its_config(algorithm):
     assert trainer_class(algorithm).config_class is config_class(algorithm)
     assert trainer_class(algorithm).algorithm == algorithm
