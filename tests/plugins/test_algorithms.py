@@ -154,7 +154,7 @@ def test_what_is_neither_a_config_nor_a_trainer_is_refused(folder):
     assert "'other.py:Trainer' (other.py) is neither a subclass of rlqwen.config.TrainerConfig" in message_of(
         write_recipe(folder, "other.py:Trainer")
     )
-    assert "algorithm: must be a name, such as dpo, grpo" in message_of(write_recipe(folder, 3))
+    assert "algorithm: must be a name, such as distillation, dpo, grpo" in message_of(write_recipe(folder, 3))
 
 
 def test_a_config_without_a_trainer_says_so(folder):
