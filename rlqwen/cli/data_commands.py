@@ -59,17 +59,17 @@ def check(context: click.Context, /, near: float, as_json: bool, **options: Any)
     rlqwen data check my_recipe.yaml
     """
     with redirect_stdout(sys.stderr):
-        subject = _find_subject(**options)
-        from rlqwen.preflight.dataset import audit_data
+        target = _find_target(**options)
+        from rlqwen.preflight.dataset import check_dataset
 
-        audit = audit_data(subject, near or None)
+        found = check_dataset(target, near or None)
     if as_json:
-        click.echo(json.dumps(audit.as_dict(), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
     else:
-        from rlqwen.preflight.dataset import show_audit
+        from rlqwen.preflight.dataset import show_dataset_check
 
-        show_audit(audit, console())
-    if audit.num_faults:
+        show_dataset_check(found, console())
+    if found.num_faults:
         context.exit(DataError.exit_code)
 
 
@@ -86,31 +86,31 @@ def show(context: click.Context, /, count: int, row: int | None, part: str, **op
     rlqwen data show pairs.jsonl --model Qwen/Qwen3-0.6B
     rlqwen data show my_recipe.yaml --row 17
     """
-    subject = _find_subject(**options)
+    target = _find_target(**options)
     from rlqwen.preflight.dataset import show_rows
 
-    if part not in subject.parts:
-        raise ConfigError(f"{subject.title} has no {part} data")
+    if part not in target.parts:
+        raise ConfigError(f"{target.title} has no {part} data")
     numbers = range(count) if row is None else range(row, row + 1)
     screen = console()
-    for warning in subject.warnings:
+    for warning in target.warnings:
         click.echo(f"rlqwen: {warning}", err=True)
-    if not show_rows(subject, part, numbers, screen):
+    if not show_rows(target, part, numbers, screen):
         context.exit(DataError.exit_code)
 
 
-def _find_subject(
+def _find_target(
     target: str, columns: tuple[str, ...], system_prompt: str | None, split: str | None, **options: Any
 ) -> Any:
     prepare()
     from rlqwen.evaluation.eval_config import split_column
-    from rlqwen.preflight.dataset import find_subject
+    from rlqwen.preflight.dataset import find_target
 
     source: dict[str, Any] = {"system_prompt": system_prompt, "split": split}
     source = {key: value for key, value in source.items() if value is not None}
     if columns:
         source["columns"] = dict(split_column(column) for column in columns)
-    return find_subject(target, source=source, **options)
+    return find_target(target, source=source, **options)
 
 
 @data.command()

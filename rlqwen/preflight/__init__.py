@@ -1,4 +1,4 @@
-"""What can be found wrong without a device: small checks that trainers use too, and `rlqwen check` over a recipe."""
+"""Find what is wrong with a recipe without a device: small checks that trainers use too, and `rlqwen check`."""
 
 from rlqwen.config.batch_plan import BatchPlan, plan_batch, prompt_room, refuse_stream
 from rlqwen.preflight.check_report import CheckReport

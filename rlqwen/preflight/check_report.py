@@ -1,4 +1,4 @@
-"""What a check found, and how it is shown."""
+"""Collect and print what a check found."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from rlqwen.errors import InputError
 
 @dataclass
 class CheckReport:
-    """What a check found."""
+    """Facts, warnings and faults that a check found."""
 
     title: str
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -23,7 +23,7 @@ class CheckReport:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """A fault inside ends that check, not the others."""
+        """Add a fault that is raised inside to the report, so that it ends one check and not the others."""
         try:
             yield
         except InputError as fault:

@@ -1,4 +1,4 @@
-"""What a recipe trains of its model, and the memory that takes: told in a check's report."""
+"""Report what a recipe trains of its model, and how much memory that takes."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = ("attention", "delta-net", "MLP", "shared experts")
-"""Parts of linear layers, which bitsandbytes quantises; fused experts, embedding and head it leaves."""
+"""Groups of linear layers that bitsandbytes quantizes; it leaves fused experts, embedding and head as they are."""
 _SHARED = {
     1: "ZeRO-1 shares Adam's state out among the ranks",
     2: "ZeRO-2 shares gradients and Adam's state out among the ranks",
@@ -31,10 +31,10 @@ _SHARED = {
 
 
 def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> None:
-    """Add to the report how many parameters there are, which are trained, frozen and carried, and their memory.
+    """Add to the report how many parameters are trained, frozen and carried, and their memory.
 
-    `facts`: of the starting model. A model that cannot be built is a
-    warning, because a stranger's code may still load it; an adapter that does not fit is a fault.
+    `facts`: those of the starting model. A model that cannot be built is a warning, because other code may still load
+    it; an adapter that does not fit is a fault.
     """
     try:
         model = meta_model(facts.config, scalar=recipe.train.trains_scalar_model)
@@ -79,7 +79,8 @@ def _trained(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", coun
 
 
 def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:
-    """Bytes of weights, gradients and Adam's two moments: those of activations depend on the rows, and are not told."""
+    """Return the bytes of weights, gradients and Adam's two moments. Activations depend on the rows, and are left
+    out."""
     settings, train, total = recipe.model, recipe.train, counts.total
     if settings.lora is None:
         parts = {"weights": 4 * trained}

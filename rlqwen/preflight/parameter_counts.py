@@ -1,4 +1,4 @@
-"""How many parameters a model has, part by part, and which of them a recipe trains: from its config alone.
+"""Count the parameters of a model, group by group, and those that a recipe trains, from its config alone.
 
 Models are built on torch's meta device, where weights have shapes and no bytes: half a second for 400 billion.
 """
@@ -28,38 +28,38 @@ _PARTS = {
     "MLP": r"\.(mlp|feed_forward)\.",
     "other": "",
 }
-"""Part -> what is found in the names of its parameters; the first that fits counts."""
+"""Group -> a pattern in the names of its parameters; the first match counts."""
 _SHOWN = (
     "embedding", "attention", "delta-net", "MLP", "routed experts", "shared experts", "routers", "norms", "head", "other",
 )  # fmt: skip
-"""Parts in the order of the forward."""
+"""Groups in the order of the forward pass."""
 _TOWER = re.compile(r"\b(visual|vision_\w+|multi_modal_projector)\.")
-"""In names of what turns images into embeddings."""
+"""Found in names of modules that turn images into embeddings."""
 _INSIDE_ADAPTER = re.compile(r"(\.base_layer)*\.(lora_|modules_to_save|token_adapter|trainable_tokens)")
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model, part by part."""
+    """Parameters of a model, group by group."""
 
     parts: dict[str, int]
-    """Parts of the text model, which is what is trained; those that it does not have are left out."""
+    """Groups of the text model, which is what is trained; groups that it does not have are left out."""
     carried: dict[str, int]
-    """What checkpoints hold beside the text model: `vision tower`, `multi-token prediction`."""
+    """What checkpoints hold besides the text model: `vision tower`, `multi-token prediction`."""
     active: int
-    """Parameters of the text model that a token passes through: of the routed experts those that are chosen."""
+    """Parameters of the text model that one token uses: of the routed experts, the chosen ones."""
 
     @property
     def total(self) -> int:
-        """Parameters of the text model."""
+        """Return the number of parameters of the text model."""
         return sum(self.parts.values())
 
 
 def meta_model(config: Any, *, scalar: bool = False) -> "PreTrainedModel":
-    """Build the text model of `config` without weights; with `scalar`, one that answers with a number.
+    """Build the text model of `config` without weights; with `scalar`, one that outputs a number.
 
-    Where transformers has no class for the text part alone, the whole, its vision tower frozen. Raises ModelError where
-    it has neither.
+    If transformers has no class for the text part alone, build the whole model, with its vision tower frozen. Raises
+    ModelError if it has neither.
     """
     import torch
     from transformers import (
@@ -84,9 +84,9 @@ def meta_model(config: Any, *, scalar: bool = False) -> "PreTrainedModel":
 
 
 def count_parameters(config: Any, model: "PreTrainedModel", folder: Path | None = None) -> ParameterCounts:
-    """Count the parameters of `model`, which `meta_model` made of `config`, and of what is carried beside it.
+    """Count the parameters of `model`, which `meta_model` built from `config`, and those that are carried besides it.
 
-    What is carried is counted in the weight files of `folder` where it has any, else by the config.
+    Carried parameters are counted in the weight files of `folder` if it has any, otherwise from the config.
     """
     parts = dict.fromkeys(_SHOWN, 0)
     tower = 0
@@ -113,16 +113,16 @@ def count_parameters(config: Any, model: "PreTrainedModel", folder: Path | None 
 
 
 def chosen_experts(text_config: Any) -> tuple[int, int]:
-    """Return how many of how many experts a layer chooses for each token; (0, 0) without experts."""
+    """Return (experts that a layer chooses per token, experts of a layer); (0, 0) without experts."""
     count = getattr(text_config, "num_experts", None) or getattr(text_config, "num_local_experts", None) or 0
     return (int(getattr(text_config, "num_experts_per_tok", None) or count), int(count)) if count else (0, 0)
 
 
 def trained_parameters(model: "PreTrainedModel", settings: LoraSettings) -> tuple[dict[str, int], list[str]]:
-    """Put the adapter of `settings` on `model`, which `meta_model` made.
+    """Put the adapter of `settings` on `model`, which `meta_model` built.
 
-    Returns the trained parameters by the names of what they are put on, and notes on what those names came to. Raises
-    ModelError where the adapter does not fit the model.
+    Returns the trained parameters by the names of the modules they belong to, and notes on what those names matched.
+    Raises ModelError if the adapter does not fit the model.
     """
     import torch
 
@@ -145,7 +145,7 @@ def trained_parameters(model: "PreTrainedModel", settings: LoraSettings) -> tupl
 
 
 def _carried_in(folder: Path) -> dict[str, int] | None:
-    """Parameters of a folder's weights that the text model has no place for; None where the folder has no weights."""
+    """Count a folder's weights for which the text model has no place; None if the folder has no weights."""
     from rlqwen.models.carried_weights import ignored_in_folder, kind_of
     from rlqwen.models.hub import stored_tensors
 
@@ -163,7 +163,7 @@ def _part_of(name: str) -> str:
 
 
 def _vision_tower(config: Any) -> int:
-    """Parameters of the vision tower in the class that sees images too; 0 without one."""
+    """Count the parameters of the vision tower in the class that also reads images; 0 without one."""
     import torch
     from transformers import AutoModelForImageTextToText
 

@@ -1,4 +1,4 @@
-"""Recipes that run one after the other: a later one may use what an earlier one is yet to train."""
+"""Check recipes that run one after the other; a later one may use what an earlier one will train."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
-    """Everything that can be found wrong with each recipe without a device."""
+    """Check everything about each recipe that needs no device."""
     reports = []
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
@@ -32,7 +32,7 @@ def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
 
 
 def starting_model(recipe: Recipe, earlier: Sequence[Recipe]) -> Recipe:
-    """The recipe whose model is there already: an earlier one that this one goes on from, or itself."""
+    """Return the recipe whose model exists already: an earlier one that this one continues from, or itself."""
     for place, before in enumerate(earlier):
         if Path(recipe.model.path) == Path(before.output_dir) / FINAL_FOLDER:
             return starting_model(before, earlier[:place])
@@ -40,14 +40,14 @@ def starting_model(recipe: Recipe, earlier: Sequence[Recipe]) -> Recipe:
 
 
 def models_to_train(earlier: Sequence[Recipe]) -> list[str]:
-    """Folders of the models that earlier recipes leave behind."""
+    """Return the folders of the models that earlier recipes will write."""
     return [str(Path(before.output_dir) / FINAL_FOLDER) for before in earlier]
 
 
 def check_before_run(recipes: Sequence[Recipe]) -> None:
-    """What is quick to find and would be bitter to learn late: raises the first fault of a later stage, or of none.
+    """Check what is quick to find and expensive to find late; raise the first fault of any stage.
 
-    A trainer makes the other checks itself before it trains; a later stage's trainer is built only when the earlier
+    A trainer makes the other checks itself before it trains, but a later stage's trainer is built only when the earlier
     stages are done.
     """
     for place, recipe in enumerate(recipes):

@@ -1,4 +1,4 @@
-"""All that can be found wrong with one recipe before it is run."""
+"""Find everything that is wrong with one recipe before it is run."""
 
 import tempfile
 from collections.abc import Collection, Sequence
@@ -29,9 +29,10 @@ Row = dict[str, Any]
 
 
 def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collection[str] = ()) -> CheckReport:
-    """Everything that can be found without a device.
+    """Check everything that needs no device.
 
-    `start`: the recipe whose model this one goes on from. `to_train`: folders of models that are yet to be trained.
+    `start`: the recipe whose model this one continues from. `to_train`: folders of models that earlier recipes will
+    train.
     """
     report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
     start = start or recipe
@@ -134,7 +135,7 @@ def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | Non
 
 
 def _check_sampled(report: CheckReport, recipe: Recipe, name: str, pairs: SampledPairsConfig) -> None:
-    """Prompts and rewards of pairs that the run will sample."""
+    """Check the prompts and rewards of pairs that the run will sample."""
     with report.collecting():
         prompts = load_rows(pairs.prompts, seed=pairs.seed)
         drawn = f"{len(prompts)} prompts x {pairs.num_samples} answers of {pairs.model or recipe.model.path}"

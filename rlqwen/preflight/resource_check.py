@@ -1,4 +1,4 @@
-"""What the rollout workers ask for, against what this machine has."""
+"""Compare what the rollout workers ask for with what this machine has."""
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError

@@ -1,4 +1,4 @@
-"""Whether a recipe's rewards can be had, and whether the data has what they ask for."""
+"""Check that a recipe's rewards can be loaded, and that the data has the columns they need."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,12 +16,12 @@ Row = dict[str, Any]
 
 
 def resolve_rewards(specs: Sequence[RewardSpec]) -> list[Reward]:
-    """The rewards, imported."""
+    """Import and return the rewards."""
     return build_rewards([spec.name for spec in specs], [spec.args for spec in specs])
 
 
 def check_reward_columns(rewards: Sequence[Reward], rows: Sequence[Row], where: str) -> list[str]:
-    """Return what rlqwen.rewards.registry.check_rows finds in rows before their prompts are tokenised."""
+    """Return what rlqwen.rewards.registry.check_rows finds in rows whose prompts are not tokenized yet."""
     if not rewards or not rows:
         return []
     written: dict[frozenset[str], frozenset[str]] = {}
@@ -45,7 +45,7 @@ def check_rewards(
 ) -> set[str] | None:
     """Check the rewards of a recipe; those named in `to_train` are models that an earlier recipe will train.
 
-    Returns the columns that they take; None for all, also where a reward cannot be had.
+    Returns the columns that they take; None for all columns, or if a reward cannot be loaded.
     """
     there = [spec for spec in specs if spec.name not in to_train]
     with report.collecting():

@@ -1,4 +1,4 @@
-"""Whether a recipe may have its run folder."""
+"""Check that a recipe may use its run folder."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ from rlqwen.config import Recipe
 from rlqwen.run_folder.layout import FINAL_FOLDER, refuse_needed_inside, refuse_unmarked, refuse_used_folder
 
 _NOT_NEEDED = ("output_dir", "resume_from_checkpoint", "run_name", "cache_dir")
-"""Keys that may name something in the run folder."""
+"""Keys whose values may lie inside the run folder."""
 
 
 def check_run_folder(recipe: Recipe, earlier: Sequence[Recipe] = ()) -> None:
-    """Raise ConfigError if the folder holds another run, or if moving a run aside would move files of no run or files
+    """Raise ConfigError if the folder holds another run, or if moving a run away would move files of no run or files
     that this recipe needs; `earlier` recipes may not move those away either."""
     refuse_used_folder(recipe.output_dir, overwrite=recipe.reuses_folder)
     needed = dict(_paths(recipe.model_dump(mode="json")))
@@ -31,7 +31,7 @@ def _clears(recipe: Recipe) -> bool:
 
 
 def _paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, string) for every string of a config; for a `file.py:function`, the file."""
+    """Yield (dotted key, string) for every string of a config; for `file.py:function`, the file."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_NEEDED:

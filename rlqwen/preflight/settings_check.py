@@ -1,4 +1,4 @@
-"""Settings of a recipe that its model does not allow, found on a model without weights."""
+"""Find settings of a recipe that its model does not allow, on a model without weights."""
 
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def check_settings(report: CheckReport, recipe: Recipe, facts: ConfigFacts, model: "PreTrainedModel") -> None:
-    """Add to the report each setting that the model does not allow; `model` is of `facts.config`, without weights."""
+    """Add to the report each setting that the model does not allow; `model` is built from `facts.config`, without
+    weights."""
     train = recipe.train
     parallel = train.parallel
     if obstacle := packing_obstacle(facts.config):

@@ -1,4 +1,4 @@
-"""What a recipe's rows become: tokenised as its trainer does it, and the batches that come of them."""
+"""Tokenize a recipe's rows as its trainer does, and report the resulting batches."""
 
 import math
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ def unknown_rows(config: TrainerConfig) -> str | None:
 
 
 def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataReport:
+    """Tokenize rows as the recipe's trainer does; raise DataError if they cannot be trained on."""
     config = recipe.train
     if isinstance(config, SFTConfig):
         _, data = tokenize_sft(rows, model.tokenizer, config)
@@ -61,6 +62,7 @@ def tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts) -> DataRepo
 
 
 def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
+    """Add the counts, the form and the warnings of tokenized rows to the report."""
     report.facts.append((name, data.summary()))
     if name == "data.train":
         report.facts.append(("template", f"the model's turn ends with {data.end_of_turn!r}"))
@@ -72,7 +74,7 @@ def describe_data(report: CheckReport, name: str, data: DataReport) -> None:
 
 
 def describe_thinking(report: CheckReport, config: OnlineConfig, model: ModelFacts) -> None:
-    """Tell whether completions begin with a thought, where the template knows of thoughts."""
+    """Add to the report whether completions begin with a thought, if the template knows thoughts."""
     if "<think>" not in str(model.tokenizer.chat_template):
         return
     prompt = model.tokenizer.apply_chat_template(
@@ -88,6 +90,7 @@ def describe_thinking(report: CheckReport, config: OnlineConfig, model: ModelFac
 
 
 def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, Sequence[Row] | None]) -> None:
+    """Add the number of rows and the batch plan to the report, for rows that were not tokenized."""
     for name, rows in parts.items():
         if rows:
             report.facts.append((name, f"{len(rows)} rows"))
@@ -98,6 +101,7 @@ def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, S
 
 
 def describe_batch(report: CheckReport, recipe: Recipe, data: DataReport) -> None:
+    """Add the batch plan to the report."""
     config = recipe.train
     if recipe.data.is_streamed:
         report.facts.append(("batch", plan_batch(config, None).text))

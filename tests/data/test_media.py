@@ -26,7 +26,7 @@ from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.errors import DataError
 from rlqwen.models.loading import text_tokenizer
 from rlqwen.preflight import check_recipe
-from rlqwen.preflight.dataset import audit_data, find_subject
+from rlqwen.preflight.dataset import check_dataset, find_target
 from tests.preflight.test_recipe_check import recipe_of, the_fault
 
 PIXELS = Image.new("RGB", (4, 4))
@@ -125,7 +125,7 @@ def test_check_and_data_check_say_it_of_the_row(tiny_model_path, tmp_path):
     rows = [TEXT, TEXT | {"image": "a.png"}]
     fault = the_fault(check_recipe(recipe_of(tiny_model_path, rows, tmp_path)))
     assert "line 2: column 'image' holds 'a.png'" in str(fault)
-    found = audit_data(find_subject(str(tmp_path / "rows.jsonl"), model=str(tiny_model_path)))
+    found = check_dataset(find_target(str(tmp_path / "rows.jsonl"), model=str(tiny_model_path)))
     assert "line 2: column 'image' holds 'a.png'" in str(found.parts)
 
 

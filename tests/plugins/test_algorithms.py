@@ -211,7 +211,7 @@ def test_a_misspelled_section_suggests_the_nearest(folder):
 
 def test_a_section_of_other_algorithms_is_named_with_them(folder):
     message = message_of(write_recipe(folder, "sft", rollout={}))
-    assert "'rollout' has no meaning for algorithm 'sft': it is a section of grpo, ppo" in message
+    assert "'rollout' has no meaning for algorithm 'sft': it is a section of distillation, grpo, ppo" in message
 
 
 # Overrides and rewards

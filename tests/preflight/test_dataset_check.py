@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rlqwen.cli import main
 from rlqwen.data.column_hints import offer
-from rlqwen.preflight.dataset import find_subject, show_rows
+from rlqwen.preflight.dataset import find_target, show_rows
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 LONG = "the quick brown fox jumps over the lazy dog and then runs home to its den in the old forest by the river"
@@ -341,7 +341,7 @@ def test_colour_takes_the_place_of_brackets():
     write("rows.jsonl", [chat("1", "2")])
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", _environ={})
-    assert show_rows(find_subject("rows.jsonl"), "train", range(1), console)
+    assert show_rows(find_target("rows.jsonl"), "train", range(1), console)
     text = screen.getvalue()
     assert "\x1b[32m2\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in text
     assert "\x1b[1;2m<|im_start|>\x1b[0m" in text

@@ -1,8 +1,17 @@
-"""A close look at data: what is in it, what training would make of it, and the rows themselves with their masks."""
+"""Check a data set before training: what is in it, what training would make of it, and its rows with their loss
+masks."""
 
-from rlqwen.preflight.dataset.check_display import show_audit
-from rlqwen.preflight.dataset.dataset_check import DataAudit, PartAudit, audit_data
+from rlqwen.preflight.dataset.check_target import CheckTarget, find_target
+from rlqwen.preflight.dataset.dataset_check import DatasetCheck, PartCheck, check_dataset
+from rlqwen.preflight.dataset.dataset_report import show_dataset_check
 from rlqwen.preflight.dataset.row_display import show_rows
-from rlqwen.preflight.dataset.subject import Subject, find_subject
 
-__all__ = ["DataAudit", "PartAudit", "Subject", "audit_data", "find_subject", "show_audit", "show_rows"]
+__all__ = [
+    "CheckTarget",
+    "DatasetCheck",
+    "PartCheck",
+    "check_dataset",
+    "find_target",
+    "show_dataset_check",
+    "show_rows",
+]

@@ -1,4 +1,5 @@
-"""`rlqwen data show`: rows with their tokens, those in the loss set off, special tokens to be seen."""
+"""Print rows with their tokens for `rlqwen data show`: tokens in the loss are marked, and special tokens are
+visible."""
 
 import re
 from collections.abc import Iterator
@@ -11,8 +12,8 @@ from rich.text import Text
 from rlqwen.data import DataReport, TokenizedRow
 from rlqwen.data.data_report import Fate
 from rlqwen.errors import DataError
-from rlqwen.preflight.dataset.subject import Subject, prepared_rows, unmapped
-from rlqwen.preflight.dataset.token_stats import Segment, tokenize_subject
+from rlqwen.preflight.dataset.check_target import CheckTarget, prepared_rows, unmapped
+from rlqwen.preflight.dataset.row_segments import Segment, segment_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,25 +29,25 @@ _FATES: dict[Fate, str] = {
 _PLACE = re.compile(r"\Arow 0: ")
 
 
-def show_rows(subject: Subject, part: str, numbers: range, console: Console) -> bool:
-    """Print these rows of a part, counted from 0; False if one of them is faulty, DataError if there are none.
+def show_rows(target: CheckTarget, part: str, numbers: range, console: Console) -> bool:
+    """Print these rows of a part, counted from 0; return False if one of them is faulty.
 
-    What is in the loss is green, or, without colour, in ⟦brackets⟧.
+    Tokens in the loss are green, or in ⟦brackets⟧ if there is no color. Raises DataError if there are no such rows.
     """
-    selected = list(islice(prepared_rows(subject.parts[part]), numbers.start, numbers.stop))
+    selected = list(islice(prepared_rows(target.parts[part]), numbers.start, numbers.stop))
     if not selected:
-        raise DataError(f"{subject.title}: there is no row {numbers.start} in {part}; rows are counted from 0")
+        raise DataError(f"{target.title}: there is no row {numbers.start} in {part}; rows are counted from 0")
     is_fine = True
     for number, (place, row) in zip(numbers, selected, strict=False):
         faults = [row] if isinstance(row, DataError) else []
-        if subject.kind == "unmapped" and not isinstance(row, DataError):
+        if target.kind == "unmapped" and not isinstance(row, DataError):
             faults = [DataError(unmapped(row))]
         examples: list[list[Segment]] = []
         report = DataReport()
         if not faults and not isinstance(row, DataError):
-            examples, report = tokenize_subject([row], subject, faults)
+            examples, report = segment_rows([row], target, faults)
         fates = [_FATES[fate] for fate in report.rows if fate in _FATES]
-        title = ", ".join([f"row {number}", subject.kind, *fates])
+        title = ", ".join([f"row {number}", target.kind, *fates])
         console.print(Text.assemble((title, "bold"), f"  {place}"), soft_wrap=True)
         for fault in faults if not report.rows else []:
             console.print(
@@ -54,13 +55,13 @@ def show_rows(subject: Subject, part: str, numbers: range, console: Console) -> 
             )
             is_fine = False
         for segment in _merged(examples):
-            _show_segment(segment, subject.tokenizer, console)
+            _show_segment(segment, target.tokenizer, console)
         console.print()
     return is_fine
 
 
 def _merged(examples: list[list[Segment]]) -> list[Segment]:
-    """The segments of a row; of two answers to one prompt, the prompt once."""
+    """Return the segments of a row; the shared prompt of two answers only once."""
     return [segment for i, example in enumerate(examples) for segment in example[min(i, 1) :]]
 
 
@@ -80,7 +81,8 @@ def _show_segment(segment: Segment, tokenizer: "PreTrainedTokenizerBase", consol
 
 
 def _runs(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bool, bool]]:
-    """(text, in the loss, special) of runs of tokens that are alike; decoded together, as a character may be several."""
+    """Yield (text, in the loss, special) for each run of similar tokens, decoded together because a character may take
+    several."""
     special = set(tokenizer.all_special_ids)
     marked = ((token, in_loss, token in special) for token, in_loss in zip(row.token_ids, row.loss_mask, strict=True))
     for (in_loss, is_special), run in groupby(marked, key=lambda one: one[1:]):

@@ -1,4 +1,5 @@
-"""What is looked at: a path or a recipe, as rows of which kind, with which model's tokens and which config."""
+"""Find out what to check: the rows of a path or a recipe, their kind, and the tokenizer and config to check them
+with."""
 
 import os
 import tempfile
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["sft", "prompts", "preference", "labelled", "unmapped"]
-"""What rows are for; `unmapped`: their columns are of no form that we know."""
+"""What rows are for; `unmapped`: their columns match no known form."""
 TrainConfig = SFTConfig | PreferenceConfig | OnlineConfig
 
 DEFAULT_MODEL = "builtin:tiny-qwen3"
@@ -42,17 +43,19 @@ DEFAULT_MODEL = "builtin:tiny-qwen3"
 
 @dataclass
 class Part:
-    """Training or evaluation rows, each with the place it came from, and what cannot be read of them."""
+    """Training or evaluation rows, each with its place in its source, and the faults of rows that cannot be read."""
 
     name: str
     rows: list[Row] = field(default_factory=list)
-    """In our form (rlqwen.data.formats)."""
+    """Rows in our own form (rlqwen.data.formats)."""
     places: list[str] = field(default_factory=list)
+    """Place of each row in its source, such as `train.jsonl, line 3`."""
     faults: list[str] = field(default_factory=list)
+    """Messages about rows that cannot be read."""
     num_mismatches: int = 0
     """Faulty rows that are pairs whose prompts differ."""
     faulty_rows: set[int] = field(default_factory=set)
-    """Places in `rows` of those that cannot be tokenised."""
+    """Indices in `rows` of rows that cannot be tokenized."""
 
     def short_places(self) -> list[str]:
         """Return `line 3` if all rows are of one file, else `train.jsonl, line 3`, with folders if names repeat."""
@@ -73,33 +76,33 @@ def _short_names(files: set[str]) -> dict[str, str]:
 
 
 @dataclass
-class Subject:
-    """What is looked at, and by which lights."""
+class CheckTarget:
+    """What to check, and with which config and tokenizer."""
 
     title: str
     kind: Kind
     config: TrainConfig
-    """Its lengths, masks and template count."""
+    """Config of a trainer, for its lengths, masks and template."""
     model: str
-    """Where the tokenizer is from."""
+    """Source of the tokenizer."""
     tokenizer: "PreTrainedTokenizerBase"
     context: int | None
-    """Of the model that is trained; None where none is, or it is not there to ask."""
+    """Context of the trained model, in tokens. None if no model is trained, or if it cannot be read."""
     parts: dict[str, list[SourceConfig]]
-    """`train` and, where there is one, `eval`."""
+    """Sources of `train` and, if there is one, `eval`."""
     warnings: list[str]
     cleaning: CleaningConfig | None = None
     is_recipe: bool = False
     rewards: list[Reward] | None = None
-    """Of a recipe for prompts; None where they are not known, or not to be had yet."""
+    """Rewards of a recipe that samples. None if there are none, or if they cannot be loaded yet."""
 
     @property
     def text_field(self) -> str:
-        """Column of plain-text rows."""
+        """Return the column of plain-text rows."""
         return self.config.dataset_text_field if isinstance(self.config, SFTConfig) else "text"
 
 
-def find_subject(
+def find_target(
     target: str,
     *,
     model: str | None = None,
@@ -107,16 +110,16 @@ def find_subject(
     source: dict[str, object] | None = None,
     kind: Kind | None = None,
     max_length: int | None = None,
-) -> Subject:
-    """Make out what is asked for; what the options leave open comes of the recipe, or of the rows.
+) -> CheckTarget:
+    """Find out what to check; what the options leave open follows from the recipe, or from the rows.
 
     Args:
         target: a recipe by file or name, or a data file, folder or hub id.
-        model: whose tokenizer and template to use. None: the recipe's, else `builtin:tiny-qwen3`.
-        evaluation: data beside a path, for the overlap; a recipe has its own.
+        model: model whose tokenizer and template to use. None: the recipe's, otherwise `builtin:tiny-qwen3`.
+        evaluation: evaluation data in addition to a path, for the overlap; a recipe has its own.
         source: more fields of SourceConfig, for a path.
-        kind: None: as the recipe trains, or as the rows look.
-        max_length: tokens beyond which rows of a path count as cut; None: no limit.
+        kind: what the rows are for. None: what the recipe trains, or what the rows look like.
+        max_length: tokens beyond which rows of a path count as truncated; None: no limit.
     """
     if is_recipe(target):
         if source or evaluation or kind or max_length:
@@ -136,10 +139,10 @@ def find_subject(
         [] if model else [f"tokens are those of {DEFAULT_MODEL}, almost one a byte: give --model for a real count"]
     )
     path, tokenizer, _ = _read_tokenizer(ModelConfig(path=model or DEFAULT_MODEL), warnings)
-    return Subject(target, kind, config, path, tokenizer, None, parts, warnings)
+    return CheckTarget(target, kind, config, path, tokenizer, None, parts, warnings)
 
 
-def _of_recipe(name: str, model: str | None) -> Subject:
+def _of_recipe(name: str, model: str | None) -> CheckTarget:
     recipe = load_recipe(name)
     if reason := unknown_rows(recipe.train):
         raise ConfigError(f"{name}: {reason}")
@@ -155,7 +158,7 @@ def _of_recipe(name: str, model: str | None) -> Subject:
     context = context if path == recipe.model.path else None
     assert isinstance(config, TrainConfig)
     title, cleaning = f"{name} ({recipe.algorithm})", recipe.data.cleaning
-    return Subject(
+    return CheckTarget(
         title, kind, config, path, tokenizer, context, parts, warnings, cleaning, True, _find_rewards(recipe)
     )
 
@@ -168,9 +171,9 @@ def _find_rewards(recipe: Recipe) -> list[Reward] | None:
 
 
 def _read_tokenizer(settings: ModelConfig, warnings: list[str]) -> tuple[str, "PreTrainedTokenizerBase", int | None]:
-    """Return (model, tokenizer, context); if the model is not there, the built-in one's, with a warning.
+    """Return (model, tokenizer, context); if the model cannot be read, those of the built-in one, with a warning.
 
-    A folder that holds a tokenizer and no model will do; it has no context.
+    A folder that holds a tokenizer and no model is enough; it has no context.
     """
     folder = Path(settings.path).expanduser()
     if not (folder / "config.json").exists() and (folder / "tokenizer.json").is_file():
@@ -204,7 +207,7 @@ def _load_tokenizer(folder: Path, settings: ModelConfig) -> "PreTrainedTokenizer
 
 
 def guess_kind(sources: Sequence[SourceConfig]) -> Kind:
-    """By the first row that can be read; raises the last row's DataError if none can."""
+    """Return the kind of the first row that can be read; raise the last row's DataError if none can."""
     fault = DataError("there are no rows")
     for _, row in prepared_rows(sources):
         if not isinstance(row, DataError):
@@ -230,7 +233,7 @@ def _kind_of(row: Row) -> Kind:
 
 
 def read_part(name: str, sources: Sequence[SourceConfig]) -> Part:
-    """All rows of a part; one that is malformed is noted and left out. Several sources follow each other, unmixed."""
+    """Read all rows of a part; a malformed row is noted and left out. Several sources follow each other, unmixed."""
     part = Part(name)
     for place, row in prepared_rows(sources):
         if isinstance(row, DataError):
@@ -243,7 +246,7 @@ def read_part(name: str, sources: Sequence[SourceConfig]) -> Part:
 
 
 def clean_parts(parts: list[Part], config: CleaningConfig) -> str:
-    """Clean the rows as a run would, save for the order that mixing gives them; what it did, in a line."""
+    """Clean the rows as a run would, except for the order of mixed sources; return what was done, in one line."""
     train, *evaluation = parts
     given = evaluation[0].rows if evaluation else None
     outcome = find_outcome(train.rows, given, config)
@@ -256,7 +259,7 @@ def clean_parts(parts: list[Part], config: CleaningConfig) -> str:
 
 
 def prepared_rows(sources: Sequence[SourceConfig]) -> Iterator[tuple[str, Row | DataError]]:
-    """(where, the row in our form or what is wrong with it); a file that breaks off ends its source there."""
+    """Yield (place, the row in our own form or its fault); a file that breaks off ends its source there."""
     for source in sources:
         raw_rows = read_source(source)
         while True:

@@ -1,4 +1,4 @@
-"""An audit for people."""
+"""Print a dataset check."""
 
 import re
 
@@ -9,7 +9,7 @@ from rlqwen.data import DataReport
 from rlqwen.data.data_report import Fate, first_of
 from rlqwen.errors import DataError
 from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.dataset.dataset_check import DataAudit, PartAudit
+from rlqwen.preflight.dataset.dataset_check import DatasetCheck, PartCheck
 
 _SHOWN_FAULTS = 5
 _SHOWN_EQUAL = 5
@@ -28,38 +28,38 @@ _WARNED: dict[Fate, str] = {
 }
 
 
-def show_audit(audit: DataAudit, console: Console) -> None:
-    """Each part, and what they have in common; of long lists the first few."""
-    for part in audit.parts:
-        _part_report(part, audit).show(console)
-    if len(audit.parts) == 2 and audit.kind != "unmapped":
-        _overlap_report(audit).show(console)
-    if audit.cleaning:
-        console.print(Text.assemble(("cleaned", "bold"), "  ", audit.cleaning))
-    for warning in audit.warnings:
+def show_dataset_check(check: DatasetCheck, console: Console) -> None:
+    """Print each part, and what the parts have in common; of long lists, the first items."""
+    for part in check.parts:
+        _part_report(part, check).show(console)
+    if len(check.parts) == 2 and check.kind != "unmapped":
+        _overlap_report(check).show(console)
+    if check.cleaning:
+        console.print(Text.assemble(("cleaned", "bold"), "  ", check.cleaning))
+    for warning in check.warnings:
         console.print(Text.assemble(("note", "yellow"), "  ", warning))
 
 
-def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
-    report = CheckReport(f"{_title(part, audit)}: {part.name}, {audit.kind}")
+def _part_report(part: PartCheck, check: DatasetCheck) -> CheckReport:
+    report = CheckReport(f"{_title(part, check)}: {part.name}, {check.kind}")
     mismatches = f", {part.num_mismatches:,} of them answers to different prompts" if part.num_mismatches else ""
-    faulty = f", {len(part.faults):,} faulty{mismatches}" if part.faults and audit.kind != "unmapped" else ""
+    faulty = f", {len(part.faults):,} faulty{mismatches}" if part.faults and check.kind != "unmapped" else ""
     report.facts.append(("rows", f"{part.num_rows:,} of {', '.join(part.sources)}{faulty}"))
-    if audit.kind == "unmapped":
+    if check.kind == "unmapped":
         report.faults = [DataError(fault) for fault in part.faults[-1:]]
         return report
     report.facts.append(("turns", ", ".join(f"{role} {count:,}" for role, count in part.turns.items()) or "none"))
     if part.tokens and part.tokens.lengths:
-        report.facts += _token_facts(part.tokens, audit.model)
+        report.facts += _token_facts(part.tokens, check.model)
     if part.reward_columns:
         report.facts.append(("for rewards", f"columns {', '.join(part.reward_columns)}, if a reward takes them"))
     if len(part.lengths) > 1:
         report.facts += [(f"{name} tokens", _percentiles(lengths)) for name, lengths in part.lengths.items()]
     for what, groups in (("exact", part.exact_duplicates), ("near", part.near_duplicates)):
-        if what == "exact" or audit.near_threshold is not None:
+        if what == "exact" or check.near_threshold is not None:
             surplus = sum(len(group) - 1 for group in groups)
             text = f"{surplus:,} rows repeat {len(groups):,} others" if groups else "none"
-            bound = f" (similarity at least {audit.near_threshold:g})" if what == "near" else ""
+            bound = f" (similarity at least {check.near_threshold:g})" if what == "near" else ""
             report.facts.append((f"{what} duplicates", text + bound))
         if groups:
             report.warnings.append(f"{what} duplicates: {first_of([_equal(group) for group in groups])}")
@@ -72,9 +72,9 @@ def _part_report(part: PartAudit, audit: DataAudit) -> CheckReport:
     return report
 
 
-def _title(part: PartAudit, audit: DataAudit) -> str:
+def _title(part: PartCheck, check: DatasetCheck) -> str:
     """Return the recipe, or each file by its own name."""
-    return audit.title if audit.is_recipe else ", ".join(part.sources)
+    return check.title if check.is_recipe else ", ".join(part.sources)
 
 
 def _equal(group: list[str]) -> str:
@@ -83,7 +83,7 @@ def _equal(group: list[str]) -> str:
 
 
 def _alike(faults: list[str]) -> list[str]:
-    """Merge faults that say the same of several rows."""
+    """Merge faults that are the same for several rows."""
     places: dict[str, list[str]] = {}
     for fault in faults:
         match = _PLACED.fullmatch(fault)
@@ -112,12 +112,12 @@ def _token_facts(data: DataReport, model: str) -> list[tuple[str, str]]:
     return facts
 
 
-def _overlap_report(audit: DataAudit) -> CheckReport:
-    train, evaluation = (_title(part, audit) for part in audit.parts)
+def _overlap_report(check: DatasetCheck) -> CheckReport:
+    train, evaluation = (_title(part, check) for part in check.parts)
     files = train if train == evaluation else f"{evaluation} and {train}"
     report = CheckReport(f"{files}: eval prompts in train")
-    for what, pairs in (("exact", audit.exact_overlap), ("near", audit.near_overlap)):
-        if what == "exact" or audit.near_threshold is not None:
+    for what, pairs in (("exact", check.exact_overlap), ("near", check.near_overlap)):
+        if what == "exact" or check.near_threshold is not None:
             report.facts.append((what, f"{len(pairs):,} eval rows"))
         if pairs:
             shown = [f"eval {mine} = train {theirs}" for mine, theirs in pairs]

@@ -1,4 +1,4 @@
-"""What is in the data twice, and what of the evaluation is in the training data: equal and near as cleaning has them."""
+"""Find duplicate rows, and prompts of evaluation rows in the training rows, equal or nearly equal as in cleaning."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ Groups = list[list[int]]
 Pairs = list[tuple[int, int]]
 
 
-def find_repeats(rows: Sequence[Row], threshold: float | None) -> tuple[Groups, Groups]:
-    """(exact, near): groups of rows, by their indices, from which the same, or nearly the same, is learned.
+def find_duplicate_rows(rows: Sequence[Row], threshold: float | None) -> tuple[Groups, Groups]:
+    """Return (exact, near): groups of row indices from which the same, or nearly the same, is learned.
 
-    Of equal rows only the first is looked at for near ones; `threshold` None: equal rows only.
+    Of exact duplicates only the first is compared for near ones. `threshold` None: exact duplicates only.
     """
     exact = find_exact_duplicates([identity(row) for row in rows])
     if threshold is None:
@@ -31,9 +31,9 @@ def find_repeats(rows: Sequence[Row], threshold: float | None) -> tuple[Groups, 
 
 
 def find_overlap(rows: Sequence[Row], others: Sequence[Row], threshold: float | None) -> tuple[Pairs, Pairs]:
-    """(exact, near): (index in `rows`, index in `others`) of rows that ask the same, or nearly the same.
+    """Return (exact, near): (index in `rows`, index in `others`) of rows with the same, or nearly the same, prompt.
 
-    A row that has an equal is not among the near.
+    A row with an exact match is not among the near ones.
     """
     asked, known = ([question(row) or "" for row in side] for side in (rows, others))
     first = {text: number for number, text in reversed(list(enumerate(known))) if text}

@@ -1,4 +1,4 @@
-"""The rows as training would see them: tokenised by the trainers' own code."""
+"""Tokenize rows as training would, by the trainers' own code, and split them into segments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from rlqwen.data import (
 )
 from rlqwen.data.sources import Row
 from rlqwen.errors import DataError
-from rlqwen.preflight.dataset.subject import Subject
+from rlqwen.preflight.dataset.check_target import CheckTarget
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a row that is shown and measured on its own."""
+    """A stretch of a row that is shown and measured separately."""
 
     name: str
-    """`row` of SFT; else `prompt`, `chosen`, `rejected`, `good`, `bad`."""
+    """`row` for SFT; otherwise `prompt`, `chosen`, `rejected`, `good` or `bad`."""
     tokens: TokenizedRow
 
 
-def tokenize_subject(
-    rows: Sequence[Row], subject: Subject, faults: list[DataError]
+def segment_rows(
+    rows: Sequence[Row], target: CheckTarget, faults: list[DataError]
 ) -> tuple[list[list[Segment]], DataReport]:
-    """Segments of each row that training would keep, and what became of the rows; faults are collected."""
-    tokenizer, config = subject.tokenizer, subject.config
+    """Return the segments of each row that training would keep, and what happened to the rows; collect faults."""
+    tokenizer, config = target.tokenizer, target.config
     if isinstance(config, SFTConfig):
         sequences, report = tokenize_sft(rows, tokenizer, config, faults=faults)
         return [[Segment("row", sequence)] for sequence in sequences], report
@@ -40,14 +40,14 @@ def tokenize_subject(
         prompts, report = tokenize_prompts(
             rows,
             tokenizer,
-            max_prompt_length=prompt_room(subject.context, config) if subject.context else config.max_prompt_length,
+            max_prompt_length=prompt_room(target.context, config) if target.context else config.max_prompt_length,
             overlong=config.overlong_prompts,
             chat_template_kwargs=config.chat_template_kwargs,
             faults=faults,
         )
         return [[_prompt(prompt.token_ids)] for prompt in prompts], report
     assert isinstance(config, PreferenceConfig)
-    if subject.kind == "labelled":
+    if target.kind == "labelled":
         labelled, report = tokenize_labelled(rows, tokenizer, config, faults=faults)
         return [
             [_prompt(row.prompt_ids), Segment("good" if row.label else "bad", row.completion)] for row in labelled
