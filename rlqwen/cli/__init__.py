@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it, so that `--help` is quick."""
+"""Define the command line. Nothing heavy is imported before a command needs it, so that `--help` is quick."""
 
 import atexit
 import os
@@ -35,7 +35,7 @@ def run_process() -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns 0 done, 2 wrong input, 1 anything else, 130 interrupted."""
+    """Run a command; return 0 if it is done, 2 for wrong input, 1 for anything else, 130 if interrupted."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
     given = sys.argv[1:] if arguments is None else arguments
@@ -44,18 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts:
             return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
     except (click.Abort, KeyboardInterrupt):
-        return _tell_interrupted()
+        return _report_interrupt()
     except Exception as error:  # noqa: BLE001 - the outermost boundary
         # In the middle of an import, or of a worker's call, an interrupt may come out as another error.
-        return _tell_interrupted() if interrupts.came else _tell(error)
+        return _report_interrupt() if interrupts.came else _report_error(error)
 
 
-def _tell_interrupted() -> int:
+def _report_interrupt() -> int:
     click.echo("rlqwen: interrupted", err=True)
     return INTERRUPTED
 
 
-def _tell(error: Exception) -> int:
+def _report_error(error: Exception) -> int:
     """Print what went wrong; returns the exit code."""
     if isinstance(error, click.ClickException):
         error.show()

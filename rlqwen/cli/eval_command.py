@@ -1,4 +1,4 @@
-"""`rlqwen eval`."""
+"""Define `rlqwen eval`."""
 
 import json
 import sys
@@ -12,19 +12,27 @@ from rlqwen.cli.session import console, prepare
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--data", required=True, help="Data file, folder or hub id; or a recipe, whose eval data it is then.")
-@click.option("--rewards", "reward_names", help="By commas: names, module:function, file.py:function, reward models.")
-@click.option("--metrics", "metric_names", help="perplexity, bleu, chrf, rouge, exact_match, label; by commas.")
+@click.option("--data", required=True, help="Data file, folder or hub id; or a recipe, for its eval data.")
+@click.option(
+    "--rewards", "reward_names", help="Separated by commas: names, module:function, file.py:function, reward models."
+)
+@click.option(
+    "--metrics", "metric_names", help="perplexity, bleu, chrf, rouge, exact_match, label; separated by commas."
+)
 @click.option("--against", metavar="MODEL", help="Win rate by the rewards against this model, or against `data`.")
 @click.option("--reference", metavar="COLUMN", help="Right answers; `completion`: the row's own. Default: solution.")
 @click.option("--labels", "label_names", help="For the metric label, separated by commas. Default: all in the data.")
-@click.option("-k", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Per prompt.")
+@click.option(
+    "-k", "--num-samples", type=click.IntRange(min=1), default=1, show_default=True, help="Completions per prompt."
+)
 @click.option("--temperature", type=click.FloatRange(min=0), help="Default: the recipe's, else 1.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Of a completion. Default: the recipe's, else 512.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only the first so many rows.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Longest completion, in tokens. Default: the recipe's, else 512."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Take only this many rows, from the first.")
 @click.option("--engine", help="vllm, transformers or a plugin's. Default: vllm if it can be imported.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Column map; may be repeated.")
-@click.option("--system-prompt", help="Put before every prompt as a system turn.")
+@click.option("--system-prompt", help="System message to put before every prompt.")
 @click.option("--split", help="Split of a hub dataset.")
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--output", type=click.Path(file_okay=False), help="Folder for eval.json and the completions.")
@@ -32,9 +40,9 @@ from rlqwen.cli.session import console, prepare
 def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL by rewards, by metrics, or both.
 
-    Rewards and all metrics but perplexity are over K completions sampled for each prompt. Rewards give mean, pass@k and
-    majority@k; without --rewards and --metrics they are the recipe's. bleu, chrf, rouge, exact_match and label compare
-    with the rows' right answers; perplexity is that of the rows' own answers and samples nothing.
+    Rewards and all metrics except perplexity are computed on K completions that are sampled per prompt. Rewards give
+    mean, pass@k and majority@k; without --rewards and --metrics they are the recipe's. bleu, chrf, rouge, exact_match
+    and label compare with the rows' right answers; perplexity is that of the rows' own answers, without sampling.
 
     \b
     rlqwen eval runs/quickstart/grpo/final --data runs/quickstart/grpo/recipe.yaml -k 8

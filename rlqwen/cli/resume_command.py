@@ -1,4 +1,4 @@
-"""How a run goes on that was told to stop: the command is printed, in the user's own words."""
+"""Print the command that resumes a run that was stopped."""
 
 import os
 import shlex
@@ -15,10 +15,10 @@ from rlqwen.secrets import redact
 
 
 @contextmanager
-def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) -> Iterator[None]:
-    """End the command if the run was told to stop: say what was saved, and how to resume.
+def printing_resume_command(arguments: Sequence[str], recipes: Sequence[Recipe]) -> Iterator[None]:
+    """End the command if the run was stopped: print what was saved, and how to resume.
 
-    `arguments`: what rlqwen was started with.
+    `arguments`: the words that rlqwen was started with.
     """
     to_move: set[tuple[Path, int]] = set()
     try:
@@ -41,7 +41,7 @@ def telling_how_to_go_on(arguments: Sequence[str], recipes: Sequence[Recipe]) ->
         with suppress(OSError):  # after SIGHUP there is no terminal
             click.echo(f"rlqwen: {text}", err=True)
             if command:
-                click.echo(f"rlqwen: go on with: {command}", err=True)
+                click.echo(f"rlqwen: resume with: {command}", err=True)
     raise click.exceptions.Exit(code)
 
 
@@ -66,7 +66,8 @@ def resume_command(arguments: Sequence[str], recipes: Sequence[Recipe]) -> str |
 
 
 def _earlier_runs(recipes: Sequence[Recipe]) -> set[tuple[Path, int]]:
-    """Return what marks runs in the folders that are to be overwritten, each with its inode, which moving changes."""
+    """Return files that mark runs in folders to be overwritten, each with its inode, which changes if the run is
+    moved."""
     from rlqwen.reporting.summary import SUMMARY_FILE
     from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER
 
@@ -79,8 +80,8 @@ def _earlier_runs(recipes: Sequence[Recipe]) -> set[tuple[Path, int]]:
     return {(mark, mark.stat().st_ino) for mark in marks if mark.exists()}
 
 
-def say_what_comes(recipes: Sequence[Recipe]) -> None:
-    """Print what will be loaded, before torch is imported, which takes seconds."""
+def announce_runs(recipes: Sequence[Recipe]) -> None:
+    """Print what will be loaded before torch is imported, which takes seconds."""
     for place, recipe in enumerate(recipes):
         sources = recipe.data.train if isinstance(recipe.data.train, list) else [recipe.data.train]
         names = [source.path or source.generator or "pairs to be sampled" for source in sources]

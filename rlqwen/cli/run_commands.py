@@ -1,4 +1,4 @@
-"""`rlqwen run` and `rlqwen check`."""
+"""Define `rlqwen run`, `rlqwen check` and `rlqwen verify-resume`."""
 
 import os
 from typing import TYPE_CHECKING
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
 @click.option(
-    "--resume", is_flag=True, help="Go on from the newest complete checkpoint; skip recipes that are finished."
+    "--resume", is_flag=True, help="Resume from the newest complete checkpoint; skip recipes that are finished."
 )
-@click.option("--allow-changes", is_flag=True, help="Go on although data, model, versions or keys have changed.")
+@click.option("--allow-changes", is_flag=True, help="Resume even if data, model, versions or keys have changed.")
 @click.option(
     "--max-restarts",
     type=click.IntRange(min=0),
     default=0,
-    help="Start again from the last checkpoint, so many times at most, when the run dies.",
+    help="Restart from the last checkpoint, at most this many times, if the run dies.",
 )
 @click.option(
     "--nproc-per-node",
     type=click.IntRange(min=1),
     default=1,
-    help="Train in so many processes of this machine, one a GPU where there are GPUs.",
+    help="Train in this many processes on this machine, one per GPU if there are GPUs.",
 )
 @click.pass_context
 def run(
@@ -41,8 +41,8 @@ def run(
 ) -> None:
     """Train recipes, one after the other.
 
-    RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE changes a key by its dotted
-    path, in every recipe that has it; KEY may begin with an algorithm to mean recipes of that algorithm only.
+    RECIPE is a file or the name of a packaged recipe (see `rlqwen recipes`). KEY=VALUE sets the key of that dotted
+    path in every recipe that has it. KEY may begin with an algorithm, to change recipes of that algorithm only.
 
     \b
     rlqwen run quickstart_sft quickstart_grpo
@@ -53,19 +53,19 @@ def run(
     rlqwen run my.yaml --nproc-per-node 8
     torchrun --nnodes 2 --nproc-per-node 8 ... -m rlqwen run my.yaml
 
-    On Ctrl-C the update in progress is finished and saved, and the exit code is 130; on SIGTERM, SIGUSR1 or SIGHUP (the
-    terminal was closed) it is 75. The command that goes on is printed. A second signal ends it at once.
+    On Ctrl-C the current update is finished and saved, and the exit code is 130; on SIGTERM, SIGUSR1 or SIGHUP (the
+    terminal was closed) it is 75. The command that resumes the run is printed. A second signal ends it at once.
     """
     if nproc_per_node > 1:
-        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for so many ranks
+        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for this many ranks
     recipes = read_recipes(words)
-    from rlqwen.cli.resume_command import say_what_comes, telling_how_to_go_on
+    from rlqwen.cli.resume_command import announce_runs, printing_resume_command
     from rlqwen.runs.launch import is_rank, launch_command_line
     from rlqwen.runs.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
 
     arguments = context.find_root().obj
     if not is_supervised() and os.environ.get("RANK", "0") == "0":
-        say_what_comes(recipes)
+        announce_runs(recipes)
     if is_supervised():
         end_with_supervisor()
     elif max_restarts and is_rank():
@@ -75,7 +75,7 @@ def run(
         context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
-    with telling_how_to_go_on(arguments, recipes):
+    with printing_resume_command(arguments, recipes):
         _train(recipes, resume=resume, allow_changes=allow_changes)
 
 
@@ -123,14 +123,18 @@ def check(context: click.Context, words: tuple[str, ...]) -> None:
 @click.command("verify-resume")
 @click.argument("words", nargs=-1, required=True, metavar="RECIPE [KEY=VALUE]...")
 @click.option(
-    "--steps", type=click.IntRange(min=2), default=4, show_default=True, help="Steps of the loop; killed half way."
+    "--steps",
+    type=click.IntRange(min=2),
+    default=4,
+    show_default=True,
+    help="Steps of the run, which is killed halfway.",
 )
 @click.pass_context
 def verify_resume_command(context: click.Context, words: tuple[str, ...], steps: int) -> None:
-    """Find out whether RECIPE, killed and resumed, comes to the same as without a break, to the bit.
+    """Find out whether RECIPE, killed and resumed, gives bit-identical results to a run without a break.
 
-    Trains it three times for a few steps, in a temporary folder: its own run folder is left alone. Ends with exit code
-    1, and the largest difference and where it began, if it is not exact.
+    Trains it three times for a few steps, in a temporary folder; its own run folder is not touched. If the results
+    differ, prints the largest difference and where it began, and ends with exit code 1.
     """
     recipes = read_recipes(words)
     if len(recipes) > 1:

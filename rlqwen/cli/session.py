@@ -1,4 +1,4 @@
-"""What commands do before and after their own work: read recipes, quieten libraries, end cleanly, print."""
+"""Do what commands need before and after their own work: read recipes, silence libraries, end cleanly, print."""
 
 import logging
 import os
@@ -16,13 +16,13 @@ import click
 
 TERMINATED = 143
 RUN_AGAIN = 75
-"""EX_TEMPFAIL: a scheduler may start the command again, with --resume."""
+"""EX_TEMPFAIL: a scheduler may run the command again, with --resume."""
 _CAUSE_S = 15.0
-"""For a launcher to see which rank ended first."""
+"""Seconds for a launcher to see which rank ended first."""
 
 
 def read_recipes(words: tuple[str, ...]) -> list[Any]:
-    """Read recipes and overrides as they come from the command line; say what was warned of meanwhile."""
+    """Read recipes and overrides from the words of the command line; print the warnings meanwhile."""
     from rlqwen.config.recipe_yaml import load_recipes
 
     overrides = [word for word in words if "=" in word and not Path(word).is_file()]
@@ -37,10 +37,10 @@ def read_recipes(words: tuple[str, ...]) -> list[Any]:
 
 
 def prepare(*, resumable: bool = False) -> None:
-    """Prepare a command that loads models: end cleanly on SIGTERM, silence warnings that a user cannot act on.
+    """Prepare a command that loads models: end cleanly on SIGTERM, and silence warnings that users cannot act on.
 
-    `resumable`: the exit code says that the command may be run again, and SIGUSR1, which schedulers send ahead of the
-    end, means the same, as does SIGHUP, unless nohup has it ignored.
+    `resumable`: the exit code says that the command may be run again. SIGUSR1, which schedulers send ahead of the end,
+    means the same, as does SIGHUP unless nohup ignores it.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if resumable else (signal.SIGTERM,):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -56,7 +56,7 @@ def prepare(*, resumable: bool = False) -> None:
 
 
 def _one_line(otherwise: Callable[..., str]) -> Callable[..., str]:
-    """Format the warnings that rlqwen's own modules give without file, line and code; others as `otherwise` does."""
+    """Format warnings of rlqwen's own modules without file, line and code, and others with `otherwise`."""
     package = str(Path(__file__).parents[1]) + os.sep
 
     def format_warning(message: Any, category: type[Warning], filename: str, *rest: Any, **named: Any) -> str:
@@ -68,7 +68,8 @@ def _one_line(otherwise: Callable[..., str]) -> Callable[..., str]:
 
 
 class Interrupts:
-    """Remembers whether Ctrl-C came, which Python turns into a KeyboardInterrupt that libraries may turn into others."""
+    """Remember whether Ctrl-C came; Python raises KeyboardInterrupt for it, which libraries may turn into other
+    errors."""
 
     def __init__(self) -> None:
         self.came = False
@@ -90,18 +91,21 @@ class Interrupts:
 
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
-    """End by way of every `finally`, so that no worker outlives the run."""
+    """End through every `finally`, so that no worker outlives the run."""
     sys.exit(TERMINATED)
 
 
 def _end_resumable(signum: int, frame: Any) -> NoReturn:
-    """As `_terminate`; while it trains, a trainer takes the signals for itself and saves first."""
+    """End as `_terminate` does; while a trainer trains, it handles the signals itself and saves first."""
     sys.exit(RUN_AGAIN)
 
 
 def wait_for_cause(error: Exception) -> None:
-    """Let another rank's error be shown before this one, which only says that the other is gone: the launcher ends this
-    process meanwhile."""
+    """Wait before an error is shown that only says that another rank is gone, so that the other rank's error comes
+    first.
+
+    The launcher ends this process meanwhile.
+    """
     if "RANK" not in os.environ or "torch" not in sys.modules:
         return
     from rlqwen.distributed import is_loss_of_rank
@@ -111,7 +115,7 @@ def wait_for_cause(error: Exception) -> None:
 
 
 def console() -> Any:
-    """Standard output; wide where it is no terminal, so that a log or a pipe gets whole lines."""
+    """Return standard output; wide if it is not a terminal, so that a log or a pipe gets whole lines."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)

@@ -273,7 +273,7 @@ def test_a_stopped_run_does_not_offer_the_one_that_it_was_to_replace(
 
     monkeypatch.setattr(FakeTrainer, "train", stop)
     assert main(["run", "sft.yaml", "train.overwrite_output_dir=true"]) == 130
-    assert ("go on with" in capsys.readouterr().err) == moved
+    assert ("resume with" in capsys.readouterr().err) == moved
 
 
 def leave_a_run(folder: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_stopped_run_says_how_it_goes_on_in_the_users_own_words(recipes, fake_
     assert main(["run", "sft.yaml", "train.run_name=my run", "--allow-changes"]) == 130
     assert capsys.readouterr().err == (
         "rlqwen: Ctrl-C: saved after update 3\n"
-        "rlqwen: go on with: rlqwen run sft.yaml 'train.run_name=my run' --allow-changes --resume\n"
+        "rlqwen: resume with: rlqwen run sft.yaml 'train.run_name=my run' --allow-changes --resume\n"
     )
 
 

@@ -254,7 +254,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(start, words):
     run = start(SFT, *words, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     os.killpg(run.process.pid, signal.SIGINT)
-    run.expect(130, r"Ctrl-C: saved after update \d+\nrlqwen: go on with: rlqwen run recipe.yaml .*--resume\n")
+    run.expect(130, r"Ctrl-C: saved after update \d+\nrlqwen: resume with: rlqwen run recipe.yaml .*--resume\n")
     (checkpoint,) = (run.folder / "run" / "checkpoints").glob("step-*")
     reached = int(checkpoint.name.removeprefix("step-"))
     assert 5 <= reached < 400
