@@ -1,4 +1,4 @@
-"""Whether a model can be loaded, judged by its files alone; and what its config and tokenizer say."""
+"""Check from a model's files alone whether it can be loaded, and read its config and tokenizer."""
 
 import difflib
 import json
@@ -25,45 +25,47 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What the config of a model says."""
+    """What a model's config says."""
 
     path: str
-    """A folder, or a hub id."""
+    """A folder or a hub id."""
     options: dict[str, Any]
     """Arguments of every `from_pretrained`."""
     config: Any
-    """transformers' own, whole: of a model that sees images too, text and vision."""
+    """The whole config of transformers; for a model that also reads images, with text and vision part."""
     context: int
-    """Largest number of tokens that the model can attend to."""
+    """Most tokens that the model can attend to."""
     dtype: str
-    """Of the weights as saved: float32, bfloat16 or float16."""
+    """Dtype of the saved weights: float32, bfloat16 or float16."""
     num_bytes: int
-    """Of the weight files; 0 where unknown."""
+    """Size of the weight files in bytes; 0 if unknown."""
 
     @property
     def folder(self) -> Path | None:
-        """Where the model lies on this machine; None for one on the hub."""
+        """Return the model's folder on this machine; None if it is on the hub."""
         folder = Path(self.path).expanduser()
         return folder if folder.is_dir() else None
 
 
 @dataclass(frozen=True)
 class ModelFacts(ConfigFacts):
-    """What the rest of the checks needs to know of a model."""
+    """What the other checks need to know about a model."""
 
     tokenizer: "PreTrainedTokenizerBase"
 
 
 def check_model_path(path: str, key: str = "model.path") -> None:
-    """Raise ModelError unless `path`, the value of `key`, is a complete model folder, a built-in model, or may be a
-    hub id."""
+    """Raise ModelError unless `path` is a complete model folder, a built-in model, or perhaps a hub id.
+
+    `key`: the key whose value `path` is.
+    """
     missing = what_is_missing(path, key)
     if missing:
         raise _incomplete(Path(path).expanduser(), key, missing)
 
 
 def what_is_missing(path: str, key: str = "model.path") -> list[str]:
-    """Return what a folder without any weights lacks for a run, though its config can be checked; else nothing.
+    """Return what a folder without any weights lacks for a run, although its config can be checked; otherwise nothing.
 
     Raises ModelError as `check_model_path` does for anything else that is wrong, such as a missing shard.
     """
@@ -80,9 +82,9 @@ def what_is_missing(path: str, key: str = "model.path") -> list[str]:
 
 
 def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
-    """Read config and tokenizer of a complete model; None if it is on the hub and cannot be reached.
+    """Read config and tokenizer of a complete model; return None if it is on the hub and cannot be reached.
 
-    `scratch`: a folder where a built-in model is built. Raises ModelError for what is wrong with a local model.
+    `scratch`: a folder to build a built-in model in. Raises ModelError for faults of a local model.
     """
     check_model_path(model.path)
     facts = read_config(model, scratch)
@@ -90,10 +92,10 @@ def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
 
 
 def read_config(model: ModelConfig, scratch: Path) -> ConfigFacts | None:
-    """Read the config alone; None if the model is on the hub and cannot be reached.
+    """Read the config alone; return None if the model is on the hub and cannot be reached.
 
-    `scratch`: a folder where a built-in model is built. Raises ModelError for a local config that cannot be read, or of
-    a model that rlqwen does not compute.
+    `scratch`: a folder to build a built-in model in. Raises ModelError for a local config that cannot be read, or for a
+    model that rlqwen does not support.
     """
     from transformers import AutoConfig
 
@@ -119,9 +121,9 @@ def read_config(model: ModelConfig, scratch: Path) -> ConfigFacts | None:
 
 
 def read_tokenizer(facts: ConfigFacts) -> ModelFacts | None:
-    """Read the tokenizer of a model whose config was read; None if it is on the hub and cannot be reached.
+    """Read the tokenizer of a model whose config was read; return None if it is on the hub and cannot be reached.
 
-    Raises ModelError for a local one that cannot be read, or has tokens that the embedding lacks.
+    Raises ModelError for a local tokenizer that cannot be read, or that has tokens which the embedding lacks.
     """
     from transformers import AutoTokenizer
 
@@ -136,7 +138,8 @@ def read_tokenizer(facts: ConfigFacts) -> ModelFacts | None:
 
 
 def _is_on_hub(model_id: str, revision: str | None) -> bool:
-    """Ask the hub once, without its client's retries; False if it cannot be reached, and then only the cache is left."""
+    """Ask the hub once, without its client's retries; return False if it cannot be reached, so that only the cache is
+    left."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -153,7 +156,7 @@ def _is_on_hub(model_id: str, revision: str | None) -> bool:
 
 
 def _check_folder(folder: Path, key: str) -> list[str]:
-    """As `what_is_missing`, for a folder."""
+    """Return what `what_is_missing` does, for a folder."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{key} {str(folder)!r} holds an adapter without its base model; give the base model's folder, "
@@ -190,7 +193,8 @@ def _missing_shards(folder: Path) -> list[str]:
 
 
 def _may_be_hub_id(path: str) -> bool:
-    """`name` or `owner/name`, unless the first part is a folder here, which makes it a mistyped path."""
+    """Return whether a path has the form of a hub id, and does not begin with a folder here, which makes it a mistyped
+    path."""
     return _HUB_ID.fullmatch(path) is not None and not ("/" in path and Path(path.partition("/")[0]).is_dir())
 
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it ends with, and how quickly."""
+"""Test the command line: what it prints, its exit codes, and its speed."""
 
 import json
 import os
@@ -44,7 +44,7 @@ output_dir: runs/grpo
 
 @pytest.fixture
 def recipes(tiny_model_path, tmp_path, monkeypatch) -> Path:
-    """A working directory with sft.yaml and grpo.yaml on a tiny model."""
+    """Make a working directory with sft.yaml and grpo.yaml on a tiny model."""
     monkeypatch.chdir(tmp_path)
     # The command line's own SIGTERM handler and environment must not outlive a test.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -56,7 +56,7 @@ def recipes(tiny_model_path, tmp_path, monkeypatch) -> Path:
 
 
 class FakeTrainer:
-    """Stands in for a trainer to test what happens around one; logs two steps and writes a summary."""
+    """Replace a trainer to test what happens around one; log two steps and write a summary."""
 
     def __init__(self, recipe):
         self.recipe = recipe
@@ -138,7 +138,7 @@ def test_an_empty_list_is_a_plain_sentence(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("No rollout engines are registered: ")
 
 
-def test_a_claimed_twice_reward_is_shown_as_unusable(capsys, monkeypatch):
+def test_a_reward_that_two_packages_register_is_listed_as_unusable(capsys, monkeypatch):
     from rlqwen.plugins.registry import PluginEntry
 
     entry = PluginEntry("accuracy", "a:b", "alpha", "1", conflict="registered by more than one package: alpha, beta")
@@ -199,7 +199,7 @@ def test_check_prints_what_it_found_and_ends_with_2_if_anything_is_wrong(recipes
 # Run
 
 
-def test_run_trains_for_real_and_shows_figures_and_files(recipes, capsys):
+def test_run_trains_and_shows_metrics_and_files(recipes, capsys):
     assert main(["run", "sft.yaml", "train.disable_tqdm=true"]) == 0
     printed = capsys.readouterr().out
     for part in ("8 sequences per update", "step 1/2", "step 2/2", "perplexity", "runs/sft/final/", "rlqwen run GRPO"):
@@ -226,7 +226,7 @@ def test_one_run_leaves_nothing_in_the_parent(recipes, fake_trainers):
     assert [path.name for path in Path("runs").iterdir()] == ["grpo"]
 
 
-def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_it_begins(recipes, fake_trainers):
+def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_the_first_stage(recipes, fake_trainers):
     Path("runs/grpo/final").mkdir(parents=True)
     with pytest.raises(ConfigError, match="'runs/grpo' holds a run already"):
         pipeline.run_pipeline(load_recipes(["sft.yaml", "grpo.yaml"]), print)
@@ -259,7 +259,7 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_a_stopped_run_does_not_offer_the_one_that_it_was_to_replace(
+def test_a_stopped_run_does_not_offer_to_resume_the_run_it_was_to_replace(
     recipes, fake_trainers, monkeypatch, capsys, moved
 ):
     folder = Path("runs/sft")
@@ -283,7 +283,9 @@ def leave_a_run(folder: Path) -> None:
     (folder / "checkpoints" / "step-000009").mkdir(parents=True)
 
 
-def test_a_stopped_run_says_how_it_goes_on_in_the_users_own_words(recipes, fake_trainers, monkeypatch, capsys):
+def test_a_stopped_run_prints_its_resume_command_with_the_users_own_arguments(
+    recipes, fake_trainers, monkeypatch, capsys
+):
     def stop(trainer):
         (trainer.output_dir / "checkpoints" / "step-000003").mkdir(parents=True)
         raise Interrupted("Ctrl-C: saved after update 3")
@@ -296,8 +298,8 @@ def test_a_stopped_run_says_how_it_goes_on_in_the_users_own_words(recipes, fake_
     )
 
 
-def test_what_is_loaded_is_said_before_torch_is_imported(recipes):
-    """The first line comes from a process that has not imported it yet, and is there before that takes its seconds."""
+def test_run_says_what_it_loads_before_torch_is_imported(recipes):
+    """The first line comes from a process that has not imported torch yet, before the import takes its seconds."""
     program = (
         "import sys\n"
         "from rlqwen.cli import main, run_commands\n"
@@ -313,8 +315,8 @@ def test_what_is_loaded_is_said_before_torch_is_imported(recipes):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
-def test_a_signal_ends_the_run_by_way_of_its_cleanup(recipes, number, code):
-    """A stand-in trainer waits in a process of its own; its `finally` must run."""
+def test_a_signal_ends_the_run_through_its_cleanup(recipes, number, code):
+    """A fake trainer waits in a process of its own; its `finally` must run."""
     program = (
         "import signal, sys, time, types, pathlib\n"
         # A shell that runs the tests in the background leaves SIGINT ignored.
@@ -381,7 +383,7 @@ def test_eval_prints_one_json_object_and_nothing_else(recipes, tiny_model_path, 
 
 
 @pytest.mark.fault("Ctrl-C in the middle of an import, which makes another error of it", "exit code 130 and one line")
-def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(recipes, monkeypatch, capsys):
+def test_an_interrupt_that_surfaces_as_another_error_is_reported_as_an_interrupt(recipes, monkeypatch, capsys):
     def import_something(words):
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -399,7 +401,7 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(recipes, m
     assert capsys.readouterr().err == "rlqwen: interrupted\n"
 
 
-def test_warnings_of_rlqwen_are_lines_without_file_and_code():
+def test_warnings_of_rlqwen_are_printed_without_file_and_code():
     format_warning = session._one_line(lambda message, category, filename, *rest: f"{filename}: {message}\n")
     own = str(Path(session.__file__).parents[1] / "rollout" / "engine.py")
     assert format_warning(UserWarning("workers compute in bfloat16"), UserWarning, own, 1, None) == (

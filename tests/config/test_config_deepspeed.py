@@ -34,7 +34,7 @@ def schedule(kind, **params):
     return {"scheduler": {"type": kind, "params": params}}
 
 
-def test_auto_is_filled_in():
+def test_auto_values_are_filled_in_from_the_config():
     args = SFTConfig(deepspeed=AUTO, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     assert args.bf16
     assert (args.parallel.zero_stage, args.parallel.offload_optimizer) == (2, True)
@@ -45,7 +45,7 @@ def test_auto_is_filled_in():
     assert config["bf16"]["enabled"]
 
 
-def test_what_a_file_gives_is_adopted(tmp_path):
+def test_values_of_a_ds_config_file_are_adopted(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(GIVEN))
     args = GRPOConfig(parallel={"deepspeed": str(tmp_path / "ds.json")}, num_generations=8)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
@@ -80,12 +80,12 @@ def test_what_a_file_gives_is_adopted(tmp_path):
         ({}, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "do not divide"),
     ],
 )
-def test_contradictions_are_refused_by_name(ours, theirs, named):
+def test_contradictions_name_both_keys(ours, theirs, named):
     with pytest.raises(ConfigError, match=named):
         SFTConfig(deepspeed=theirs, **ours)
 
 
-def test_a_batch_that_the_ranks_do_not_make_and_a_stray_auto_are_refused():
+def test_a_batch_that_does_not_divide_by_the_ranks_and_a_stray_auto_are_refused():
     args = SFTConfig(deepspeed={"train_batch_size": 8}, per_device_train_batch_size=2)
     with pytest.raises(ConfigError, match="train_batch_size of the ds_config is 8, but the batch is 16"):
         complete_ds_config(args, data_size=2, hidden_size=8, dtype="fp32")
@@ -94,14 +94,14 @@ def test_a_batch_that_the_ranks_do_not_make_and_a_stray_auto_are_refused():
         complete_ds_config(args, data_size=1, hidden_size=8, dtype="fp32")
 
 
-def test_there_must_be_something_to_offload():
+def test_offloading_needs_a_stage_that_shards_it():
     with pytest.raises(ConfigError, match="needs zero_stage 1, 2 or 3"):
         SFTConfig(parallel={"offload_optimizer": True})
     with pytest.raises(ConfigError, match="needs zero_stage 3"):
         SFTConfig(parallel={"zero_stage": 2, "offload_parameters": True})
 
 
-def test_the_scale_of_the_loss_halves_at_once_and_doubles_in_time():
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window():
     scale = LossScale(True, {"initial_scale_power": 3, "loss_scale_window": 2})
     scale.update(overflow=True)
     assert scale.value == 4
@@ -115,7 +115,7 @@ def test_the_scale_of_the_loss_halves_at_once_and_doubles_in_time():
     assert LossScale(True, {"loss_scale": 128}).value == 128
 
 
-def test_overflows_are_counted_before_the_scale_halves():
+def test_hysteresis_delays_the_halving_of_the_loss_scale():
     """DeepSpeed's `hysteresis`: counted anew after a doubling, or with `consecutive_hysteresis` after every update."""
     for consecutive, values in ((False, [8, 8, 4]), (True, [8, 8, 8])):
         scale = LossScale(True, {"initial_scale_power": 3, "hysteresis": 2, "consecutive_hysteresis": consecutive})
@@ -142,7 +142,7 @@ def test_overflows_are_counted_before_the_scale_halves():
         ),
     ],
 )
-def test_a_scheduler_has_deepspeed_s_rates(kind, params):
+def test_learning_rates_equal_those_of_deepspeeds_scheduler(kind, params):
     """DeepSpeed's own class, stepped; a second part's rates keep their proportion to the first's."""
     args = SFTConfig(deepspeed=schedule(kind, **params), **{} if "warmup_max_lr" in params else {"learning_rate": 1e-3})
     theirs = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -158,7 +158,7 @@ def test_a_scheduler_has_deepspeed_s_rates(kind, params):
         ours_schedule.step()
 
 
-def test_auto_of_a_scheduler_comes_from_the_run():
+def test_auto_values_of_a_scheduler_come_from_the_run():
     auto = schedule("WarmupDecayLR", warmup_min_lr="auto", warmup_max_lr="auto", warmup_num_steps="auto",
                     total_num_steps="auto")  # fmt: skip
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -171,7 +171,7 @@ def test_auto_of_a_scheduler_comes_from_the_run():
     assert rates == pytest.approx([0.0, 1.0, 1.0, 0.5, 0.0])
 
 
-def test_every_key_is_honoured_or_named():
+def test_every_key_has_an_effect_or_is_named():
     given = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1,
                                                   "fused": True, "torch_adam": True}},
@@ -196,7 +196,7 @@ def test_every_key_is_honoured_or_named():
     assert SFTConfig().parallel.unused_note() is None
 
 
-def test_a_batch_that_the_ranks_do_not_make_is_refused_without_an_engine_too():
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_without_an_engine_too():
     args = SFTConfig(deepspeed={"train_batch_size": 8}, per_device_train_batch_size=2)
     part = ParameterGroup("policy", [torch.nn.Parameter(torch.zeros(1))], 1.0)
     two = SimpleNamespace(data_size=2)  # ranks that the config was not made for
@@ -204,7 +204,7 @@ def test_a_batch_that_the_ranks_do_not_make_is_refused_without_an_engine_too():
         build_optimizer_step([part], args, total_updates=1, ranks=two)
 
 
-def test_check_and_run_name_what_they_do_not_use(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_check_and_run_name_unused_ds_config_keys(tiny_model_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     recipe = {

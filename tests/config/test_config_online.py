@@ -27,7 +27,7 @@ def test_generation_kwargs_reach_the_sampler() -> None:
     assert (args.temperature, args.max_completion_length) == (0.6, 99)  # what training computes with
 
 
-def test_transformers_names_and_text_are_taken() -> None:
+def test_generation_kwargs_accept_transformers_names_and_json_text() -> None:
     args = GRPOConfig(generation_kwargs='{"stop_strings": ["a", "b"], "eos_token_id": 9, "min_new_tokens": 1}')
     assert args.generation_kwargs.stop == ["a", "b"]
     assert args.generation_kwargs.stop_token_ids == [9]
@@ -63,13 +63,13 @@ def test_transformers_names_and_text_are_taken() -> None:
         ({"rollout": {"max_staleness": 1}, "repetition_penalty": 1.1}, "repetition_penalty shapes the sampler's"),
     ],
 )
-def test_what_cannot_be_had_is_refused_by_name(options: dict, message: str) -> None:
+def test_unsupported_generation_settings_are_refused_by_name(options: dict, message: str) -> None:
     for kind in (GRPOConfig, PPOConfig):
         with pytest.raises(ConfigError, match=message):
             kind(**options)
 
 
-def test_trls_arguments_are_mapped_or_change_nothing() -> None:
+def test_trls_vllm_arguments_are_mapped_or_change_nothing() -> None:
     args = GRPOConfig(
         use_vllm=True, vllm_mode="colocate", vllm_model_impl="vllm", vllm_gpu_memory_utilization=0.3,
         vllm_max_model_length=1024, vllm_tensor_parallel_size=2, vllm_enable_sleep_mode=False,
@@ -94,7 +94,7 @@ def test_every_argument_of_trl_about_vllm_is_known() -> None:
                 assert "unknown key" not in str(caught.value)
 
 
-def test_what_the_trainer_can_compare_with() -> None:
+def test_settings_that_the_trainer_cannot_reproduce_turn_the_correction_off() -> None:
     assert GRPOConfig().truncation is None
     assert GRPOConfig(top_p=0.9, min_p=0.1).truncation == Truncation(top_p=0.9, min_p=0.1)
     assert GRPOConfig(top_k=5).uncomparable is None

@@ -1,4 +1,4 @@
-"""Recipes: YAML, overrides, names, and the way back."""
+"""Test reading recipes: YAML, overrides, names, and writing them back."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_every_shipped_recipe_parses_and_round_trips(recipe, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == loaded
 
 
-def test_shipped_recipes_hold_the_quickstart():
+def test_shipped_recipes_include_the_quickstart():
     assert {"quickstart_sft", "quickstart_grpo"} <= {recipe.name for recipe in list_recipes()}
 
 
@@ -84,8 +84,8 @@ def test_resolved_recipe_keeps_sections_at_the_top_and_fills_defaults(grpo, tmp_
     assert text.count("output_dir: runs/grpo") == 1
 
 
-def test_weights_that_were_not_given_stay_so(grpo, tmp_path):
-    """Given weights make a mixture by shares; sources without any are joined whole."""
+def test_unset_source_weights_stay_unset_in_the_resolved_recipe(grpo, tmp_path):
+    """Weights make a mixture by shares, but sources without any are used whole."""
     write_resolved(load_recipe(grpo), tmp_path / "out.yaml")
     sources = load_recipe(tmp_path / "out.yaml").data.train
     assert [source.weight for source in sources] == [2.0, None]
@@ -95,7 +95,7 @@ def test_weights_that_were_not_given_stay_so(grpo, tmp_path):
     ("text", "value"),
     [("1e-4", 1e-4), ("1E5", 1e5), ("3.5e-2", 0.035), ("2.5", 2.5), ("-.5e1", -5.0)],
 )
-def test_floats_without_a_point_are_numbers_in_overrides_and_files(sft, text, value):
+def test_floats_without_a_decimal_point_are_numbers_in_overrides_and_files(sft, text, value):
     override = load_recipe(sft, [f"data.train.args={{x: {text}}}"])
     assert override.data.train.args == {"x": value}
     edited(sft, "path: rows.jsonl", f"path: rows.jsonl, args: {{x: {text}}}")
@@ -121,7 +121,7 @@ def test_overrides_reach_nested_keys_list_items_and_null(grpo):
     assert recipe.train.rollout.num_workers == 1
 
 
-def test_an_unquoted_no_means_never(sft):
+def test_an_unquoted_no_is_the_strategy_no(sft):
     assert load_recipe(sft, ["train.save_strategy=no"]).train.save_strategy == "no"
 
 
@@ -186,7 +186,7 @@ def test_a_duplicate_key_is_refused_with_both_lines(sft):
 @pytest.mark.parametrize(
     ("text", "found"), [("", "an empty file"), ("- a", "a list"), ("? [a]\n: b", "cannot be a key")]
 )
-def test_what_is_no_mapping_is_refused(tmp_path, text, found):
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path, text, found):
     path = tmp_path / "x.yaml"
     path.write_text(text)
     assert found in message_of(path)
@@ -218,14 +218,14 @@ def test_copy_goes_into_a_folder_or_a_file_and_never_overwrites(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
-def test_a_copy_overwrites_no_run(recipe, tmp_path):
+def test_a_copied_recipe_does_not_overwrite_runs(recipe, tmp_path):
     copied = load_recipe(copy_recipe(recipe.name, tmp_path))
     assert not copied.train.overwrite_output_dir
     shipped = load_recipe(recipe.name)
     assert copied.train.model_copy(update={"overwrite_output_dir": shipped.train.overwrite_output_dir}) == shipped.train
 
 
-def test_where_a_pipeline_begins_is_not_where_its_later_stages_do(tmp_path: Path) -> None:
+def test_an_override_of_the_model_path_does_not_reach_later_stages(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     data = "data: {train: {generator: arithmetic}}"
     first.write_text(f"algorithm: sft\nmodel: {{path: a}}\n{data}\noutput_dir: runs/one\n")
@@ -239,7 +239,7 @@ def test_where_a_pipeline_begins_is_not_where_its_later_stages_do(tmp_path: Path
     assert load_recipe(second, ["model.path=c"]).model.path == "c"
 
 
-def test_a_run_folder_in_the_wrong_place_is_not_lost_in_silence(sft):
+def test_a_run_folder_under_train_is_refused_unless_it_is_the_same(sft):
     with pytest.raises(ConfigError, match=r"give output_dir=elsewhere instead"):
         load_recipe(sft, ["train.output_dir=elsewhere"])
     same = load_recipe(sft).output_dir

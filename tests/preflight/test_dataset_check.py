@@ -1,4 +1,4 @@
-"""`rlqwen data check` and `rlqwen data show`: what they find and print, and what they end with."""
+"""Test `rlqwen data check` and `rlqwen data show`: findings, output and exit codes."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working directory; the command line's own SIGTERM handler and environment must not outlive a test."""
+    """Make a working directory; the command line's SIGTERM handler and environment must not outlive a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     handler = signal.getsignal(signal.SIGTERM)
@@ -58,7 +58,7 @@ BLOCK = "<think>\n\n</think>\n\n"
 # Check
 
 
-def test_turns_tokens_and_lengths_of_conversations(capsys):
+def test_messages_tokens_and_lengths_of_conversations_are_counted(capsys):
     found = check(capsys, write("rows.jsonl", [chat("1", "2"), chat("3", "44")]))
     (part,) = found["parts"]
     assert (found["kind"], found["model"], found["num_faults"]) == ("sft", "builtin:tiny-qwen3", 0)
@@ -71,7 +71,7 @@ def test_turns_tokens_and_lengths_of_conversations(capsys):
     assert "almost one a byte: give --model" in found["warnings"][0]
 
 
-def test_what_is_cut_dropped_and_without_an_end_is_counted_and_named(capsys):
+def test_truncated_dropped_and_unended_rows_are_counted_and_named(capsys):
     rows = [chat("1", "2"), chat("1", "2" * 9), {"messages": [{"role": "user", "content": "1"}]}, chat("1" * 20, "2")]
     found = check(capsys, write("rows.jsonl", rows), "--max-length", "18")
     (part,) = found["parts"]
@@ -92,7 +92,7 @@ def test_rows_that_never_end_are_a_fault(capsys):
     assert "no row has its end token '<|im_end|>' in the loss" in text
 
 
-def test_faulty_pairs_are_all_found_and_named_and_the_others_looked_at(capsys):
+def test_all_faulty_pairs_are_named_and_the_others_are_still_checked(capsys):
     odd = {"chosen": chat("a", "1")["messages"], "rejected": chat("b", "2")["messages"]}
     rows = [pair("q", "1", "2"), pair("q", "1", "1"), odd, {"prompt": "q", "chosen": "1"}, pair("q", "1", "<|im_end|>")]
     found = check(capsys, write("rows.jsonl", rows), code=2)
@@ -108,7 +108,7 @@ def test_faulty_pairs_are_all_found_and_named_and_the_others_looked_at(capsys):
     assert "pairs whose answers are equal, hence teach nothing, were left out: line 2" in text
 
 
-def test_a_broken_line_and_a_column_map(capsys):
+def test_a_broken_line_is_a_fault_and_mapped_columns_are_read(capsys):
     write("rows.jsonl", [{"q": "a", "good": "1", "bad": "2"}])
     with Path("rows.jsonl").open("a") as file:
         file.write("{broken\n")
@@ -121,7 +121,7 @@ def test_a_broken_line_and_a_column_map(capsys):
     assert "a row must be a JSON object" in capsys.readouterr().err
 
 
-def test_equal_and_near_rows_are_grouped(capsys):
+def test_exact_and_near_duplicates_are_grouped(capsys):
     near = LONG.replace("river", "lake")
     rows = [chat(LONG, "1"), chat("x", "1"), chat(LONG, "1"), chat(near, "1"), chat("x", "2")]
     found = check(capsys, write("rows.jsonl", rows))
@@ -134,7 +134,7 @@ def test_equal_and_near_rows_are_grouped(capsys):
     assert "near" not in printed(capsys, "check", "rows.jsonl", "--near", "0")
 
 
-def test_overlap_is_of_what_is_asked_whatever_the_answer(capsys):
+def test_overlap_compares_prompts_whatever_the_answers(capsys):
     train = write("train.jsonl", [chat("a", "1"), chat(LONG, "2"), chat("b", "3")])
     held_out = write("eval.jsonl", [chat("new", "4"), chat("b", "other"), chat(LONG.replace("river", "lake"), "5")])
     found = check(capsys, train, "--eval", held_out)
@@ -161,7 +161,7 @@ def test_the_kind_is_guessed_from_the_rows(capsys, row, kind, turns):
     assert (found["kind"], found["parts"][0]["turns"]) == (kind, turns)
 
 
-def test_a_kind_that_is_given_holds(capsys):
+def test_a_given_kind_overrides_the_guess(capsys):
     write("rows.jsonl", [pair("q", "1", "2")])
     assert check(capsys, "rows.jsonl", "--kind", "labelled")["parts"][0]["tokens"]["num_kept"] == 1
     found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
@@ -171,7 +171,7 @@ def test_a_kind_that_is_given_holds(capsys):
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"It is #### {2 * i}"} for i in range(40)]
 
 
-def test_unmapped_columns_are_said_first_with_the_map_to_paste_and_nothing_else_is_made_of_them(capsys):
+def test_unmapped_columns_are_reported_with_the_map_to_paste_and_nothing_else_is_checked(capsys):
     files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
     found = check(capsys, *files, code=2)
     assert (found["kind"], found["num_faults"], found["exact_overlap"]) == ("unmapped", 2, [])
@@ -195,7 +195,7 @@ def test_unmapped_columns_are_said_first_with_the_map_to_paste_and_nothing_else_
         (["prompt=question", "solution=answer"], "prompts", {"text": 30}),
     ],
 )
-def test_the_offered_map_is_the_one_that_helps(capsys, columns, kind, turns):
+def test_the_suggested_column_map_works(capsys, columns, kind, turns):
     files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
     found = check(capsys, *files, *(word for column in columns for word in ("--column", column)))
     assert (found["kind"], found["parts"][0]["turns"], found["num_faults"]) == (kind, turns, 0)
@@ -221,11 +221,11 @@ def test_the_offered_map_is_the_one_that_helps(capsys, columns, kind, turns):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
-def test_columns_of_well_known_data_are_offered_a_map(row, mapping):
+def test_a_column_map_is_suggested_for_well_known_data(row, mapping):
     assert mapping in offer(row)
 
 
-def test_rows_that_fail_alike_are_one_line_and_no_duplicates_of_each_other(capsys):
+def test_rows_with_the_same_fault_are_one_line_and_not_duplicates(capsys):
     write("rows.jsonl", [{"prompt": f"{i}"} for i in range(30)] + [{"prompt": "1", "completion": "2"}] * 9)
     found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
     (part,) = found["parts"]
@@ -235,14 +235,14 @@ def test_rows_that_fail_alike_are_one_line_and_no_duplicates_of_each_other(capsy
     assert "line 31 = line 32 = line 33 = line 34 = line 35 and 4 more" in text
 
 
-def test_files_of_a_folder_are_told_apart(capsys):
+def test_files_of_a_folder_are_named_so_that_they_differ(capsys):
     for name in ("a/train.jsonl", "b/train.jsonl"):
         Path(name).parent.mkdir()
         write(name, [{"prompt": "1"}])
     assert check(capsys, ".")["parts"][0]["exact_duplicates"] == [["a/train.jsonl, line 1", "b/train.jsonl, line 1"]]
 
 
-def test_a_folder_with_a_tokenizer_alone_is_a_model_for_this(capsys):
+def test_a_folder_with_only_a_tokenizer_is_enough_for_data_check(capsys):
     from rlqwen.models.tiny import build_tokenizer
 
     build_tokenizer().save_pretrained("tokenizer")
@@ -259,7 +259,7 @@ output_dir: runs/x
 """
 
 
-def test_a_recipe_says_model_masks_and_lengths_and_is_cleaned_first(capsys):
+def test_a_recipe_sets_model_masks_and_lengths_and_its_cleaning_runs_first(capsys):
     write("train.jsonl", [chat("1", "2" * 9), chat("1", "3"), chat("1", "3")])
     write("eval.jsonl", [chat("1", "4")])
     Path("x.yaml").write_text(RECIPE.format(algorithm="sft", model="builtin:tiny-qwen3", cleaning=""))
@@ -277,7 +277,7 @@ def test_a_recipe_says_model_masks_and_lengths_and_is_cleaned_first(capsys):
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "reward"])
-def test_recipes_of_preferences(capsys, algorithm):
+def test_preference_recipes_are_checked_with_their_own_truncation(capsys, algorithm):
     write("train.jsonl", [pair("1", "2", "3"), pair("1", "2", "3" * 20)])
     write("eval.jsonl", [pair("2", "2", "3")])
     recipe = RECIPE.format(algorithm=algorithm, model="builtin:tiny-qwen3", cleaning="")
@@ -289,7 +289,7 @@ def test_recipes_of_preferences(capsys, algorithm):
     assert found["parts"][0]["fates"] == fate[algorithm]
 
 
-def test_a_packaged_recipe_of_prompts(capsys):
+def test_a_packaged_recipe_of_prompts_is_checked(capsys):
     found = check(capsys, "quickstart_grpo", "--near", "0")
     assert (found["kind"], found["exact_overlap"]) == ("prompts", [])
     assert found["parts"][1]["turns"] == {"user": found["parts"][1]["num_rows"]}
@@ -308,7 +308,7 @@ def test_a_packaged_recipe_of_prompts(capsys):
         (["show", "rows.jsonl", "--kind", "dpo"], "Invalid value for '--kind'"),
     ],
 )
-def test_wrong_words_end_with_2_and_one_message(capsys, words, message):
+def test_wrong_arguments_end_with_exit_code_2_and_one_message(capsys, words, message):
     write("rows.jsonl", [chat("1", "2")])
     assert main(["data", *words]) == 2
     error = capsys.readouterr().err
@@ -316,7 +316,7 @@ def test_wrong_words_end_with_2_and_one_message(capsys, words, message):
     assert "Traceback" not in error
 
 
-def test_pairs_of_whole_conversations(capsys):
+def test_pairs_of_whole_conversations_are_checked(capsys):
     (part,) = check(capsys, str(SAMPLES / "pairs.json"))["parts"]
     assert part["turns"] == {"assistant": 30, "user": 17, "system": 2}
     assert (part["num_rows"], part["tokens"]["num_kept"], part["tokens"]["eos_in_loss"]) == (13, 13, 1.0)
@@ -326,7 +326,7 @@ def test_pairs_of_whole_conversations(capsys):
 # Show
 
 
-def test_rows_show_what_is_learned_in_brackets_and_special_tokens(capsys):
+def test_show_marks_tokens_in_the_loss_with_brackets_and_keeps_special_tokens(capsys):
     write("rows.jsonl", [chat("hé 世界", "é"), chat("1", "2")])
     text = printed(capsys, "show", "rows.jsonl", "-n", "1")
     assert text == (
@@ -337,7 +337,7 @@ def test_rows_show_what_is_learned_in_brackets_and_special_tokens(capsys):
     assert "row 1, sft  rows.jsonl, line 2" in printed(capsys, "show", "rows.jsonl", "--row", "1")
 
 
-def test_colour_takes_the_place_of_brackets():
+def test_color_replaces_brackets():
     write("rows.jsonl", [chat("1", "2")])
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", _environ={})
@@ -348,7 +348,7 @@ def test_colour_takes_the_place_of_brackets():
     assert "⟦" not in text
 
 
-def test_pairs_prompts_and_labels_show_their_segments(capsys):
+def test_show_splits_pairs_prompts_and_labeled_rows_into_segments(capsys):
     text = printed(capsys, "show", write("rows.jsonl", [pair("q", "1", "2"), pair("q", "1", "1")]))
     prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     sides = ("chosen", "1"), ("rejected", "2")
@@ -363,14 +363,14 @@ def test_pairs_prompts_and_labels_show_their_segments(capsys):
     assert text.endswith(f"-- prompt: 9 tokens\n{prompt}\n\n")
 
 
-def test_a_faulty_row_is_shown_for_what_it_is(capsys):
+def test_show_prints_the_fault_of_a_faulty_row(capsys):
     write("rows.jsonl", [pair("q", "1", "2"), {"prompt": "q", "chosen": "1", "rejected": 3}, {"prompt": "q"}])
     text = printed(capsys, "show", "rows.jsonl", code=2)
     assert "wrong  rows.jsonl, line 2: column 'rejected' must be a list of turns, not 3" in text
     assert "row 2, preference  rows.jsonl, line 3\nwrong  no 'chosen' answer" in text
 
 
-def test_a_row_that_is_cut_shows_what_is_left(capsys):
+def test_show_prints_what_is_left_of_a_truncated_row(capsys):
     write("rows.jsonl", [chat("1", "2" * 9)])
     text = printed(capsys, "show", "rows.jsonl", "--max-length", "15")
     assert text.startswith("row 0, sft, cut to length")

@@ -81,12 +81,12 @@ def tiny_tokenizer(kind: str) -> Path:
     return folder
 
 
-def test_every_config_has_a_published_number():
+def test_every_config_has_a_published_parameter_count():
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_of_the_published_weights(name):
+def test_parameter_counts_equal_those_of_published_weights(name):
     config = config_of(name)
     counts = count_parameters(config, meta_model(config))
     assert counts.total + sum(counts.carried.values()) == PUBLISHED[name]
@@ -97,7 +97,7 @@ def test_parameters_are_those_of_the_published_weights(name):
 
 
 @pytest.mark.parametrize("kind", ["qwen3.5", "qwen3.5-moe", "qwen3-next", "qwen3-moe"])
-def test_parameters_are_those_of_the_files(kind, tmp_path):
+def test_parameter_counts_equal_those_of_the_weight_files(kind, tmp_path):
     folder = Path(resolve_model_path(f"builtin:tiny-{kind}", tmp_path))
     stored = 0
     for file in folder.glob("*.safetensors"):
@@ -110,7 +110,7 @@ def test_parameters_are_those_of_the_files(kind, tmp_path):
         assert count_parameters(config, meta_model(config)) == counts
 
 
-def test_the_text_of_a_class_that_sees_images_too_is_counted_apart():
+def test_the_text_part_of_a_vision_model_is_counted_separately():
     config = Qwen3VLConfig(text_config={"num_hidden_layers": 2}, vision_config={"depth": 2})
     model = meta_model(config)
     counts = count_parameters(config, model)
@@ -119,14 +119,14 @@ def test_the_text_of_a_class_that_sees_images_too_is_counted_apart():
     assert set(counts.parts) == {"embedding", "attention", "MLP", "norms", "head"}
 
 
-def test_a_model_with_a_scalar_head_has_one_row_of_it():
+def test_a_scalar_head_counts_as_one_row():
     config = config_of("Qwen3.5-9B")
     counts = count_parameters(config, meta_model(config, scalar=True))
     assert counts.parts["head"] == 4096
     assert counts.carried == count_parameters(config, meta_model(config)).carried
 
 
-def test_trained_parameters_are_told_for_each_target():
+def test_trained_parameters_are_reported_per_target():
     model = meta_model(config_of("Qwen3.6-35B-A3B"))
     targets = ["q_proj", "in_proj_qkv", "out_proj", "experts", "shared_expert.down_proj"]
     trained, notes = trained_parameters(model, LoraSettings(r=8, target_modules=targets))
@@ -157,7 +157,7 @@ def sft_recipe(path: Path, folder: Path, **changes: object) -> Recipe:
     return Recipe.parse(values | changes)
 
 
-def test_a_folder_without_weights_is_checked_and_not_run(tmp_path):
+def test_a_folder_without_weights_can_be_checked_but_not_run(tmp_path):
     recipe = sft_recipe(folder_of("Qwen3.5-397B-A17B", tmp_path / "model"), tmp_path)
     report = check_recipe(recipe)
     assert report.faults == []
@@ -175,7 +175,7 @@ def test_a_folder_without_weights_is_checked_and_not_run(tmp_path):
         check_before_run([recipe])
 
 
-def test_a_config_alone_is_checked_as_far_as_it_goes(tmp_path):
+def test_a_config_alone_is_checked_as_far_as_possible(tmp_path):
     model = folder_of("Qwen3-Next-80B-A3B", tmp_path / "model", tokenizer=False)
     report = check_recipe(sft_recipe(model, tmp_path))
     assert report.faults == []
@@ -199,7 +199,7 @@ def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path):
     assert facts["memory"].startswith("54.1 GB: frozen weights in bfloat16 53.8 GB, adapters")
 
 
-def test_thinking_is_told_as_the_template_has_it(tmp_path):
+def test_thinking_is_reported_as_the_template_sets_it(tmp_path):
     told = {}
     for name, options in (("Qwen3.5-4B", {}), ("Qwen3.5-9B", {"enable_thinking": False}), ("Qwen3-8B", {})):
         recipe = Recipe.parse(
@@ -247,7 +247,7 @@ def test_every_shipped_recipe_fits_the_config_of_its_model(recipe, tmp_path, mon
     assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]
 
 
-def test_memory_counts_the_critic_the_reference_and_what_is_quantised(tmp_path, monkeypatch):
+def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("rlqwen.preflight.recipe_check.require_bitsandbytes", lambda key: None)
     model = folder_of("Qwen2.5-7B", tmp_path / "model")
     online = {
@@ -292,7 +292,7 @@ def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_pa
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_the_dtype_that_vllm_needs_of_delta_net_layers_is_told(tmp_path, monkeypatch):
+def test_the_dtype_that_vllm_needs_for_delta_net_layers_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("rlqwen.rollout.resources._count_gpus", lambda: 0.0)
     online = {
         "algorithm": "grpo",

@@ -57,7 +57,7 @@ def the_fault(report) -> Exception:
 # Arithmetic
 
 
-def test_grpo_arithmetic_is_one_line_from_prompts_to_updates():
+def test_the_grpo_batch_plan_is_one_line_from_prompts_to_updates():
     plan = plan_batch(
         GRPOConfig(
             per_device_train_batch_size=16, gradient_accumulation_steps=2, generation_batch_size=64, num_iterations=2
@@ -85,7 +85,7 @@ def test_ranks_multiply_the_update():
     assert plan.text.startswith("8 sequences per update = 4 per micro-batch x 1 accumulated x 2 ranks")
 
 
-def test_a_batch_that_ranks_leave_uneven_is_refused(monkeypatch):
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(monkeypatch):
     config = GRPOConfig(per_device_train_batch_size=8, generation_batch_size=16)
     with pytest.raises(ConfigError, match=r"16 completions per rollout do not divide into updates of 24 .* x 3 ranks"):
         plan_batch(config, 20, num_ranks=3)
@@ -95,7 +95,7 @@ def test_a_batch_that_ranks_leave_uneven_is_refused(monkeypatch):
     assert GRPOConfig(per_device_train_batch_size=4).completions_per_rollout(2) == 8
 
 
-def test_sft_arithmetic_counts_sequences_and_honours_max_steps():
+def test_the_sft_batch_plan_counts_sequences_and_applies_max_steps():
     plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), num_rows=10)
     assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (4, 1, 5)
     assert plan.text == (
@@ -162,7 +162,7 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
         check_model_path("nowhere/near/final")
 
 
-def test_a_hub_id_is_refused_where_the_hub_knows_it_not_and_only_warned_of_where_it_is_silent(tmp_path, monkeypatch):
+def test_an_unknown_hub_id_is_refused_but_only_warned_about_if_the_hub_is_unreachable(tmp_path, monkeypatch):
     recipe = recipe_of("nobody/nothing-of-that-name", [CHAT], tmp_path)
     report = check_recipe(recipe)
     assert report.faults == []
@@ -181,7 +181,7 @@ def test_a_hub_id_is_refused_where_the_hub_knows_it_not_and_only_warned_of_where
 
 
 @needs_vllm
-def test_more_cpus_or_gpus_than_there_are_is_refused_with_the_arithmetic():
+def test_more_cpus_or_gpus_than_the_machine_has_are_refused_with_the_numbers():
     with pytest.raises(ResourceError, match=r"3 workers x 5000 CPUs = 15000 CPUs, but there are"):
         check_resources(RolloutConfig(num_workers=3, num_cpus_per_worker=5000))
     with pytest.raises(ResourceError, match=r"2 workers x 500 GPUs = 1000 GPUs, but there are"):
@@ -189,7 +189,7 @@ def test_more_cpus_or_gpus_than_there_are_is_refused_with_the_arithmetic():
 
 
 @needs_vllm
-def test_what_fits_is_told_in_one_line():
+def test_resources_that_fit_are_reported_in_one_line():
     small = RolloutConfig(num_cpus_per_worker=0.5, num_gpus_per_worker=0)
     assert check_resources(small) == "1 vLLM worker x 0.5 CPUs, 1 GiB of KV cache"
     assert "cluster at ray://x" in check_resources(RolloutConfig(num_workers=99, ray_address="ray://x"))
@@ -202,7 +202,7 @@ def test_the_transformers_engine_asks_for_nothing():
 # Whole recipes
 
 
-def test_a_sound_sft_recipe_tells_model_data_template_and_batch(tiny_model_path, tmp_path):
+def test_a_correct_sft_recipe_reports_model_data_template_and_batch(tiny_model_path, tmp_path):
     report = check_recipe(recipe_of(tiny_model_path, [CHAT] * 3, tmp_path))
     assert report.faults == []
     facts = dict(report.facts)
@@ -215,7 +215,7 @@ def test_a_sound_sft_recipe_tells_model_data_template_and_batch(tiny_model_path,
     assert "5 updates in all" in facts["batch"]  # ceil(3 epochs x 3 rows / 2)
 
 
-def test_a_sound_grpo_recipe_names_rewards_with_origin(tiny_model_path, tmp_path):
+def test_a_correct_grpo_recipe_reports_rewards_with_their_origin(tiny_model_path, tmp_path):
     report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO))
     assert report.faults == []
     facts = dict(report.facts)
@@ -233,7 +233,7 @@ def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path, tmp_path):
         assert bool(faults) == is_dense, faults
 
 
-def test_a_reward_that_must_be_isolated_where_it_cannot_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
+def test_a_reward_that_needs_isolation_on_a_machine_without_it_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("rlqwen.preflight.reward_check.unavailable_reason", lambda: "no Landlock")
     for isolation, num_faults in (("required", 1), ("off", 0)):
         scoring = {"isolated": ["accuracy"], "isolation": isolation}
@@ -294,7 +294,7 @@ def test_a_used_run_folder_is_a_fault(tiny_model_path, tmp_path):
     assert "holds a run already" in str(the_fault(report))
 
 
-def test_a_later_stage_is_checked_with_the_model_that_it_will_go_on_from(tiny_model_path, tmp_path):
+def test_a_later_stage_is_checked_with_the_model_that_it_will_continue_from(tiny_model_path, tmp_path):
     first = recipe_of(tiny_model_path, [CHAT], tmp_path, output_dir=str(tmp_path / "a"))
     second = recipe_of(tmp_path / "a" / "final", [CHAT], tmp_path, output_dir=str(tmp_path / "b"))
     reports = check_pipeline([first, second])
