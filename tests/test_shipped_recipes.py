@@ -32,6 +32,7 @@ WORDS = {
     "reward": [*TWO_STEPS, "train.max_length=1024"],
     "dpo": [*TWO_STEPS, "train.max_length=1024"],
     "grpo": [*TWO_STEPS, *SAMPLED],
+    "distillation": [*TWO_STEPS, *SAMPLED, "train.teacher=builtin:tiny-qwen3"],
     "ppo": [*TWO_STEPS, *SAMPLED, "train.num_mini_batches=1", "train.critic.warmup_rollouts=0"],
 }
 """What makes two quick steps of a recipe of each algorithm."""

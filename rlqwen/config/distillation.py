@@ -31,6 +31,9 @@ class DistillationConfig(OnlineConfig):
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the loss that are not fields of this config."""
 
+    def other_models(self) -> dict[str, str]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
     @model_validator(mode="after")
     def _names_are_registered(self) -> "DistillationConfig":
         LOSSES.check_name(self.loss_type, "loss_type")

@@ -93,6 +93,9 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     """Rows per forward pass when precomputing. None: `per_device_train_batch_size`, and for evaluation rows
     `per_device_eval_batch_size`."""
 
+    def other_models(self) -> dict[str, str]:
+        return {} if self.ref_model is None else {"ref_model": self.ref_model}
+
     @property
     def needs_reference(self) -> bool:
         """Return whether a loss compares the policy with a reference."""

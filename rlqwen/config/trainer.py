@@ -178,6 +178,10 @@ class TrainerConfig(ArgumentsConfig):
         """Whether training compares the policy with a frozen reference."""
         return False
 
+    def other_models(self) -> dict[str, str]:
+        """Return the models that training needs besides the one that is trained: key of this config -> folder or hub id."""
+        return {}
+
     @model_validator(mode="before")
     @classmethod
     def _adopt_ds_config(cls, values: Any) -> Any:

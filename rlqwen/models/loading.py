@@ -1,5 +1,6 @@
 """Models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.hub import pinned, refuse_pickles, split_revision
 from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
 from rlqwen.models.quantization import require_bitsandbytes
+from rlqwen.models.tiny import resolve_model_path
 
 Args = TypeVar("Args", bound=TrainerConfig)
 _LOADING_ARGUMENTS = ("dtype", "quantization_config")
@@ -47,7 +49,10 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
 
 
 def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:
-    """The model that a policy is held against: as given, or loaded as `model` is; ModelError if they are one object."""
+    """Return the model that a policy is compared with: as given, or loaded with the arguments of `model`.
+
+    A built-in one has the shape that its name stands for. Raises ModelError if reference and model are one object.
+    """
     if ref_model is model and isinstance(model, nn.Module):
         raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
     if isinstance(ref_model, nn.Module):
@@ -55,7 +60,9 @@ def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: Tra
     if isinstance(model, str):
         _, args = split_builtin_arguments(model, args)
     arguments = {key: value for key, value in args.model_init_kwargs.items() if key != "revision"}
-    return load_model(ref_model, args.model_copy(update={"model_init_kwargs": arguments}))
+    with tempfile.TemporaryDirectory(prefix="rlqwen-reference-") as folder:  # for a built-in model
+        path = resolve_model_path(ref_model, folder)
+        return load_model(path, args.model_copy(update={"model_init_kwargs": arguments}))
 
 
 def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Args]:

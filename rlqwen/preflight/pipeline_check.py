@@ -26,7 +26,7 @@ def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
         with report.collecting():
             check_run_folder(recipe, earlier)
         with report.collecting():
-            _check_frozen_models(recipe, earlier)
+            _check_other_models(recipe, earlier)
         reports.append(report)
     return reports
 
@@ -55,7 +55,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         check_run_folder(recipe, earlier)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
-        _check_frozen_models(recipe, earlier)
+        _check_other_models(recipe, earlier)
         if isinstance(recipe.train, OnlineConfig):
             check_resources(recipe.train.rollout)
         for sampled in recipe.data.sampled_sources():
@@ -71,9 +71,8 @@ def _training_rows(recipe: Recipe) -> Sequence[Row]:
     return load_rows(recipe.data.train, seed=recipe.data.mixing_seed, cache_dir=recipe.data.cache_dir)
 
 
-def _check_frozen_models(recipe: Recipe, earlier: Sequence[Recipe]) -> None:
-    """Raise ModelError if a reference or a teacher neither exists nor will be trained by an earlier recipe."""
-    for key in ("ref_model", "teacher"):
-        path = getattr(recipe.train, key, None)
-        if path is not None and path not in models_to_train(earlier):
+def _check_other_models(recipe: Recipe, earlier: Sequence[Recipe]) -> None:
+    """Raise ModelError for a reference or a teacher that neither is there nor will be trained by an earlier recipe."""
+    for key, path in recipe.train.other_models().items():
+        if path not in models_to_train(earlier):
             check_model_path(path, f"train.{key}")

@@ -19,17 +19,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.adapters import VLLM_PROJECTIONS, check_adapter, checkpoint_weights
 from rlqwen.models.carried_weights import carried_by
-from rlqwen.preflight import check_model_path
-from rlqwen.errors import ConfigError, ModelError
+from rlqwen.models.hub import SAFE, check_vocabulary, refuse_pickles
 from rlqwen.models.loading import align_stop_tokens, load_generation_config, local_folder
+from rlqwen.models.model_classes import load_causal, load_scalar
+from rlqwen.models.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
+from rlqwen.models.weight_files import write_model
+from rlqwen.preflight import check_model_path
 from rlqwen.run_folder.layout import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.runs.model_card import write_card
-from rlqwen.models.model_classes import load_causal, load_scalar
-from rlqwen.models.weight_files import write_model
-from rlqwen.models.hub import SAFE, check_vocabulary, refuse_pickles
-from rlqwen.models.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from rlqwen.run_folder.layout import RECIPE_FILE
 from rlqwen.reporting.summary import SUMMARY_FILE, package_versions, read_summary
+from rlqwen.run_folder.layout import RECIPE_FILE
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INT8 = """

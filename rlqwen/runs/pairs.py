@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
 from rlqwen.config import Recipe, SampledPairsConfig, SourceConfig
 from rlqwen.data import load_rows
 from rlqwen.data.generated_rows import GENERATORS
@@ -20,6 +19,7 @@ from rlqwen.errors import DataError
 from rlqwen.evaluation.eval_config import EvalConfig, split_column, split_names
 from rlqwen.evaluation.eval_model import find_model
 from rlqwen.evaluation.sampling import sample
+from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
 from rlqwen.rewards import Scorer
 from rlqwen.types import Completion, Group
 

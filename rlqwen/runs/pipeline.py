@@ -6,17 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlqwen.config import Recipe
+from rlqwen.config.recipe_yaml import write_resolved
+from rlqwen.distributed import MainRank, Ranks
 from rlqwen.errors import InputError, MainRankFailed, Preempted
 from rlqwen.reporting import plot_pipeline, write_pipeline_summary
-from rlqwen.run_folder.layout import refuse_used_folder
 from rlqwen.reporting.end_of_run import pipeline_folder
-from rlqwen.run_folder.layout import ERROR_FILE, KEPT_RECIPE, RECIPE_FILE
+from rlqwen.run_folder.layout import ERROR_FILE, KEPT_RECIPE, RECIPE_FILE, refuse_used_folder
 from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.runs.pairs import sample_pairs
-from rlqwen.distributed import MainRank, Ranks
-from rlqwen.config.recipe_yaml import write_resolved
-from rlqwen.secrets import redact
 from rlqwen.runs.stages import Stage
+from rlqwen.secrets import redact
 
 
 def run_pipeline(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rlqwen.config import Recipe
 from rlqwen.errors import ConfigError
-from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER, FINAL_FOLDER, find_run_files
 from rlqwen.reporting.summary import read_summary
+from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER, FINAL_FOLDER, find_run_files
 
 
 @dataclass(frozen=True)

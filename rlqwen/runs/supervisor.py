@@ -20,8 +20,8 @@ from typing import Any, Self
 
 from rlqwen.errors import WatchStop
 from rlqwen.reporting import read_metrics
-from rlqwen.run_folder.layout import ERROR_FILE
 from rlqwen.reporting.summary import SUMMARY_FILE
+from rlqwen.run_folder.layout import ERROR_FILE
 
 RESTARTS_FILE = "restarts.jsonl"
 SUPERVISED = "RLQWEN_SUPERVISOR"

@@ -21,15 +21,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from rlqwen.preflight import plan_batch
 from rlqwen.config import Recipe
-from rlqwen.errors import RlqwenError
-from rlqwen.run_folder.layout import COMPLETIONS_FOLDER
-from rlqwen.run_folder.layout import FINAL_FOLDER
-from rlqwen.reporting.sinks import read_metrics
-from rlqwen.run_folder.layout import METRICS_FILE
-from rlqwen.runs.pairs import sample_pairs
 from rlqwen.config.recipe_yaml import load_recipe, write_resolved
+from rlqwen.errors import RlqwenError
+from rlqwen.preflight import plan_batch
+from rlqwen.reporting.sinks import read_metrics
+from rlqwen.run_folder.layout import COMPLETIONS_FOLDER, FINAL_FOLDER, METRICS_FILE
+from rlqwen.runs.pairs import sample_pairs
 
 _RUN = "import sys; from rlqwen.cli import main; sys.exit(main(sys.argv[1:]))"
 _DIE = "import sys; from rlqwen.runs.verification import train_and_die; train_and_die(sys.argv[1], int(sys.argv[2]))"

@@ -92,7 +92,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         set_seed(args.seed)
         self.preemption = Preemption()
         name = model if isinstance(model, str) else _name_of(model)
-        needed = {"model": name, "ref_model": getattr(args, "ref_model", None)}
+        needed = {"model": name, **args.other_models()}
         default_folder = f"{self.algorithm}-{Path(name).name}"
         self.output_dir = MainRank(self.ranks).run(lambda: open_locked_folder(args, default_folder, needed))
         self.model_folder: str | None = None

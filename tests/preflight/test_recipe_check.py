@@ -316,7 +316,10 @@ def test_faults_of_a_later_stage_are_found_before_the_first_is_trained(tiny_mode
 
 BEFORE = dict.fromkeys(
     ("quickstart_grpo", "quickstart_ppo", "quickstart_dpo", "quickstart_reward"), ("quickstart_sft",)
-) | {"quickstart_ppo_reward": ("quickstart_sft", "quickstart_reward")}
+) | {
+    "quickstart_ppo_reward": ("quickstart_sft", "quickstart_reward"),
+    "quickstart_distillation": ("quickstart_sft", "quickstart_grpo", "quickstart_student"),
+}
 """Recipes that go on from what others leave."""
 
 

@@ -8,7 +8,6 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from tests.models.test_policy import padded_logprobs, skewed_trees
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,6 +22,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import build_tiny_qwen3, resolve_model_path
 from rlqwen.runs.export import ExportOptions, export_model, find_source, int8_weights, parse_size
+from tests.models.test_policy import padded_logprobs, skewed_trees
 
 SHAPE = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128, "num_heads": 2, "num_kv_heads": 1}
 

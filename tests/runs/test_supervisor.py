@@ -8,9 +8,9 @@ import sys
 import textwrap
 
 import pytest
-from tests.patience import PATIENCE_S, wait_until
 
 from rlqwen.runs.supervisor import RESTARTS_FILE, Policy, describe_exit, supervise
+from tests.patience import PATIENCE_S, wait_until
 
 QUICK = {"backoff_s": 0.01}
 
