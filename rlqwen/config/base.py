@@ -73,7 +73,7 @@ class ArgumentsConfig(Config):
 
 
 class Section(ArgumentsConfig):
-    """A part of a trainer's config that stands at the top of a recipe, beside `train`."""
+    """A part of a trainer's config that stands at the top of a recipe, next to `train`."""
 
 
 def explain(error: ValidationError, where: str = "") -> ConfigError:

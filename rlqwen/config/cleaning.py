@@ -39,7 +39,7 @@ class PatternConfig(Config):
         except re.error as error:
             raise ValueError(f"not a regular expression: {error} (value given: {pattern!r})") from None
         if matches_all:
-            raise ValueError(f"matches the empty text, hence every row (value given: {pattern!r})")
+            raise ValueError(f"matches the empty text, and so every row (value given: {pattern!r})")
         return pattern
 
 
@@ -98,5 +98,5 @@ class CleaningConfig(Config):
             names = [pattern.name for pattern in getattr(self, key)]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice is not None:
-                raise ValueError(f"{key}: two patterns are named {twice!r}; their counts could not be told apart")
+                raise ValueError(f"{key}: two patterns are named {twice!r}; their counts would have the same name")
         return self

@@ -134,7 +134,7 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
         raise ValueError(f"scheduler.params.warmup_type of the ds_config is {params['warmup_type']!r}: log or linear")
     for key, value in params.items():
         if key != "warmup_type" and value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"scheduler.params.{key} of the ds_config is {str(value)[:200]!r}, which is no number")
+            raise ValueError(f"scheduler.params.{key} of the ds_config is {str(value)[:200]!r}, which is not a number")
     if values.get("lr_scheduler_kwargs"):
         raise ValueError(f"lr_scheduler_kwargs and scheduler.params of the ds_config ({kind}): set only one of them")
     yield "scheduler.type", "lr_scheduler_type", _SCHEDULES[kind]

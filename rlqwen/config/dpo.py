@@ -152,7 +152,7 @@ class DPOConfig(PreferenceConfig, SyncedReference):
                 "use_weighting",
                 self.use_weighting,
                 every - RANKING - {"sft", "cpo", "orpo", "kto"},
-                "it is no mean over pairs that could be weighted",
+                "it is not a mean over pairs, which could be weighted",
             ),
             (
                 "reference_free",

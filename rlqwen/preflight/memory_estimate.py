@@ -48,8 +48,8 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
         kept = ", ".join(f"{part} {count_text(number)}" for part, number in counts.carried.items())
         report.facts.append(("carried", f"{kept}: neither trained nor used, and kept in every folder that is written"))
     with report.collecting():
-        trained, told = _trained(report, recipe, model, counts)
-        report.facts.append(("trained", told))
+        trained, summary = _trained(report, recipe, model, counts)
+        report.facts.append(("trained", summary))
         report.facts.append(("memory", _memory_in_words(recipe, trained, counts, facts.dtype)))
     check_rollout_dtype(report, recipe, facts)
 
@@ -74,8 +74,8 @@ def _trained(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", coun
     report.warnings += notes
     trained = sum(targets.values())
     named = ", ".join(f"{target} {count_text(number)}" for target, number in sorted(targets.items()))
-    told = f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
-    return trained, told
+    summary = f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
+    return trained, summary
 
 
 def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:

@@ -77,7 +77,7 @@ def what_is_missing(path: str, key: str = "model.path") -> list[str]:
     if folder.exists():
         raise ModelError(f"{key} {path!r} is a file; give the folder that holds config, weights and tokenizer")
     if not _may_be_hub_id(path):
-        raise ModelError(f"{key} {path!r}: there is no such folder{_near_folder(folder)}, and it is no hub id")
+        raise ModelError(f"{key} {path!r}: there is no such folder{_near_folder(folder)}, and it is not a hub id")
     return []
 
 

@@ -10,7 +10,7 @@ def check_resources(rollout: RolloutConfig) -> str:
     """One line that says what the workers ask for.
 
     Raises ResourceError, with the arithmetic, if it is more than this machine has. A cluster (`ray_address`) is not
-    looked into.
+    checked.
     """
     engine = engine_class(rollout)
     if (why := engine.why_unavailable()) is not None:
@@ -19,7 +19,7 @@ def check_resources(rollout: RolloutConfig) -> str:
         return f"{engine.title} engine in the trainer's process, which is slow"
     workers = f"{rollout.num_workers} {engine.title} worker{'s' if rollout.num_workers > 1 else ''}"
     if rollout.ray_address is not None:
-        return f"{workers} on the Ray cluster at {rollout.ray_address}, whose resources were not looked into"
+        return f"{workers} on the Ray cluster at {rollout.ray_address}, whose resources were not checked"
     each = plan_workers(rollout)
     asked = [f"{each.num_cpus:g} CPUs", f"{each.num_gpus:g} GPUs" if each.num_gpus else ""]
     asked += [] if each.num_gpus else [f"{rollout.kv_cache_gib} GiB of KV cache"]

@@ -41,7 +41,7 @@ def check_settings(report: CheckReport, recipe: Recipe, facts: ConfigFacts, mode
 def check_rollout_dtype(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> None:
     """Add to the report the dtype that vLLM's kernels need where it is not the trainer's, or a fault where they have none.
 
-    A cluster (`ray_address`) is not looked into, nor is a model on the hub.
+    A cluster (`ray_address`) is not checked, nor is a model on the hub.
     """
     train = recipe.train
     if not isinstance(train, OnlineConfig) or facts.folder is None or train.rollout.ray_address is not None:

@@ -166,7 +166,7 @@ def _of_recipe(name: str, model: str | None) -> CheckTarget:
 def _find_rewards(recipe: Recipe) -> list[Reward] | None:
     try:
         return resolve_rewards(recipe.rewards) if recipe.rewards else None
-    except InputError:  # which `rlqwen check` is for, or a model that is yet to be trained
+    except InputError:  # `rlqwen check` reports it; or the reward is a model that is not trained yet
         return None
 
 
