@@ -73,7 +73,7 @@ def test_values_of_a_ds_config_file_are_adopted(tmp_path):
         ({}, {"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad"),
         ({}, schedule("WarmupLR", total_num_steps=9), "scheduler.params.total_num_steps of the ds_config: DeepSpeed's"),
         ({}, schedule("WarmupLR", warmup_type="cubic"), "scheduler.params.warmup_type of the ds_config is 'cubic'"),
-        ({}, schedule("WarmupDecayLR", total_num_steps="9"), "scheduler.params.total_num_steps .* is no number"),
+        ({}, schedule("WarmupDecayLR", total_num_steps="9"), "scheduler.params.total_num_steps .* is not a number"),
         ({"lr_scheduler_type": "cosine"}, schedule("WarmupLR"), "lr_scheduler_type is 'cosine', and scheduler.type"),
         ({"lr_scheduler_kwargs": {"a": 1}}, schedule("WarmupLR"), "lr_scheduler_kwargs and scheduler.params"),
         ({"bf16": True}, GIVEN, "bf16=true and fp16=true exclude each other"),
