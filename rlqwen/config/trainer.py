@@ -175,7 +175,7 @@ class TrainerConfig(ArgumentsConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether training compares the policy with a frozen reference."""
+        """Return whether training compares the policy with a frozen reference."""
         return False
 
     def other_models(self) -> dict[str, str]:
@@ -185,13 +185,13 @@ class TrainerConfig(ArgumentsConfig):
     @model_validator(mode="before")
     @classmethod
     def _adopt_ds_config(cls, values: Any) -> Any:
-        """`deepspeed` is TRL's name; what a ds_config says counts like a field."""
+        """Adopt what a ds_config says about our fields; `deepspeed` is TRL's name for it."""
         return adopt_ds_config(values, launched_ranks()) if isinstance(values, dict) else values
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
     def _read_bare_no(cls, value: Any) -> Any:
-        """An unquoted `no` is False in YAML."""
+        """Read an unquoted `no`, which is False in YAML."""
         return "no" if value is False else value
 
     @field_validator("watch", mode="before")

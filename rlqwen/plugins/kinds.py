@@ -1,4 +1,4 @@
-"""The kinds of plugins, and where packages register them."""
+"""List the kinds of plugins, each with the entry point group that packages register it in."""
 
 from rlqwen.errors import ConfigError, RewardSpecError
 from rlqwen.plugins.registry import Registry

@@ -38,7 +38,7 @@ class PluginEntry:
 
     @property
     def origin(self) -> str:
-        """The package and its version."""
+        """Return the package and its version."""
         return f"{self.distribution} {self.version}"
 
 

@@ -184,8 +184,10 @@ def _vision_tower(config: Any) -> int:
 
 
 def _multi_token_prediction(text_config: Any, model: "PreTrainedModel") -> int:
-    """Parameters of Qwen's multi-token prediction, which transformers does not load: for each of its layers a decoder
-    layer with full attention, once a product that joins two hidden states, and three norms; embedding and head are shared.
+    """Count the parameters of Qwen's multi-token prediction, which transformers does not load.
+
+    Each of its layers is a decoder layer with full attention. Once, there are a product that joins two hidden states,
+    and three norms. Embedding and head are shared with the text model.
     """
     num_layers = getattr(text_config, "mtp_num_hidden_layers", None) or 0
     if not num_layers:

@@ -146,7 +146,7 @@ def _check_sampled(report: CheckReport, recipe: Recipe, name: str, pairs: Sample
 def _clean(
     report: CheckReport, recipe: Recipe, train: Sequence[Row] | None, evaluation: Sequence[Row] | None
 ) -> tuple[Sequence[Row] | None, Sequence[Row] | None]:
-    """The rows that a run would see; none where they can't be had."""
+    """Return the rows that a run would see; None if they cannot be read."""
     if recipe.data.cleaning is None or train is None or (recipe.data.eval is not None and evaluation is None):
         return train, evaluation
     with report.collecting():

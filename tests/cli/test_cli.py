@@ -277,7 +277,7 @@ def test_a_stopped_run_does_not_offer_to_resume_the_run_it_was_to_replace(
 
 
 def leave_a_run(folder: Path) -> None:
-    """A run of before."""
+    """Leave the files of an earlier run."""
     folder.mkdir(parents=True)
     mark_run_folder(folder)
     (folder / "checkpoints" / "step-000009").mkdir(parents=True)

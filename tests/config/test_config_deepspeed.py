@@ -1,4 +1,4 @@
-"""A user's ds_config: adopted as it is, completed, and refused where it contradicts the config."""
+"""Test a user's ds_config: it is adopted, completed, and refused if it contradicts the config."""
 
 import json
 from types import SimpleNamespace
@@ -116,7 +116,8 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window():
 
 
 def test_hysteresis_delays_the_halving_of_the_loss_scale():
-    """DeepSpeed's `hysteresis`: counted anew after a doubling, or with `consecutive_hysteresis` after every update."""
+    """DeepSpeed's `hysteresis` is counted again after a doubling, or after every update with
+    `consecutive_hysteresis`."""
     for consecutive, values in ((False, [8, 8, 4]), (True, [8, 8, 8])):
         scale = LossScale(True, {"initial_scale_power": 3, "hysteresis": 2, "consecutive_hysteresis": consecutive})
         seen = []
@@ -143,7 +144,7 @@ def test_hysteresis_delays_the_halving_of_the_loss_scale():
     ],
 )
 def test_learning_rates_equal_those_of_deepspeeds_scheduler(kind, params):
-    """DeepSpeed's own class, stepped; a second part's rates keep their proportion to the first's."""
+    """Compare with DeepSpeed's own class; the rates of a second parameter group keep their ratio to the first's."""
     args = SFTConfig(deepspeed=schedule(kind, **params), **{} if "warmup_max_lr" in params else {"learning_rate": 1e-3})
     theirs = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs_schedule = getattr(lr_schedules, kind)(theirs, **params)

@@ -1,4 +1,4 @@
-"""Sampling by TRL's and vLLM's names: what is taken, what is mapped, and what is refused with what to use instead."""
+"""Test sampling by TRL's and vLLM's names: what is accepted, mapped, or refused with an alternative."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Algorithms as plugins: named by file or entry point, with a config and sections of their own."""
+"""Test algorithms as plugins: named by file or entry point, with a config and sections of their own."""
 
 from pathlib import Path
 from textwrap import dedent
@@ -63,7 +63,7 @@ def register(folder: Path, package: str, **algorithms: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory and import path that holds the plugin's modules."""
+    """Make a working directory and import path that holds the plugin's modules."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "quiet_trainer.py").write_text(TRAINER)

@@ -1,4 +1,4 @@
-"""Parameters of every Qwen by its config alone, and recipes checked against a folder without weights."""
+"""Test parameter counts of every Qwen from its config alone, and recipes with a model folder without weights."""
 
 import atexit
 import functools
@@ -60,7 +60,7 @@ def config_of(name: str):
 
 
 def folder_of(name: str, folder: Path, *, tokenizer: bool = True) -> Path:
-    """A folder with the config of a published model, and the tokenizer of the tiny one; no weights."""
+    """Make a folder with the config of a published model and the tokenizer of the tiny one, without weights."""
     folder.mkdir()
     (folder / "config.json").write_text((CONFIGS / f"{name}.json").read_text())
     if tokenizer:
@@ -72,7 +72,7 @@ def folder_of(name: str, folder: Path, *, tokenizer: bool = True) -> Path:
 
 @functools.cache
 def tiny_tokenizer(kind: str) -> Path:
-    """The folder of a tiny model's tokenizer."""
+    """Make the folder of a tiny model's tokenizer."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(f"builtin:{kind}", scratch))
     folder = Path(tempfile.mkdtemp(prefix=f"rlqwen-test-{kind}-"))

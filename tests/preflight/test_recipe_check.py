@@ -1,4 +1,4 @@
-"""What is found wrong without a device."""
+"""Test what checks find without a device."""
 
 import json
 from importlib.util import find_spec
@@ -31,7 +31,7 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 
 def recipe_of(model: Path | str, rows: list[dict], folder: Path, **changes: object) -> Recipe:
-    """A recipe over rows written to a file; `changes` replace its top-level sections."""
+    """Make a recipe over rows that are written to a file; `changes` replace its top-level sections."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {

@@ -1,7 +1,7 @@
-"""Another package's idea of a reward called `digits`."""
+"""Register another reward named `digits`, from another package."""
 
 
 def num_digits(completions, **columns):
-    """Number of digits in the completion."""
+    """Count the digits in the completion."""
     texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
     return [float(sum(character.isdigit() for character in text)) for text in texts]

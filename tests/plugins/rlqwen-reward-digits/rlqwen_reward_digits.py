@@ -1,4 +1,4 @@
-"""A reward for arithmetic, as a package of its own: partial credit for sums that are nearly right."""
+"""Reward sums that are nearly right with partial credit, from a package of its own."""
 
 import re
 
@@ -6,7 +6,8 @@ _NUMBER = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
 
 
 def digits(completions, solution, scale=1.0, **columns):
-    """Share of the solution's digits that the boxed number has in their places, times `scale`; 0 if none is boxed."""
+    """Score the share of the solution's digits that the boxed number has in their places, times `scale`; 0 if none is
+    boxed."""
     return [scale * _share(_text(one), str(gold)) for one, gold in zip(completions, solution, strict=True)]
 
 
