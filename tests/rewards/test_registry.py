@@ -113,7 +113,7 @@ print(json.dumps([entry.origin, entry.doc, reward.name, reward.origin, reward.fu
 """
     origin, doc, name, reward_origin, rewards = json.loads(run_python(code, digits_package))
     assert origin == reward_origin == "rlqwen-reward-digits 1.2.0"
-    assert doc.startswith("Share of the solution's digits")
+    assert doc.startswith("Score the share of the solution's digits")
     assert name == "digits"
     assert rewards == [2.0, 1.0, 0.0]
 
