@@ -86,7 +86,7 @@ def test_another_eval_set_brings_its_own_prompts(tiny_model_path, tmp_path):
         (
             {"generation": {"metrics": ["bleu", "exactmatch"]}},
             ConfigError,
-            "eval_generation: metrics.1: .*'exact_match'",
+            "eval_generation.metrics.1: .*'exact_match'",
         ),
         ({"generation": {"reference": "gold"}}, DataError, "row 0: there is no right answer .* 'gold'"),
         ({"generation": {"max_tokens": 5000}}, ConfigError, "leaves no room for a prompt"),
