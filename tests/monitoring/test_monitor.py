@@ -187,7 +187,7 @@ def test_a_monitor_is_restored_from_its_state():
         ({"entrop": 1}, "watch: unknown key 'entrop'; did you mean 'entropy'"),
         ({"mismatch": -1}, "watch: mismatch.threshold"),
         ({"kl": {"action": "panic"}}, "watch: kl.action"),
-        ({"webhook": "ftp://host/topsecret"}, "watch: webhook: must be a URL"),
+        ({"webhook": "ftp://host/topsecret"}, "watch.webhook: must be a URL"),
     ],
 )
 def test_an_invalid_watch_section_is_refused_with_its_key(watch, message):
