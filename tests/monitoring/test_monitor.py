@@ -185,8 +185,8 @@ def test_a_monitor_is_restored_from_its_state():
     ("watch", "message"),
     [
         ({"entrop": 1}, "watch: unknown key 'entrop'; did you mean 'entropy'"),
-        ({"mismatch": -1}, "watch: mismatch.threshold"),
-        ({"kl": {"action": "panic"}}, "watch: kl.action"),
+        ({"mismatch": -1}, "watch.mismatch.threshold"),
+        ({"kl": {"action": "panic"}}, "watch.kl.action"),
         ({"webhook": "ftp://host/topsecret"}, "watch.webhook: must be a URL"),
     ],
 )
