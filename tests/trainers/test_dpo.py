@@ -398,7 +398,7 @@ def recipe(tiny_model_path, tmp_path, monkeypatch):
 
 def test_a_recipe_runs_from_the_command_line(recipe, capsys):
     assert main(["check", "dpo.yaml"]) == 0
-    assert "4 pairs an update" in capsys.readouterr().out
+    assert "4 pairs per update" in capsys.readouterr().out
     assert main(["run", "dpo.yaml"]) == 0
     folder = Path("runs/dpo")
     figures = json.loads((folder / "summary.json").read_text())["final_eval"]
