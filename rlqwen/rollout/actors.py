@@ -1,4 +1,4 @@
-"""The actors of a pool: started in places that were reserved for them, described by their process, ended together."""
+"""Start the Ray actors of a pool in reserved places, describe them by their process, and end them together."""
 
 import time
 import weakref
@@ -15,31 +15,32 @@ START_KEY, SYNC_KEY = "rollout.start_timeout", "rollout.sync_timeout"
 
 
 @dataclass(eq=False)
-class Slot:
-    """A place in the pool and the actor that fills it."""
+class ActorHandle:
+    """A place in the pool, and the Ray actor that fills it."""
 
     index: int
-    actor: Any
+    handle: Any
+    """Ray's handle of the actor."""
     process: Any
     """Reference to the actor's process id."""
     waiting: Any
-    """Reference to the acknowledgement of a start or of weights; None when the worker is settled."""
+    """Reference to the acknowledgement of a start or of weights; None while the worker waits for nothing."""
     deadline: float
     deadline_key: str
     bundle: WeightBundle | None = None
-    """What the worker was sent last; it serves only if that is the pool's latest. None: the model's folder."""
+    """The weights that the worker was sent last; it serves only if they are the pool's latest. None: the model's folder."""
     num_running: int = 0
     """Completions handed to the worker and not back yet."""
 
     def send(self, bundle: WeightBundle | None, *, timeout_s: float) -> None:
-        """Have the worker load weights, and wait for its acknowledgement."""
+        """Make the worker load weights, and expect its acknowledgement within `timeout_s`."""
         self.bundle = bundle
-        self.waiting = self.actor.load.remote(bundle)
+        self.waiting = self.handle.load.remote(bundle)
         self.deadline, self.deadline_key = time.monotonic() + timeout_s, SYNC_KEY
 
     @property
     def pid(self) -> int | None:
-        """Process id, once the worker has told it."""
+        """Process id; None until the worker has reported it."""
         import ray
 
         answered, _ = ray.wait([self.process], timeout=0)
@@ -50,11 +51,11 @@ class Slot:
         return f"rollout worker {self.index}" + (f" (process {self.pid})" if self.pid else "")
 
 
-class Slots(list[Slot]):
-    """All slots of a pool, each with a bundle of the pool's placement group."""
+class ActorHandles(list[ActorHandle]):
+    """All actors of a pool, each with a bundle of the pool's placement group."""
 
     def __init__(self, config: RolloutConfig, settings: EngineSettings, joined: cluster.Cluster) -> None:
-        """Start the actors. Raises ResourceError, with nothing left behind, if there is no place for them."""
+        """Start the actors; raise ResourceError, with nothing left behind, if there is no place for them."""
         super().__init__()
         self._config = config
         self._settings = settings
@@ -65,23 +66,23 @@ class Slots(list[Slot]):
             joined.disconnect()
             raise
         actors: list[Any] = []
-        self._actors = actors
-        # Also runs when the pool is forgotten, and at the interpreter's exit.
+        self._ray_actors = actors
+        # Also runs when the pool is garbage collected, and at the interpreter's exit.
         self.end = weakref.finalize(self, _end, actors, self._places, joined.disconnect)
-        """Ends all workers, and Ray if it was started for them; once."""
+        """End all workers, and Ray if it was started for them; does nothing the second time."""
         for index in range(config.num_workers):
             self.append(self._spawn(index))
 
-    def replace(self, slot: Slot) -> None:
+    def replace(self, actor: ActorHandle) -> None:
         """Start another actor in the place of one that was killed."""
-        self._actors.remove(slot.actor)
-        self[slot.index] = self._spawn(slot.index)
+        self._ray_actors.remove(actor.handle)
+        self[actor.index] = self._spawn(actor.index)
 
-    def last_words(self, slot: Slot) -> str:
-        """What the worker's error log ends with."""
-        return cluster.log_tail(self._cluster.log_folder, slot.pid)
+    def stderr_tail(self, actor: ActorHandle) -> str:
+        """Return the end of the worker's error log."""
+        return cluster.log_tail(self._cluster.log_folder, actor.pid)
 
-    def _spawn(self, index: int) -> Slot:
+    def _spawn(self, index: int) -> ActorHandle:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -93,10 +94,10 @@ class Slots(list[Slot]):
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=index),
         )(RolloutWorker)
-        actor = actor_class.remote(self._settings)
-        self._actors.append(actor)
+        handle = actor_class.remote(self._settings)
+        self._ray_actors.append(handle)
         deadline = time.monotonic() + self._config.start_timeout
-        return Slot(index, actor, actor.process.remote(), actor.start.remote(), deadline, START_KEY)
+        return ActorHandle(index, handle, handle.process.remote(), handle.start.remote(), deadline, START_KEY)
 
 
 def _end(actors: list[Any], places: Any, disconnect: Any) -> None:

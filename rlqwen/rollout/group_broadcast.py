@@ -1,4 +1,4 @@
-"""Scored groups on their way from the main rank to the others: what training reads of them, in a few arrays."""
+"""Pack scored groups for the other ranks: what training reads of them, in a few arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rlqwen.types import CallStatus, Completion, FinishReason, Group, Prompt
 
 @dataclass(slots=True)
 class PackedGroups:
-    """Groups without their prompts' rows and their completions' texts; what is of all completions lies end to end."""
+    """Groups without the rows of their prompts and the texts of their completions; values of all completions are joined."""
 
     prompt_indices: list[int]
     sizes: list[int]
@@ -28,12 +28,12 @@ class PackedGroups:
     call_statuses: list[dict[str, list[CallStatus]]]
     total_rewards: list[list[float | None]]
     experts: list[np.ndarray | None]
-    """Of each completion."""
+    """Recorded experts of each completion."""
     prompt_experts: list[np.ndarray | None]
 
 
 def pack_groups(groups: Sequence[Group]) -> PackedGroups:
-    """For the other ranks."""
+    """Pack groups for the other ranks."""
     completions = [completion for group in groups for completion in group.completions]
     return PackedGroups(
         prompt_indices=[group.prompt.index for group in groups],
@@ -52,7 +52,7 @@ def pack_groups(groups: Sequence[Group]) -> PackedGroups:
 
 
 def unpack_groups(packed: PackedGroups, prompts: Sequence[Prompt]) -> list[Group]:
-    """The groups again, with the prompts that this rank holds, and without texts."""
+    """Return the groups with the prompts that this rank holds, and without texts."""
     found = find_prompts(prompts, packed.prompt_indices)
     token_ids, logprobs = packed.token_ids.tolist(), packed.logprobs.tolist()
     completions, start = [], 0

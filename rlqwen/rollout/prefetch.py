@@ -1,8 +1,8 @@
-"""Draws that are sampled and scored ahead of their step, while the trainer trains: off-policy, by a bounded lag.
+"""Sample and score the rollout batches of coming steps while the trainer trains: off-policy, by a bounded lag.
 
-With `rollout.max_staleness` k, the groups of step t are drawn with the weights that step t - 1 - k left (the first k + 1
-steps: with those that the run began with), whatever the timing. A draw is sampled to its end before workers get other
-weights, so no group mixes two versions.
+With `rollout.max_staleness` k, the groups of step t are sampled with the weights that step t - 1 - k left (the first k + 1
+steps: with the weights at the start of the run), whatever the timing. A batch is sampled to its end before workers get
+other weights, so no group mixes two versions.
 """
 
 import base64
@@ -20,41 +20,18 @@ from rlqwen.rollout import RolloutEngine
 from rlqwen.types import Completion, Group, GroupRequest, Prompt
 
 CANCEL_AGAIN = 1.0
-"""Seconds after which a draw that was cancelled, and goes on, is cancelled once more."""
-
-
-def _plain_experts(group: Group) -> dict[str, Any]:
-    """What `RolloutBatch.progress` holds of recorded experts; nothing where there are none."""
-    if group.prompt_experts is None:
-        return {}
-    own = [plain_array(completion.experts) for completion in group.completions]
-    return {"experts": own, "prompt_experts": plain_array(group.prompt_experts)}
-
-
-def plain_array(array: np.ndarray | None) -> list[Any] | None:
-    """Return an array as JSON can hold it: dtype, shape, and its bytes in base64."""
-    if array is None:
-        return None
-    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode("ascii")]
-
-
-def array_of(plain: list[Any] | None) -> np.ndarray | None:
-    """Return the array that `plain_array` wrote."""
-    if plain is None:
-        return None
-    dtype, shape, content = plain
-    return np.frombuffer(base64.b64decode(content), dtype=dtype).reshape(shape)
+"""Seconds after which a batch that was cancelled and is still being sampled is cancelled again."""
 
 
 class RolloutBatch:
-    """One step's groups on their way: sampled, scored as they arrive, and waited for."""
+    """The groups of one step: sampled, scored as they arrive, and waited for."""
 
     def __init__(self, name: str, requests: Sequence[GroupRequest], scorer: Scorer, version: int) -> None:
         self.name = name
         self.version = version
-        """Of the weights that it is sampled from."""
+        """Version of the weights that it is sampled from."""
         self.seconds = 0.0
-        """That sampling took."""
+        """Seconds that sampling took."""
         self._requests = requests
         self._scorer = scorer
         self._batch = scorer.open_batch()
@@ -63,11 +40,11 @@ class RolloutBatch:
         self._counts = CallCounts()
 
     def prompts_differ(self, prompts_P: Sequence[Prompt]) -> bool:
-        """Whether these are not the rows that it was drawn for, as after the data went on without it."""
+        """Return whether it was sampled for other rows, as happens when a rollback skips rows."""
         return [group.prompt.index for group in self.score()] != [prompt.index for prompt in prompts_P]
 
     def sample(self, engine: RolloutEngine) -> None:
-        """Sample to the end, and begin to score; in any thread."""
+        """Sample all groups, and submit each for scoring as it arrives; may run in any thread."""
         started = time.monotonic()
         for group in engine.generate(self._requests):
             self._scorer.submit(group, self._batch)
@@ -75,25 +52,25 @@ class RolloutBatch:
         self.seconds = time.monotonic() - started
 
     def score(self) -> list[Group]:
-        """The scored groups, in the order of the requests; in the trainer's thread, where some rewards are called."""
+        """Return the scored groups in the order of the requests; runs in the trainer's thread, as some rewards must."""
         if self._groups is None:
             self._scorer.wait(self._batch)
-            # Groups come as they finish; training must not depend on that order.
+            # Groups arrive as they finish; training must not depend on that order.
             self._groups = [self._arrived[id(request.prompt)].pop() for request in self._requests]
             self._counts = self._batch.counts
         return self._groups
 
     def count(self) -> None:
-        """Have the scorer's metrics tell of this draw."""
+        """Add what became of the reward calls to the scorer's metrics."""
         self._scorer.add_counts(self._counts)
 
-    def progress(self) -> dict[str, Any]:
-        """The scored draw as JSON can hold it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scored batch as JSON values."""
         groups = [
             {
                 "prompt": group.prompt.index,
                 "completions": [[c.token_ids, c.logprobs, c.finish_reason, c.text] for c in group.completions],
-                **_plain_experts(group),
+                **_experts_state(group),
                 "rewards": group.rewards,
                 "call_statuses": group.call_statuses,
                 "totals": group.total_rewards_G,
@@ -104,86 +81,110 @@ class RolloutBatch:
         return {"name": self.name, "version": self.version, "groups": groups, "counts": self._counts.state_dict()}
 
     @classmethod
-    def restored(
-        cls, progress: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer, start: int = 0
+    def from_state(
+        cls, state: dict[str, Any], prompts: Sequence[Prompt], scorer: Scorer, start: int = 0
     ) -> "RolloutBatch":
-        """Rebuild a draw from its `progress`; `prompts`: the training rows, and `start` the place of its own
-        where they are in the order of the draws."""
-        draw = cls(progress["name"], (), scorer, progress["version"])
-        found = find_prompts(prompts, [group["prompt"] for group in progress["groups"]], start)
-        draw._groups = [
+        """Rebuild a batch from its `state_dict`.
+
+        `prompts`: the training rows; `start`: the place of the batch's first row, if they are in the order of the batches.
+        """
+        batch = cls(state["name"], (), scorer, state["version"])
+        found = find_prompts(prompts, [group["prompt"] for group in state["groups"]], start)
+        batch._groups = [
             Group(
                 prompt,
                 [
-                    Completion(token_ids, logprobs, reason, text, array_of(experts))
+                    Completion(token_ids, logprobs, reason, text, array_from_state(experts))
                     for (token_ids, logprobs, reason, text), experts in zip(
                         group["completions"], group.get("experts") or [None] * len(group["completions"]), strict=True
                     )
                 ],
-                draw.version,
-                prompt_experts=array_of(group.get("prompt_experts")),
+                batch.version,
+                prompt_experts=array_from_state(group.get("prompt_experts")),
                 rewards=group["rewards"],
                 call_statuses=group["call_statuses"],
                 total_rewards_G=group["totals"],
                 extras=group["extras"],
             )
-            for group, prompt in zip(progress["groups"], found, strict=True)
+            for group, prompt in zip(state["groups"], found, strict=True)
         ]
-        draw._counts.load_state_dict(progress["counts"])
-        return draw
+        batch._counts.load_state_dict(state["counts"])
+        return batch
 
 
 class Prefetcher:
-    """The draws of the coming steps, sampled one after the other in a thread of their own."""
+    """Sample the batches of coming steps, one after the other, in a thread of its own."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
-        self._draws: deque[tuple[RolloutBatch, Future[None]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-ahead")
+        self._batches: deque[tuple[RolloutBatch, Future[None]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-prefetch")
 
     def __contains__(self, name: str) -> bool:
-        return any(draw.name == name for draw, _ in self._draws)
+        return any(batch.name == name for batch, _ in self._batches)
 
-    def begin(self, draw: RolloutBatch) -> None:
-        """Sample it as soon as those before it are."""
-        self._draws.append((draw, self._thread.submit(draw.sample, self._engine)))
+    def begin(self, batch: RolloutBatch) -> None:
+        """Sample a batch as soon as those before it are sampled."""
+        self._batches.append((batch, self._thread.submit(batch.sample, self._engine)))
 
-    def take(self, name: str) -> RolloutBatch | None:
-        """The draw of that name, sampled; None if there is none. Those before it are given up."""
-        while self._draws:
-            draw, future = self._draws.popleft()
+    def collect(self, name: str) -> RolloutBatch | None:
+        """Return the batch of that name once it is sampled; None if there is none. Batches before it are discarded."""
+        while self._batches:
+            batch, future = self._batches.popleft()
             future.result()
-            if draw.name == name:
-                return draw
+            if batch.name == name:
+                return batch
         return None
 
-    def settle(self) -> None:
-        """Return when nothing is being sampled."""
-        for _, future in self._draws:
+    def drain(self) -> None:
+        """Wait until nothing is being sampled."""
+        for _, future in self._batches:
             future.result()
 
-    def forget(self) -> None:
-        """Give up all draws; returns when none is being sampled any more, for another thread's would meet it in the
-        engine."""
-        begun = [future for _, future in self._draws if not future.cancel()]
-        self._draws.clear()
-        # Asked again, for it may come just before sampling begins.
+    def discard(self) -> None:
+        """Discard all batches, and wait until none is being sampled, because two threads must not share the engine."""
+        begun = [future for _, future in self._batches if not future.cancel()]
+        self._batches.clear()
+        # Cancel again, because the first may come just before sampling begins.
         while wait(begun, timeout=0).not_done:
             self._engine.cancel()
             wait(begun, timeout=CANCEL_AGAIN)
 
-    def progress(self) -> list[dict[str, Any]]:
-        """Every draw, scored."""
-        self.settle()
-        return [draw.progress() for draw, _ in self._draws]
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the state of every batch, scored."""
+        self.drain()
+        return [batch.state_dict() for batch, _ in self._batches]
 
-    def restore(self, draws: Sequence[RolloutBatch]) -> None:
-        """Take up draws that are sampled already."""
+    def restore(self, batches: Sequence[RolloutBatch]) -> None:
+        """Hold batches that are sampled already."""
         done: Future[None] = Future()
         done.set_result(None)
-        self._draws = deque((draw, done) for draw in draws)
+        self._batches = deque((batch, done) for batch in batches)
 
     def close(self) -> None:
-        """Give up all draws and end the thread."""
-        self.forget()
+        """Discard all batches and end the thread."""
+        self.discard()
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _experts_state(group: Group) -> dict[str, Any]:
+    """Return the recorded experts of a group as JSON values; nothing if there are none."""
+    if group.prompt_experts is None:
+        return {}
+    own = [array_state(completion.experts) for completion in group.completions]
+    return {"experts": own, "prompt_experts": array_state(group.prompt_experts)}
+
+
+def array_state(array: np.ndarray | None) -> list[Any] | None:
+    """Return an array as JSON values: dtype, shape, and its bytes in base64."""
+    if array is None:
+        return None
+    return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode("ascii")]
+
+
+def array_from_state(state: list[Any] | None) -> np.ndarray | None:
+    """Return the array that `array_state` encoded."""
+    if state is None:
+        return None
+    dtype, shape, content = state
+    return np.frombuffer(base64.b64decode(content), dtype=dtype).reshape(shape)

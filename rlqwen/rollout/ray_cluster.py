@@ -1,4 +1,4 @@
-"""Ray itself: a private cluster on this machine, a given cluster, or the one that the caller is connected to."""
+"""Connect to Ray: a private cluster on this machine, a given cluster, or the one that the caller is connected to."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ _MAX_FOLDER_LENGTH = 40
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to Ray, and how to end what was started for it."""
+    """A connection to Ray, and a way to end what was started for it."""
 
     resources: WorkerResources
     log_folder: Path | None
@@ -62,7 +62,7 @@ def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
 
 
 class _PrivateCluster:
-    """A Ray of our own on this machine, which ends with the last pool that uses it."""
+    """Start a private Ray on this machine, which ends with the last pool that uses it."""
 
     def __init__(self, guard: "subprocess.Popen[bytes]", session: Path) -> None:
         self._guard = guard
@@ -125,7 +125,7 @@ def _start_private(sent_bytes: int) -> _PrivateCluster:
 
 
 def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
-    """What each worker asks for; ResourceError if the cluster lacks it, or if others hold it."""
+    """Return what each worker asks for; raise ResourceError if the cluster lacks it, or if others hold it."""
     import ray
 
     nodes: list[dict[str, Any]] = ray.nodes()
@@ -142,7 +142,7 @@ def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
 
 
 def put(value: Any) -> Any:
-    """A reference to `value` in the object store; ResourceError where that has no room for it."""
+    """Put `value` into the object store and return a reference; raise ResourceError if there is no room for it."""
     import ray
 
     try:
@@ -157,7 +157,7 @@ def put(value: Any) -> Any:
 
 
 def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
-    """A placement group with a bundle for each worker: all of them or none, and a worker that is replaced finds its
+    """Reserve a placement group with a bundle for each worker: all of them or none, so that a replaced worker finds its
     place free. Each lies on one machine, tensor-parallel ones too, for Ray splits no bundle.
 
     Raises ResourceError, with what the cluster has, if it is not there within `start_timeout`.
@@ -179,7 +179,7 @@ def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
 
 
 def answer(reference: Any) -> Any:
-    """What an actor answered, or the error; WorkerDied if it is the actor that failed and not the call."""
+    """Return what an actor answered, or the error; WorkerDied if the actor failed and not the call."""
     import ray
 
     try:
@@ -191,7 +191,7 @@ def answer(reference: Any) -> Any:
 
 
 def log_tail(folder: Path | None, pid: int | None, lines: int = 15) -> str:
-    """The last lines that the worker with process id `pid` wrote to its error log, for the message of its death."""
+    """Return the last lines that the worker with process id `pid` wrote to its error log."""
     if folder is None or pid is None:
         return ""
     text = ""

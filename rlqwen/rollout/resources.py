@@ -1,4 +1,4 @@
-"""How much each worker asks of Ray, checked against what there is before Ray is asked."""
+"""Compute what each worker asks of Ray, and check it against the machine before Ray is asked."""
 
 import math
 import os
@@ -10,14 +10,14 @@ from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
 
 PROCESS_GIB = 1.0
-"""Memory of a worker's process beside weights and KV cache: torch and vLLM themselves."""
+"""Memory of a worker's process besides weights and KV cache: torch and vLLM themselves."""
 SHARED_MEMORY = Path("/dev/shm")
 STORE_SLACK_BYTES = 128 * 1024**2
-"""Room in the object store beside the weights; Ray refuses a store below 75 MiB."""
+"""Room in the object store besides the weights; Ray refuses a store below 75 MiB."""
 _STORE_SHARE = 0.8
 """Share of the free shared memory that the object store may take."""
 _DISK_STORE_BYTES = 1024**3
-"""Largest store that is laid on the disk where shared memory is too small: what a disk takes in about a second."""
+"""Largest store that is placed on disk if shared memory is too small: what a disk takes in about a second."""
 ALLOW_DISK = "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"
 """Ray's own switch: a store of any size may lie on the disk."""
 
@@ -81,7 +81,7 @@ def _gb(num_bytes: float) -> str:
 def plan_workers(
     config: RolloutConfig, *, nodes: list[tuple[float, float]] | None = None, free_gib: float | None = None
 ) -> WorkerResources:
-    """What each of `config.num_workers` workers asks for; ResourceError if the machines don't have it.
+    """Return what each of `config.num_workers` workers asks for; raise ResourceError if the machines do not have it.
 
     `nodes`: CPUs and GPUs of each machine; None is this machine alone. `free_gib`: memory available on this machine
     for workers on CPU; None measures it. A worker never spans two machines.
@@ -125,7 +125,7 @@ def _check_memory(config: RolloutConfig, free_gib: float) -> None:
 
 
 def count_cpus() -> float:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

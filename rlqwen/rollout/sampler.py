@@ -1,6 +1,6 @@
-"""Groups for a trainer: sampled by the engine, scored as they arrive, from weights that are the policy's own.
+"""Sample groups for a trainer, score them as they arrive, and keep the engine's weights those of the policy.
 
-Shapes: P prompts, G completions a prompt.
+Shapes: P prompts, G completions per prompt.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
 
 class Sampler:
-    """The engine, the scorer, and the version of the weights that both see.
+    """Hold the engine, the scorer, and the version of the weights that is sampled from.
 
-    Weights are sent lazily: `policy_changed` marks them stale, and the next `sample` syncs first.
+    Weights are sent lazily: `weights_changed` marks them stale, and the next `sample` syncs first.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Sampler:
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
         self.lora_rank, sync_note = choose_sync(policy, args.rollout)
         self.notes = [note for note in (dtype_note, sync_note) if note is not None]
-        """For the user, on what was chosen."""
+        """Notes for the user on what was chosen."""
         ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
         _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
@@ -87,55 +87,57 @@ class Sampler:
                 f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the engine "
                 f"{engine.title} samples in the trainer's own process: set it to 0, or use vllm"
             )
-        self._ahead = Prefetcher(self.engine)
+        self._prefetcher = Prefetcher(self.engine)
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
         """Wait until the engine is up; an engine in the trainer's process always is."""
         if isinstance(self.engine, RolloutPool):
             self.engine.wait_until_ready(announce)
 
-    def progress(self) -> dict[str, Any]:
-        """Which weights the engine samples from, and what it has sampled for the coming steps."""
-        ahead = self._ahead.progress()
-        return {"version": self.version, "synced": self._synced_version == self.version, "ahead": ahead}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the version of the weights, whether the engine has them, and the prefetched batches."""
+        prefetched = self._prefetcher.state_dict()
+        return {"version": self.version, "synced": self._synced_version == self.version, "prefetched": prefetched}
 
-    def restore_progress(self, progress: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
-        """Go on from there: an engine that had the present weights gets them now, outside the metrics of a step."""
-        self.version = progress["version"]
-        draws: list[RolloutBatch] = []
+    def load_state_dict(self, state: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
+        """Restore the state saved by `state_dict`.
+
+        An engine that had the present weights gets them now, so that it does not count in the metrics of a step.
+        """
+        self.version = state["version"]
+        batches: list[RolloutBatch] = []
         start = 0
-        for draw in progress["ahead"]:
-            draws.append(RolloutBatch.restored(draw, prompts_P, self.scorer, start))
-            start += len(draw["groups"])
-        self._ahead.restore(draws)
-        if progress["synced"]:
+        for saved in state["prefetched"]:
+            batches.append(RolloutBatch.from_state(saved, prompts_P, self.scorer, start))
+            start += len(saved["groups"])
+        self._prefetcher.restore(batches)
+        if state["synced"]:
             self._sync(prompts_P)
 
-    def policy_changed(self) -> None:
-        """The policy's weights are new; whoever samples next must sample from them."""
+    def weights_changed(self) -> None:
+        """Make the next sample use the policy's new weights."""
         self.version += 1
 
-    def forget_ahead(self) -> None:
-        """Give up what was sampled for coming steps, for the weights have gone another way."""
-        self._ahead.forget()
+    def discard_prefetched(self) -> None:
+        """Discard what was sampled for coming steps, because the weights were replaced by others."""
+        self._prefetcher.discard()
 
     def sample(
         self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str
     ) -> tuple[list[Group], dict[str, float]]:
-        """A scored group for each prompt from the present weights, in the order of `prompts_P`, and `time/...` and
-        `sync/...` figures.
+        """Return one scored group per prompt from the present weights, in the order of `prompts_P`, and metrics.
 
-        `draw` names this draw within the run, and is part of the sampling seeds.
+        `draw` names this rollout batch within the run, and is part of the sampling seeds.
         """
         metrics = self._sync(prompts_P)
-        drawn = self._draw(prompts_P, num_generations, draw)
-        drawn.sample(self.engine)
+        batch = self._batch(prompts_P, num_generations, draw)
+        batch.sample(self.engine)
         sampled = time.monotonic()
-        groups_P = drawn.score()
-        drawn.count()
-        return groups_P, metrics | {"time/rollout": drawn.seconds, "time/reward": time.monotonic() - sampled}
+        groups_P = batch.score()
+        batch.count()
+        return groups_P, metrics | {"time/rollout": batch.seconds, "time/reward": time.monotonic() - sampled}
 
-    def take(
+    def collect(
         self,
         prompts_P: Sequence[Prompt],
         *,
@@ -143,36 +145,38 @@ class Sampler:
         draw: str,
         coming: Sequence[tuple[str, list[Prompt]]],
     ) -> tuple[list[Group], dict[str, float]]:
-        """As `sample`, but drawn ahead where it was, and no staler than `max_staleness`; begins the draws of `coming`
-        steps, names and prompts, with the present weights."""
+        """Return what `sample` returns, prefetched if it was and no staler than `max_staleness`.
+
+        Begins to sample the batches of the `coming` steps, given as names and prompts, with the present weights.
+        """
         started = time.monotonic()
-        drawn = self._ahead.take(draw)
+        batch = self._prefetcher.collect(draw)
         waited = time.monotonic()
-        dropped = drawn is not None and (
-            self.version - drawn.version > self.max_staleness or drawn.prompts_differ(prompts_P)
+        dropped = batch is not None and (
+            self.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
         )
-        if drawn is None or dropped:
+        if batch is None or dropped:
             groups_P, metrics = self.sample(prompts_P, num_generations=num_generations, draw=draw)
         else:
-            groups_P = drawn.score()
-            drawn.count()
+            groups_P = batch.score()
+            batch.count()
             metrics = {
                 "time/rollout": waited - started,
-                "time/rollout_hidden": max(drawn.seconds - (waited - started), 0.0),
+                "time/rollout_hidden": max(batch.seconds - (waited - started), 0.0),
                 "time/reward": time.monotonic() - waited,
             }
         metrics.setdefault("time/sync", 0.0)
         for name, prompts in coming:
-            if name not in self._ahead:
+            if name not in self._prefetcher:
                 synced = self._sync(prompts)
                 metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
-                self._ahead.begin(self._draw(prompts, num_generations, name))
+                self._prefetcher.begin(self._batch(prompts, num_generations, name))
         return groups_P, metrics | {
             "groups/staleness": float(self.version - groups_P[0].policy_version),
             "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
         }
 
-    def _draw(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> RolloutBatch:
+    def _batch(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> RolloutBatch:
         requests = [
             GroupRequest(prompt, self._seeds(name, place, num_generations), self.sampling)
             for place, prompt in enumerate(prompts_P)
@@ -183,7 +187,7 @@ class Sampler:
         return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
 
     def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
-        self._ahead.settle()
+        self._prefetcher.drain()
         if self._synced_version == self.version:
             return {"time/sync": 0.0}
         started = time.monotonic()
@@ -193,9 +197,9 @@ class Sampler:
         return metrics | {"time/sync": time.monotonic() - started}
 
     def _canary(self, prompt: Prompt) -> Canary:
-        """The trainer's own logprobs of the beginning of a prompt; said twice, so that one token will do.
+        """Return the trainer's own logprobs of the start of a prompt, repeated so that a prompt of one token is enough.
 
-        The engine's context must hold it and one token more.
+        The engine's context must hold it and one more token.
         """
         token_ids = (prompt.token_ids * 2)[: min(CANARY_LENGTH, self.max_model_length - 1)]
         batch = pack([Tree([], [Branch(token_ids)])])
@@ -206,7 +210,7 @@ class Sampler:
 
     def close(self) -> None:
         """End the engine."""
-        self._ahead.close()
+        self._prefetcher.close()
         self.engine.close()
 
 
@@ -241,7 +245,7 @@ def _refuse_unknown_tokens(drawn: GenerationKwargs, vocabulary: int) -> None:
 
 
 def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:
-    """The rank of the adapters that workers are sent (None: they are sent whole weights), and what to say of it.
+    """Return the rank of the adapters that workers are sent (None: whole weights are sent), and a note for the user.
 
     ConfigError if `rollout.lora` asks for what vLLM cannot do.
     """
@@ -261,13 +265,13 @@ def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str 
 
 
 def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
-    """A 63-bit seed for one completion: the same arguments give the same completion wherever it is sampled."""
+    """Return a 63-bit seed for one completion: the same arguments give the same completion on any worker."""
     digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the completions of `groups`: rewards, lengths, truncation, missing rewards, groups without signal."""
+    """Return means over the completions of `groups`: rewards, lengths, truncation, missing rewards, groups without signal."""
     completions = [completion for group in groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     totals = [reward for group in groups for reward in group.total_rewards_G]

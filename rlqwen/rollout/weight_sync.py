@@ -1,8 +1,7 @@
-"""Versioned weights on their way from the trainer to the workers.
+"""Send versioned weights from the trainer to the workers.
 
 The trainer puts them into Ray's object store once; every worker on a machine maps the same memory. What is sent is
-compared with what the checkpoint holds before any worker sees it: vLLM keeps a weight that the stream lacks as it was,
-without a word.
+compared with what the checkpoint holds before any worker sees it, because vLLM silently keeps a weight that is not sent.
 """
 
 import math
@@ -20,31 +19,31 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 512 * 1024**2
-"""Weights that are copied to the host, and pickled, at a time."""
+"""Bytes of weights that are copied to the host and pickled at a time."""
 Shapes = dict[str, tuple[int, ...]]
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _BIT_VIEWS = {"torch.bfloat16": "int16"}
-"""dtypes that NumPy lacks -> the dtype of the same width that carries their bits."""
+"""dtype that NumPy lacks -> the dtype of the same width that carries its bits."""
 
 
 @dataclass(frozen=True)
 class WeightBundle:
-    """One version of all weights, or of the adapter's, in the object store."""
+    """One version of all weights, or of the adapter's weights, in the object store."""
 
     version: int
     chunks: tuple[Any, ...]
     """Object references; each is a list of (name, array, torch dtype)."""
     aliases: dict[str, str]
-    """Names whose tensor is another name's, which is a tied head: alias -> name."""
+    """Names that share another name's tensor, as a tied head does: alias -> name."""
     canary: Canary | None
     num_bytes: int
 
     def accepts(self, gap: float | None) -> bool:
-        """Whether a worker with this canary gap may serve; NaN may not."""
+        """Return whether a worker with this canary gap may serve; one with NaN may not."""
         return self.canary is None or gap is None or gap <= self.canary.tolerance
 
     def tensors(self) -> "dict[str, torch.Tensor]":
-        """All weights by name, read-only views of the object store. Blocks; call it in a worker."""
+        """Return all weights by name, as read-only views of the object store; blocks, and is called in a worker."""
         import ray
         import torch
 
@@ -57,13 +56,13 @@ class WeightBundle:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """A worker's acknowledgement."""
+    """A worker's acknowledgement of new weights."""
 
     version: int
     canary_gap: float | None
-    """Mean absolute logprob gap, in nats a token; None without a canary."""
+    """Mean absolute logprob gap, in nats per token; None without a canary."""
     rebuilt: bool
-    """The engine was built anew, because loading in place had failed the canary."""
+    """Whether the engine was rebuilt, because the canary failed after loading in place."""
     seconds: float
 
 
@@ -76,7 +75,7 @@ def publish(
     expected: "ExpectedWeights",
     put: Callable[[Any], Any],
 ) -> WeightBundle:
-    """Put `weights`, cast to `dtype`, into the object store by `put`; WeightSyncError if they aren't as `expected`.
+    """Put `weights`, cast to `dtype`, into the object store by `put`; raise WeightSyncError if they are not as `expected`.
 
     Those that the checkpoint holds in float32 beside weights of half precision are sent so.
 
@@ -123,7 +122,7 @@ def sent_bytes(model_path: str, dtype: str, lora_rank: int | None) -> int:
 
 
 class ExpectedWeights:
-    """Names and shapes that every sync must have: the starting checkpoint's, or else (an adapter's) the first sync's."""
+    """Names and shapes that every sync must have: those of the starting checkpoint; for an adapter, of the first sync."""
 
     def __init__(self, model_path: str | None) -> None:
         self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
@@ -131,7 +130,7 @@ class ExpectedWeights:
         self.float32_names: set[str] = set() if model_path is None else _float32_names(Path(model_path))
 
     def check(self, shapes: Shapes) -> dict[str, str]:
-        """WeightSyncError unless `shapes` fits; returns the aliases, which is the head of a tied model."""
+        """Raise WeightSyncError unless `shapes` fits; return the aliases, such as the head of a tied model."""
         expected = self._shapes or shapes
         # A tied head may be in the checkpoint and in the stream, or in neither.
         optional = {_HEAD} if self.is_tied else set()
@@ -155,7 +154,7 @@ class ExpectedWeights:
 
 
 def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
-    """What to tell the user when a worker's canary is off."""
+    """Return the message for a worker whose canary is off."""
     tolerance = bundle.canary.tolerance if bundle.canary else 0.0
     rebuilt = ", even in an engine built anew from these weights" if report.rebuilt else ""
     return (

@@ -1,4 +1,4 @@
-"""One engine in a Ray actor, stepping without pause while groups are in flight.
+"""Run one engine in a Ray actor, stepping without pause while groups are in flight.
 
 The actor is asynchronous: each call submits its work to the one thread that owns the engine and awaits the answer, so
 any number of groups share the engine's batch. The engine lives in the actor's own process: killing that kills it all.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
-"""A group's completions, the version of the weights that drew them, and the prompt's experts, if asked for."""
+"""A group's completions, the version of the weights that sampled them, and the prompt's experts, if asked for."""
 Answer: TypeAlias = "Future[Drawn]"
 
 
@@ -45,7 +45,7 @@ class _Running:
 
 
 class RolloutWorker:
-    """The actor class; the pool turns it into a Ray actor."""
+    """Answer the pool's calls; the pool makes a Ray actor of this class."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self._thread = EngineThread(settings)
@@ -56,11 +56,11 @@ class RolloutWorker:
         await asyncio.wrap_future(self._thread.started)
 
     async def process(self) -> int:
-        """Process id of this worker."""
+        """Return the process id of this worker."""
         return os.getpid()
 
     async def sample(self, job: GroupJob) -> Drawn:
-        """The completions of one group, in the order of its seeds, and what they have in common."""
+        """Return the completions of one group, in the order of its seeds, and what they have in common."""
         future: Answer = Future()
         self._thread.submit(lambda: self._thread.add_group(job, future), future)
         return await asyncio.wrap_future(future)
@@ -80,10 +80,10 @@ class RolloutWorker:
 
 
 class EngineThread(threading.Thread):
-    """The only thread that touches the engine.
+    """Own the engine: no other thread touches it.
 
     An exception in work that was submitted fails that work alone; one in the engine's own step fails everything in
-    flight and all that comes after, for the engine's state can no longer be trusted.
+    flight and all that comes after, because the engine's state can no longer be trusted.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -121,7 +121,7 @@ class EngineThread(threading.Thread):
                 self._fail_for_good(WorkerDied(str(_portable(error))))
 
     def add_group(self, job: GroupJob, future: Answer) -> None:
-        """Begin a group, or where it is the last of its share to come, all groups of that in their order."""
+        """Begin a group; a group of a share waits until the whole share has arrived, and all begin in order."""
         if job.share is None:
             self._begin(job, future)
             return
@@ -129,7 +129,7 @@ class EngineThread(threading.Thread):
         arrived.append((job, future))
         if len(arrived) == job.share.size:
             del self._arrived[job.share]
-            # What earlier draws left there would change the shapes of the products, and with them their rounding.
+            # Cached prompts of earlier rollouts would change the shapes of matrix products, and so their rounding.
             self._engine.forget_prompts()
             for one, answer in sorted(arrived, key=lambda pair: pair[0].place):
                 self._begin(one, answer)
@@ -158,14 +158,14 @@ class EngineThread(threading.Thread):
         return report
 
     def _work_off(self) -> None:
-        """Do what was submitted; with nothing in flight, wait for it."""
+        """Do the work that was submitted; wait for some if nothing is in flight."""
         while not self._work.empty() or not self._running:
             work, future = self._work.get()
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - as above
                 future.set_exception(_portable(error))
-            del work, future  # else the wait for the next would keep weights in the object store that were loaded
+            del work, future  # otherwise waiting would keep loaded weights in the object store
 
     def _step(self) -> None:
         for request_id, sampled in self._engine.step():
@@ -186,7 +186,7 @@ class EngineThread(threading.Thread):
 
 
 def _split_experts(sampled_G: list[Sampled], num_prompt: int) -> tuple["np.ndarray | None", list[Sampled]]:
-    """The prompt's experts once, as the first completion met them, and each completion with its own alone."""
+    """Return the prompt's experts once, as the first completion recorded them, and each completion with its own only."""
     if sampled_G[0][3] is None:
         return None, sampled_G
     own_G: list[Sampled] = []
@@ -213,7 +213,7 @@ def _set_environment(settings: EngineSettings) -> None:
 
 
 def _portable(error: BaseException) -> RolloutError:
-    """An error that unpickles in the trainer's process, whatever it was here."""
+    """Return an error that unpickles in the trainer's process, whatever it was here."""
     if isinstance(error, RolloutError):
         return error
     return RolloutError("".join(traceback.format_exception(error)).strip())

@@ -1,4 +1,4 @@
-"""What travels between the pool and its workers."""
+"""Define the messages between the pool and its workers."""
 
 import tempfile
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ Sampled = tuple[list[int], list[float], FinishReason, "np.ndarray | None"]
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """All that a worker needs to start its engine; plain values, for they travel through Ray."""
+    """All that a worker needs to start its engine; plain values, because Ray pickles them."""
 
     engine: str
     """The engine's name, `package.module:Class` or `/path/to/file.py:Class`."""
@@ -44,7 +44,7 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Share:
-    """Groups that a worker begins together, from an empty engine, so that its steps depend on nothing but them."""
+    """Groups that a worker begins together, from an empty engine, so that its steps depend on them alone."""
 
     number: int
     size: int
@@ -58,11 +58,11 @@ class GroupJob:
     token_ids: list[int]
     seeds: tuple[int, ...]
     sampling: Sampling
-    """With every stop token, the tokenizer's own included."""
+    """Includes every stop token, also the tokenizer's own."""
     share: Share | None = None
-    """None: begun as soon as it comes."""
+    """None: begin as soon as it arrives."""
     place: int = 0
-    """In the share."""
+    """Place in the share."""
 
 
 def files_of(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bytes]:

@@ -122,7 +122,7 @@ class RolloutManager:
             self._logger.note(note)
         self.sampler.wait_until_ready(self._logger.note)
         if self._saved_sampler is not None:
-            self.sampler.restore_progress(self._saved_sampler, self._coming_prompts())
+            self.sampler.load_state_dict(self._saved_sampler, self._coming_prompts())
             self._saved_sampler = None
         return self.sampler
 
@@ -140,7 +140,7 @@ class RolloutManager:
             return self.sample(prompts_P, num_generations=number, draw=name, among=among)
         later = [(self._draw_name(step), prompts) for step, prompts in enumerate(coming, start=1)]
         return self._on_all_ranks(
-            lambda: self.require_sampler().take(prompts_P, num_generations=number, draw=name, coming=later), among
+            lambda: self.require_sampler().collect(prompts_P, num_generations=number, draw=name, coming=later), among
         )
 
     def sample(
@@ -201,18 +201,18 @@ class RolloutManager:
     def weights_changed(self) -> None:
         """Have the next draw sample from the policy's new weights."""
         if self.sampler is not None:
-            self.sampler.policy_changed()
+            self.sampler.weights_changed()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of draws, and the state of the sampler with its prefetched groups."""
-        sampler = self._saved_sampler if self.sampler is None else self.sampler.progress()
+        sampler = self._saved_sampler if self.sampler is None else self.sampler.state_dict()
         return {"num_draws": self.num_draws, "sampler": sampler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state saved by `state_dict`; groups that a running sampler has prefetched are discarded."""
         self.num_draws = state["num_draws"]
         if self.sampler is not None:
-            self.sampler.forget_ahead()
+            self.sampler.discard_prefetched()
         else:
             self._saved_sampler = state["sampler"]
 

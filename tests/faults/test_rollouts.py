@@ -44,9 +44,9 @@ def test_nothing_is_sampled_once_draws_are_given_up():
         ahead.begin(RolloutBatch("first", (), scorer, 1))
         ahead.begin(RolloutBatch("second", (), scorer, 1))
         assert engine.begun.wait(PATIENCE_S)
-        ahead.forget()
+        ahead.discard()
         assert not engine.is_sampling
-        assert ahead.take("second") is None
+        assert ahead.collect("second") is None
         ahead.close()
 
 

@@ -205,8 +205,8 @@ def test_records_reach_other_ranks_and_resumed_runs():
     scorer: Any = SimpleNamespace(open_batch=lambda: None)
     draw = RolloutBatch("train/1", (), scorer, 1)
     draw._groups = [group]
-    saved = json.loads(json.dumps(draw.progress()))
-    (restored,) = RolloutBatch.restored(saved, [group.prompt], scorer).score()
+    saved = json.loads(json.dumps(draw.state_dict()))
+    (restored,) = RolloutBatch.from_state(saved, [group.prompt], scorer).score()
     for other in (arrived, restored):
         np.testing.assert_array_equal(other.prompt_experts, group.prompt_experts)
         np.testing.assert_array_equal(other.completions[0].experts, group.completions[0].experts)

@@ -110,7 +110,7 @@ def test_which_weights_draw_which_step(tiny_model_path, tmp_path, algorithm, lag
     gaps = figures(trainer, "sampling/logp_gap")
     stale = [step + 1 - version for step, version in enumerate(expected)]
     assert [gap > 1e-4 for gap in gaps] == [staleness > 0 for staleness in stale]
-    assert sum(name.startswith("rollout-ahead") for name in engines[0].threads) == (5 if lag else 0)
+    assert sum(name.startswith("rollout-prefetch") for name in engines[0].threads) == (5 if lag else 0)
     if lag:
         assert figures(trainer, "groups/staleness") == stale
         assert figures(trainer, "groups/stale_dropped") == [0.0] * 6
@@ -167,7 +167,7 @@ def test_groups_drawn_ahead_survive(tiny_model_path, tmp_path, algorithm, lag):
 @pytest.mark.fault("rollout workers die for good while they draw ahead", "the run ends with that error")
 def test_an_error_of_a_draw_ahead_ends_the_run(tiny_model_path, tmp_path, monkeypatch):
     def die(self, batch):
-        if threading.current_thread().name.startswith("rollout-ahead"):
+        if threading.current_thread().name.startswith("rollout-prefetch"):
             raise WorkerDied("rollout workers failed 4 times")
         return sample(self, batch)
 
@@ -176,7 +176,7 @@ def test_an_error_of_a_draw_ahead_ends_the_run(tiny_model_path, tmp_path, monkey
     trainer = make(tiny_model_path, tmp_path)
     with pytest.raises(WorkerDied, match="failed 4 times"):
         trainer.train()
-    assert not any(thread.name.startswith("rollout-ahead") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("rollout-prefetch") for thread in threading.enumerate())
 
 
 class SlowEngine:
@@ -222,7 +222,7 @@ def test_draws_that_are_given_up_have_ended():
         thread.submit(ahead.forget).result(timeout=PATIENCE_S)
     assert not engine.is_running
     assert engine.num_begun == 1
-    assert ahead.take("second") is None
+    assert ahead.collect("second") is None
     ahead.close()
 
 

@@ -162,7 +162,7 @@ def test_rows_of_two_passes_are_told_apart_by_their_place():
         "groups": plain[8:],
         "counts": {"num_samples": [], "seconds": {}, "logged": {}},
     }
-    assert [group.prompt for group in RolloutBatch.restored(told, prompts, scorer, 8).score()] == prompts[8:]
+    assert [group.prompt for group in RolloutBatch.from_state(told, prompts, scorer, 8).score()] == prompts[8:]
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 
