@@ -7,7 +7,6 @@ from rlqwen.checkpoint.checkpoints import (
     checkpoint_folder,
     complete_checkpoints,
     require_complete,
-    restore_weights,
     save_model,
     write_checkpoint,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "preserve_rng_state",
     "read_state",
     "require_complete",
-    "restore_weights",
     "save_model",
     "set_rng_state",
     "sync_file",

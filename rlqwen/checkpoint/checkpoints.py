@@ -69,11 +69,6 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -
     ranks.barrier()
 
 
-def restore_weights(folder: Path, policy: PackedModel) -> None:
-    """Load the trained weights of a checkpoint into `policy`."""
-    policy.restore(folder)
-
-
 def complete_checkpoints(run_dir: Path, note: Callable[[str], None]) -> Iterator[Path]:
     """Yield the complete checkpoints of a run, newest first, each verified when it is reached.
 

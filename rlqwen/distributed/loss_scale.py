@@ -1,4 +1,4 @@
-"""The scale of the loss in float16, whose small gradients would else be 0."""
+"""Scale the loss dynamically for float16, which keeps small gradients from underflowing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,12 +44,12 @@ class LossScale:
         elif self.counts_in_a_row:
             self._patience = self.hysteresis
 
-    def progress(self) -> list[float]:
-        """What `restore` takes."""
+    def state_dict(self) -> list[float]:
+        """Return the scale, the updates since it changed, and the overflows that it still tolerates."""
         return [self.value, self._since, self._patience]
 
-    def restore(self, progress: list[float]) -> None:
-        """Go on from there."""
+    def load_state_dict(self, state: list[float]) -> None:
+        """Restore the state saved by `state_dict`."""
         if self.is_dynamic:
-            self.value, self._since = progress[0], int(progress[1])
-            self._patience = int(progress[2]) if len(progress) > 2 else self.hysteresis
+            self.value, self._since = state[0], int(state[1])
+            self._patience = int(state[2]) if len(state) > 2 else self.hysteresis

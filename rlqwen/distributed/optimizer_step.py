@@ -1,6 +1,6 @@
-"""How an update is carried out: gradients added up over the ranks, clipped, applied.
+"""Carry out optimizer updates: add up gradients over the ranks, clip them, and apply them.
 
-Trainers call `backward` on each micro-batch's share of the loss and `step` once an update.
+Trainers call `backward` on each micro-batch's share of the loss, and `step` once per update.
 """
 
 import math
@@ -16,7 +16,6 @@ from rlqwen.config import TrainerConfig
 from rlqwen.distributed.deepspeed_config import fp16_settings
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
-from rlqwen.distributed.moments import moments_are_finite
 from rlqwen.distributed.optimizer_state import MASTER, restore_optimizer, save_optimizer
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
@@ -26,33 +25,33 @@ from rlqwen.errors import ConfigError, NonFiniteError
 
 @dataclass(slots=True, frozen=True)
 class UpdateResult:
-    """What became of one update."""
+    """The outcome of one update."""
 
     grad_norms: dict[str, float]
-    """Norm of each part's gradient before clipping."""
+    """Gradient norm of each parameter group before clipping."""
     lr: float
-    """Learning rate of the first part."""
+    """Learning rate of the first parameter group."""
     skipped: bool
-    """Loss, gradient or a moment was not finite: weights and optimiser are as before, to the bit."""
+    """Whether the loss, a gradient or a moment was not finite; weights and optimizer are then unchanged, to the bit."""
 
     @property
     def grad_norm(self) -> float:
-        """Of the first part."""
+        """Gradient norm of the first parameter group (the policy)."""
         return next(iter(self.grad_norms.values()))
 
 
 class OptimizerStep:
-    """Optimiser, schedule and clipping; one schedule scales the learning rates of all parts.
+    """Hold the optimizer and the schedule, which scales the learning rates of all parameter groups.
 
-    On several ranks each holds all weights, and gradients are added up once an update; see ZeroStep.
+    On several ranks each holds all weights, and gradients are added up once per update; see ZeroStep for shards.
     """
 
     def __init__(
-        self, parts: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
+        self, groups: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks | None = None
     ) -> None:
-        if not all(part.parameters for part in parts):
+        if not all(group.parameters for group in groups):
             raise ConfigError("nothing to train: every weight of the model is frozen")
-        self.parts = list(parts)
+        self.groups = list(groups)
         self.ranks = ranks or Ranks()
         self.max_grad_norm = args.max_grad_norm
         self.max_nonfinite_steps = args.max_nonfinite_steps
@@ -64,7 +63,7 @@ class OptimizerStep:
         self._nonfinite_in_a_row = 0
 
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
-        return [build_adamw(self.parts, args)]
+        return [build_adamw(self.groups, args)]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's share of the loss."""
@@ -101,53 +100,53 @@ class OptimizerStep:
         return UpdateResult(norms, lr, skipped)
 
     def _finish_gradients(self) -> dict[str, float]:
-        """Add up over the ranks what has been gathered; returns the norm of each part's gradient, before clipping."""
+        """Add up the gradients over the ranks, and return the norm of each group's gradient before clipping."""
         self._add_up_gradients()
         norms = {}
-        for part in self.parts:
-            gradients = [parameter.grad for parameter in part.parameters if parameter.grad is not None]
+        for group in self.groups:
+            gradients = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
             if self.scale.value != 1.0 and gradients:
                 torch._foreach_div_(gradients, self.scale.value)
-            norms[part.name] = self._norm(part)
+            norms[group.name] = self._norm(group)
         return norms
 
     def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
-        """Clip and update, or throw the gradients away."""
+        """Clip the gradients and update the weights, or discard the gradients."""
         if not skip:
-            for part in self.parts:
+            for group in self.groups:
                 if self.max_grad_norm:
-                    norm = torch.tensor(norms[part.name])
-                    nn.utils.clip_grads_with_norm_(part.parameters, self.max_grad_norm, norm)
+                    norm = torch.tensor(norms[group.name])
+                    nn.utils.clip_grads_with_norm_(group.parameters, self.max_grad_norm, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def save(self, folder: Path) -> None:
-        """Write what the optimiser and the schedule remember into `folder`; on every rank."""
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write the state of optimizer and schedule into `folder`; called on every rank."""
         tensors = dict(self._state())
         if self.ranks.is_main:
-            memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.progress()}
+            memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.state_dict()}
             save_optimizer(folder, tensors, self.optimizers, self.schedulers, memory)
 
-    def restore(self, folder: Path) -> None:
-        """Read back what `save` wrote, by the same updater or another; on every rank, with the weights put back."""
-        names = {name for part in self.parts for name, _ in part.named()}
+    def load_checkpoint(self, folder: Path) -> None:
+        """Read back what this class or ZeroStep wrote; called on every rank, after the weights are restored."""
+        names = {name for group in self.groups for name, _ in group.named()}
         states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
         self._restore_state(states)
         self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
-        self.scale.restore(memory["loss_scale"])
+        self.scale.load_state_dict(memory["loss_scale"])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """What is remembered of each parameter; on the main rank, all of it."""
-        for part in self.parts if self.ranks.is_main else ():
-            for name, parameter in part.named():
+        """Yield the optimizer state of each parameter by name; on the main rank only."""
+        for group in self.groups if self.ranks.is_main else ():
+            for name, parameter in group.named():
                 for key, value in self.optimizers[0].state.get(parameter, {}).items():
                     yield f"{name}/{key}", torch.as_tensor(value).detach().cpu().contiguous()
 
     def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
-        for part in self.parts:
-            for name, parameter in part.named():
+        for group in self.groups:
+            for name, parameter in group.named():
                 if name not in states:
                     continue
                 kept = {key: value.to(parameter.device) for key, value in states[name].items() if key != MASTER}
@@ -157,12 +156,12 @@ class OptimizerStep:
                     self.optimizers[0].state[parameter] = kept
 
     def _add_up_gradients(self) -> None:
-        """Each rank's share of the loss is divided by global counts already, so gradients add up to the whole one.
+        """Sum the gradients over the ranks: each share of the loss is divided by global counts already.
 
-        A weight without a gradient on any rank rests. Where nothing was to be trained on at all the gradient is exactly
-        0, which is another thing: momentum and weight decay still move the weights.
+        A weight without a gradient on any rank does not move. If there was nothing to train on at all, the gradient is
+        exactly 0, which is different: momentum and weight decay still move the weights.
         """
-        parameters = [parameter for part in self.parts for parameter in part.parameters]
+        parameters = [parameter for group in self.groups for parameter in group.parameters]
         by_rank = self.ranks.gather((self._touched, [weight.grad is not None for weight in parameters]))
         touched, given = zip(*by_rank, strict=True)
         for parameter, given_by in zip(parameters, zip(*given, strict=True), strict=True):
@@ -173,9 +172,9 @@ class OptimizerStep:
             if self.ranks.world_size > 1:
                 dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
 
-    def _norm(self, part: ParameterGroup) -> float:
-        """Of a part's gradient, over the shards of all ranks where layers lie in shards."""
-        own = [parameter for parameter in part.parameters if parameter.grad is not None]
+    def _norm(self, group: ParameterGroup) -> float:
+        """Return the norm of a group's gradient, over the shards of all ranks if layers are sharded."""
+        own = [parameter for parameter in group.parameters if parameter.grad is not None]
         if self.ranks.tensor_group is None:
             return float(_total_norm(own))
         square = _total_norm(parameter for parameter in own if is_shard(parameter)).square()
@@ -188,12 +187,33 @@ def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-def build_adamw(parts: Sequence[ParameterGroup], args: TrainerConfig) -> torch.optim.Optimizer:
-    """PyTorch's, for all parts together."""
+def build_adamw(groups: Sequence[ParameterGroup], args: TrainerConfig) -> torch.optim.Optimizer:
+    """Return PyTorch's AdamW over all parameter groups."""
     return torch.optim.AdamW(
-        [group for part in parts for group in part.groups(args.weight_decay)],
+        [one for group in groups for one in group.groups(args.weight_decay)],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         fused=args.optim == "adamw_torch_fused",
     )
+
+
+@torch.no_grad()
+def moments_are_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether no moment is NaN or infinite: one would spoil its weight at the next update, or freeze it for good.
+
+    Reads the moments once, a fraction of the time of an update, and waits for each device once.
+    """
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for moment in moments:
+        sums.setdefault(moment.device, []).append(moment.sum(dtype=torch.float32))
+    if all(bool(torch.stack(part).isfinite().all()) for part in sums.values()):
+        return True
+    # A sum of finite values may overflow.
+    return all(bool(moment.isfinite().all()) for moment in moments)

@@ -1,6 +1,6 @@
-"""One part's weights under DeepSpeed ZeRO: the only module that reaches into an engine (written against 0.19).
+"""Hold one parameter group under DeepSpeed ZeRO: the only module that uses an engine's internals (of version 0.19).
 
-The updater, not the engine, says when an update is complete, scales the loss, and decides whether a gradient is applied.
+The optimizer step, not the engine, decides when an update is complete, scales the loss, and decides whether a gradient is applied.
 """
 
 import logging
@@ -17,17 +17,17 @@ from rlqwen.distributed.parameter_group import ParameterGroup
 
 
 class Engine:
-    """The ZeRO stages 1 to 3 of one part."""
+    """One parameter group under ZeRO stage 1, 2 or 3."""
 
-    def __init__(self, part: ParameterGroup, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
-        """`optimizer`: of the part's parameters, whose place DeepSpeed gives to shards."""
+    def __init__(self, group: ParameterGroup, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
+        """`optimizer` holds the group's parameters, which DeepSpeed replaces by shards."""
         deepspeed = _quiet_deepspeed()
-        assert part.module is not None
-        self.part = part
-        rounded = _rounded_by(config, part.parameters)
-        frozen = [p for p in part.module.parameters() if not p.requires_grad and p.is_floating_point()]
+        assert group.module is not None
+        self.group = group
+        rounded = _rounded_by(config, group.parameters)
+        frozen = [p for p in group.module.parameters() if not p.requires_grad and p.is_floating_point()]
         kept = _rounded_by(config, frozen) if not dist.is_initialized() or dist.get_rank() == 0 else []
-        self.engine, *_ = deepspeed.initialize(model=part.module, optimizer=optimizer, config=config)
+        self.engine, *_ = deepspeed.initialize(model=group.module, optimizer=optimizer, config=config)
         self.zero = self.engine.optimizer
         self.stage = int(self.engine.zero_optimization_stage())
         self.optimizer = optimizer
@@ -35,12 +35,12 @@ class Engine:
         """Whether a gradient has come since the last update."""
         self._came = False
         """Whether one has in this backward pass."""
-        for parameter in part.parameters:
+        for parameter in group.parameters:
             parameter.register_post_accumulate_grad_hook(self._touch)
         self._scaled_norm = 0.0
         """Of the gradient that is about to be applied, times the loss's scale; infinite where it must not be."""
         if self.stage == 3:
-            for weight in part.module.parameters():
+            for weight in group.module.parameters():
                 weight.sharding = self.zero  # type: ignore[attr-defined]
             measure = self.zero._get_norm_groups
             self._true_norm: Callable[[], Any] = lambda: _joined(measure())
@@ -50,7 +50,7 @@ class Engine:
             self.zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._scaled_norm)
             self.zero.check_grad_overflow = True
             self.zero.check_overflow = lambda partition_gradients=True: None  # an infinite norm says it
-        for parameter in part.parameters if self.keeps_master else ():
+        for parameter in group.parameters if self.keeps_master else ():
             parameter.engine = self  # type: ignore[attr-defined]
         for parameter, value in rounded:
             self.set_master(parameter, value)
@@ -106,7 +106,7 @@ class Engine:
         return norm if norm >= 0 else math.inf
 
     def apply(self, norm: float, *, skip: bool) -> None:
-        """Clip and update, or throw the gradient away. A part that got none rests."""
+        """Clip the gradient and update, or discard the gradient; a group without a gradient does not move."""
         if self.touched:
             self._scaled_norm = math.inf if skip else norm * float(self.zero.loss_scale)
             self.zero.step()
@@ -151,7 +151,7 @@ class Engine:
             self.zero.refresh_fp32_params()
 
     def restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `state_of` gave of each of the part's parameters."""
+        """Restore the state that `state_of` returned for each of the group's parameters."""
         steps = [entries["step"] for entries in states.values() if "step" in entries]
         if steps:
             for group in self.optimizer.param_groups:
@@ -162,7 +162,7 @@ class Engine:
                         "exp_avg_sq": torch.zeros_like(flat),
                     }
             self._link()
-        for name, parameter in self.part.named():
+        for name, parameter in self.group.named():
             for key, value in states.get(name, {}).items():
                 if key in ("exp_avg", "exp_avg_sq"):
                     self._set(parameter, value, key)

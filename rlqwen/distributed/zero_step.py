@@ -17,20 +17,20 @@ from rlqwen.distributed.zero_engine import Engine
 
 
 class ZeroStep(OptimizerStep):
-    """ZeRO stages 1 to 3, an engine a part. With bf16 or fp16 weights are computed with in that, and the optimizer keeps
+    """Carry out updates by ZeRO stages 1 to 3, with one engine per parameter group. With bf16 or fp16 weights are computed with in that, and the optimizer keeps
     float32 ones."""
 
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
         _join_alone()
-        dtype = _engine_dtype(self.parts, args)
+        dtype = _engine_dtype(self.groups, args)
         self.engines: list[Engine] = []
-        for part in self.parts:
-            hidden = max(parameter.shape[-1] for parameter in part.parameters)
+        for group in self.groups:
+            hidden = max(parameter.shape[-1] for parameter in group.parameters)
             config = complete_ds_config(args, data_size=self.ranks.data_size, hidden_size=hidden, dtype=dtype)
-            assert part.module is not None
+            assert group.module is not None
             if dtype == "fp32":
-                part.module.float()
-            self.engines.append(Engine(part, build_adamw([part], args), config))
+                group.module.float()
+            self.engines.append(Engine(group, build_adamw([group], args), config))
         return [engine.optimizer for engine in self.engines]
 
     def _backward(self, loss: Tensor) -> None:
@@ -48,23 +48,23 @@ class ZeroStep(OptimizerStep):
     def _finish_gradients(self) -> dict[str, float]:
         if not any(self.ranks.gather(self._touched)):
             self._backward_zeros()
-        return {engine.part.name: engine.finish_gradient() for engine in self.engines}
+        return {engine.group.name: engine.finish_gradient() for engine in self.engines}
 
     def _backward_zeros(self) -> None:
         """The gradient is exactly 0, yet momentum and weight decay still move the weights."""
         for engine in self.engines:
-            for parameter in engine.part.parameters:
+            for parameter in engine.group.parameters:
                 engine.start_over()
                 with gathered([parameter]):
                     self._backward(parameter.float().sum() * 0.0)
 
     def _apply(self, norms: dict[str, float], *, skip: bool) -> None:
         for engine in self.engines:
-            engine.apply(norms[engine.part.name], skip=skip)
+            engine.apply(norms[engine.group.name], skip=skip)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         for engine in self.engines:
-            for name, parameter in engine.part.named():
+            for name, parameter in engine.group.named():
                 for key, value in engine.state_of(name, parameter):
                     if self.ranks.is_main:
                         yield key, value.detach().to("cpu", copy=True).reshape(value.shape).contiguous()
@@ -76,22 +76,22 @@ class ZeroStep(OptimizerStep):
 
 
 def build_optimizer_step(
-    parts: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks
+    groups: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks
 ) -> OptimizerStep:
     """The one that `args.parallel` asks for. ZeRO stage 0 shares nothing out, and is the plain one."""
     check_batch_size(args, ranks.data_size)
     kind = ZeroStep if args.parallel.zero_stage else OptimizerStep
-    return kind(parts, args, total_updates=total_updates, ranks=ranks)
+    return kind(groups, args, total_updates=total_updates, ranks=ranks)
 
 
-def _engine_dtype(parts: Sequence[ParameterGroup], args: TrainerConfig) -> str:
+def _engine_dtype(groups: Sequence[ParameterGroup], args: TrainerConfig) -> str:
     """Of the weights that a forward reads. Where DeepSpeed finds no float16 instructions, as on most CPUs, they stay
     float32, and the forward's products alone are float16, as without DeepSpeed."""
     if args.fp16:
         from deepspeed.accelerator import get_accelerator
 
         return "fp16" if get_accelerator().is_fp16_supported() else "fp32"
-    on_gpu = parts[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
+    on_gpu = groups[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if (on_gpu if args.bf16 is None else args.bf16) else "fp32"
 
 

@@ -45,12 +45,12 @@ class Critic(Protocol):
         """
         ...
 
-    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+    def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """Write the critic's weights into `folder`; on every rank, of which one is to `write`."""
         ...
 
-    def restore(self, folder: Path) -> None:
-        """Load what `save_trained` wrote."""
+    def load_checkpoint(self, folder: Path) -> None:
+        """Load what `save_checkpoint` wrote."""
         ...
 
 
@@ -124,7 +124,7 @@ class ValueHead:
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
         return self.sequence.whole(values, own, batch.num_targets)
 
-    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+    def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """See Critic."""
         folder.mkdir(parents=True, exist_ok=True)
         with gathered(self.head.parameters()):
@@ -132,7 +132,7 @@ class ValueHead:
         if write:
             save_file({"weight": weight.contiguous()}, folder / HEAD_FILE)
 
-    def restore(self, folder: Path) -> None:
+    def load_checkpoint(self, folder: Path) -> None:
         """See Critic."""
         weight = load_file(folder / HEAD_FILE)["weight"]
         with gathered(self.head.parameters(), modify=True):

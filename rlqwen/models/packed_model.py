@@ -292,8 +292,8 @@ class PackedModel:
             if write:
                 self.model.save_pretrained(folder, save_embedding_layers=False)
 
-    def save_trained(self, folder: Path, *, write: bool = True) -> None:
-        """Write what `restore` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
+    def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
+        """Write what `load_checkpoint` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
         self.save(folder, write=write)
         if self.has_adapter:
             self.save_adapter(folder / ADAPTER_FOLDER, write=write)
@@ -303,8 +303,8 @@ class PackedModel:
         """Whether each rank holds but shards: forwards, saving and export then take all ranks."""
         return self.is_tensor_parallel or any(map(is_sharded, self.model.parameters()))
 
-    def restore(self, folder: Path | str) -> None:
-        """Load what `save_trained`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
+    def load_checkpoint(self, folder: Path | str) -> None:
+        """Load what `save_checkpoint`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
         if self.has_adapter:
             inner = Path(folder) / ADAPTER_FOLDER
             weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")

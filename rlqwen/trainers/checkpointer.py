@@ -50,12 +50,12 @@ class Stateful(Protocol):
 class Saveable(Protocol):
     """A part of a trainer that writes files of its own into a checkpoint, such as a model."""
 
-    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+    def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """Write into `folder`; called on every rank, one of which is to `write`."""
         ...
 
-    def restore(self, folder: Path) -> None:
-        """Read back what `save_trained` wrote; called on every rank."""
+    def load_checkpoint(self, folder: Path) -> None:
+        """Read back what `save_checkpoint` wrote; called on every rank."""
         ...
 
 
@@ -130,7 +130,7 @@ class Checkpointer:
         """Write the files of a checkpoint; called on every rank, and each file is written by one."""
         is_main = self._ranks.is_main
         for name, model in self._models.items():
-            model.save_trained(folder / name, write=is_main)
+            model.save_checkpoint(folder / name, write=is_main)
         if is_main:
             self._processing_class.save_pretrained(folder)
             (folder / TRAINER_STATE_FILE).write_text(json.dumps(asdict(self._state), indent=1) + "\n", "utf-8")
@@ -141,7 +141,7 @@ class Checkpointer:
         if is_main:
             write_state(folder, STATE, {name: part.state_dict() for name, part in self._parts.items()})
             write_state(folder, FINGERPRINT, self._fingerprint)
-        self._optimizer.save(folder)
+        self._optimizer.save_checkpoint(folder)
         write_state(folder, f"{RNG}-{self._ranks.rank}", get_rng_state())
 
     # Restoring
@@ -159,8 +159,8 @@ class Checkpointer:
         self._restore_trainer_state(json.loads((checkpoint / TRAINER_STATE_FILE).read_text("utf-8")))
         states = read_state(checkpoint, STATE)
         for name, model in self._models.items():
-            model.restore(checkpoint / name)
-        self._optimizer.restore(checkpoint)
+            model.load_checkpoint(checkpoint / name)
+        self._optimizer.load_checkpoint(checkpoint)
         for name, part in self._parts.items():
             if name not in keep:
                 part.load_state_dict(states[name])
@@ -182,7 +182,7 @@ class Checkpointer:
                 f"the best checkpoint {folder} cannot be gone back to, and the last weights are kept: {fault}"
             )
             return False
-        model.restore(folder)
+        model.load_checkpoint(folder)
         self._on_restore()
         return True
 

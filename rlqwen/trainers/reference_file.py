@@ -11,12 +11,12 @@ class ReferenceFile:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def save_trained(self, folder: Path, *, write: bool = True) -> None:
+    def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """Write the reference into `folder`."""
         if write:
             folder.mkdir(parents=True, exist_ok=True)
             self._policy.save_reference(folder)
 
-    def restore(self, folder: Path) -> None:
-        """Read back what `save_trained` wrote."""
+    def load_checkpoint(self, folder: Path) -> None:
+        """Read back what `save_checkpoint` wrote."""
         self._policy.restore_reference(folder)

@@ -109,7 +109,7 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window():
         scale.update(overflow=False)
     assert scale.value == 8
     again = LossScale(True)
-    again.restore(scale.progress())
+    again.load_state_dict(scale.state_dict())
     assert again.value == 8
     assert LossScale(False).value == 1
     assert LossScale(True, {"loss_scale": 128}).value == 128
@@ -126,8 +126,8 @@ def test_hysteresis_delays_the_halving_of_the_loss_scale():
             seen.append(scale.value)
         assert seen == values
         again = LossScale(True, {"hysteresis": 2})
-        again.restore(scale.progress())
-        assert again.progress() == scale.progress()
+        again.load_state_dict(scale.state_dict())
+        assert again.state_dict() == scale.state_dict()
 
 
 @pytest.mark.parametrize(

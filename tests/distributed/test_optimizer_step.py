@@ -4,7 +4,7 @@ from torch import nn
 
 from rlqwen.config import SFTConfig
 from rlqwen.distributed import OptimizerStep, ParameterGroup, warmup_updates
-from rlqwen.distributed.moments import moments_are_finite
+from rlqwen.distributed.optimizer_step import moments_are_finite
 from rlqwen.errors import ConfigError, NonFiniteError
 
 

@@ -343,7 +343,7 @@ def test_pickles_in_a_checkpoint_are_never_read(run, tiny_model_path, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     assert "model.safetensors is missing" in (find_fault(checkpoint) or "")
     with pytest.raises(OSError, match=r"model\.safetensors"):
-        trainer.policy.restore(checkpoint)
+        trainer.policy.load_checkpoint(checkpoint)
     assert not sprung.exists()
 
 

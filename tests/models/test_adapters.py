@@ -114,7 +114,7 @@ def test_saved_merged_and_alone(tmp_path, kind):
     torch.testing.assert_close(padded_logprobs(loaded, skewed_trees()), expected, atol=2e-5, rtol=1e-5)
     shake(policy)
     assert (plain_logprobs(policy) - expected).abs().max() > 1e-3
-    policy.restore(tmp_path / "adapter")
+    policy.load_checkpoint(tmp_path / "adapter")
     torch.testing.assert_close(plain_logprobs(policy), expected)
 
 
@@ -150,7 +150,7 @@ def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path, trained):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(padded_logprobs(merged, skewed_trees()), expected, atol=2e-5, rtol=1e-5)
     shake(policy)
-    policy.restore(tmp_path / "adapter")
+    policy.load_checkpoint(tmp_path / "adapter")
     torch.testing.assert_close(plain_logprobs(policy), expected)
 
 

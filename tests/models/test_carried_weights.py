@@ -156,9 +156,9 @@ def test_a_checkpoint_is_restored_and_a_stage_goes_on_from_a_folder_of_ours(
 ) -> None:
     source = sources["tiny-qwen3.5"]
     policy = changed(Policy(load_model(str(source), ARGS), ARGS))
-    policy.save_trained(tmp_path / "one")
+    policy.save_checkpoint(tmp_path / "one")
     fresh = Policy(load_model(str(source), ARGS), ARGS)
-    fresh.restore(tmp_path / "one")
+    fresh.load_checkpoint(tmp_path / "one")
     assert torch.equal(own_logits(fresh), own_logits(policy))
     Policy(load_model(str(tmp_path / "one"), ARGS), ARGS).save(tmp_path / "two")
     assert_kept(tmp_path / "two", source)

@@ -74,7 +74,7 @@ def test_saving_and_restoring(scalar_path, tmp_path):
         for parameter in model.trained_parameters:
             parameter.add_(0.1)
         assert not torch.allclose(model.scores(pack(TREES)), before)
-        model.restore(tmp_path / "saved")
+        model.load_checkpoint(tmp_path / "saved")
         torch.testing.assert_close(model.scores(pack(TREES)), before)
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert reloaded.config.num_labels == 1
@@ -116,8 +116,8 @@ def test_a_value_head_reads_the_policys_hidden_states(tmp_path, train_trunk):
     values.sum().backward()
     assert (hidden.grad is not None) == train_trunk
     assert head.head.weight.grad is not None
-    head.save_trained(tmp_path / "critic")
+    head.save_checkpoint(tmp_path / "critic")
     assert load_file(tmp_path / "critic" / HEAD_FILE)["weight"].tolist() == [[0.5] * 4]
     other = ValueHead(4, train_trunk=True, device=torch.device("cpu"))
-    other.restore(tmp_path / "critic")
+    other.load_checkpoint(tmp_path / "critic")
     torch.testing.assert_close(other.values(None, hidden), values)

@@ -219,7 +219,7 @@ def test_saved_folder_loads_and_restores(tmp_path, adapter):
     with torch.no_grad():
         for parameter in policy.trained_parameters:
             parameter.mul_(1.3)
-    policy.restore(tmp_path / ("adapter" if adapter else "model"))
+    policy.load_checkpoint(tmp_path / ("adapter" if adapter else "model"))
     torch.testing.assert_close(policy.logprobs(batch)[0], logp)
 
 

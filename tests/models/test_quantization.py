@@ -155,7 +155,7 @@ def test_a_trainer_takes_trl_s_arguments(tmp_path):
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert quantized_bits(final) is None
     assert (tmp_path / "run" / "final" / "adapter" / "adapter_config.json").is_file()
-    trainer.policy.restore(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter")
+    trainer.policy.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter")
 
 
 def test_the_recipe_s_section():
