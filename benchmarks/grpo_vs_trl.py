@@ -126,11 +126,10 @@ class Alternate(TrainerCallback):
         self.watch.add("trl", step=step, rollout=self.rollout, update=step - self.rollout)
         for name, trainer in self.ours.items():
             started = time.perf_counter()
-            trainer._one_step()
+            metrics = trainer._train_on_next_rows()
             step = time.perf_counter() - started
-            figures = trainer.state.log_history[-1]
-            rollout = figures["time/rollout"] + figures["time/reward"]
-            self.watch.add(name, step=step, rollout=rollout, update=figures["time/train"])
+            rollout = metrics["time/rollout"] + metrics["time/reward"]
+            self.watch.add(name, step=step, rollout=rollout, update=metrics["time/train"])
         self.rollout, self.started = 0.0, time.perf_counter()
 
 

@@ -33,7 +33,7 @@ def suite(pytester):
 
 
 def run(suite, *arguments):
-    return suite.runpytest_inprocess("-p", "fault_table", "-p", "no:cacheprovider", *arguments)
+    return suite.runpytest_inprocess("-p", "tests.fault_table", "-p", "no:cacheprovider", *arguments)
 
 
 def test_a_plain_run_leaves_the_slow_ones_out_and_writes_nothing(suite):

@@ -135,6 +135,9 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.recipe: Recipe | None = None
         """The recipe that the trainer was built from, if any."""
         self.history = RunHistory()
+        self.monitor = HealthMonitor(
+            args, output_dir=self.output_dir, ranks=self.ranks, state=self.state, logger=self.logger
+        )
         self.updates_of_step: list[UpdateResult] = []
         """Updates of the current step."""
         self._fingerprint: dict[str, Any] | None = None
@@ -235,9 +238,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         Ctrl-C or a notebook's stop button, Interrupted, which is also a KeyboardInterrupt. A second Ctrl-C leaves at once.
         """
         self.history.start()
-        self.monitor = HealthMonitor(
-            self.args, output_dir=self.output_dir, ranks=self.ranks, state=self.state, logger=self.logger
-        )
         try:
             with self.preemption, self.monitor.reporting_the_end():
                 self._begin(resume_from_checkpoint)
