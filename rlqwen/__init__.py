@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlqwen.trainers.reward import RewardTrainer
     from rlqwen.trainers.sft import SFTTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "DPOConfig": "rlqwen.config",

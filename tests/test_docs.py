@@ -36,6 +36,13 @@ OF = {
         "rollout.engine=transformers",
     ],
     "grpo": ["grpo.data.eval=null", "grpo.data.train.args.size=64", *SAMPLE, "rollout.engine=transformers"],
+    "distillation": [
+        "sft.model.init_kwargs={}",
+        "distillation.data.eval=null",
+        "distillation.data.train.args.size=64",
+        *SAMPLE,
+        "rollout.engine=transformers",
+    ],
 }
 
 
@@ -86,6 +93,9 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_sft quickstart_dpo": stages("sft", "dpo"),
     "rlqwen run quickstart_sft quickstart_ppo": stages("sft", "ppo"),
     "rlqwen run quickstart_sft quickstart_reward quickstart_ppo_reward": stages("sft", "reward", "ppo"),
+    "rlqwen run quickstart_sft quickstart_grpo quickstart_student quickstart_distillation": stages(
+        "sft", "grpo", "distillation"
+    ),
     "rlqwen run my.yaml --resume": ["train.max_steps=2", "--allow-changes"],
     "rlqwen run my.yaml resume=auto --max-restarts 3": ["output_dir=runs/supervised"],
     "rlqwen verify-resume my.yaml": ["--steps", "2"],
