@@ -95,15 +95,11 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         needed = {"model": name, **args.other_models()}
         default_folder = f"{self.algorithm}-{Path(name).name}"
         self.output_dir = MainRank(self.ranks).run(lambda: open_locked_folder(args, default_folder, needed))
-        self.model_folder: str | None = None
+        source, args = self._resolve_model(model, args)
+        self.model_folder = (
+            local_folder(source, args.model_init_kwargs.get("revision")) if isinstance(source, str) else None
+        )
         """Local folder of the model, if it was given by name."""
-        source: str | nn.Module = model
-        if isinstance(model, str):
-            shape, args = split_builtin_arguments(model, args)
-            source = MainRank(self.ranks).run(
-                lambda: resolve_model_path(model, self.output_dir / "base_model", **shape)
-            )
-            self.model_folder = local_folder(source, args.model_init_kwargs.get("revision"))
         self.args: Args = args
         self.callbacks = Callbacks(callbacks, args, self.state, self._callback_context)
         self.logger = RunLogger(
@@ -118,10 +114,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.processing_class = text_tokenizer(processing_class) or load_tokenizer(name, args)
         take_eos_token(self.processing_class, getattr(args, "eos_token", None))
         self.policy = self.load_policy(source, peft_config=peft_config, reference=reference)
-        self.policy.check_trainable()
-        own = self.policy.base_model.config
-        for config in (own, getattr(self.policy, "reference_config", own)):
-            check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
+        self._check_policy()
         self.main_rank = MainRank(self.ranks, self.policy)
         self.router_loss = RouterLoss(self.policy, self.ranks)
         self.train_rows: Sequence[Row] = []
@@ -141,6 +134,21 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.updates_of_step: list[UpdateResult] = []
         """Updates of the current step."""
         self._fingerprint: dict[str, Any] | None = None
+
+    def _resolve_model(self, model: str | nn.Module, args: Args) -> tuple[str | nn.Module, Args]:
+        """Return the model or its name, a built-in one as the folder where it was built, and the config without its shape."""
+        if not isinstance(model, str):
+            return model, args
+        shape, args = split_builtin_arguments(model, args)
+        folder = self.output_dir / "base_model"
+        return MainRank(self.ranks).run(lambda: resolve_model_path(model, folder, **shape)), args
+
+    def _check_policy(self) -> None:
+        """Raise ModelError if the model cannot be trained, or if it or its reference lacks tokens of the tokenizer."""
+        self.policy.check_trainable()
+        own = self.policy.base_model.config
+        for config in (own, getattr(self.policy, "reference_config", own)):
+            check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
 
     @property
     def model(self) -> nn.Module:
@@ -315,7 +323,26 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.optimizer = build_optimizer_step(
             self.parameter_groups(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
-        self.checkpointer = Checkpointer(
+        self.checkpointer = self._build_checkpointer(fingerprint)
+        if checkpoint is not None:
+            self._resume(checkpoint, changes)
+        self.logger.open()
+        if self.cleaning and self.ranks.is_main:
+            self.cleaning.write(self.output_dir)
+        note_start(
+            self.logger,
+            self.args,
+            cleaning=self.cleaning,
+            reports=self.reports,
+            plan=self.plan,
+            model=self.policy,
+        )
+        self.callbacks.notify("on_train_begin")
+        if checkpoint is not None:
+            self.checkpointer.restore_rng_state(checkpoint)
+
+    def _build_checkpointer(self, fingerprint: dict[str, Any]) -> Checkpointer:
+        return Checkpointer(
             self.output_dir,
             self.args,
             models=self.saved_models(),
@@ -338,22 +365,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             logger=self.logger,
             on_restore=self.weights_changed,
         )
-        if checkpoint is not None:
-            self._resume(checkpoint, changes)
-        self.logger.open()
-        if self.cleaning and self.ranks.is_main:
-            self.cleaning.write(self.output_dir)
-        note_start(
-            self.logger,
-            self.args,
-            cleaning=self.cleaning,
-            reports=self.reports,
-            plan=self.plan,
-            model=self.policy,
-        )
-        self.callbacks.notify("on_train_begin")
-        if checkpoint is not None:
-            self.checkpointer.restore_rng_state(checkpoint)
 
     def _resume(self, checkpoint: Path, changes: list[str]) -> None:
         self.checkpointer.restore(checkpoint)

@@ -219,7 +219,7 @@ def test_draws_that_are_given_up_have_ended():
         ahead.begin(SlowDraw(name))
     assert engine.begun.wait(timeout=PATIENCE_S)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(ahead.forget).result(timeout=PATIENCE_S)
+        thread.submit(ahead.discard).result(timeout=PATIENCE_S)
     assert not engine.is_running
     assert engine.num_begun == 1
     assert ahead.collect("second") is None

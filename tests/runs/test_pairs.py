@@ -102,7 +102,7 @@ def test_the_command_writes_a_file_and_nothing_over_it(tiny_model_path, tmp_path
     before = (tmp_path / "pairs.jsonl").read_text()
     assert {"prompt", "chosen", "rejected", "solution"} <= json.loads(before.splitlines()[0]).keys()
     assert main(command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "pairs.jsonl").read_text() == before
 
 
