@@ -1,0 +1,1 @@
+"""Run recipes: pipelines, restarts, launches on several ranks, exports and proofs of exact resume."""
