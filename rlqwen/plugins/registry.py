@@ -9,7 +9,9 @@ Example:
 """
 
 import difflib
+import functools
 import importlib.metadata
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,12 +70,7 @@ class Registry:
 
     def discover(self) -> dict[str, PluginEntry]:
         """Return every registered entry by name, sorted; a name that two packages register has its `conflict` set."""
-        claims: dict[str, dict[tuple[str, str], PluginEntry]] = {}
-        for point in importlib.metadata.entry_points(group=self.group):
-            distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown package", "")
-            entry = PluginEntry(point.name, f"{point.module}:{point.attr}", distribution, version)
-            claims.setdefault(point.name, {})[distribution, entry.value] = entry
-        return {name: self._resolve_claims(list(claims[name].values())) for name in sorted(claims)}
+        return dict(_discover(self, _search_path()))
 
     def load(self, spec: str) -> Any:
         """Import and return what `spec` names.
@@ -134,7 +131,8 @@ class Registry:
         module = import_module(home, label, self.error, kind=self.kind)
         return find_attribute(module, attribute, label, self.error)
 
-    def _resolve_claims(self, claimants: list[PluginEntry]) -> PluginEntry:
+    def resolve_claims(self, claimants: list[PluginEntry]) -> PluginEntry:
+        """Return the entry of a name, with its `conflict` set if several packages claim it."""
         first = claimants[0]
         if len(claimants) == 1:
             return first
@@ -144,6 +142,23 @@ class Registry:
             f"or name the {self.kind} itself, for example {first.value!r}"
         )
         return replace(first, conflict=conflict)
+
+
+@functools.lru_cache(maxsize=64)
+def _discover(registry: Registry, search_path: tuple[tuple[str, int], ...]) -> dict[str, PluginEntry]:
+    """Read the entry points of a registry; again only if `search_path` has changed, because that takes 10 ms."""
+    claims: dict[str, dict[tuple[str, str], PluginEntry]] = {}
+    for point in importlib.metadata.entry_points(group=registry.group):
+        distribution, version = (point.dist.name, point.dist.version) if point.dist else ("unknown package", "")
+        entry = PluginEntry(point.name, f"{point.module}:{point.attr}", distribution, version)
+        claims.setdefault(point.name, {})[distribution, entry.value] = entry
+    return {name: registry.resolve_claims(list(claims[name].values())) for name in sorted(claims)}
+
+
+def _search_path() -> tuple[tuple[str, int], ...]:
+    """Return the folders that packages are found in, and when each last changed, as it does when a package is installed."""
+    folders = [(path, Path(path or ".")) for path in sys.path]
+    return tuple((path, folder.stat().st_mtime_ns if folder.exists() else 0) for path, folder in folders)
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

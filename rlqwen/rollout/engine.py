@@ -127,14 +127,14 @@ class Engine:
     @classmethod
     def start(cls, settings: EngineSettings) -> WorkerEngine:
         """Return the engine of this worker, with the weights of `settings.model_path`."""
-        raise NotImplementedError(f"{cls.__name__} has in_workers = True and no method start")
+        raise ConfigError(f"the rollout engine {cls.__name__} has in_workers = True and no method start")
 
     @classmethod
     def build(
         cls, config: RolloutConfig, *, policy: Any, tokenizer: "PreTrainedTokenizerBase", max_model_length: int
     ) -> RolloutEngine:
         """Return the engine of this process; `policy.generation_model()` gives the model in eval mode."""
-        raise NotImplementedError(f"{cls.__name__} has in_workers = False and no method build")
+        raise ConfigError(f"the rollout engine {cls.__name__} has in_workers = False and no method build")
 
 
 def engine_class(config: RolloutConfig) -> type[Engine]:

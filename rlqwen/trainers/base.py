@@ -323,6 +323,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.optimizer = build_optimizer_step(
             self.parameter_groups(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
+        self.monitor.start()
         self.checkpointer = self._build_checkpointer(fingerprint)
         if checkpoint is not None:
             self._resume(checkpoint, changes)

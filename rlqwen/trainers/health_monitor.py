@@ -25,6 +25,7 @@ class HealthMonitor:
     def __init__(
         self, args: TrainerConfig, *, output_dir: Path, ranks: Ranks, state: TrainerState, logger: RunLogger
     ) -> None:
+        self._args = args
         self._config = args.watch
         self._run_name = args.run_name or output_dir.name
         self._ranks = ranks
@@ -35,6 +36,10 @@ class HealthMonitor:
         """Alerts of the last step."""
         self._num_rollbacks = 0
         self._webhook: Webhook | None = None
+
+    def start(self) -> None:
+        """Forget the metrics and alerts of an earlier training by the same trainer."""
+        self._monitor = Monitor(self._args)
 
     def check(self, metrics: Metrics) -> Action | None:
         """Look at the metrics of a step, report every new alert, and return the most severe action asked for."""

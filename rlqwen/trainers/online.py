@@ -174,9 +174,10 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
     @property
     def truncation(self) -> Truncation | None:
         """Truncation of the policy's distribution in the engine; None: no truncation, or nothing is compared."""
-        given = None if self.args.uncomparable else self.args.truncation
-        keeps_ties = engine_class(self.args.rollout).keeps_ties(self.policy.device.type)
-        return given and replace(given, keeps_ties=keeps_ties)
+        truncation = self.args.truncation
+        if truncation is None or self.args.uncomparable:
+            return None
+        return replace(truncation, keeps_ties=engine_class(self.args.rollout).keeps_ties(self.policy.device.type))
 
     def micro_batches(self, trees: Sequence[Tree]) -> list[PackedBatch]:
         """Return this rank's packed micro-batches of trees of completions, as large as the config allows."""
