@@ -51,6 +51,7 @@ from rlqwen.trainers.preemption import Preemption
 from rlqwen.trainers.reference_file import ReferenceFile
 from rlqwen.trainers.resume import choose_checkpoint, refuse_changes
 from rlqwen.trainers.router_loss import RouterLoss
+from rlqwen.trainers.run_context import RunContext
 from rlqwen.trainers.run_fingerprint import run_fingerprint
 from rlqwen.trainers.run_history import RunHistory
 from rlqwen.trainers.run_logger import Metrics, RunLogger
@@ -110,6 +111,9 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             callbacks=self.callbacks,
             is_main=self.ranks.is_main,
         )
+        self.context = RunContext(
+            self.output_dir, args, self.ranks, self.state, self.preemption, self.callbacks, self.logger
+        )
         name = source if isinstance(source, str) else _name_of(source)
         self.processing_class = text_tokenizer(processing_class) or load_tokenizer(name, args)
         take_eos_token(self.processing_class, getattr(args, "eos_token", None))
@@ -128,9 +132,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.recipe: Recipe | None = None
         """The recipe that the trainer was built from, if any."""
         self.history = RunHistory()
-        self.monitor = HealthMonitor(
-            args, output_dir=self.output_dir, ranks=self.ranks, state=self.state, logger=self.logger
-        )
+        self.monitor = HealthMonitor(self.context)
         self.updates_of_step: list[UpdateResult] = []
         """Updates of the current step."""
         self._fingerprint: dict[str, Any] | None = None
@@ -228,12 +230,9 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.evaluator = Evaluator(
             self.compute_evaluation,
             self.eval_rows,
+            self.context,
             model=self.policy,
             best=BestMetric(self.args, self.default_best_metric),
-            ranks=self.ranks,
-            state=self.state,
-            callbacks=self.callbacks,
-            logger=self.logger,
         )
 
     # What users call
@@ -317,9 +316,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             if self.new_stream
             else RowStream(self.train_rows, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         )
-        self.schedule = Schedule(
-            self.args, self.state, self.stream, rows_per_step=self.plan.rows_per_step, ranks=self.ranks
-        )
+        self.schedule = Schedule(self.context, self.stream, rows_per_step=self.plan.rows_per_step)
         self.optimizer = build_optimizer_step(
             self.parameter_groups(), self.args, total_updates=self.state.max_steps, ranks=self.ranks
         )
@@ -344,8 +341,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def _build_checkpointer(self, fingerprint: dict[str, Any]) -> Checkpointer:
         return Checkpointer(
-            self.output_dir,
-            self.args,
+            self.context,
             models=self.saved_models(),
             optimizer=self.optimizer,
             parts={
@@ -360,10 +356,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             processing_class=self.processing_class,
             fingerprint=fingerprint,
             recipe=self.recipe,
-            ranks=self.ranks,
-            state=self.state,
-            callbacks=self.callbacks,
-            logger=self.logger,
             on_restore=self.weights_changed,
         )
 
@@ -380,18 +372,13 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             self.evaluator.run_initial()
         TrainingLoop(
             self._train_on_next_rows,
-            self.args,
-            # The command line prints its own command.
-            how_to_resume="" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)",
-            state=self.state,
-            ranks=self.ranks,
+            self.context,
             schedule=self.schedule,
             evaluator=self.evaluator,
             checkpointer=self.checkpointer,
             monitor=self.monitor,
-            preemption=self.preemption,
-            callbacks=self.callbacks,
-            logger=self.logger,
+            # The command line prints its own command.
+            how_to_resume="" if self.recipe is not None else "; go on with train(resume_from_checkpoint=True)",
         ).run()
 
     def _train_on_next_rows(self) -> Metrics:
@@ -445,16 +432,16 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         try:
             result = self.optimizer.step()
         except NonFiniteError:
-            save_batches(
-                self.output_dir / "nonfinite", micro_batches, step=self.state.global_step, rank=self.ranks.rank
-            )
+            self._keep_nonfinite(micro_batches)
             raise
         self.updates_of_step.append(result)
         if result.skipped:
-            save_batches(
-                self.output_dir / "nonfinite", micro_batches, step=self.state.global_step, rank=self.ranks.rank
-            )
+            self._keep_nonfinite(micro_batches)
         return result
+
+    def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
+        folder = self.output_dir / "nonfinite"
+        save_batches(folder, micro_batches, step=self.state.global_step, rank=self.ranks.rank)
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference if that is due since update `before`."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase
 
 from rlqwen.checkpoint import (
     Retention,
@@ -23,14 +23,13 @@ from rlqwen.checkpoint import (
     write_checkpoint,
     write_state,
 )
-from rlqwen.config import Recipe, TrainerConfig
+from rlqwen.config import Recipe
 from rlqwen.config.recipe_yaml import write_resolved
-from rlqwen.distributed import OptimizerStep, Ranks
+from rlqwen.distributed import OptimizerStep
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE
-from rlqwen.trainers.callbacks import Callbacks
 from rlqwen.trainers.resume import FINGERPRINT, RNG, STATE, usable_checkpoints
-from rlqwen.trainers.run_logger import RunLogger
+from rlqwen.trainers.run_context import RunContext
 
 TRAINER_STATE_FILE = "trainer_state.json"
 
@@ -64,8 +63,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        output_dir: Path,
-        args: TrainerConfig,
+        run: RunContext,
         *,
         models: Mapping[str, Saveable],
         optimizer: OptimizerStep,
@@ -73,10 +71,6 @@ class Checkpointer:
         processing_class: PreTrainedTokenizerBase,
         fingerprint: dict[str, Any],
         recipe: Recipe | None,
-        ranks: Ranks,
-        state: TrainerState,
-        callbacks: Callbacks,
-        logger: RunLogger,
         on_restore: Callable[[], None],
     ) -> None:
         """Take the parts of a trainer.
@@ -91,18 +85,15 @@ class Checkpointer:
         """Update of the newest checkpoint that this process wrote or restored."""
         self.saved_at = time.monotonic()
         """When it was written."""
-        self.output_dir = output_dir
-        self._args = args
+        self.output_dir = run.output_dir
+        self._args, self._ranks, self._state = run.args, run.ranks, run.state
+        self._callbacks, self._logger = run.callbacks, run.logger
         self._models = models
         self._optimizer = optimizer
         self._parts = parts
         self._processing_class = processing_class
         self._fingerprint = fingerprint
         self._recipe = recipe
-        self._ranks = ranks
-        self._state = state
-        self._callbacks = callbacks
-        self._logger = logger
         self._on_restore = on_restore
 
     # Saving

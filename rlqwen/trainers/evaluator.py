@@ -4,14 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from transformers import TrainerState
-
-from rlqwen.distributed import Ranks
 from rlqwen.errors import DataError
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.trainers.best_checkpoint import BestMetric, Verdict
-from rlqwen.trainers.callbacks import Callbacks
-from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_context import RunContext
+from rlqwen.trainers.run_logger import Metrics
 
 Row = TypeVar("Row")
 
@@ -23,13 +20,10 @@ class Evaluator(Generic[Row]):
         self,
         compute: Callable[[Sequence[Row]], Metrics],
         rows: Sequence[Row] | None,
+        run: RunContext,
         *,
         model: PackedModel,
         best: BestMetric,
-        ranks: Ranks,
-        state: TrainerState,
-        callbacks: Callbacks,
-        logger: RunLogger,
     ) -> None:
         """`compute`: metrics of the present model on rows, without the prefix `eval/`. `rows`: the evaluation set."""
         self.rows = rows
@@ -38,10 +32,8 @@ class Evaluator(Generic[Row]):
         """The evaluation before the first update, if `eval_on_start` asked for one."""
         self._compute = compute
         self._model = model
-        self._ranks = ranks
-        self._state = state
-        self._callbacks = callbacks
-        self._logger = logger
+        self._ranks, self._state = run.ranks, run.state
+        self._callbacks, self._logger = run.callbacks, run.logger
 
     def run(self, rows: Sequence[Row] | None = None) -> Metrics:
         """Evaluate on `rows` (None: the evaluation set), log the metrics under `eval/`, and return them.

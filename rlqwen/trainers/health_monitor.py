@@ -2,18 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import TrainerState
-
-from rlqwen.config import TrainerConfig
 from rlqwen.config.watch import Action
-from rlqwen.distributed import Ranks
 from rlqwen.errors import WatchStop
 from rlqwen.monitoring import Alert, Monitor, Webhook, worst_action
 from rlqwen.trainers.checkpointer import Checkpointer
-from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_context import RunContext
+from rlqwen.trainers.run_logger import Metrics
 
 _KEPT_IN_ROLLBACK = ("stream", "history")
 """The rows that led to the symptom are not trained on again, and the time that they took has passed."""
@@ -22,16 +18,12 @@ _KEPT_IN_ROLLBACK = ("stream", "history")
 class HealthMonitor:
     """Look at the metrics of every step on the main rank; all ranks then stop or roll back together."""
 
-    def __init__(
-        self, args: TrainerConfig, *, output_dir: Path, ranks: Ranks, state: TrainerState, logger: RunLogger
-    ) -> None:
-        self._args = args
-        self._config = args.watch
-        self._run_name = args.run_name or output_dir.name
-        self._ranks = ranks
-        self._state = state
-        self._logger = logger
-        self._monitor = Monitor(args)
+    def __init__(self, run: RunContext) -> None:
+        self._args = run.args
+        self._config = run.args.watch
+        self._run_name = run.args.run_name or run.output_dir.name
+        self._ranks, self._state, self._logger = run.ranks, run.state, run.logger
+        self._monitor = Monitor(run.args)
         self._alerts: list[Alert] = []
         """Alerts of the last step."""
         self._num_rollbacks = 0

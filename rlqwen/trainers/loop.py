@@ -3,18 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerState
-
-from rlqwen.config import TrainerConfig
-from rlqwen.distributed import Ranks
 from rlqwen.errors import RolloutError
 from rlqwen.trainers.best_checkpoint import Verdict
-from rlqwen.trainers.callbacks import Callbacks
 from rlqwen.trainers.checkpointer import Checkpointer
 from rlqwen.trainers.evaluator import Evaluator
 from rlqwen.trainers.health_monitor import HealthMonitor
-from rlqwen.trainers.preemption import Preemption
-from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_context import RunContext
+from rlqwen.trainers.run_logger import Metrics
 from rlqwen.trainers.schedule import Schedule
 
 
@@ -24,32 +19,23 @@ class TrainingLoop:
     def __init__(
         self,
         step: Callable[[], Metrics],
-        args: TrainerConfig,
+        run: RunContext,
         *,
-        how_to_resume: str,
-        state: TrainerState,
-        ranks: Ranks,
         schedule: Schedule,
         evaluator: Evaluator[Any],
         checkpointer: Checkpointer,
         monitor: HealthMonitor,
-        preemption: Preemption,
-        callbacks: Callbacks,
-        logger: RunLogger,
+        how_to_resume: str,
     ) -> None:
         """`step`: train on the next rows and return metrics. `how_to_resume`: ends the message of a preempted run."""
         self._step = step
-        self._args = args
-        self._how_to_resume = how_to_resume
-        self._state = state
-        self._ranks = ranks
+        self._args, self._ranks, self._state = run.args, run.ranks, run.state
+        self._preemption, self._callbacks, self._logger = run.preemption, run.callbacks, run.logger
         self._schedule = schedule
         self._evaluator = evaluator
         self._checkpointer = checkpointer
         self._monitor = monitor
-        self._preemption = preemption
-        self._callbacks = callbacks
-        self._logger = logger
+        self._how_to_resume = how_to_resume
 
     def run(self) -> None:
         """Run steps until the last update, or until a callback asks to stop.

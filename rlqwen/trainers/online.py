@@ -99,13 +99,10 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         self.rollouts = RolloutManager(
             self.args,
             self.rewards,
-            output_dir=self.output_dir,
+            self.context,
             main_rank=self.main_rank,
             processing_class=self.processing_class,
             columns=self.prompt_data.columns,
-            state=self.state,
-            preemption=self.preemption,
-            logger=self.logger,
         )
         self.load_data(train_dataset, eval_dataset)
         self.workers_folder = self._folder_for_workers()

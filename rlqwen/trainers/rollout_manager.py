@@ -4,10 +4,9 @@ Shapes: P prompts per rollout, G completions per prompt.
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedTokenizerBase
 
 from rlqwen.checkpoint import preserve_rng_state
 from rlqwen.config import OnlineConfig
@@ -18,8 +17,8 @@ from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.sampler import Sampler, describe_groups
-from rlqwen.trainers.preemption import Preemption
-from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_context import RunContext
+from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
 
@@ -34,14 +33,11 @@ class RolloutManager:
         self,
         args: OnlineConfig,
         rewards: Sequence[Reward],
+        run: RunContext,
         *,
-        output_dir: Path,
         main_rank: MainRank,
         processing_class: PreTrainedTokenizerBase,
         columns: set[str],
-        state: TrainerState,
-        preemption: Preemption,
-        logger: RunLogger,
     ) -> None:
         """`columns`: names of the data's columns, for rewards; may be filled in later."""
         self.scorer: Scorer | None = None
@@ -50,14 +46,12 @@ class RolloutManager:
         """On the main rank, once something has been sampled."""
         self._args = args
         self._rewards = rewards
-        self._output_dir = output_dir
+        self._output_dir, self._state = run.output_dir, run.state
+        self._preemption, self._logger = run.preemption, run.logger
         self._main_rank = main_rank
         self._processing_class = processing_class
         self._columns = columns
-        self._state = state
-        self._preemption = preemption
-        self._logger = logger
-        self._log = CompletionLog(output_dir)
+        self._log = CompletionLog(run.output_dir)
         self.num_draws = 0
         """Training draws so far; names the next one, from which its sampling seeds derive."""
         self._saved_sampler: dict[str, Any] | None = None

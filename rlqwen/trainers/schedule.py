@@ -3,31 +3,18 @@
 import time
 from typing import Any
 
-from transformers import TrainerState
-
-from rlqwen.config import TrainerConfig
-from rlqwen.distributed import Ranks
 from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.item_stream import ItemStream
+from rlqwen.trainers.run_context import RunContext
 
 
 class Schedule:
     """Compare the updates made by a step, from `before` to the state's `global_step`, with the intervals of the config."""
 
-    def __init__(
-        self,
-        args: TrainerConfig,
-        state: TrainerState,
-        stream: RowStream[Any] | ItemStream[Any],
-        *,
-        rows_per_step: int,
-        ranks: Ranks,
-    ) -> None:
-        self._args = args
-        self._state = state
+    def __init__(self, run: RunContext, stream: RowStream[Any] | ItemStream[Any], *, rows_per_step: int) -> None:
+        self._args, self._ranks, self._state = run.args, run.ranks, run.state
         self._stream = stream
         self._rows_per_step = rows_per_step
-        self._ranks = ranks
 
     def logs(self, before: int) -> bool:
         """Return whether metrics are due; those of the last update always are."""
