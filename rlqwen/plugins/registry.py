@@ -157,8 +157,14 @@ def _discover(registry: Registry, search_path: tuple[tuple[str, int], ...]) -> d
 
 def _search_path() -> tuple[tuple[str, int], ...]:
     """Return the folders that packages are found in, and when each last changed, as it does when a package is installed."""
-    folders = [(path, Path(path or ".")) for path in sys.path]
-    return tuple((path, folder.stat().st_mtime_ns if folder.exists() else 0) for path, folder in folders)
+    return tuple((path, _changed_ns(path)) for path in sys.path)
+
+
+def _changed_ns(path: str) -> int:
+    try:
+        return Path(path or ".").stat().st_mtime_ns
+    except OSError:  # not there, or not ours to look at
+        return 0
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
