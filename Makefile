@@ -3,6 +3,7 @@
 # make test-fast    the tests of under a second each
 # make faults       every injected fault, the long ones too; writes FAULTS.md
 # make check        lint, format, types
+# make docs         the documentation site, in site/
 # make lock         write requirements/ anew from what is installed
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TORCH := torch==2.13.0+cpu
 TORCHVISION := torchvision==0.28.0+cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-fast faults check format lock install clean
+.PHONY: quickstart test test-fast faults check format docs lock install clean
 
 quickstart: install
 	$(BIN)/rlqwen run recipes/quickstart_sft.yaml recipes/quickstart_grpo.yaml
@@ -36,6 +37,15 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv-docs/.installed
+	PYTHONPATH=. .venv-docs/bin/mkdocs build --strict
+
+# An environment of its own: the site needs neither torch nor what the tests need.
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/docs.txt
+	@touch $@
 
 install: $(INSTALLED)
 
@@ -65,6 +75,8 @@ lock: install
 			--custom-compile-command "make lock" -o requirements/cpu.txt
 	$(BIN)/uv pip compile pyproject.toml --extra cuda --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
 		--generate-hashes --no-annotate --no-header --quiet -o requirements/cuda.txt
+	$(BIN)/uv pip compile --group docs --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header --quiet -o requirements/docs.txt
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-docs site build dist .pytest_cache .ruff_cache .mypy_cache
