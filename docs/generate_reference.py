@@ -22,13 +22,13 @@ from rlqwen.config.watch import SymptomConfig
 MARKER = "<!-- docs/generate_reference.py writes the tables here -->"
 
 CHAPTERS: dict[str, dict[str, type[BaseModel]]] = {
-    "Recipe": {"Top of the recipe": configs.Recipe},
-    "Model": {
+    "The recipe": {"Top of the recipe": configs.Recipe},
+    "The model": {
         "model": configs.ModelConfig,
         "model.lora": configs.LoraSettings,
         "model.quantization": configs.QuantizationSettings,
     },
-    "Data": {
+    "The data": {
         "data": configs.DataConfig,
         "data.train, data.eval": configs.SourceConfig,
         "data.train.sampled": configs.SampledPairsConfig,
@@ -36,7 +36,7 @@ CHAPTERS: dict[str, dict[str, type[BaseModel]]] = {
         "data.cleaning.near_duplicates": configs.NearDuplicatesConfig,
         "data.cleaning.drop_patterns, keep_patterns": configs.PatternConfig,
     },
-    "Rewards": {"rewards": configs.RewardSpec, "scoring": configs.ScoringConfig},
+    "The rewards": {"rewards": configs.RewardSpec, "scoring": configs.ScoringConfig},
     "Algorithms": {
         "train, algorithm sft": configs.SFTConfig,
         "train.eval_generation": configs.EvalGenerationConfig,
@@ -54,9 +54,9 @@ CHAPTERS: dict[str, dict[str, type[BaseModel]]] = {
         "train, ppo, grpo and distillation": configs.OnlineConfig,
         "train.generation_kwargs": GenerationKwargs,
     },
-    "Rollouts": {"rollout": configs.RolloutConfig},
+    "The rollouts": {"rollout": configs.RolloutConfig},
     "Several GPUs": {"parallel": configs.ParallelConfig},
-    "Monitor": {"train.watch": configs.WatchConfig},
+    "The monitor": {"train.watch": configs.WatchConfig},
 }
 HEADINGS = {model: heading for chapter in CHAPTERS.values() for heading, model in chapter.items()}
 

@@ -30,7 +30,7 @@ pytest_plugins = ["tests.fault_table", "tests.slow_list", "pytester"]
 
 
 LONGEST_FIRST = (
-    "test_learning.py", "test_docs.py", "test_pool.py", "test_ranks.py", "test_zero.py",
+    "test_learning.py", "test_commands.py", "test_pool.py", "test_ranks.py", "test_zero.py",
     "test_tensor_parallel.py", "test_shipped_recipes.py", "test_vllm_lora.py", "test_processes.py",
     "test_ray_cluster.py", "test_sequence_parallel.py", "test_end_to_end.py", "test_scorer.py",
 )  # fmt: skip

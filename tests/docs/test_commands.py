@@ -19,7 +19,7 @@ from rlqwen.cli import main
 from rlqwen.run_folder.layout import mark_run_folder
 from tests.patience import PATIENCE_S
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/MOE.md")
 STEP = ["train.max_steps=1", "train.per_device_train_batch_size=8", "train.save_strategy=no", "train.eval_strategy=no"]
 SAMPLE = ["train.num_generations=2", "train.max_completion_length=8", "train.num_generations_eval=1"]
