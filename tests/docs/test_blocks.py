@@ -17,6 +17,8 @@ from rlqwen.config.algorithms import config_class
 from rlqwen.config.overrides import fits, parse_override
 from rlqwen.config.recipe_yaml import list_recipes, load_recipes
 from rlqwen.config.yaml_dialect import Loader
+from rlqwen.data.formats import normalise_row
+from rlqwen.data.preference_formats import to_labelled_rows
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import TRAINERS
 from tests.docs.pages import ROOT, Block, blocks, commands, name_of, pages, write_files
@@ -83,10 +85,18 @@ def test_python_in_a_page_compiles(block: Block) -> None:
     compile(block.text, str(block), "exec")
 
 
-@pytest.mark.parametrize("block", blocks_of("json", "jsonl"), ids=str)
+@pytest.mark.parametrize("block", blocks_of("json"), ids=str)
 def test_json_in_a_page_is_json(block: Block) -> None:
-    for line in block.text.splitlines() if block.language == "jsonl" else [block.text]:
-        json.loads(line)
+    json.loads(block.text)
+
+
+@pytest.mark.parametrize("block", blocks_of("jsonl"), ids=str)
+def test_rows_in_a_page_are_in_a_form_that_is_read(block: Block) -> None:
+    for line in block.text.splitlines():
+        row = normalise_row(json.loads(line), str(block))
+        assert any(form <= row.keys() for form in ({"messages"}, {"prompt"}, {"text"})), line
+        if "chosen" in row:
+            assert {side["label"] for side in to_labelled_rows(row, str(block))} == {True, False}
 
 
 @pytest.mark.slow
