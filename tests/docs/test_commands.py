@@ -1,4 +1,4 @@
-"""Whatever the README and the benchmarks' pages tell a reader to run, run in a small form, in the order of the page.
+"""Whatever the README, the guides and the benchmarks' pages tell a reader to run, run in a small form, in the order of the page.
 
 A command that stands in a page and not here fails a test, and so does one that stands here and in no page any more.
 """
@@ -20,7 +20,8 @@ from rlqwen.run_folder.layout import mark_run_folder
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/MOE.md")
+GUIDES = ("docs/quickstart.md", "docs/command-line.md", "docs/faults-and-resume.md")
+PAGES = ("README.md", *GUIDES, "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md", "benchmarks/MOE.md")
 STEP = ["train.max_steps=1", "train.per_device_train_batch_size=8", "train.save_strategy=no", "train.eval_strategy=no"]
 SAMPLE = ["train.num_generations=2", "train.max_completion_length=8", "train.num_generations_eval=1"]
 BUNDLED = "data={train: {path: builtin:pairs}}"
@@ -53,8 +54,9 @@ def stages(*algorithms: str) -> list[str]:
 
 BENCHMARK = ["--steps", "1", "--engines", "transformers", "--hidden", "64", "--layers", "1", "--vocab", "512"]
 SMALL: dict[str, list[str] | str] = {
-    # In README.md
+    # In the README and the guides
     "rlqwen recipes": [],
+    "rlqwen recipes copy quickstart_grpo mine.yaml": [],
     "rlqwen check grpo_gsm8k_qwen3_0.6b": [
         "model.path=tiny",
         "data.train.path=builtin:questions",
@@ -97,6 +99,7 @@ SMALL: dict[str, list[str] | str] = {
         "sft", "grpo", "distillation"
     ),
     "rlqwen run my.yaml --resume": ["train.max_steps=2", "--allow-changes"],
+    "rlqwen run my.yaml resume=auto": ["output_dir=runs/auto"],
     "rlqwen run my.yaml resume=auto --max-restarts 3": ["output_dir=runs/supervised"],
     "rlqwen verify-resume my.yaml": ["--steps", "2"],
     "rlqwen run my.yaml --nproc-per-node 4 parallel.zero_stage=3": ["--nproc-per-node", "2", "output_dir=runs/ranks"],
@@ -284,9 +287,9 @@ def test_the_script_of_the_readme_trains(files, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_package_of_the_readme_is_listed_as_a_reward(tmp_path):
-    (project,) = blocks("README.md", "toml")
-    (module,) = [block for block in blocks("README.md", "python") if block.startswith("# my_reward.py")]
+def test_the_package_of_the_guide_is_listed_as_a_reward(tmp_path):
+    (project,) = blocks("docs/rewards.md", "toml")
+    (module,) = [block for block in blocks("docs/rewards.md", "python") if block.startswith("# my_reward.py")]
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "pyproject.toml").write_text(project)
     (tmp_path / "package" / "my_reward.py").write_text(module)

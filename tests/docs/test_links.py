@@ -1,6 +1,7 @@
 """Every link inside the repository's pages leads to a file, and to an anchor in it, that is there."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 def test_the_reference_names_its_anchors_as_the_site_does() -> None:
     for heading in ("model.lora", "data.train, data.eval", "train, algorithm sft"):
         assert slug_of_reference(heading) == slug(heading)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("README*.md")), ids=name_of)
+def test_the_badges_are_true(page: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    shown = dict(re.findall(r"img\.shields\.io/badge/(\w+)-(.+?)-\w+\)", page.read_text("utf-8")))
+    license_shown, python_shown = shown["license"].replace("--", "-"), shown["python"].replace("%2B", "+")
+    assert license_shown == project["license"]
+    assert f">={python_shown.removesuffix('+')}" == project["requires-python"]
 
 
 class _Loader(yaml.SafeLoader):
