@@ -75,7 +75,7 @@ lock: install
 			--custom-compile-command "make lock" -o requirements/cpu.txt
 	$(BIN)/uv pip compile pyproject.toml --extra cuda --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
 		--generate-hashes --no-annotate --no-header --quiet -o requirements/cuda.txt
-	$(BIN)/uv pip compile --group docs --universal --python-version 3.11 \
+	$(BIN)/uv pip compile --group docs --python-version 3.11 \
 		--generate-hashes --no-annotate --no-header --quiet -o requirements/docs.txt
 
 clean:

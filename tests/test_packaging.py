@@ -63,3 +63,9 @@ def test_a_lock_has_what_the_project_asks_for(lock, extra):
         pins["torch"] = "2.13.0"  # the CPU build, which the Makefile installs
     unmet = [f"{one}: {pins.get(one.name)}" for one in wanted if not one.specifier.contains(pins.get(one.name, "0"))]
     assert not unmet
+
+
+def test_the_lock_of_the_documentation_has_what_its_group_asks_for():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["dependency-groups"]
+    pins = pinned("docs.txt")
+    assert all(one.specifier.contains(pins[one.name]) for one in map(Requirement, groups["docs"]))
