@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlqwen.packing.attention import Layout, Span
+from rlqwen.packing.layout import Layout, Span
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.tensor([row.token_ids]),
         position_ids=torch.tensor([row.positions]),
-        layout=Layout.build(row.spans),
+        layout=Layout(row.spans),
         source_N=torch.tensor(row.sources, dtype=torch.long),
         target_N=torch.tensor(row.targets, dtype=torch.long),
         sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.errors import ModelError
-from rlqwen.packing.attention import Layout
 from rlqwen.packing.delta_plan import DeltaPlan
+from rlqwen.packing.layout import Layout
 
 MODULES = {
     "qwen3_next": "transformers.models.qwen3_next.modeling_qwen3_next",

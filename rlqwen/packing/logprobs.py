@@ -1,7 +1,8 @@
-"""Log-probabilities and entropies of target tokens, from hidden states, without ever holding all logits.
+"""Compute log-probabilities and entropies of target tokens from hidden states, without ever holding all logits.
 
 Logits exist for one chunk of tokens at a time, in the forward and, computed again, in the backward pass: memory is
-chunk x V instead of N x V, for one more matrix product with the head.
+chunk x V instead of N x V, for one more matrix product with the head. On a GPU the chunks are read by TRL's Triton
+kernels, once each.
 
 Shapes: N tokens, V vocabulary, C hidden size.
 """
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.utils.import_utils import is_triton_available
+
+VOCABULARY_CHUNK = 8192
+"""Columns of the head whose logits TRL's kernels hold at a time, of 4,096 tokens."""
 
 
 def chunked_logprobs(
@@ -22,19 +27,46 @@ def chunked_logprobs(
     chunk_size: int = 1024,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ head.T / temperature)[target] and, where asked, the entropy of that softmax.
+    """Return log softmax(hidden @ head.T / temperature)[target] and, if asked, the entropy of that softmax.
 
     Args:
         hidden_NC: (N, C) hidden states that predict the targets; the product is taken in their dtype.
         head_VC: (V, C) weight of the language-model head.
         target_N: (N,) token ids.
+        temperature: divides the logits.
+        chunk_size: tokens whose logits exist at a time; TRL's kernels, which cut the vocabulary too, have their own.
+        entropy: whether to compute entropies.
 
     Returns:
         (N,) logprobs in nats and (N,) entropies in nats or None; float32, both differentiable.
     """
+    if _has_kernels(hidden_NC, head_VC):
+        return kernel_logprobs(hidden_NC, head_VC, target_N, temperature=temperature, entropy=entropy)
     arguments = (hidden_NC, head_VC, target_N, temperature, chunk_size, entropy)
     logp_N, entropy_N = _ChunkedLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
     return logp_N, entropy_N if entropy else None
+
+
+def kernel_logprobs(
+    hidden_NC: Tensor, head_VC: Tensor, target_N: Tensor, *, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `chunked_logprobs` does by TRL's kernels, which run in plain torch where there is no Triton."""
+    from trl.kernels import ChunkedLogProbFunction  # imports Triton
+
+    outputs = ("entropy",) if entropy else ()
+    softcap, logit_scale = None, 1.0
+    arguments = (hidden_NC, head_VC, None, target_N, temperature, VOCABULARY_CHUNK, softcap, logit_scale, outputs)
+    logp_N, entropy_N, *_ = ChunkedLogProbFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    return logp_N, entropy_N
+
+
+def _has_kernels(hidden_NC: Tensor, head_VC: Tensor) -> bool:
+    """Return whether TRL's kernels take these; a head that ZeRO-3 shards is gathered for our own function alone."""
+    return hidden_NC.is_cuda and hidden_NC.dtype != torch.float64 and is_triton_available() and not _is_shard(head_VC)
+
+
+def _is_shard(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id")
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ from rlqwen.config import ModelConfig
 from rlqwen.errors import ModelError
 from rlqwen.models.critic import ScalarModel
 from rlqwen.models.policy import Policy
-from rlqwen.packing.attention import Layout, Span, packed_attention
+from rlqwen.packing.attention import packed_attention
 from rlqwen.packing.attention_rules import CausalMask
 from rlqwen.packing.batch import pack
 from rlqwen.packing.forward import packs_prefixes
+from rlqwen.packing.layout import Layout, Span
 from rlqwen.preflight.model_check import read_model
 from tests.models.test_policy import SHAPE, padded_logprobs, skewed_trees
 from tests.trainers.test_grpo import make_trainer as make_grpo
@@ -169,7 +170,7 @@ def test_a_reference_and_a_reward_model_are_held_to_the_same():
 )
 def test_an_argument_that_changes_attention_is_not_swallowed(arguments, message):
     states = torch.randn(1, 2, 4, 8)
-    call = {"attention_mask": CausalMask(None), "layout": Layout.build([Span(0, 0, 0, 4)])}
+    call = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
     harmless = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
     packed_attention(torch.nn.Identity(), states, states, states, **call | harmless)
     with pytest.raises(ModelError, match=message):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlqwen.packing.logprobs import chunked_logprobs
+from rlqwen.packing.logprobs import chunked_logprobs, kernel_logprobs
 
 
 def reference(hidden, head, target, temperature):
@@ -45,3 +45,20 @@ def test_bfloat16_hidden_gives_float32_logprobs():
     assert logp.dtype is torch.float32
     logp.sum().backward()
     assert hidden.grad.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 11])
+def test_the_kernels_of_trl_compute_the_same(num_tokens, entropy):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(num_tokens, 8), torch.randn(23, 8)
+    target, weight = torch.randint(0, 23, (num_tokens,)), torch.randn(num_tokens)
+    results = []
+    for function in (chunked_logprobs, kernel_logprobs):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        logp, entropies = function(h, w, target, temperature=0.7, entropy=entropy)
+        assert (entropies is not None) is entropy
+        (logp @ weight + (entropies @ weight if entropy else 0.0)).backward()
+        results.append((logp.detach(), h.grad, w.grad, *([entropies.detach()] if entropy else [])))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)

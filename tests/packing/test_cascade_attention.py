@@ -1,0 +1,150 @@
+"""Compare the attention of two variable-length calls with padded blocks: outputs and gradients."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlqwen.packing.block_attention import attend_in_blocks
+from rlqwen.packing.cascade_attention import CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
+from rlqwen.packing.layout import Layout, Span
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class PlainKernel:
+    """A variable-length kernel in plain torch, for any device and dtype: what FlashKernel computes, written out."""
+
+    def forward(self, query, key, value, queries, keys, *, causal, scale):
+        out = torch.zeros_like(query)
+        lse = query.new_zeros(query.shape[1], query.shape[0])
+        for rows, columns in pairs(queries, keys):
+            scores = scores_of(query[rows], key[columns], causal, scale)
+            lse[:, rows] = scores.logsumexp(-1)
+            probs = (scores - lse[:, rows, None]).exp()
+            out[rows] = torch.einsum("hqk,khd->qhd", probs, repeated(value[columns], query))
+        return out, lse
+
+    def backward(self, grad, query, key, value, out, lse, queries, keys, *, causal, scale):
+        gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        delta = (grad * out).sum(-1).T
+        for rows, columns in pairs(queries, keys):
+            probs = (scores_of(query[rows], key[columns], causal, scale) - lse[:, rows, None]).exp()
+            value_grad = torch.einsum("hqk,qhd->khd", probs, grad[rows])
+            d_probs = torch.einsum("qhd,khd->hqk", grad[rows], repeated(value[columns], query))
+            d_scores = probs * (d_probs - delta[:, rows, None]) * scale
+            gradients[0][rows] += torch.einsum("hqk,khd->qhd", d_scores, repeated(key[columns], query))
+            gradients[1][columns] += summed(torch.einsum("hqk,qhd->khd", d_scores, query[rows]), key)
+            gradients[2][columns] += summed(value_grad, value)
+        return gradients
+
+
+def pairs(queries: Runs, keys: Runs):
+    query_ends, key_ends = queries.ends.tolist(), keys.ends.tolist()
+    for i in range(len(query_ends) - 1):
+        yield slice(query_ends[i], query_ends[i + 1]), slice(key_ends[i], key_ends[i + 1])
+
+
+def repeated(tensor: Tensor, query: Tensor) -> Tensor:
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+
+
+def summed(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.unflatten(1, (like.shape[1], -1)).sum(2)
+
+
+def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = torch.einsum("qhd,khd->hqk", query, repeated(key, query)) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), float("-inf"))
+    return scores
+
+
+def random_layout(seed: int) -> Layout:
+    """Prefixes of 0 to 19 tokens with branches of 0 to 33; some have no branch with a token."""
+    rng = random.Random(seed)
+    spans: list[Span] = []
+    place = 0
+    for _ in range(rng.randint(1, 4)):
+        prefix = rng.choice([0, 1, 5, 19])
+        start, place = place, place + prefix
+        prefix_end = place
+        for _ in range(rng.randint(1, 5)):
+            length = rng.choice([0, 1, 2, 7, 30] if prefix else [1, 9, 33])
+            spans.append(Span(start, prefix_end, place, place + length))
+            place += length
+    return Layout(spans)
+
+
+def inputs(layout: Layout, dtype: torch.dtype, device: str = "cpu", heads=(4, 2), width=8) -> list[Tensor]:
+    shapes = [(layout.num_tokens, count, width) for count in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(*shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def outputs_and_gradients(attend, query, key, value, grad) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_two_calls_give_what_blocks_give(seed):
+    layout = random_layout(seed)
+    tensors = inputs(layout, torch.float64)
+    ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), *tensors)
+    blocks = outputs_and_gradients(lambda *qkv: attend_in_blocks(*qkv, layout), *tensors)
+    for one, other in zip(ours, blocks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_the_gradient_is_that_of_the_output():
+    layout = Layout([Span(0, 3, 3, 6), Span(0, 3, 6, 10), Span(10, 10, 10, 13)])
+    leaves = [tensor.requires_grad_() for tensor in inputs(layout, torch.float64, heads=(2, 1), width=4)[:3]]
+    assert torch.autograd.gradcheck(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), leaves)
+
+
+def test_a_plan_names_segments_and_the_rows_of_shared_prefixes():
+    plan = CascadePlan.build(Layout([Span(0, 2, 2, 5), Span(0, 2, 5, 6), Span(6, 7, 7, 7), Span(8, 8, 8, 10)]))
+    assert plan.own.ends.tolist() == [0, 2, 5, 6, 7, 8, 10]
+    assert plan.own.longest == 3
+    assert plan.queries.ends.tolist() == [0, 4]
+    assert plan.query_rows_Q.tolist() == [2, 3, 4, 5]
+    assert plan.prefixes.ends.tolist() == [0, 2]
+    assert plan.prefix_rows_P.tolist() == [0, 1]
+    assert (plan.own.ends.dtype, plan.query_rows_Q.dtype) == (torch.int32, torch.long)
+
+
+def test_a_row_without_prefixes_makes_one_call():
+    layout = Layout([Span(0, 0, 0, 4), Span(4, 4, 4, 9)])
+
+    class Once(PlainKernel):
+        calls = 0
+
+        def forward(self, *args, causal, **kwargs):
+            assert causal
+            self.calls += 1
+            return super().forward(*args, causal=causal, **kwargs)
+
+    kernel = Once()
+    cascade_attention(*inputs(layout, torch.float64)[:3], layout, kernel=kernel)
+    assert kernel.calls == 1
+
+
+def test_on_a_cpu_flash_is_not_asked():
+    query, _, value, _ = inputs(random_layout(0), torch.bfloat16)
+    assert not has_flash_kernel(query, value)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("width", [32, 128])
+def test_flash_gives_what_float32_blocks_give_up_to_rounding(seed, width):
+    layout = random_layout(seed).to("cuda")
+    exact = inputs(layout, torch.float32, "cuda", width=width)
+    half = [tensor.bfloat16() for tensor in exact]
+    ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=FlashKernel()), *half)
+    blocks = outputs_and_gradients(lambda *qkv: attend_in_blocks(*qkv, layout), *(t.float() for t in half))
+    for one, other in zip(ours, blocks, strict=True):
+        assert (one.float() - other).norm() <= 0.01 * other.norm() + 1e-6
