@@ -7,9 +7,12 @@ Example:
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
+
+Key = TypeVar("Key")
 
 Reduction = Literal["token_mean", "sequence_mean", "sum", "max"]
 
@@ -47,23 +50,52 @@ def maximum(values: Tensor) -> Metric:
 Sums = dict[tuple[str, Reduction], float]
 
 
+def add_on_device(sum_so_far: Tensor | float, value: Tensor) -> Tensor:
+    """Return the sum in float64, on the device of `value`, which is not waited for."""
+    return value.detach().double() + sum_so_far
+
+
+def read_scalars(values: Mapping[Key, Tensor | float]) -> dict[Key, float]:
+    """Return the values as floats, waiting for each device once."""
+    tensors = {key: value.detach().double() for key, value in values.items() if isinstance(value, Tensor)}
+    read = {key: float(value) for key, value in values.items() if not isinstance(value, Tensor)}
+    for device in {tensor.device for tensor in tensors.values()}:
+        there = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
+        read |= zip(there, torch.stack([tensor.reshape(()) for tensor in there.values()]).tolist(), strict=True)
+    return {key: read[key] for key in values}
+
+
 @dataclass(slots=True)
 class MetricSums:
-    """Metrics of a step, collected over micro-batches."""
+    """Metrics of a step, collected over micro-batches; those on a GPU are not waited for until they are read."""
 
-    sums: Sums = field(default_factory=dict)
+    _sums: dict[tuple[str, Reduction], Tensor | float] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> Sums:
+        """Return what was collected, as floats."""
+        return read_scalars(self._sums)
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the metrics of a micro-batch."""
-        self.join({(name, metric.reduction): float(metric.value) for name, metric in metrics.items()})
+        for name, metric in metrics.items():
+            key = (name, metric.reduction)
+            if key not in self._sums:
+                self._sums[key] = metric.value.detach().double()
+            elif metric.reduction == "max":
+                self._sums[key] = torch.maximum(metric.value.detach().double(), torch.as_tensor(self._sums[key]))
+            else:
+                self._sums[key] = add_on_device(self._sums[key], metric.value)
 
     def join(self, sums: Sums) -> None:
         """Add what another has collected."""
+        mine = self.sums
         for key, value in sums.items():
             if key[1] == "max":
-                self.sums[key] = max(self.sums.get(key, float("-inf")), value)
+                mine[key] = max(mine.get(key, float("-inf")), value)
             else:
-                self.sums[key] = self.sums.get(key, 0.0) + value
+                mine[key] = mine.get(key, 0.0) + value
+        self._sums = dict(mine)
 
     def reduce(self, gather: Callable[[Sums], list[Sums]], *, tokens: float, sequences: float) -> dict[str, float]:
         """Return each metric over all ranks.

@@ -58,7 +58,8 @@ class OptimizerStep:
         self.scale = LossScale(args.fp16, fp16_settings(args))
         self.optimizers = self._build_optimizers(args)
         self.schedulers = build_schedulers(args, self.optimizers, total_updates)
-        self._finite = True
+        self._finite: Tensor | bool = True
+        """Whether every loss since the last update was finite; read when the update is made."""
         self._touched = False
         self._nonfinite_in_a_row = 0
 
@@ -67,7 +68,7 @@ class OptimizerStep:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's share of the loss."""
-        self._finite = self._finite and bool(torch.isfinite(loss.detach()))
+        self._finite = torch.isfinite(loss.detach()).all() & self._finite
         self._touched = True
         self._backward(loss)
 
@@ -78,7 +79,7 @@ class OptimizerStep:
         """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
         sound = all(self.ranks.gather(all(map(moments_are_finite, self.optimizers))))
         norms = self._finish_gradients()
-        finite = all(self.ranks.gather(self._finite))
+        finite = all(self.ranks.gather(bool(self._finite)))
         lr = self.schedulers[0].get_last_lr()[0]
         overflowed = not all(map(math.isfinite, norms.values()))
         skipped = overflowed or not (finite and sound)
@@ -210,10 +211,17 @@ def moments_are_finite(optimizer: torch.optim.Optimizer) -> bool:
         for value in state.values()
         if isinstance(value, Tensor) and value.is_floating_point()
     ]
-    sums: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for moment in moments:
-        sums.setdefault(moment.device, []).append(moment.sum(dtype=torch.float32))
-    if all(bool(torch.stack(part).isfinite().all()) for part in sums.values()):
+        by_device.setdefault(moment.device, []).append(moment)
+    if all(bool(torch.stack(_sums(part)).isfinite().all()) for part in by_device.values()):
         return True
     # A sum of finite values may overflow.
     return all(bool(moment.isfinite().all()) for moment in moments)
+
+
+def _sums(moments: list[Tensor]) -> list[Tensor]:
+    """Return a sum over each that is finite if all values are and it does not overflow; on a GPU in few kernels."""
+    if moments[0].is_cuda:
+        return list(torch._foreach_norm(moments, 1))
+    return [moment.sum(dtype=torch.float32) for moment in moments]

@@ -70,7 +70,8 @@ class RouterBalance:
                 )
         self.top_k: int = config.num_experts_per_tok if has_routers else 0
         self._counts_LE: Tensor | None = None
-        self._loss, self._weight = 0.0, 0.0
+        self._loss: Tensor | float = 0.0
+        self._weight = 0.0
 
     def loss(self, router_logits: Sequence[Tensor], weight: float, sequence: SequenceGroup) -> Tensor:
         """The loss of one micro-batch times the coefficient and the micro-batch's share of the update, `weight`."""
@@ -78,7 +79,7 @@ class RouterBalance:
         if not weight:
             return 0.0 * loss  # an idle row, which says nothing of the load
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
-        self._loss += weight * loss.item()
+        self._loss = self._loss + weight * loss.detach().double()
         self._weight += weight
         return self.coefficient * weight * loss
 
@@ -91,7 +92,7 @@ class RouterBalance:
         if not self.coefficient:
             return {}
         counts = None if self._counts_LE is None else self._counts_LE.cpu()
-        parts = gather((self._loss, self._weight, counts))
+        parts = gather((float(self._loss), self._weight, counts))
         self._counts_LE, self._loss, self._weight = None, 0.0, 0.0
         counted = [counts_LE for _, _, counts_LE in parts if counts_LE is not None]
         if not counted:

@@ -24,6 +24,7 @@ from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers, ch
 from rlqwen.models.carried_weights import carried_by, carry, count_text
 from rlqwen.models.experts import use_compute_dtype
 from rlqwen.models.float32_weights import mark_float32, saved_dtype
+from rlqwen.models.gpu_forward import speed_up_on_gpu
 from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
@@ -151,6 +152,7 @@ class PackedModel:
                     module.p = 0.0
         use_packed_attention(self.base_model)
         use_compute_dtype(self.base_model)
+        speed_up_on_gpu(self.base_model)
         self.model.train()
 
     def _check_forward(self, head: Callable[[Tensor], Tensor], own: Callable[[Tensor], Tensor]) -> None:

@@ -33,6 +33,7 @@ from rlqwen.models.adapters import (
     head_weight,
     lora_obstacle,
 )
+from rlqwen.models.gpu_forward import speed_up_on_gpu
 from rlqwen.models.model_support import check_config, check_head
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
@@ -106,6 +107,7 @@ class Policy(PackedModel):
         else:
             model = _cast_as_autocast(model.to(self.device), self.compute_dtype).eval().requires_grad_(False)
         use_packed_attention(model)
+        speed_up_on_gpu(model)
         return model  # type: ignore[no-any-return]
 
     def _logits(self, hidden_RC: Tensor) -> Tensor:

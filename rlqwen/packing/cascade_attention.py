@@ -20,6 +20,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,6 +29,9 @@ from rlqwen.packing.layout import Layout, Span
 
 MAX_HEAD_DIM = 256
 """The widest head of PyTorch's flash kernels, whose widths are multiples of 8."""
+
+
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class Runs(NamedTuple):
@@ -66,10 +70,16 @@ class CascadePlan:
         ends = sorted(cuts)
         query_lengths = [sum(span.length for span in spans) for spans in branches.values()]
         prefix_lengths = [end - start for start, end in branches]
-        query_rows = [row for spans in branches.values() for span in spans for row in range(span.start, span.end)]
-        prefix_rows = [row for start, end in branches for row in range(start, end)]
-        parts = [ends, _cumulated(query_lengths), _cumulated(prefix_lengths), query_rows, prefix_rows]
-        values = torch.tensor([value for part in parts for value in part]).to(layout.device)
+        query_rows = [np.arange(span.start, span.end) for spans in branches.values() for span in spans]
+        prefix_rows = [np.arange(start, end) for start, end in branches]
+        parts = [
+            np.array(ends),
+            np.cumsum([0, *query_lengths]),
+            np.cumsum([0, *prefix_lengths]),
+            np.concatenate([_NO_ROWS, *query_rows]),
+            np.concatenate([_NO_ROWS, *prefix_rows]),
+        ]
+        values = torch.from_numpy(np.concatenate(parts)).to(layout.device)
         own, queries, prefixes, query_rows_Q, prefix_rows_P = values.split([len(part) for part in parts])
         return cls(
             Runs(own.int(), max(end - start for start, end in itertools.pairwise(ends))),
@@ -78,13 +88,6 @@ class CascadePlan:
             query_rows_Q,
             prefix_rows_P,
         )
-
-
-def _cumulated(lengths: list[int]) -> list[int]:
-    ends = [0]
-    for length in lengths:
-        ends.append(ends[-1] + length)
-    return ends
 
 
 class VarlenKernel(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.loss_metrics import Metric, MetricSums
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums, read_scalars
 from rlqwen.algorithms.losses.preference import (
     Answers,
     AnswerTotals,
@@ -144,15 +144,15 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         if self.args.ranks_pairs and (len(batches) > 1 or self.ranks.data_size > 1):
             metrics = self._backward_in_two_passes(batches, totals)
         else:
-            sums: Metrics = {}
+            sums: dict[str, Tensor | float] = {}
             collected = MetricSums()
             for micro in batches:
                 loss, shares, found = self.loss(self._answers(micro), totals, kl=kl)
                 loss = loss + self.router_loss(micro, batches)
                 self.optimizer.backward(loss)
-                add_up(sums, {"loss": loss.detach(), **shares})
+                add_up(sums, {"loss": loss, **shares})
                 collected.add(found)
-            metrics = self.ranks.sum(sums) | self._reduce(collected, totals)
+            metrics = self.ranks.sum(read_scalars(sums)) | self._reduce(collected, totals)
         self.update(batches)
         self.refresh_reference(self.args, self.state.global_step - 1)
         targets = sum(micro.num_targets for micro in batches)
@@ -173,14 +173,14 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             logp_N.requires_grad_()
         answers = [self._read(logp_N, micro) for logp_N, micro in zip(logps, micro_batches, strict=True)]
         loss, shares, found = self.loss(self._of_all_ranks(Answers.join(answers)), totals)
-        added: Metrics = {}
+        added: dict[str, Tensor | float] = {}
         for micro, grad_N in zip(micro_batches, torch.autograd.grad(loss, logps), strict=True):
             share = (self.policy.logprobs(micro)[0] * grad_N).sum()
             balance = self.router_loss(micro, micro_batches)
             self.optimizer.backward(share + balance)
-            add_up(added, {"loss": float(balance)})
-        metrics = {key: value.item() for key, value in {"loss": loss, **shares}.items()}
-        add_up(metrics, self.ranks.sum(added))
+            add_up(added, {"loss": balance})
+        metrics = read_scalars({"loss": loss, **shares})
+        metrics["loss"] += self.ranks.sum(read_scalars(added)).get("loss", 0.0)
         return metrics | self._reduce_whole(found, totals)
 
     def _of_all_ranks(self, own: Answers) -> Answers:
@@ -226,7 +226,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         kl = self._kl(rows, size)
         loss, shares, found = self.loss(answers, totals, kl=kl)
         shares |= {} if kl is None else {"kl": kl}
-        metrics = {key: value.item() for key, value in {"loss": loss, **shares}.items()}
+        metrics = read_scalars({"loss": loss, **shares})
         return metrics | self._reduce_whole(found, totals)
 
     def _reduce(self, collected: MetricSums, totals: AnswerTotals) -> Metrics:

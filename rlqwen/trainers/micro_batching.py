@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlqwen.algorithms.loss_metrics import add_on_device
 from rlqwen.distributed import Ranks
 from rlqwen.packing.batch import PackedBatch, Tree, idle_batch, pack, split_trees
 
@@ -75,10 +76,11 @@ def count_tokens(batches: Sequence[PackedBatch]) -> float:
     return float(sum(batch.num_tokens for batch in batches if batch.num_sequences))
 
 
-def add_up(sums: dict[str, float], more: Mapping[str, Tensor | float]) -> None:
-    """Add to figures by name."""
+def add_up(sums: dict[str, Tensor | float], more: Mapping[str, Tensor | float]) -> None:
+    """Add to sums by name; tensors are added up on their device, for `read_scalars` to read in the end."""
     for key, value in more.items():
-        sums[key] = sums.get(key, 0.0) + float(value)
+        before = sums.get(key, 0.0)
+        sums[key] = add_on_device(before, value) if isinstance(value, Tensor) else before + value
 
 
 def _pieces(tree: Tree) -> list[Tree]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.loss_metrics import Metric, MetricSums
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums, add_on_device, read_scalars
 from rlqwen.algorithms.losses import Totals
 from rlqwen.checkpoint.fingerprint import reward_fingerprint
 from rlqwen.config import OnlineConfig
@@ -44,14 +44,14 @@ class Update:
     """This rank's."""
     totals: Totals
     """Counts of all its completions on all ranks, those without a gradient included."""
-    loss: float = 0.0
+    loss: Tensor | float = 0.0
     """This rank's share of the loss, added up over micro-batches and passes."""
     metrics: MetricSums = field(default_factory=MetricSums)
     """Metrics of this rank's forward passes."""
 
     def add(self, loss: Tensor, metrics: Mapping[str, Metric]) -> None:
         """Add a micro-batch's share of the loss, and the metrics of its forward pass."""
-        self.loss += float(loss.detach())
+        self.loss = add_on_device(self.loss, loss)
         self.metrics.add(metrics)
 
 
@@ -191,7 +191,7 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         unsampled = sum(micro.num_targets for micro in micros if "sampler_logp" not in micro.per_token)
         counts = self.ranks.sum(
             {
-                "loss": sum((update.loss for update in updates), 0.0),
+                "loss": sum(read_scalars(dict(enumerate(update.loss for update in updates))).values()),
                 "targets": float(sum(micro.num_targets for micro in micros) * num_passes),
                 "sequences": float(sum(micro.num_sequences for micro in micros) * num_passes),
                 "tokens": count_tokens(micros) * num_passes,

@@ -231,7 +231,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
     @staticmethod
     def _share(loss: Tensor, totals: Totals) -> Metric:
         """Report a share of an update's mean loss; multiplied by the update's tokens, because the mean divides by them."""
-        return Metric(torch.tensor(loss.item() * totals.tokens, dtype=torch.float64), "token_mean")
+        return Metric(loss.detach().double() * totals.tokens, "token_mean")
 
     # From groups to batches
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.loss_metrics import Metric, MetricSums
+from rlqwen.algorithms.loss_metrics import Metric, MetricSums, add_on_device
 from rlqwen.algorithms.losses import LossCall, settings_of
 from rlqwen.config import RewardConfig
 from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_reward_rows
@@ -99,12 +99,13 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         """One update on the mean loss of the pairs in `rows`."""
         started = time.monotonic()
         batches = list(self._micro_batches(rows, self.args.per_device_train_batch_size))
-        total, metrics = 0.0, MetricSums()
+        total: Tensor | float = 0.0
+        metrics = MetricSums()
         for micro in batches:
             loss, found = self._loss(micro, len(rows))
             loss = loss + self.router_loss(micro, batches)
             self.optimizer.backward(loss)
-            total += float(loss.detach() * len(rows))
+            total = add_on_device(total, loss * len(rows))
             metrics.add(found)
         self.update(batches)
         tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})
@@ -112,17 +113,18 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
 
     def compute_evaluation(self, rows: Sequence[PreferenceRow]) -> Metrics:
         """Return the mean loss, the share of pairs that are ranked right, and the mean rewards of either side."""
-        total, metrics = 0.0, MetricSums()
+        total: Tensor | float = 0.0
+        metrics = MetricSums()
         for micro in self._micro_batches(rows, self.args.per_device_eval_batch_size):
             loss, found = self._loss(micro, len(rows))
-            total += float(loss * len(rows))
+            total = add_on_device(total, loss * len(rows))
             metrics.add(found)
         return self._means(total, metrics, len(rows))
 
-    def _means(self, total: float, metrics: MetricSums, num_pairs: int) -> Metrics:
+    def _means(self, total: Tensor | float, metrics: MetricSums, num_pairs: int) -> Metrics:
         """Return means over the pairs of all ranks."""
         means = metrics.reduce(self.ranks.gather_shares, tokens=num_pairs, sequences=num_pairs)
-        return means | {"loss": self.ranks.sum({"loss": total})["loss"] / num_pairs}
+        return means | {"loss": self.ranks.sum({"loss": float(total)})["loss"] / num_pairs}
 
     def _loss(self, micro: PackedBatch, num_pairs: int) -> tuple[Tensor, dict[str, Metric]]:
         """Return the micro-batch's share of the update's loss, and metrics."""

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from rlqwen.algorithms.loss_metrics import MetricSums
+from rlqwen.algorithms.loss_metrics import MetricSums, read_scalars
 from rlqwen.algorithms.losses import LossCall, Totals, settings_of
 from rlqwen.config import SFTConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_sft
@@ -121,7 +121,7 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
         micro_batches = list(self._micro_batches(rows))
         counts = [count for tree in _trees(rows) for count in tree.target_counts]
         totals = Totals(tokens=sum(counts), sequences=len(counts))
-        sums: Metrics = {}
+        sums: dict[str, Tensor | float] = {}
         collected = MetricSums()
         for micro in micro_batches:
             micro = micro.to(self.policy.device)
@@ -131,12 +131,14 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
             loss = loss_N.sum() / max(totals.tokens, 1.0)
             loss = loss + self.router_loss(micro, micro_batches)
             self.optimizer.backward(loss)
-            add_up(sums, {"loss": loss.detach()})
+            add_up(sums, {"loss": loss})
         self.update(micro_batches)
         add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
         reduced = collected.reduce(self.ranks.gather_shares, tokens=totals.tokens, sequences=totals.sequences)
         return (
-            reduced | self.ranks.sum(sums) | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
+            reduced
+            | self.ranks.sum(read_scalars(sums))
+            | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
         )
 
     def compute_evaluation(self, rows: Sequence[Bin]) -> Metrics:
