@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlqwen.packing.layout import Layout, Span
+from rlqwen.packing.layout import Layout, Span, send
 
 T = TypeVar("T")
 
@@ -107,9 +107,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return the same batch on another device, with columns of its own."""
-        fields: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in self._fields().items()}
+        fields: dict[str, Any] = {name: send(value, device) for name, value in self._fields().items()}
         per_token, per_sequence = (
-            Columns({name: value.to(device, non_blocking=True) for name, value in columns.items()})
+            Columns({name: send(value, device) for name, value in columns.items()})
             for columns in (self.per_token, self.per_sequence)
         )
         layout = self.layout.to(device)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlqwen.packing.layout import Layout, Span, sequences_of
+from rlqwen.packing.layout import Layout, Span, send, sequences_of
 
 
 @dataclass(slots=True)
@@ -34,8 +34,8 @@ class Block:
 
     def to(self, device: torch.device) -> "Block":
         """Return the same block on another device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return Block(self.query_BQ.to(device), self.key_BK.to(device), mask, self.real_R.to(device))
+        mask = None if self.mask is None else send(self.mask, device)
+        return Block(send(self.query_BQ, device), send(self.key_BK, device), mask, send(self.real_R, device))
 
 
 class BlockPlan:

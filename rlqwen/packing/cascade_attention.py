@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlqwen.packing.layout import Layout, Span
+from rlqwen.packing.layout import Layout, Span, send
 
 MAX_HEAD_DIM = 256
 """The widest head of PyTorch's flash kernels, whose widths are multiples of 8."""
@@ -79,7 +79,7 @@ class CascadePlan:
             np.concatenate([_NO_ROWS, *query_rows]),
             np.concatenate([_NO_ROWS, *prefix_rows]),
         ]
-        values = torch.from_numpy(np.concatenate(parts)).to(layout.device)
+        values = send(torch.from_numpy(np.concatenate(parts)), layout.device)
         own, queries, prefixes, query_rows_Q, prefix_rows_P = values.split([len(part) for part in parts])
         return cls(
             Runs(own.int(), max(end - start for start, end in itertools.pairwise(ends))),

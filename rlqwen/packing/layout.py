@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -61,3 +62,10 @@ def sequences_of(spans: Sequence[Span]) -> list[Span]:
     prefixes = dict.fromkeys(span[:2] for span in spans if span.prefix_length > 0)
     sequences = [Span(start, start, start, end) for start, end in prefixes]
     return sequences + [span for span in spans if span.length > 0]
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return the tensor on `device`; to a GPU through pinned memory, so that the copy is not waited for."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -133,13 +133,14 @@ def test_a_pair_has_the_logprobs_of_two_sequences_forwarded_apart(moved_trainer)
     model = moved_trainer.model
     moved_trainer.args = DPOConfig()
     row = moved_trainer.train_rows[7].answers
-    answers = moved_trainer._answers(pack([row]))
+    device = moved_trainer.policy.device
+    answers = moved_trainer._answers(pack([row]).to(device))
     model.set_attn_implementation("sdpa")
     try:
         for index, branch in enumerate(row.branches):
-            ids = torch.tensor([row.prefix + branch.token_ids])
+            ids = torch.tensor([row.prefix + branch.token_ids], device=device)
             logp = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            wanted = logp[len(row.prefix) - 1 :][torch.tensor(branch.loss_mask)].sum()
+            wanted = logp[len(row.prefix) - 1 :][torch.tensor(branch.loss_mask, device=device)].sum()
             torch.testing.assert_close(answers.logp_S[index], wanted, atol=1e-4, rtol=1e-5)
     finally:
         model.set_attn_implementation("rlqwen_packed")
@@ -147,8 +148,8 @@ def test_a_pair_has_the_logprobs_of_two_sequences_forwarded_apart(moved_trainer)
 
 def test_weights_of_pairs_come_from_the_whole_distribution(moved_trainer):
     """WPO: p(token) over the sum of p^2, here from all logits."""
-    batch = pack([moved_trainer.train_rows[3].answers])
     policy = moved_trainer.policy
+    batch = pack([moved_trainer.train_rows[3].answers]).to(policy.device)
     logp_N, collision_N = policy.logprobs_and_collision(batch)
     logits = policy._hidden(policy.base_model, batch) @ policy.base_model.get_output_embeddings().weight.T
     probs = logits.softmax(-1)
@@ -163,7 +164,7 @@ def references(trainer):
     with torch.no_grad():
         for parameter in trainer.policy.trained_parameters:
             parameter += 0.1 * torch.randn_like(parameter)
-        answers = trainer._answers(pack([row.answers for row in trainer.train_rows]))
+        answers = trainer._answers(pack([row.answers for row in trainer.train_rows]).to(trainer.policy.device))
     assert (answers.logp_S - answers.ref_logp_S).abs().mean() > 0.1  # about 1 over seeds; one answer may come near 0
     return answers.ref_logp_S
 
@@ -199,7 +200,7 @@ def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_mode
                 parameter.normal_(std=0.1)
     start = make_trainer(model, tmp_path / "run")
     with torch.no_grad():
-        answers = start._answers(pack([row.answers for row in start.train_rows]))
+        answers = start._answers(pack([row.answers for row in start.train_rows]).to(start.policy.device))
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(references(start), answers.ref_logp_S)
 
@@ -216,7 +217,7 @@ def test_references_of_quantised_weights(tiny_model_path, tmp_path, bits):
     torch.testing.assert_close(references(off), references(new), atol=1e-4, rtol=1e-5)
     moved = make_trainer(new.model, tmp_path / "moved")  # its adapter adds something by now
     with torch.no_grad():
-        answers = moved._answers(pack([row.answers for row in moved.train_rows]))
+        answers = moved._answers(pack([row.answers for row in moved.train_rows]).to(moved.policy.device))
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
 
 

@@ -157,7 +157,7 @@ def test_adapters_on_all_projections(algorithm, kind, folders, tmp_path):
     if algorithm != "Reward":
         batch = pack([Tree([5, 6, 7], [Branch([8, 9]), Branch([30, 31, 32])])])
         with trainer.policy.inference():
-            ours, _ = trainer.policy.logprobs(batch)
+            ours, _ = trainer.policy.logprobs(batch.to(trainer.policy.device))
         assert logprobs_alone(tmp_path / "final", [[5, 6, 7, 8, 9], [5, 6, 7, 30, 31, 32]], 3) == pytest.approx(
             ours.tolist(), abs=1e-5
         )
