@@ -106,6 +106,9 @@ class TrainerConfig(ArgumentsConfig):
     gradient overflows is skipped. For GPUs without bfloat16."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. None: true on GPU, false on CPU."""
+    full_determinism: bool = False
+    """Take deterministic kernels in the backward pass on a GPU, so that equal runs, and a resumed one, are equal to the
+    last bit. Slower. On a CPU runs are equal anyway."""
     use_cpu: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Train on the CPU even if there is a GPU."""
     # The digest of the weights records what these gave.

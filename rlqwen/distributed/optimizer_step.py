@@ -4,7 +4,9 @@ Trainers call `backward` on each micro-batch's share of the loss, and `step` onc
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,7 @@ class OptimizerStep:
             raise ConfigError("nothing to train: every weight of the model is frozen")
         self.groups = list(groups)
         self.ranks = ranks or Ranks()
+        self.full_determinism = args.full_determinism
         self.max_grad_norm = args.max_grad_norm
         self.max_nonfinite_steps = args.max_nonfinite_steps
         self.scale = LossScale(args.fp16, fp16_settings(args))
@@ -70,7 +73,20 @@ class OptimizerStep:
         """Add the gradient of one micro-batch's share of the loss."""
         self._finite = torch.isfinite(loss.detach()).all() & self._finite
         self._touched = True
-        self._backward(loss)
+        with self._determinism():
+            self._backward(loss)
+
+    @contextmanager
+    def _determinism(self) -> Iterator[None]:
+        """Take deterministic kernels inside, if asked: only a backward pass has others, among what training runs."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if self.full_determinism:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     def _backward(self, loss: Tensor) -> None:
         (loss * self.scale.value).backward()
