@@ -5,7 +5,7 @@
 #   docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/work/runs" -v rlqwen-cache:/cache rlqwen \
 #       run grpo_gsm8k_qwen3_0.6b resume=auto
 #
-# Not built by its authors: they had no Docker, and no GPU. A test checks that the paths and commands below exist.
+# Not built by its authors, who had no Docker. A test checks that the paths and commands below exist.
 # The wheels bring CUDA 13.0 and nvcc, so that the image needs no CUDA of its own, and the host a driver of 580 or newer with
 # the NVIDIA Container Toolkit. The base has gcc, which Triton and DeepSpeed call.
 FROM python:3.11-bookworm

@@ -106,11 +106,19 @@ def render(cases: Iterable[Case], command: str) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     lines = [
-        "# Faults, and what became of them",
+        "# Injected faults and their outcomes",
         "",
-        f"`{command}` of {datetime.now():%Y-%m-%d %H:%M}: {len(rows)} faults, each injected for real; {counts}.",
+        (
+            f"`{command}` injects each of these {len(rows)} faults for real, and checks that what must happen happens. Run on "
+            f"{datetime.now():%Y-%m-%d %H:%M}: {counts}."
+        ),
         "",
-        f"{platform.system()} {platform.machine()}; {versions}.",
+        (
+            "`held`: what must happen has happened, in every case of the test. `known gap`: it is known not to happen. `not run "
+            "here`: this machine lacks something that the test needs. The seconds are of all cases together."
+        ),
+        "",
+        f"Machine and versions: {platform.system()} {platform.machine()}; {versions}.",
     ]
     section = ""
     for key, row in rows.items():
