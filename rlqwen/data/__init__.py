@@ -6,13 +6,13 @@ from rlqwen.data.data_report import DataReport
 from rlqwen.data.encoding import TokenizedRow
 from rlqwen.data.preference_examples import tokenize_preference_examples
 from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
-from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
+from rlqwen.data.preference_tokenization import tokenize_labelled, tokenize_preferences
 from rlqwen.data.prompts import find_prompt, find_prompts, longest_prompt, tokenize_prompts
 from rlqwen.data.recipe_data import RecipeData, clean_recipe_data, first_rows, load_recipe_data
-from rlqwen.data.reward_rows import scored_pieces, tokenize_reward_rows
+from rlqwen.data.reward_tokenization import reward_model_segments, tokenize_reward_rows
+from rlqwen.data.sft_tokenization import tokenize_conversation, tokenize_sft
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.template_source import load_chat_template
-from rlqwen.data.tokenize_rows import tokenize_conversation, tokenize_sft
 
 __all__ = [
     "ChatFormat",
@@ -32,7 +32,7 @@ __all__ = [
     "load_recipe_data",
     "load_rows",
     "longest_prompt",
-    "scored_pieces",
+    "reward_model_segments",
     "tokenize_conversation",
     "tokenize_labelled",
     "tokenize_preference_examples",

@@ -65,7 +65,7 @@ def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
             writer.write_batch(batch)
 
 
-def numbers_at(column: Any, place: int) -> list[Any]:
+def list_at(column: Any, place: int) -> list[Any]:
     """Return the list of numbers or booleans in one row of a column."""
     values = column[place].values
     return values.to_numpy(zero_copy_only=False).tolist()  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ end-of-turn token included; the line break after that token is never generated, 
   earlier turns for templates that would keep them.
 - **Thoughts of learned turns** go where the template reads them: into the content for a template without
   `reasoning_content`, out of the content for one that has only that field (Qwen3.8). Turns of a prompt stay as they are.
-- Prompt and answer are tokenised apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.control_tokens).
+- Prompt and answer are tokenized apart, as in generation; the text of control tokens in a turn is text (rlqwen.data.control_tokens).
 """
 
 import re
@@ -24,8 +24,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.data.control_tokens import MARK, Cover, Monitor, Piece, control_tokens, special_tokens
-from rlqwen.data.messages import without_marks
+from rlqwen.data.control_tokens import (
+    PLACEHOLDER,
+    ControlTokenEscaper,
+    EscapedTexts,
+    TemplateSegment,
+    control_tokens,
+    special_tokens,
+)
+from rlqwen.data.messages import without_loss_marks
 from rlqwen.data.reasoning import (
     drop_earlier_thoughts,
     is_cut_thought,
@@ -48,7 +55,7 @@ _PROBE: Message = {"role": "user", "content": "probe"}
 
 
 @dataclass(slots=True)
-class _Turn:
+class _RenderedTurn:
     """One assistant turn of a rendered conversation."""
 
     before: str
@@ -61,7 +68,7 @@ class _Turn:
 
 
 class ChatFormat:
-    """A tokenizer's chat template, with what is needed to mask its text and to guard control tokens.
+    """A tokenizer's chat template, with what is needed to mask its text and to escaper control tokens.
 
     Raises ModelError if there is no template, or one that writes no generation prompt or doesn't end assistant turns
     with a special token. `chat_template` overrides the tokenizer's; `chat_template_kwargs` go to every rendering;
@@ -94,37 +101,37 @@ class ChatFormat:
         self._header = prompt[: opening.start()] if opening else prompt
         self.end_of_turn = self._find_end_of_turn()
         """The special token that ends an assistant turn: generation must stop at it."""
-        self._guard = Monitor([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
+        self._escaper = ControlTokenEscaper([*control_tokens(tokenizer, self.template), self._header, self.end_of_turn])
 
-    def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
-        """Return pieces of a whole conversation; each assistant turn is in the loss unless its row says otherwise."""
-        (messages, tools), cover = self._guard.hide((self.place_thoughts(messages, 0), tools))
+    def conversation(self, messages: list[Message], where: str, *, tools: Any = None) -> list[TemplateSegment]:
+        """Return segments of a whole conversation; each assistant turn is in the loss unless its row says otherwise."""
+        (messages, tools), escaped = self._escaper.hide((self.place_thoughts(messages, 0), tools))
         if self.preserve_thinking is False:
             messages = drop_earlier_thoughts(messages)
         kwargs = {} if self.preserve_thinking is None else {"preserve_thinking": self.preserve_thinking}
         turns, rest = self._turns(messages, where, tools, kwargs)
-        pieces: list[Piece] = []
+        segments: list[TemplateSegment] = []
         for turn in turns:
             if self.preserve_thinking and not turn.is_last:
                 turn.text = self._as_last(turn.message, where, kwargs)
             opening, learned = (self._continue if self.preserve_thinking else self._split)(turn, where)
-            pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
-        return pieces + cover.pieces(rest)
+            segments += escaped.segments(turn.before + opening) + self._learned(escaped, learned, turn)
+        return segments + escaped.segments(rest)
 
     def exchange(
         self, prompt: list[Message], completion: list[Message], where: str, *, tools: Any = None
-    ) -> tuple[list[Piece], list[Piece]]:
-        """Return pieces of a prompt as serving sends it, and of a completion whose assistant turns are in the loss.
+    ) -> tuple[list[TemplateSegment], list[TemplateSegment]]:
+        """Return segments of a prompt as serving sends it, and of a completion whose assistant turns are in the loss.
 
         A completion that begins with another role goes on from no generation prompt: then the prompt is what stands
         before its first assistant turn.
         """
         placed = self.place_thoughts([*prompt, *completion], len(prompt))
-        (messages, tools), cover = self._guard.hide((placed, tools))
+        (messages, tools), escaped = self._escaper.hide((placed, tools))
         turns, rest = self._turns(messages, where, tools)
         num_asked = sum(message["role"] == "assistant" for message in prompt)
         if num_asked == len(turns):
-            return cover.pieces("".join(turn.before + turn.text for turn in turns) + rest), []
+            return escaped.segments("".join(turn.before + turn.text for turn in turns) + rest), []
         first = turns[num_asked]
         if completion[0]["role"] == "assistant":
             if not first.is_last:
@@ -134,25 +141,25 @@ class ChatFormat:
         else:
             opening, learned = self._split(first, where)
             before = "".join(turn.before + turn.text for turn in turns[:num_asked]) + first.before + opening
-        pieces = self._learned(cover, learned, first)
+        segments = self._learned(escaped, learned, first)
         for turn in turns[num_asked + 1 :]:
             opening, learned = self._split(turn, where)
-            pieces += cover.pieces(turn.before + opening) + self._learned(cover, learned, turn)
-        return cover.pieces(before), pieces + cover.pieces(rest)
+            segments += escaped.segments(turn.before + opening) + self._learned(escaped, learned, turn)
+        return escaped.segments(before), segments + escaped.segments(rest)
 
-    def prompt(self, messages: list[Message], where: str, *, tools: Any = None) -> list[Piece]:
+    def prompt(self, messages: list[Message], where: str, *, tools: Any = None) -> list[TemplateSegment]:
         """Pieces of a prompt that ends in the generation prompt, rendered as serving renders it."""
         if messages[-1]["role"] == "assistant":
             raise DataError(
                 f"{where}: the prompt ends in an assistant turn, so there is nothing left to generate; "
                 "end it with a user or tool turn"
             )
-        (messages, tools), cover = self._guard.hide((messages, tools))
+        (messages, tools), escaped = self._escaper.hide((messages, tools))
         self._check_structure(messages, where, tools)
-        return cover.pieces(self._render(messages, where, tools, add_generation_prompt=True))
+        return escaped.segments(self._render(messages, where, tools, add_generation_prompt=True))
 
-    def empty_answer(self) -> list[Piece]:
-        """Return pieces of an empty answer, all in the loss."""
+    def empty_answer(self) -> list[TemplateSegment]:
+        """Return segments of an empty answer, all in the loss."""
         return self.exchange([_PROBE], [{"role": "assistant", "content": ""}], "chat template")[1]
 
     def place_thoughts(self, messages: list[Message], first: int = 0) -> list[Message]:
@@ -178,17 +185,17 @@ class ChatFormat:
 
     def _turns(
         self, messages: list[Message], where: str, tools: Any, kwargs: dict[str, Any] | None = None
-    ) -> tuple[list[_Turn], str]:
+    ) -> tuple[list[_RenderedTurn], str]:
         """Return the assistant turns of a rendered conversation, and the text after the last."""
         self._check_structure(messages, where, tools)
         text = self._render(messages, where, tools, kwargs=kwargs)
-        turns: list[_Turn] = []
+        turns: list[_RenderedTurn] = []
         place = 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             start, end = self._find_turn(text, place, where)
-            turn = _Turn(text[place:start], text[start:end], message, number == len(messages) - 1)
+            turn = _RenderedTurn(text[place:start], text[start:end], message, number == len(messages) - 1)
             self._check_turn(turn, where)
             turns.append(turn)
             place = end
@@ -205,7 +212,7 @@ class ChatFormat:
             raise DataError(f"{where}: the chat template reorders, repeats or drops turns")
         return header + len(self._header), end + len(self.end_of_turn)
 
-    def _check_turn(self, turn: _Turn, where: str) -> None:
+    def _check_turn(self, turn: _RenderedTurn, where: str) -> None:
         """Raise DataError if the template drops a part of a turn; it may drop thoughts (see `_continue`)."""
         answer = turn.message["content"].rpartition("</think>")[2].strip()
         if answer not in turn.text:
@@ -223,7 +230,7 @@ class ChatFormat:
         text = self._render([_PROBE, message], where, kwargs=kwargs)
         return text[slice(*self._find_turn(text, 0, where))]
 
-    def _split(self, turn: _Turn, where: str) -> tuple[str, str]:
+    def _split(self, turn: _RenderedTurn, where: str) -> tuple[str, str]:
         """Split a turn as the template writes it into what its prompt ends in and what is learned."""
         if turn.is_last:
             return self._continue(turn, where)
@@ -232,7 +239,7 @@ class ChatFormat:
         learned = text.removeprefix(self.opening)
         return text[: len(text) - len(learned)], learned
 
-    def _continue(self, turn: _Turn, where: str) -> tuple[str, str]:
+    def _continue(self, turn: _RenderedTurn, where: str) -> tuple[str, str]:
         """Split a turn into the text in the generation prompt and the text that the model then writes."""
         thoughts = thoughts_of(turn.message)
         if thoughts and thoughts not in turn.text:  # the template drops the thoughts of a last turn too
@@ -249,11 +256,11 @@ class ChatFormat:
             return "", text
         return self.opening, text[empty.end() :] if empty else text
 
-    def _without_empty_block(self, turn: _Turn) -> str:
+    def _without_empty_block(self, turn: _RenderedTurn) -> str:
         """Return a turn's text without the empty block that the template writes before a thought that never ends."""
         return _EMPTY_BLOCK.sub("", turn.text) if is_cut_thought(turn.message["content"]) else turn.text
 
-    def _refuse_thoughts(self, turn: _Turn, text: str, where: str) -> None:
+    def _refuse_thoughts(self, turn: _RenderedTurn, text: str, where: str) -> None:
         """Raise DataError if a learned turn thinks although its generation prompt ends in an empty think block."""
         is_learned = turn.message.get("in_loss") is not False
         thinks = text.lstrip().startswith("<think>") and not _EMPTY_BLOCK.match(text)
@@ -264,10 +271,10 @@ class ChatFormat:
                 "thoughts out of the data"
             )
 
-    def _learned(self, cover: Cover, text: str, turn: _Turn) -> list[Piece]:
-        """Return pieces of an assistant's text, in the loss unless the row marks the turn (`in_loss: False`)."""
-        is_barred = turn.message.get("in_loss") is False
-        return cover.pieces(text, in_loss=not is_barred, is_barred=is_barred)
+    def _learned(self, escaped: EscapedTexts, text: str, turn: _RenderedTurn) -> list[TemplateSegment]:
+        """Return segments of an assistant's text, in the loss unless the row marks the turn (`in_loss: False`)."""
+        is_excluded = turn.message.get("in_loss") is False
+        return escaped.segments(text, in_loss=not is_excluded, is_excluded=is_excluded)
 
     def _check_structure(self, messages: list[Message], where: str, tools: Any) -> None:
         """Each sequence of roles is tried once: a template that silently leaves a turn out is an error."""
@@ -276,14 +283,16 @@ class ChatFormat:
         roles = tuple(message["role"] for message in messages)
         if roles in self._known_structures:
             return
-        probe = [{"role": role, "content": f"{MARK}{i}{MARK}"} for i, role in enumerate(roles)]
+        probe = [{"role": role, "content": f"{PLACEHOLDER}{i}{PLACEHOLDER}"} for i, role in enumerate(roles)]
         rendered = self._render(probe, where)
         for i, role in enumerate(roles):
-            if f"{MARK}{i}{MARK}" not in rendered:
+            if f"{PLACEHOLDER}{i}{PLACEHOLDER}" not in rendered:
                 raise DataError(
                     f"{where}: the chat template drops turn {i}, of role {role!r}; rename the role or mend it"
                 )
-        places = [rendered.index(f"{MARK}{i}{MARK}") for i, role in enumerate(roles) if role == "assistant"]
+        places = [
+            rendered.index(f"{PLACEHOLDER}{i}{PLACEHOLDER}") for i, role in enumerate(roles) if role == "assistant"
+        ]
         if places != sorted(places):
             raise DataError(f"{where}: the chat template reorders turns (roles {', '.join(roles)})")
         self._known_structures.add(roles)
@@ -298,7 +307,7 @@ class ChatFormat:
     ) -> str:
         with refusals(messages, where):
             text = self.tokenizer.apply_chat_template(
-                without_marks(messages),
+                without_loss_marks(messages),
                 tools=tools or None,
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
@@ -314,8 +323,8 @@ class ChatFormat:
 
     @cached_property
     def _writes_thoughts(self) -> bool:
-        answer = {"role": "assistant", "content": "answer", "reasoning_content": MARK}
-        return MARK in self._render([_PROBE, answer], "chat template")
+        answer = {"role": "assistant", "content": "answer", "reasoning_content": PLACEHOLDER}
+        return PLACEHOLDER in self._render([_PROBE, answer], "chat template")
 
     @cached_property
     def _reads_think_tags(self) -> bool:
@@ -342,8 +351,8 @@ class ChatFormat:
 
     def _render_answer(self) -> tuple[str, str]:
         """Return the text that the template writes before and after the content of an assistant turn."""
-        rendered = self._render([_PROBE, {"role": "assistant", "content": MARK}], "chat template")
-        before, _, after = rendered.rpartition(MARK)
+        rendered = self._render([_PROBE, {"role": "assistant", "content": PLACEHOLDER}], "chat template")
+        before, _, after = rendered.rpartition(PLACEHOLDER)
         return before, after
 
     def _find_end_of_turn(self) -> str:

@@ -1,4 +1,4 @@
-"""Columns that are called otherwise than ours: what they seem to be, and the column map to paste."""
+"""Columns that are called otherwise than ours: what they seem to be, and the column map to format_column_map."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def pair_map(row: Row) -> dict[str, str]:
     return _without_same(named)
 
 
-def offer(row: Row, kind: str | None = None) -> str:
+def suggest_mapping(row: Row, kind: str | None = None) -> str:
     """Say how to map the row's columns for `sft`, `prompts` or `preference`; for None, every map that is found."""
     offers = []
     if kind in (None, "sft"):
@@ -62,19 +62,21 @@ def offer(row: Row, kind: str | None = None) -> str:
         offers.append(("prompts for GRPO and PPO", prompt_map(row)))
     if kind in (None, "preference"):
         offers.append(("pairs", pair_map(row)))
-    said = [f"for {what}, {paste(columns)}" for what, columns in offers if columns]
+    said = [f"for {what}, {format_column_map(columns)}" for what, columns in offers if columns]
     return "map them; " + "; ".join(said) if said else "map them with columns: {ours: theirs}"
 
 
-def offer_completion(row: Row) -> str:
+def suggest_answer_mapping(row: Row) -> str:
     """Say how to map the answer of a row that has a prompt."""
     answer = text_map(row).get("completion", "...")
     conversation = conversation_map(row)
-    as_turns = f", or, to have the chat template write them, {paste(conversation)}" if conversation else ""
-    return f"map one with {paste({'completion': answer})}{as_turns if isinstance(row['prompt'], str) else ''}"
+    as_turns = f", or, to have the chat template write them, {format_column_map(conversation)}" if conversation else ""
+    return (
+        f"map one with {format_column_map({'completion': answer})}{as_turns if isinstance(row['prompt'], str) else ''}"
+    )
 
 
-def paste(columns: dict[str, str]) -> str:
+def format_column_map(columns: dict[str, str]) -> str:
     """Write a column map in the syntax of recipes and of the command line."""
     recipe = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
     options = " ".join(f"--column {ours}={theirs}" for ours, theirs in columns.items())

@@ -1,7 +1,7 @@
 """Keep text that someone wrote from acting as a chat template's control tokens.
 
 Whoever can write `<|im_end|>` into a turn could end it and open another. So the text of control tokens inside turns is
-replaced by marks while the template is rendered, and put back as pieces that are split into ordinary tokens. Every other
+replaced by marks while the template is rendered, and put back as segments that are split into ordinary tokens. Every other
 special token, such as an `<answer>` that was added to the tokenizer, acts where it stands, as in serving.
 """
 
@@ -14,41 +14,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Stands for hidden text while a template is rendered; a private-use character that no text should have.
-MARK = "\uf5ee"
+PLACEHOLDER = "\uf5ee"
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 @dataclass(slots=True, frozen=True)
-class Piece:
-    """A run of text that is tokenised on its own."""
+class TemplateSegment:
+    """A run of text that is tokenized on its own."""
 
     text: str
     is_control: bool
     """Special tokens in it act; otherwise their text is ordinary text."""
     in_loss: bool = False
-    is_barred: bool = False
+    is_excluded: bool = False
     """Never in the loss, even where all of a conversation is: its row says so."""
 
 
 @dataclass(slots=True)
-class Cover:
+class EscapedTexts:
     """The texts that were hidden in one row, by the number of their mark."""
 
-    mark: str = MARK
+    mark: str = PLACEHOLDER
     texts: list[str] = field(default_factory=list)
 
-    def pieces(self, text: str, *, in_loss: bool = False, is_barred: bool = False) -> list[Piece]:
-        """Return pieces of a rendered text with the hidden texts put back as ordinary text; none is empty."""
+    def segments(self, text: str, *, in_loss: bool = False, is_excluded: bool = False) -> list[TemplateSegment]:
+        """Return segments of a rendered text with the hidden texts put back as ordinary text; none is empty."""
         parts = re.split(f"{self.mark}(\\d+){self.mark}", text) if self.texts else [text]
         return [
-            Piece(self.texts[int(part)] if place % 2 else part, place % 2 == 0, in_loss, is_barred)
+            TemplateSegment(self.texts[int(part)] if place % 2 else part, place % 2 == 0, in_loss, is_excluded)
             for place, part in enumerate(parts)
             if part
         ]
 
 
-class Monitor:
+class ControlTokenEscaper:
     """Hides the given texts inside the strings of nested values."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -60,17 +60,17 @@ class Monitor:
         match = self._pattern.search(text)
         return match.start() if match else None
 
-    def hide(self, value: Any) -> tuple[Any, Cover]:
+    def hide(self, value: Any) -> tuple[Any, EscapedTexts]:
         """Replace each run of guarded texts by a numbered mark; return the value and the texts of the marks."""
         if not any(self._pattern.search(text) for text in strings(value)):
-            return value, Cover()
-        cover = Cover(unused_mark(strings(value)))
+            return value, EscapedTexts()
+        escaped = EscapedTexts(unused_placeholder(strings(value)))
 
         def put_mark(match: re.Match[str]) -> str:
-            cover.texts.append(match[0])
-            return f"{cover.mark}{len(cover.texts) - 1}{cover.mark}"
+            escaped.texts.append(match[0])
+            return f"{escaped.mark}{len(escaped.texts) - 1}{escaped.mark}"
 
-        return _map_strings(value, lambda text: self._pattern.sub(put_mark, text)), cover
+        return _map_strings(value, lambda text: self._pattern.sub(put_mark, text)), escaped
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> set[str]:
@@ -123,11 +123,11 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(one)
 
 
-def unused_mark(texts: Iterable[str]) -> str:
+def unused_placeholder(texts: Iterable[str]) -> str:
     """Return characters that occur in none of the texts, to stand for text while a template is rendered."""
-    mark, texts = MARK, list(texts)
+    mark, texts = PLACEHOLDER, list(texts)
     while any(mark in text for text in texts):
-        mark += MARK
+        mark += PLACEHOLDER
     return mark
 
 

@@ -46,14 +46,14 @@ def cache_root(given: str | Path | None = None) -> Path:
 
         given = Path(config.HF_DATASETS_CACHE) / "rlqwen"
     root = Path(given).expanduser()
-    with explained(root):
+    with disk_errors_as_config_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             return root
 
 
 @contextlib.contextmanager
-def explained(root: Path) -> Iterator[None]:
+def disk_errors_as_config_errors(root: Path) -> Iterator[None]:
     """Turn an error of the cache's disk into a ConfigError that says how to fix it; raise all others as they are."""
     try:
         yield
@@ -99,14 +99,14 @@ def locked(root: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("another process is tokenising the same rows; waiting for it")
+            logger.info("another process is tokenizing the same rows; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             pass  # a file system without locks: to do the work twice is better than not at all
         yield
 
 
-def keep_file(written: Path, root: Path, name: str) -> Path:
+def move_file_into_cache(written: Path, root: Path, name: str) -> Path:
     """Move a finished file to its name in the cache; if an equal file is there already, use that one."""
     place = root / name
     if not (place.is_file() and filecmp.cmp(written, place, shallow=False)):
@@ -114,7 +114,7 @@ def keep_file(written: Path, root: Path, name: str) -> Path:
     return place
 
 
-def keep_folder(written: Path, place: Path, meta: dict[str, Any]) -> None:
+def move_folder_into_cache(written: Path, place: Path, meta: dict[str, Any]) -> None:
     """Move a folder with a finished Arrow file to its place in the cache; replace a damaged one."""
     meta = meta | {"file": digest_file(written / ROWS_FILE)}
     (written / _META_FILE).write_text(json.dumps(meta), "utf-8")
@@ -131,7 +131,7 @@ def read_meta(place: Path) -> dict[str, Any] | None:
         if meta["file"] != digest_file(place / ROWS_FILE):
             raise ValueError("its digest does not fit")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s): the rows are tokenised anew", place, error)
+        logger.warning("%s is damaged (%s): the rows are tokenized anew", place, error)
         return None
     return meta
 

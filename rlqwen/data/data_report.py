@@ -1,4 +1,4 @@
-"""What became of the rows: counted while tokenising, printed by `check` and at the start of a run."""
+"""What became of the rows: counted while tokenizing, printed by `check` and at the start of a run."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,7 +8,7 @@ import numpy as np
 
 from rlqwen.data.unused_columns import unused_line
 
-Fate = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "empty_answer"]
+RowIssue = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "empty_answer"]
 """What may become of a row. `no_end`: kept, but the token that ends generation is not in the loss of all its answers.
 `empty_answer`: kept, but nothing but that token is in the loss of one of them."""
 
@@ -21,7 +21,7 @@ class DataReport:
 
     num_rows: int = 0
     num_kept: int = 0
-    rows: dict[Fate, list[int]] = field(default_factory=dict)
+    rows: dict[RowIssue, list[int]] = field(default_factory=dict)
     """Numbers of the rows that something became of."""
     num_cut_tokens: int = 0
     """Tokens cut off rows that are kept."""
@@ -41,23 +41,23 @@ class DataReport:
     form: list[str] = field(default_factory=list)
     """How the rows are written and what of them is learned, a line a fact."""
     columns: dict[str, int] = field(default_factory=dict)
-    """Columns that tokenising did not read -> rows in which they are filled; of prompts, what rewards may take."""
-    turn_keys: dict[str, int] = field(default_factory=dict)
+    """Columns that tokenizing did not read -> rows in which they are filled; of prompts, what rewards may take."""
+    message_keys: dict[str, int] = field(default_factory=dict)
     """Keys of turns that nothing reads, the chat template neither -> rows that have them."""
     source: str | None = None
     """Where the token ids come from: a file, and whether it was there already, or a stream; None: made in memory."""
 
-    def note(self, fate: Fate, number: int) -> None:
+    def record(self, fate: RowIssue, number: int) -> None:
         """Count row `number` under what became of it."""
         self.rows.setdefault(fate, []).append(number)
 
-    def count(self, fate: Fate) -> int:
+    def count(self, fate: RowIssue) -> int:
         return len(self.rows.get(fate, ()))
 
     def name_unused(self, taken: Collection[str] | None = ()) -> None:
         """Note unused columns and keys of turns; `taken`: columns that something else reads, None: all."""
         columns = [] if taken is None else [name for name in self.columns if name not in taken]
-        line = unused_line(columns, self.turn_keys)
+        line = unused_line(columns, self.message_keys)
         self.notes += [line] if line else []
 
     @property
@@ -86,18 +86,18 @@ class DataReport:
             setattr(self, count, getattr(self, count) + getattr(other, count))
         for fate, numbers in other.rows.items():
             self.rows.setdefault(fate, []).extend(numbers)
-        for mine, theirs in ((self.columns, other.columns), (self.turn_keys, other.turn_keys)):
+        for mine, theirs in ((self.columns, other.columns), (self.message_keys, other.message_keys)):
             for name, number in theirs.items():
                 mine[name] = mine.get(name, 0) + number
         self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
         self.notes += [note for note in other.notes if note not in self.notes]
 
-    def plain(self) -> dict[str, Any]:
-        """Return the whole report as JSON values; `of_plain` reads it back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole report as JSON values; `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
-    def of_plain(cls, values: dict[str, Any]) -> "DataReport":
+    def from_dict(cls, values: dict[str, Any]) -> "DataReport":
         return cls(**values)
 
     def summary(self) -> str:
@@ -118,7 +118,7 @@ class DataReport:
         ]
 
 
-def first_of(items: Sequence[str], count: int | None = None) -> str:
+def format_examples(items: Sequence[str], count: int | None = None) -> str:
     """Return the first few, and how many more there are of `count` (None: of these)."""
     count = len(items) if count is None else count
     more = f" and {count - NAMED} more" if count > NAMED else ""

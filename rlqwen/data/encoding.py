@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
-from rlqwen.data.arrow_file import MASK, TOKENS, numbers_at
-from rlqwen.data.control_tokens import Piece
+from rlqwen.data.arrow_file import MASK, TOKENS, list_at
+from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,21 +30,21 @@ def tokenize_rows(
     start: int,
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
-    write: Callable[[int, Row], list[list[Piece]]],
+    write: Callable[[int, Row], list[list[TemplateSegment]]],
     faults: list[DataError] | None = None,
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
     """Yield (row number, its sequences) in order; the first row has the number `start`.
 
-    `write` gives the pieces of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
+    `write` gives the segments of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
     such a list, ends it all.
     """
-    batch: dict[int, list[list[Piece]]] = {}
+    batch: dict[int, list[list[TemplateSegment]]] = {}
     for number, row in enumerate(rows, start):
         try:
             batch[number] = write(number, row)
         except DataError as fault:
             refuse(fault, faults)
-    encoded = iter(encode(tokenizer, [pieces for sequences in batch.values() for pieces in sequences]))
+    encoded = iter(encode(tokenizer, [segments for sequences in batch.values() for segments in sequences]))
     for number, sequences in batch.items():
         yield number, list(islice(encoded, len(sequences)))
 
@@ -56,11 +56,13 @@ def refuse(fault: DataError, faults: list[DataError] | None) -> None:
     faults.append(fault)
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> list[TokenizedRow]:
-    """Tokenise each distinct piece once, control and ordinary text apart, and put the rows together again."""
+def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[TemplateSegment]]) -> list[TokenizedRow]:
+    """Tokenize each distinct segment once, control and ordinary text apart, and put the rows together again."""
     ids: dict[tuple[bool, str], list[int]] = {}
     for is_control in (False, True):
-        texts = list(dict.fromkeys(p.text for pieces in batch for p in pieces if p.is_control is is_control and p.text))
+        texts = list(
+            dict.fromkeys(p.text for segments in batch for p in segments if p.is_control is is_control and p.text)
+        )
         if texts:
             encoded = tokenizer(
                 texts,
@@ -72,12 +74,12 @@ def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[Piece]]) -> li
             )["input_ids"]
             ids |= {(is_control, text): tokens for text, tokens in zip(texts, encoded, strict=True)}
     rows = []
-    for pieces in batch:
+    for segments in batch:
         row = TokenizedRow([], [])
-        for piece in pieces:
-            tokens = ids[piece.is_control, piece.text] if piece.text else []
+        for segment in segments:
+            tokens = ids[segment.is_control, segment.text] if segment.text else []
             row.token_ids += tokens
-            row.loss_mask += [piece.in_loss] * len(tokens)
+            row.loss_mask += [segment.in_loss] * len(tokens)
         row.loss_mask[:1] = [False] * len(row.loss_mask[:1])
         rows.append(row)
     return rows
@@ -102,4 +104,4 @@ class SequenceCodec:
         return pa.record_batch(columns, schema=self.schema)
 
     def decode(self, batch: pa.RecordBatch, place: int) -> TokenizedRow:
-        return TokenizedRow(numbers_at(batch.column(0), place), numbers_at(batch.column(1), place))
+        return TokenizedRow(list_at(batch.column(0), place), list_at(batch.column(1), place))

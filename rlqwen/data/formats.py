@@ -1,6 +1,6 @@
 """One form for the rows of many: ShareGPT and Alpaca become `messages`; prompts, completions and text stay.
 
-A row after `normalise_row` has, beside its other columns, one of
+A row after `normalize_row` has, beside its other columns, one of
 
     messages                     a list of {"role", "content"} turns (from `messages`, ShareGPT or Alpaca columns)
     prompt [, completion]        text, or messages
@@ -15,19 +15,19 @@ pairs and for labelled answers.
 
 from typing import Any
 
-from rlqwen.data.column_hints import paste, prompt_map
+from rlqwen.data.column_hints import format_column_map, prompt_map
 from rlqwen.data.media import refuse_media
 from rlqwen.data.messages import (
     ALPACA_COLUMNS,
     from_alpaca,
-    normalise_messages,
-    normalise_tools,
-    to_turns,
+    normalize_messages,
+    normalize_tools,
+    to_messages,
     with_system,
-    without_marks,
+    without_loss_marks,
 )
-from rlqwen.data.plain_values import parse_turns, plain_row
-from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalise_pair, rename_columns
+from rlqwen.data.plain_values import parse_messages, plain_row
+from rlqwen.data.preference_formats import SCORE_COLUMNS, is_pair, normalize_pair, rename_columns
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -43,7 +43,7 @@ FORM_COLUMNS = {
 """Columns that a row is read by: None there means that the row has no such column."""
 
 
-def normalise_row(row: Row, where: str) -> Row:
+def normalize_row(row: Row, where: str) -> Row:
     """Return the row in our form (see the module); a row that is already in it comes back equal.
 
     Missing values (rlqwen.data.plain_values) are None in columns that we do not know, and no column where we do. `where`
@@ -54,21 +54,21 @@ def normalise_row(row: Row, where: str) -> Row:
     row = {column: value for column, value in row.items() if value is not None or column not in FORM_COLUMNS}
     row = rename_columns(row, where)
     if is_pair(row):
-        row = normalise_pair(row, where)
+        row = normalize_pair(row, where)
     if "messages" in row:
-        row["messages"] = normalise_messages(row["messages"], where, "messages")
+        row["messages"] = normalize_messages(row["messages"], where, "messages")
     elif "conversations" in row:
-        row["messages"] = normalise_messages(row.pop("conversations"), where, "conversations")
+        row["messages"] = normalize_messages(row.pop("conversations"), where, "conversations")
     elif "instruction" in row and "output" in row:
         row = {column: value for column, value in row.items() if column not in ALPACA_COLUMNS} | {
             "messages": from_alpaca(row, where)
         }
     for column in ("prompt", "completion"):
         if column in row:
-            content = parse_turns(row[column], where, column)
-            row[column] = content if isinstance(content, str) else normalise_messages(content, where, column)
+            content = parse_messages(row[column], where, column)
+            row[column] = content if isinstance(content, str) else normalize_messages(content, where, column)
     if "tools" in row:
-        row["tools"] = normalise_tools(row["tools"], where)
+        row["tools"] = normalize_tools(row["tools"], where)
     return _apply_system_column(row, where)
 
 
@@ -100,15 +100,15 @@ def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
     if "messages" in row:
         row["messages"] = with_system(row["messages"], system_prompt)
     if "prompt" in row:
-        row["prompt"] = with_system(to_turns(row["prompt"], "user"), system_prompt)
+        row["prompt"] = with_system(to_messages(row["prompt"], "user"), system_prompt)
         for column in ("completion", "chosen", "rejected"):
             if isinstance(row.get(column), str):
-                row[column] = to_turns(row[column], "assistant")
+                row[column] = to_messages(row[column], "assistant")
     return row
 
 
 def to_prompt_row(row: Row, where: str) -> Row:
-    """Return a normalised row as GRPO needs it: `prompt`, and every other column.
+    """Return a normalized row as GRPO needs it: `prompt`, and every other column.
 
     Without a `prompt`, the prompt is `messages` up to its last assistant turn (all of them if it ends otherwise), or what
     Alpaca's columns ask. The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises
@@ -122,9 +122,9 @@ def to_prompt_row(row: Row, where: str) -> Row:
         row = _apply_system_column(row, where)
     if "prompt" in row:
         row.pop("messages", None)
-        row["prompt"] = without_marks(row["prompt"])
+        row["prompt"] = without_loss_marks(row["prompt"])
     elif "messages" in row:
-        messages = without_marks(row.pop("messages"))
+        messages = without_loss_marks(row.pop("messages"))
         if messages[-1]["role"] == "assistant":
             *messages, answer = messages
         if not messages:
@@ -133,7 +133,7 @@ def to_prompt_row(row: Row, where: str) -> Row:
     else:
         raise DataError(
             f"{where}: no prompt; rows need a column 'prompt', 'messages' or 'conversations', or 'instruction'. "
-            f"This one has {_columns(row)}: map one with {paste(prompt_map(row) or {'prompt': '...'})}"
+            f"This one has {_columns(row)}: map one with {format_column_map(prompt_map(row) or {'prompt': '...'})}"
         )
     if answer is not None and "solution" not in row:
         row["solution"] = _answer_text(answer)

@@ -39,7 +39,7 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: column {column!r} holds {_shown(found)}, {media_advice(column)}")
 
 
-def refuse_turn_media(turn: Mapping[str, Any], place: str) -> None:
+def refuse_message_media(turn: Mapping[str, Any], place: str) -> None:
     """Raise DataError where a turn has images or videos beside its text, or among the parts of its content."""
     for key in MEDIA_COLUMNS:
         if _first(turn.get(key)) is not None:

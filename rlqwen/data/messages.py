@@ -1,6 +1,6 @@
 """Turns of a conversation in one form: roles of the chat template, content as text, tool calls as objects.
 
-A turn after `normalise_messages` has `role`, `content`, and where it has them `tool_calls` (OpenAI's form, arguments as
+A turn after `normalize_messages` has `role`, `content`, and where it has them `tool_calls` (OpenAI's form, arguments as
 an object), `reasoning_content` (thoughts, also from `reasoning` and `thinking`) and `in_loss: False`, which says that it
 must not be learned. Other keys stay, for the chat template to read; rlqwen.data.unused_columns names those that it does not.
 """
@@ -8,9 +8,9 @@ must not be learned. Other keys stay, for the chat template to read; rlqwen.data
 import json
 from typing import Any
 
-from rlqwen.data.media import refuse_turn_media
+from rlqwen.data.media import refuse_message_media
 from rlqwen.data.message_keys import LOSS_KEYS, ROLES, THOUGHT_KEYS
-from rlqwen.data.plain_values import parse_turns
+from rlqwen.data.plain_values import parse_messages
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -20,12 +20,12 @@ _CALL_ROLES = ("function_call", "tool_call")
 _SWITCHES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
-def normalise_messages(messages: Any, where: str, column: str) -> list[Message]:
+def normalize_messages(messages: Any, where: str, column: str) -> list[Message]:
     """Bring turns, OpenAI's or ShareGPT's, as objects or as JSON text, to our form (see the module).
 
     DataError says which turn is malformed.
     """
-    messages = parse_turns(messages, where, column)
+    messages = parse_messages(messages, where, column)
     if isinstance(messages, str) and messages.lstrip().startswith(("[", "{")):
         messages = _parse_json(messages, f"{where}: column {column!r}")  # says of which turn what is wrong
     if isinstance(messages, dict):
@@ -34,7 +34,7 @@ def normalise_messages(messages: Any, where: str, column: str) -> list[Message]:
         raise DataError(f"{where}: column {column!r} must be a list of turns, not {messages!r:.80}")
     turns: list[Message] = []
     for number, message in enumerate(messages):
-        turn, is_call = _normalise_turn(message, f"{where}: turn {number} of {column!r}", column)
+        turn, is_call = _normalize_turn(message, f"{where}: turn {number} of {column!r}", column)
         before = turns[-1] if turns else {}
         if is_call and before.get("role") == "assistant" and before.get("in_loss") == turn.get("in_loss"):
             before["tool_calls"] = [*before.get("tool_calls", ()), *turn["tool_calls"]]
@@ -49,11 +49,11 @@ def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
     The answer is `output`, where there is one.
     """
     turns: list[Message] = []
-    history = parse_turns(row.get("history") or [], where, "history")
+    history = parse_messages(row.get("history") or [], where, "history")
     if isinstance(history, str):
         history = _parse_json(history, f"{where}: column 'history'")
     if history and isinstance(history[0], dict):
-        turns += normalise_messages(history, where, "history")
+        turns += normalize_messages(history, where, "history")
         history = []
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -66,7 +66,7 @@ def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
     return turns
 
 
-def to_turns(content: str | list[Message], role: str) -> list[Message]:
+def to_messages(content: str | list[Message], role: str) -> list[Message]:
     """Turns as they are; text as the one turn of `role`."""
     return [{"role": role, "content": content}] if isinstance(content, str) else content
 
@@ -78,14 +78,14 @@ def with_system(messages: list[Message], system_prompt: str | None) -> list[Mess
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def without_marks(messages: Any) -> Any:
+def without_loss_marks(messages: Any) -> Any:
     """Return turns without `in_loss`, which only training reads; text is returned unchanged."""
     if not isinstance(messages, list) or not any("in_loss" in turn for turn in messages):
         return messages
     return [{key: value for key, value in turn.items() if key != "in_loss"} for turn in messages]
 
 
-def normalise_tools(tools: Any, where: str) -> list[Any]:
+def normalize_tools(tools: Any, where: str) -> list[Any]:
     """Tools as OpenAI has them and as serving hands them to the template: {"type": "function", "function": {...}}."""
     if isinstance(tools, str):
         try:
@@ -98,7 +98,7 @@ def normalise_tools(tools: Any, where: str) -> list[Any]:
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
 
 
-def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, bool]:
+def _normalize_turn(message: Any, place: str, column: str) -> tuple[Message, bool]:
     """Return the turn in our form, and whether it is a call that belongs to the assistant's turn before it."""
     turn = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
     if "role" not in turn and "from" in turn:
@@ -117,7 +117,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
         raise DataError(f"{place} has no 'role': {message!r:.80}")
     if "content" not in turn and "value" in turn:
         turn["content"] = turn.pop("value")
-    refuse_turn_media(turn, place)
+    refuse_message_media(turn, place)
     turn["content"] = _plain_content(turn.get("content", ""), place)
     is_call = turn["role"] in _CALL_ROLES
     if is_call:
@@ -126,7 +126,7 @@ def _normalise_turn(message: Any, place: str, column: str) -> tuple[Message, boo
         turn["tool_calls"] = [turn.pop("function_call")]
     if "tool_calls" in turn:
         name = turn["role"] if is_call else "tool_calls"
-        calls = _normalise_calls(turn.pop("tool_calls"), f"{place}, {name}")
+        calls = _normalize_calls(turn.pop("tool_calls"), f"{place}, {name}")
         turn |= {"tool_calls": calls} if calls else {}
     turn["role"] = ROLES.get(turn["role"], turn["role"])
     _join_thoughts(turn, place)
@@ -185,10 +185,10 @@ def _plain_content(content: Any, place: str) -> str:
     raise DataError(f"{place}: content must be text, or parts of type 'text': {content!r:.80}")
 
 
-def _normalise_calls(calls: Any, place: str) -> list[dict[str, Any]]:
+def _normalize_calls(calls: Any, place: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as an object: a template would write a JSON string as a string of JSON."""
     calls = _parse_json(calls, place)
-    normalised = []
+    normalized = []
     for call in [calls] if isinstance(calls, dict) else calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
@@ -202,8 +202,8 @@ def _normalise_calls(calls: Any, place: str) -> list[dict[str, Any]]:
         }
         more = function if "function" in call else {}
         function = {key: one for key, one in more.items() if one is not None} | {"arguments": arguments}
-        normalised.append(rest | {"type": "function", "function": {"name": name} | function})
-    return normalised
+        normalized.append(rest | {"type": "function", "function": {"name": name} | function})
+    return normalized
 
 
 def _parse_json(value: Any, place: str) -> Any:

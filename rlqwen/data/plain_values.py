@@ -13,10 +13,10 @@ Row = dict[str, Any]
 
 _FILLED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")
 _NULLS_OF_PANDAS = ("NaTType", "NAType")
-_MAY_BE_TURNS = re.compile(r"\s*(\[\s*)?\{\s*['\"]")
-_BEGINS_AS_TURNS = re.compile(rf"\s*\[\s*\{{\s*['\"](role|from)['\"]\s*:\s*['\"]({'|'.join(ROLES)})['\"]")
-_TURN_KEYS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call"}
-_TURN_KEYS |= {*LOSS_KEYS, *THOUGHT_KEYS}
+_MAY_BE_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*['\"]")
+_BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*['\"](role|from)['\"]\s*:\s*['\"]({'|'.join(ROLES)})['\"]")
+_MESSAGE_KEYS = {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call"}
+_MESSAGE_KEYS |= {*LOSS_KEYS, *THOUGHT_KEYS}
 _MAY_BE_NULL = ("default", "example")
 """Keys of a JSON schema whose value may be null."""
 _BESIDE_A_NULL = {"type", "title", "description", "const"}
@@ -34,12 +34,12 @@ def plain_row(row: Row, where: str) -> Row:
     return plain
 
 
-def parse_turns(value: Any, where: str, column: str) -> Any:
+def parse_messages(value: Any, where: str, column: str) -> Any:
     """Parse turns in a text, as JSON or as Python writes them; other values and texts are returned unchanged.
 
     Raises DataError for a text that begins as turns do and cannot be read.
     """
-    if not isinstance(value, str) or not _MAY_BE_TURNS.match(value):
+    if not isinstance(value, str) or not _MAY_BE_MESSAGES.match(value):
         return value
     for read in (json.loads, ast.literal_eval):
         try:
@@ -47,19 +47,19 @@ def parse_turns(value: Any, where: str, column: str) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         turns = found if isinstance(found, list) else [found]
-        return found if turns and all(map(_is_turn, turns)) else value
-    if _BEGINS_AS_TURNS.match(value):
+        return found if turns and all(map(_is_message, turns)) else value
+    if _BEGINS_AS_MESSAGES.match(value):
         raise DataError(
             f"{where}: column {column!r} holds turns as text that is not valid JSON: {value[:80]!r}; write it as JSON"
         )
     return value
 
 
-def _is_turn(value: Any) -> bool:
+def _is_message(value: Any) -> bool:
     """Return whether an object is a turn, rather than a prompt or an answer that happens to be JSON."""
     return (
         isinstance(value, dict)
-        and _TURN_KEYS.issuperset(value)
+        and _MESSAGE_KEYS.issuperset(value)
         and str(value.get("role") or value.get("from")) in ROLES
         and not {"content", "value", "tool_calls"}.isdisjoint(value)
     )

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.dpo import UNPAIRED, DPOConfig
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.formats import normalise_row
+from rlqwen.data.formats import normalize_row
 from rlqwen.data.preference_formats import is_pair
 from rlqwen.data.preference_rows import LabelledRow, PreferenceRow
-from rlqwen.data.preferences import tokenize_labelled, tokenize_preferences
+from rlqwen.data.preference_tokenization import tokenize_labelled, tokenize_preferences
 from rlqwen.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,4 +38,4 @@ def tokenize_preference_examples(
 
 
 def _is_labelled(row: Row, number: int) -> bool:
-    return not _LABELS.isdisjoint(row) and not is_pair(normalise_row(row, f"row {number}"))
+    return not _LABELS.isdisjoint(row) and not is_pair(normalize_row(row, f"row {number}"))

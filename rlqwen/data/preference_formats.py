@@ -21,9 +21,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rlqwen.data.column_hints import offer, paste, unmapped_question
-from rlqwen.data.messages import ALPACA_COLUMNS, from_alpaca, normalise_messages, to_turns
-from rlqwen.data.plain_values import parse_turns
+from rlqwen.data.column_hints import format_column_map, suggest_mapping, unmapped_question
+from rlqwen.data.messages import ALPACA_COLUMNS, from_alpaca, normalize_messages, to_messages
+from rlqwen.data.plain_values import parse_messages
 from rlqwen.errors import DataError, PromptMismatch
 from rlqwen.types import Message
 
@@ -52,13 +52,13 @@ def is_pair(row: Row) -> bool:
 
 
 def is_labelled(row: Row) -> bool:
-    """Whether a normalised row is an answer with a label; a `label` of another kind is the data's own column."""
+    """Whether a normalized row is an answer with a label; a `label` of another kind is the data's own column."""
     has_answer = "messages" in row or ("prompt" in row and "completion" in row)
     return has_answer and str(row.get("label")).lower() in _LABELS
 
 
 def read_columns(row: Row, *, has_turns: bool, margin: bool) -> set[str]:
-    """Return the columns read of a normalised pair or labelled row: those of its form, tools, and `margin` if set."""
+    """Return the columns read of a normalized pair or labelled row: those of its form, tools, and `margin` if set."""
     if is_pair(row):
         read = {"prompt", *SIDES}
         scores = next((names for names in _SCORES if all(name in row for name in names)), None)
@@ -80,7 +80,7 @@ def rename_columns(row: Row, where: str) -> Row:
         row |= {f"input.{key}": value for key, value in asked.items() if key not in ("messages", "tools")}
         row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
     if "messages" in row and "rejected_response" in row:
-        *prompt, chosen = normalise_messages(row.pop("messages"), where, "messages")
+        *prompt, chosen = normalize_messages(row.pop("messages"), where, "messages")
         row |= {"prompt": prompt, "chosen": [chosen], "rejected": row.pop("rejected_response")}
     if "messages" in row and "rejected_messages" in row:
         row |= {"chosen": row.pop("messages"), "rejected": row.pop("rejected_messages")}
@@ -95,7 +95,7 @@ def rename_columns(row: Row, where: str) -> Row:
     return row
 
 
-def normalise_pair(row: Row, where: str) -> Row:
+def normalize_pair(row: Row, where: str) -> Row:
     """A row with `chosen` and `rejected` in our form, with `margin` where the row tells it.
 
     Raises DataError for answers that are missing or malformed, and for answers to different prompts.
@@ -108,7 +108,9 @@ def normalise_pair(row: Row, where: str) -> Row:
     if prompt is not None and all(isinstance(part, str) for part in (prompt, chosen, rejected)):
         parts: tuple[Content, Content, Content] = prompt, chosen, rejected
     elif prompt is not None:
-        parts = _match(to_turns(prompt, "user"), to_turns(chosen, "assistant"), to_turns(rejected, "assistant"), where)
+        parts = _match(
+            to_messages(prompt, "user"), to_messages(chosen, "assistant"), to_messages(rejected, "assistant"), where
+        )
     elif isinstance(chosen, str) and isinstance(rejected, str):
         _refuse_lost_prompt(row, where, chosen)
         parts = _split_texts(chosen, rejected)
@@ -124,18 +126,18 @@ def normalise_pair(row: Row, where: str) -> Row:
 
 
 def to_pair_rows(row: Row, where: str) -> list[Row]:
-    """A normalised row, which must be a pair, as a row of each of its answers; see `to_labelled_rows`."""
+    """A normalized row, which must be a pair, as a row of each of its answers; see `to_labelled_rows`."""
     if is_pair(row):
         return to_labelled_rows(row, where)
     missing = next(side for side in SIDES if side not in row)
     raise DataError(
         f"{where}: no {missing!r} answer; a preference row needs 'chosen' and 'rejected'. "
-        f"This one has {', '.join(map(str, row)) or 'no columns'}: {offer(row, 'preference')}"
+        f"This one has {', '.join(map(str, row)) or 'no columns'}: {suggest_mapping(row, 'preference')}"
     )
 
 
 def to_labelled_rows(row: Row, where: str) -> list[Row]:
-    """A normalised row as answers with labels: `prompt`, `completion`, `label`, `tools`, `margin`; a pair gives two.
+    """A normalized row as answers with labels: `prompt`, `completion`, `label`, `tools`, `margin`; a pair gives two.
 
     Without a `prompt`, it is `messages` up to the last turn, which must be the assistant's.
     """
@@ -160,7 +162,7 @@ def _refuse_lost_prompt(row: Row, where: str, chosen: str) -> None:
     if question is not None and row[question].strip() not in chosen:
         raise DataError(
             f"{where}: 'chosen' and 'rejected' are answers, and what they answer seems to stand in the column "
-            f"{question!r}, which is not mapped: {paste({'prompt': question})}"
+            f"{question!r}, which is not mapped: {format_column_map({'prompt': question})}"
         )
     if any(row.get(name) for name in ("system", "system_prompt")):
         raise DataError(
@@ -170,10 +172,10 @@ def _refuse_lost_prompt(row: Row, where: str, chosen: str) -> None:
 
 def _read(value: Any, where: str, column: str) -> Content:
     """An answer or a prompt in any form; dialogues of Anthropic HH become messages."""
-    value = parse_turns(value, where, column)
+    value = parse_messages(value, where, column)
     if isinstance(value, str):
         return _from_hh(value) if _HH.match(value) and "\n\nAssistant:" in value else value
-    return normalise_messages(value, where, column)
+    return normalize_messages(value, where, column)
 
 
 def _from_hh(text: str) -> list[Message]:
@@ -192,14 +194,14 @@ def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
             prompt = prompt[:-1]  # an HH prompt ends in "\n\nAssistant:"
         return prompt
     if "conversations" in row:
-        return normalise_messages(row.pop("conversations"), where, "conversations")
+        return normalize_messages(row.pop("conversations"), where, "conversations")
     if "instruction" in row:
         prompt = from_alpaca({key: row[key] for key in ALPACA_COLUMNS if key in row and key != "output"}, where)
         for column in set(ALPACA_COLUMNS) - {"output"}:
             row.pop(column, None)
         return prompt
     if "messages" in row and (isinstance(chosen, str) or chosen[0]["role"] == "assistant"):
-        return normalise_messages(row.pop("messages"), where, "messages")
+        return normalize_messages(row.pop("messages"), where, "messages")
     return None
 
 

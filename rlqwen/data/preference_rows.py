@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pyarrow as pa
 
-from rlqwen.data.arrow_file import MASK, TOKENS, numbers_at
+from rlqwen.data.arrow_file import MASK, TOKENS, list_at
 from rlqwen.data.encoding import TokenizedRow
 
 _PROMPT = [("index", pa.int64()), ("prompt_ids", TOKENS)]
@@ -53,7 +53,7 @@ def _prompt_columns(rows: "Sequence[PreferenceRow] | Sequence[LabelledRow]") -> 
 
 
 def _answer_at(batch: pa.RecordBatch, column: int, place: int) -> TokenizedRow:
-    return TokenizedRow(numbers_at(batch.column(column), place), numbers_at(batch.column(column + 1), place))
+    return TokenizedRow(list_at(batch.column(column), place), list_at(batch.column(column + 1), place))
 
 
 class PairCodec:
@@ -75,7 +75,7 @@ class PairCodec:
     def decode(self, batch: pa.RecordBatch, place: int) -> PreferenceRow:
         return PreferenceRow(
             batch.column(0)[place].as_py(),
-            numbers_at(batch.column(1), place),
+            list_at(batch.column(1), place),
             _answer_at(batch, 2, place),
             _answer_at(batch, 4, place),
             batch.column(6)[place].as_py(),
@@ -98,7 +98,7 @@ class LabelledCodec:
     def decode(self, batch: pa.RecordBatch, place: int) -> LabelledRow:
         return LabelledRow(
             batch.column(0)[place].as_py(),
-            numbers_at(batch.column(1), place),
+            list_at(batch.column(1), place),
             _answer_at(batch, 2, place),
             batch.column(4)[place].as_py(),
         )

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rlqwen.data.arrow_file import TOKENS, ArrowRows, numbers_at
+from rlqwen.data.arrow_file import TOKENS, ArrowRows, list_at
 from rlqwen.data.chat import ChatFormat
-from rlqwen.data.control_tokens import Piece
+from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.data_report import DataReport, percentiles
 from rlqwen.data.encoding import refuse, tokenize_rows
-from rlqwen.data.formats import normalise_row, to_prompt_row
+from rlqwen.data.format_counts import FormatCounts, count_formats, describe
+from rlqwen.data.formats import normalize_row, to_prompt_row
 from rlqwen.data.renderer import eos_warnings, kwarg_warnings
-from rlqwen.data.row_form import RowForm, describe, look_at
 from rlqwen.data.rows_on_disk import content_digest
-from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
-from rlqwen.data.tokenizing_run import tokenize_all
-from rlqwen.data.unused_columns import Unused
+from rlqwen.data.tokenization import tokenize_all
+from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob
+from rlqwen.data.unused_columns import UnusedColumns
 from rlqwen.data.views import View
 from rlqwen.errors import DataError
 from rlqwen.types import Prompt
@@ -75,7 +75,7 @@ class PromptCodec:
         return pa.record_batch(columns, schema=self.schema)
 
     def decode(self, batch: pa.RecordBatch, place: int) -> tuple[int, list[int], bool]:
-        return batch.column(0)[place].as_py(), numbers_at(batch.column(1), place), batch.column(2)[place].as_py()
+        return batch.column(0)[place].as_py(), list_at(batch.column(1), place), batch.column(2)[place].as_py()
 
 
 class PromptJob(TokenizingJob[Prompt]):
@@ -97,8 +97,8 @@ class PromptJob(TokenizingJob[Prompt]):
         self.template, self.template_kwargs = chat_template, chat_template_kwargs
 
     @cached_property
-    def unused(self) -> Unused:
-        return Unused()
+    def unused(self) -> UnusedColumns:
+        return UnusedColumns()
 
     @cached_property
     def chat(self) -> ChatFormat:
@@ -107,62 +107,64 @@ class PromptJob(TokenizingJob[Prompt]):
     def settings(self) -> Any:
         return [self.limit, self.overlong, self.template, self.template_kwargs]
 
-    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Prompt], Tally]:
-        tally = Tally(DataReport(num_rows=len(rows)))
-        report = tally.report
+    def run(
+        self, start: int, rows: Sequence[Row], faults: list[DataError] | None
+    ) -> tuple[list[Prompt], TokenizationStats]:
+        stats = TokenizationStats(DataReport(num_rows=len(rows)))
+        report = stats.report
         unused, found = self.unused, dict[int, Row]()
         opening: set[int] = set()
 
-        def write(number: int, row: Row) -> list[list[Piece]]:
+        def write(number: int, row: Row) -> list[list[TemplateSegment]]:
             where = f"row {number}"
-            given = normalise_row(row, where)
+            given = normalize_row(row, where)
             row = found[number] = to_prompt_row(given, where)
             if isinstance(row["prompt"], str):
                 unused.note_prompt(given, row)
-                pieces = [Piece(row["prompt"], True)]
+                segments = [TemplateSegment(row["prompt"], True)]
             else:
                 unused.note_prompt(given, row, self.chat.render)
-                pieces = self.chat.prompt(row["prompt"], where, tools=row.get("tools"))
-            if "".join(piece.text for piece in pieces).rstrip().endswith("<think>"):
+                segments = self.chat.prompt(row["prompt"], where, tools=row.get("tools"))
+            if "".join(segment.text for segment in segments).rstrip().endswith("<think>"):
                 opening.add(number)
-            return [pieces]
+            return [segments]
 
         prompts: list[Prompt] = []
         for number, (tokenized,) in tokenize_rows(start, rows, self.tokenizer, write, faults):
             length = len(tokenized.token_ids)
-            tally.lengths.append(length)
+            stats.lengths.append(length)
             if not length:
                 refuse(DataError(f"row {number}: the prompt is empty"), faults)
                 continue
             if self.limit is not None and length > self.limit:
-                tally.name("overlong", f"row {number} has {length}")
-                report.note("overlong", number)
+                stats.add_example("overlong", f"row {number} has {length}")
+                report.record("overlong", number)
                 report.num_dropped_tokens += length
                 continue
             prompts.append(to_prompt(number, tokenized.token_ids, found.pop(number), number in opening))
         report.num_kept = len(prompts)
         report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        report.columns, report.turn_keys = unused.take()
+        report.columns, report.message_keys = unused.take()
         report.warnings = kwarg_warnings(self.chat) if "chat" in vars(self) else []
-        tally.ends = [self.chat.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
-        return prompts, tally
+        stats.end_tokens = [self.chat.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
+        return prompts, stats
 
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        report = tally.report
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
+        report = stats.report
         if report.num_overlong and (self.overlong == "refuse" or not report.num_kept):
-            refuse(DataError(_too_long(tally, self.limit)), faults)
-        report.lengths = percentiles(tally.lengths)
-        report.end_of_turn = tally.end_of_turn(self.tokenizer.eos_token)
+            refuse(DataError(_too_long(stats, self.limit)), faults)
+        report.lengths = percentiles(stats.lengths)
+        report.end_of_turn = stats.end_of_turn(self.tokenizer.eos_token)
         report.warnings = eos_warnings(self.tokenizer, report.end_of_turn) + report.warnings
         return report
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        def note(form: RowForm, row: Row) -> None:
+        def note(form: FormatCounts, row: Row) -> None:
             form.num_rows += 1
-            form.num_text += isinstance(to_prompt_row(normalise_row(row, "row"), "row")["prompt"], str)
+            form.num_text += isinstance(to_prompt_row(normalize_row(row, "row"), "row")["prompt"], str)
 
         hint = "for a chat model make them turns, for example by a system_prompt beside the data's path"
-        describe(report, look_at(rows, note), preserves=True, hint=hint, unlike_trl=[])
+        describe(report, count_formats(rows, note), preserves=True, hint=hint, unlike_trl=[])
 
     def present(self, stored: ArrowRows[Any], rows: Sequence[Row]) -> Sequence[Prompt]:
         return StoredPrompts(stored, rows)
@@ -211,13 +213,13 @@ def find_prompts(prompts: Sequence[Prompt], indices: Sequence[int], start: int =
 def longest_prompt(prompts: Sequence[Prompt]) -> int:
     """Return the number of tokens of the longest prompt; 0 for none."""
     if isinstance(prompts, StoredPrompts):
-        return max(pc.max(piece.value_lengths()).as_py() or 0 for piece in prompts.stored.column("token_ids"))
+        return max(pc.max(segment.value_lengths()).as_py() or 0 for segment in prompts.stored.column("token_ids"))
     return max((len(prompt.token_ids) for prompt in prompts), default=0)
 
 
 def prompt_row(number: int, row: Row) -> Row:
     """Return a row as rewards see it, with its prompt."""
-    return to_prompt_row(normalise_row(row, f"row {number}"), f"row {number}")
+    return to_prompt_row(normalize_row(row, f"row {number}"), f"row {number}")
 
 
 def to_prompt(number: int, token_ids: list[int], row: Row, opens_reasoning: bool) -> Prompt:
@@ -226,8 +228,8 @@ def to_prompt(number: int, token_ids: list[int], row: Row, opens_reasoning: bool
     return Prompt(number, token_ids, content, row, opens_reasoning=opens_reasoning)
 
 
-def _too_long(tally: Tally, limit: int | None) -> str:
+def _too_long(stats: TokenizationStats, limit: int | None) -> str:
     return (
-        f"{tally.report.num_overlong} of {tally.report.num_rows} prompts are longer than max_prompt_length={limit} "
-        f"tokens: {tally.first_of('overlong')}; raise it, or shorten them"
+        f"{stats.report.num_overlong} of {stats.report.num_rows} prompts are longer than max_prompt_length={limit} "
+        f"tokens: {stats.format_examples('overlong')}; raise it, or shorten them"
     )

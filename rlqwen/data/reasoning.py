@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from rlqwen.data.control_tokens import MARK
+from rlqwen.data.control_tokens import PLACEHOLDER
 from rlqwen.types import Message
 
 _BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -56,9 +56,9 @@ def reads_think_tags(render: Callable[[list[Message]], str]) -> bool:
     Qwen3.8's doesn't: it writes the tags as part of an answer that follows an empty think block.
     """
     question, answer = {"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"}
-    in_field = render([question, answer | {"reasoning_content": MARK}])
-    in_tags = render([question, answer | {"content": f"<think>\n{MARK}\n</think>\n\nanswer"}])
-    return MARK in in_tags and in_tags.count("</think>") <= in_field.count("</think>")
+    in_field = render([question, answer | {"reasoning_content": PLACEHOLDER}])
+    in_tags = render([question, answer | {"content": f"<think>\n{PLACEHOLDER}\n</think>\n\nanswer"}])
+    return PLACEHOLDER in in_tags and in_tags.count("</think>") <= in_field.count("</think>")
 
 
 def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:

@@ -9,13 +9,13 @@ Row = dict[str, Any]
 
 
 def own_answer(row: Row, where: str) -> str | None:
-    """Text of a normalised row's `completion`, or of its last assistant turn where `messages` end in one."""
+    """Text of a normalized row's `completion`, or of its last assistant turn where `messages` end in one."""
     answer = to_prompt_row({column: value for column, value in row.items() if column != "solution"}, where)
     return answer.get("solution")
 
 
 def references_of(row: Row, column: str | None, where: str) -> list[str]:
-    """The answers of a normalised row that are equally right, at least one.
+    """The answers of a normalized row that are equally right, at least one.
 
     `column`: where they stand, `completion` for the row's own answer; None takes `solution`, else the row's own
     answer, else `answer`. Raises DataError where there is none.

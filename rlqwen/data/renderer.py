@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat
-from rlqwen.data.control_tokens import Piece
+from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.encoding import encode
 from rlqwen.data.template_source import load_chat_template
-from rlqwen.data.unused_columns import Unused
+from rlqwen.data.unused_columns import UnusedColumns
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.types import Message
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class Writer:
-    """Turns rows into pieces of text; the chat template is looked at only when a row needs it."""
+class Renderer:
+    """Turns rows into segments of text; the chat template is looked at only when a row needs it."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig | PreferenceConfig) -> None:
         self._tokenizer, self._template_path = tokenizer, config.chat_template_path
@@ -34,7 +34,7 @@ class Writer:
         if eos not in self._vocab:
             raise ConfigError(f"eos_token: {eos!r} is not in the tokenizer's vocabulary")
         self._eos: str = eos
-        self.unused = Unused()
+        self.unused = UnusedColumns()
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -64,9 +64,9 @@ class Writer:
 
         The latter only once a row has used the template.
         """
-        empty = [[Piece(self._eos, True)]]
+        empty = [[TemplateSegment(self._eos, True)]]
         if "format" in vars(self):
-            empty.append([piece for piece in self.format.empty_answer() if piece.in_loss])
+            empty.append([segment for segment in self.format.empty_answer() if segment.in_loss])
         return {tuple(row.token_ids) for row in encode(self._tokenizer, empty)}
 
     def warnings(self) -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from rlqwen.data.arrow_file import ArrowRows, write_batches
-from rlqwen.data.data_cache import cache_root, explained, keep_file, scratch_folder
-from rlqwen.data.formats import normalise_row
+from rlqwen.data.data_cache import cache_root, disk_errors_as_config_errors, move_file_into_cache, scratch_folder
+from rlqwen.data.formats import normalize_row
 from rlqwen.data.plain_values import without_filling
 from rlqwen.data.views import Joined, Overlaid, Selected, View
 from rlqwen.errors import DataError
@@ -80,7 +80,7 @@ def _untag(value: dict[str, Any]) -> Any:
     return getattr(datetime, kind).fromisoformat(inner)
 
 
-def keep_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequence[Row]:
+def store_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequence[Row]:
     """Return all rows of an iterator: few as a list, many as an Arrow file in the cache, named by its content."""
     first = list(islice(rows, STORED_FROM))
     if len(first) < STORED_FROM:
@@ -91,10 +91,10 @@ def keep_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Seque
     except TypeError:  # objects that a file cannot hold, such as images
         return [*first, *rows]
     root, codec, digest = cache_root(cache_dir), RowCodec(), hashlib.blake2b(digest_size=16)
-    with explained(root), scratch_folder(root) as folder:
+    with disk_errors_as_config_errors(root), scratch_folder(root) as folder:
         written = folder / "rows.arrow"
         write_batches(written, codec.schema, map(codec.batch, _encoded(chain(first, rows), digest)))
-        place = keep_file(written, root, f"rows-{digest.hexdigest()}.arrow")
+        place = move_file_into_cache(written, root, f"rows-{digest.hexdigest()}.arrow")
         return ArrowRows(place, codec, digest.hexdigest())
 
 
@@ -122,7 +122,7 @@ class GivenRows(View[Row]):
         return len(self.data)
 
     def item(self, place: int) -> Row:
-        return normalise_row(self._raw(place), f"row {place}")
+        return normalize_row(self._raw(place), f"row {place}")
 
     def chunk(self, start: int, stop: int) -> list[Row]:
         """Return rows as they are in the data, not yet in our form."""
@@ -151,10 +151,10 @@ class TableRows(GivenRows):
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), BATCH):
             for number, row in enumerate(self.chunk(start, min(start + BATCH, len(self))), start):
-                yield normalise_row(row, f"row {number}")
+                yield normalize_row(row, f"row {number}")
 
 
-def chunk_of(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
+def read_chunk(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
     """Return some rows, in our form or as their source has them, whichever is cheaper."""
     return rows.chunk(start, stop) if isinstance(rows, GivenRows) else list(rows[start:stop])
 
@@ -172,7 +172,7 @@ def content_digest(rows: Sequence[Row]) -> str:
         digest.update(content_digest(rows.rows).encode() + _loosely(sorted(rows.changes.items())))
     else:
         for start in range(0, len(rows), BATCH):
-            for row in chunk_of(rows, start, min(start + BATCH, len(rows))):
+            for row in read_chunk(rows, start, min(start + BATCH, len(rows))):
                 digest.update(_loosely(row) + b"\n")
     return digest.hexdigest()
 

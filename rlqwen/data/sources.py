@@ -12,13 +12,13 @@ from typing import Any
 
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import rows_on_disk
-from rlqwen.data.formats import add_system_prompt, normalise_row
+from rlqwen.data.formats import add_system_prompt, normalize_row
 from rlqwen.data.generated_rows import generate
 from rlqwen.data.media import media_advice
 from rlqwen.data.packaged_rows import PREFIX, bundled_file
 from rlqwen.data.plain_values import without_filling
 from rlqwen.data.row_files import SUFFIXES, list_folder, read_rows
-from rlqwen.data.rows_on_disk import GivenRows, TableRows, keep_rows
+from rlqwen.data.rows_on_disk import GivenRows, TableRows, store_rows
 from rlqwen.data.streams import StreamedRows
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
@@ -95,13 +95,13 @@ def read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
 
 
 def prepare_row(row: Row, source: SourceConfig, where: str) -> Row:
-    """A row as it stands in its source, in our form: columns mapped, normalised, with the source's system prompt."""
-    row = normalise_row(_map_columns(row, source.columns, where), where)
+    """A row as it stands in its source, in our form: columns mapped, normalized, with the source's system prompt."""
+    row = normalize_row(_map_columns(row, source.columns, where), where)
     return add_system_prompt(row, source.system_prompt, where) if source.system_prompt else row
 
 
 def _load_source(source: SourceConfig, cache_dir: str | Path | None) -> Sequence[Row]:
-    rows = keep_rows((prepare_row(row, source, where) for where, row in read_source(source)), cache_dir)
+    rows = store_rows((prepare_row(row, source, where) for where, row in read_source(source)), cache_dir)
     if not rows:
         raise DataError(f"{source.path or source.generator} holds no rows")
     return rows

@@ -22,7 +22,7 @@ _CALL = "tool_calls."
 _FUNCTION = "tool_calls.function."
 
 
-class Unused:
+class UnusedColumns:
     """Counts rows by the columns, and by the keys of turns, that are filled in them and that nothing reads."""
 
     def __init__(self) -> None:
@@ -38,19 +38,19 @@ class Unused:
         conversations: Iterable[list[Message]] = (),
         render: Render | None = None,
     ) -> None:
-        """Count columns of a normalised row outside `read`, and keys of turns that the template does not read."""
+        """Count columns of a normalized row outside `read`, and keys of turns that the template does not read."""
         self.columns.update(name for name, value in row.items() if name not in read and value is not None)
         unread: set[str] = set()
         for messages in conversations:
             found = {(message["role"], key) for message in messages for key in _keys(message)}
             if not self._is_read.keys() >= found:
-                asked = _asked_for(messages, render) if render else set()
+                asked = _keys_read(messages, render) if render else set()
                 self._is_read |= {one: one in asked for one in found - self._is_read.keys()}
             unread.update(key for role, key in found if not self._is_read[role, key])
         self.keys.update(unread)
 
     def note_prompt(self, given: Row, row: Row, render: Render | None = None) -> None:
-        """Count a normalised row and the `row` that `to_prompt_row` made of it, whose columns rewards may read."""
+        """Count a normalized row and the `row` that `to_prompt_row` made of it, whose columns rewards may read."""
         has_solution = given.get("solution") is not None
         left: Row = {"completion": True} if has_solution and "completion" in given else {}
         if "prompt" in given:
@@ -89,7 +89,7 @@ def _keys(message: Message) -> set[str]:
     return keys
 
 
-def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
+def _keys_read(messages: list[Message], render: Render) -> set[tuple[str, str]]:
     """Return (role, key) of everything that a rendering of the turns reads, without marks of learned turns."""
     from jinja2 import TemplateError
 
@@ -100,16 +100,18 @@ def _asked_for(messages: list[Message], render: Render) -> set[tuple[str, str]]:
         if turn.get("tool_calls"):
             role = message["role"]
             turn["tool_calls"] = [
-                _Watched(call | {"function": _Watched(call["function"], role, _FUNCTION, asked)}, role, _CALL, asked)
+                _RecordingDict(
+                    call | {"function": _RecordingDict(call["function"], role, _FUNCTION, asked)}, role, _CALL, asked
+                )
                 for call in turn["tool_calls"]
             ]
-        watched.append(_Watched(turn, message["role"], "", asked))
+        watched.append(_RecordingDict(turn, message["role"], "", asked))
     with suppress(TemplateError, TypeError, ValueError):  # the row itself is written, or refused, elsewhere
         render(watched)
     return asked
 
 
-class _Watched(dict[str, Any]):
+class _RecordingDict(dict[str, Any]):
     """Dict that notes which of its keys are read."""
 
     def __init__(self, values: Row, role: str, prefix: str, asked: set[tuple[str, str]]) -> None:

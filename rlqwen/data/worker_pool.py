@@ -1,4 +1,4 @@
-"""Tokenising in several processes: parts of the rows go out, what became of them comes back in order."""
+"""Tokenizing in several processes: parts of the rows go out, what became of them comes back in order."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ _AHEAD = 2
 """Parts on their way per worker, so that none waits for its next."""
 
 
-class CannotTravel(Exception):
+class JobNotPicklable(Exception):
     """Error for a job that cannot be sent to another process."""
 
 
@@ -60,7 +60,7 @@ class Worker:
             succeeded, answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise ResourceError(
-                "a process that tokenises has ended, perhaps out of memory: lower dataset_num_proc"
+                "a process that tokenizes has ended, perhaps out of memory: lower dataset_num_proc"
             ) from None
         if not succeeded:
             raise answer
@@ -78,16 +78,16 @@ class WorkerPool:
     """`count` workers that call `function(job, start, rows, *options)`, which must pickle."""
 
     def __init__(self, count: int, function: Any, job: Any, *options: Any) -> None:
-        """Raise CannotTravel for a job that does not pickle."""
+        """Raise JobNotPicklable for a job that does not pickle."""
         try:
             message = pickle.dumps((function, job, options))
         except Exception as error:  # whatever a tokenizer of somebody's own raises
-            raise CannotTravel(str(error)) from error
+            raise JobNotPicklable(str(error)) from error
         self._workers = [Worker(message) for _ in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._free.put(worker)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenise")
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tokenize")
 
     def map(self, parts: Iterator[tuple[int, Sequence[Row]]]) -> Iterator[Any]:
         """Yield the result of each part, in order; only a few parts are in memory."""

@@ -71,10 +71,10 @@ class RewardModel:
         import torch
 
         from rlqwen.data.encoding import encode
-        from rlqwen.data.reward_rows import scored_pieces
+        from rlqwen.data.reward_tokenization import reward_model_segments
 
         pieces = [
-            scored_pieces(self._tokenizer, prompt, completion, is_sampled=True)
+            reward_model_segments(self._tokenizer, prompt, completion, is_sampled=True)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = [{"input_ids": row.token_ids} for row in encode(self._tokenizer, pieces)]

@@ -14,11 +14,11 @@ from rlqwen.checkpoint.fingerprint import digest_rows
 from rlqwen.data import DataReport
 from rlqwen.data.data_report import percentiles
 from rlqwen.data.streams import StreamedRows
-from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
+from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob
 from rlqwen.errors import DataError
 
 Item = TypeVar("Item")
-Make = Callable[[int, list[dict[str, Any]]], tuple[Sequence[Item], Tally]]
+Make = Callable[[int, list[dict[str, Any]]], tuple[Sequence[Item], TokenizationStats]]
 
 WINDOW = 512
 """Rows that are tokenised at a time; with packing, those that bins are filled from."""
@@ -37,7 +37,7 @@ class ItemStream(Generic[Item]):
 
     def __init__(self, rows: StreamedRows, make: Make[Item]) -> None:
         self._rows, self._make = rows, make
-        self._tally = Tally()
+        self._stats = TokenizationStats()
         self._windows: deque[_Window[Item]] = deque()
         self._reader: Iterator[dict[str, Any]] | None = None
         self._next = (0, 0)
@@ -91,8 +91,8 @@ class ItemStream(Generic[Item]):
 
     def summary(self) -> str:
         """Return a summary of what became of all rows read; rows of later passes are counted again."""
-        report = self._tally.report
-        report.lengths = percentiles(self._tally.lengths)
+        report = self._stats.report
+        report.lengths = percentiles(self._stats.lengths)
         report.eos_in_loss = 1 - report.count("no_end") / max(report.num_kept, 1)
         return report.summary()
 
@@ -107,8 +107,8 @@ class ItemStream(Generic[Item]):
         rows = list(islice(self._reader, WINDOW))
         items: Sequence[Item] = []
         if rows:
-            items, tally = self._make(start, rows)
-            self._tally.add(tally)
+            items, stats = self._make(start, rows)
+            self._stats.add(stats)
         self._found |= len(items) > 0
         self._next = epoch, start + len(rows)
         if len(rows) < WINDOW:
@@ -121,9 +121,9 @@ class ItemStream(Generic[Item]):
 def describe_first(rows: StreamedRows, job: TokenizingJob[Any]) -> DataReport:
     """Report what becomes of the first rows of a stream; raise an error if they are faulty."""
     first = rows.first(WINDOW)
-    _, tally = job.run(0, first, None)
-    job.describe(tally.report, first)
-    report = job.finish(tally, None)
+    _, stats = job.run(0, first, None)
+    job.describe(stats.report, first)
+    report = job.finish(stats, None)
     report.source = (
         f"a stream, read and tokenised as training goes, in its own order; this is of its first {report.num_rows} rows"
     )

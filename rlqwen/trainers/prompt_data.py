@@ -10,7 +10,7 @@ from rlqwen.config.batch_plan import prompt_room
 from rlqwen.data import DataReport, as_rows, tokenize_prompts
 from rlqwen.data.prompts import PromptJob
 from rlqwen.data.streams import StreamedRows
-from rlqwen.data.tokenizing_jobs import Tally
+from rlqwen.data.tokenization_job import TokenizationStats
 from rlqwen.rewards.registry import Reward, check_rows, taken_columns
 from rlqwen.trainers.item_stream import WINDOW, ItemStream, describe_first
 from rlqwen.types import Prompt
@@ -66,11 +66,11 @@ class PromptData:
         )
         self._check(job.run(0, rows.first(WINDOW), None)[0], describe_first(rows, job), "train")
 
-        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[Prompt], Tally]:
-            prompts, tally = job.run(start, window, None)
-            if self._args.overlong_prompts == "refuse" and tally.report.num_overlong:
-                job.finish(tally, None)  # raises the error
-            return prompts, tally
+        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[Prompt], TokenizationStats]:
+            prompts, stats = job.run(start, window, None)
+            if self._args.overlong_prompts == "refuse" and stats.report.num_overlong:
+                job.finish(stats, None)  # raises the error
+            return prompts, stats
 
         return lambda: ItemStream(rows, make)
 

@@ -16,10 +16,10 @@ from rlqwen.algorithms.loss_metrics import MetricSums, read_scalars
 from rlqwen.algorithms.losses import LossCall, Totals, settings_of
 from rlqwen.config import SFTConfig
 from rlqwen.data import as_rows, load_chat_template, tokenize_sft
-from rlqwen.data.bins import Bin, make_bins
+from rlqwen.data.sequence_packing import PackedRow, pack_rows
+from rlqwen.data.sft_tokenization import SFTJob
 from rlqwen.data.streams import StreamedRows
-from rlqwen.data.tokenize_rows import SFTJob
-from rlqwen.data.tokenizing_jobs import Tally
+from rlqwen.data.tokenization_job import TokenizationStats
 from rlqwen.data.views import Batches, Mapped, View
 from rlqwen.errors import ConfigError
 from rlqwen.evaluation.generation import GenerationEvaluation
@@ -33,21 +33,21 @@ from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches, 
 from rlqwen.trainers.run_logger import Metrics
 
 
-class EvalBins(View[Bin]):
+class EvalBins(View[PackedRow]):
     """An evaluation set, and what to let the policy write for it."""
 
-    def __init__(self, bins: Sequence[Bin], generation: GenerationEvaluation) -> None:
+    def __init__(self, bins: Sequence[PackedRow], generation: GenerationEvaluation) -> None:
         self.bins, self.generation = bins, generation
         self.digest: str | None = getattr(bins, "digest", None)
 
     def __len__(self) -> int:
         return len(self.bins)
 
-    def item(self, place: int) -> Bin:
+    def item(self, place: int) -> PackedRow:
         return self.bins[place]
 
 
-class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
+class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
     """Maximise the likelihood of given answers."""
 
     algorithm = "sft"
@@ -96,26 +96,26 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
         elif self.args.eval_generation is not None:
             raise ConfigError("eval_generation needs rows to write for: give eval_dataset, or data.eval in a recipe")
 
-    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[Bin]:
+    def prepare_rows(self, dataset: Any, *, evaluation: bool) -> Sequence[PackedRow]:
         rows = as_rows(dataset)
         tokenized, report = tokenize_sft(rows, self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
-        bins = make_bins(tokenized, self.args.max_length if self.args.packing else None)
+        bins = pack_rows(tokenized, self.args.max_length if self.args.packing else None)
         if not evaluation or self.args.eval_generation is None:
             return bins
         return EvalBins(bins, GenerationEvaluation(rows, self.main_rank.policy, self.processing_class, self.args))
 
-    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[Bin]]:
+    def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[PackedRow]]:
         job, capacity = SFTJob(self.processing_class, self.args), self.args.max_length if self.args.packing else None
         self.reports["train"] = describe_first(rows, job)
 
-        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[Bin], Tally]:
-            sequences, tally = job.run(start, window, None)
-            return make_bins(sequences, capacity), tally
+        def make(start: int, window: list[dict[str, Any]]) -> tuple[Sequence[PackedRow], TokenizationStats]:
+            sequences, stats = job.run(start, window, None)
+            return pack_rows(sequences, capacity), stats
 
         return lambda: ItemStream(rows, make)
 
-    def step(self, rows: list[Bin]) -> Metrics:
+    def step(self, rows: list[PackedRow]) -> Metrics:
         """One update on the mean loss of all target tokens of `rows`."""
         started = time.monotonic()
         micro_batches = list(self._micro_batches(rows))
@@ -141,7 +141,7 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
             | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
         )
 
-    def compute_evaluation(self, rows: Sequence[Bin]) -> Metrics:
+    def compute_evaluation(self, rows: Sequence[PackedRow]) -> Metrics:
         """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
         writes, which goes to `completions/` of the run folder."""
         own = measure_likelihood(self.policy, self._shared(rows, self.args.per_device_eval_batch_size))
@@ -157,17 +157,17 @@ class SFTTrainer(Trainer[Bin, SFTConfig, Policy]):
             figures |= rows.generation.figures(groups)
         return figures
 
-    def _micro_batches(self, rows: list[Bin]) -> Iterator[PackedBatch]:
+    def _micro_batches(self, rows: list[PackedRow]) -> Iterator[PackedBatch]:
         """This rank's."""
         budget = self.args.max_tokens_per_micro_batch
         if budget is not None:
             return micro_batches(_trees(rows), self.ranks, max_tokens=budget)
         return self._shared(rows, self.args.per_device_train_batch_size)
 
-    def _shared(self, rows: Sequence[Bin], size: int) -> Iterator[PackedBatch]:
+    def _shared(self, rows: Sequence[PackedRow], size: int) -> Iterator[PackedBatch]:
         """This rank's part of `rows`, in micro-batches of `size` rows."""
         return pack_share([Mapped(Batches(share, size), _trees) for share in self.ranks.shares(rows)], self.ranks)
 
 
-def _trees(bins: Sequence[Bin]) -> list[Tree]:
+def _trees(bins: Sequence[PackedRow]) -> list[Tree]:
     return [sequence_tree(row) for sequences in bins for row in sequences]

@@ -108,7 +108,7 @@ def test_training_begins_with_the_prompt_that_generation_gets(tokenizer, templat
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_an_answer_with_thoughts_is_tokenised_as_the_template_itself_does(tokenizer, template):
+def test_an_answer_with_thoughts_is_tokenized_as_the_template_itself_does(tokenizer, template):
     source = read_trl_template(template)
     messages = [{"role": "system", "content": "Be\n brief."}, {"role": "user", "content": "hé 世界\n\n1 "}, THOUGHT]
     ids, _ = tokenize_conversation(

@@ -1,6 +1,6 @@
 """The chat templates of Qwen3.5, 3.6, 3.8 and Instruct-2507: rows become the ids of the template, at every seam.
 
-A prompt ends in the generation prompt, and what the model writes after it is tokenised apart: expected ids are those of
+A prompt ends in the generation prompt, and what the model writes after it is tokenized apart: expected ids are those of
 the template's text, cut behind each `<think>` that the prompt opens.
 """
 
@@ -22,7 +22,7 @@ from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
 from rlqwen.data import (
     as_rows,
     load_rows,
-    scored_pieces,
+    reward_model_segments,
     tokenize_conversation,
     tokenize_preferences,
     tokenize_prompts,
@@ -144,8 +144,8 @@ def test_a_reward_model_reads_thoughts_where_its_template_does():
     assert tokenizer.decode(row.prompt_ids + row.chosen.token_ids) == expected
     assert any("reads only as reasoning_content" in line for line in report.warnings)
     for sampled in ("hm\n</think>\n\n2", THOUGHT["content"]):
-        pieces = scored_pieces(tokenizer, [user()], sampled, is_sampled=True)
-        assert "".join(piece.text for piece in pieces) == expected
+        segments = reward_model_segments(tokenizer, [user()], sampled, is_sampled=True)
+        assert "".join(segment.text for segment in segments) == expected
 
 
 @pytest.mark.parametrize("name", ["qwen3", *NAMES[:-1]])

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from rlqwen.data import as_rows
-from rlqwen.data.formats import normalise_row, to_prompt_row
+from rlqwen.data.formats import normalize_row, to_prompt_row
 from rlqwen.errors import DataError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -27,7 +27,7 @@ def test_sharegpt_roles_become_the_templates():
         "id": 7,
     }
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    assert normalise_row(row, "row 0") == {
+    assert normalize_row(row, "row 0") == {
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "q"},
@@ -84,13 +84,13 @@ def test_sharegpt_roles_become_the_templates():
 )
 def test_malformed_rows_are_named(row, message):
     with pytest.raises(DataError, match=message) as caught:
-        normalise_row(row, "row 3")
+        normalize_row(row, "row 3")
     assert str(caught.value).startswith("row 3: ")
 
 
 def test_alpaca_rows_become_messages():
     row = {"instruction": "Add.", "input": "1, 2", "output": "3", "history": [["h", "i"]], "system": "s", "id": 1}
-    assert normalise_row(row, "row 0") == {
+    assert normalize_row(row, "row 0") == {
         "id": 1,
         "messages": [
             {"role": "system", "content": "s"},
@@ -100,20 +100,20 @@ def test_alpaca_rows_become_messages():
             {"role": "assistant", "content": "3"},
         ],
     }
-    bare = normalise_row({"instruction": "Add.", "input": "", "output": "3"}, "row 0")
+    bare = normalize_row({"instruction": "Add.", "input": "", "output": "3"}, "row 0")
     assert bare["messages"][0]["content"] == "Add."
 
 
 def test_parts_of_text_are_joined_and_missing_values_left_out():
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
-    assert normalise_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
+    assert normalize_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
     call = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
-    assert normalise_row({"messages": [call]}, "row 0")["messages"] == [{"role": "assistant", "content": ""}]
+    assert normalize_row({"messages": [call]}, "row 0")["messages"] == [{"role": "assistant", "content": ""}]
 
 
-def test_normalising_twice_changes_nothing():
-    once = normalise_row({"conversations": [{"from": "human", "value": "q"}], "tools": "[]"}, "row 0")
-    assert normalise_row(once, "row 0") == once
+def test_normalizing_twice_changes_nothing():
+    once = normalize_row({"conversations": [{"from": "human", "value": "q"}], "tools": "[]"}, "row 0")
+    assert normalize_row(once, "row 0") == once
 
 
 def test_a_prompt_is_what_comes_before_the_last_answer_and_the_answer_is_the_solution():
@@ -136,7 +136,7 @@ def test_a_row_without_a_prompt_is_refused():
 
 
 def said(row: dict[str, Any]) -> Any:
-    return normalise_row(row, "row 0")
+    return normalize_row(row, "row 0")
 
 
 # Columns of their own

@@ -21,7 +21,7 @@ from rlqwen import (
     SFTTrainer,
 )
 from rlqwen.config import SourceConfig
-from rlqwen.data.formats import normalise_row
+from rlqwen.data.formats import normalize_row
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.errors import DataError
 from rlqwen.models.loading import text_tokenizer
@@ -62,7 +62,7 @@ GRPO = {"num_generations": 2, "per_device_train_batch_size": 2, "rollout": {"eng
 )  # fmt: skip
 def test_a_row_with_media_is_refused_with_what_to_do(row, message):
     with pytest.raises(DataError, match=message) as fault:
-        normalise_row(row, "row 3")
+        normalize_row(row, "row 3")
     assert "or train with TRL" in str(fault.value)
     assert "\n" not in str(fault.value)
 
@@ -73,7 +73,7 @@ def test_a_row_with_media_is_refused_with_what_to_do(row, message):
      {"image": 7}, {"image": "ghcr.io/org/sandbox:3"}, {"videos": np.array([])}, {"points": np.zeros(3)}],
 )  # fmt: skip
 def test_a_row_without_media_passes(column):
-    assert normalise_row(TEXT | column, "row")["messages"] == TEXT["messages"]
+    assert normalize_row(TEXT | column, "row")["messages"] == TEXT["messages"]
 
 
 TRAINERS = {

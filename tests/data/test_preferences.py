@@ -8,8 +8,8 @@ import pytest
 
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
 from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_reward_rows, tokenize_sft
-from rlqwen.data.formats import add_system_prompt, normalise_row
-from rlqwen.data.preferences import PairJob
+from rlqwen.data.formats import add_system_prompt, normalize_row
+from rlqwen.data.preference_tokenization import PairJob
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
 
@@ -89,48 +89,48 @@ def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, 
 )
 def test_every_form_becomes_a_prompt_and_two_answers(row):
     before = json.dumps(row)
-    once = normalise_row(row, "row 0")
+    once = normalize_row(row, "row 0")
     assert once == PAIR
-    assert normalise_row(once, "row 0") == once
+    assert normalize_row(once, "row 0") == once
     assert json.dumps(row) == before
 
 
 def test_what_a_form_adds_is_kept():
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s"}
-    assert normalise_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
+    assert normalize_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
     for row in (PAIR, {"chosen": say("q", "1"), "rejected": say("q", "2")}, TEXT_PAIR):
-        assert normalise_row(row | {"system": "s"}, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
+        assert normalize_row(row | {"system": "s"}, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
     row = {"messages": say("q", "1"), "rejected_response": "2", "system": "s"}
-    assert normalise_row(row, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
+    assert normalize_row(row, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
     alpaca = {"instruction": "q", "history": [["a", "b"]], "system": "s", "chosen": "1", "rejected": "2"}
-    assert normalise_row(alpaca, "row 0")["prompt"] == [SYSTEM, *say("a", "b", "q")]
+    assert normalize_row(alpaca, "row 0")["prompt"] == [SYSTEM, *say("a", "b", "q")]
     ultra = {"prompt": "q", "messages": say("q", "1"), "chosen": say("q", "1"), "rejected": say("q", "2")}
-    assert normalise_row(ultra, "row 0") == PAIR | {"messages": say("q", "1")}
+    assert normalize_row(ultra, "row 0") == PAIR | {"messages": say("q", "1")}
 
 
 def test_an_explicit_prompt_may_lack_the_system_turn_or_have_it_alone():
     whole = {"chosen": [SYSTEM, *say("q", "1")], "rejected": [SYSTEM, *say("q", "2")]}
     expected = PAIR | {"prompt": [SYSTEM, USER]}
-    assert normalise_row({"prompt": " q\n", **whole}, "row 0") == expected
+    assert normalize_row({"prompt": " q\n", **whole}, "row 0") == expected
     bare = {"chosen": say("q", "1"), "rejected": say("q", "2")}
-    assert normalise_row({"prompt": [SYSTEM, USER], **bare}, "row 0") == expected
+    assert normalize_row({"prompt": [SYSTEM, USER], **bare}, "row 0") == expected
 
 
 def test_an_implicit_prompt_goes_up_to_the_turn_that_differs():
     row = {"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1", "r", "3")}
-    assert normalise_row(row, "row 0") == {
+    assert normalize_row(row, "row 0") == {
         "prompt": say("q", "1", "r"),
         "chosen": answer("2"),
         "rejected": answer("3"),
     }
     row = {"chosen": say("q", "1", "r", "2"), "rejected": say("q", "x")}
-    assert normalise_row(row, "row 0") == {
+    assert normalize_row(row, "row 0") == {
         "prompt": [USER],
         "chosen": answer("1", "r", "2"),
         "rejected": answer("x"),
     }
     row = {"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1")}
-    assert normalise_row(row, "row 0")["rejected"] == answer("1")
+    assert normalize_row(row, "row 0")["rejected"] == answer("1")
 
 
 @pytest.mark.parametrize(
@@ -145,21 +145,21 @@ def test_an_implicit_prompt_goes_up_to_the_turn_that_differs():
     ],
 )
 def test_texts_without_a_prompt_have_their_common_words_as_prompt(chosen, rejected, prompt):
-    row = normalise_row({"chosen": chosen, "rejected": rejected}, "row 0")
+    row = normalize_row({"chosen": chosen, "rejected": rejected}, "row 0")
     assert row["prompt"] == prompt
     assert (prompt + row["chosen"], prompt + row["rejected"]) == (chosen, rejected)
     if prompt:
-        assert normalise_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
+        assert normalize_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
 
 
 def test_the_margin_is_given_or_comes_of_scores():
-    assert normalise_row(PAIR | {"margin": "0.5"}, "row 0")["margin"] == 0.5
+    assert normalize_row(PAIR | {"margin": "0.5"}, "row 0")["margin"] == 0.5
     scored = {"score_chosen": 8.5, "score_rejected": 6}
-    assert normalise_row(PAIR | scored, "row 0")["margin"] == 2.5
-    assert normalise_row(PAIR | scored | {"margin": 1}, "row 0")["margin"] == 1.0
-    assert "margin" not in normalise_row(PAIR | {"margin": float("nan")}, "row 0")
+    assert normalize_row(PAIR | scored, "row 0")["margin"] == 2.5
+    assert normalize_row(PAIR | scored | {"margin": 1}, "row 0")["margin"] == 1.0
+    assert "margin" not in normalize_row(PAIR | {"margin": float("nan")}, "row 0")
     with pytest.raises(DataError, match="row 0: column 'score_chosen' must be a finite number, not 'high'"):
-        normalise_row(PAIR | scored | {"score_chosen": "high"}, "row 0")
+        normalize_row(PAIR | scored | {"score_chosen": "high"}, "row 0")
 
 
 def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
@@ -352,8 +352,8 @@ def test_a_reward_model_reads_by_the_template_that_it_is_given(tokenizer, tmp_pa
 def test_empty_answers_are_found_after_rows_of_text(tokenizer):
     job = PairJob(tokenizer, DPOConfig())
     job.run(0, [TEXTS], None)
-    _, tally = job.run(1, [PAIR | {"rejected": answer("")}], None)
-    assert tally.report.rows["empty_answer"] == [1]
+    _, stats = job.run(1, [PAIR | {"rejected": answer("")}], None)
+    assert stats.report.rows["empty_answer"] == [1]
 
 
 def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):

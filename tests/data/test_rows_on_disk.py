@@ -29,6 +29,7 @@ from rlqwen.data import (
     load_recipe_data,
     load_rows,
     longest_prompt,
+    tokenization,
     tokenize_labelled,
     tokenize_preferences,
     tokenize_prompts,
@@ -37,12 +38,11 @@ from rlqwen.data import (
     worker_pool,
 )
 from rlqwen.data import rows_on_disk as storage
-from rlqwen.data import tokenizing_run as tokenizing
-from rlqwen.data.bins import fill_bins
-from rlqwen.data.data_cache import explained, scratch_folder
-from rlqwen.data.rows_on_disk import RowCodec, content_digest, encode_row, folder_of, keep_rows
-from rlqwen.data.tokenize_rows import SFTJob
-from rlqwen.data.tokenizing_run import count_processes, digest_of_job
+from rlqwen.data.data_cache import disk_errors_as_config_errors, scratch_folder
+from rlqwen.data.rows_on_disk import RowCodec, content_digest, encode_row, folder_of, store_rows
+from rlqwen.data.sequence_packing import pack_best_fit
+from rlqwen.data.sft_tokenization import SFTJob
+from rlqwen.data.tokenization import count_processes, digest_of_job
 from rlqwen.data.views import Joined, Mapped, Overlaid, Selected
 from rlqwen.errors import ConfigError, DataError, ResourceError
 
@@ -52,7 +52,7 @@ def small_limits(tmp_path, monkeypatch):
     """A few rows are many here, and lie in a cache of the test's own."""
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "STORED_FROM", 4)
-    monkeypatch.setattr(tokenizing, "BATCH", 3)
+    monkeypatch.setattr(tokenization, "BATCH", 3)
     monkeypatch.setattr(storage, "BATCH", 3)
 
 
@@ -117,9 +117,9 @@ def test_values_that_json_lacks_come_back_as_they_were():
     batch = RowCodec().batch([encode_row(row)])
     assert RowCodec().decode(batch, 0) == row
     objects = [{"image": object()} for _ in range(6)]
-    assert keep_rows(iter(objects)) == objects, "what no file can hold stays in memory"
+    assert store_rows(iter(objects)) == objects, "what no file can hold stays in memory"
     with pytest.raises(DataError, match="set cannot be kept on disk"):
-        keep_rows(iter([*rows_of(8), {"a": {1}}]))
+        store_rows(iter([*rows_of(8), {"a": {1}}]))
 
 
 def test_a_cache_that_cannot_be_written_to_is_named(tmp_path):
@@ -138,7 +138,7 @@ def test_errors_of_a_source_are_not_taken_for_the_caches(tmp_path):
         FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / "image.png")),
         OSError(errno.EMFILE, "Too many open files"),
     ):
-        with pytest.raises(type(error)) as caught, explained(root):
+        with pytest.raises(type(error)) as caught, disk_errors_as_config_errors(root):
             raise error
         assert caught.value is error
     for error in (
@@ -146,7 +146,10 @@ def test_errors_of_a_source_are_not_taken_for_the_caches(tmp_path):
         PermissionError(errno.EACCES, "Permission denied", str(root / "rows.arrow")),
         FileExistsError(errno.EEXIST, "File exists", str(root.parent)),
     ):
-        with pytest.raises(ConfigError, match=r"data cache .* cannot be written to"), explained(root):
+        with (
+            pytest.raises(ConfigError, match=r"data cache .* cannot be written to"),
+            disk_errors_as_config_errors(root),
+        ):
             raise error
 
 
@@ -261,7 +264,7 @@ def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp
     assert str(tmp_path / "cache" / "data" / "tokens-") in report.source
     found, again = tokenize(rows, tokenizer)
     assert found == stored
-    assert "tokenised before" in again.source
+    assert "tokenized before" in again.source
     with monkeypatch.context() as patch:
         patch.setattr(storage, "STORED_FROM", 1000)
         kept, expected = tokenize(rows, tokenizer)
@@ -278,7 +281,7 @@ def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp
     file.write_bytes(content)
     mended, _ = tokenize(rows, tokenizer)
     assert mended == kept
-    assert "is damaged (its digest does not fit): the rows are tokenised anew" in caplog.text
+    assert "is damaged (its digest does not fit): the rows are tokenized anew" in caplog.text
 
 
 def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):
@@ -307,15 +310,15 @@ def test_a_column_is_used_as_soon_as_the_evaluation_reads_it(tokenizer):
     _, report = tokenize_sft(rows, tokenizer, SFTConfig())
     assert "columns not used: gold" in report.notes
     _, report = tokenize_sft(rows, tokenizer, SFTConfig(eval_generation=evaluation))
-    assert not report.notes, "the rows are the same, and were tokenised before"
+    assert not report.notes, "the rows are the same, and were tokenized before"
 
 
-def test_every_key_that_tokenising_reads_is_in_the_caches_key():
+def test_every_key_that_tokenizing_reads_is_in_the_caches_key():
     """Those that all trainers have are left out of it."""
     common = set(TrainerConfig.model_fields) - {"dataset_num_proc", "trust_remote_code"}
-    for path in Path(tokenizing.__file__).parent.glob("*.py"):
+    for path in Path(tokenization.__file__).parent.glob("*.py"):
         read = set(re.findall(r"config\.(\w+)", path.read_text("utf-8")))
-        assert not read & common, f"{path.name} reads keys that rlqwen.data.tokenizing_jobs.data_settings leaves out"
+        assert not read & common, f"{path.name} reads keys that rlqwen.data.tokenization_job.data_settings leaves out"
 
 
 def test_a_bad_row_among_many_is_named_and_nothing_is_kept(tokenizer, tmp_path):
@@ -336,7 +339,7 @@ def test_a_bad_row_among_many_is_named_and_nothing_is_kept(tokenizer, tmp_path):
 def test_bins_on_disk_are_those_of_best_fit(tokenizer):
     config = SFTConfig(max_length=40)
     rows, _ = tokenize_sft([*TURNS, *TURNS[3:], *TURNS[1:]], tokenizer, config)
-    bins = fill_bins(rows, 40)
+    bins = pack_best_fit(rows, 40)
     expected: list[list[TokenizedRow]] = []
     for row in sorted(rows, key=lambda row: len(row.token_ids), reverse=True):
         room = [40 - sum(len(one.token_ids) for one in one_bin) for one_bin in expected]
@@ -345,8 +348,8 @@ def test_bins_on_disk_are_those_of_best_fit(tokenizer):
             expected[min(fits)[1]].append(row)
         else:
             expected.append([row])
-    assert bins == expected == fill_bins(list(rows), 40)
-    assert digest_rows(bins) != digest_rows(fill_bins(rows, 50))
+    assert bins == expected == pack_best_fit(list(rows), 40)
+    assert digest_rows(bins) != digest_rows(pack_best_fit(rows, 50))
 
 
 def test_prompts_are_found_by_their_row(tokenizer):
@@ -401,7 +404,7 @@ def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokeni
 def test_processes_are_counted_by_rows_and_cpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [count_processes(None, rows) for rows in (100, 9_999, 10_000)] == [1, 1, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenises, and the others wait
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenizes, and the others wait
     assert count_processes(None, 10_000) == 8
     assert count_processes(3, 10) == 3
 

@@ -162,7 +162,7 @@ def test_a_whole_row_is_what_the_template_writes(tokenizer, template_files, name
             text = written(tokenizer, [*prompt, answer], template, **kwargs)
             assert tokenizer.decode(row.token_ids) == text.removesuffix("\n")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            # Only where a turn without thoughts closes the block that its prompt opened, the two are tokenised apart.
+            # Only where a turn without thoughts closes the block that its prompt opened, the two are tokenized apart.
             is_parted = name in OPENING and "\n<think>\n\n</think>" in text
             assert row.token_ids == ids[:-1] or is_parted
 

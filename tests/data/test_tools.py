@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from rlqwen.config import DPOConfig, SFTConfig, SourceConfig
 from rlqwen.data import as_rows, load_rows, tokenize_preferences, tokenize_prompts, tokenize_sft
-from rlqwen.data.formats import normalise_row
+from rlqwen.data.formats import normalize_row
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
 
@@ -56,17 +56,17 @@ def learned(tokenizer: Any, row: Any) -> str:
 def test_calls_of_every_form_have_their_arguments_as_an_object(turn):
     expected = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     for column in ("messages", "prompt", "completion"):
-        assert normalise_row({column: [USER, turn]}, "row 0")[column] == [USER, expected]
-    pair = normalise_row({"prompt": "q", "chosen": [turn], "rejected": "no"}, "row 0")
+        assert normalize_row({column: [USER, turn]}, "row 0")[column] == [USER, expected]
+    pair = normalize_row({"prompt": "q", "chosen": [turn], "rejected": "no"}, "row 0")
     assert (pair["prompt"], pair["chosen"]) == ([USER], [expected])
 
 
 def test_sharegpt_calls_are_read_in_conversations_and_in_answers():
     call = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": json.dumps(ARGUMENTS)})}
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": call, "rejected": {"from": "gpt", "value": ""}}
-    assert normalise_row(row, "row 0")["chosen"] == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    assert normalize_row(row, "row 0")["chosen"] == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
     both = {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)}
-    turns = normalise_row({"conversations": [both, {"from": "observation", "value": "1"}]}, "row 0")["messages"]
+    turns = normalize_row({"conversations": [both, {"from": "observation", "value": "1"}]}, "row 0")["messages"]
     assert turns == [{"role": "assistant", "content": "", "tool_calls": [CALL] * 2}, {"role": "tool", "content": "1"}]
 
 
@@ -75,7 +75,7 @@ def test_ids_results_of_functions_and_calls_without_arguments():
         {"role": "assistant", "tool_calls": [{"id": "7", "function": {"name": "now", "arguments": ""}}]},
         {"role": "function", "name": "now", "content": "1"},
     ]
-    assert normalise_row({"messages": turns}, "row 0")["messages"] == [
+    assert normalize_row({"messages": turns}, "row 0")["messages"] == [
         {
             "role": "assistant",
             "content": "",
@@ -87,7 +87,7 @@ def test_ids_results_of_functions_and_calls_without_arguments():
 
 @pytest.mark.parametrize("tools", [[TOOL], TOOL, [TOOL["function"]], json.dumps([TOOL["function"]])])
 def test_tools_come_as_serving_gives_them_to_the_template(tools):
-    assert normalise_row({"messages": [USER], "tools": tools}, "row 0")["tools"] == [TOOL]
+    assert normalize_row({"messages": [USER], "tools": tools}, "row 0")["tools"] == [TOOL]
 
 
 def test_what_arrow_fills_in_is_left_out_and_a_null_of_the_datas_own_stays():
@@ -115,7 +115,7 @@ def test_what_arrow_fills_in_is_left_out_and_a_null_of_the_datas_own_stays():
 def test_malformed_calls_are_named(call, message):
     calls = call if isinstance(call, str) else [call]
     with pytest.raises(DataError, match=message):
-        normalise_row({"messages": [{"role": "assistant", "tool_calls": calls}]}, "row 0")
+        normalize_row({"messages": [{"role": "assistant", "tool_calls": calls}]}, "row 0")
 
 
 # Tokens

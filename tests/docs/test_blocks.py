@@ -17,7 +17,7 @@ from rlqwen.config.algorithms import config_class
 from rlqwen.config.overrides import fits, parse_override
 from rlqwen.config.recipe_yaml import list_recipes, load_recipes
 from rlqwen.config.yaml_dialect import Loader
-from rlqwen.data.formats import normalise_row
+from rlqwen.data.formats import normalize_row
 from rlqwen.data.preference_formats import to_labelled_rows
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import TRAINERS
@@ -93,7 +93,7 @@ def test_json_in_the_pages_is_json() -> None:
 @pytest.mark.parametrize("block", blocks_of("jsonl"), ids=str)
 def test_rows_in_a_page_are_in_a_form_that_is_read(block: Block) -> None:
     for line in block.text.splitlines():
-        row = normalise_row(json.loads(line), str(block))
+        row = normalize_row(json.loads(line), str(block))
         assert any(form <= row.keys() for form in ({"messages"}, {"prompt"}, {"text"})), line
         if "chosen" in row:
             assert {side["label"] for side in to_labelled_rows(row, str(block))} == {True, False}

@@ -16,7 +16,7 @@ from rlqwen import SFTConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import tokenize_prompts, tokenize_sft
 from rlqwen.data.encoding import encode
-from rlqwen.data.reward_rows import scored_pieces
+from rlqwen.data.reward_tokenization import reward_model_segments
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.data.template_source import load_chat_template
 from rlqwen.errors import DataError, ModelError
@@ -44,7 +44,9 @@ def test_a_policy_opens_no_turn_in_a_reward_model_s_view(tokenizer: Any, convers
     answer: Any = [{"role": "assistant", "content": ATTACK}] if conversational else ATTACK
     plain: Any = [{"role": "assistant", "content": "Fine."}] if conversational else "Fine."
     control = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    rows = encode(tokenizer, [scored_pieces(tokenizer, prompt, one, is_sampled=True) for one in (answer, plain)])
+    rows = encode(
+        tokenizer, [reward_model_segments(tokenizer, prompt, one, is_sampled=True) for one in (answer, plain)]
+    )
     attacked, usual = ([row.token_ids.count(token) for token in control] for row in rows)
     assert attacked == usual
     assert ATTACK in tokenizer.decode(rows[0].token_ids)
@@ -57,7 +59,7 @@ def test_what_a_reward_model_reads_of_ordinary_turns_is_the_template_s_own(token
         {"role": "user", "content": "\uf5ee0\uf5ee more"},
     ]
     answer = [{"role": "assistant", "content": "<think>\nhm\n</think>\n\nNo."}]
-    (row,) = encode(tokenizer, [scored_pieces(tokenizer, turns, answer)])
+    (row,) = encode(tokenizer, [reward_model_segments(tokenizer, turns, answer)])
     text = tokenizer.apply_chat_template([*turns, *answer], tokenize=False)
     assert row.token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from rlqwen.cli import main
-from rlqwen.data.column_hints import offer
+from rlqwen.data.column_hints import suggest_mapping
 from rlqwen.preflight.dataset import find_target, show_rows
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -222,7 +222,7 @@ def test_the_suggested_column_map_works(capsys, columns, kind, turns):
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
 def test_a_column_map_is_suggested_for_well_known_data(row, mapping):
-    assert mapping in offer(row)
+    assert mapping in suggest_mapping(row)
 
 
 def test_rows_with_the_same_fault_are_one_line_and_not_duplicates(capsys):

@@ -13,7 +13,7 @@ from rlqwen.config.data import SourceConfig
 from rlqwen.data import find_prompts, load_recipe_data
 from rlqwen.data.data_report import DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
-from rlqwen.data.tokenizing_jobs import Tally
+from rlqwen.data.tokenization_job import TokenizationStats
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.prefetch import RolloutBatch
@@ -35,7 +35,7 @@ def numbers(count, *, drop=()):
 
     def make(start, window):
         assert [row["n"] for row in window] == list(range(start, start + len(window)))
-        return [(row["epoch"], row["n"]) for row in window if row["n"] not in drop], Tally(
+        return [(row["epoch"], row["n"]) for row in window if row["n"] not in drop], TokenizationStats(
             DataReport(num_rows=len(window))
         )
 

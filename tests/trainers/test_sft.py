@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.data import TokenizedRow
-from rlqwen.data.bins import fill_bins
+from rlqwen.data.sequence_packing import pack_best_fit
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
 
 
@@ -82,7 +82,7 @@ def test_packing_changes_the_batch_and_not_the_loss(tiny_model_path, tmp_path):
 
 def test_bins_hold_every_row_once_within_capacity():
     lengths = [5, 9, 3, 3, 7, 1, 2, 10, 6, 4]
-    bins = fill_bins([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
+    bins = pack_best_fit([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
     assert sorted(len(row.token_ids) for sequences in bins for row in sequences) == sorted(lengths)
     assert len(bins) == 5
     assert all(sum(len(row.token_ids) for row in sequences) <= 10 for sequences in bins)

@@ -30,7 +30,7 @@ class CleanedRows:
 
 
 def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[Row] | None = None) -> CleanedRows:
-    """Clean normalised training rows, and mask the eval rows; the steps are those of CleaningConfig, in that order.
+    """Clean normalized training rows, and mask the eval rows; the steps are those of CleaningConfig, in that order.
 
     The same rows and config give the same result, from the cache where it was made before. The rows given stay as
     they are. Raises ConfigError for a filter that applies to no row, DataError if no row is left.

@@ -22,7 +22,7 @@ from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.config.recipe_yaml import is_recipe, load_recipe
 from rlqwen.data.cleaning.cleaning_report import make_report
 from rlqwen.data.cleaning.steps import find_outcome
-from rlqwen.data.column_hints import offer
+from rlqwen.data.column_hints import suggest_mapping
 from rlqwen.data.preference_formats import is_labelled, is_pair
 from rlqwen.data.sources import Row, prepare_row, read_source
 from rlqwen.errors import ConfigError, DataError, InputError, ModelError, PromptMismatch
@@ -218,7 +218,9 @@ def guess_kind(sources: Sequence[SourceConfig]) -> Kind:
 
 def unmapped(row: Row) -> str:
     """Explain why the columns of a row match no known form, and how to fix it."""
-    return f"the columns {', '.join(map(str, row)) or '(none)'} are not mapped to any form of rows: {offer(row)}"
+    return (
+        f"the columns {', '.join(map(str, row)) or '(none)'} are not mapped to any form of rows: {suggest_mapping(row)}"
+    )
 
 
 def _kind_of(row: Row) -> Kind:

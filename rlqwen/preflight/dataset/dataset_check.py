@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlqwen.data import DataReport
-from rlqwen.data.data_report import Fate, percentiles
-from rlqwen.data.messages import to_turns
+from rlqwen.data.data_report import RowIssue, percentiles
+from rlqwen.data.messages import to_messages
 from rlqwen.data.sources import Row
 from rlqwen.errors import DataError
 from rlqwen.preflight.dataset.check_target import CheckTarget, Kind, Part, clean_parts, read_part, unmapped
@@ -37,7 +37,7 @@ class PartCheck:
     num_mismatches: int
     """Faulty rows that are pairs whose prompts differ."""
     tokens: DataReport | None = None
-    fates: dict[Fate, list[str]] = field(default_factory=dict)
+    fates: dict[RowIssue, list[str]] = field(default_factory=dict)
     """What happened to rows -> the places of those rows; see DataReport."""
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     """Percentiles of the tokens of each segment, as trained on."""
@@ -155,7 +155,7 @@ def _count_turns(rows: list[Row], text_field: str) -> dict[str, int]:
         columns = ["messages"] if "messages" in row and "prompt" not in row else ["prompt", "completion"]
         for column in [*columns, "chosen", "rejected"]:
             content = row.get(column, [])
-            counts.update(["text"] if isinstance(content, str) else [turn["role"] for turn in to_turns(content, "")])
+            counts.update(["text"] if isinstance(content, str) else [turn["role"] for turn in to_messages(content, "")])
         counts["text"] += row.get(text_field) is not None and "messages" not in row and "prompt" not in row
     return {role: count for role, count in counts.most_common() if count}
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlqwen.data import DataReport
-from rlqwen.data.data_report import Fate, first_of
+from rlqwen.data.data_report import RowIssue, format_examples
 from rlqwen.errors import DataError
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.dataset.dataset_check import DatasetCheck, PartCheck
@@ -14,13 +14,13 @@ from rlqwen.preflight.dataset.dataset_check import DatasetCheck, PartCheck
 _SHOWN_FAULTS = 5
 _SHOWN_EQUAL = 5
 _PLACED = re.compile(r"(.*?, (?:line|row) \d+): (.*)", re.DOTALL)
-_DROPPED: dict[Fate, str] = {
+_DROPPED: dict[RowIssue, str] = {
     "overlong": "too long",
     "empty_mask": "without a token in the loss",
     "equal_sides": "with equal answers",
 }
 # Of the other fates the tokeniser's own warnings speak.
-_WARNED: dict[Fate, str] = {
+_WARNED: dict[RowIssue, str] = {
     "overlong": "dropped, too long",
     "empty_mask": "dropped, no token in the loss",
     "truncated": "cut to length",
@@ -62,8 +62,10 @@ def _part_report(part: PartCheck, check: DatasetCheck) -> CheckReport:
             bound = f" (similarity at least {check.near_threshold:g})" if what == "near" else ""
             report.facts.append((f"{what} duplicates", text + bound))
         if groups:
-            report.warnings.append(f"{what} duplicates: {first_of([_equal(group) for group in groups])}")
-    report.warnings += [f"{text}: {first_of(part.fates[fate])}" for fate, text in _WARNED.items() if fate in part.fates]
+            report.warnings.append(f"{what} duplicates: {format_examples([_equal(group) for group in groups])}")
+    report.warnings += [
+        f"{text}: {format_examples(part.fates[fate])}" for fate, text in _WARNED.items() if fate in part.fates
+    ]
     report.warnings += part.warnings
     faults = _alike(part.faults)
     report.faults = [DataError(fault) for fault in faults[:_SHOWN_FAULTS]]
@@ -92,7 +94,7 @@ def _alike(faults: list[str]) -> list[str]:
     said = []
     for text, of in places.items():
         rest = [one.rpartition(", ")[2] for one in of[1:]]
-        rows = first_of([of[0], *rest]) + (f" ({len(of):,} rows)" if len(of) > 1 else "")
+        rows = format_examples([of[0], *rest]) + (f" ({len(of):,} rows)" if len(of) > 1 else "")
         said.append(f"{rows}: {text}" if of[0] else text)
     return said
 
@@ -121,7 +123,7 @@ def _overlap_report(check: DatasetCheck) -> CheckReport:
             report.facts.append((what, f"{len(pairs):,} eval rows"))
         if pairs:
             shown = [f"eval {mine} = train {theirs}" for mine, theirs in pairs]
-            report.warnings.append(f"{what}: {first_of(shown)}")
+            report.warnings.append(f"{what}: {format_examples(shown)}")
     return report
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlqwen.data import DataReport, TokenizedRow
-from rlqwen.data.data_report import Fate
+from rlqwen.data.data_report import RowIssue
 from rlqwen.errors import DataError
 from rlqwen.preflight.dataset.check_target import CheckTarget, prepared_rows, unmapped
 from rlqwen.preflight.dataset.row_segments import Segment, segment_rows
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LEARNED, _GIVEN, _SPECIAL = "green", "dim", "bold"
 _OPEN, _CLOSE = "⟦", "⟧"
-_FATES: dict[Fate, str] = {
+_FATES: dict[RowIssue, str] = {
     "overlong": "left out, too long",
     "empty_mask": "left out, no token in the loss",
     "equal_sides": "left out, both answers are equal",

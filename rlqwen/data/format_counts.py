@@ -11,9 +11,9 @@ from itertools import groupby
 from typing import Any
 
 from rlqwen.data.chat import ChatFormat
-from rlqwen.data.control_tokens import Piece
+from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.messages import to_turns
+from rlqwen.data.messages import to_messages
 from rlqwen.data.reasoning import thoughts_of
 from rlqwen.errors import DataError
 from rlqwen.types import Message
@@ -26,7 +26,7 @@ _LINE_BREAK = "the line break after the end of an answer, which is never generat
 
 
 @dataclass(slots=True)
-class RowForm:
+class FormatCounts:
     """Counts over the rows looked at."""
 
     num_rows: int = 0
@@ -54,11 +54,11 @@ class RowForm:
             asked, answered = chat.exchange(prompt, answer, "row", tools=tools)
             self._note(chat, [*asked, *answered], answer)
 
-    def _note(self, chat: ChatFormat, pieces: list[Piece], messages: list[Message]) -> None:
+    def _note(self, chat: ChatFormat, segments: list[TemplateSegment], messages: list[Message]) -> None:
         found: Counter[str] = Counter()
         before = ""
-        for in_loss, group in groupby(pieces, key=lambda piece: piece.in_loss):
-            text = "".join(piece.text for piece in group)
+        for in_loss, group in groupby(segments, key=lambda segment: segment.in_loss):
+            text = "".join(segment.text for segment in group)
             if in_loss and chat.writes_think_blocks:
                 opening = chat.opening if before.endswith(chat.opening) else ""
                 found[_kind(opening, text)] += 1
@@ -68,9 +68,9 @@ class RowForm:
         self.num_lost_thoughts += max(sum(map(bool, thoughts)) - found["thinks"], 0) if chat.writes_think_blocks else 0
 
 
-def look_at(rows: Sequence[Row], note: Callable[[RowForm, Row], None]) -> RowForm:
+def count_formats(rows: Sequence[Row], note: Callable[[FormatCounts, Row], None]) -> FormatCounts:
     """Determine the form of some of the rows; `note` reads one row into it. Rows that it refuses are skipped."""
-    form = RowForm()
+    form = FormatCounts()
     for row in _spread(rows):
         try:
             note(form, row)
@@ -79,17 +79,19 @@ def look_at(rows: Sequence[Row], note: Callable[[RowForm, Row], None]) -> RowFor
     return form
 
 
-def note_row(form: RowForm, row: Row, answers: list[Row], chat: Callable[[], ChatFormat]) -> None:
+def note_row(form: FormatCounts, row: Row, answers: list[Row], chat: Callable[[], ChatFormat]) -> None:
     """Read `prompt` and `completion` of each answer in a row; `chat` is called only if there are turns."""
     prompt, completions = answers[0]["prompt"], [one["completion"] for one in answers]
     if all(isinstance(text, str) for text in (prompt, *completions)):
         form.note_text()
     else:
-        turns = [to_turns(completion, "assistant") for completion in completions]
-        form.note_answers(chat(), to_turns(prompt, "user"), turns, row.get("tools"))
+        turns = [to_messages(completion, "assistant") for completion in completions]
+        form.note_answers(chat(), to_messages(prompt, "user"), turns, row.get("tools"))
 
 
-def describe(report: DataReport, form: RowForm, *, preserves: bool | None, hint: str, unlike_trl: list[str]) -> None:
+def describe(
+    report: DataReport, form: FormatCounts, *, preserves: bool | None, hint: str, unlike_trl: list[str]
+) -> None:
     """Say in the report what the rows train. `hint`: how plain text becomes turns."""
     report.form += _thinking(form) + [f"unlike TRL: {line}" for line in unlike_trl]
     if form.num_text:
@@ -104,11 +106,11 @@ def describe(report: DataReport, form: RowForm, *, preserves: bool | None, hint:
         )
 
 
-def unlike_trl(form: RowForm, *, apart: bool, assistant_only: bool | None) -> list[str]:
+def unlike_trl(form: FormatCounts, *, apart: bool, assistant_only: bool | None) -> list[str]:
     """Describe what is learned differently from TRL, on purpose; `apart`: prompts have their own answers."""
     lines = []
     if apart and form.num_text:
-        lines.append("prompt and answer are tokenised apart, as in generation")
+        lines.append("prompt and answer are tokenized apart, as in generation")
     if form.num_conversations and assistant_only is None:
         lines.append(
             f"of messages only assistant turns are learned (assistant_only_loss: false learns all); {_LINE_BREAK}"
@@ -121,7 +123,7 @@ def unlike_trl(form: RowForm, *, apart: bool, assistant_only: bool | None) -> li
     return lines
 
 
-def _thinking(form: RowForm) -> list[str]:
+def _thinking(form: FormatCounts) -> list[str]:
     """Return which mode of a thinking model the rows train, if they hold turns without thoughts."""
     total = form.turns.total()
     if form.turns["thinks"] == total:

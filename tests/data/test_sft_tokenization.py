@@ -44,7 +44,7 @@ def test_text_prompts_and_completions_are_taken_as_they_are_and_end_in_eos(token
     assert sft(tokenizer, row | {"completion": "2<|im_end|>"})[1] == "2<|im_end|>"
 
 
-def test_prompt_and_completion_are_tokenised_apart_as_generation_does(tokenizer):
+def test_prompt_and_completion_are_tokenized_apart_as_generation_does(tokenizer):
     (out,), _ = tokenize_sft([{"prompt": "1\n", "completion": "\n2"}], tokenizer, SFTConfig())
     assert tokenizer.convert_ids_to_tokens(out.token_ids) == ["1", "Ċ", "Ċ", "2", "<|im_end|>"]
     assert tokenizer.tokenize("1\n\n2") == ["1", "ĊĊ", "2"]

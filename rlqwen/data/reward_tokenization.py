@@ -1,6 +1,6 @@
 """Conversations as a reward model reads them: whole, as the tokenizer's own chat template writes them.
 
-The policy is trained on pieces that its generation must reproduce (rlqwen.data.chat); a reward model is asked by whoever
+The policy is trained on segments that its generation must reproduce (rlqwen.data.chat); a reward model is asked by whoever
 holds a conversation and a tokenizer, so it is trained on what `apply_chat_template` gives, and scored on the same.
 """
 
@@ -10,17 +10,17 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.reward import RewardConfig
-from rlqwen.data.control_tokens import Monitor, Piece, control_tokens
+from rlqwen.data.control_tokens import ControlTokenEscaper, TemplateSegment, control_tokens
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.messages import to_turns, without_marks
+from rlqwen.data.format_counts import FormatCounts, describe
+from rlqwen.data.messages import to_messages, without_loss_marks
 from rlqwen.data.preference_rows import PreferenceRow
-from rlqwen.data.preferences import PairJob, PairWriter
+from rlqwen.data.preference_tokenization import AnswersRenderer, PairJob
 from rlqwen.data.reasoning import reads_think_tags, thoughts_in_content, thoughts_in_field
-from rlqwen.data.renderer import Writer
-from rlqwen.data.row_form import RowForm, describe
+from rlqwen.data.renderer import Renderer
 from rlqwen.data.template_source import default_template, load_chat_template, refusals
-from rlqwen.data.tokenizing_jobs import Tally
-from rlqwen.data.tokenizing_run import tokenize_all
+from rlqwen.data.tokenization import tokenize_all
+from rlqwen.data.tokenization_job import TokenizationStats
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def scored_pieces(
+def reward_model_segments(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: str | list[Message],
     completion: str | list[Message],
@@ -38,35 +38,35 @@ def scored_pieces(
     *,
     is_sampled: bool = False,
     where: str = "conversation",
-) -> list[Piece]:
+) -> list[TemplateSegment]:
     """Return what a reward model reads of a prompt and its answer; text is joined as it is, without an EOS token.
 
-    It is one piece, but for control tokens that someone wrote: in turns they are text, and in an answer that is text
+    It is one segment, but for control tokens that someone wrote: in turns they are text, and in an answer that is text
     too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
     next. In texts of a dataset they act, as everywhere.
     """
-    guard = Monitor(control_tokens(tokenizer))
+    escaper = ControlTokenEscaper(control_tokens(tokenizer))
     if isinstance(prompt, str) and isinstance(completion, str):
-        first = guard.first(completion) if is_sampled else None
+        first = escaper.first(completion) if is_sampled else None
         if first is None:
-            return [Piece(prompt + completion, True, in_loss=True)]
-        hidden, cover = guard.hide(completion[first:])
+            return [TemplateSegment(prompt + completion, True, in_loss=True)]
+        hidden, escaped = escaper.hide(completion[first:])
         return [
-            Piece(prompt + completion[:first], True, in_loss=True),
-            *cover.pieces(hidden, in_loss=True),
+            TemplateSegment(prompt + completion[:first], True, in_loss=True),
+            *escaped.segments(hidden, in_loss=True),
         ]
-    answer = to_turns(completion, "assistant")
+    answer = to_messages(completion, "assistant")
     if "reasoning_content" not in default_template(tokenizer):  # such a template would leave the field out
         answer = [thoughts_in_content(turn) for turn in answer]
     elif any("</think>" in turn["content"] for turn in answer) and not reads_think_tags(
         partial(_render, tokenizer, where="chat template")
     ):
         answer = [thoughts_in_field(turn) for turn in answer]
-    turns = without_marks([*to_turns(prompt, "user"), *answer])
-    (turns, tools), cover = guard.hide((turns, tools))
+    turns = without_loss_marks([*to_messages(prompt, "user"), *answer])
+    (turns, tools), escaped = escaper.hide((turns, tools))
     rendered = _render(tokenizer, turns, tools, where=where)
     # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.
-    return cover.pieces(rendered, in_loss=True)
+    return escaped.segments(rendered, in_loss=True)
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], tools: Any = None, *, where: str) -> str:
@@ -85,10 +85,10 @@ def tokenize_reward_rows(
 
     The prompt is what the tokens of both sides have in common at their beginning.
     """
-    return tokenize_all(rows, ScoredJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
+    return tokenize_all(rows, RewardJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
-class ScoredJob(PairJob):
+class RewardJob(PairJob):
     """Job that turns rows into pairs that a reward model reads."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: RewardConfig) -> None:
@@ -98,40 +98,40 @@ class ScoredJob(PairJob):
         super().__init__(tokenizer, config)
 
     @cached_property
-    def writer(self) -> "PairWriter":
-        return _ScoredWriter(self.tokenizer, self.config)
+    def renderer(self) -> "AnswersRenderer":
+        return _RewardModelRenderer(self.tokenizer, self.config)
 
-    def items(self, kept: list[Any], tally: Tally) -> list[PreferenceRow]:
-        pairs = super().items(kept, tally)
+    def items(self, kept: list[Any], stats: TokenizationStats) -> list[PreferenceRow]:
+        pairs = super().items(kept, stats)
         # Nothing is generated from a reward model, so where its sequences end is of no account.
-        tally.report.num_loss_tokens, tally.counts["ended"] = 0, 0
-        tally.report.rows.pop("no_end", None)
+        stats.report.num_loss_tokens, stats.counts["ended"] = 0, 0
+        stats.report.rows.pop("no_end", None)
         for pair in pairs:
             _share_beginning(pair)
-        tally.report.num_tokens = sum(
+        stats.report.num_tokens = sum(
             len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs
         )
         return pairs
 
 
-class _ScoredWriter(Writer):
+class _RewardModelRenderer(Renderer):
     """Writes each side whole, with nothing before it."""
 
-    def pieces(
+    def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
-    ) -> list[list[Piece]]:
+    ) -> list[list[TemplateSegment]]:
         if any(not isinstance(one, str) for one in (prompt, *completions)):
             # `format` refuses a template that cannot be trained with, and loads the one of chat_template_path.
-            completions = [self.format.place_thoughts(to_turns(one, "assistant")) for one in completions]
+            completions = [self.format.place_thoughts(to_messages(one, "assistant")) for one in completions]
         return [
             [],
-            *(scored_pieces(self._tokenizer, prompt, one, tools, where=where) for one in completions),
+            *(reward_model_segments(self._tokenizer, prompt, one, tools, where=where) for one in completions),
         ]
 
-    def describe(self, report: DataReport, form: RowForm) -> None:
+    def describe(self, report: DataReport, form: FormatCounts) -> None:
         """Say in the report that rows are plain text; a conversation is read in full, with or without thoughts."""
         hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
-        text = RowForm(num_rows=form.num_rows, num_text=form.num_text)
+        text = FormatCounts(num_rows=form.num_rows, num_text=form.num_text)
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
     def warnings(self) -> list[str]:

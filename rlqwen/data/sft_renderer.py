@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config.sft import SFTConfig
-from rlqwen.data.column_hints import offer, offer_completion
-from rlqwen.data.control_tokens import Piece
+from rlqwen.data.column_hints import suggest_answer_mapping, suggest_mapping
+from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.formats import normalise_row
-from rlqwen.data.messages import as_text, to_turns
-from rlqwen.data.renderer import Writer
-from rlqwen.data.row_form import RowForm, describe, look_at, note_row, unlike_trl
+from rlqwen.data.format_counts import FormatCounts, count_formats, describe, note_row, unlike_trl
+from rlqwen.data.formats import normalize_row
+from rlqwen.data.messages import as_text, to_messages
+from rlqwen.data.renderer import Renderer
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class SFTWriter(Writer):
+class SFTRenderer(Renderer):
     """Decides by the row's columns and the config what is written and what is in the loss."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
@@ -29,24 +29,24 @@ class SFTWriter(Writer):
         self._config = config
         self._has_pairs = False
 
-    def write(self, number: int, row: Row) -> list[list[Piece]]:
+    def write(self, number: int, row: Row) -> list[list[TemplateSegment]]:
         """Pieces of the one sequence that row `number` becomes; DataError if there is nothing to learn in it."""
         where = f"row {number}"
-        row = normalise_row(row, where)
-        pieces = self._pieces(row, where)
+        row = normalize_row(row, where)
+        segments = self._pieces(row, where)
         self._note_unused(row)
-        return [pieces]
+        return [segments]
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
         """Add to the report in what form the rows are learned."""
         config = self._config
-        form = look_at(rows, self._note_form)
+        form = count_formats(rows, self._note_form)
         hint = "for a chat model make them turns: columns: {instruction: the column of the question, output: that of the answer}"
         other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
         describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
 
-    def _note_form(self, form: RowForm, row: Row) -> None:
-        row = normalise_row(row, "row")
+    def _note_form(self, form: FormatCounts, row: Row) -> None:
+        row = normalize_row(row, "row")
         if "messages" in row:
             form.note_conversation(self.format, row["messages"], row.get("tools"))
         elif "prompt" in row and "completion" in row:
@@ -55,7 +55,7 @@ class SFTWriter(Writer):
         else:
             form.note_text()
 
-    def _pieces(self, row: Row, where: str) -> list[Piece]:
+    def _pieces(self, row: Row, where: str) -> list[TemplateSegment]:
         text_field = self._config.dataset_text_field
         if "messages" in row:
             return self._conversation(row, where)
@@ -63,8 +63,8 @@ class SFTWriter(Writer):
             return self._prompt_and_completion(row, where)
         if row.get(text_field) is not None:
             self._refuse_masks("assistant_only_loss", "completion_only_loss", where, "plain text")
-            return [Piece(self.with_eos(as_text(row, text_field, where)), True, in_loss=True)]
-        hint = offer_completion(row) if "prompt" in row else offer(row, "sft")
+            return [TemplateSegment(self.with_eos(as_text(row, text_field, where)), True, in_loss=True)]
+        hint = suggest_answer_mapping(row) if "prompt" in row else suggest_mapping(row, "sft")
         raise DataError(
             f"{where}: nothing to learn; rows need 'messages', 'conversations', 'prompt' and 'completion', "
             f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"
@@ -78,36 +78,36 @@ class SFTWriter(Writer):
             read = {"prompt", "completion"}
             if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
                 read.add("tools")
-                conversations = [[*to_turns(row["prompt"], "user"), *to_turns(row["completion"], "assistant")]]
+                conversations = [[*to_messages(row["prompt"], "user"), *to_messages(row["completion"], "assistant")]]
         else:
             read = {self._config.dataset_text_field}
         if self._config.eval_generation is not None:
             read.update([self._config.eval_generation.reference or "solution", "answer"])
         self.note_unused(row, read, conversations)
 
-    def _conversation(self, row: Row, where: str) -> list[Piece]:
+    def _conversation(self, row: Row, where: str) -> list[TemplateSegment]:
         self._refuse_masks("completion_only_loss", None, where, "a whole conversation")
-        pieces = self.format.conversation(row["messages"], where, tools=row.get("tools"))
+        segments = self.format.conversation(row["messages"], where, tools=row.get("tools"))
         if self._config.assistant_only_loss is not False:
-            return pieces
+            return segments
         _refuse_marks(row["messages"], where, "assistant_only_loss")
-        return all_in_loss(pieces)
+        return with_all_in_loss(segments)
 
-    def _prompt_and_completion(self, row: Row, where: str) -> list[Piece]:
+    def _prompt_and_completion(self, row: Row, where: str) -> list[TemplateSegment]:
         prompt, completion = row["prompt"], row["completion"]
         completion_only = self._config.completion_only_loss is not False
         if isinstance(prompt, str) and isinstance(completion, str):
             self._refuse_masks("assistant_only_loss", None, where, "plain text")
-            pieces = [Piece(prompt, True), Piece(self.with_eos(completion), True, in_loss=True)]
-            return pieces if completion_only else all_in_loss(pieces)
-        before, after = to_turns(prompt, "user"), to_turns(completion, "assistant")
+            segments = [TemplateSegment(prompt, True), TemplateSegment(self.with_eos(completion), True, in_loss=True)]
+            return segments if completion_only else with_all_in_loss(segments)
+        before, after = to_messages(prompt, "user"), to_messages(completion, "assistant")
         if not completion_only and self._config.assistant_only_loss:
             return self.format.conversation([*before, *after], where, tools=row.get("tools"))
         asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
         if completion_only:
             return [*asked, *answered]
         _refuse_marks([*before, *after], where, "completion_only_loss")
-        return all_in_loss([*asked, *answered])
+        return with_all_in_loss([*asked, *answered])
 
     def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
         for key in (first, second):
@@ -125,6 +125,6 @@ def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
         )
 
 
-def all_in_loss(pieces: list[Piece]) -> list[Piece]:
+def with_all_in_loss(segments: list[TemplateSegment]) -> list[TemplateSegment]:
     """Return the same text, all of it learned except the turns that the row excludes."""
-    return [replace(piece, in_loss=not piece.is_barred) for piece in pieces]
+    return [replace(segment, in_loss=not segment.is_excluded) for segment in segments]

@@ -1,4 +1,4 @@
-"""Tokenised rows to rows of the batch: one each, or, with packing, as many in one as fit."""
+"""Tokenized rows to rows of the batch: one each, or, with packing, as many in one as fit."""
 
 import hashlib
 import heapq
@@ -11,12 +11,12 @@ from rlqwen.data.arrow_file import ArrowRows
 from rlqwen.data.encoding import TokenizedRow
 from rlqwen.data.views import View
 
-Bin = list[TokenizedRow]
+PackedRow = list[TokenizedRow]
 """Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
 
 
-class Bins(View[Bin]):
-    """Bins of rows that stay where they are: `places` in `rows`, of which bin b has those from `ends[b - 1]` to `ends[b]`."""
+class PackedRows(View[PackedRow]):
+    """PackedRows of rows that stay where they are: `places` in `rows`, of which bin b has those from `ends[b - 1]` to `ends[b]`."""
 
     def __init__(self, rows: Sequence[TokenizedRow], places: np.ndarray, ends: np.ndarray) -> None:
         self.rows, self.places, self.ends = rows, places, ends
@@ -24,7 +24,7 @@ class Bins(View[Bin]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def item(self, place: int) -> Bin:
+    def item(self, place: int) -> PackedRow:
         start = self.ends[place - 1] if place else 0
         return [self.rows[row] for row in self.places[start : self.ends[place]].tolist()]
 
@@ -37,18 +37,18 @@ class Bins(View[Bin]):
         return hashlib.blake2b(inner.encode() + self.places.tobytes() + self.ends.tobytes(), digest_size=16).hexdigest()
 
 
-def make_bins(rows: Sequence[TokenizedRow], capacity: int | None) -> Sequence[Bin]:
+def pack_rows(rows: Sequence[TokenizedRow], capacity: int | None) -> Sequence[PackedRow]:
     """Fill bins of up to `capacity` tokens; None: one row per bin."""
     if capacity is not None:
-        return fill_bins(rows, capacity)
+        return pack_best_fit(rows, capacity)
     places = np.arange(len(rows))
-    return Bins(rows, places, places + 1)
+    return PackedRows(rows, places, places + 1)
 
 
-def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> Bins:
+def pack_best_fit(rows: Sequence[TokenizedRow], capacity: int) -> PackedRows:
     """Pack by best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
 
-    Bins are not padded and sequences in one never see each other; only the batch size changes its meaning. Rows of the
+    PackedRows are not padded and sequences in one never see each other; only the batch size changes its meaning. Rows of the
     same length keep their order; of bins that are equally full, the first is filled.
     """
     lengths = count_tokens_of(rows)
@@ -74,7 +74,7 @@ def fill_bins(rows: Sequence[TokenizedRow], capacity: int) -> Bins:
             insort(rooms, left)
         heapq.heappush(open_bins[left], bin_number)
     by_bin = np.argsort(chosen, kind="stable")
-    return Bins(rows, order[by_bin], np.cumsum(np.bincount(chosen, minlength=num_bins)))
+    return PackedRows(rows, order[by_bin], np.cumsum(np.bincount(chosen, minlength=num_bins)))
 
 
 def count_tokens_of(rows: Sequence[TokenizedRow]) -> np.ndarray:

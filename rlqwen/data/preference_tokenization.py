@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
 from rlqwen.data.chat import ChatFormat
-from rlqwen.data.control_tokens import Piece
-from rlqwen.data.data_report import NAMED, DataReport, Fate, first_of, percentiles
+from rlqwen.data.control_tokens import TemplateSegment
+from rlqwen.data.data_report import NAMED, DataReport, RowIssue, format_examples, percentiles
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
-from rlqwen.data.formats import normalise_row
-from rlqwen.data.messages import to_turns
+from rlqwen.data.format_counts import FormatCounts, count_formats, describe, note_row, unlike_trl
+from rlqwen.data.formats import normalize_row
+from rlqwen.data.messages import to_messages
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
 from rlqwen.data.preference_rows import LabelledCodec, LabelledRow, PairCodec, PreferenceRow
-from rlqwen.data.renderer import Writer
-from rlqwen.data.row_form import RowForm, describe, look_at, note_row, unlike_trl
-from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob, data_settings
-from rlqwen.data.tokenizing_run import tokenize_all
-from rlqwen.data.unused_columns import Unused
+from rlqwen.data.renderer import Renderer
+from rlqwen.data.tokenization import tokenize_all
+from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob, data_settings
+from rlqwen.data.unused_columns import UnusedColumns
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -83,35 +83,37 @@ class _Answers:
 
 
 class AnswersJob(TokenizingJob[Item]):
-    """Tokenises rows of answers, cuts them to length, and counts what is left out and why."""
+    """Tokenizes rows of answers, cuts them to length, and counts what is left out and why."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig) -> None:
         super().__init__(tokenizer)
         self.config = config
 
     @cached_property
-    def writer(self) -> "PairWriter":
-        return PreferenceWriter(self.tokenizer, self.config)
+    def renderer(self) -> "AnswersRenderer":
+        return PreferenceRenderer(self.tokenizer, self.config)
 
     def settings(self) -> Any:
         return data_settings(self.config, PreferenceConfig, apart_from=("pad_token", "disable_dropout"))
 
     @abstractmethod
     def split(self, row: Row, where: str) -> list[Row]:
-        """Return `prompt` and `completion` of each answer of a normalised row."""
+        """Return `prompt` and `completion` of each answer of a normalized row."""
 
     @abstractmethod
-    def items(self, kept: list[_Answers], tally: Tally) -> list[Item]:
+    def items(self, kept: list[_Answers], stats: TokenizationStats) -> list[Item]:
         """Make items of the rows that are kept."""
 
-    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Item], Tally]:
-        tally = Tally(DataReport(num_rows=len(rows)))
-        report = tally.report
+    def run(
+        self, start: int, rows: Sequence[Row], faults: list[DataError] | None
+    ) -> tuple[list[Item], TokenizationStats]:
+        stats = TokenizationStats(DataReport(num_rows=len(rows)))
+        report = stats.report
         found: dict[int, list[Row]] = {}
 
-        def write(number: int, row: Row) -> list[list[Piece]]:
+        def write(number: int, row: Row) -> list[list[TemplateSegment]]:
             where = f"row {number}"
-            row = normalise_row(row, where)
+            row = normalize_row(row, where)
             answers = found[number] = self.split(row, where)
             return self._pieces(row, answers, where)
 
@@ -119,54 +121,54 @@ class AnswersJob(TokenizingJob[Item]):
         for number, (prompt, *sequences) in tokenize_rows(start, rows, self.tokenizer, write, faults):
             answers = [_after(prompt, sequence) for sequence in sequences]
             whole = _Answers(number, prompt.token_ids, answers, found.pop(number))
-            tally.lengths.append(whole.length)
+            stats.lengths.append(whole.length)
             row = _cut(whole, self.config)
             fate = self._reason_to_leave_out(row)
             if fate is not None:
-                report.note(fate, number)
+                report.record(fate, number)
                 report.num_dropped_tokens += whole.num_tokens
                 continue
             if row.num_tokens < whole.num_tokens:
-                report.note("truncated", number)
+                report.record("truncated", number)
                 report.num_cut_tokens += whole.num_tokens - row.num_tokens
             kept.append(row)
-        self._count(kept, tally)
-        return self.items(kept, tally), tally
+        self._count(kept, stats)
+        return self.items(kept, stats), stats
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        self.writer.describe(report, look_at(rows, self._note_form))
+        self.renderer.describe(report, count_formats(rows, self._note_form))
 
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        report = tally.report
-        report.lengths = percentiles(tally.lengths)
-        report.end_of_turn = tally.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
+        report = stats.report
+        report.lengths = percentiles(stats.lengths)
+        report.end_of_turn = stats.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
         report.name_unused()
-        report.eos_in_loss = tally.counts["ended"] / max(tally.counts["answers"], 1)
+        report.eos_in_loss = stats.counts["ended"] / max(stats.counts["answers"], 1)
         for fate, text in (
             ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
             ("empty_answer", "empty answers, which teach to end the turn at once"),
         ):
-            if numbers := report.rows.get(cast(Fate, fate)):
+            if numbers := report.rows.get(cast(RowIssue, fate)):
                 named = [f"row {number}" for number in numbers[:NAMED]]
-                report.warnings.append(f"{text}: {first_of(named, len(numbers))}")
+                report.warnings.append(f"{text}: {format_examples(named, len(numbers))}")
         if not report.num_kept and not faults:
             refuse(DataError(self._nothing_left(report)), faults)
         return report
 
-    def _pieces(self, row: Row, answers: list[Row], where: str) -> list[list[Piece]]:
+    def _pieces(self, row: Row, answers: list[Row], where: str) -> list[list[TemplateSegment]]:
         first, completions = answers[0], [one["completion"] for one in answers]
-        pieces = self.writer.pieces(first["prompt"], completions, first.get("tools"), where)
+        segments = self.renderer.segments(first["prompt"], completions, first.get("tools"), where)
         has_turns = any(not isinstance(one, str) for one in (first["prompt"], *completions))
-        whole = [[*to_turns(first["prompt"], "user"), *to_turns(one, "assistant")] for one in completions]
+        whole = [[*to_messages(first["prompt"], "user"), *to_messages(one, "assistant")] for one in completions]
         read = read_columns(row, has_turns=has_turns, margin=isinstance(self.config, RewardConfig))
-        self.writer.note_unused(row, read, whole if has_turns else [])
-        return pieces
+        self.renderer.note_unused(row, read, whole if has_turns else [])
+        return segments
 
-    def _note_form(self, form: RowForm, row: Row) -> None:
-        row = normalise_row(row, "row")
-        note_row(form, row, self.split(row, "row"), lambda: self.writer.format)
+    def _note_form(self, form: FormatCounts, row: Row) -> None:
+        row = normalize_row(row, "row")
+        note_row(form, row, self.split(row, "row"), lambda: self.renderer.format)
 
-    def _reason_to_leave_out(self, row: _Answers) -> Fate | None:
+    def _reason_to_leave_out(self, row: _Answers) -> RowIssue | None:
         if self.config.max_length is not None and row.length > self.config.max_length:
             return "overlong"
         if not all(True in answer.loss_mask for answer in row.answers):
@@ -175,21 +177,21 @@ class AnswersJob(TokenizingJob[Item]):
             return "equal_sides"
         return None
 
-    def _count(self, kept: list[_Answers], tally: Tally) -> None:
-        report, stop_ids, empty_answers = tally.report, self.writer.stop_ids, self.writer.empty_answers
+    def _count(self, kept: list[_Answers], stats: TokenizationStats) -> None:
+        report, stop_ids, empty_answers = stats.report, self.renderer.stop_ids, self.renderer.empty_answers
         report.num_kept = len(kept)
         report.num_tokens = sum(row.num_tokens for row in kept)
         report.num_loss_tokens = sum(sum(answer.loss_mask) for row in kept for answer in row.answers)
         for row in kept:
             ended = [answer.token_ids[-1] in stop_ids for answer in row.answers]
-            tally.counts.update(ended=sum(ended), answers=len(ended))
+            stats.counts.update(ended=sum(ended), answers=len(ended))
             if not all(ended):
-                report.note("no_end", row.index)
+                report.record("no_end", row.index)
             if any(tuple(answer.token_ids) in empty_answers for answer in row.answers):
-                report.note("empty_answer", row.index)
-        report.warnings = self.writer.warnings()
-        report.columns, report.turn_keys = self.writer.unused.take()
-        tally.ends = [self.writer.end_token]
+                report.record("empty_answer", row.index)
+        report.warnings = self.renderer.warnings()
+        report.columns, report.message_keys = self.renderer.unused.take()
+        stats.end_tokens = [self.renderer.end_token]
 
     def _nothing_left(self, report: DataReport) -> str:
         limit = self.config.max_length
@@ -210,24 +212,26 @@ class PairJob(AnswersJob[PreferenceRow]):
     def split(self, row: Row, where: str) -> list[Row]:
         return to_pair_rows(row, where)
 
-    def items(self, kept: list[_Answers], tally: Tally) -> list[PreferenceRow]:
+    def items(self, kept: list[_Answers], stats: TokenizationStats) -> list[PreferenceRow]:
         pairs = [
             PreferenceRow(row.index, row.prompt_ids, row.answers[0], row.answers[1], row.columns[0].get("margin"))
             for row in kept
         ]
         for row in kept:
             if "margin" not in row.columns[0]:
-                tally.name("missing", f"row {row.index}")
+                stats.add_example("missing", f"row {row.index}")
             if (row.columns[0].get("margin") or 0) < 0:
-                tally.name("negative", f"row {row.index}")
+                stats.add_example("negative", f"row {row.index}")
         return pairs
 
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        report = super().finish(tally, faults)
-        if isinstance(self.config, RewardConfig) and 0 < tally.counts["missing"] < report.num_kept:
-            report.warnings.append(f"no margin, taken as 0, although other rows have one: {tally.first_of('missing')}")
-        if tally.counts["negative"]:
-            named = tally.first_of("negative")
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
+        report = super().finish(stats, faults)
+        if isinstance(self.config, RewardConfig) and 0 < stats.counts["missing"] < report.num_kept:
+            report.warnings.append(
+                f"no margin, taken as 0, although other rows have one: {stats.format_examples('missing')}"
+            )
+        if stats.counts["negative"]:
+            named = stats.format_examples("negative")
             report.warnings.append(f"margins below 0, as if the rejected answer were better: {named}")
         return report
 
@@ -240,25 +244,25 @@ class LabelledJob(AnswersJob[LabelledRow]):
     def split(self, row: Row, where: str) -> list[Row]:
         return to_labelled_rows(row, where)
 
-    def items(self, kept: list[_Answers], tally: Tally) -> list[LabelledRow]:
+    def items(self, kept: list[_Answers], stats: TokenizationStats) -> list[LabelledRow]:
         labelled = [
             LabelledRow(row.index, row.prompt_ids, answer, columns["label"])
             for row in kept
             for answer, columns in zip(row.answers, row.columns, strict=True)
         ]
-        tally.counts.update(str(row.label).lower() for row in labelled)
+        stats.counts.update(str(row.label).lower() for row in labelled)
         return labelled
 
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        report = super().finish(tally, faults)
-        labels = [label for label in ("true", "false") if tally.counts[label]]
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
+        report = super().finish(stats, faults)
+        labels = [label for label in ("true", "false") if stats.counts[label]]
         if len(labels) == 1:
             report.warnings.append(f"all labels are {labels[0]}: there is nothing to tell good from bad by")
         return report
 
 
-class PairWriter(Protocol):
-    """What a reader of answers asks of a Writer."""
+class AnswersRenderer(Protocol):
+    """What a reader of answers asks of a Renderer."""
 
     @property
     def end_token(self) -> str: ...
@@ -269,49 +273,49 @@ class PairWriter(Protocol):
     @property
     def empty_answers(self) -> set[tuple[int, ...]]: ...
 
-    unused: Unused
+    unused: UnusedColumns
 
     def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
 
-    def pieces(
+    def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
-    ) -> list[list[Piece]]: ...
+    ) -> list[list[TemplateSegment]]: ...
 
     @property
     def format(self) -> ChatFormat: ...
 
-    def describe(self, report: DataReport, form: RowForm) -> None: ...
+    def describe(self, report: DataReport, form: FormatCounts) -> None: ...
 
     def warnings(self) -> list[str]: ...
 
 
-class PreferenceWriter(Writer):
+class PreferenceRenderer(Renderer):
     """Writes a prompt and its answers as SFT writes a prompt and a completion."""
 
-    def describe(self, report: DataReport, form: RowForm) -> None:
+    def describe(self, report: DataReport, form: FormatCounts) -> None:
         """Add to the report in what form the rows are learned."""
         hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
         other = unlike_trl(form, apart=True, assistant_only=None)
         describe(report, form, preserves=True, hint=hint, unlike_trl=other)
 
-    def pieces(
+    def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
-    ) -> list[list[Piece]]:
+    ) -> list[list[TemplateSegment]]:
         """Pieces of the prompt, then of the prompt with each of the answers."""
         texts = [one for one in completions if isinstance(one, str)]
         if isinstance(prompt, str) and len(texts) == len(completions):
-            begin = [Piece(prompt, True)]
-            return [begin, *([*begin, Piece(self.with_eos(text), True, in_loss=True)] for text in texts)]
-        before = to_turns(prompt, "user")
+            begin = [TemplateSegment(prompt, True)]
+            return [begin, *([*begin, TemplateSegment(self.with_eos(text), True, in_loss=True)] for text in texts)]
+        before = to_messages(prompt, "user")
         whole = [
             [*asked, *answered]
             for asked, answered in (
-                self.format.exchange(before, to_turns(one, "assistant"), where, tools=tools) for one in completions
+                self.format.exchange(before, to_messages(one, "assistant"), where, tools=tools) for one in completions
             )
         ]
         common = 0
-        for pieces in zip(*whole, strict=False):
-            if pieces[0].in_loss or any(piece != pieces[0] for piece in pieces):
+        for segments in zip(*whole, strict=False):
+            if segments[0].in_loss or any(segment != segments[0] for segment in segments):
                 break
             common += 1
         return [whole[0][:common], *whole]

@@ -9,9 +9,9 @@ from rlqwen.data.chat import ChatFormat
 from rlqwen.data.data_report import DataReport, percentiles
 from rlqwen.data.encoding import SequenceCodec, TokenizedRow, encode, refuse, tokenize_rows, trim
 from rlqwen.data.prompts import tokenize_prompts
-from rlqwen.data.sft_targets import SFTWriter, all_in_loss
-from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob, data_settings
-from rlqwen.data.tokenizing_run import tokenize_all
+from rlqwen.data.sft_renderer import SFTRenderer, with_all_in_loss
+from rlqwen.data.tokenization import tokenize_all
+from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob, data_settings
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -43,8 +43,8 @@ def tokenize_conversation(
         chat_template_kwargs=chat_template_kwargs,
         preserve_thinking=preserve_thinking,
     )
-    pieces = chat.conversation(messages, "conversation")
-    (row,) = encode(tokenizer, [pieces if assistant_only else all_in_loss(pieces)])
+    segments = chat.conversation(messages, "conversation")
+    (row,) = encode(tokenizer, [segments if assistant_only else with_all_in_loss(segments)])
     return row.token_ids, row.loss_mask
 
 
@@ -59,7 +59,7 @@ def tokenize_sft(
 
     Conversations are written by the chat template (`config.chat_template_path`, else the tokenizer's). Text, and
     prompts and completions that are text, are taken as they are: special tokens in them act, and the EOS token is
-    added at their end; prompt and completion are tokenised apart, as in generation. Raises DataError for a row that
+    added at their end; prompt and completion are tokenized apart, as in generation. Raises DataError for a row that
     can't be learned from, and if nothing is left, naming the reason; given a list of `faults`, puts them there instead.
     """
     return tokenize_all(rows, SFTJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
@@ -75,8 +75,8 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         self.config = config
 
     @cached_property
-    def writer(self) -> SFTWriter:
-        return SFTWriter(self.tokenizer, self.config)
+    def renderer(self) -> SFTRenderer:
+        return SFTRenderer(self.tokenizer, self.config)
 
     def settings(self) -> Any:
         wanted = self.config.eval_generation  # the report names columns that it reads as used
@@ -84,43 +84,45 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         apart_from = ("packing", "pad_token", "eval_generation")
         return data_settings(self.config, SFTConfig, apart_from) | {"eval_reference": reads}
 
-    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[TokenizedRow], Tally]:
-        config, writer, tally = self.config, self.writer, Tally(DataReport(num_rows=len(rows)))
-        report = tally.report
+    def run(
+        self, start: int, rows: Sequence[Row], faults: list[DataError] | None
+    ) -> tuple[list[TokenizedRow], TokenizationStats]:
+        config, renderer, stats = self.config, self.renderer, TokenizationStats(DataReport(num_rows=len(rows)))
+        report = stats.report
         kept: list[TokenizedRow] = []
-        for number, (row,) in tokenize_rows(start, rows, self.tokenizer, writer.write, faults):
+        for number, (row,) in tokenize_rows(start, rows, self.tokenizer, renderer.write, faults):
             length = len(row.token_ids)
-            tally.lengths.append(length)
+            stats.lengths.append(length)
             is_long = config.max_length is not None and length > config.max_length
             if is_long and config.truncation_mode != "drop":
                 row = _truncate(row, config)
             is_dropped = is_long and config.truncation_mode == "drop"
             if is_dropped or True not in row.loss_mask:
-                report.note("overlong" if is_dropped else "empty_mask", number)
+                report.record("overlong" if is_dropped else "empty_mask", number)
                 report.num_dropped_tokens += length
                 continue
             if is_long:
-                report.note("truncated", number)
+                report.record("truncated", number)
                 report.num_cut_tokens += length - len(row.token_ids)
             row = trim(row)
-            if row.token_ids[-1] not in writer.stop_ids:
-                report.note("no_end", number)
+            if row.token_ids[-1] not in renderer.stop_ids:
+                report.record("no_end", number)
             kept.append(row)
         report.num_kept = len(kept)
         report.num_tokens = sum(len(row.token_ids) for row in kept)
         report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
-        report.warnings = writer.warnings()
-        report.columns, report.turn_keys = writer.unused.take()
-        tally.ends = [writer.end_token]
-        return kept, tally
+        report.warnings = renderer.warnings()
+        report.columns, report.message_keys = renderer.unused.take()
+        stats.end_tokens = [renderer.end_token]
+        return kept, stats
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        self.writer.describe(report, rows)
+        self.renderer.describe(report, rows)
 
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
-        report = tally.report
-        report.lengths = percentiles(tally.lengths)
-        report.end_of_turn = tally.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
+        report = stats.report
+        report.lengths = percentiles(stats.lengths)
+        report.end_of_turn = stats.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
         report.name_unused()
         if report.num_kept:
             report.eos_in_loss = 1 - report.count("no_end") / report.num_kept

@@ -1,4 +1,4 @@
-"""One way of tokenising rows, cut so that parts of the data can be done apart, in other processes, and put together."""
+"""One way of tokenizing rows, cut so that parts of the data can be done apart, in other processes, and put together."""
 
 from abc import ABC, abstractmethod
 from array import array
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.data.arrow_file import ArrowRows, Codec
-from rlqwen.data.data_report import NAMED, DataReport, first_of
+from rlqwen.data.data_report import NAMED, DataReport, format_examples
 from rlqwen.data.template_source import load_chat_template
 from rlqwen.errors import DataError
 
@@ -32,7 +32,7 @@ def data_settings(config: TrainerConfig, kind: type[TrainerConfig], apart_from: 
 
 
 @dataclass(slots=True)
-class Tally:
+class TokenizationStats:
     """Counts over a part of the rows, for the report."""
 
     report: DataReport = field(default_factory=DataReport)
@@ -40,34 +40,34 @@ class Tally:
     """Tokens of each row before any cut."""
     counts: Counter[str] = field(default_factory=Counter)
     """What else the job counts."""
-    named: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     """What a message will say of the first few rows of a kind, which `counts` counts."""
-    ends: list[str | None] = field(default_factory=list)
+    end_tokens: list[str | None] = field(default_factory=list)
     """The tokens that end what the model writes, each once."""
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "TokenizationStats") -> None:
         """Add the counts of the rows that come next."""
         self.report.merge(other.report)
         self.lengths += other.lengths
         self.counts.update(other.counts)
-        for kind, texts in other.named.items():
-            mine = self.named.setdefault(kind, [])
+        for kind, texts in other.examples.items():
+            mine = self.examples.setdefault(kind, [])
             mine += texts[: max(NAMED - len(mine), 0)]
-        self.ends += [end for end in other.ends if end not in self.ends]
+        self.end_tokens += [end for end in other.end_tokens if end not in self.end_tokens]
 
-    def name(self, kind: str, text: str) -> None:
+    def add_example(self, kind: str, text: str) -> None:
         """Count a row of a kind, and keep `text` if the row is one of the first of its kind."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED:
-            self.named.setdefault(kind, []).append(text)
+            self.examples.setdefault(kind, []).append(text)
 
-    def first_of(self, kind: str) -> str:
+    def format_examples(self, kind: str) -> str:
         """Return the first few rows of a kind, and how many more there are."""
-        return first_of(self.named[kind], self.counts[kind])
+        return format_examples(self.examples[kind], self.counts[kind])
 
     def end_of_turn(self, eos: str | None) -> str | None:
         """Return the token that ends turns if rows had any, else `eos`."""
-        return next((end for end in self.ends if end != eos), eos)
+        return next((end for end in self.end_tokens if end != eos), eos)
 
 
 class TokenizingJob(ABC, Generic[Item]):
@@ -80,14 +80,16 @@ class TokenizingJob(ABC, Generic[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out attributes that are computed from the others at first use."""
-        return {name: value for name, value in vars(self).items() if name not in ("writer", "chat", "unused")}
+        return {name: value for name, value in vars(self).items() if name not in ("renderer", "chat", "unused")}
 
     @abstractmethod
-    def run(self, start: int, rows: Sequence[Row], faults: list[DataError] | None) -> tuple[list[Item], Tally]:
+    def run(
+        self, start: int, rows: Sequence[Row], faults: list[DataError] | None
+    ) -> tuple[list[Item], TokenizationStats]:
         """Make items of the rows, the first of which has the number `start`; add a bad row to `faults`, or raise."""
 
     @abstractmethod
-    def finish(self, tally: Tally, faults: list[DataError] | None) -> DataReport:
+    def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
         """Return the report on all rows; raise or note a DataError if no items remain."""
 
     @abstractmethod

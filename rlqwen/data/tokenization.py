@@ -1,4 +1,4 @@
-"""Carries a tokenising job out over all rows: a few in memory, many in parallel onto disk, or found there again."""
+"""Carries a tokenizing job out over all rows: a few in memory, many in parallel onto disk, or found there again."""
 
 import hashlib
 import json
@@ -19,16 +19,16 @@ from rlqwen.data.arrow_file import ArrowRows, write_batches
 from rlqwen.data.data_cache import (
     ROWS_FILE,
     cache_root,
-    explained,
-    keep_folder,
+    disk_errors_as_config_errors,
     locked,
+    move_folder_into_cache,
     read_meta,
     scratch_folder,
 )
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.rows_on_disk import BATCH, chunk_of, content_digest, folder_of
-from rlqwen.data.tokenizing_jobs import Tally, TokenizingJob
-from rlqwen.data.worker_pool import CannotTravel, WorkerPool
+from rlqwen.data.rows_on_disk import BATCH, content_digest, folder_of, read_chunk
+from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob
+from rlqwen.data.worker_pool import JobNotPicklable, WorkerPool
 from rlqwen.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Chunk:
     """Result of a job for some rows, in the form that is sent between processes and written to disk."""
 
     batch: pa.RecordBatch
-    tally: Tally
+    stats: TokenizationStats
     faults: list[DataError] = field(default_factory=list)
     num_rows: int = 0
 
@@ -56,8 +56,8 @@ class Chunk:
 def run_chunk(job: TokenizingJob[Any], start: int, rows: Sequence[Row], collects_faults: bool) -> Chunk:
     """Run a part of a job; raise the first fault unless faults are collected."""
     faults: list[DataError] = []
-    items, tally = job.run(start, rows, faults if collects_faults else None)
-    return Chunk(job.codec.encode(items), tally, faults, len(rows))
+    items, stats = job.run(start, rows, faults if collects_faults else None)
+    return Chunk(job.codec.encode(items), stats, faults, len(rows))
 
 
 def tokenize_all(
@@ -83,15 +83,15 @@ def tokenize_all(
     with locked(root, f"tokens-{key}"):
         meta = read_meta(place)
         if meta is not None:
-            report = DataReport.of_plain(meta["report"])
-            report.source = f"{len(rows):,} rows were tokenised before: read from {place}"
+            report = DataReport.from_dict(meta["report"])
+            report.source = f"{len(rows):,} rows were tokenized before: read from {place}"
             return job.present(_open(place, job, meta), rows), report
-        with explained(root), scratch_folder(root) as folder:
+        with disk_errors_as_config_errors(root), scratch_folder(root) as folder:
             digest, report = _write(folder / ROWS_FILE, rows, job, faults, num_proc)
-            meta = {"digest": digest, "report": report.plain()}
+            meta = {"digest": digest, "report": report.to_dict()}
             if faults:  # what is looked at once needs no name
                 return job.present(_open(folder, job, meta), rows), report
-            keep_folder(folder, place, meta)
+            move_folder_into_cache(folder, place, meta)
     report.source = f"token ids are kept in {place}"
     return job.present(_open(place, job, meta), rows), report
 
@@ -103,11 +103,11 @@ def _open(folder: Path, job: TokenizingJob[Any], meta: dict[str, Any]) -> ArrowR
 def _in_memory(
     rows: Sequence[Row], job: TokenizingJob[Item], faults: list[DataError] | None
 ) -> tuple[list[Item], DataReport]:
-    total, items = Tally(), list[Item]()
+    total, items = TokenizationStats(), list[Item]()
     for start in range(0, len(rows), BATCH):
-        made, tally = job.run(start, list(rows[start : start + BATCH]), faults)
+        made, stats = job.run(start, list(rows[start : start + BATCH]), faults)
         items += made
-        total.add(tally)
+        total.add(stats)
     job.describe(total.report, rows)
     return items, job.finish(total, faults)
 
@@ -116,11 +116,11 @@ def _write(
     path: Path, rows: Sequence[Row], job: TokenizingJob[Any], faults: list[DataError] | None, num_proc: int | None
 ) -> tuple[str, DataReport]:
     """Write the file; return a digest of its content and the report."""
-    total, digest = Tally(), hashlib.blake2b(digest_size=16)
+    total, digest = TokenizationStats(), hashlib.blake2b(digest_size=16)
 
     def batches() -> Iterator[pa.RecordBatch]:
         for chunk in _chunks(rows, job, faults is not None, num_proc):
-            total.add(chunk.tally)
+            total.add(chunk.stats)
             if faults is not None:
                 faults.extend(chunk.faults)
             _feed(digest, chunk.batch)
@@ -150,9 +150,9 @@ def _chunks(
     from tqdm import tqdm
 
     starts = range(0, len(rows), BATCH)
-    parts = ((start, chunk_of(rows, start, min(start + BATCH, len(rows)))) for start in starts)
+    parts = ((start, read_chunk(rows, start, min(start + BATCH, len(rows)))) for start in starts)
     count = min(count_processes(num_proc, len(rows)), len(starts))
-    what = f"Tokenising in {count} processes" if count > 1 else "Tokenising"
+    what = f"Tokenizing in {count} processes" if count > 1 else "Tokenizing"
     with tqdm(total=len(rows), desc=what, unit="row", delay=_PROGRESS_AFTER_S, disable=None) as bar:
         for chunk in _run_parts(parts, job, collects_faults, count):
             yield chunk
@@ -165,8 +165,8 @@ def _run_parts(
     if count > 1:
         try:
             pool = WorkerPool(count, run_chunk, job, collects_faults)
-        except CannotTravel as error:
-            logger.warning("tokenising in one process, because this tokenizer does not pickle (%s)", error)
+        except JobNotPicklable as error:
+            logger.warning("tokenizing in one process, because this tokenizer does not pickle (%s)", error)
         else:
             with closing(pool):
                 yield from pool.map(parts)
@@ -181,7 +181,7 @@ def digest_of_job(rows: Sequence[Row], job: TokenizingJob[Any]) -> str:
 
 
 def digest_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Digest a tokenizer: vocabulary, merges, normaliser, added and special tokens, chat template."""
+    """Digest a tokenizer: vocabulary, merges, normalizer, added and special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = json.dumps(
         [
@@ -208,9 +208,9 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
 def count_processes(num_proc: int | None, num_rows: int) -> int:
-    """Return the number of tokenising processes; None: one per CPU if there are many rows.
+    """Return the number of tokenizing processes; None: one per CPU if there are many rows.
 
-    Of several ranks one tokenises, and the others wait for it.
+    Of several ranks one tokenizes, and the others wait for it.
     """
     if num_proc is not None:
         return num_proc
