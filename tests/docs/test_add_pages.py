@@ -20,17 +20,19 @@ METRICS = {
 }
 
 
-def test_every_kind_of_plugin_has_a_page():
+def test_every_kind_of_plugin_has_a_page() -> None:
     assert {page.stem for page in PAGES} >= {"loss", "advantage", "trainer", "engine", "model-family", "reward"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_is_short(page):
+def test_a_page_is_short(page: Path) -> None:
     assert len(page.read_text("utf-8").splitlines()) < 80
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_the_recipe_of_a_page_trains_with_the_files_of_the_page(name, tmp_path, monkeypatch):
+def test_the_recipe_of_a_page_trains_with_the_files_of_the_page(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(DOCS / "add" / f"{name}.md", tmp_path)
     assert main(["run", "recipe.yaml"]) == 0
@@ -41,7 +43,7 @@ def test_the_recipe_of_a_page_trains_with_the_files_of_the_page(name, tmp_path, 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_files_of_rlqwen_that_a_page_names_exist(page):
+def test_the_files_of_rlqwen_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     paths = re.findall(r"`((?:rlqwen|tests|recipes)/[\w./-]*|[\w-]+\.(?:toml|md))`", text)
     assert paths

@@ -17,7 +17,7 @@ from tests.docs.test_blocks import command_fault
 EXAMPLES = ROOT / "examples"
 
 
-def test_the_dockerfile_copies_what_is_there_and_not_ignored():
+def test_the_dockerfile_copies_what_is_there_and_not_ignored() -> None:
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = [source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]]
@@ -26,7 +26,7 @@ def test_the_dockerfile_copies_what_is_there_and_not_ignored():
     assert set(copied) == kept
 
 
-def test_the_dockerfile_holds_back_deepspeed_alone():
+def test_the_dockerfile_holds_back_deepspeed_alone() -> None:
     lock = (ROOT / "requirements" / "cuda.txt").read_text()
     (script,) = re.findall(r"sed '([^']+)'", (ROOT / "Dockerfile").read_text())
     first = subprocess.run(["sed", script], input=lock, capture_output=True, text=True, check=True).stdout
@@ -35,21 +35,21 @@ def test_the_dockerfile_holds_back_deepspeed_alone():
     assert first.count("--hash") == lock.count("--hash") - 1
 
 
-def test_the_dockerfile_says_the_versions_of_the_lock():
+def test_the_dockerfile_says_the_versions_of_the_lock() -> None:
     head = (ROOT / "Dockerfile").read_text().split("FROM")[0]
     lock = (ROOT / "requirements" / "cuda.txt").read_text()
     for package, version in re.findall(r"(torch|vLLM) ([\d.]+\d)", head):
         assert f"\n{package.lower()}=={version} " in lock
 
 
-def test_the_entry_point_and_command_of_the_image_exist():
+def test_the_entry_point_and_command_of_the_image_exist() -> None:
     text = (ROOT / "Dockerfile").read_text()
     (entry,), (command,) = (re.findall(rf"^{word} (\[.*\])$", text, re.MULTILINE) for word in ("ENTRYPOINT", "CMD"))
     assert command_fault([*json.loads(entry)[2:], *json.loads(command)]) is None
 
 
 @pytest.mark.parametrize("path", [ROOT / "Dockerfile", *sorted(EXAMPLES.iterdir())], ids=lambda path: path.name)
-def test_every_command_in_a_comment_parses(path):
+def test_every_command_in_a_comment_parses(path: Path) -> None:
     text = re.sub(r" \\\n# *", " ", path.read_text())
     words = [shlex.split(line, comments=True) for line in re.findall(r"^# {3}(\S.*)$", text, re.MULTILINE)]
     assert words
@@ -64,7 +64,7 @@ def test_every_command_in_a_comment_parses(path):
     assert [fault for line in found if (fault := command_fault(line)) is not None] == []
 
 
-def test_the_kubernetes_job_runs_a_recipe_and_knows_the_exit_codes():
+def test_the_kubernetes_job_runs_a_recipe_and_knows_the_exit_codes() -> None:
     claim, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
@@ -87,7 +87,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_the_slurm_script_starts_ranks_and_requeues_after_a_save(code, tmp_path):
+def test_the_slurm_script_starts_ranks_and_requeues_after_a_save(code: int, tmp_path: Path) -> None:
     """A stand-in for srun starts two tasks, one for rlqwen says which rank it is."""
     stand_in(
         tmp_path,
@@ -111,7 +111,7 @@ def test_the_slurm_script_starts_ranks_and_requeues_after_a_save(code, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "ray-job.sh"])
-def test_a_script_without_arguments_says_how_to_call_it(name):
+def test_a_script_without_arguments_says_how_to_call_it(name: str) -> None:
     done = subprocess.run(["bash", EXAMPLES / name], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"examples/{name}" in done.stderr

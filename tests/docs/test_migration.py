@@ -3,9 +3,13 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-import trl
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.sft_config import SFTConfig
 
 from rlqwen.cli import cli
 from rlqwen.config.algorithms import config_class
@@ -15,7 +19,7 @@ from tests.docs.pages import ROOT
 
 PAGES = [ROOT / "docs" / "migration.md", ROOT / "docs" / "zh" / "migration.md"]
 LIBRARIES = ["TRL", "ms-swift", "LLaMA-Factory", "OpenRLHF", "verl"]
-CONFIGS = [trl.SFTConfig, trl.DPOConfig, trl.GRPOConfig, trl.RewardConfig]
+CONFIGS: list[Any] = [SFTConfig, DPOConfig, GRPOConfig, RewardConfig]
 OF_TRAINERS = {
     "quantization_config", "peft_config", "optimizers", "tools", "environment_factory", "rollout_func", "compute_metrics",
     "data_collator", "formatting_func",
@@ -47,7 +51,7 @@ def is_known(key: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_every_key_of_ours_exists(page, library):
+def test_every_key_of_ours_exists(page: Path, library: str) -> None:
     rows = tables(page)[library]
     assert len(rows) > 20
     for theirs, ours, *_ in rows:
@@ -56,14 +60,14 @@ def test_every_key_of_ours_exists(page, library):
         assert [key for key in keys if not is_known(key)] == [], theirs
 
 
-def test_an_unknown_key_is_found():
+def test_an_unknown_key_is_found() -> None:
     assert not is_known("train.learning_rte")
     assert not is_known("model.lora.rank")
     assert not is_known("--nproc")
     assert not is_known("rlqwen expert")
 
 
-def test_every_name_of_trl_exists():
+def test_every_name_of_trl_exists() -> None:
     fields = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | OF_TRAINERS
     for theirs, *_ in tables(PAGES[0])["TRL"]:
         names = [name.partition(":")[0] for name in named(theirs) if not name.endswith("Trainer")]
@@ -73,7 +77,7 @@ def test_every_name_of_trl_exists():
         assert [name for name in unknown if name != "trl.experimental"] == []
 
 
-def test_the_chinese_page_has_the_same_rows():
+def test_the_chinese_page_has_the_same_rows() -> None:
     english, chinese = map(tables, PAGES)
     for library in LIBRARIES:
         assert [named(row[1]) for row in chinese[library]] == [named(row[1]) for row in english[library]], library

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ TINY = ["model.path=builtin:tiny-qwen3", "output_dir=runs/x"]
 QUESTIONS = [*TINY, "data.train.path=builtin:questions", "train.max_completion_length=256"]
 PAIRS = [*TINY, "data.train.path=builtin:pairs"]
 USER = {"role": "user", "content": "2 + 2 = ?"}
-FILES = {
+FILES: dict[str, list[dict[str, Any]]] = {
     "qa.jsonl": [{"query": "2 + 2 = ?", "reply": "4"}],
     "half.jsonl": [{"prompt": "2 + 2 = ?", "chosen": "4"}],
     "equal.jsonl": [
@@ -70,13 +71,15 @@ def squeeze(text: str) -> str:
     return " ".join(text.replace("`", "").split())
 
 
-def test_every_cause_is_provoked():
+def test_every_cause_is_provoked() -> None:
     named = {(page.stem, cause) for page in TUTORIALS.glob("*.md") for cause in causes(page)}
     assert named == PROVOKED.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("key", PROVOKED, ids=" ".join)
-def test_the_message_is_what_the_page_says(key, tmp_path, monkeypatch, capsys):
+def test_the_message_is_what_the_page_says(
+    key: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     page, cause = key
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "400")
