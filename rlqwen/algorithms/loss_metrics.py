@@ -71,6 +71,13 @@ class MetricSums:
 
     _sums: dict[tuple[str, Reduction], Tensor | float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, metrics: Mapping[str, Metric]) -> "MetricSums":
+        """Return the sums of one micro-batch."""
+        sums = cls()
+        sums.add(metrics)
+        return sums
+
     @property
     def sums(self) -> Sums:
         """Return what was collected, as floats."""

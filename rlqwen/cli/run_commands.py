@@ -61,7 +61,7 @@ def run(
     recipes = read_recipes(words)
     from rlqwen.cli.resume_command import announce_runs, printing_resume_command
     from rlqwen.runs.launch import is_rank, launch_command_line
-    from rlqwen.runs.supervisor import Policy, end_with_supervisor, is_supervised, supervise_command_line
+    from rlqwen.runs.supervisor import RestartPolicy, end_with_supervisor, is_supervised, supervise_command_line
 
     arguments = context.find_root().obj
     if not is_supervised() and os.environ.get("RANK", "0") == "0":
@@ -72,7 +72,7 @@ def run(
         raise ConfigError("--max-restarts: under torchrun, use its own --max-restarts, with --resume or resume: auto")
     elif max_restarts:
         folders = [recipe.output_dir for recipe in recipes]
-        context.exit(supervise_command_line(arguments, folders, Policy(max_restarts)))
+        context.exit(supervise_command_line(arguments, folders, RestartPolicy(max_restarts)))
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
     with printing_resume_command(arguments, recipes):

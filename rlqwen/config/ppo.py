@@ -126,7 +126,7 @@ class PPOConfig(OnlineConfig):
             raise ValueError("kl_target adapts kl_coef, which is 0: give it a start above 0, such as 0.05")
         if self.critic.kind == "head" and self.critic.path is not None:
             raise ValueError(
-                "critic.path is for a critic of its own (critic.kind='model'); a head has no weights to load"
+                "critic.path is for a separate critic (critic.kind='model'); a head has no weights to load"
             )
         return self
 

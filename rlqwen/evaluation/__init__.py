@@ -1,4 +1,4 @@
-"""`rlqwen eval`: measure a model by rewards, by comparison with right answers, by perplexity, or against another."""
+"""Measure a model, as `rlqwen eval` does: by rewards, by comparison with right answers, by perplexity, or against another."""
 
 from rlqwen.evaluation.eval_config import EvalConfig, evaluation_config
 from rlqwen.evaluation.eval_tables import show_evaluation

@@ -1,4 +1,4 @@
-"""What to measure, from the command line, a recipe, or by hand."""
+"""Configure an evaluation: from the command line, a recipe, or by hand."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,28 +25,28 @@ AGAINST_DATA = "data"
 
 
 class EvalConfig(ArgumentsConfig):
-    """What to sample and how to score it."""
+    """Say what to sample and how to score it."""
 
     model: str
     """Hub id, folder, or `builtin:tiny-qwen3`."""
     data: Sources
     rewards: list[RewardSpec] = Field(default_factory=list)
     metrics: list[Literal["perplexity", TextMetric]] = Field(default_factory=list)
-    """`perplexity` is of given answers and samples nothing; the others compare what is sampled with right answers."""
+    """`perplexity` measures given answers and samples nothing; the others compare completions with right answers."""
     against: str | None = None
     """Another model, or `data` for the rows' own answers: who gets the higher reward?"""
     reference: str | None = None
     """Column of the right answers, for metrics that compare; see EvalGenerationConfig."""
     labels: list[str] | None = Field(default=None, min_length=1)
-    """For the metric `label`: what there is to choose from. None: all values of the reference column."""
+    """For the metric `label`: the labels to choose from. None: all values of the reference column."""
     num_samples: int = Field(default=1, ge=1)
-    """k: completions a prompt."""
+    """k: completions per prompt."""
     temperature: float = Field(default=1.0, ge=0)
     """0: greedy."""
     max_tokens: int = Field(default=512, ge=1)
-    """Of one completion."""
+    """Most tokens of one completion."""
     limit: int | None = Field(default=None, ge=1)
-    """Take only the first so many rows."""
+    """Number of rows to take, from the first; None: all."""
     seed: int = 42
     output: Path | None = None
     """Folder for `eval.json` and the completions."""
@@ -69,12 +69,12 @@ class EvalConfig(ArgumentsConfig):
 
     @property
     def text_metrics(self) -> list[TextMetric]:
-        """The metrics that compare completions with right answers."""
+        """Return the metrics that compare completions with right answers."""
         return [metric for metric in self.metrics if metric != "perplexity"]
 
     @property
     def samples(self) -> bool:
-        """Whether anything is to be sampled."""
+        """Return whether anything is sampled."""
         return bool(self.rewards or self.text_metrics)
 
 
@@ -88,7 +88,7 @@ def evaluation_config(
     source: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> EvalConfig:
-    """The evaluation that the command line asks for; what it leaves open comes from the recipe, where `data` is one.
+    """Return the evaluation that the command line asks for; if `data` is a recipe, the rest comes from it.
 
     Args:
         data: a file, folder or hub id, or a recipe by file or name: then its eval data (else its training data).
@@ -104,9 +104,7 @@ def evaluation_config(
         source["columns"] = mapping
     if is_recipe(data):
         if source:
-            raise ConfigError(
-                f"--data {data!r} is a recipe, which says itself how its data is read; leave {_list(source)}"
-            )
+            raise ConfigError(f"--data {data!r} is a recipe, which says how its data is read; leave {_list(source)}")
         values = _from_recipe(data)
     else:
         values = {"data": {"path": data, **source}}
@@ -124,7 +122,7 @@ def evaluation_config(
 
 
 def split_names(text: str) -> list[str]:
-    """Names between commas, without white space or empty ones."""
+    """Return the names between commas, without white space; empty ones are dropped."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -132,7 +130,7 @@ def _from_recipe(name: str) -> dict[str, Any]:
     recipe = load_recipe(name)
     source = recipe.data.train if recipe.data.eval is None else recipe.data.eval
     if isinstance(source, SourceConfig) and source.sampled is not None:
-        # The pairs are answers to prompts, and it is those that a model can be measured by.
+        # A model is measured on the prompts that the pairs answer.
         return _from_sampled(source.sampled)
     values: dict[str, Any] = {"data": source, "rewards": recipe.rewards}
     train = recipe.train

@@ -1,4 +1,4 @@
-"""The model under evaluation: its folder, its tokenizer, and, where it runs in this process, its weights."""
+"""Find the model under evaluation, and load its weights if it runs in this process."""
 
 import gc
 from collections.abc import Iterator
@@ -23,13 +23,16 @@ class EvalModel:
     """A model by its files."""
 
     name: str
-    """As the user gave it."""
+    """The name that the user gave."""
     folder: str
     facts: ModelFacts
 
 
 def find_model(name: str, scratch: Path, chat_template_path: str | None = None) -> EvalModel:
-    """The model's folder: itself, built under `scratch`, or downloaded to the hub's cache. Raises ModelError."""
+    """Return the model with its folder: itself, built under `scratch`, or downloaded to the hub's cache.
+
+    Raises ModelError if there is no such model.
+    """
     check_model_path(name)
     folder = local_folder(resolve_model_path(name, scratch))
     facts = read_model(ModelConfig(path=folder), scratch)
@@ -41,7 +44,7 @@ def find_model(name: str, scratch: Path, chat_template_path: str | None = None) 
 
 @contextmanager
 def policy_of(folder: str) -> "Iterator[Policy]":
-    """The model in this process, frozen, in the dtype that it computes in; its memory is free again afterwards."""
+    """Hold the model in this process inside, frozen, in the dtype that it computes in; free its memory afterwards."""
     import torch
 
     from rlqwen.distributed import pick_device
@@ -58,7 +61,7 @@ def policy_of(folder: str) -> "Iterator[Policy]":
     try:
         yield policy
     finally:
-        policy.model = None  # whoever still holds the policy doesn't hold the weights
+        policy.model = None  # free the weights even if someone still holds the policy
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

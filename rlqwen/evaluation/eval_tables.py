@@ -1,4 +1,4 @@
-"""The figures of an evaluation as tables."""
+"""Print the metrics of an evaluation as tables."""
 
 from rich.console import Console
 from rich.table import Table
@@ -7,21 +7,21 @@ from rlqwen.evaluation.result import EvalResult
 
 
 def show_evaluation(result: EvalResult, console: Console) -> None:
-    """Print the figures of a model, those of the one it was held against, and who won."""
-    _show_figures(result, console)
+    """Print the metrics of a model, those of the model that it was compared with, and who won."""
+    _show_metrics(result, console)
     if result.against is not None:
         console.print()
-        _show_figures(result.against, console)
+        _show_metrics(result.against, console)
         console.print()
         _line(f"{result.model} against {result.against.model}, by the higher reward:", console)
         console.print(_win_table(result))
 
 
-def _show_figures(result: EvalResult, console: Console) -> None:
+def _show_metrics(result: EvalResult, console: Console) -> None:
     if result.num_prompts:
         _line(
             f"{result.model}: {result.num_prompts} prompts x {result.num_samples} samples in {result.seconds:.0f} s, "
-            f"{result.mean_length:.1f} tokens a completion, {result.truncated:.1%} cut off",
+            f"{result.mean_length:.1f} tokens per completion, {result.truncated:.1%} cut off",
             console,
         )
     else:
@@ -33,11 +33,11 @@ def _show_figures(result: EvalResult, console: Console) -> None:
 
 
 def _reward_table(result: EvalResult) -> Table:
-    passes = sorted({k for figures in result.rewards.values() for k in figures.pass_at or {}})
+    passes = sorted({k for reward in result.rewards.values() for k in reward.pass_at or {}})
     table = _table("reward", "mean", *(f"pass@{k}" for k in passes), f"majority@{result.num_samples}", "missing")
-    for name, figures in result.rewards.items():
-        cells = [figures.mean, *((figures.pass_at or {}).get(k) for k in passes), figures.majority]
-        table.add_row(name, *map(_figure, cells), str(figures.missing))
+    for name, reward in result.rewards.items():
+        cells = [reward.mean, *((reward.pass_at or {}).get(k) for k in passes), reward.majority]
+        table.add_row(name, *map(_number, cells), str(reward.missing))
     return table
 
 
@@ -45,7 +45,7 @@ def _metric_table(result: EvalResult) -> Table:
     table = _table("metric", "value")
     table.add_column("computed by", overflow="fold")
     for name, value in result.metrics.items():
-        text = f"{value:,.0f}" if name == "tokens" else _figure(value)
+        text = f"{value:,.0f}" if name == "tokens" else _number(value)
         note = next((note for area, note in result.notes.items() if name.startswith(area)), "")
         table.add_row(name, text, note)
     return table
@@ -56,7 +56,7 @@ def _win_table(result: EvalResult) -> Table:
     for name, rate in result.win_rates.items():
         interval = "-" if rate.interval is None else f"{rate.interval[0]:.3f} to {rate.interval[1]:.3f}"
         counts = map(str, (rate.wins, rate.ties, rate.losses, rate.missing))
-        table.add_row(name, _figure(rate.win_rate), interval, *counts, _figure(rate.mean), _figure(rate.against_mean))
+        table.add_row(name, _number(rate.win_rate), interval, *counts, _number(rate.mean), _number(rate.against_mean))
     table.caption = "Win rate: (wins + ties / 2) / pairs; interval: Wilson's, over prompts"
     table.caption_justify = "left"
     return table
@@ -74,5 +74,5 @@ def _line(text: str, console: Console) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Evaluation of SFT by what the policy writes."""
+"""Evaluate SFT by what the policy writes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +19,15 @@ _LENGTHS = ("completions/mean_length", "completions/truncated")
 
 
 class GenerationEvaluation:
-    """The prompts of an evaluation set, and what to compare the policy's completions with.
+    """Sample a completion for each prompt of an evaluation set, and compare it with the right answers.
 
-    Completions are drawn in this process by transformers, from the same seeds at every evaluation.
+    transformers samples in this process, with the same seeds at every evaluation.
     """
 
     def __init__(
         self, rows: Sequence[dict[str, Any]], policy: Policy, tokenizer: PreTrainedTokenizerBase, args: SFTConfig
     ) -> None:
-        """`rows`: normalised. Raises DataError for one without a prompt or a right answer."""
+        """Take normalized `rows`; DataError for one without a prompt or a right answer."""
         assert args.eval_generation is not None
         config = args.eval_generation
         rows = rows[: config.limit]
@@ -48,14 +48,14 @@ class GenerationEvaluation:
 
     @property
     def keys(self) -> list[str]:
-        """Names of the figures that `figures` gives."""
+        """Return the names of the metrics that `metrics` returns."""
         return [*self.measure.keys, *_LENGTHS]
 
     def sample(self) -> list[Group]:
-        """A completion of the present policy for each prompt, in the order of the rows."""
+        """Return a completion of the current policy for each prompt, in the order of the rows."""
         return sorted(self.engine.generate(self.requests), key=lambda group: group.prompt.index)
 
-    def figures(self, groups: Sequence[Group]) -> dict[str, float]:
-        """The text metrics, and how long completions are."""
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Return the text metrics, and how long completions are."""
         lengths = describe_groups(groups)
-        return self.measure.figures(groups).values | {key: lengths[key] for key in _LENGTHS}
+        return self.measure.compute(groups).values | {key: lengths[key] for key in _LENGTHS}

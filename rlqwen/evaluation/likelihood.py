@@ -1,4 +1,4 @@
-"""How likely a model finds given texts."""
+"""Measure how likely a model finds given texts."""
 
 import math
 from collections.abc import Iterable
@@ -23,17 +23,17 @@ class Likelihood:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Return nats per token."""
         return self.nats / max(self.tokens, 1)
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over all tokens, not a mean over texts."""
+        """Return exp of the mean over all tokens, which is not a mean over texts."""
         return math.exp(min(self.loss, _LARGEST_EXPONENT))
 
 
 def measure_likelihood(policy: Policy, batches: Iterable[PackedBatch]) -> Likelihood:
-    """Of the target tokens of all batches."""
+    """Return the likelihood of the target tokens of all batches."""
     nats, tokens = 0.0, 0
     with policy.inference():
         for batch in batches:
@@ -44,5 +44,5 @@ def measure_likelihood(policy: Policy, batches: Iterable[PackedBatch]) -> Likeli
 
 
 def sequence_tree(row: TokenizedRow) -> Tree:
-    """A whole sequence as the only branch of an empty prefix."""
+    """Return a whole sequence as the only branch of an empty prefix."""
     return Tree([], [Branch(row.token_ids, row.loss_mask)])

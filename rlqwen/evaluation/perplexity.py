@@ -1,4 +1,4 @@
-"""Perplexity of given answers."""
+"""Measure the perplexity of given answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from rlqwen.packing.batch import pack, split_trees
 
 
 @dataclass(frozen=True)
-class PerplexityFigures:
-    """Of all counted tokens together."""
+class PerplexityMetrics:
+    """Metrics of all counted tokens together."""
 
     values: dict[str, float]
     note: str
-    """What was counted."""
+    """Which tokens were counted."""
 
 
-def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config: SFTConfig) -> PerplexityFigures:
-    """Perplexity of the tokens that SFT with `config` would learn; sequences are cut at the model's context, if not
-    before. Raises DataError for rows that hold no answer."""
+def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config: SFTConfig) -> PerplexityMetrics:
+    """Measure the perplexity of the tokens that SFT with `config` would learn.
+
+    Sequences are cut at the model's context, if not before. Raises DataError for rows that hold no answer.
+    """
     context = model.facts.context
     length = context if config.max_length is None else min(config.max_length, context)
     tokenized, report = tokenize_sft(rows, model.facts.tokenizer, config.model_copy(update={"max_length": length}))
@@ -35,7 +37,7 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:
         likelihood = measure_likelihood(policy, shown)
-    return PerplexityFigures(
+    return PerplexityMetrics(
         {"perplexity": likelihood.perplexity, "nats_per_token": likelihood.loss, "tokens": float(likelihood.tokens)},
         report.summary(),
     )

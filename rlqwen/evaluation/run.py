@@ -1,4 +1,4 @@
-"""One evaluation, from the config to the figures."""
+"""Run one evaluation, from the config to the metrics."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ from typing import Any
 from rlqwen.data import load_rows
 from rlqwen.evaluation.eval_config import AGAINST_DATA, EvalConfig
 from rlqwen.evaluation.eval_model import EvalModel, find_model
-from rlqwen.evaluation.metrics.pass_at_k import reward_figures
+from rlqwen.evaluation.metrics.pass_at_k import reward_metrics
 from rlqwen.evaluation.metrics.text_metrics import TextMeasure
 from rlqwen.evaluation.perplexity import measure_perplexity
 from rlqwen.evaluation.result import (
@@ -31,10 +31,10 @@ from rlqwen.types import Group
 
 
 def evaluate_model(config: EvalConfig) -> EvalResult:
-    """Measure a model, and the one that it is held against; progress goes to standard error.
+    """Measure a model, and the one that it is compared with; progress goes to standard error.
 
-    Raises InputError for a model, data or rewards that won't do, before anything is sampled. Models are loaded one
-    after the other. The same config gives the same figures.
+    Raises InputError for a model, data or rewards that cannot be used, before anything is sampled. Models are loaded one
+    after the other. The same config gives the same metrics.
     """
     refuse_used_output(config.output)
     rewards = build_rewards([spec.name for spec in config.rewards], [spec.args for spec in config.rewards])
@@ -65,7 +65,7 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What is the same for all models of an evaluation."""
+    """Hold what all models of an evaluation share, and measure each."""
 
     config: EvalConfig
     rows: Sequence[dict[str, Any]]
@@ -73,7 +73,7 @@ class _Evaluation:
     measure: TextMeasure | None
 
     def of_model(self, model: EvalModel, file: str) -> tuple[EvalResult, list[Group]]:
-        """Figures of a model, and its completions."""
+        """Return the metrics of a model, and its completions."""
         started = time.monotonic()
         values: dict[str, float] = {}
         notes: dict[str, str] = {}
@@ -87,22 +87,22 @@ class _Evaluation:
             with self._keeping(groups, file):
                 sample(model, self.rows, self.config, self.scorer, groups)
         if self.measure is not None:
-            figures = self.measure.figures(groups)
-            values |= figures.values
-            notes |= figures.signatures
-        return summarise(model.name, groups, self.config.num_samples, started, values, notes), groups
+            found = self.measure.compute(groups)
+            values |= found.values
+            notes |= found.signatures
+        return summarize(model.name, groups, self.config.num_samples, started, values, notes), groups
 
     def of_data(self, model: EvalModel, answers: Sequence[str]) -> tuple[EvalResult, list[Group]]:
-        """Rewards of the rows' own answers."""
+        """Return the rewards of the answers that the rows hold, and these as completions."""
         started = time.monotonic()
         groups = given_answers(model, self.rows, self.config, self.scorer, answers)
         if self.config.output is not None:
             write_groups(self.config.output / AGAINST_FILE, groups, None)
-        return summarise(AGAINST_DATA, groups, self.config.num_samples, started, {}, {}), groups
+        return summarize(AGAINST_DATA, groups, self.config.num_samples, started, {}, {}), groups
 
     @contextmanager
     def _keeping(self, groups: list[Group], file: str) -> Iterator[None]:
-        """Write what has come into `groups` in the end, also where a reward failed or the user stopped it."""
+        """Write what `groups` holds in the end, even if a reward failed or the user stopped the evaluation."""
         try:
             yield
         finally:
@@ -110,7 +110,7 @@ class _Evaluation:
                 write_groups(self.config.output / file, groups, self.measure.references if self.measure else None)
 
 
-def summarise(
+def summarize(
     model: str,
     groups: Sequence[Group],
     num_samples: int,
@@ -118,14 +118,14 @@ def summarise(
     metrics: dict[str, float],
     notes: dict[str, str],
 ) -> EvalResult:
-    """Figures of scored groups, and those that were found already; `started`: on the monotonic clock."""
+    """Return the metrics of scored groups, together with `metrics`; `started`: on the monotonic clock."""
     completions = [completion for group in groups for completion in group.completions]
     count = len(completions)
     return EvalResult(
         model=model,
         num_prompts=len(groups),
         num_samples=num_samples,
-        rewards={name: reward_figures(groups, name) for name in (groups[0].rewards if groups else ())},
+        rewards={name: reward_metrics(groups, name) for name in (groups[0].rewards if groups else ())},
         mean_length=sum(len(completion.token_ids) for completion in completions) / count if count else None,
         truncated=sum(completion.is_truncated for completion in completions) / count if count else None,
         seconds=round(time.monotonic() - started, 2),

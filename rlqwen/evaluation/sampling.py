@@ -1,4 +1,4 @@
-"""Completions of a model, scored as they arrive; and answers that the data gives, in the same form."""
+"""Sample completions of a model and score them as they arrive; score answers from the data in the same form."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ _LINE_EVERY_S = 60.0
 
 
 def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, groups: list[Group]) -> None:
-    """Fill `groups` with a group for each prompt, in the order of the rows; what was sampled before a failure stays.
+    """Fill `groups` with a group for each prompt, in the order of the rows; after a failure it holds what came before.
 
     The same config gives the same completions, and two models get the same seeds. The engine is closed at the end.
     """
@@ -47,15 +47,15 @@ def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Sc
         for prompt in prompts
     ]
     with _engine(model, prompts, config) as engine:
-        for group in _told(engine.generate(requests), len(requests), Console(stderr=True)):
+        for group in _with_progress(engine.generate(requests), len(requests), Console(stderr=True)):
             scorer.submit(group)
             groups.append(group)
         scorer.wait()
     groups.sort(key=lambda group: group.prompt.index)
 
 
-def _told(arriving: Iterable[Group], total: int, console: Console) -> Iterator[Group]:
-    """Pass groups on and say how many came: by a bar in a terminal, else by a line a minute."""
+def _with_progress(arriving: Iterable[Group], total: int, console: Console) -> Iterator[Group]:
+    """Yield groups and show how many came: by a bar in a terminal, else by a line per minute."""
     if console.is_terminal:
         yield from track(arriving, "sampling", total, console=console)
         return
@@ -68,7 +68,7 @@ def _told(arriving: Iterable[Group], total: int, console: Console) -> Iterator[G
 
 
 def own_answers(rows: Sequence[Row]) -> list[str]:
-    """The answer of each row. Raises DataError for a row without one."""
+    """Return the answer of each row; DataError for a row without one."""
     answers = []
     for number, row in enumerate(rows):
         answer = own_answer(row, f"row {number}")
@@ -84,8 +84,10 @@ def own_answers(rows: Sequence[Row]) -> list[str]:
 def given_answers(
     model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Scorer, answers: Sequence[str]
 ) -> list[Group]:
-    """`answers`, one a row, scored as if each had been sampled `config.num_samples` times; `model`'s tokenizer gives
-    their ids."""
+    """Score `answers`, one per row, as if each had been sampled `config.num_samples` times.
+
+    The tokenizer of `model` makes their token ids.
+    """
     groups = []
     for prompt in _prompts(model, rows, config)[0]:
         text = answers[prompt.index]

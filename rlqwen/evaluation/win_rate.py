@@ -1,4 +1,4 @@
-"""Which of two models gets the higher rewards on the same prompts. Pure functions."""
+"""Compare the rewards of two models on the same prompts. Pure functions."""
 
 import math
 from collections.abc import Sequence
@@ -8,30 +8,30 @@ from statistics import NormalDist
 from rlqwen.types import Group
 
 TOTAL = "total"
-"""The weighted sum of all rewards, compared where there are several."""
+"""The weighted sum of all rewards, compared if there are several."""
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """Pairs of completions judged by one reward: the i-th of one model and the i-th of the other to one prompt."""
+    """The outcome of pairs under one reward: a pair is the i-th completions of both models for one prompt."""
 
     wins: int
     ties: int
     losses: int
     missing: int
-    """Pairs with no value on one side or both; they count nowhere else."""
+    """Pairs without a value on one side or both; they are not counted elsewhere."""
     win_rate: float | None
-    """(wins + ties / 2) / pairs; None where no pair has values."""
+    """(wins + ties / 2) / pairs; None if no pair has values."""
     interval: tuple[float, float] | None
-    """Of 95%: Wilson's, over prompts."""
+    """Wilson's 95% interval, over prompts."""
     mean: float | None
     """Mean reward of the first model over the pairs that count."""
     against_mean: float | None
-    """The other's."""
+    """Mean reward of the second model over the same pairs."""
 
 
 def win_rates(groups: Sequence[Group], others: Sequence[Group]) -> dict[str, WinRate]:
-    """Of each reward, and of their weighted total where they are several.
+    """Return the win rate under each reward, and under their weighted total if there are several.
 
     `groups` and `others` are scored by the same rewards; prompts are paired by their index, and one that only one side
     has (because it is too long for the other's context, say) is left out.
@@ -46,11 +46,11 @@ def win_rates(groups: Sequence[Group], others: Sequence[Group]) -> dict[str, Win
 
 
 def win_rate(values_P: Sequence[tuple[Sequence[float | None], Sequence[float | None]]]) -> WinRate:
-    """Of the values of both sides to P prompts.
+    """Return the win rate of the values of both sides for P prompts.
 
-    The interval is Wilson's for as many independent trials as prompts have a pair: pairs of one prompt are not
-    independent. Ties and several samples make a prompt's mean score less than all or nothing, hence vary less than a
-    trial's outcome, so that the interval is, if anything, too wide.
+    The interval is Wilson's for as many independent trials as prompts have a pair, because pairs of one prompt are not
+    independent. With ties or several samples the mean outcome of a prompt varies less than a single trial, so the
+    interval is, if anything, too wide.
     """
     judged_P = [
         [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
@@ -76,9 +76,9 @@ def win_rate(values_P: Sequence[tuple[Sequence[float | None], Sequence[float | N
 
 
 def wilson_interval(share: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    """Return Wilson's score interval of a share (Wilson 1927): (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     scale = 1 + z**2 / trials
-    centre = (share + z**2 / (2 * trials)) / scale
+    center = (share + z**2 / (2 * trials)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(center - half, 0.0), min(center + half, 1.0)

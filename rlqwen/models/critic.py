@@ -41,7 +41,7 @@ class Critic(Protocol):
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """(N,) float32 values of what stands before each target token.
 
-        `hidden_NC`: what the policy's `logprobs_and_hidden` gave, which a critic of its own does not read.
+        `hidden_NC`: what the policy's `logprobs_and_hidden` gave, which a separate critic does not read.
         """
         ...
 

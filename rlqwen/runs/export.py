@@ -1,8 +1,8 @@
-"""A model to hand on: adapter merged, cast, sharded, in int8 if asked, with tokenizer and model card.
+"""Export a model: merge its adapter, cast, shard, quantize to int8 if asked, with tokenizer and model card.
 
     export_model(ExportOptions(source="runs/gsm8k", destination="out", dtype="bfloat16"))
 
-Weights go from the loaded model to the files a shard at a time, so that they are in memory once.
+Weights go from the loaded model to the files one shard at a time, so that memory holds them once.
 """
 
 import json
@@ -38,13 +38,13 @@ _INT8_ARGUMENTS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `rlqwen export` is asked for."""
+    """The options of `rlqwen export`."""
 
     source: str
     """Run folder, checkpoint, model folder or hub id, or adapter folder."""
     destination: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """None keeps each weight's own; the base's, where an adapter is merged."""
+    """None keeps the dtype of each weight; with an adapter, that of the base."""
     shard_size: str = "5GB"
     int8: bool = False
     base: str | None = None
@@ -53,18 +53,18 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the parts of an export lie."""
+    """The places of the parts of a model to export."""
 
     model: str
     """Folder with config and weights."""
     adapter: Path | None
     tokenizer: str
     run: Path | None
-    """The run that it came from, where it lies in one."""
+    """The run folder that the model lies in, if any."""
 
 
 def export_model(options: ExportOptions) -> int:
-    """Write the folder `destination`, whole or not at all; returns the bytes of its weights.
+    """Write the folder `destination`, whole or not at all; return the bytes of its weights.
 
     Raises ConfigError for a destination that is not empty, ModelError for a source that cannot be read.
     """
@@ -108,7 +108,7 @@ def export_model(options: ExportOptions) -> int:
 
 
 def find_source(name: str, base: str | None = None) -> Source:
-    """What `name` is: a run's `final/` or newest checkpoint, a model, or an adapter with its base."""
+    """Return what `name` stands for: a run's `final/` or newest checkpoint, a model, or an adapter with its base."""
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / _ADAPTER_CONFIG).is_file():
@@ -143,7 +143,7 @@ def _adapter_source(folder: Path, base: str | None) -> Source:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run folder that `folder` lies in: `run/final/adapter` is three deep."""
+    """Return the run folder that `folder` lies in, as deep as `run/final/adapter`."""
     places = [folder.resolve(), *folder.resolve().parents][:4]
     return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
 
@@ -152,7 +152,7 @@ def _load(source: Source) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.model, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
-            require_bitsandbytes(f"the quantised model {source.model!r}")
+            require_bitsandbytes(f"the quantized model {source.model!r}")
         scores = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
         arguments: dict[str, Any] = {"dtype": "auto", **SAFE}
         model: Any = load_scalar(source.model, **arguments)[0] if scores else load_causal(source.model, **arguments)
@@ -171,7 +171,7 @@ def _load(source: Source) -> Any:
 
 
 def int8_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Projections as int8 with a scale for each output channel, in compressed-tensors' layout; the rest as it is.
+    """Yield projections as int8 with a scale per output channel, in compressed-tensors' layout, and the rest as it is.
 
     weight = round(w / scale), scale = max |w| of the row / 127.
     """
@@ -186,10 +186,10 @@ def int8_weights(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
 
 
 def _int8_config(model: nn.Module) -> dict[str, Any]:
-    """What transformers and vLLM read: int8 weights, activations rounded to int8 for each token as they come."""
+    """Return the quantization config for transformers and vLLM: int8 weights, and activations rounded per token."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     plain = [name for name in linear if name.rpartition(".")[2] not in VLLM_PROJECTIONS]
-    if carried := carried_by(model):  # the folder is of a class that names modules otherwise, and has others
+    if carried := carried_by(model):  # the folder is of a class that has other modules, and other names for them
         leaves = sorted({name.rpartition(".")[2] for name in plain})
         others = sorted({name.removeprefix("model.").partition(".")[0] for name in carried.weights})
         plain = [rf"re:(.*\.)?{leaf}$" for leaf in leaves] + [rf"re:(model\.)?{other}\..*" for other in others]
@@ -209,7 +209,7 @@ def _int8_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _left_by_int8(model: nn.Module) -> str | None:
-    """Say which layers' projections `int8_weights` leaves as they are, such as those of delta-net layers; None: none."""
+    """Return which projections `int8_weights` leaves as they are, such as those of delta-net layers; None if none."""
     projections = {
         name: module.weight.numel()
         for name, module in model.named_modules()
@@ -224,7 +224,7 @@ def _left_by_int8(model: nn.Module) -> str | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, ...; ConfigError for anything else."""
+    """Return the bytes of `5GB`, `500MB`, ...; ConfigError for anything else."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
         raise ConfigError(f"shard size {text!r} is no size; write it as 5GB or 500MB")

@@ -1,6 +1,6 @@
-"""Starts the ranks of a run on this machine, and ends them together.
+"""Start the ranks of a run on this machine, and end them together.
 
-For several machines there is torchrun, which gives the ranks the same environment.
+On several machines use torchrun, which gives the ranks the same environment.
 """
 
 import os
@@ -17,19 +17,19 @@ from types import FrameType
 from rlqwen.runs.supervisor import SUPERVISED, describe_exit
 
 MAX_EXIT_S = 20.0
-"""For ranks to end by themselves once one has failed, or after Ctrl-C; then they are killed."""
+"""Seconds that ranks have to end by themselves after one has failed, or after Ctrl-C; then they are killed."""
 LEAVE_S = 10.0
-"""For the other ranks to leave by themselves once one has saved and left."""
+"""Seconds that the other ranks have to leave by themselves after one has saved and left."""
 _POLL_S = 0.05
 _SHOWN = 20_000
-"""Last characters of a failed rank's output."""
+"""Characters of a failed rank's output that are shown, from the end."""
 _LEAVING = (75, 130)
-"""Exit codes of a rank that was told to leave: the others were told, too, and are saving."""
+"""Exit codes of a rank that was asked to leave: the others were asked too, and are saving."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def is_rank() -> bool:
-    """Whether a launcher has started this process."""
+    """Return whether a launcher has started this process."""
     return "RANK" in os.environ
 
 
@@ -41,8 +41,8 @@ def launch_command_line(arguments: Sequence[str], num_ranks: int) -> int:
 def launch(command: Sequence[str], num_ranks: int) -> int:
     """Run `command` in ranks to its end; returns the exit code of the first that failed, as a shell would give it.
 
-    The main rank's output is shown as it comes, another's where it fails. A rank that fails ends the others. Signals are
-    passed on to all; where this process is killed, the ranks get the signal on which a run saves and leaves.
+    The output of the main rank is shown as it comes, that of another rank if it fails. A rank that fails ends the
+    others. Signals are passed on to all; if this process is killed, the ranks get SIGTERM, on which a run saves and leaves.
     """
     with tempfile.TemporaryDirectory(prefix="rlqwen-ranks-") as folder:
         ranks = _Ranks(command, num_ranks, Path(folder))
@@ -87,7 +87,7 @@ class _Ranks:
             self.processes.append(process)
 
     def wait(self) -> int:
-        """The exit code of the first rank that failed, 0 where none did; the others have ended then, too."""
+        """Wait until all ranks have ended; return the exit code of the first that failed, or 0."""
         while True:
             codes = [process.poll() for process in self.processes]
             failed = [rank for rank, code in enumerate(codes) if code]
@@ -96,7 +96,7 @@ class _Ranks:
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(_POLL_S)
-        # Two that ended within one look: what was killed or crashed comes before what only left.
+        # If several ended since the last look, one that was killed or crashed comes before one that only left.
         first = min(failed, key=lambda rank: (codes[rank] in _LEAVING, (codes[rank] or 0) > 0, rank))
         code = codes[first]
         assert code is not None
@@ -116,7 +116,7 @@ class _Ranks:
             print(f"rlqwen: {whose} ended first: {describe_exit(code)}; ending the others", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """End those that live: at once where they can, for nothing can be saved without the one that failed."""
+        """End the ranks that live, at once if they can: without the one that failed nothing can be saved."""
         for _ in range(2):  # the first signal asks a run to save after the update, the second to leave now
             self._send(signal.SIGTERM)
             if self._wait_for_all(1.0):
@@ -124,7 +124,7 @@ class _Ranks:
         self._wait_for_all(MAX_EXIT_S)
 
     def kill(self) -> None:
-        """Kill what is still there."""
+        """Kill the ranks that still live."""
         self._send(signal.SIGKILL)
         for process in self.processes:
             process.wait()

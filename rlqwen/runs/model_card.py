@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it started from, how it was trained, what came of it."""
+"""Write the README.md of an exported model: its base, its training and its evaluation."""
 
 import re
 from pathlib import Path
@@ -18,9 +18,9 @@ loads this, and transformers with the package compressed-tensors.
 
 
 def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False, note: str | None = None) -> Path:
-    """Write `folder/README.md` from the recipe and summary of `run`, where there is one. Returns its path.
+    """Write `folder/README.md` from the recipe and summary of `run`, if there is one; return its path.
 
-    `note`: what to say of the weights besides.
+    `note`: a further sentence about the weights.
     """
     recipes = _recipes(run)
     if recipes:
@@ -40,7 +40,7 @@ def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False,
     if note is not None:
         parts.append(f"{note[0].upper()}{note[1:]}.\n")
     if summary.get("final_eval"):
-        parts.append(_figures(summary))
+        parts.append(_evaluation_table(summary))
     if run is not None:
         recipe = (run / RECIPE_FILE).read_text(encoding="utf-8")
         parts.append(f"## Recipe\n\n```yaml\n{recipe}```\n")
@@ -52,7 +52,7 @@ def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False,
 
 
 def _recipes(run: Path | None) -> list[dict[str, Any]]:
-    """The recipe of `run`, after those of the runs that it went on from, where they are still there."""
+    """Return the recipe of `run`, after those of the earlier runs that it started from, if they still exist."""
     if run is None or not (run / RECIPE_FILE).is_file():
         return []
     recipe = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def _recipes(run: Path | None) -> list[dict[str, Any]]:
 
 
 def _sources(recipe: dict[str, Any]) -> list[str]:
-    """Names of the recipe's training data; of a local file its name alone."""
+    """Return the names of the recipe's training data; for a local file, its name without the folder."""
     train = recipe["data"]["train"]
     names = []
     for source in train if isinstance(train, list) else [train]:
@@ -84,8 +84,8 @@ def _opening(base: str, algorithms: list[str], sources: list[str]) -> str:
     return f"{start}, trained by rlqwen with {', then '.join(algorithms)} on {', '.join(sources)}.\n"
 
 
-def _figures(summary: dict[str, Any]) -> str:
-    """A table of the evaluation before and after."""
+def _evaluation_table(summary: dict[str, Any]) -> str:
+    """Return a table of the evaluation before and after training."""
     before = summary.get("initial_eval") or {}
     rows = [
         f"| {name.removeprefix('eval/')} | {_number(before.get(name))} | {_number(value)} |"

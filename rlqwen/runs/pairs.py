@@ -1,9 +1,9 @@
-"""Preference pairs of a model's own answers: sampled, scored, and the better set against the worse.
+"""Make preference pairs of a model's own answers: sample, score, and pair better answers with worse ones.
 
 Example:
     recipe = sample_pairs(load_recipe("quickstart_dpo"), print)   # its data are files now, under output_dir/pairs
 
-What a policy can get right and wrong is what it learns most from; pairs of strangers' answers are far from both.
+A policy learns most from answers that it can give itself, right and wrong; answers of other models are far from both.
 """
 
 import json
@@ -28,10 +28,10 @@ Row = dict[str, Any]
 
 
 def sample_pairs(recipe: Recipe, announce: Callable[[str], None]) -> Recipe:
-    """The recipe with files in place of pairs that were yet to be sampled; the files are `pairs/*.jsonl` of its folder.
+    """Sample the pairs that a recipe asks for, and return it with files in their place: `pairs/*.jsonl` of its folder.
 
     Each line has the prompt, `chosen` and `rejected`, their rewards, and the prompt row's other columns. Raises
-    DataError where no prompt has answers of different rewards.
+    DataError if no prompt has answers of different rewards.
     """
     data = recipe.data
     for part in ("train", "eval"):
@@ -64,7 +64,7 @@ def _drawn(
 def sampled_config(
     prompts: str, *, reward_names: str, columns: Sequence[str], limit: int | None, engine: str | None, **options: Any
 ) -> SampledPairsConfig:
-    """What the command line asks for; `prompts` is a file, folder, hub id or generator."""
+    """Return the config that the command line asks for; `prompts` is a file, folder, hub id or generator."""
     origin = "generator" if prompts in GENERATORS else "path"
     source = {origin: prompts, "columns": dict(split_column(column) for column in columns), "limit": limit}
     rewards = [{"name": name} for name in split_names(reward_names)]
@@ -73,7 +73,7 @@ def sampled_config(
 
 
 def draw_pairs(model: str, config: SampledPairsConfig) -> tuple[list[Row], str]:
-    """Pairs of `model`'s answers, in the order of the prompts, and a line that says how many came of what."""
+    """Return pairs of answers of `model`, in the order of the prompts, and a line that counts them."""
     prompts = load_rows(config.prompts, seed=config.seed)
     rewards = resolve_rewards(config.rewards)
     check_reward_columns(rewards, prompts, "sampled.prompts")
@@ -106,7 +106,7 @@ def draw_pairs(model: str, config: SampledPairsConfig) -> tuple[list[Row], str]:
 
 
 def _pairs_of(group: Group, config: SampledPairsConfig) -> Iterator[Row]:
-    """The best answer against the worst, the next best against the next worst, and so on."""
+    """Pair the best answer with the worst, the next best with the next worst, and so on."""
     scored = [
         (reward, completion)
         for reward, completion in zip(group.total_rewards_G, group.completions, strict=True)
@@ -134,7 +134,7 @@ def _answer(group: Group, completion: Completion) -> Any:
 
 
 def write_pairs(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSONL, whole or not at all, the folder made if need be."""
+    """Write rows as JSONL, whole or not at all; make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")  # a run that goes on reads it as it is
     partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -21,10 +21,10 @@ from rlqwen.secrets import redact
 def run_pipeline(
     recipes: Sequence[Recipe | Stage], announce: Callable[[str], None], ranks: Ranks | None = None
 ) -> list[Path]:
-    """Train each recipe in turn that isn't finished; returns the run folders. `announce` is told of each stage where
-    there are several, and of what is sampled before one.
+    """Train the recipes that are not finished, in order, and return all run folders.
 
-    Run folders that share a parent leave a summary and the curves of all stages in that parent too.
+    `announce` gets a line per stage if there are several, and a line per set of pairs that is sampled. If the run
+    folders share a parent, a summary and the curves of all stages are written there too.
 
     Raises ConfigError before anything is trained if one of the run folders holds a run that may not be overwritten.
     """
@@ -48,9 +48,9 @@ def run_pipeline(
 
 
 def run_recipe(recipe: Recipe, announce: Callable[[str], None], ranks: Ranks | None = None) -> Path:
-    """Train one recipe; returns its run folder, which holds `error.log` if it failed for no fault of the input.
+    """Train one recipe, and return its run folder; if it fails, but not for a fault of the input, write `error.log` there.
 
-    Of several ranks the main one alone samples pairs and writes into the folder.
+    Of several ranks only the main one samples pairs and writes into the folder.
     """
     from rlqwen.trainers.factory import build_trainer
 

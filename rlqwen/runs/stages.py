@@ -1,4 +1,4 @@
-"""Which recipes of a pipeline are done, which one goes on from a checkpoint, and which begin."""
+"""Decide which recipes of a pipeline are finished, which one resumes from a checkpoint, and which begin."""
 
 import json
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER, FINAL_FOLDER, find_run_
 
 @dataclass(frozen=True)
 class Stage:
-    """A recipe in its place."""
+    """A recipe of a pipeline, and what to do with it."""
 
     recipe: Recipe
-    """As it is to be run: told to go on from a checkpoint where there is one."""
+    """The recipe to run; it resumes from a checkpoint if there is one."""
     finished: bool = False
-    """Its run folder is complete, and it is left alone."""
+    """Whether its run folder is complete, so that it is skipped."""
 
 
 def plan_stages(recipes: Sequence[Recipe], *, resume: bool = False, allow_changes: bool = False) -> list[Stage]:
-    """What is to be done with each recipe.
+    """Return what to do with each recipe.
 
-    `resume` (`--resume`) skips what is finished, goes on with what was interrupted, and begins what comes after it;
-    ConfigError where there is nothing to go on from. `resume: auto` in a recipe does the same for that one, and begins
-    where there is nothing.
+    `resume` (`--resume`) skips recipes that are finished, resumes the one that was interrupted, and begins those after
+    it; ConfigError if there is nothing to resume. `resume: auto` in a recipe does the same for that recipe, and begins
+    it if there is nothing to resume.
     """
     stages = [_plan(recipe, resume, allow_changes) for recipe in recipes]
     if resume and not any(stage.finished or stage.recipe.train.resume_from_checkpoint for stage in stages):
@@ -63,7 +63,7 @@ def _plan(recipe: Recipe, resume: bool, allow_changes: bool) -> Stage:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end there: `summary.json` is what it writes last."""
+    """Return whether a run has ended in `folder`: it writes `summary.json` last."""
     try:
         return bool(read_summary(folder)) and (folder / FINAL_FOLDER).is_dir()
     except (OSError, json.JSONDecodeError):

@@ -1,7 +1,7 @@
-"""Runs a command that trains, and starts it again from its last checkpoint when it dies.
+"""Run a command that trains, and start it again from its last checkpoint when it dies.
 
-What the command does inside, several ranks or none, is its own business: the supervisor knows a command line, the run
-folders that it writes, and exit codes.
+The supervisor knows only a command line, the run folders that it writes, and exit codes; the command may start several
+ranks or none.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from rlqwen.run_folder.layout import ERROR_FILE
 
 RESTARTS_FILE = "restarts.jsonl"
 SUPERVISED = "RLQWEN_SUPERVISOR"
-"""Environment variable that holds the supervisor's process id, by which a child knows that it has one."""
+"""Environment variable that holds the supervisor's process id, so that a child knows that it has a supervisor."""
 FINAL_CODES = {0: "done", 2: "the input is wrong", 75: "saved and left on a signal", 130: "interrupted"}
 """Exit codes after which there is nothing to restart."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -33,23 +33,24 @@ _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Policy:
-    """When to give up."""
+class RestartPolicy:
+    """Say how often to restart a command, and after what pause."""
 
     max_restarts: int
     max_stalls: int = 3
-    """Deaths in a row at the same step."""
+    """Deaths in a row at the same step after which to give up."""
     backoff_s: float = 1.0
-    """Before the first restart; each further one waits twice as long."""
+    """Seconds before the first restart; each further one waits twice as long."""
     max_backoff_s: float = 60.0
+    """The longest pause in seconds."""
 
 
 def is_supervised() -> bool:
-    """Whether the parent process is a supervisor."""
+    """Return whether the parent process is a supervisor."""
     return os.environ.get(SUPERVISED) == str(os.getppid())
 
 
-def supervise_command_line(arguments: Sequence[str], run_dirs: Sequence[str | Path], policy: Policy) -> int:
+def supervise_command_line(arguments: Sequence[str], run_dirs: Sequence[str | Path], policy: RestartPolicy) -> int:
     """Supervise rlqwen with the arguments that it was started with; returns the exit code as a shell would give it."""
 
     def announce(text: str) -> None:
@@ -60,13 +61,13 @@ def supervise_command_line(arguments: Sequence[str], run_dirs: Sequence[str | Pa
 
 
 def supervise(
-    command: Sequence[str], run_dirs: Sequence[str | Path], policy: Policy, announce: Callable[[str], None]
+    command: Sequence[str], run_dirs: Sequence[str | Path], policy: RestartPolicy, announce: Callable[[str], None]
 ) -> int:
     """Run `command` to its end; returns the exit code of its last process.
 
-    A process that dies by a signal, or with a code that is not final, is started again with `resume=auto` as one more
-    word: recipes that are finished are skipped, and the others go on from their last checkpoint. Signals are passed on,
-    and end the supervision. Each restart is a line in `restarts.jsonl` of the run folder that was being written.
+    A process that dies by a signal, or with a code that is not final, is started again with `resume=auto` added:
+    finished recipes are skipped, and the others resume from their last checkpoint. Signals are passed on, and end the
+    supervision. Each restart is a line in `restarts.jsonl` of the current run folder.
     """
     folders = [Path(run_dir) for run_dir in run_dirs]
     with _Child() as child:
@@ -93,7 +94,7 @@ def supervise(
 
 
 class _Child:
-    """One process at a time, in a process group of its own, so that it gets each signal once: from here."""
+    """Run one process at a time, in a process group of its own, so that it gets each signal once: from here."""
 
     def __init__(self) -> None:
         self.asked_to_stop = 0
@@ -112,7 +113,7 @@ class _Child:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str]) -> int:
-        """Run it to its end; the exit code, negative where a signal ended it."""
+        """Run it to its end, and return the exit code, which is negative if a signal ended it."""
         self.started = time.time()
         environment = os.environ | {SUPERVISED: str(os.getpid())}
         self._process = subprocess.Popen(command, env=environment, process_group=0)
@@ -122,7 +123,7 @@ class _Child:
             self._process = None
 
     def wait(self, seconds: float) -> bool:
-        """Wait, unless asked to stop; returns whether to go on."""
+        """Wait, unless asked to stop; return whether to go on."""
         deadline = time.monotonic() + seconds
         while not self.asked_to_stop and time.monotonic() < deadline:
             time.sleep(min(0.1, seconds))
@@ -135,13 +136,13 @@ class _Child:
 
 
 def end_with_supervisor() -> None:
-    """In the child: where the supervisor is killed outright, get the signal on which a run saves and leaves."""
+    """Have this process get SIGTERM, on which a run saves and leaves, if its supervisor is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def describe_exit(code: int) -> str:
-    """`killed by SIGKILL`, or `exit code 1`."""
+    """Return a description of an exit code, such as `killed by SIGKILL` or `exit code 1`."""
     number = -code if code < 0 else code - 128
     try:
         return f"killed by {signal.Signals(number).name}"
@@ -150,12 +151,12 @@ def describe_exit(code: int) -> str:
 
 
 def _reason_to_give_up(
-    folders: Sequence[Path], policy: Policy, restart: int, stalls: int, started: float
+    folders: Sequence[Path], policy: RestartPolicy, restart: int, stalls: int, started: float
 ) -> str | None:
     if any(_monitor_stopped(folder, started) for folder in folders):
         return "its monitor (train.watch) stopped it, and would again"
     if stalls >= policy.max_stalls:
-        return f"it died {stalls} times in a row at the same step; mend the cause, then --resume"
+        return f"it died {stalls} times in a row at the same step; fix the cause, then --resume"
     return (
         f"it has been restarted as often as --max-restarts={restart} allows" if restart == policy.max_restarts else None
     )
@@ -167,7 +168,7 @@ def _monitor_stopped(folder: Path, started: float) -> bool:
 
 
 def _furthest(folders: Sequence[Path]) -> tuple[int, int]:
-    """(recipes finished, last checkpoint or logged step of the one that is being trained)."""
+    """Return the number of finished recipes, and the last checkpoint or logged step of the one that was trained."""
     finished = sum((folder / SUMMARY_FILE).is_file() for folder in folders)
     folder = _current(folders)
     steps = [int(line["step"]) for line in read_metrics(folder)[-1:]]
@@ -175,7 +176,7 @@ def _furthest(folders: Sequence[Path]) -> tuple[int, int]:
 
 
 def _current(folders: Sequence[Path]) -> Path:
-    """The first run folder that is not finished."""
+    """Return the first run folder that is not finished."""
     return next((folder for folder in folders if not (folder / SUMMARY_FILE).is_file()), folders[-1])
 
 
@@ -186,7 +187,9 @@ def _checkpoint_steps(folder: Path) -> list[int]:
 
 def _start_of_next(folders: Sequence[Path]) -> str:
     steps = _checkpoint_steps(_current(folders))
-    return f"from the checkpoint of step {max(steps)}" if steps else "from the beginning, for there is no checkpoint"
+    return (
+        f"from the checkpoint of step {max(steps)}" if steps else "from the beginning, because there is no checkpoint"
+    )
 
 
 def _write_down(folders: Sequence[Path], line: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""Whether a run that is killed and goes on comes to the same as one that isn't: tried out on a user's own recipe.
+"""Test on a user's own recipe whether a run that is killed and resumed equals one that is not.
 
     comparison = verify_resume(load_recipe("my.yaml"), steps=4, announce=print)
     comparison.is_exact, str(comparison)
 
-Metrics are compared but for times, completions word for word, final weights bit for bit.
+Metrics other than times are compared exactly, completions word by word, final weights bit by bit.
 """
 
 import math
@@ -36,13 +36,13 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure, text or weight of two runs that is not the same."""
+    """One metric, text or weight that differs between two runs."""
 
     what: str
     step: float
-    """Update that it belongs to; infinite for the weights at the end."""
+    """Update that it belongs to; infinite for the final weights."""
     size: float
-    """Largest absolute difference; infinite where one side lacks it, or it is no number."""
+    """Largest absolute difference; infinite if one side lacks it, or if it is not a number."""
 
     def __str__(self) -> str:
         where = f"update {self.step:.0f}: " if math.isfinite(self.step) else ""
@@ -51,7 +51,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What was compared, and what differs."""
+    """The result of comparing two runs: what was compared, and what differs."""
 
     differences: list[Difference] = field(default_factory=list)
     num_metrics: int = 0
@@ -64,14 +64,14 @@ class Comparison:
 
     def __str__(self) -> str:
         compared = (
-            f"{self.num_metrics:,} figures, {self.num_completions:,} completions and {self.num_weights:,} final weights"
+            f"{self.num_metrics:,} metrics, {self.num_completions:,} completions and {self.num_weights:,} final weights"
         )
         if self.is_exact:
             return f"exact: {compared} are the same, to the bit"
         first = min(self.differences, key=lambda one: one.step)
         lines = [f"not exact: {len(self.differences)} differences in {compared}", f"  it begins with {first}"]
         sized = [one for one in self.differences if math.isfinite(one.size)]
-        for what, at_end in (("figure", False), ("weight", True)):
+        for what, at_end in (("metric", False), ("weight", True)):
             own = [one for one in sized if math.isinf(one.step) == at_end]
             if own:
                 lines.append(f"  the largest of a {what}: {max(own, key=lambda one: one.size)}")
@@ -79,7 +79,7 @@ class Comparison:
 
 
 def compare_runs(ours: Path, theirs: Path) -> Comparison:
-    """Two finished run folders."""
+    """Compare two finished run folders."""
     result = Comparison()
     result.differences += _compare_metrics(read_metrics(ours), read_metrics(theirs), result)
     result.differences += _compare_completions(ours / COMPLETIONS_FOLDER, theirs / COMPLETIONS_FOLDER, result)
@@ -88,7 +88,7 @@ def compare_runs(ours: Path, theirs: Path) -> Comparison:
 
 
 def measures_time(key: str) -> bool:
-    """Whether a metric says how long something took, and so is never the same twice."""
+    """Return whether a metric measures time, and so is never the same twice."""
     return key.startswith("time/") or key.rpartition("/")[2] in ("time", "seconds", "wait_seconds")
 
 
@@ -148,10 +148,10 @@ def _compare_weights(ours: Path, theirs: Path, result: Comparison) -> Iterator[D
 
 
 def verify_resume(recipe: Recipe, *, steps: int, announce: Callable[[str], None]) -> Comparison:
-    """Train `recipe` for `steps` steps of its loop; again, killed in the middle, and on from its checkpoint; compare.
+    """Train `recipe` for `steps` steps twice, once killed in the middle and resumed, and compare both runs.
 
-    All of it happens in a temporary folder and in processes of their own. Raises RlqwenError, with the end of what it
-    printed, where one of them fails.
+    Both happen in a temporary folder, in processes of their own. Raises RlqwenError with the end of the output if one
+    of them fails.
     """
     with tempfile.TemporaryDirectory(prefix="rlqwen-verify-") as scratch:
         folder = Path(scratch)
@@ -193,7 +193,7 @@ def _run(arguments: list[str], folder: Path, *, expected: int) -> None:
 
 
 class _Killer(TrainerCallback):
-    """Ends this process, as the kernel would that ran out of memory, once metrics of update `step` are logged."""
+    """Kill this process, as a kernel that is out of memory would, once the metrics of update `step` are logged."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -204,7 +204,7 @@ class _Killer(TrainerCallback):
 
 
 def train_and_die(recipe_file: str, step: int) -> None:
-    """Train a recipe, and be killed after update `step`."""
+    """Train a recipe, and kill this process after update `step`."""
     from rlqwen.trainers.factory import build_trainer
 
     trainer = build_trainer(load_recipe(recipe_file))

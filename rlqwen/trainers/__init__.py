@@ -1,4 +1,4 @@
-"""The trainers: one loop, and a `step` each."""
+"""Train models: one loop, and a `step` per algorithm."""
 
 import os
 

@@ -154,7 +154,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     @property
     def model(self) -> nn.Module:
-        """The transformers model that is trained, adapters included."""
+        """Return the transformers model that is trained, adapters included."""
         return cast(nn.Module, self.policy.model)
 
     def _callback_context(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which evaluation was the best, and when to stop looking for a better one."""
+"""Find the best evaluation of a run, and decide when to stop early."""
 
 import difflib
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
 
-# Last parts of keys of evaluation figures.
+# Last parts of keys of evaluation metrics of which less is better.
 _BETTER_LOW = {
     "truncated", "missing", "unparsable", "timeout", "error", "invalid", "restarts", "time", "seconds", "wait_seconds",
     "kl"
@@ -17,7 +17,7 @@ _BETTER_LOW = {
 
 
 class Verdict(Enum):
-    """On one evaluation."""
+    """The result of comparing an evaluation with the best one so far."""
 
     BEST = "best so far"
     WORSE = "no improvement"
@@ -25,7 +25,7 @@ class Verdict(Enum):
 
 
 class BestMetric:
-    """Follows `metric_for_best_model` over the evaluations of a run."""
+    """Follow `metric_for_best_model` over the evaluations of a run."""
 
     def __init__(self, args: TrainerConfig, default_name: str) -> None:
         self.args = args
@@ -39,7 +39,7 @@ class BestMetric:
         return f"{self.name} has not improved on {value} for {self.num_worse} evaluations"
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """The best so far."""
+        """Return the best value so far, and the evaluations since."""
         return {"value": self.value, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -47,21 +47,23 @@ class BestMetric:
         self.value, self.num_worse = state["value"], state["num_worse"]
 
     def find_key(self, keys: Iterable[str]) -> str:
-        """The key of an evaluation's figures that is meant; `eval/` may be left out, and transformers' spelling with
-        `_` for `/` is understood. Raises ConfigError if there is none."""
+        """Return the one of `keys` that the config names; ConfigError if there is none.
+
+        `eval/` may be left out, and transformers' spelling with `_` for `/` is understood.
+        """
         spelled = {key.removeprefix("eval/").replace("/", "_"): key for key in keys}
         name = self.name.removeprefix("eval/").removeprefix("eval_").replace("/", "_")
         if name not in spelled:
             near = difflib.get_close_matches(name, spelled, n=1)
             hint = f"did you mean {spelled[near[0]]!r}? " if near else ""
             raise ConfigError(
-                f"metric_for_best_model={self.name!r} is not among the evaluation's figures; "
+                f"metric_for_best_model={self.name!r} is not among the evaluation's metrics; "
                 f"{hint}there are: {', '.join(sorted(spelled.values()))}"
             )
         return spelled[name]
 
     def judge(self, metrics: Mapping[str, float]) -> Verdict:
-        """Take in an evaluation; raises ConfigError if it lacks the metric. What is not a number is never better."""
+        """Compare an evaluation with the best one so far; NaN is never better. ConfigError if it lacks the metric."""
         key = self.find_key(metrics)
         value = metrics[key]
         if not math.isnan(value) and (

@@ -1,7 +1,6 @@
-"""The order in which training rows are taken: epochs of seeded permutations, as one endless stream.
+"""Take training rows in order: epochs of seeded permutations, as one endless stream.
 
-A position in the stream is a single number, so going on from it repeats nothing and loses nothing; a batch may span
-two epochs.
+A position in the stream is a single number, so a resumed run repeats no row and loses none; a batch may span two epochs.
 """
 
 import random
@@ -26,7 +25,7 @@ class RowStream(Generic[Row]):
         self.position = position
         """Rows taken so far."""
         self._orders: dict[int, array[int]] = {}
-        """Of the epochs that are looked at, the present one and perhaps the next."""
+        """Epoch -> its order, for the current epoch and the next if it was read."""
 
     @property
     def epoch(self) -> float:
@@ -34,13 +33,13 @@ class RowStream(Generic[Row]):
         return self.position / len(self.rows)
 
     def take(self, count: int) -> list[Row]:
-        """The next `count` rows."""
+        """Return the next `count` rows."""
         rows = self.peek(0, count)
         self.position += count
         return rows
 
     def peek(self, skip: int, count: int) -> list[Row]:
-        """The `count` rows after the next `skip`, which stay to be taken."""
+        """Return the `count` rows after the next `skip`, without taking them."""
         start = self.position + skip
         return [self._row(position) for position in range(start, start + count)]
 
@@ -53,7 +52,7 @@ class RowStream(Generic[Row]):
         self.position = state["position"]
 
     def ended_epoch(self, count: int) -> bool:
-        """Whether the last `count` rows taken held the last one of an epoch."""
+        """Return whether the last `count` rows taken held the last one of an epoch."""
         return self.position // len(self.rows) > (self.position - count) // len(self.rows)
 
     def _row(self, position: int) -> Row:

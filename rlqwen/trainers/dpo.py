@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives.
+"""Train on preferences directly: DPO and its relatives.
 
 Example:
     trainer = DPOTrainer(
@@ -48,10 +48,10 @@ from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches
 from rlqwen.trainers.preference_trees import (
     PreferenceExample,
     PreferenceExamples,
-    add_mismatched,
+    add_kl_answers,
     are_pairs,
     balance_warnings,
-    to_comparison,
+    to_example,
 )
 from rlqwen.trainers.run_logger import Metrics
 
@@ -76,12 +76,12 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         callbacks: Sequence[TrainerCallback] | None = None,
         peft_config: Any = None,
     ) -> None:
-        """TRL's signature and meaning.
+        """Take the arguments of TRL's DPOTrainer, with the same meaning.
 
         Args:
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
             ref_model: the reference, which is frozen; None: the model as it is before training.
-            train_dataset: a datasets.Dataset or a list of rows: `prompt` (or none, where both answers begin with it),
+            train_dataset: a datasets.Dataset or a list of rows: `prompt` (or none, if both answers begin with it),
                 `chosen` and `rejected`; for `kto` also `prompt`, `completion` and `label`.
             eval_dataset: the same, never trained on.
             processing_class: the tokenizer; None loads the model's.
@@ -112,7 +112,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
 
     def _check_reference(self) -> None:
         if self.args.sync_ref_model and self.policy.has_adapter:
-            raise ConfigError("sync_ref_model mixes whole weights, of which a model with an adapter trains none")
+            raise ConfigError("sync_ref_model mixes whole weights, and a model with an adapter trains none of them")
         ours, theirs = self.policy.text_config.vocab_size, self.policy.reference_config.get_text_config().vocab_size
         if ours != theirs:
             raise ModelError(
@@ -125,9 +125,9 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         self.reports[name] = report
         if "kto" not in self.args.loss_type and not self.args.precompute_ref_log_probs:
             return PreferenceExamples(tokenized)
-        rows = [to_comparison(row) for row in tokenized]  # each is to be filled in below
+        rows = [to_example(row) for row in tokenized]
         if "kto" in self.args.loss_type:
-            add_mismatched(rows)
+            add_kl_answers(rows)
             report.warnings += balance_warnings(rows, self.args)
         if self.args.precompute_ref_log_probs:
             self._precompute_reference(rows, name)
@@ -136,7 +136,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
     # The algorithm
 
     def step(self, rows: list[PreferenceExample]) -> Metrics:
-        """One update on the mean loss of `rows`."""
+        """Make one update on the mean loss of `rows`."""
         started = time.monotonic()
         batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
         totals = AnswerTotals.of_trees((row.answers for row in rows), paired=are_pairs(rows))
@@ -165,8 +165,11 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         )
 
     def _backward_in_two_passes(self, micro_batches: list[PackedBatch], totals: AnswerTotals) -> Metrics:
-        """For losses that rank all pairs of the update: find d loss / d logprobs first, keeping no activations, and then
-        send it back through one micro-batch after the other. The other ranks' answers are numbers without gradient."""
+        """Send back the gradient of a loss that ranks all pairs of the update.
+
+        The first pass finds d loss / d logprobs and keeps no activations; the second sends it back through one
+        micro-batch after another. The answers of other ranks are numbers without gradient.
+        """
         with self.policy.inference():
             logps = [self.policy.logprobs(micro)[0] for micro in micro_batches]
         for logp_N in logps:
@@ -181,10 +184,10 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             add_up(added, {"loss": balance})
         metrics = read_scalars({"loss": loss, **shares})
         metrics["loss"] += self.ranks.sum(read_scalars(added)).get("loss", 0.0)
-        return metrics | self._reduce_whole(found, totals)
+        return metrics | self._reduce(found, totals)
 
     def _of_all_ranks(self, own: Answers) -> Answers:
-        """This rank's answers, with their gradient, among those of all shares, in their order."""
+        """Return the answers of all ranks in their order; those of this rank keep their gradient."""
         if self.ranks.data_size == 1:
             return own
         parts = self.ranks.gather_shares(own.detached("cpu"))
@@ -194,7 +197,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         )
 
     def _answers(self, micro: PackedBatch) -> Answers:
-        """The policy's answers, with gradient, beside the reference's."""
+        """Return the policy's answers, with gradient, beside the reference's."""
         if self.args.use_weighting:
             logp_N, log_collision_N = self.policy.logprobs_and_collision(micro)
             return self._read(logp_N, micro, log_collision_N)
@@ -209,8 +212,8 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         )
 
     def _kl(self, rows: Sequence[PreferenceExample], batch_size: int) -> Tensor | None:
-        """KTO's estimate over all `rows`; None where no loss asks for it."""
-        trees = [row.mismatched for row in rows if row.mismatched is not None]
+        """Return KTO's estimate of the KL over all `rows`; None if no loss asks for it."""
+        trees = [row.kl_answers for row in rows if row.kl_answers is not None]
         if not trees:
             return None
         with self.policy.inference():
@@ -218,7 +221,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         return kto_kl(self._of_all_ranks(own))
 
     def compute_evaluation(self, rows: Sequence[PreferenceExample]) -> Metrics:
-        """The loss and what it is made of, over all `rows` as one batch."""
+        """Return the loss and its parts over all `rows` as one batch."""
         size = self.args.per_device_eval_batch_size
         own = Answers.join([self._answers(micro) for micro in self._batches([row.answers for row in rows], size)])
         answers = self._of_all_ranks(own)
@@ -227,22 +230,17 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         loss, shares, found = self.loss(answers, totals, kl=kl)
         shares |= {} if kl is None else {"kl": kl}
         metrics = read_scalars({"loss": loss, **shares})
-        return metrics | self._reduce_whole(found, totals)
+        return metrics | self._reduce(found, totals)
 
-    def _reduce(self, collected: MetricSums, totals: AnswerTotals) -> Metrics:
-        """Return the metrics that losses of pairs have reported, over all ranks."""
-        answers = totals.good + totals.bad
-        return collected.reduce(self.ranks.gather_shares, tokens=answers, sequences=totals.pairs)
-
-    def _reduce_whole(self, found: Mapping[str, Metric], totals: AnswerTotals) -> Metrics:
-        """Return metrics of a loss that has seen the answers of all ranks at once."""
-        collected = MetricSums()
-        collected.add(found)
-        return collected.reduce(lambda own: [own], tokens=totals.good + totals.bad, sequences=totals.pairs)
+    def _reduce(self, found: MetricSums | Mapping[str, Metric], totals: AnswerTotals) -> Metrics:
+        """Return the metrics that losses have reported: sums of this rank, or metrics of the answers of all ranks."""
+        of_one_rank = isinstance(found, MetricSums)
+        collected = found if isinstance(found, MetricSums) else MetricSums.of(found)
+        gather = self.ranks.gather_shares if of_one_rank else lambda own: [own]
+        return collected.reduce(gather, tokens=totals.good + totals.bad, sequences=totals.pairs)
 
     def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
-        """This rank's micro-batches, of `size` whole trees, or of as many as the token budget allows where there is
-        one."""
+        """Yield this rank's micro-batches of `size` whole trees, or, with a token budget, of as many as it allows."""
         budget = self.args.max_tokens_per_micro_batch
         limit = size * len(trees[0].branches) if budget is None else None  # all rows have one answer, or all have two
         parts = micro_batches(trees, self.ranks, max_tokens=budget, max_branches=limit, divisible=False)
@@ -251,9 +249,9 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
     # The reference, computed once
 
     def _precompute_reference(self, rows: list[PreferenceExample], name: str) -> None:
-        """Fill in the reference's log-probability of every answer, from disk where it is kept there."""
+        """Fill in the reference's log-probability of every answer, from disk if it is there."""
         assert self._reference_digests is not None
-        trees = [tree for row in rows for tree in (row.answers, row.mismatched) if tree is not None]
+        trees = [tree for row in rows for tree in (row.answers, row.kl_answers) if tree is not None]
         key = ReferenceKey(
             *self._reference_digests,
             answers=digest_trees(trees),
@@ -272,10 +270,10 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
 
     @torch.no_grad()
     def _reference_logps(self, trees: list[Tree], name: str) -> Tensor:
-        """(A,) the reference's log-probability of each of the trees' branches, in order."""
+        """Return the reference's log-probability of each of the trees' A branches, in order: (A,)."""
         if not self.policy.has_reference and (self.state.global_step > 0 or not self._starts_from_reference):
             raise ConfigError(
-                "precompute_ref_log_probs has freed the reference, and these rows were not there then: give them as "
+                "precompute_ref_log_probs has freed the reference, and these rows came later: give them as "
                 "eval_dataset to the trainer, or leave precompute_ref_log_probs out"
             )
         size = self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
@@ -291,7 +289,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             ) as bar,
         ):
             for micro in self._batches(trees, self.args.precompute_ref_batch_size or size):
-                # Without a reference of its own, the policy as it is before training is the reference.
+                # If there is no reference model, the policy as it is before training is the reference.
                 has_own = self.policy.has_reference
                 logp_N = self.policy.reference_logprobs(micro) if has_own else self.policy.logprobs(micro)[0]
                 logps.append(answer_logps(logp_N, micro, self.args.ld_alpha).cpu())
@@ -302,13 +300,13 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
 def _reference(
     model: str | nn.Module, ref_model: str | nn.Module | None, args: DPOConfig, *, has_adapter: bool
 ) -> bool | nn.Module:
-    """The reference as Policy takes it: a model, or whether the policy's own start is one."""
+    """Return the reference as Policy takes it: a model, or whether the policy's own start is one."""
     if ref_model is not None and args.ref_model is not None:
         raise ConfigError(f"the reference is given twice, as ref_model and as args.ref_model={args.ref_model!r}")
     ref_model = args.ref_model if ref_model is None else ref_model
     if ref_model is None:
-        # Without an adapter to take off, a reference is a copy of all weights, which precomputing does without.
+        # Without an adapter to switch off, a reference is a copy of all weights, which precomputing makes needless.
         return args.needs_reference and (has_adapter or not args.precompute_ref_log_probs)
     if not args.needs_reference:
-        raise ConfigError(f"ref_model is given, but loss_type {', '.join(args.loss_type)} is to use no reference")
+        raise ConfigError(f"ref_model is given, but loss_type {', '.join(args.loss_type)} uses no reference")
     return load_reference(ref_model, model, args)

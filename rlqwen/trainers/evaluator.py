@@ -25,7 +25,7 @@ class Evaluator(Generic[Row]):
         model: PackedModel,
         best: BestMetric,
     ) -> None:
-        """`compute`: metrics of the present model on rows, without the prefix `eval/`. `rows`: the evaluation set."""
+        """Evaluate by `compute`, which returns metrics of rows without the prefix `eval/`; `rows` is the evaluation set."""
         self.rows = rows
         self.best = best
         self.initial: Metrics | None = None

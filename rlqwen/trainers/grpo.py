@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization and its relatives, with rollouts from vLLM workers.
+"""Train by Group Relative Policy Optimization and its relatives, with rollouts from vLLM workers.
 
 Example:
     trainer = GRPOTrainer(
@@ -6,7 +6,7 @@ Example:
     )
     trainer.train()
 
-Shapes: P prompts a rollout, G completions a prompt.
+Shapes: P prompts per rollout, G completions per prompt.
 """
 
 import math
@@ -26,7 +26,7 @@ from rlqwen.packing.batch import Tree
 from rlqwen.plugins.kinds import ADVANTAGES
 from rlqwen.plugins.named_call import NamedCall
 from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, deal
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, split_into_updates
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -49,7 +49,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         peft_config: Any = None,
         reward_processing_classes: Any = None,
     ) -> None:
-        """TRL's signature and meaning.
+        """Take the arguments of TRL's GRPOTrainer, with the same meaning.
 
         Args:
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
@@ -89,7 +89,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     # The algorithm
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
-        """Sample a group for each prompt, score it, centre within the group, and make the clipped updates."""
+        """Sample a group for each prompt, score it, estimate advantages, and make the clipped updates."""
         groups_P, metrics = self._sample(prompts_P)
         metrics |= self.rollouts.scoring_metrics()
         self._assign_advantages(groups_P)
@@ -110,14 +110,14 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         )
 
     def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
-        """Scored groups; under dynamic sampling, of more prompts, until enough of them carry signal."""
+        """Return scored groups and metrics of the draws; dynamic sampling draws until enough groups carry signal."""
         wanted = len(prompts_P)
         kept: list[Group] = []
         spare: list[Group] = []
         metrics: Metrics = {}
         for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
-            groups, figures = self.next_groups(prompts_P)
-            metrics = {key: metrics.get(key, 0.0) + value for key, value in figures.items()}
+            groups, drawn = self.next_groups(prompts_P)
+            metrics = {key: metrics.get(key, 0.0) + value for key, value in drawn.items()}
             signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
             kept += [group for group, signal in zip(groups, signal_P, strict=True) if signal]
             spare += [group for group, signal in zip(groups, signal_P, strict=True) if not signal]
@@ -140,7 +140,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             group.advantages_G = advantages_G
 
     def _shaped_rewards(self, groups_P: Sequence[Group]) -> Tensor:
-        """(P, G) total rewards with the soft overlong punishment, where one is set; NaN where missing."""
+        """Return (P, G) total rewards with the soft overlong penalty, if one is set; NaN for a missing reward."""
         rewards_PG = torch.tensor(
             [[math.nan if reward is None else reward for reward in group.total_rewards_G] for group in groups_P]
         )
@@ -155,7 +155,7 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         return rewards_PG
 
     def _update(self, update: Update) -> None:
-        """One optimiser update."""
+        """Make one optimizer update."""
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
             is_first = "old_logp" not in micro.per_token
@@ -174,13 +174,16 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
     # From groups to batches
 
     def _shares(self, groups_P: list[Group]) -> Iterator[list[tuple[Group, list[int]]]]:
-        """Deal completions out to updates, in order."""
+        """Split completions into updates, in order."""
         flat = [(group, index) for group in groups_P for index in range(len(group))]
-        return deal(flat, self.plan.completions_per_update)
+        return split_into_updates(flat, self.plan.completions_per_update)
 
     def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
-        """Make micro-batches of a share. Completions without a gradient are left out of the forward, not of the totals;
-        completions whose reward is missing are left out of both."""
+        """Return the micro-batches of a share.
+
+        Completions without a gradient are left out of the forward but counted in the totals; those whose reward is
+        missing are left out of both.
+        """
         trees, tokens, sequences = [], 0, 0
         for group, indices in share:
             branches = []
@@ -200,13 +203,13 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
 
     @property
     def _trains_without_advantage(self) -> bool:
-        """Whether the loss has terms that act on a completion whose advantage is 0."""
+        """Return whether the loss has terms that act on a completion whose advantage is 0."""
         return bool(self.args.beta or self.args.entropy_coef or self.policy.routers.coefficient)
 
     def _add_fixed_logprobs(self, updates: list[Update]) -> None:
-        """What the loss compares with: logprobs of the reference, and of the policy before the first update.
+        """Fill in logprobs of the reference, and of the policy before the first update.
 
-        With one update a rollout the latter are the training forward's own, and no second forward is made.
+        With one update per rollout the latter are those of the training forward, and no second forward is made.
         """
         temperature = self.args.temperature
         for update in updates:

@@ -1,7 +1,7 @@
-"""Training items made of a stream of rows as they are needed, in the place of RowStream.
+"""Make training items from a stream of rows as they are needed; takes the place of RowStream.
 
-Rows are read and tokenised a window at a time. How far the stream has come is the place of its window and the number of
-items taken from that, so that going on reads the same rows again, and no item is repeated or lost.
+Rows are read and tokenized a window at a time. A position in the stream is the place of its window and the number of
+items taken from it, so a resumed run reads the same rows again, and no item is repeated or lost.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 Make = Callable[[int, list[dict[str, Any]]], tuple[Sequence[Item], TokenizationStats]]
 
 WINDOW = 512
-"""Rows that are tokenised at a time; with packing, those that bins are filled from."""
+"""Rows that are tokenized at a time; with packing, rows that are packed together."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class ItemStream(Generic[Item]):
         self._taken = 0
         """Items of the first window that are taken."""
         self._found = False
-        """Whether an item has come of this pass."""
+        """Whether this pass over the stream has given an item."""
 
     @property
     def epoch(self) -> float:
@@ -125,6 +125,6 @@ def describe_first(rows: StreamedRows, job: TokenizingJob[Any]) -> DataReport:
     job.describe(stats.report, first)
     report = job.finish(stats, None)
     report.source = (
-        f"a stream, read and tokenised as training goes, in its own order; this is of its first {report.num_rows} rows"
+        f"a stream, read and tokenized as training goes, in its own order; this is of its first {report.num_rows} rows"
     )
     return report

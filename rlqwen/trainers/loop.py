@@ -27,7 +27,7 @@ class TrainingLoop:
         monitor: HealthMonitor,
         how_to_resume: str,
     ) -> None:
-        """`step`: train on the next rows and return metrics. `how_to_resume`: ends the message of a preempted run."""
+        """Run `step`, which trains on the next rows and returns metrics; `how_to_resume` ends a preemption's message."""
         self._step = step
         self._args, self._ranks, self._state = run.args, run.ranks, run.state
         self._preemption, self._callbacks, self._logger = run.preemption, run.callbacks, run.logger

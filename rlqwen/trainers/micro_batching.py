@@ -1,6 +1,6 @@
-"""Which rank trains on what.
+"""Divide an update's rows among ranks and micro-batches.
 
-Every rank holds the whole update and works out all shares by the same rule, so that each knows without asking how
+Every rank holds the rows of the whole update and computes all shares by the same rule. So each knows without asking how
 many micro-batches the others have, and makes up the difference with idle ones.
 """
 
@@ -24,8 +24,9 @@ def micro_batches(
     max_tokens: int | None = None,
     divisible: bool = True,
 ) -> Iterator[PackedBatch]:
-    """This rank's micro-batches of `trees`; on every rank there are equally many, the last of them idle where it has
-    less to do than others. The limits are those of `split_trees`; a budget of tokens also has ranks share by tokens.
+    """Yield this rank's micro-batches of `trees`; with idle ones at the end, every rank has equally many.
+
+    The limits are those of `split_trees`. With a limit on tokens, ranks get equal shares of tokens, else of branches.
     """
     shares = share_trees(trees, ranks.data_size, by_tokens=max_tokens is not None, divisible=divisible)
     parts = [
@@ -36,7 +37,10 @@ def micro_batches(
 
 
 def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Iterator[PackedBatch]:
-    """This rank's share of every rank's micro-batches, packed, and idle ones up to the number of the longest share."""
+    """Yield this rank's micro-batches, packed, and idle ones up to the number of the rank that has the most.
+
+    `parts`: for each rank, the trees of its micro-batches.
+    """
     own, longest = parts[ranks.data_rank], max(parts, key=len)
     yield from map(pack, own)
     for part in longest[len(own) :]:
@@ -46,10 +50,10 @@ def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Itera
 def share_trees(
     trees: Sequence[Tree], num_ranks: int, *, by_tokens: bool = False, divisible: bool = True
 ) -> list[list[Tree]]:
-    """A run of trees a rank, of about as many branches, or packed tokens, as the others'.
+    """Return a run of trees per rank, of about as many branches, or packed tokens, as those of other ranks.
 
-    The row of all branches is cut into equal lengths: so a tree stays whole, and its prefix is computed once, unless a
-    cut falls into it; one that is not `divisible` goes to the rank that holds its middle.
+    The row of all branches is cut into equal lengths. So a tree stays whole, and its prefix is computed once, unless a
+    cut falls into it; a tree that is not `divisible` goes to the rank that holds its middle.
     """
     if num_ranks == 1:
         return [list(trees)]
@@ -72,7 +76,7 @@ def share_trees(
 
 
 def count_tokens(batches: Sequence[PackedBatch]) -> float:
-    """Tokens of the rows that have something to train on."""
+    """Return the tokens of the rows that have something to train on."""
     return float(sum(batch.num_tokens for batch in batches if batch.num_sequences))
 
 
@@ -88,7 +92,7 @@ def _pieces(tree: Tree) -> list[Tree]:
 
 
 def save_batches(folder: Path, batches: Sequence[PackedBatch], *, step: int, rank: int) -> None:
-    """Keep the tensors of an update's micro-batches in `folder`, to look at them later."""
+    """Write the tensors of an update's micro-batches to `folder`, for people to look at later."""
     folder.mkdir(exist_ok=True)
     name = f"step-{step:06d}" + (f"-rank{rank}" if rank else "")
     for number, batch in enumerate(batches):

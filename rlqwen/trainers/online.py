@@ -1,4 +1,4 @@
-"""Share among the trainers that sample what they do alike: prompts, rewards, rollouts, evaluation by sampling.
+"""Hold what the trainers that sample have in common: prompts, rewards, rollouts, evaluation by sampling.
 
 Shapes: P prompts per rollout, G completions per prompt.
 """
@@ -230,8 +230,8 @@ def branch_of(completion: Completion, **per_sequence: float | bool) -> Branch:
     return Branch(completion.token_ids, per_token=per_token, per_sequence=per_sequence, experts=completion.experts)
 
 
-def deal(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[tuple[Group, list[int]]]]:
-    """Deal completions out in shares of `size`, in order: a share names groups and which of their completions it holds."""
+def split_into_updates(completions: Sequence[tuple[Group, int]], size: int) -> Iterator[list[tuple[Group, list[int]]]]:
+    """Yield shares of `size` completions, in order: a share names groups and which of their completions it holds."""
     for start in range(0, len(completions), size):
         share: dict[int, tuple[Group, list[int]]] = {}
         for group, index in completions[start : start + size]:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation with a critic, rewards from functions, models or both, and rollouts from vLLM workers.
+"""Train by proximal policy optimization, with a critic, and rewards from functions, models or both.
 
 Example:
     trainer = PPOTrainer(
@@ -6,7 +6,7 @@ Example:
     )
     trainer.train()
 
-Shapes: P prompts a rollout, N tokens and S completions of a micro-batch.
+Shapes: P prompts per rollout, N tokens and S completions of a micro-batch.
 """
 
 import random
@@ -32,7 +32,7 @@ from rlqwen.models.reference_cache import digest_weights
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.checkpointer import Saveable, Stateful
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, deal
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, split_into_updates
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -40,7 +40,7 @@ CRITIC_FOLDER = "critic"
 
 
 class PPOTrainer(OnlineTrainer[PPOConfig]):
-    """Sample completions, say with a critic which of their tokens did better than expected, and make those likelier."""
+    """Sample completions, estimate by a critic which of their tokens did better than expected, and make those likelier."""
 
     algorithm = "ppo"
     config_class = PPOConfig
@@ -60,14 +60,14 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         reward_model: str | nn.Module | None = None,
         value_model: str | nn.Module | None = None,
     ) -> None:
-        """GRPOTrainer's arguments, and those of TRL's PPOTrainer by keyword.
+        """Take the arguments of GRPOTrainer, and by keyword those of TRL's PPOTrainer.
 
         Args:
             model: hub id, folder, `builtin:tiny-qwen3`, or a transformers model, which is trained in place.
             reward_funcs: one or several, as for GRPOTrainer: callables, names, reward models or their paths.
-            peft_config: a peft.LoraConfig; a critic of its own gets the same adapter, its head trained whole.
-            ref_model: what the KL is measured against, and is frozen; None: the model as it is before training.
-            reward_model: one more reward, under the name that TRL has for it.
+            peft_config: a peft.LoraConfig; a separate critic gets the same adapter, and its head is trained whole.
+            ref_model: the reference of the KL, which is frozen; None: the model as it is before training.
+            reward_model: one more reward, under TRL's name for it.
             value_model: a sequence-classification model of one label, or its path; None: as `args.critic` says.
         """
         args = args or PPOConfig()
@@ -97,7 +97,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         config = self.args.critic
         if config.kind == "head":
             if model is not None:
-                raise ConfigError("value_model is for a critic of its own: leave it out, or set critic.kind to 'model'")
+                raise ConfigError("value_model is for a separate critic: leave it out, or set critic.kind to 'model'")
             size = self.policy.text_config.hidden_size
             return ValueHead(
                 size, train_trunk=config.train_trunk, device=self.policy.device, sequence=self.ranks.sequence
@@ -148,7 +148,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     @torch.no_grad()
     def _add_fixed_estimates(self, updates: Sequence[Update]) -> None:
-        """What is said of the rollout before it is trained on: by the policy, the reference and the critic."""
+        """Fill in logprobs of policy and reference, and the critic's values, as they are before the first update."""
         temperature = self.args.temperature
         for micro in (micro for update in updates for micro in update.micro_batches):
             moved = micro.to(self.policy.device)
@@ -164,9 +164,9 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
                 micro.per_token["ref_logp"] = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
 
     def _assign_advantages(self, micros: Sequence[PackedBatch]) -> Metrics:
-        """Fill in advantages and returns of the whole rollout, and say what they came from.
+        """Fill in advantages and returns of the whole rollout, and return metrics of them.
 
-        Every rank computes those of all ranks, and takes its own.
+        Every rank computes those of all ranks, and keeps its own.
         """
         if not micros:
             return {"kl_coef": self.kl.coef}
@@ -206,7 +206,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         return metrics
 
     def _update(self, update: Update) -> None:
-        """One optimiser update. While the critic warms up, the policy has no part in it."""
+        """Make one optimizer update; while the critic warms up, of the critic alone."""
         critic_only = self.rollouts.num_draws <= self.args.critic.warmup_rollouts
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
@@ -230,7 +230,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     @staticmethod
     def _share(loss: Tensor, totals: Totals) -> Metric:
-        """Report a share of an update's mean loss; multiplied by the update's tokens, because the mean divides by them."""
+        """Report a share of an update's mean loss, multiplied by the update's tokens, because the mean divides by them."""
         return Metric(loss.detach().double() * totals.tokens, "token_mean")
 
     # From groups to batches
@@ -239,10 +239,10 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         flat = [(group, index) for group in groups_P for index in range(len(group))]
         if self.args.num_mini_batches > 1:
             order.shuffle(flat)
-        return deal(flat, self.plan.completions_per_update)
+        return split_into_updates(flat, self.plan.completions_per_update)
 
     def _pack(self, share: Sequence[tuple[Group, list[int]]]) -> Update:
-        """Micro-batches of a share; what says nothing to the critic, a completion without a reward or tokens, is left out."""
+        """Return the micro-batches of a share; completions without a reward or without tokens are left out."""
         trees = []
         for group, indices in share:
             branches = [
@@ -274,6 +274,6 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> float:
-    """Share of the returns' variance that the values foretell: 1 is perfect, 0 no better than their mean."""
+    """Return the share of the returns' variance that the values predict: 1 is perfect, 0 no better than their mean."""
     variance = returns_N.var(correction=0)
     return (1 - (returns_N - values_N).var(correction=0) / variance.clamp(min=1e-12)).item()

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: save after the update in progress, and leave.
+"""Stop a run on a signal: save after the update in progress, and leave.
 
 SIGTERM and SIGUSR1 come from schedulers ahead of the end, SIGINT from Ctrl-C or a notebook's stop button, SIGHUP from a
 terminal that was closed.
@@ -26,13 +26,13 @@ class Preemption:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Of the signal that came; None as long as none did."""
+        """Name of the first signal that came; None before that."""
         self.worth_saving = False
         """Whether updates were made that no checkpoint holds. Without any, Ctrl-C leaves at once."""
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Take the signals over, again where a library has taken them since; only a main thread can."""
+        """Take over the signals, also from a library that has taken them since; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:

@@ -1,4 +1,4 @@
-"""Rows of DPO and its relatives: a prompt with a chosen and a rejected answer, or with one answer that has a label."""
+"""Make trees of preference rows: a prompt with a chosen and a rejected answer, or with one labeled answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from rlqwen.packing.batch import Branch, Tree
 
 @dataclass(slots=True)
 class PreferenceExample:
-    """One row: a prompt with a chosen and a rejected answer, in this order, or with one answer that has a label."""
+    """One row: a prompt with a chosen and a rejected answer, in this order, or with one labeled answer."""
 
     answers: Tree
-    mismatched: Tree | None = None
-    """For `kto`: the prompt with another row's answers."""
+    kl_answers: Tree | None = None
+    """The prompt with the answers of another row, by which `kto` estimates the KL; None for other losses."""
 
 
-def to_comparison(row: PreferenceRow | LabelledRow) -> PreferenceExample:
-    """A tokenised row as a tree."""
+def to_example(row: PreferenceRow | LabelledRow) -> PreferenceExample:
+    """Return a tokenized row as a tree."""
     if isinstance(row, LabelledRow):
         answers = [Branch(row.completion.token_ids, row.completion.loss_mask, per_sequence={"label": row.label})]
     else:
@@ -30,34 +30,37 @@ def to_comparison(row: PreferenceRow | LabelledRow) -> PreferenceExample:
 
 
 class PreferenceExamples(Mapped[PreferenceRow | LabelledRow, PreferenceExample]):
-    """Tokenised rows as trees, made when they are asked for."""
+    """Tokenized rows as trees, each made when it is read."""
 
     def __init__(self, rows: Sequence[PreferenceRow] | Sequence[LabelledRow]) -> None:
-        super().__init__(rows, to_comparison)
+        super().__init__(rows, to_example)
         self.digest: str | None = getattr(rows, "digest", None)
 
 
-def add_mismatched(rows: list[PreferenceExample]) -> None:
-    """Give each row the answers of the nearest row before it, in a circle, that has another prompt."""
+def add_kl_answers(rows: list[PreferenceExample]) -> None:
+    """Give each row the answers of the nearest earlier row with another prompt; before the first row comes the last.
+
+    Raises DataError if all rows have the same prompt.
+    """
     for place, row in enumerate(rows):
         prompt = row.answers.prefix
         before = (rows[place - back].answers for back in range(1, len(rows)))
         other = next((answers for answers in before if answers.prefix != prompt), None)
         if other is None:
             raise DataError("kto compares answers with those to other prompts, but all rows have the same prompt")
-        row.mismatched = Tree(
+        row.kl_answers = Tree(
             prompt,
             [Branch(branch.token_ids, branch.loss_mask, per_sequence={"label": True}) for branch in other.branches],
         )
 
 
 def are_pairs(rows: Sequence[PreferenceExample]) -> bool:
-    """Whether each row has two answers."""
+    """Return whether each row has two answers."""
     return len(rows[0].answers.branches) == 2
 
 
 def balance_warnings(rows: Sequence[PreferenceExample], args: DPOConfig) -> list[str]:
-    """KTO wants the weighted numbers of good and bad answers to be about equal (arXiv 2402.01306, eq. 8)."""
+    """Return a warning if the weighted numbers of good and bad answers are too unequal for KTO (arXiv 2402.01306, eq. 8)."""
     labels = [branch.per_sequence["label"] for row in rows for branch in row.answers.branches]
     good, bad = labels.count(True), labels.count(False)
     ratio = good * args.desirable_weight / max(bad * args.undesirable_weight, 1e-9)

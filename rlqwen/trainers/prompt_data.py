@@ -28,7 +28,7 @@ class PromptData:
         context: int,
         reports: dict[str, DataReport],
     ) -> None:
-        """`context`: tokens that the model's positions reach. `reports` is filled in by `train` and `eval`."""
+        """Prepare prompts for a model of `context` positions; fill in `reports` under `train` and `eval`."""
         self.columns: set[str] = set()
         """Names of the columns of all rows, for the scorer."""
         self._args = args
@@ -39,7 +39,7 @@ class PromptData:
 
     @property
     def room(self) -> int:
-        """The tokens that a prompt may have; ConfigError if the completion leaves none."""
+        """Return the tokens that a prompt may have; ConfigError if the completion leaves none."""
         return prompt_room(self._context, self._args)
 
     def prepare(self, dataset: Any, name: str) -> Sequence[Prompt]:

@@ -96,7 +96,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         return rows
 
     def step(self, rows: list[PreferenceRow]) -> Metrics:
-        """One update on the mean loss of the pairs in `rows`."""
+        """Make one update on the mean loss of the pairs in `rows`."""
         started = time.monotonic()
         batches = list(self._micro_batches(rows, self.args.per_device_train_batch_size))
         total: Tensor | float = 0.0
@@ -136,7 +136,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         return loss_B.sum() / max(num_pairs, 1.0), metrics
 
     def _micro_batches(self, rows: Sequence[PreferenceRow], size: int) -> Iterator[PackedBatch]:
-        """This rank's packed pairs, chosen before rejected."""
+        """Yield this rank's packed pairs, chosen before rejected."""
         limit = self.args.max_tokens_per_micro_batch
         return micro_batches(
             [self._tree(row) for row in rows],
@@ -147,7 +147,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
         )
 
     def _tree(self, row: PreferenceRow) -> Tree:
-        """Both sides without padding tokens at their end: transformers reads the score off the last other token."""
+        """Return both sides without padding tokens at their end: transformers takes the score at the last other token."""
         pad = self.processing_class.pad_token_id
         chosen, rejected = (_without_tail(side.token_ids, pad) for side in (row.chosen, row.rejected))
         margin: dict[str, float | bool] = {"margin": row.margin or 0.0}

@@ -39,7 +39,7 @@ class RolloutManager:
         processing_class: PreTrainedTokenizerBase,
         columns: set[str],
     ) -> None:
-        """`columns`: names of the data's columns, for rewards; may be filled in later."""
+        """Manage rollouts; `columns` names the data's columns for rewards, and may be filled in later."""
         self.scorer: Scorer | None = None
         """On the main rank."""
         self.sampler: Sampler | None = None

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class RunHistory:
-    """What a run went through before this process."""
+    """Remember what a run went through before this process."""
 
     def __init__(self) -> None:
         self.resumes: list[dict[str, Any]] = []

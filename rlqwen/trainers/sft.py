@@ -1,4 +1,4 @@
-"""Supervised fine-tuning.
+"""Train on given answers: supervised fine-tuning.
 
 Example:
     trainer = SFTTrainer(model="Qwen/Qwen3-0.6B", train_dataset=load_dataset("trl-lib/Capybara", split="train"))
@@ -34,7 +34,7 @@ from rlqwen.trainers.run_logger import Metrics
 
 
 class EvalBins(View[PackedRow]):
-    """An evaluation set, and what to let the policy write for it."""
+    """An evaluation set, and the evaluation of what the policy writes for it."""
 
     def __init__(self, bins: Sequence[PackedRow], generation: GenerationEvaluation) -> None:
         self.bins, self.generation = bins, generation
@@ -48,7 +48,7 @@ class EvalBins(View[PackedRow]):
 
 
 class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
-    """Maximise the likelihood of given answers."""
+    """Maximize the likelihood of given answers."""
 
     algorithm = "sft"
     config_class = SFTConfig
@@ -116,7 +116,7 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         return lambda: ItemStream(rows, make)
 
     def step(self, rows: list[PackedRow]) -> Metrics:
-        """One update on the mean loss of all target tokens of `rows`."""
+        """Make one update on the mean loss of all target tokens of `rows`."""
         started = time.monotonic()
         micro_batches = list(self._micro_batches(rows))
         counts = [count for tree in _trees(rows) for count in tree.target_counts]
@@ -142,30 +142,32 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         )
 
     def compute_evaluation(self, rows: Sequence[PackedRow]) -> Metrics:
-        """Mean loss a target token in nats, and its exponential; and, with `eval_generation`, figures of what the policy
-        writes, which goes to `completions/` of the run folder."""
+        """Return the mean loss per target token in nats and its exponential.
+
+        With `eval_generation` the policy also writes answers, which are measured and logged to `completions/`.
+        """
         own = measure_likelihood(self.policy, self._shared(rows, self.args.per_device_eval_batch_size))
         likelihood = Likelihood(
             nats=sum(self.ranks.gather_shares(own.nats)),
             tokens=sum(self.ranks.gather_shares(own.tokens)),
         )
-        figures = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
+        metrics = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
         if isinstance(rows, EvalBins):
             groups = self.main_rank.run(rows.generation.sample)
             if self.ranks.is_main:
                 CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
-            figures |= rows.generation.figures(groups)
-        return figures
+            metrics |= rows.generation.metrics(groups)
+        return metrics
 
     def _micro_batches(self, rows: list[PackedRow]) -> Iterator[PackedBatch]:
-        """This rank's."""
+        """Yield this rank's micro-batches of `rows`."""
         budget = self.args.max_tokens_per_micro_batch
         if budget is not None:
             return micro_batches(_trees(rows), self.ranks, max_tokens=budget)
         return self._shared(rows, self.args.per_device_train_batch_size)
 
     def _shared(self, rows: Sequence[PackedRow], size: int) -> Iterator[PackedBatch]:
-        """This rank's part of `rows`, in micro-batches of `size` rows."""
+        """Yield this rank's part of `rows` in micro-batches of `size` rows."""
         return pack_share([Mapped(Batches(share, size), _trees) for share in self.ranks.shares(rows)], self.ranks)
 
 

@@ -240,5 +240,5 @@ def test_metrics_alone_leave_a_recipe_s_rewards_out_but_a_comparison_needs_them(
 def test_sampling_outside_a_terminal_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
     screen = io.StringIO()
-    assert list(sampling._told(iter("ab"), 2, Console(file=screen))) == ["a", "b"]
+    assert list(sampling._with_progress(iter("ab"), 2, Console(file=screen))) == ["a", "b"]
     assert screen.getvalue() == "sampled 1 of 2 prompts\nsampled 2 of 2 prompts\n"

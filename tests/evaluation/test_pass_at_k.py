@@ -3,7 +3,7 @@
 import pytest
 
 from rlqwen.evaluation.metrics.answer_extraction import final_answer
-from rlqwen.evaluation.metrics.pass_at_k import majority_right, pass_at_k, reward_figures, sample_counts
+from rlqwen.evaluation.metrics.pass_at_k import majority_right, pass_at_k, reward_metrics, sample_counts
 from rlqwen.types import Completion, Group, Prompt
 
 
@@ -47,7 +47,7 @@ def test_metrics_of_a_binary_reward():
         scored(["4", "4", "5", "6"], [1.0, 1.0, 0.0, 0.0]),
         scored(["1", "2", "3", "3"], [1.0, 0.0, 0.0, 0.0]),
     ]
-    metrics = reward_figures(groups, "accuracy")
+    metrics = reward_metrics(groups, "accuracy")
     assert (metrics.mean, metrics.missing, metrics.majority) == (3 / 8, 0, 0.5)
     # pass@2: 1 - C(2,2)/C(4,2) = 5/6 and 1 - C(3,2)/C(4,2) = 1/2
     assert metrics.pass_at == pytest.approx({1: 3 / 8, 2: (5 / 6 + 1 / 2) / 2, 4: 1.0})
@@ -56,14 +56,14 @@ def test_metrics_of_a_binary_reward():
 
 def test_missing_rewards_are_left_out_and_do_not_count_as_wrong():
     groups = [scored(["4", "9"], [1.0, None]), scored(["1", "2"], [None, None]), scored(["5", "5"], [0.0, 0.0])]
-    metrics = reward_figures(groups, "accuracy")
+    metrics = reward_metrics(groups, "accuracy")
     assert (metrics.mean, metrics.missing, metrics.majority) == (1 / 3, 3, 0.5)
     # Only the last prompt has two values to draw from.
     assert metrics.pass_at == {1: 0.5, 2: 0.0}
 
 
 def test_a_graded_reward_has_only_a_mean():
-    metrics = reward_figures([scored(["a", "b"], [0.25, 0.75])], "accuracy")
+    metrics = reward_metrics([scored(["a", "b"], [0.25, 0.75])], "accuracy")
     assert (metrics.mean, metrics.pass_at, metrics.majority) == (0.5, None, None)
-    empty = reward_figures([scored(["a"], [None])], "accuracy")
+    empty = reward_metrics([scored(["a"], [None])], "accuracy")
     assert (empty.mean, empty.missing, empty.pass_at) == (None, 1, None)

@@ -8,16 +8,16 @@ from rlqwen.config import SourceConfig
 from rlqwen.data import load_rows
 from rlqwen.data.references import own_answer, references_of
 from rlqwen.errors import DataError
-from rlqwen.evaluation.metrics.answer_extraction import after_reasoning, normalise_answer, same_answer
-from rlqwen.evaluation.metrics.classification import find_label, label_figures, label_set
-from rlqwen.evaluation.metrics.text_metrics import RougeTokenizer, TextMeasure, bleu_tokenizer, text_figures
+from rlqwen.evaluation.metrics.answer_extraction import after_reasoning, normalize_answer, same_answer
+from rlqwen.evaluation.metrics.classification import find_label, label_metrics, label_set
+from rlqwen.evaluation.metrics.text_metrics import RougeTokenizer, TextMeasure, bleu_tokenizer, text_metrics
 from rlqwen.types import Completion, Group, Prompt
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
 def figures(metric, text, *references):
-    return text_figures([metric], [text], [list(references)])
+    return text_metrics([metric], [text], [list(references)])
 
 
 # Five of six tokens are shared, three of five pairs, two of four triples, one of three quadruples.
@@ -64,7 +64,7 @@ def test_rouge_counts_words_or_chinese_characters(text, reference, tokenizer):
 def test_rouge_l_keeps_the_order_and_of_several_references_the_best_counts():
     assert figures("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
     assert figures("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
-    both = text_figures(["rouge"], ["a", "b"], [["a"], ["c"]])
+    both = text_metrics(["rouge"], ["a", "b"], [["a"], ["c"]])
     assert both.values["rouge_1"] == 0.5
 
 
@@ -75,8 +75,8 @@ def test_rouge_tokens_of_mixed_text():
 
 def test_bleu_takes_different_numbers_of_references():
     texts, references = ["the cat sat on the mat", "a b c d"], [["x y z u"], ["e f g h", "a b c d"]]
-    found = text_figures(["bleu"], texts, references)
-    assert found.values["bleu"] > text_figures(["bleu"], texts, [["x y z u"], ["e f g h"]]).values["bleu"]
+    found = text_metrics(["bleu"], texts, references)
+    assert found.values["bleu"] > text_metrics(["bleu"], texts, [["x y z u"], ["e f g h"]]).values["bleu"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_answers_that_differ_are_not_the_same(text, reference):
 
 
 def test_exact_match_is_a_share_and_one_of_several_references_will_do():
-    assert text_figures(["exact_match"], ["a", "b", "x"], [["A"], ["c", "b."], ["y"]]).values == {
+    assert text_metrics(["exact_match"], ["a", "b", "x"], [["A"], ["c", "b."], ["y"]]).values == {
         "exact_match": pytest.approx(2 / 3)
     }
 
@@ -161,8 +161,8 @@ def test_a_single_letter_is_a_label_in_a_text_only_as_a_capital(text, label):
     assert find_label(text, ["a", "b", "5"]) == label
 
 
-def test_label_figures_by_hand():
-    found = label_figures(["a", "a", "b", None], ["a", "b", "b", "b"])
+def test_label_metrics_by_hand():
+    found = label_metrics(["a", "a", "b", None], ["a", "b", "b", "b"])
     assert found.accuracy == 1 / 2
     assert found.unparsable == 1 / 4
     # a: one right, two found, one expected: 2/3. b: one right, one found, three expected: 1/2.
@@ -171,7 +171,7 @@ def test_label_figures_by_hand():
 
 
 def test_micro_f1_is_the_accuracy_where_every_text_has_a_label():
-    found = label_figures(["a", "c", "b"], ["a", "b", "b"])
+    found = label_metrics(["a", "c", "b"], ["a", "b", "b"])
     assert (found.accuracy, found.micro_f1) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     # c was found once and never expected, and counts in the mean as a label without a right one.
     assert found.macro_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
@@ -221,15 +221,15 @@ def test_a_measure_pairs_completions_with_their_own_row():
         Group(Prompt(row, [1], str(row)), [Completion([1], [], "stop", text) for text in texts], 0)
         for row, texts in ((2, ["2", "1"]), (0, ["0", "so 0"]))
     ]
-    values = measure.figures(groups).values
+    values = measure.compute(groups).values
     assert (values["exact_match"], values["label/accuracy"]) == (0.5, 0.75)
     assert measure.keys == list(values)
 
 
 def test_normalising_leaves_something_of_every_answer():
-    assert normalise_answer("...") == "..."
-    assert normalise_answer("007.0") == "7"
-    assert normalise_answer("100") == "100"
+    assert normalize_answer("...") == "..."
+    assert normalize_answer("007.0") == "7"
+    assert normalize_answer("100") == "100"
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_whole_answers_match_themselves_and_not_each_other(name, columns, tokeni
     rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns, limit=20), seed=0)
     references = [references_of(row, None, "row") for row in rows]
     texts = [several[0] for several in references]
-    same = text_figures(["bleu", "chrf", "rouge", "exact_match"], texts, references)
+    same = text_metrics(["bleu", "chrf", "rouge", "exact_match"], texts, references)
     assert f"tok:{tokenizer}|" in same.signatures["bleu"]
     assert same.values["exact_match"] == same.values["rouge_l"] == 1
     assert (same.values["bleu"], same.values["chrf"]) == pytest.approx((100, 100))
-    shifted = text_figures(["bleu", "rouge"], texts[1:] + texts[:1], references)
+    shifted = text_metrics(["bleu", "rouge"], texts[1:] + texts[:1], references)
     assert shifted.values["bleu"] < 20
     assert shifted.values["rouge_l"] < 0.4

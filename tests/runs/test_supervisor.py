@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from rlqwen.runs.supervisor import RESTARTS_FILE, Policy, describe_exit, supervise
+from rlqwen.runs.supervisor import RESTARTS_FILE, RestartPolicy, describe_exit, supervise
 from tests.patience import PATIENCE_S, wait_until
 
 QUICK = {"backoff_s": 0.01}
@@ -66,7 +66,7 @@ def test_a_run_that_dies_goes_on(script, how):
             {DIE[how]}
     """)
     said = []
-    assert supervise(command, [run], Policy(3, **QUICK), said.append) == 0
+    assert supervise(command, [run], RestartPolicy(3, **QUICK), said.append) == 0
     assert starts(run) == [["run", "my.yaml"]] + [["run", "my.yaml", "resume=auto"]] * 2
     died = "exit code 1" if how == "raises" else "killed by SIGKILL"
     noted = [{key: line[key] for key in ("restart", "of", "died", "last_step", "start")} for line in restarts(run)]
@@ -80,7 +80,7 @@ def test_a_run_that_dies_goes_on(script, how):
 @pytest.mark.parametrize("code", [0, 2, 75, 130])
 def test_what_is_done_wrong_or_asked_for_is_not_started_again(script, code):
     command, run = script(f"sys.exit({code})")
-    assert supervise(command, [run], Policy(3, **QUICK), print) == code
+    assert supervise(command, [run], RestartPolicy(3, **QUICK), print) == code
     assert len(starts(run)) == 1
     assert restarts(run) == []
 
@@ -91,7 +91,7 @@ def test_what_is_done_wrong_or_asked_for_is_not_started_again(script, code):
 def test_restarts_are_bounded(script):
     command, run = script("log(starts)\nsys.exit(1)")
     said = []
-    assert supervise(command, [run], Policy(4, **QUICK), said.append) == 1
+    assert supervise(command, [run], RestartPolicy(4, **QUICK), said.append) == 1
     assert len(starts(run)) == 5
     assert (
         said[-1]
@@ -103,14 +103,14 @@ def test_restarts_are_bounded(script):
 def test_a_run_that_gains_nothing_is_given_up(script):
     command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
     said = []
-    assert supervise(command, [run], Policy(50, **QUICK), said.append) == -signal.SIGSEGV
+    assert supervise(command, [run], RestartPolicy(50, **QUICK), said.append) == -signal.SIGSEGV
     assert len(starts(run)) == 3
     assert "3 times in a row at the same step" in said[-1]
 
 
 def test_a_run_that_its_monitor_stopped_is_not_restarted(script):
     command, run = script('(run / "error.log").write_text("rlqwen.errors.WatchStop: kl")\nsys.exit(1)')
-    assert supervise(command, [run], Policy(3, **QUICK), print) == 1
+    assert supervise(command, [run], RestartPolicy(3, **QUICK), print) == 1
     assert len(starts(run)) == 1
 
 
@@ -122,15 +122,15 @@ def test_the_run_folder_that_is_being_written_gets_the_note(script, tmp_path):
     done = tmp_path / "first"
     done.mkdir()
     (done / "summary.json").write_text("{}")
-    assert supervise(command, [done, run], Policy(1, **QUICK), print) == 0
+    assert supervise(command, [done, run], RestartPolicy(1, **QUICK), print) == 0
     assert len(restarts(run)) == 1
     assert restarts(done) == []
 
 
 SUPERVISE = """
 import sys
-from rlqwen.runs.supervisor import Policy, supervise
-sys.exit(supervise(sys.argv[2:], [sys.argv[1]], Policy(3, backoff_s=float(60)), print))
+from rlqwen.runs.supervisor import RestartPolicy, supervise
+sys.exit(supervise(sys.argv[2:], [sys.argv[1]], RestartPolicy(3, backoff_s=float(60)), print))
 """
 
 

@@ -316,7 +316,7 @@ def test_kto_learns_from_labelled_answers_and_warns_of_imbalance(tiny_model_path
         learning_rate=1e-3, max_steps=8, eval_on_start=True,
     )  # fmt: skip
     assert any("8 good and 4 bad" in warning for warning in trainer.reports["train"].warnings)
-    assert all(row.mismatched.prefix == row.answers.prefix for row in trainer.train_rows)
+    assert all(row.kl_answers.prefix == row.answers.prefix for row in trainer.train_rows)
     trainer.train()
     first, last = ([e for e in trainer.state.log_history if "eval/loss" in e][place] for place in (0, -1))
     assert last["eval/loss"] < first["eval/loss"]
@@ -329,7 +329,7 @@ def test_a_mismatched_answer_is_one_to_another_prompt(tiny_model_path, tmp_path)
     rows += [{"prompt": "b:", "completion": " 9", "label": False}]
     trainer = make_trainer(tiny_model_path, tmp_path / "run", train=rows, loss_type="kto")
     answers = [row.answers.branches[0].token_ids for row in trainer.train_rows]
-    found = [row.mismatched.branches[0].token_ids for row in trainer.train_rows]
+    found = [row.kl_answers.branches[0].token_ids for row in trainer.train_rows]
     assert found == [answers[3], answers[3], answers[3], answers[2]]
     with pytest.raises(DataError, match="all rows have the same prompt"):
         make_trainer(tiny_model_path, tmp_path / "one", train=rows[:3], loss_type="kto")
@@ -357,7 +357,7 @@ def test_unfit_references_are_refused(tiny_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with pytest.raises(ModelError, match="are one object"):
         make_trainer(model, tmp_path / "same", ref_model=model)
-    with pytest.raises(ConfigError, match="use no reference"):
+    with pytest.raises(ConfigError, match="uses no reference"):
         make_trainer(tiny_model_path, tmp_path / "simpo", loss_type="simpo", ref_model=model)
     with pytest.raises(ConfigError, match="given twice"):
         DPOTrainer(str(tiny_model_path), model, DPOConfig(output_dir=str(tmp_path / "two"), ref_model="other"), pairs())

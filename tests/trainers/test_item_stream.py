@@ -215,6 +215,6 @@ def test_a_recipe_streams_a_file(tiny_model_path, tmp_path, capsys, monkeypatch)
     assert main(["check", str(recipe), "train.max_steps=-1"]) == 2
     assert main(["run", str(recipe)]) == 0
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "read and tokenised as training goes, in its own order" in said
+    assert "read and tokenized as training goes, in its own order" in said
     assert "read of the stream: " in said
     assert "EOS in the loss of 100%" in said.split("read of the stream: ")[1]

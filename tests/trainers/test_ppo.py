@@ -240,7 +240,7 @@ def test_explained_variance():
         ({"num_generations": 3}, "do not divide into groups of num_generations=3"),
         ({"kl_penalty": "loss"}, "needs kl_estimator 'k2' or 'k3'"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
-        ({"critic": {"kind": "head", "path": "x"}}, "critic.path is for a critic of its own"),
+        ({"critic": {"kind": "head", "path": "x"}}, "critic.path is for a separate critic"),
         ({"reward_model_path": "x"}, "'reward_model_path' has no meaning in rlqwen"),
         ({"cliprang": 0.1}, "did you mean 'cliprange'"),
     ],
@@ -261,5 +261,5 @@ def test_more_refusals(tiny_model_path, tmp_path):
         PPOTrainer(str(tiny_model_path), args=PPOConfig(output_dir=str(tmp_path)), train_dataset=ROWS)
     with pytest.raises(ModelError, match="no_such"):
         make_trainer(tiny_model_path, tmp_path, critic={"path": str(tmp_path / "no_such")})
-    with pytest.raises(ConfigError, match="value_model is for a critic of its own"):
+    with pytest.raises(ConfigError, match="value_model is for a separate critic"):
         make_trainer(tiny_model_path, tmp_path, critic={"kind": "head"}, value_model=str(tiny_model_path))

@@ -1,4 +1,4 @@
-"""The answer that a text comes to, and when two answers are the same. Pure functions."""
+"""Find the answer in a text, and compare two answers. Pure functions."""
 
 import re
 import unicodedata
@@ -10,14 +10,14 @@ _STOPS = ".,;:!?。，、；：！？"
 
 
 def after_reasoning(text: str) -> str:
-    """What follows the thoughts; the whole text where there are none, and nothing where they never end."""
+    """Return what follows the thoughts: the whole text if there are none, an empty one if they never end."""
     if "</think>" in text:
         return text.rpartition("</think>")[2].strip()
     return "" if "<think>" in text else text.strip()
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The last `\boxed{}`, else the last `<answer>`, else what follows the last `####`; None where nothing is marked."""
+    r"""Return the last `\boxed{}`, else the last `<answer>`, else what follows the last `####`; None without a mark."""
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
@@ -28,19 +28,19 @@ def marked_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-    """The answer for counting votes: the marked one, else the last number, else all of the text; normalised."""
+    """Return the answer for counting votes, normalized: the marked one, else the last number, else all of the text."""
     marked = marked_answer(text)
     if marked is None:
         numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
         marked = numbers[-1] if numbers else text
-    return normalise_answer(marked)
+    return normalize_answer(marked)
 
 
-def normalise_answer(answer: str) -> str:
-    """One spelling for answers that differ in form alone.
+def normalize_answer(answer: str) -> str:
+    """Return one spelling for answers that differ only in form.
 
-    Unicode's compatibility form (full-width digits and letters become plain), small letters, single spaces, neither
-    quotes nor emphasis around nor punctuation at the end. Numbers lose thousands separators and trailing zeros.
+    It has Unicode's compatibility form (full-width digits and letters become plain), lower case, single spaces, no
+    quotes or emphasis around it and no punctuation at its end. Numbers lose thousands separators and trailing zeros.
     """
     text = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
     bare = text.strip(_QUOTES).rstrip(_STOPS + _QUOTES) or text
@@ -48,7 +48,7 @@ def normalise_answer(answer: str) -> str:
 
 
 def same_answer(text: str, reference: str) -> bool:
-    """Whether the answers of both texts are the same, normalised: what is marked after the thoughts, else all of it."""
+    """Return whether both texts have the same normalized answer: what is marked after the thoughts, else all of it."""
     return _own_answer(text) == _own_answer(reference)
 
 
@@ -60,7 +60,7 @@ def _plain_number(text: str) -> str:
 def _own_answer(text: str) -> str:
     text = after_reasoning(text)
     marked = marked_answer(text)
-    return normalise_answer(text if marked is None else marked)
+    return normalize_answer(text if marked is None else marked)
 
 
 def _last_boxed(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Figures over k sampled answers a prompt: mean, pass@k, majority@k. Pure functions.
+"""Compute metrics of k sampled answers per prompt: mean, pass@k, majority@k. Pure functions.
 
 Shapes: K samples of one prompt.
 """
@@ -13,11 +13,11 @@ from rlqwen.types import Completion, Group
 
 
 @dataclass(frozen=True)
-class RewardFigures:
-    """What one reward said about all completions."""
+class RewardMetrics:
+    """Metrics of one reward over all completions."""
 
     mean: float | None
-    """Over the completions that have a value; None if none has."""
+    """Mean over the completions that have a value; None if none has."""
     missing: int
     """Completions without a value: timeout, error, or not applicable."""
     pass_at: dict[int, float] | None
@@ -27,7 +27,7 @@ class RewardFigures:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that k samples drawn without replacement from `num_samples` hold a right one.
+    """Return the chance that k samples drawn without replacement from `num_samples` hold a right one.
 
     1 - C(n - c, k) / C(n, k): unbiased (Chen et al. 2021, arXiv 2107.03374).
     """
@@ -35,9 +35,9 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def majority_right(answers_K: Sequence[str], values_K: Sequence[float]) -> float:
-    """Reward of the most frequent answer; of equally frequent ones, the first counts.
+    """Return the reward of the most frequent answer; of equally frequent ones, the first counts.
 
-    Samples with equal answers may have been scored differently (by form, say): their mean is taken.
+    Samples with equal answers may have different rewards, for their format, say: their mean is taken.
     """
     counts = Counter(answers_K)
     winner = max(counts, key=lambda answer: counts[answer])
@@ -45,17 +45,17 @@ def majority_right(answers_K: Sequence[str], values_K: Sequence[float]) -> float
     return sum(votes) / len(votes)
 
 
-def reward_figures(groups: Sequence[Group], name: str) -> RewardFigures:
-    """Figures of one reward over scored groups.
+def reward_metrics(groups: Sequence[Group], name: str) -> RewardMetrics:
+    """Compute the metrics of one reward over scored groups.
 
-    A completion without a value is left out of the mean; a prompt is left out of pass@j where it has fewer than j
-    values, and of majority@k where it has none.
+    A completion without a value is left out of the mean; a prompt is left out of pass@j if it has fewer than j values,
+    and of majority@k if it has none.
     """
     values = [value for group in groups for value in group.rewards[name] if value is not None]
     total = sum(len(group) for group in groups)
     mean = sum(values) / len(values) if values else None
     if not values or not {0.0, 1.0}.issuperset(values):
-        return RewardFigures(mean, total - len(values), None, None)
+        return RewardMetrics(mean, total - len(values), None, None)
     scored = [list(_with_values(group, name)) for group in groups]
     num_samples = max(len(samples) for samples in scored)
     passes = {}
@@ -68,11 +68,11 @@ def reward_figures(groups: Sequence[Group], name: str) -> RewardFigures:
         for samples in scored
         if samples
     ]
-    return RewardFigures(mean, total - len(values), passes, sum(votes) / len(votes))
+    return RewardMetrics(mean, total - len(values), passes, sum(votes) / len(votes))
 
 
 def sample_counts(num_samples: int) -> list[int]:
-    """Powers of two up to `num_samples`, and `num_samples` itself."""
+    """Return the powers of two up to `num_samples`, and `num_samples` itself."""
     powers = [1 << exponent for exponent in range(num_samples.bit_length())]
     return sorted({*powers, num_samples})
 
