@@ -1,4 +1,4 @@
-"""A transformers model in training: packed attention, adapters, precision, and the folders that it is written to.
+"""Hold a transformers model in training: packed attention, adapters, precision, and the folders that it is written to.
 
 Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
 rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
@@ -48,7 +48,7 @@ ADAPTER_FOLDER = "adapter"
 
 
 def check_cuttable(config: Any, size: int) -> None:
-    """Raise ModelError where `size` ranks cannot each forward a slice of a row through a model of this config."""
+    """Raise ModelError if `size` ranks cannot each forward a slice of a row through a model of this config."""
     if size > 1 and (obstacle := cutting_obstacle(config)):
         raise ModelError(
             f"parallel.sequence_parallel_size={size}: {obstacle}, so that a row cannot be cut into slices; leave it at 1"
@@ -56,20 +56,22 @@ def check_cuttable(config: Any, size: int) -> None:
 
 
 class Root(nn.Module):
-    """Around a model: what is computed with its weights is computed through here, those of its head included, so that an
-    engine that keeps weights in shards has put them together by then."""
+    """Wrap a model: everything that reads its weights, the head included, is called through `forward`.
+
+    So an engine that shards weights has gathered them by then.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """`compute(*arguments)`"""
+        """Return `compute(*arguments)`."""
         return compute(*arguments)
 
 
 class PackedModel:
-    """What a policy, a reward model and a critic have in common; see Policy and ScalarModel."""
+    """Hold what a policy, a reward model and a critic have in common; see Policy and ScalarModel."""
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class PackedModel:
         mark_float32(model)
         self.compute_dtype = self._wanted_dtype(args)
         self.notes: list[str] = []
-        """For the user, on what was made of the arguments."""
+        """Notes for the user on how the arguments were understood."""
         if peft_config is not None:
             model, self.notes = add_adapter(model, without_towers(peft_config, model))
         if obstacle := packing_obstacle(model.config):
@@ -129,7 +131,7 @@ class PackedModel:
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
         self.replay: RoutingReplay | None = None
-        """Where experts that a batch has recorded are chosen again."""
+        """Replays the experts that a batch has recorded; None if nothing is replayed."""
 
     def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
         if args.fp16:
@@ -156,9 +158,9 @@ class PackedModel:
         self.model.train()
 
     def _check_forward(self, head: Callable[[Tensor], Tensor], own: Callable[[Tensor], Tensor]) -> None:
-        """ModelError where packed rows are computed wrongly, see rlqwen.models.model_support.
+        """Raise ModelError if packed rows are computed wrongly, see rlqwen.models.model_support.
 
-        `head` makes answers of hidden states; `own` lets the model itself make (1, L, V) answers of (1, L) token ids.
+        `head` computes outputs from hidden states; `own` returns the model's own (1, L, V) outputs for (1, L) token ids.
         """
 
         def packed(batch: PackedBatch) -> Tensor:
@@ -175,12 +177,12 @@ class PackedModel:
             check_forward(self.base_model, packed, plain, exact=exact)
 
     def _carry_unused(self) -> None:
-        """Find what a model that was given as an object has left of its checkpoint."""
+        """Find the weights of its checkpoint that a model given as an object has not loaded."""
         base: Any = self.base_model
         name = base.config._name_or_path
         is_found = carried_by(base) is not None or carry(base, name)
         self.kept_note: str | None = None
-        """What is kept as it is, or cannot be, for people; None where nothing is."""
+        """A sentence on what is kept unchanged, or cannot be; None if there is nothing to say."""
         if carried := carried_by(base):
             self.kept_note = carried.summary()
         elif name and not is_found and base._keys_to_ignore_on_load_unexpected:
@@ -191,23 +193,23 @@ class PackedModel:
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The transformers model, adapters inside it where there are any."""
+        """Return the transformers model, which contains the adapters, if any."""
         return self.model.get_base_model() if self.has_adapter else self.model  # type: ignore[no-any-return]
 
     @property
     def text_config(self) -> Any:
-        """Config of the text model: the model's own, or the part of it where the model sees images too."""
+        """Return the config of the text model: the whole, or a part of it if the model sees images too."""
         return self.base_model.config.get_text_config()
 
     def has_base_of(self, folder: str) -> bool:
-        """Whether what lies under the adapter is still what `folder`, which it was loaded from, holds."""
+        """Return whether the model under the adapter is still the one in `folder`, from which it was loaded."""
         if not self.has_adapter:
             return not self.quantized_bits
         changed = any(changes_base(config) for config in self.model.peft_config.values())
         return not (self.quantized_bits or changed) and saved_dtype(folder) == self.original_dtype
 
     def check_trainable(self) -> None:
-        """ModelError if the weights are quantised and there is no adapter to train, or cannot be saved."""
+        """Raise ModelError if the weights are quantized and there is no adapter to train, or if they cannot be saved."""
         if carried := carried_by(self.base_model):
             carried.require_writable()
         if self.quantized_bits and not self.has_adapter:
@@ -218,7 +220,7 @@ class PackedModel:
 
     @property
     def frozen_note(self) -> str | None:
-        """Which weights the user has frozen, for people; None where there are none, or an adapter is trained instead."""
+        """Return a sentence on the weights that the user froze; None if there are none, or if an adapter is trained."""
         frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
         if self.has_adapter or not frozen:
             return None
@@ -232,12 +234,12 @@ class PackedModel:
 
     @property
     def trained_names(self) -> list[str]:
-        """Names of `trained_parameters`, in the same order."""
+        """Return the names of `trained_parameters`, in the same order."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients and no dropout inside."""
+        """Switch off gradients and dropout inside."""
         was_training = self.model.training
         self.model.eval()
         if self.quantized_bits == 8:
@@ -249,11 +251,11 @@ class PackedModel:
             self.model.train(was_training)
 
     def autocast(self) -> torch.autocast:
-        """The forward's precision."""
+        """Return a context in which a forward has its precision."""
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def hidden_states(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
-        """Hidden states of the trained model, see rlqwen.packing.forward; what its routers said is kept for their loss."""
+        """Return hidden states of the trained model, see rlqwen.packing.forward; keep its router logits for their loss."""
         watches = self.routers.coefficient > 0 and torch.is_grad_enabled()
         router_logits: list[Tensor] | None = [] if watches else None
         with self.autocast():
@@ -265,7 +267,7 @@ class PackedModel:
         return hidden_RC
 
     def router_loss(self, weight: float) -> Tensor | float:
-        """Load-balancing loss of the forward just made with gradient, weighted; 0 where there is none to add.
+        """Return the weighted load-balancing loss of the last forward with gradient; 0 if there is none to add.
 
         `weight`: the forward's share of the update, by tokens of the packed row.
         """
@@ -277,8 +279,8 @@ class PackedModel:
     ) -> None:
         """Write a folder that `from_pretrained` loads, of plain weights, adapters merged or (`adapter` False) left out.
 
-        Like all that saves, on every rank, of which one is to `write`, for the weights may lie in shards. `dtype` None
-        keeps each weight's own.
+        Like all functions that save, call it on every rank, with `write` on one of them, because weights may be sharded.
+        `dtype` None keeps the dtype of each weight.
         """
         with contextlib.nullcontext() if adapter or not self.has_adapter else self.model.disable_adapter():
             weights = checkpoint_weights(self.base_model, dtype=dtype)
@@ -289,24 +291,24 @@ class PackedModel:
                     pass
 
     def save_adapter(self, folder: Path | str, *, write: bool = True) -> None:
-        """Write the adapter alone, as PEFT loads it; without the base's embedding, which it leaves as it was."""
+        """Write the adapter alone, as PEFT loads it, without the embedding of the base."""
         with gathered(self.trained_parameters):
             if write:
                 self.model.save_pretrained(folder, save_embedding_layers=False)
 
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
-        """Write what `load_checkpoint` reads: a folder for `from_pretrained`, and the adapter as it is in `adapter/`."""
+        """Write what `load_checkpoint` reads: a folder for `from_pretrained`, and the adapter in `adapter/`."""
         self.save(folder, write=write)
         if self.has_adapter:
             self.save_adapter(folder / ADAPTER_FOLDER, write=write)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds but shards: forwards, saving and export then take all ranks."""
+        """Return whether each rank holds only shards; forwards, saving and export then need all ranks."""
         return self.is_tensor_parallel or any(map(is_sharded, self.model.parameters()))
 
     def load_checkpoint(self, folder: Path | str) -> None:
-        """Load what `save_checkpoint`, `save` or (with an adapter) `save_adapter` wrote back into the trained weights."""
+        """Load into the trained weights what `save_checkpoint`, `save` or (with an adapter) `save_adapter` wrote."""
         if self.has_adapter:
             inner = Path(folder) / ADAPTER_FOLDER
             weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""The policy and its reference: one wrapper for every trainer.
+"""Wrap a policy and its reference, for every trainer.
 
 policy = Policy(load_model("Qwen/Qwen3-0.6B", args), args, peft_config=LoraConfig(...), reference=True)
 logp_N, entropy_N = policy.logprobs(batch, temperature=1.0)
@@ -49,7 +49,7 @@ from rlqwen.types import Truncation
 
 REFERENCE_FILE = "reference.safetensors"
 _NOT_OF_THE_BASE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
-"""What PEFT's wrappers put into the names of the weights under them."""
+"""Parts that PEFT's wrappers insert into the names of the weights under them."""
 
 
 class Policy(PackedModel):
@@ -135,14 +135,16 @@ class Policy(PackedModel):
         entropy: bool = False,
         truncation: Truncation | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `logprobs`, and the (N, C) hidden states that they come from, for a head on the same trunk: with a sequence
-        group, those of this rank's own targets."""
+        """Return what `logprobs` returns, and the (N, C) hidden states behind it, for another head on the same trunk.
+
+        With a sequence group, the hidden states are those of this rank's own targets.
+        """
         return self.root(  # type: ignore[no-any-return]
             self._logprobs, self.base_model, batch, temperature, entropy, truncation
         )
 
     def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(N,) logprobs as `logprobs` gives them, and (N,) log of the sum over the vocabulary of p^2, no gradient."""
+        """Return (N,) logprobs, and (N,) log of the sum over the vocabulary of p^2, which has no gradient."""
         return self.root(self._logprobs_and_collision, batch)  # type: ignore[no-any-return]
 
     def _logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,7 @@ class Policy(PackedModel):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
-        """(N,) float32 logprobs under the reference, without gradient."""
+        """Return (N,) float32 logprobs under the reference, without gradient."""
         if not self.has_reference:
             raise ValueError("this policy was made without a reference")
         model = self.base_model if self._reference is None else self._reference
@@ -222,7 +224,7 @@ class Policy(PackedModel):
         return logp_N, entropy_N, hidden_NC
 
     def _hidden(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-        """(N, C) hidden states that predict the batch's targets; with a sequence group, this rank's own."""
+        """Return the (N, C) hidden states that predict the batch's targets; with a sequence group, of this rank's own."""
         if model is self.base_model:
             hidden_NC = self.hidden_states(batch, batch.source_N, batch.sequence_N)
         else:
@@ -231,7 +233,7 @@ class Policy(PackedModel):
         return hidden_NC.to(self.compute_dtype)
 
     def reference_weights(self) -> dict[str, Tensor]:
-        """What the reference computes with, by name; without a reference, what the policy itself does."""
+        """Return the weights of the reference by name; without a reference, those of the policy."""
         if self._reference is not None:
             return self._reference.state_dict()
         if not self.has_reference:
@@ -247,7 +249,7 @@ class Policy(PackedModel):
         return (self.base_model if self._reference is None else self._reference).config
 
     def drop_reference(self) -> None:
-        """Free the reference, where it is a model of its own."""
+        """Free the reference, if it is a model of its own."""
         if self._reference is not None:
             self._reference, self.has_reference = None, False
 
@@ -262,7 +264,7 @@ class Policy(PackedModel):
                     theirs.lerp_(ours.to(theirs.dtype), alpha)
 
     def save_reference(self, folder: Path) -> None:
-        """Write the reference, where training has changed it, to `folder`."""
+        """Write the reference to `folder`, if it is a model of its own."""
         if self._reference is not None:
             save_safetensors(self._reference, str(folder / REFERENCE_FILE))
 
@@ -273,7 +275,7 @@ class Policy(PackedModel):
 
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:
-        """The model as `generate` wants it: in eval mode, with ordinary attention, without gradients."""
+        """Prepare the model for `generate` inside: eval mode, transformers' attention, no gradients."""
         if self.is_tensor_parallel:
             raise ConfigError(
                 "a model in shards (parallel.autotp_size) cannot sample by itself: set rollout.engine to vllm, and leave "
@@ -291,33 +293,33 @@ class Policy(PackedModel):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its checkpoint name, adapters merged, tied heads included, in the compute dtype.
+        """Yield every weight under its checkpoint name, in the compute dtype, with adapters merged and tied heads.
 
-        These are the names that vLLM loads: mixture-of-experts weights go back from transformers' fused form, and
-        `lm_head.weight` is there for tied models too, without which vLLM would keep its old head.
+        These are the names that vLLM loads: experts are split from transformers' fused form, and `lm_head.weight` is
+        there for tied models too, because vLLM would otherwise keep its old head.
         """
         return checkpoint_weights(self.base_model, dtype=self.compute_dtype)
 
     @property
     def lora_obstacle(self) -> str | None:
-        """Why rollout workers cannot be sent the adapter alone; None if they can."""
+        """Return why the adapter alone cannot be sent to rollout workers; None if it can."""
         return lora_obstacle(self.model) if self.has_adapter else "there is no adapter"
 
     @property
     def lora_rank(self) -> int:
-        """The largest rank of the adapter."""
+        """Return the largest rank of the adapter."""
         return adapter_rank(self.model)
 
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
-        """The adapter's weights under PEFT's names, scaling folded in."""
+        """Yield the adapter's weights under PEFT's names, with its scaling folded in."""
         return adapter_weights(self.model)
 
 
 def _cast_as_autocast(model: Any, dtype: torch.dtype) -> Any:
-    """Cast to `dtype`, in place, the weights that autocast would, and return the model.
+    """Cast to `dtype`, in place, the weights that autocast would cast, and return the model.
 
-    In half precision vectors keep their own dtype, such as the decay rates of delta-net layers, and so do buffers: of
-    the frequencies of rotary embeddings, rounded ones would turn distant tokens by whole radians.
+    In half precision vectors, such as the decay rates of delta-net layers, keep their dtype, and so do buffers: rounded
+    frequencies of rotary embeddings would turn distant tokens by whole radians.
     """
     for weight in model.parameters():
         if weight.ndim > 1 or dtype == torch.float32:
@@ -326,7 +328,7 @@ def _cast_as_autocast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _has_new_adapter(model: nn.Module) -> bool:
-    """Whether the model has an adapter that adds nothing yet, so that taking it off gives the model itself."""
+    """Return whether the model has an adapter that adds nothing yet, so that switching it off changes nothing."""
     if not isinstance(model, PeftModel):
         return False
     weights = dict(model.named_parameters())

@@ -1,8 +1,8 @@
-"""Attention over a packed row of shared prefixes and their branches.
+"""Attend over a packed row of shared prefixes and their branches, in any transformers model.
 
-Any transformers model runs it: `AttentionInterface` swaps the attention function, and the layout travels as a keyword
-of the model's forward. On a GPU in half precision it is two calls of FlashAttention (rlqwen.packing.cascade_attention),
-elsewhere padded blocks (rlqwen.packing.block_attention).
+`AttentionInterface` swaps the attention function, and the layout travels as a keyword of the model's forward. On a GPU
+in half precision attention is two calls of FlashAttention (rlqwen.packing.cascade_attention), elsewhere padded blocks
+(rlqwen.packing.block_attention).
 
 Shapes: T tokens in the row; H heads of width D.
 """
@@ -34,9 +34,9 @@ def packed_attention(
     sequence: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers' interface; query (1, H, T, D), key and value (1, H_kv, T, D).
+    """Attend as transformers' interface asks; query (1, H, T, D), key and value (1, H_kv, T, D); return (1, T, H, D).
 
-    With a `sequence` group, T is this rank's slice of the row, and the layout is the whole row's. Returns (1, T, H, D).
+    With a `sequence` group, T is this rank's slice of the row, and the layout is that of the whole row.
     Raises ValueError without a layout: the model was called outside rlqwen's packed forward; ModelError for attention
     that is more than causal or windowed, see rlqwen.packing.attention_rules.
     """

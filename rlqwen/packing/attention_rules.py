@@ -1,7 +1,7 @@
-"""What of a model's attention packed rows can compute: causal attention over all tokens, or over a window of the last.
+"""Check that packed rows can compute a model's attention: causal, over all tokens or over a window of the last ones.
 
 transformers' models say what they need twice: by the mask that they ask for, and by the arguments of the attention
-function. Both are read here. What is not known is refused by name, because an ignored argument changes every gradient.
+function. Both are read here. Anything unknown is refused by name, because an ignored argument changes every gradient.
 """
 
 import inspect
@@ -29,12 +29,12 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-"""Arguments that reach the attention function on their way through the model, and change nothing in it."""
+"""Arguments that pass through the model to the attention function, and change nothing in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CausalMask:
-    """What stands for a mask in packed attention, which makes its own from the layout."""
+    """Take the place of a mask tensor; packed attention makes its masks from the layout."""
 
     window: int | None
     """How many tokens up to itself a query sees; None: all."""
@@ -49,7 +49,7 @@ def refusal(model_type: str, what: str) -> ModelError:
 
 
 def read_mask(*, mask_function: Callable[..., Any], config: Any, **options: Any) -> CausalMask:
-    """Mask function of transformers' interface: the rule that the model wants, in place of a tensor.
+    """Return the rule that the model asks for, in place of a mask tensor: the mask function of transformers' interface.
 
     Raises ModelError for a rule that is neither causal nor a causal window.
     """
@@ -73,9 +73,9 @@ def _parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 
 
 def read_call(module: nn.Module, mask: Any, arguments: Mapping[str, Any]) -> CausalMask:
-    """Return the rule of one attention call, from its `mask` and the `arguments` that packed attention has no name for.
+    """Return the rule of one attention call, from its `mask` and its further `arguments`.
 
-    Raises ModelError for what packed attention would have to ignore.
+    Raises ModelError for an argument that packed attention would have to ignore.
     """
     model_type = getattr(getattr(module, "config", None), "model_type", "the model")
     caller = f"({type(module).__name__})"

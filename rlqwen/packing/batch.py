@@ -1,9 +1,9 @@
-"""Packed batches: each prompt once, then its continuations, in one row of tokens.
+"""Pack sequences in one row of tokens: each prompt once, then its continuations.
 
 A `Tree` is a prefix and the branches that continue it: a prompt and its G completions (GRPO, PPO), a prompt and its
-chosen and rejected answers (DPO), or a whole sequence as the only branch of an empty prefix (SFT). `pack` lays trees
-out in one row, so that linear layers see neither padding nor a prompt twice; only attention (rlqwen.packing.attention) knows
-which tokens may see which.
+chosen and rejected answers (DPO), or a whole sequence as the only branch of an empty prefix (SFT). `pack` lays out
+trees in one row, so that linear layers compute neither padding nor a prompt twice; only attention
+(rlqwen.packing.attention) needs to know which tokens may see which.
 
 Shapes: T tokens in the row, N target tokens (those with a loss), S sequences (branches).
 """
@@ -34,7 +34,7 @@ class Branch:
 
     token_ids: list[int]
     loss_mask: list[bool] | None = None
-    """Which tokens are targets; None: all. A first token without a prefix has no predictor and is never a target."""
+    """Whether each token is a target; None: all are. Without a prefix, the first token has no predictor and is none."""
     per_token: dict[str, list[float]] = field(default_factory=dict)
     """Column name -> one value per token, such as `sampler_logp`, the sampler's log-probability."""
     per_sequence: dict[str, float | bool] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class Tree:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the tree takes in a packed row."""
+        """Return the tokens that the tree takes in a packed row."""
         return len(self.prefix) + sum(len(branch.token_ids) for branch in self.branches)
 
     @property
     def target_counts(self) -> list[int]:
-        """Target tokens of each branch."""
+        """Return the number of target tokens of each branch."""
         return [len(_targets(branch, has_prefix=bool(self.prefix))) for branch in self.branches]
 
 
@@ -67,7 +67,7 @@ class Tree:
 class PackedBatch:
     """One micro-batch, ready for the model's forward.
 
-    An algorithm keeps what it needs besides in named columns: one value per target token, or one per sequence.
+    Further inputs of an algorithm are named columns: one value per target token, or one per sequence.
     """
 
     input_ids: Tensor
@@ -92,17 +92,17 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T, the tokens that the forward sees."""
+        """Return T, the tokens of the forward."""
         return self.input_ids.shape[1]
 
     @property
     def num_targets(self) -> int:
-        """N, the tokens that have a loss."""
+        """Return N, the tokens that have a loss."""
         return self.target_N.shape[0]
 
     @property
     def num_sequences(self) -> int:
-        """S, the branches."""
+        """Return S, the branches."""
         return self.lengths_S.shape[0]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -116,7 +116,7 @@ class PackedBatch:
         return replace(self, layout=layout, per_token=per_token, per_sequence=per_sequence, **fields)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return its tensors by name, columns with the suffix of their shape, without the layout's."""
+        """Return the tensors by name, columns with the suffix of their shape; those of the layout are left out."""
         per_token = {f"{name}_N": value for name, value in self.per_token.items()}
         per_sequence = {f"{name}_S": value for name, value in self.per_sequence.items()}
         return self._fields() | per_token | per_sequence
@@ -176,7 +176,7 @@ def _shared_columns(values: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
 
 
 def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
-    """(T, L, K) recorded experts of a row of these trees; None where nothing is recorded."""
+    """Return the (T, L, K) recorded experts of a row of these trees; None if nothing is recorded."""
     parts: list[tuple[int, np.ndarray]] = []
     place = 0
     for tree in trees:
@@ -198,7 +198,7 @@ def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
 
 @dataclass(slots=True)
 class _Row:
-    """Grows by one tree at a time; plain lists, since a tensor an element would cost more than the forward."""
+    """A row that grows by one tree at a time, in lists: a tensor per element would cost more than the forward."""
 
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -207,7 +207,7 @@ class _Row:
     targets: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
-    """Places of each branch's targets among its tokens."""
+    """Indices of each branch's targets among its tokens."""
 
     def add(self, tree: Tree) -> None:
         prefix_start = len(self.token_ids)
@@ -222,7 +222,7 @@ class _Row:
             self._add_targets(branch, start, before=prefix_end - 1 if tree.prefix else None)
 
     def _add_targets(self, branch: Branch, start: int, before: int | None) -> None:
-        """`before`: row index of the token that predicts the branch's first; None where there is none."""
+        """Add the targets of a branch; `before`: row index of the token that predicts its first, None if there is none."""
         kept = _targets(branch, has_prefix=before is not None)
         self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
         self.targets += [branch.token_ids[i] for i in kept]
@@ -231,16 +231,16 @@ class _Row:
 
 
 def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
-    """Which of the branch's tokens are targets."""
+    """Return the indices of the branch's tokens that are targets."""
     mask = branch.loss_mask
     return [i for i in range(0 if has_prefix else 1, len(branch.token_ids)) if mask is None or mask[i]]
 
 
 def idle_batch(tree: Tree) -> PackedBatch:
-    """A micro-batch like those of `tree`, with tokens in its row but neither targets nor sequences.
+    """Return a micro-batch like those of `tree`, with tokens in its row but neither targets nor sequences.
 
-    Any loss of it is 0, with a gradient of 0 for every weight: what a rank does while others still have work, because
-    ranks that hold weights in shards must all make the same forwards.
+    Any loss of it is 0, with a gradient of 0 for every weight. A rank forwards it while others still have work, because
+    ranks that hold shards of the weights must all make the same forwards.
     """
     first = tree.branches[0]
     per_token = {name: values[:1] for name, values in first.per_token.items()}
@@ -262,9 +262,9 @@ def split_trees(
 ) -> Iterator[list[Tree]]:
     """Cut a run of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
 
-    A tree is kept whole where it fits a micro-batch of its own; otherwise its branches are dealt out, and each
-    micro-batch that gets some holds the prefix again. A single sequence longer than `max_tokens` stands alone, and so
-    does a larger tree that is not `divisible`, because its branches are compared with each other.
+    A tree is kept whole if it fits in a micro-batch; otherwise its branches are divided, and each micro-batch that gets
+    some holds the prefix again. A single sequence longer than `max_tokens` has a micro-batch of its own, and so has a
+    larger tree that is not `divisible`, because its branches are compared with each other.
     """
     current: list[Tree] = []
     branches = tokens = 0

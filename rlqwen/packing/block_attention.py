@@ -130,7 +130,7 @@ def _sdpa_kernels(device: torch.device) -> "contextlib.AbstractContextManager[No
 
 
 def _gather(tensor_T: Tensor, index_BL: Tensor) -> Tensor:
-    """(T, H, D) and (B, L) to (B, H, L, D)."""
+    """Return (B, H, L, D): the rows of a (T, H, D) tensor at (B, L) indices."""
     return tensor_T[index_BL].transpose(1, 2)
 
 

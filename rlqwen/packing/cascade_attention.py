@@ -45,7 +45,7 @@ class Runs(NamedTuple):
 
 @dataclass(slots=True, frozen=True)
 class CascadePlan:
-    """What the two calls are told of a layout, on its device."""
+    """Hold the arguments of the two calls for a layout, on its device."""
 
     own: Runs
     """Every segment of the row."""

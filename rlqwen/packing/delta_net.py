@@ -1,13 +1,13 @@
-"""Gated delta-net layers (Qwen3-Next, Qwen3.5 and later) over a packed row: a prefix's state is forked to its branches.
+"""Run gated delta-net layers (Qwen3-Next, Qwen3.5 and later) over a packed row: fork a prefix's state to its branches.
 
-transformers' layers call two functions of their module in which tokens meet: a causal convolution and the gated delta
-rule (arXiv 2412.06464). `install` puts ones in their place that know the row's layout, which travels as a keyword of
-the model's forward. Without a layout, in generation for one, the functions are what they were.
+transformers' layers call two functions of their module that mix tokens: a causal convolution and the gated delta rule
+(arXiv 2412.06464). `install` replaces them by functions that know the row's layout, which travels as a keyword of the
+model's forward. Without a layout, as in generation, the functions are unchanged.
 
-The convolution runs as transformers has it, over a row in which what came before each sequence stands before it. The
-rule runs in chunks: what happens inside a chunk is computed for all chunks of the row at once, then one scan over their
-depths carries the states from prefixes into branches. On a GPU with flash-linear-attention its kernel runs instead, over
-the prefixes first, then over the branches from their prefixes' states. Gradients take the same ways back.
+The convolution is that of transformers, over a row in which each sequence is preceded by the tokens that it continues.
+The rule runs in chunks: everything inside a chunk is computed for all chunks of the row at once, then one scan over
+their depths carries states from prefixes into branches. On a GPU with flash-linear-attention its kernel runs instead,
+over the prefixes first, then over the branches from their prefixes' states. Gradients flow back the same ways.
 
 Shapes: T tokens in the row, N chunks of C tokens, H value heads, K and V widths of keys and values, D channels.
 """
@@ -46,12 +46,12 @@ _HUB_KERNELS = "transformers.integrations.hub_kernels"
 
 
 def is_delta_net(text_config: Any) -> bool:
-    """Whether the recurrent layers of a model with this configuration are ones that `install` knows."""
+    """Return whether `install` knows the recurrent layers of a model with this configuration."""
     return getattr(text_config, "model_type", None) in MODULES
 
 
 def install(text_config: Any) -> None:
-    """Have the layers of this configuration's class fork states as a packed row's layout says; once is enough.
+    """Have the layers of this configuration's class fork states by the layout of a packed row; once is enough.
 
     Raises ModelError where transformers' module is not built as it is expected to be: results would be wrong.
     """
@@ -95,7 +95,7 @@ def kernel_note(text_config: Any, device_type: str) -> str | None:
 
 
 def _unlike(layer: type) -> list[str]:
-    """What of the layer's forward is not as expected."""
+    """Return in what the layer's forward is not as expected."""
     forward = inspect.unwrap(layer.forward)  # type: ignore[attr-defined]
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values()):
         return [f"a {layer.__name__}.forward without **kwargs"]
@@ -152,7 +152,7 @@ def packed_convolution(
     activation: str | None = None,
     **_: Any,
 ) -> Tensor:
-    """`original`, a causal convolution on (1, D, T) with `weight` (D, width), of each sequence after what precedes it."""
+    """Apply `original`, a causal convolution on (1, D, T) with `weight` (D, width), to each sequence after its prefix."""
     row_TD = hidden_states[0].transpose(0, 1)
     order = _plan(layout, len(row_TD), row_TD.device).halos(weight.shape[-1])
     spread = order.spread(row_TD).transpose(0, 1)[None]
@@ -217,7 +217,7 @@ def staged_rule(
     beta: Tensor,
     normalize: bool,
 ) -> Tensor:
-    """Outputs (1, T, H, V) of a kernel that takes sequences' lengths and states: one call for each stage of the plan."""
+    """Return the (1, T, H, V) outputs of a kernel that takes sequences' lengths and states: one call per stage."""
     stages, home_T = plan.stages()
     outputs, states = [], None
     for number, stage in enumerate(stages):
@@ -236,7 +236,7 @@ def staged_rule(
 def chunked_rule(
     plan: DeltaPlan, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *, normalize: bool
 ) -> Tensor:
-    """Outputs (T, H, V) of the rule, in the dtype of its input; query and key (T, H, K), value (T, H, V), g and beta (T, H).
+    """Return the (T, H, V) outputs of the rule; query and key (T, H, K), value (T, H, V), g and beta (T, H).
 
     With S the state (K, V) before a chunk, A the decay from one of its tokens to another and d that from the chunk's
     begin, a chunk adds beta_i k_i (v_i - what the state already holds under k_i) per token i. The new values solve a
@@ -273,7 +273,7 @@ def chunked_rule(
 def _scan(
     depths: list[Any], query: Tensor, old_key: Tensor, new_value: Tensor, attention: Tensor, key: Tensor, decay: Tensor
 ) -> Tensor:
-    """(N, H, C, V) outputs of all chunks, each from the state that the chunk before it left; see `chunked_rule`.
+    """Return the (N, H, C, V) outputs of all chunks, each from the state after the chunk before it; see `chunked_rule`.
 
     decay (N, H, 1, 1): of the state over a whole chunk.
     """

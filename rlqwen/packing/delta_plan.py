@@ -1,4 +1,4 @@
-"""Where the tokens of a packed row go so that recurrent layers run over it: halos, chunks, and stages of sequences.
+"""Order the tokens of a packed row for recurrent layers: halos, chunks, and stages of sequences.
 
 A recurrent layer needs each sequence in order, and a branch after its prefix. Three orders of the row's tokens serve
 that, all computed once per row:
@@ -29,7 +29,7 @@ half padding; on long sequences 16 has twice as many steps."""
 
 @dataclass(slots=True)
 class Order:
-    """Another order of the row's tokens, with empty places, and places that repeat a token."""
+    """Another order of the row's tokens, with empty places and places that repeat a token."""
 
     source_L: Tensor
     """(L,) index in the row of the token at each place; empty places hold 0."""
@@ -44,7 +44,7 @@ class Order:
 
     @classmethod
     def of(cls, source: Tensor, num_tokens: int, copy: Tensor | None = None) -> "Order":
-        """`source`: index in the row of each place's token, -1 where there is none; `copy`: bool, which repeat."""
+        """Make an order from `source`, the row index of each place's token or -1, and `copy`, which places repeat one."""
         empty = source < 0
         copied = torch.zeros_like(empty) if copy is None else copy & ~empty
         own = (~(empty | copied)).nonzero()[:, 0]
@@ -56,7 +56,7 @@ class Order:
         return cls(source.clamp(min=0), home_T, empty.nonzero()[:, 0], copied.nonzero()[:, 0], unread)
 
     def by_head(self, num_heads: int, chunk: int) -> "Order":
-        """The order of (T * H) rows, a head of a token each, in which each chunk holds its heads one after another."""
+        """Return the order of (T * H) rows, one per head of a token, in which each chunk holds its heads in sequence."""
         head_H = torch.arange(num_heads)
 
         def places(place: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ class Order:
         return Order(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def spread(self, tensor_T: Tensor) -> Tensor:
-        """(T, ...) to (L, ...); zeros in empty places."""
+        """Return the (T, ...) tensor in this order, (L, ...), with zeros in empty places."""
         spread: Tensor = _Spread.apply(tensor_T, self)  # type: ignore[no-untyped-call]
         return spread
 
     def collect(self, tensor_L: Tensor) -> Tensor:
-        """(L, ...) to (T, ...): what stands at each token's home."""
+        """Return the (L, ...) tensor in the order of the row, (T, ...): the value at each token's home."""
         collected: Tensor = _Collect.apply(tensor_L, self)  # type: ignore[no-untyped-call]
         return collected
 
@@ -137,7 +137,7 @@ class Stage:
 
 @dataclass(slots=True)
 class DeltaPlan:
-    """What recurrent layers need to know of a packed row; each order is made when it is first asked for."""
+    """Hold the orders of a packed row that recurrent layers need; each is made when it is first asked for."""
 
     spans: list[Span]
     num_tokens: int
@@ -145,19 +145,19 @@ class DeltaPlan:
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def halos(self, width: int) -> Order:
-        """The row with `width` - 1 places before each sequence, which hold what came before it, as far as it goes."""
+        """Return the row with `width` - 1 places before each sequence, which hold the last tokens before it."""
         order: Order = self._once(("halos", width), lambda: _halos(self.spans, self.num_tokens, width).to(self.device))
         return order
 
     def chunks(self, num_heads: int, chunk: int = CHUNK) -> tuple[Order, list[Depth]]:
-        """The row's (T * H) heads of tokens in chunks, (N, H, C) of them, and the depths to scan."""
+        """Return the order of the row's (T * H) heads of tokens in (N, H, C) chunks, and the depths to scan."""
         made: tuple[Order, list[Depth]] = self._once(
             ("chunks", num_heads, chunk), lambda: self._chunks(num_heads, chunk)
         )
         return made
 
     def stages(self) -> tuple[list[Stage], Tensor]:
-        """Stages, and (T,) where each token of the row is in their outputs, one stage after another."""
+        """Return the stages, and (T,) the place of each token of the row in their concatenated outputs."""
         made: tuple[list[Stage], Tensor] = self._once("stages", lambda: _stages(self.spans, self.device))
         return made
 
@@ -186,7 +186,7 @@ def _halos(spans: Sequence[Span], num_tokens: int, width: int) -> Order:
 
 
 def _chunk_tree(spans: Sequence[Span], chunk: int) -> tuple[Tensor, list[Depth]]:
-    """(N, C) token of each place of each chunk, -1 for none, sorted by depth, and the depths."""
+    """Return the (N, C) token of each place of each chunk, -1 for none, sorted by depth, and the depths."""
     blocks: list[Tensor] = []
     parents: list[int] = []
     depth_of: list[int] = []

@@ -1,4 +1,4 @@
-"""KL divergence between two models' next-token distributions, from hidden states, without ever holding all logits.
+"""Compute the KL divergence of two models' next-token distributions, from hidden states, without holding all logits.
 
 Logits of both models exist for one chunk of tokens at a time, in the forward and, computed again, in the backward pass.
 

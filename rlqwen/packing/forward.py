@@ -1,4 +1,4 @@
-"""Hidden states at chosen places of a packed row, for any transformers model: what every packed forward begins with.
+"""Compute hidden states at chosen places of a packed row, for any transformers model.
 
 Shapes: T tokens in the row, R places asked for, S sequences, C hidden size.
 """
@@ -24,10 +24,10 @@ ROW_WIDE_ROPE = {"dynamic", "longrope"}
 
 
 def packing_obstacle(config: Any) -> str | None:
-    """Why a model of this configuration cannot share a prefix among sequences; None: it can.
+    """Return why a model of this configuration cannot share a prefix among sequences; None if it can.
 
-    Attention can, and the delta-net layers that rlqwen.packing.delta_net knows. Layers of another kind cannot: they would carry
-    the state of one sequence of the row into the next.
+    Attention can, and so can the delta-net layers that rlqwen.packing.delta_net knows. Other layers cannot: they would
+    carry the state of one sequence of the row into the next.
     """
     text = config.get_text_config(decoder=True)
     others = _recurrent_layers(text)
@@ -45,7 +45,7 @@ def packs_prefixes(config: Any) -> bool:
 
 
 def cutting_obstacle(config: Any) -> str | None:
-    """Why ranks cannot each forward a slice of a row through a model of this configuration; None: they can."""
+    """Return why ranks cannot each forward a slice of a row through a model of this configuration; None if they can."""
     text = config.get_text_config(decoder=True)
     if recurrent := _recurrent_layers(text):
         return f"{text.model_type} has layers that carry a state along the sequence ({', '.join(sorted(recurrent))})"
@@ -64,9 +64,9 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Have the text layers of `model` run as packed rows need it, where it can share prefixes.
+    """Have the text layers of `model` run over packed rows, if it can share prefixes.
 
-    Raises ModelError where its delta-net layers are not as expected.
+    Raises ModelError if its delta-net layers are not as expected.
     """
     config: Any = model.config
     if not packs_prefixes(config):
@@ -80,7 +80,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have the model attend as transformers has it by default, inside."""
+    """Have the model attend by transformers' default inside."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield
@@ -97,11 +97,11 @@ def hidden_states(
     sequence: SequenceGroup,
     router_logits: list[Tensor] | None = None,
 ) -> Tensor:
-    """(R, C) last hidden states at `index_R` of the row, each as its sequence, `sequence_R` (ascending), sees it.
+    """Return the (R, C) last hidden states at `index_R` of the row, each within its sequence, `sequence_R` (ascending).
 
-    One forward over the row where the model can share prefixes, else one over each sequence. With a `sequence` group,
-    of this rank's slice of the row alone: the places that are in it. `router_logits`, where given, is filled with each
-    mixture-of-experts layer's (T, E), each token of the row, or of the slice, once.
+    Makes one forward over the row if the model can share prefixes, else one over each sequence. With a `sequence` group,
+    only places in this rank's slice of the row are returned. A given `router_logits` is filled with the (T, E) logits of
+    each mixture-of-experts layer, with each token of the row, or of the slice, once.
     """
     if packs_prefixes(model.config):
         return _packed(model, batch, sequence, router_logits)[sequence.own(index_R, batch.num_tokens)[1]]
@@ -109,7 +109,7 @@ def hidden_states(
 
 
 def last_tokens(batch: PackedBatch) -> Tensor:
-    """(S,) index in the row of each sequence's last token."""
+    """Return (S,) the index in the row of each sequence's last token."""
     spans = batch.layout.spans[: batch.num_sequences]
     ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in spans]
     return torch.tensor(ends, dtype=torch.long, device=batch.input_ids.device)
@@ -142,7 +142,7 @@ def _sequential(
     sequence_R: Tensor,
     router_logits: list[Tensor] | None,
 ) -> Tensor:
-    """Prefix and branch forwarded again for each sequence: for layers that carry a state along."""
+    """Forward each sequence with its prefix again, for layers that carry a state along."""
     hidden, recorded, seen = [], [], set()
     for sequence, span in enumerate(batch.layout.spans):
         prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
@@ -169,17 +169,17 @@ def _sequential(
 
 
 def _parts(span: Span) -> tuple[slice, slice]:
-    """Where the tokens of a branch and its prefix lie in the row."""
+    """Return the slices of the row that hold the prefix and the branch."""
     return slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)
 
 
 def _own_experts(batch: PackedBatch, sequence: SequenceGroup) -> Tensor | None:
-    """Recorded experts of this rank's slice of the row; of its padding, those of the row's first token."""
+    """Return the recorded experts of this rank's slice of the row; its padding gets those of the row's first token."""
     if batch.experts_TLK is None or sequence.size == 1:
         return batch.experts_TLK
     return batch.experts_TLK[sequence.cut(torch.arange(batch.num_tokens, device=batch.input_ids.device)[None])[0]]
 
 
 def _recording(router_logits: list[Tensor] | None) -> dict[str, Any]:
-    """Arguments of the forward: a model without routers does not know this one."""
+    """Return the arguments that record router logits; a model without routers does not know them."""
     return {} if router_logits is None else {"output_router_logits": True}

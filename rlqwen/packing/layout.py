@@ -1,4 +1,4 @@
-"""Say where the sequences of a packed row lie: what attention and other layers that mix tokens are told of it.
+"""Say where the sequences of a packed row lie, for attention and other layers that mix tokens.
 
 Shapes: T tokens in the row.
 """
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Span(NamedTuple):
-    """Where a branch and its prefix lie in the row; an empty prefix has equal ends."""
+    """The place of a branch and its prefix in the row; an empty prefix has equal ends."""
 
     prefix_start: int
     prefix_end: int
@@ -39,7 +39,7 @@ class Layout:
         self.spans = list(spans)
         self.device = torch.device(device)
         self.computed: dict[str, Any] = {}
-        """What layers have computed from the spans, by a name of theirs; see `compute_once`."""
+        """Values that layers have computed from the spans, by name; see `compute_once`."""
         self.longest = max((span.prefix_length + span.length for span in self.spans), default=0)
         """Tokens of the longest sequence, its prefix included."""
         self.num_tokens = max((max(span) for span in self.spans), default=0)

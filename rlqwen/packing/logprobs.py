@@ -71,7 +71,7 @@ def _is_shard(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def chunked_log_collision(hidden_NC: Tensor, head_VC: Tensor, *, chunk_size: int = 1024) -> Tensor:
-    """(N,) log of the sum over the vocabulary of p^2, p the softmax of hidden @ head.T; float32, no gradient.
+    """Return (N,) float32 log of the sum over the vocabulary of p^2, p the softmax of hidden @ head.T; no gradient.
 
     It is the log-probability that two draws from the same distribution agree.
     """

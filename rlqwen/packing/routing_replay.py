@@ -1,8 +1,8 @@
-"""Routing replay: experts that the sampler chose, chosen again in the trainer's forward (R3, arXiv 2510.11370).
+"""Replay routing: choose the sampler's experts again in the trainer's forward (R3, arXiv 2510.11370).
 
-Sampler and trainer round differently, and where two experts are nearly as likely, a token then passes other experts in
-the one than in the other, with a logprob that is off by far more than rounding. With replay the trainer's routers take
-the experts that the sampler recorded, weighted by their own probabilities, so that gradients reach the routers.
+Sampler and trainer round differently. If two experts are almost equally likely, a token may pass different experts in
+the two, and its logprob differs by far more than rounding. With replay the trainer's routers take the experts that the
+sampler recorded, weighted by their own probabilities, so that gradients reach the routers.
 
 Shapes: T tokens of a forward, L decoder layers, K experts per token, E experts of a layer.
 """
@@ -18,21 +18,21 @@ from transformers import PreTrainedModel
 from rlqwen.config import RolloutConfig
 
 KEYWORD = "routed_experts"
-"""Argument of the model's forward that decoder layers get, also where gradient checkpointing runs them again."""
+"""Argument of the model's forward that reaches decoder layers, also when gradient checkpointing runs them again."""
 NOT_RECORDED = -1
 _LAYER = re.compile(r"(.*\blayers\.(\d+))\.")
 _ATTRIBUTE = "rlqwen_routing_replay"
 
 
 class RoutingReplay:
-    """Hooks on one model's decoder layers and routers; without recorded experts they change nothing."""
+    """Hook a model's decoder layers and routers; without recorded experts the hooks change nothing."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Put the hooks on; ConfigError where the model has no routers."""
+        """Register the hooks; ConfigError if the model has no routers."""
         routers = routers_of(model)
         RolloutConfig.check_experts(type(model).__name__, len(routers))
         self._now: dict[nn.Module, Tensor] = {}
-        """Recorded experts of the layer that runs, by router."""
+        """Recorded experts of the running layer, by router."""
         self._differ: Tensor | None = None
         self._recorded: Tensor | float = 0.0
         for name, router in routers.items():
@@ -60,7 +60,7 @@ class RoutingReplay:
         return hook
 
     def _route(self, router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...] | None:
-        """Take the recorded experts where there are any, with the weights that the router gives them."""
+        """Take the recorded experts, if there are any, with the weights that the router gives them."""
         recorded_TK = self._now.get(router)
         if recorded_TK is None:
             return None
@@ -83,7 +83,7 @@ class RoutingReplay:
         self._recorded = self._recorded + is_known_T1.sum()
 
     def metrics(self, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """Return figures since the last call, over all ranks; none where nothing was replayed.
+        """Return metrics since the last call, over all ranks; none if nothing was replayed.
 
         `router/replay_differs`: share of tokens, layer by layer, that the trainer's routers would have sent elsewhere.
         """
@@ -95,7 +95,7 @@ class RoutingReplay:
 
 
 def replay_arguments(model: PreTrainedModel, experts_TLK: Tensor | None) -> dict[str, Any]:
-    """Return arguments of a forward over T tokens for the experts that were recorded, where the model replays any."""
+    """Return the arguments of a forward over T tokens for recorded experts; none if the model does not replay."""
     if experts_TLK is None or not hasattr(model, _ATTRIBUTE):
         return {}
     return {KEYWORD: experts_TLK}

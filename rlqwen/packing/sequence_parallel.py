@@ -1,9 +1,9 @@
-"""A packed row held by several ranks, a slice each: sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509).
+"""Divide a packed row among ranks: sequence parallelism (DeepSpeed Ulysses, arXiv 2309.14509).
 
-Each rank forwards a contiguous slice of the row's tokens. Only attention needs the others' tokens: before it, an
+Each rank forwards a contiguous slice of the row's tokens. Only attention needs the tokens of other ranks: before it, an
 all-to-all turns slices of the row into slices of the heads, and after it back, so that every rank attends over the
-whole row with its share of the heads. What is computed of the targets is gathered in the end: each rank has all values,
-and the gradient of its own, so that gradients of a loss on all of them add up over the ranks to the whole one.
+whole row with its share of the heads. Values of the targets are gathered in the end: each rank has all of them, with
+the gradient of its own, so that gradients of a loss on all values add up over the ranks to the whole gradient.
 
 Shapes: T tokens of a rank's slice, W ranks, H query heads and K key-value heads of width D, R places in the row.
 """
@@ -19,7 +19,7 @@ from rlqwen.errors import ModelError
 
 
 def check_heads(config: Any, size: int) -> None:
-    """Raise ModelError where the model's query heads cannot be dealt out evenly to `size` ranks."""
+    """Raise ModelError if the model's query heads cannot be divided evenly among `size` ranks."""
     heads = config.get_text_config().num_attention_heads
     if heads % size:
         fitting = [number for number in range(2, heads + 1) if heads % number == 0]
@@ -30,20 +30,20 @@ def check_heads(config: Any, size: int) -> None:
 
 
 class SequenceGroup:
-    """The ranks that hold one row together; alone, everything is as it was."""
+    """The ranks that hold one row together; a group of one changes nothing."""
 
     def __init__(self, group: Any = None) -> None:
-        """`group`: a torch.distributed process group, or None."""
+        """Take a torch.distributed process group; None: this rank alone."""
         self._group = group
         self.size: int = 1 if group is None else dist.get_world_size(group)
         self.rank: int = 0 if group is None else dist.get_rank(group)
 
     def check(self, config: Any) -> None:
-        """ModelError where the model's query heads cannot be dealt out evenly."""
+        """Raise ModelError if the model's query heads cannot be divided evenly."""
         check_heads(config, self.size)
 
     def cut(self, row_1T: Tensor) -> Tensor:
-        """This rank's slice of a row (1, anything), which is padded with zeros to a multiple of the ranks."""
+        """Return this rank's slice of a row (1, any length), padded with zeros to a multiple of the ranks."""
         if self.size == 1:
             return row_1T
         length = -(-row_1T.shape[1] // self.size)
@@ -51,12 +51,12 @@ class SequenceGroup:
         return padded[:, self.rank * length : (self.rank + 1) * length]
 
     def num_real(self, num_tokens: int) -> int:
-        """How many tokens of this rank's slice of a row of `num_tokens` are not padding."""
+        """Return how many tokens of this rank's slice of a row of `num_tokens` are not padding."""
         length = -(-num_tokens // self.size)
         return min(max(num_tokens - self.rank * length, 0), length)
 
     def own(self, index_R: Tensor, num_tokens: int) -> tuple[Tensor | slice, Tensor]:
-        """Which of the places `index_R` of a row of `num_tokens` are in this rank's slice, and where in the slice."""
+        """Return which of the places `index_R` of a row of `num_tokens` are in this rank's slice, and where in it."""
         if self.size == 1:
             return slice(None), index_R
         length = -(-num_tokens // self.size)
@@ -64,7 +64,7 @@ class SequenceGroup:
         return own, index_R[own] - self.rank * length
 
     def whole(self, values: Tensor, own: Tensor | slice, count: int) -> Tensor:
-        """(count,) values of all ranks, from this rank's at its places `own`; only these have a gradient."""
+        """Return the (count,) values of all ranks; those of this rank, at the places `own`, keep their gradient."""
         if isinstance(own, slice):
             return values
         known = values.detach().new_zeros(count).index_copy(0, own, values.detach())
@@ -72,7 +72,7 @@ class SequenceGroup:
         return known.index_copy(0, own, values)
 
     def add_up(self, values: Tensor) -> Tensor:
-        """The sum over the ranks; the gradient is that of this rank's own values."""
+        """Return the sum over the ranks, with the gradient of this rank's own values."""
         if self.size == 1:
             return values
         total = values.detach().clone()
@@ -80,9 +80,9 @@ class SequenceGroup:
         return values + (total - values.detach())
 
     def to_heads(self, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of this slice with all heads, the whole row with this rank's heads: (W T, H / W, D), keys and values alike.
+        """Exchange this slice with all heads for the whole row with this rank's heads: (W T, H / W, D), for all three.
 
-        Key-value heads that the ranks cannot deal out evenly are repeated, each for the query heads that share it.
+        Key-value heads that cannot be divided evenly among the ranks are repeated for the query heads that share them.
         """
         num_heads, num_kv = query_THD.shape[1], key_TKD.shape[1]
         if num_kv % self.size:
@@ -94,7 +94,7 @@ class SequenceGroup:
         return query, key, value
 
     def to_slice(self, attended: Tensor) -> Tensor:
-        """Back from (at most W T, H / W, D) to this rank's slice with all heads, (T, H, D)."""
+        """Exchange (at most W T, H / W, D) for this rank's slice with all heads, (T, H, D)."""
         length = -(-attended.shape[0] // self.size)
         padded = F.pad(attended, (0, 0, 0, 0, 0, length * self.size - attended.shape[0]))
         mixed: Tensor = _AllToAll.apply(padded.unflatten(0, (self.size, -1)), self._group)  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """(W, ...): part w goes to rank w; its gradient takes the way back."""
+    """Send part w of (W, ...) to rank w; gradients take the way back."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

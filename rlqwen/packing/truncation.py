@@ -1,11 +1,11 @@
-"""What top-k, top-p and min-p leave of a distribution: for drawing from it, and for the trainer to compare with.
+"""Truncate a distribution by top-k, top-p and min-p: to draw from it, and to compare the trainer with the sampler.
 
-The sampler's logprobs are of the truncated distribution, renormalised: log p(token) - log(probability of all that was
-kept). The trainer's are of the whole. Their ratio would shrink with every token, though both have the same weights; so
-the trainer takes the same term off its own (`chunked_log_kept`).
+The sampler's logprobs are those of the truncated and renormalized distribution: log p(token) - log(probability of all
+kept tokens). The trainer's are those of the whole one. Their ratio would shrink with every token although both have the
+same weights, so the trainer subtracts the same term from its own (`chunked_log_kept`).
 
-Ties at the edge are cut so that exactly k tokens stay, or the fewest that reach top-p, as vLLM does on GPUs. On CPU it
-keeps the ties of the k-th token (`Truncation.keeps_ties`), of which bfloat16 has many: a gap at every token else.
+Ties at the edge are cut so that exactly k tokens stay, or the fewest that reach top-p, as in vLLM on GPUs. On a CPU
+vLLM keeps the ties of the k-th token (`Truncation.keeps_ties`); bfloat16 has many, so this makes a gap at every token.
 
 Shapes: N tokens, V vocabulary, C hidden size, K the likeliest tokens.
 """
@@ -48,8 +48,8 @@ def chunked_log_kept(
 def log_kept(logits_NV: Tensor, target_N: Tensor, truncation: Truncation) -> Tensor:
     """Return (N,) log of the probability of the kept tokens; the target always counts as kept.
 
-    The target was drawn, so it is kept where the sampler computes, and where rounding or older weights put the edge just
-    on its other side, it counts as kept here too: else a single token would void a whole completion.
+    The sampler drew the target, so it had kept it. If rounding or older weights put it just beyond the edge here, it
+    still counts as kept: otherwise a single token would make the ratio of a whole completion infinite.
     """
     probs_NV = logits_NV.softmax(-1)
     own_N = probs_NV.gather(1, target_N[:, None])[:, 0]
