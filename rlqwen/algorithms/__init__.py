@@ -1,1 +1,1 @@
-"""Advantages, losses and controllers: pure math on tensors, open to plugins by name and entry point."""
+"""Compute advantages, losses and KL coefficients: pure math on tensors, with plugins by name and entry point."""

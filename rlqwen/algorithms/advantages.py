@@ -1,24 +1,24 @@
 """Estimate advantages from rewards: pure functions of tensors.
 
-An estimator of groups (`group`, `rloo`, `reinforce_pp`) is called with what its signature names: `rewards` and `lengths`,
-both (P, G), settings of the trainer's config, and the recipe's `advantage_args`.
+An estimator of groups (`group`, `rloo`, `reinforce_pp`) is called with those of these inputs that its signature names:
+`rewards` and `lengths`, both (P, G); settings of the trainer's config; and the recipe's `advantage_args`.
 
-Shapes: P prompts, G completions per prompt. A missing reward (see rlqwen.rewards.total_reward) is NaN: it is left out of every
-mean and deviation, and its advantage is 0.
+Shapes: P prompts, G completions per prompt. A missing reward (see rlqwen.rewards.total_reward) is NaN: means and
+deviations leave it out, and its advantage is 0.
 """
 
 import torch
 from torch import Tensor
 
 EPSILON = 1e-4
-"""Added to a standard deviation before dividing by it; TRL's value."""
+"""Added to standard deviations before dividing by them; the value of TRL."""
 
 
 def group(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     """Compare each completion with the mean of its group (GRPO, arXiv 2402.03300): A = r - mean(group).
 
-    `scale_rewards` divides by the deviation of the `group`, of the whole `batch`, or by nothing (`none`; Dr. GRPO, arXiv
-    2503.20783).
+    `scale_rewards`: divide by the standard deviation of the `group` or of the whole `batch`, or do not divide (`none`; Dr.
+    GRPO, arXiv 2503.20783).
 
     Args:
         rewards: (P, G) float, NaN if a reward is missing.
@@ -26,32 +26,34 @@ def group(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     Returns:
         (P, G) float32, 0 if the reward is missing.
     """
-    return _present(_scaled(_centered(rewards), rewards, scale_rewards), rewards)
+    return _zero_if_missing(_scaled(_centered(rewards), rewards, scale_rewards), rewards)
 
 
 def rloo(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     """Compare each completion with the mean of the others in its group (RLOO, arXiv 2402.14740).
 
-    A = r - mean(others) = (r - mean(group)) * G / (G - 1). Arguments and result as for `group`.
+    A = r - mean(others) = (r - mean(group)) * G / (G - 1). The arguments and the result are those of `group`.
     """
     count = (~rewards.isnan()).sum(1, keepdim=True)
-    return _present(_scaled(_centered(rewards) * count / (count - 1).clamp(min=1), rewards, scale_rewards), rewards)
+    return _zero_if_missing(
+        _scaled(_centered(rewards) * count / (count - 1).clamp(min=1), rewards, scale_rewards), rewards
+    )
 
 
 def reinforce_pp(rewards: Tensor) -> Tensor:
-    """Compare with the group mean, then whiten over the batch (REINFORCE++-baseline, arXiv 2501.03262).
+    """Subtract the mean of the group, then whiten over the batch (REINFORCE++-baseline, arXiv 2501.03262).
 
-    Arguments and result as for `group`; `scale_rewards` does not apply.
+    The arguments and the result are those of `group`, without `scale_rewards`.
     """
     centered = _centered(rewards)
     centered = centered - centered.nanmean()
-    return _present(centered / (nan_std(centered.flatten()[None]) + EPSILON), rewards)
+    return _zero_if_missing(centered / (nan_std(centered.flatten()[None]) + EPSILON), rewards)
 
 
 def _centered(rewards_PG: Tensor) -> Tensor:
     rewards = rewards_PG.float()
     centered = rewards - rewards.nanmean(1, keepdim=True)
-    # The mean of equal numbers may round to another one, and dividing by a deviation near 0 would blow that up.
+    # The mean of equal numbers may be rounded to another number, and dividing by a deviation near 0 would amplify that.
     return centered.masked_fill(~rewards.isnan() & ~carries_signal(rewards)[:, None], 0.0)
 
 
@@ -64,12 +66,12 @@ def _scaled(centered_PG: Tensor, rewards_PG: Tensor, scale: str) -> Tensor:
     return centered_PG
 
 
-def _present(advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
+def _zero_if_missing(advantages_PG: Tensor, rewards_PG: Tensor) -> Tensor:
     return torch.where(rewards_PG.isnan(), 0.0, advantages_PG)
 
 
 def nan_std(values: Tensor) -> Tensor:
-    """(P, 1) sample standard deviation (Bessel's correction) of each row's values that are not NaN; 0 below two."""
+    """Return the (P, 1) sample standard deviation of each row without its NaNs; 0 for fewer than two values."""
     present = ~values.isnan()
     count = present.sum(1, keepdim=True)
     squares = (values - values.nanmean(1, keepdim=True)).square()
@@ -77,28 +79,28 @@ def nan_std(values: Tensor) -> Tensor:
 
 
 def carries_signal(rewards_PG: Tensor) -> Tensor:
-    """(P,) bool: whether a group's rewards differ, so that its advantages are not all zero."""
+    """Return (P,) bool: whether the rewards of a group differ, so that its advantages are not all zero."""
     low = torch.where(rewards_PG.isnan(), torch.inf, rewards_PG).amin(1)
     high = torch.where(rewards_PG.isnan(), -torch.inf, rewards_PG).amax(1)
     return high > low
 
 
 def soft_overlong_penalty(length: int, max_length: int, cache: int) -> float:
-    """Soft overlong punishment of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
+    """Return the penalty on long completions of DAPO (arXiv 2503.14476, eq. 13), in [-1, 0].
 
-    0 up to `max_length - cache` tokens, then linear down to -1 at `max_length`.
+    The penalty is 0 up to `max_length - cache` tokens, and then decreases linearly to -1 at `max_length` tokens.
     """
     return -min(1.0, max(0.0, (length - (max_length - cache)) / cache))
 
 
 def token_rewards(scores_S: Tensor, kl_N: Tensor, lengths_S: Tensor, *, kl_coef: float) -> Tensor:
-    """(N,) rewards token by token: -kl_coef * KL everywhere, and a sequence's score on its last token.
+    """Return (N,) rewards per token: -kl_coef * KL, plus the score of the sequence on its last token.
 
     Ziegler et al., arXiv 1909.08593, eq. 2.
 
     Args:
-        scores_S: (S,) one a sequence.
-        kl_N: (N,) estimates of the KL to the reference, sequence after sequence.
+        scores_S: (S,) one score per sequence.
+        kl_N: (N,) estimates of the KL to the reference, one sequence after another.
         lengths_S: (S,) tokens of each sequence, at least 1.
     """
     rewards_N = -kl_coef * kl_N.float()
@@ -107,13 +109,14 @@ def token_rewards(scores_S: Tensor, kl_N: Tensor, lengths_S: Tensor, *, kl_coef:
 
 
 def gae(rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438), each sequence by itself.
+    """Estimate advantages by generalized advantage estimation (GAE, arXiv 1506.02438).
 
-    With delta_t = r_t + gamma V_{t+1} - V_t, where V is 0 after the last token:
+    For each sequence, with delta_t = r_t + gamma V_{t+1} - V_t and V = 0 after the last token:
     A_t = delta_t + gamma lam A_{t+1}, and the return is A_t + V_t.
 
     Args:
-        rewards_N, values_N: (N,) token by token, sequence after sequence; the value is of what stands before the token.
+        rewards_N: (N,) reward of each token, one sequence after another.
+        values_N: (N,) the critic's value of the text before each token.
         lengths_S: (S,) tokens of each sequence.
 
     Returns:
@@ -131,7 +134,7 @@ def gae(rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float,
     advantages_SL = torch.zeros_like(delta_SL)
     running_S = torch.zeros_like(delta_SL[:, 0])
     for t in reversed(range(width)):
-        # Padding comes after a sequence's end and is all zero, so nothing flows back from it.
+        # Padding comes after the end of a sequence and is all zero, so it does not change the advantages before it.
         running_S = delta_SL[:, t] + gamma * lam * running_S
         advantages_SL[:, t] = running_S
     advantages_N = advantages_SL[is_token_SL]
@@ -139,7 +142,7 @@ def gae(rewards_N: Tensor, values_N: Tensor, lengths_S: Tensor, *, gamma: float,
 
 
 def whiten(values_N: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """Values of unit variance and, with `shift_mean`, mean 0; fewer than two stay as they are."""
+    """Scale values to unit variance and, with `shift_mean`, to mean 0; return fewer than two values unchanged."""
     if len(values_N) < 2:
         return values_N
     mean = values_N.mean()

@@ -1,13 +1,13 @@
-"""The weight of the KL to the reference, fixed or steered towards a target."""
+"""Control the coefficient of the KL to the reference: fixed, or adapted towards a target KL."""
 
 _MAX_ERROR = 0.2
 
 
 class KLController:
-    """Moves the coefficient up where the policy is further from the reference than wanted, and down where it is nearer.
+    """Raise the coefficient if the KL to the reference is above its target, and lower it if the KL is below.
 
-    coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon, after n completions; Ziegler et al., arXiv 1909.08593,
-    section 2.2. Without a target it stays as it is.
+    After n completions: coef *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon (Ziegler et al., arXiv 1909.08593,
+    section 2.2). Without a target the coefficient is constant.
     """
 
     def __init__(self, coef: float, *, target: float | None, horizon: int) -> None:
@@ -16,15 +16,15 @@ class KLController:
         self.horizon = horizon
 
     def state_dict(self) -> dict[str, float]:
-        """Where the coefficient is."""
+        """Return the coefficient."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from there."""
+        """Restore the coefficient saved by `state_dict`."""
         self.coef = state["coef"]
 
     def observe(self, kl: float, num_completions: int) -> None:
-        """Take in the mean KL of a completion, in nats, over a rollout."""
+        """Adapt the coefficient to the mean KL per completion of a rollout, in nats."""
         if self.target is None:
             return
         error = min(max(kl / self.target - 1.0, -_MAX_ERROR), _MAX_ERROR)

@@ -1,4 +1,4 @@
-"""Metrics of a loss: each says how it is reduced over micro-batches and ranks.
+"""Collect the metrics of losses; each says how it is reduced over micro-batches and ranks.
 
 Example:
     def my_loss(ratio, advantage):
@@ -19,10 +19,10 @@ Reduction = Literal["token_mean", "sequence_mean", "sum", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric of one micro-batch."""
+    """A metric of one micro-batch."""
 
     value: Tensor
-    """Scalar: the sum over the micro-batch, or the maximum."""
+    """Scalar: the sum over the micro-batch, or its maximum."""
     reduction: Reduction
 
 
@@ -32,7 +32,7 @@ def token_mean(values_N: Tensor) -> Metric:
 
 
 def sequence_mean(values_S: Tensor) -> Metric:
-    """Report the mean of `values_S` over all sequences (of pairs: over all pairs) of a step."""
+    """Report the mean of `values_S` over all sequences (with pairs: all pairs) of a step."""
     return Metric(values_S.detach().float().sum(), "sequence_mean")
 
 
@@ -42,7 +42,7 @@ def total(values: Tensor) -> Metric:
 
 
 def maximum(values: Tensor) -> Metric:
-    """Report the largest of `values` in a step; nothing if there are none."""
+    """Report the largest of `values` in a step; -inf if there are none."""
     largest = values.detach().float().max() if values.numel() else values.new_full((), float("-inf")).float()
     return Metric(largest, "max")
 
@@ -51,23 +51,23 @@ Sums = dict[tuple[str, Reduction], float]
 
 
 def add_on_device(sum_so_far: Tensor | float, value: Tensor) -> Tensor:
-    """Return the sum in float64, on the device of `value`, which is not waited for."""
+    """Return the sum in float64 on the device of `value`, without waiting for the device."""
     return value.detach().double() + sum_so_far
 
 
 def read_scalars(values: Mapping[Key, Tensor | float]) -> dict[Key, float]:
-    """Return the values as floats, waiting for each device once."""
+    """Return the values as floats; wait for each device only once."""
     tensors = {key: value.detach().double() for key, value in values.items() if isinstance(value, Tensor)}
     read = {key: float(value) for key, value in values.items() if not isinstance(value, Tensor)}
     for device in {tensor.device for tensor in tensors.values()}:
-        there = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
-        read |= zip(there, torch.stack([tensor.reshape(()) for tensor in there.values()]).tolist(), strict=True)
+        on_device = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
+        read |= zip(on_device, torch.stack([tensor.reshape(()) for tensor in on_device.values()]).tolist(), strict=True)
     return {key: read[key] for key in values}
 
 
 @dataclass(slots=True)
 class MetricSums:
-    """Metrics of a step, collected over micro-batches; those on a GPU are not waited for until they are read."""
+    """Collect the metrics of a step over micro-batches; values on a GPU are waited for only when they are read."""
 
     _sums: dict[tuple[str, Reduction], Tensor | float] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ class MetricSums:
 
     @property
     def sums(self) -> Sums:
-        """Return what was collected, as floats."""
+        """Return the collected sums and maxima as floats."""
         return read_scalars(self._sums)
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
@@ -95,7 +95,7 @@ class MetricSums:
                 self._sums[key] = add_on_device(self._sums[key], metric.value)
 
     def join(self, sums: Sums) -> None:
-        """Add what another has collected."""
+        """Add the sums of another rank."""
         mine = self.sums
         for key, value in sums.items():
             if key[1] == "max":
@@ -107,7 +107,7 @@ class MetricSums:
     def reduce(self, gather: Callable[[Sums], list[Sums]], *, tokens: float, sequences: float) -> dict[str, float]:
         """Return each metric over all ranks.
 
-        `gather` returns what every rank collected; means divide by `tokens` and `sequences`, which count all ranks'.
+        `gather` returns the sums of every rank. Means are divided by `tokens` or `sequences`, the counts over all ranks.
         """
         whole = MetricSums()
         for sums in gather(self.sums):

@@ -41,7 +41,7 @@ from rlqwen.models.text_only import text_only
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.divergence import chunked_kl
 from rlqwen.packing.forward import hidden_states, own_attention, use_packed_attention
-from rlqwen.packing.logprobs import chunked_log_collision, chunked_logprobs, scaled_logits
+from rlqwen.packing.logprobs import chunked_log_sum_sq_probs, chunked_logprobs, scaled_logits
 from rlqwen.packing.routing_replay import RoutingReplay
 from rlqwen.packing.sequence_parallel import SequenceGroup
 from rlqwen.packing.truncation import chunked_log_kept
@@ -143,15 +143,15 @@ class Policy(PackedModel):
             self._logprobs, self.base_model, batch, temperature, entropy, truncation
         )
 
-    def logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def logprobs_and_log_sum_sq_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Return (N,) logprobs, and (N,) log of the sum over the vocabulary of p^2, which has no gradient."""
-        return self.root(self._logprobs_and_collision, batch)  # type: ignore[no-any-return]
+        return self.root(self._logprobs_and_log_sum_sq_probs, batch)  # type: ignore[no-any-return]
 
-    def _logprobs_and_collision(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _logprobs_and_log_sum_sq_probs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         logp_N, _, hidden_NC = self._logprobs(self.base_model, batch, 1.0, False)
-        collision = chunked_log_collision(hidden_NC, head_weight(self.base_model), chunk_size=self.chunk_size)
+        log_sum_sq_probs = chunked_log_sum_sq_probs(hidden_NC, head_weight(self.base_model), chunk_size=self.chunk_size)
         own, _ = self.sequence.own(batch.source_N, batch.num_tokens)
-        return logp_N, self.sequence.whole(collision, own, batch.num_targets)
+        return logp_N, self.sequence.whole(log_sum_sq_probs, own, batch.num_targets)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:

@@ -70,10 +70,10 @@ def _is_shard(weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def chunked_log_collision(hidden_NC: Tensor, head_VC: Tensor, *, chunk_size: int = 1024) -> Tensor:
+def chunked_log_sum_sq_probs(hidden_NC: Tensor, head_VC: Tensor, *, chunk_size: int = 1024) -> Tensor:
     """Return (N,) float32 log of the sum over the vocabulary of p^2, p the softmax of hidden @ head.T; no gradient.
 
-    It is the log-probability that two draws from the same distribution agree.
+    This is the log-probability that two samples of the same distribution are equal.
     """
     weight = head_VC.to(hidden_NC.dtype)
     parts = []

@@ -199,16 +199,16 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
     def _answers(self, micro: PackedBatch) -> Answers:
         """Return the policy's answers, with gradient, beside the reference's."""
         if self.args.use_weighting:
-            logp_N, log_collision_N = self.policy.logprobs_and_collision(micro)
-            return self._read(logp_N, micro, log_collision_N)
+            logp_N, log_sum_sq_probs_N = self.policy.logprobs_and_log_sum_sq_probs(micro)
+            return self._read(logp_N, micro, log_sum_sq_probs_N)
         return self._read(self.policy.logprobs(micro)[0], micro)
 
-    def _read(self, logp_N: Tensor, micro: PackedBatch, log_collision_N: Tensor | None = None) -> Answers:
+    def _read(self, logp_N: Tensor, micro: PackedBatch, log_sum_sq_probs_N: Tensor | None = None) -> Answers:
         ref_logp_S = micro.per_sequence.get("ref_logp")
         if self.args.needs_reference and ref_logp_S is None:
             ref_logp_S = answer_logps(self.policy.reference_logprobs(micro), micro, self.args.ld_alpha)
         return read_answers(
-            logp_N, micro, ref_logp_S=ref_logp_S, ld_alpha=self.args.ld_alpha, log_collision_N=log_collision_N
+            logp_N, micro, ref_logp_S=ref_logp_S, ld_alpha=self.args.ld_alpha, log_sum_sq_probs_N=log_sum_sq_probs_N
         )
 
     def _kl(self, rows: Sequence[PreferenceExample], batch_size: int) -> Tensor | None:

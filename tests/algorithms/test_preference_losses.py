@@ -37,18 +37,18 @@ def make_batch(lengths=LENGTHS, *, seed=0, labels=None):
     batch = pack([Tree([1] * PROMPT, branches)])
     logp = -torch.rand(sum(lengths), generator=generator) * 3
     ref = logp + torch.randn(sum(lengths), generator=generator) * 0.5
-    collision = -torch.rand(sum(lengths), generator=generator) * 2
-    return batch, logp.requires_grad_(), ref, collision
+    log_sum_sq_probs = -torch.rand(sum(lengths), generator=generator) * 2
+    return batch, logp.requires_grad_(), ref, log_sum_sq_probs
 
 
-def our_loss(batch, logp, ref, collision, config, **options):
+def our_loss(batch, logp, ref, log_sum_sq_probs, config, **options):
     ref_logp_S = answer_logps(ref, batch, config.ld_alpha) if config.needs_reference else None
     answers = read_answers(
         logp,
         batch,
         ref_logp_S=ref_logp_S,
         ld_alpha=config.ld_alpha,
-        log_collision_N=collision if config.use_weighting else None,
+        log_sum_sq_probs_N=log_sum_sq_probs if config.use_weighting else None,
     )
     return preference_loss(answers, config, AnswerTotals.of([batch], paired=True), **options)
 
@@ -64,14 +64,14 @@ class FakeModel(torch.nn.Module):
 
     is_gradient_checkpointing = False
 
-    def __init__(self, log_probs, collision=None):
+    def __init__(self, log_probs, log_sum_sq_probs=None):
         super().__init__()
-        self.log_probs, self.collision = log_probs, collision
+        self.log_probs, self.log_sum_sq_probs = log_probs, log_sum_sq_probs
 
     def forward(self, **inputs):
         zeros = torch.zeros_like(self.log_probs)
         return SimpleNamespace(
-            log_probs=self.log_probs, log_sum_sq_probs=self.collision, entropy=zeros, mean_logits=zeros,
+            log_probs=self.log_probs, log_sum_sq_probs=self.log_sum_sq_probs, entropy=zeros, mean_logits=zeros,
             is_top1=zeros.bool(),
         )  # fmt: skip
 
@@ -92,10 +92,10 @@ ACCELERATOR = SimpleNamespace(
 )
 
 
-def trl_loss(batch, logp, ref, collision, config):
+def trl_loss(batch, logp, ref, log_sum_sq_probs, config):
     """(loss, metrics) of TRL's DPOTrainer._compute_loss."""
-    inputs, (logps, refs, collisions) = trl_inputs(batch, logp, ref, collision)
-    model = FakeModel(logps, collisions)
+    inputs, (logps, refs, log_sums) = trl_inputs(batch, logp, ref, log_sum_sq_probs)
+    model = FakeModel(logps, log_sums)
     metrics = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
         model=model, accelerator=ACCELERATOR, aux_loss_enabled=False, ld_alpha=config.ld_alpha,
@@ -142,8 +142,8 @@ def test_equals_trl(options):
     config = DPOConfig(**options)
     results = []
     for function in (our_loss, trl_loss):
-        batch, logp, ref, collision = make_batch()
-        loss, metrics = function(batch, logp, ref, collision, config)
+        batch, logp, ref, log_sum_sq_probs = make_batch()
+        loss, metrics = function(batch, logp, ref, log_sum_sq_probs, config)
         loss.backward()
         results.append((loss.detach(), logp.grad, metrics))
     (ours, our_grad, metrics), (theirs, their_grad, their_metrics) = results
@@ -187,9 +187,11 @@ def test_simpo_and_cpo_equal_trl(options, trl_type):
     config = DPOConfig(**options)
     results = []
     for ours in (True, False):
-        batch, logp, ref, collision = make_batch()
+        batch, logp, ref, log_sum_sq_probs = make_batch()
         loss, metrics = (
-            our_loss(batch, logp, ref, collision, config) if ours else trl_cpo_loss(batch, logp, config, trl_type)
+            our_loss(batch, logp, ref, log_sum_sq_probs, config)
+            if ours
+            else trl_cpo_loss(batch, logp, config, trl_type)
         )
         loss.backward()
         results.append((loss.detach(), logp.grad, metrics["rewards/margins"], metrics["rewards/accuracies"]))
@@ -200,8 +202,8 @@ def test_simpo_and_cpo_equal_trl(options, trl_type):
 def test_orpo_equals_trl():
     """TRL's likelihood term is over prompt and answer; ours, as the paper's, over the answer."""
     config = DPOConfig(loss_type="orpo", beta=0.3)
-    batch, logp, ref, collision = make_batch()
-    loss, _ = our_loss(batch, logp, ref, collision, config)
+    batch, logp, ref, log_sum_sq_probs = make_batch()
+    loss, _ = our_loss(batch, logp, ref, log_sum_sq_probs, config)
     mean_logp_S = read_answers(logp, batch).mean_logp_S
     trainer = SimpleNamespace(accelerator=ACCELERATOR, beta=0.3)
     ratio, *_ = ORPOTrainer.odds_ratio_loss(trainer, mean_logp_S[::2], mean_logp_S[1::2])
@@ -346,8 +348,8 @@ def test_shares_of_any_split_add_up(options):
     """Types that rank the update's pairs get all of them at once, joined from parts."""
     config = DPOConfig(**options)
     kl = torch.tensor(0.3)
-    batch, logp, ref, collision = make_batch()
-    whole, whole_metrics = our_loss(batch, logp, ref, collision, config, kl=kl)
+    batch, logp, ref, log_sum_sq_probs = make_batch()
+    whole, whole_metrics = our_loss(batch, logp, ref, log_sum_sq_probs, config, kl=kl)
     whole.backward()
 
     leaves, answers, start = [], [], 0
@@ -362,7 +364,7 @@ def test_shares_of_any_split_add_up(options):
                 part,
                 ref_logp_S=answer_logps(ref[token], part, config.ld_alpha) if config.needs_reference else None,
                 ld_alpha=config.ld_alpha,
-                log_collision_N=collision[token] if config.use_weighting else None,
+                log_sum_sq_probs_N=log_sum_sq_probs[token] if config.use_weighting else None,
             )
         )
         start = token.stop

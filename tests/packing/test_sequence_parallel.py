@@ -87,7 +87,7 @@ def token_loss(policy: Policy, batch: PackedBatch) -> dict:
         policy.reference_logprobs(batch),
     ]
     with policy.inference():
-        values += policy.logprobs_and_collision(batch)
+        values += policy.logprobs_and_log_sum_sq_probs(batch)
     return {"values": [value.detach() for value in values], "gradients": grads}
 
 

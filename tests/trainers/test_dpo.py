@@ -150,12 +150,12 @@ def test_weights_of_pairs_come_from_the_whole_distribution(moved_trainer):
     """WPO: p(token) over the sum of p^2, here from all logits."""
     policy = moved_trainer.policy
     batch = pack([moved_trainer.train_rows[3].answers]).to(policy.device)
-    logp_N, collision_N = policy.logprobs_and_collision(batch)
+    logp_N, log_sum_sq_probs_N = policy.logprobs_and_log_sum_sq_probs(batch)
     logits = policy._hidden(policy.base_model, batch) @ policy.base_model.get_output_embeddings().weight.T
     probs = logits.softmax(-1)
-    torch.testing.assert_close(collision_N, probs.square().sum(-1).log(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_sum_sq_probs_N, probs.square().sum(-1).log(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logp_N, policy.logprobs(batch)[0])
-    assert not collision_N.requires_grad
+    assert not log_sum_sq_probs_N.requires_grad
 
 
 def references(trainer):

@@ -1,9 +1,9 @@
-"""Losses: pure functions of named inputs.
+"""Define losses: pure functions of named inputs.
 
-A loss that a config can name returns one value per token, sequence or pair, and perhaps metrics (see
-rlqwen.algorithms.loss_metrics); the caller sums it to the micro-batch's share of the whole update's loss, which divides by
-counts over the update (`Totals`), so that shares of any split into micro-batches add up to the same loss. Everything is
-float32.
+A loss that a config can name returns one value per token, sequence or pair, and optionally metrics (see
+rlqwen.algorithms.loss_metrics). The caller sums these values to the micro-batch's share of the update's loss. Shares are
+divided by counts over the whole update (`Totals`), so they add up to the same loss for every split into micro-batches.
+All values are float32.
 """
 
 from rlqwen.algorithms.losses.calls import LossCall, Normalizer, settings_of

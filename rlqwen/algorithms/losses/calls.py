@@ -1,4 +1,4 @@
-"""Call losses, normalizers and advantage estimators that a config names."""
+"""Call the losses and normalizers that a config names."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ NORMALIZER_INPUTS = ("lengths", "sequence", "num_tokens", "num_sequences")
 
 
 class LossCall:
-    """A loss by name; whatever it returns becomes `(losses, metrics)`."""
+    """Call a loss that is found by name, and return `(losses, metrics)` even if it returns only losses."""
 
     def __init__(
         self,
@@ -31,19 +31,19 @@ class LossCall:
 
     def __call__(self, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Metric]]:
         """Return the losses, one per token or per sequence, and metrics."""
-        answer = self._call(inputs)
-        losses, metrics = answer if isinstance(answer, tuple) else (answer, {})
+        result = self._call(inputs)
+        losses, metrics = result if isinstance(result, tuple) else (result, {})
         return losses, dict(metrics)
 
 
 class Normalizer:
-    """A normalizer by name."""
+    """Call a normalizer that is found by name."""
 
     def __init__(self, spec: str, settings: Mapping[str, Any]) -> None:
         self._call = NamedCall.find(NORMALIZERS, spec, inputs=NORMALIZER_INPUTS, settings=settings)
 
     def __call__(self, batch: PackedBatch, totals: Totals) -> Tensor:
-        """Return the (N,) factor of each token's loss."""
+        """Return the (N,) factors by which the token losses are multiplied."""
         factor_N: Tensor = self._call(
             {
                 "lengths": batch.lengths_S,
@@ -56,5 +56,5 @@ class Normalizer:
 
 
 def settings_of(config: TrainerConfig) -> dict[str, Any]:
-    """Return the fields of a config by name, which plugins may name as parameters."""
+    """Return the fields of a config by name; plugins may take them as parameters."""
     return {name: getattr(config, name) for name in type(config).model_fields}

@@ -1,4 +1,4 @@
-"""The clipped surrogate that PPO and GRPO share."""
+"""Compute the clipped surrogate that PPO and GRPO share."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from torch import Tensor
 def clipped_surrogate(
     ratio_N: Tensor, advantage_N: Tensor, *, low: float, high: float, delta: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), and where the clip took the gradient away.
+    """Return the losses -min(r A, clip(r, 1 - low, 1 + high) A), and which tokens get no gradient because of the clip.
 
-    PPO, arXiv 1707.06347, eq. 7; an upper clip of its own is DAPO's, arXiv 2503.14476; r capped at `delta` first is dual
-    clip, arXiv 1912.09729.
+    PPO, arXiv 1707.06347, eq. 7. A separate upper limit is from DAPO, arXiv 2503.14476. `delta` caps r in the unclipped
+    term (dual clip, arXiv 1912.09729).
 
     Args:
-        ratio_N: (N,) probability of each token under the policy over that under the policy which sampled it.
-        advantage_N: (N,).
+        ratio_N: (N,) ratio of each token's probabilities under the policy and under the policy before the update.
+        advantage_N: (N,) advantages.
 
     Returns:
         (N,) losses and (N,) bool.

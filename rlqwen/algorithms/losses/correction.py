@@ -1,4 +1,4 @@
-"""Correction for a sampler whose distribution is not the trainer's."""
+"""Correct for the difference between the sampler's distribution and the trainer's."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from rlqwen.packing.batch import PackedBatch
 def compare_with_sampler(
     old_logp_N: Tensor, batch: PackedBatch, config: OnlineConfig
 ) -> tuple[Tensor | None, dict[str, Metric]]:
-    """Return weights that correct for the sampler (None if off), and sums over tokens for the metrics.
+    """Return (N,) weights that correct for the sampler (None if the correction is off), and metrics of the difference.
 
-    `old_logp_N`: the policy's before the update. They and the sampler's are compared as what they are of: the same
-    distribution, truncated the same way (the column `log_kept`). Where the sampler also shaped it otherwise, such as by a
-    penalty on what was written before, there is nothing to compare, and so neither weights nor metrics.
+    `old_logp_N`: (N,) logprobs of the policy before the update. The sampler's logprobs are of a distribution truncated by
+    top-k, top-p or min-p, so the policy's are renormalized in the same way (by the column `log_kept`). If the sampler also
+    changed its distribution otherwise, for example by a repetition penalty, the two cannot be compared, and there are
+    neither weights nor metrics.
     """
     if "sampler_logp" not in batch.per_token or config.uncomparable:
         return None, {}
@@ -31,12 +32,11 @@ def compare_with_sampler(
 
 
 def rollout_correction(logp_N: Tensor, batch: PackedBatch, config: OnlineConfig) -> Tensor:
-    """Return (N,) weights that correct for the difference between the sampler's and the trainer's distributions
-    (truncated importance sampling, https://fengyao.notion.site/off-policy-rl; masking, arXiv 2510.18855).
+    """Return (N,) importance weights of the trainer's distribution over the sampler's.
 
-    The ratio exp(logp - sampler_logp), of each token or of the whole completion, is truncated to
-    [clip_min, clip_max], or set to 0 outside of it. `logp_N` is the policy's before the update, without gradient, of a
-    distribution truncated as the sampler's.
+    The ratio exp(logp - sampler_logp) of each token, or of the whole completion, is truncated to [clip_min, clip_max]
+    (truncated importance sampling, https://fengyao.notion.site/off-policy-rl), or set to 0 outside of it (masking, arXiv
+    2510.18855). `logp_N`: (N,) logprobs of the policy before the update, truncated and renormalized as the sampler's are.
     """
     log_ratio_N = logp_N.detach() - batch.per_token["sampler_logp"]
     level, action = config.vllm_importance_sampling_mode.split("_")

@@ -1,7 +1,8 @@
-"""Losses of distillation, one value per token of the student's own samples.
+"""Define the losses of distillation: one value per token of the student's own samples.
 
-They are called with what their signature names: `kl` (N,), KL(student || teacher) over the vocabulary at each token, with
-gradient; `lengths` (S,) and `sequence` (N,); settings of the trainer's config, and the recipe's `loss_args`.
+A loss is called with those of these inputs that its signature names: `kl` (N,), KL(student || teacher) over the
+vocabulary at each token, with gradient; `lengths` (S,) and `sequence` (N,); settings of the trainer's config; and the
+recipe's `loss_args`.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The loss of GRPO and its relatives: a surrogate, corrections, a KL term, and a normalizer, each chosen by name."""
+"""Compute the loss of GRPO and its relatives from a surrogate, corrections, a KL term and a normalizer."""
 
 from torch import Tensor
 
@@ -14,19 +14,19 @@ SURROGATE_INPUTS = ("logp", "old_logp", "log_ratio", "ratio", "advantage", "leng
 
 
 class GRPOLoss:
-    """The loss that a GRPOConfig describes.
+    """Compute the loss that a GRPOConfig describes.
 
-    With ratio r = exp(logp - old_logp), advantage A of the token's completion, and w the rollout correction, it is the
-    sum over tokens of
+    Let r = exp(logp - old_logp) be the ratio, A the advantage of the token's completion, and w the rollout correction. The
+    loss is the sum over tokens of
 
         normalizer * (w * surrogate(r, A) + beta * KL(policy || reference)) - entropy_coef * entropy / number of tokens
 
-    `importance_sampling_level="sequence"`: r is exp(mean over the completion of logp - old_logp) (GSPO, arXiv
-    2507.18071). See rlqwen.algorithms.losses.surrogates and rlqwen.algorithms.normalizers for the choices.
+    With `importance_sampling_level="sequence"`, r is exp(mean over the completion of logp - old_logp) (GSPO, arXiv
+    2507.18071). The choices are in rlqwen.algorithms.losses.surrogates and rlqwen.algorithms.normalizers.
     """
 
     def __init__(self, config: GRPOConfig) -> None:
-        """Resolve the surrogate and the normalizer; ConfigError if one is unknown or needs what there is not."""
+        """Find the surrogate and the normalizer; raise ConfigError if one is unknown or needs an unknown input."""
         settings = settings_of(config)
         self._config = config
         self._surrogate = LossCall(
@@ -42,8 +42,8 @@ class GRPOLoss:
         Args:
             logp_N: (N,) logprobs under the policy, with gradient.
             entropy_N: (N,) entropies; with gradient if `entropy_coef` is set.
-            batch: with the columns `advantage` (per sequence), `old_logp` if this is not the first update on the rollout,
-                `sampler_logp`, and `ref_logp` if `beta` is set (per token).
+            batch: has the column `advantage` (per sequence) and, per token, `sampler_logp`, `old_logp` if this is not the
+                first update on the rollout, and `ref_logp` if `beta` is set.
             totals: counts over the whole update.
         """
         config = self._config

@@ -1,4 +1,4 @@
-"""Estimators of the KL divergence from samples of the policy."""
+"""Estimate the KL divergence from samples of the policy."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def kl_divergence(logp_N: Tensor, ref_logp_N: Tensor, estimator: str) -> Tensor:
-    """Estimates of KL(policy || reference) from samples of the policy (http://joschu.net/blog/kl-approx.html).
+    """Return (N,) estimates of KL(policy || reference) from samples of the policy (http://joschu.net/blog/kl-approx.html).
 
     With d = logp - ref_logp: k1 = d (unbiased, noisy), k2 = d^2 / 2 (its gradient is that of the KL),
     k3 = exp(-d) - 1 + d (unbiased and never negative).

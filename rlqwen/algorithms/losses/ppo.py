@@ -1,4 +1,4 @@
-"""The two losses of PPO, one for the policy and one for the critic; both are means over the update's tokens."""
+"""Compute PPO's losses of the policy and the critic: means over the update's tokens."""
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ from rlqwen.packing.batch import PackedBatch
 
 
 class PPOPolicyLoss:
-    """A surrogate with one advantage per token, chosen by name; by default the clipped one (arXiv 1707.06347, eq. 7).
+    """Compute the policy's loss: a surrogate, by default the clipped one (arXiv 1707.06347, eq. 7), with token advantages.
 
-    `kl_penalty="loss"` adds kl_coef * KL(policy || reference); `entropy_coef` subtracts entropy_coef * entropy. The rollout
-    correction weighs tokens because the sampler's distribution is not the trainer's.
+    The rollout correction weights tokens, because the sampler's distribution differs from the trainer's.
+    `kl_penalty="loss"` adds kl_coef * KL(policy || reference). `entropy_coef` subtracts entropy_coef * entropy.
     """
 
     def __init__(self, config: PPOConfig) -> None:
-        """Resolve the surrogate; ConfigError if it is unknown or needs what there is not."""
+        """Find the surrogate; raise ConfigError if it is unknown or needs an unknown input."""
         settings = settings_of(config) | {"epsilon": config.cliprange}
         self._config = config
         self._surrogate = LossCall(
@@ -36,7 +36,8 @@ class PPOPolicyLoss:
         Args:
             logp_N: (N,) logprobs under the policy, with gradient.
             entropy_N: (N,) entropies; with gradient if `entropy_coef` is set.
-            batch: with the columns per token `old_logp`, `advantage`, `sampler_logp`, and `ref_logp` if the loss has a KL.
+            batch: has the columns per token `old_logp`, `advantage`, `sampler_logp`, and `ref_logp` if the loss has a KL
+                term.
         """
         config = self._config
         logp_N = logp_N.float()
@@ -70,14 +71,14 @@ class PPOPolicyLoss:
 def ppo_value_loss(
     values_N: Tensor, batch: PackedBatch, config: PPOConfig, totals: Totals
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """Return half the squared error to the returns; the worse of the value and of the value clipped around the old one.
+    """Return half the squared error of the critic's values, with clipping, and metrics.
 
-    0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), c = `cliprange_value`; OpenAI's baselines, and TRL 1.9.
-    0 for `cliprange_value` clips nothing.
+    0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) with c = `cliprange_value`, as in OpenAI's baselines and
+    TRL 1.9. If `cliprange_value` is 0, nothing is clipped.
 
     Args:
         values_N: (N,) the critic's values, with gradient.
-        batch: with the columns per token `return` and `old_value`.
+        batch: has the columns per token `return` and, if values are clipped, `old_value`.
     """
     values_N, returns_N = values_N.float(), batch.per_token["return"]
     error_N = (values_N - returns_N).square()

@@ -1,6 +1,6 @@
-"""What every loss divides by, and sums over sequences.
+"""Reduce values of tokens: sums and means over sequences, and the counts by which losses divide.
 
-Shapes: N target tokens, S sequences; `sequence_N` says which sequence a token belongs to.
+Shapes: N target tokens, S sequences.
 """
 
 from dataclasses import dataclass
@@ -9,22 +9,20 @@ from torch import Tensor
 
 from rlqwen.packing.batch import PackedBatch
 
-Metrics = dict[str, Tensor]
-
 
 @dataclass(slots=True, frozen=True)
 class Totals:
-    """Counts over the whole update and all ranks, by which losses divide."""
+    """Hold counts over the whole update on all ranks, by which losses divide."""
 
     tokens: float
     sequences: float
 
 
 def sequence_sum(values_N: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) sums over the tokens of each sequence."""
+    """Return the (S,) sums over the tokens of each sequence."""
     return values_N.new_zeros(batch.num_sequences).index_add(0, batch.sequence_N, values_N)
 
 
 def sequence_mean(values_N: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) means over the tokens of each sequence; 0 for an empty one."""
+    """Return the (S,) means over the tokens of each sequence; 0 if it has none."""
     return sequence_sum(values_N, batch) / batch.lengths_S.clamp(min=1)

@@ -1,7 +1,8 @@
-"""Losses of reward models, one value per pair.
+"""Define the losses of reward models: one value per pair.
 
-They are called with what their signature names: `chosen`, `rejected` (B,), rewards of the two sides with gradient;
-`margin` (B,), 0 if the data has none; settings of the trainer's config, and the recipe's `loss_args`.
+A loss is called with those of these inputs that its signature names: `chosen`, `rejected` (B,), rewards of the two
+answers with gradient; `margin` (B,), 0 if the data has none; settings of the trainer's config; and the recipe's
+`loss_args`.
 """
 
 import torch.nn.functional as F
@@ -15,9 +16,8 @@ def bradley_terry(
 ) -> tuple[Tensor, dict[str, Metric]]:
     """Return -log sigmoid(r_chosen - r_rejected - margin).
 
-    Without margins, Ouyang et al., arXiv 2203.02155, eq. 1; with them, Llama 2, arXiv 2307.09288, eq. 2.
-    `center_rewards_coefficient` adds its multiple of (r_chosen + r_rejected)^2, which keeps rewards around 0 (arXiv
-    2312.09244, eq. 2).
+    Without margins: Ouyang et al., arXiv 2203.02155, eq. 1; with margins: Llama 2, arXiv 2307.09288, eq. 2.
+    `center_rewards_coefficient` * (r_chosen + r_rejected)^2 is added, which keeps rewards near 0 (arXiv 2312.09244, eq. 2).
     """
     chosen, rejected = chosen.float(), rejected.float()
     gap = chosen - rejected

@@ -1,7 +1,7 @@
-"""Losses of supervised fine-tuning, one value per target token.
+"""Define the losses of supervised fine-tuning: one value per target token.
 
-They are called with what their signature names: `logp` (N,), logprobs under the policy with gradient; `lengths` (S,) and
-`sequence` (N,); settings of the trainer's config, and the recipe's `loss_args`.
+A loss is called with those of these inputs that its signature names: `logp` (N,), logprobs under the policy with
+gradient; `lengths` (S,) and `sequence` (N,); settings of the trainer's config; and the recipe's `loss_args`.
 """
 
 from torch import Tensor

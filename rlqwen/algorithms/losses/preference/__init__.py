@@ -1,4 +1,4 @@
-"""Losses of DPO and its relatives: pure functions of the log-probabilities of answers.
+"""Define the losses of DPO and its relatives: pure functions of the log-probabilities of answers.
 
 Example:
     answers = read_answers(logp_N, batch, ref_logp_S=ref_logp_S)

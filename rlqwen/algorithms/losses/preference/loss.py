@@ -1,4 +1,4 @@
-"""The loss of DPO and its relatives: a weighted sum of the losses that the config names."""
+"""Compute the loss of DPO and its relatives: a weighted sum of the losses that the config names."""
 
 import torch
 from torch import Tensor
@@ -8,38 +8,38 @@ from rlqwen.algorithms.losses.calls import LossCall, settings_of
 from rlqwen.algorithms.losses.preference.answers import Answers, AnswerTotals
 from rlqwen.algorithms.losses.preference.paired import score
 from rlqwen.config import DPOConfig
+from rlqwen.config.dpo import UNPAIRED
 
 PAIR_INPUTS = ("chosen", "rejected", "chosen_score", "rejected_score")
-_NOT_OF_PAIRS = ("kto", "sft")
 
 
 class PreferenceLoss:
-    """The loss that a DPOConfig describes.
+    """Compute the loss that a DPOConfig describes: the sum of the named losses, weighted by `loss_weights`.
 
-    Each named loss is a mean over the update's pairs (`kto`: over its answers; `sft`, and what `cpo` and `orpo` add: minus
-    the mean log-likelihood per token of the good answers), and they are added with `loss_weights`.
+    A loss of pairs is averaged over the update's pairs, and `kto` over its answers. `sft`, and the term that `cpo` and
+    `orpo` add, is the mean negative log-likelihood per token of the good answers.
     """
 
     def __init__(self, config: DPOConfig) -> None:
-        """Resolve the losses of pairs; ConfigError if one is unknown or needs what there is not."""
+        """Find the losses of pairs; raise ConfigError if one is unknown or needs an unknown input."""
         self._config = config
         settings = settings_of(config)
         self._pair_losses = {
             name: LossCall(name, inputs=PAIR_INPUTS, settings=settings, arguments=config.loss_args.get(name))
             for name in config.loss_type
-            if name not in _NOT_OF_PAIRS
+            if name not in UNPAIRED
         }
 
     def __call__(
         self, answers: Answers, totals: AnswerTotals, *, kl: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Metric]]:
-        """Return the micro-batch's share of the update's loss, shares of means, and the metrics of plugins.
+        """Return the micro-batch's share of the update's loss, shares of built-in metrics, and the metrics of plugins.
 
-        The shares add up over micro-batches to the means of the update.
+        The shares of all micro-batches add up to means over the update.
 
         Args:
-            answers: of the micro-batch; of the whole update for losses that rank its pairs (`aot`, `aot_unpaired`).
-            kl: for `kto`, the policy's distance from the reference, without gradient; see `kto_kl`.
+            answers: answers of the micro-batch, or of the whole update if a loss ranks its pairs (`aot`, `aot_unpaired`).
+            kl: for `kto`, an estimate of the KL divergence from the reference, without gradient; see `kto_kl`.
         """
         config, good, bad = self._config, answers.good, answers.bad
         likelihood_weight = {"sft": 1.0, "cpo": config.cpo_alpha, "orpo": 1.0}
@@ -75,9 +75,10 @@ class PreferenceLoss:
 
 
 def kto(answers: Answers, config: DPOConfig, kl: Tensor) -> Tensor:
-    """Return (S,) losses of single answers (KTO, arXiv 2402.01306, eq. 7), r the log-ratio of policy and reference.
+    """Return the (S,) losses of single answers (KTO, arXiv 2402.01306, eq. 7).
 
-    desirable_weight (1 - sigma(beta (r - kl))) for good answers, undesirable_weight (1 - sigma(beta (kl - r))) for bad ones.
+    With r the log-ratio of policy and reference: desirable_weight (1 - sigma(beta (r - kl))) for good answers,
+    undesirable_weight (1 - sigma(beta (kl - r))) for bad answers.
     """
     gain = config.beta * (answers.log_ratio_S - kl)
     return torch.where(
@@ -87,14 +88,14 @@ def kto(answers: Answers, config: DPOConfig, kl: Tensor) -> Tensor:
     )
 
 
-def kto_kl(mismatched: Answers) -> Tensor:
-    """Return the KL divergence that KTO compares rewards with: mean log-ratio of answers to other prompts, at least 0."""
-    return mismatched.log_ratio_S.mean().clamp(min=0).detach()
+def kto_kl(kl_answers: Answers) -> Tensor:
+    """Return KTO's estimate of the KL divergence: the mean log-ratio of prompts with the answers of other prompts, at least 0."""
+    return kl_answers.log_ratio_S.mean().clamp(min=0).detach()
 
 
 @torch.no_grad()
 def _reward_metrics(good: Answers, bad: Answers, config: DPOConfig, totals: AnswerTotals) -> dict[str, Tensor]:
-    """Return shares of implicit rewards and log-probabilities; the margin is the difference of the mean rewards."""
+    """Return shares of the metrics of implicit rewards and log-probabilities."""
     shares: dict[str, Tensor] = {}
     rewards = {"chosen": _rewards(good, config), "rejected": _rewards(bad, config)}
     for name, side, count in (("chosen", good, totals.good), ("rejected", bad, totals.bad)):
@@ -109,6 +110,6 @@ def _reward_metrics(good: Answers, bad: Answers, config: DPOConfig, totals: Answ
 
 
 def _rewards(answers: Answers, config: DPOConfig) -> Tensor:
-    """Return what the first loss other than `sft` takes an answer's reward to be."""
+    """Return the implicit rewards as the first loss other than `sft` defines them."""
     main = next((name for name in config.loss_type if name != "sft"), "sft")
     return config.beta * (answers.mean_logp_S if main in ("simpo", "orpo") else answers.log_ratio_S)

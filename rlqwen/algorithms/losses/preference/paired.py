@@ -1,13 +1,14 @@
-"""Losses of pairs: each takes B chosen and B rejected answers and returns (B,) losses.
+"""Define losses of pairs: each takes B chosen and B rejected answers and returns (B,) losses.
 
-A loss is called with what its signature names:
+A loss is called with those of these inputs that its signature names:
 
 - `chosen`, `rejected`: `Answers`, which hold log-probabilities under policy and reference, lengths and weights.
-- `chosen_score`, `rejected_score`: (B,) scores of the answers, s below: the log-ratio of policy and reference, r, or what an
-  f-divergence makes of it.
+- `chosen_score`, `rejected_score`: (B,) scores of the answers: the log-ratio of policy and reference, or `score` of it for
+  another f-divergence.
 - settings of the trainer's config, such as `beta`, and the recipe's `loss_args`.
 
-In the formulas h = beta * (s_chosen - s_rejected), sigma is the logistic function, and e is `label_smoothing`.
+In the formulas, r is the log-ratio and s the score of an answer (c: chosen, r: rejected), h = beta * (s_c - s_r), sigma is
+the logistic function, and e is `label_smoothing`.
 """
 
 import math
@@ -38,7 +39,7 @@ def score(answers: Answers, divergence: str, alpha: float) -> Tensor:
 
 
 def sigmoid(chosen_score: Tensor, rejected_score: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Return -log sigma(h) (DPO, arXiv 2305.18290); with label smoothing conservative DPO (ericmitchell.ai/cdpo.pdf)."""
+    """Return -log sigma(h) (DPO, arXiv 2305.18290); with label smoothing, conservative DPO (ericmitchell.ai/cdpo.pdf)."""
     return _logistic(beta * (chosen_score - rejected_score), label_smoothing)
 
 
@@ -50,7 +51,7 @@ def sigmoid_norm(
     beta: float,
     label_smoothing: float,
 ) -> Tensor:
-    """Return the loss of DPO on scores that are divided by the answers' lengths (Tulu 3, arXiv 2411.15124)."""
+    """Return DPO's loss of scores divided by the answers' lengths (Tulu 3, arXiv 2411.15124)."""
     gap = _per_token(chosen_score, chosen) - _per_token(rejected_score, rejected)
     return _logistic(beta * gap, label_smoothing)
 
@@ -67,7 +68,7 @@ def ipo(chosen: Answers, rejected: Answers, chosen_score: Tensor, rejected_score
 
 
 def robust(chosen_score: Tensor, rejected_score: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Return a loss that is unbiased if labels are flipped with probability e (arXiv 2403.00409).
+    """Return a loss that is unbiased if labels are flipped with probability e (robust DPO, arXiv 2403.00409).
 
     (-(1 - e) log sigma(h) + e log sigma(-h)) / (1 - 2e).
     """
@@ -100,9 +101,9 @@ def sppo_hard(chosen: Answers, rejected: Answers, beta: float) -> Tensor:
 
 
 def aot(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float) -> Tensor:
-    """Return -log sigma(beta d), d the sorted policy margins minus the sorted reference margins (AOT, arXiv 2406.05882).
+    """Return -log sigma(beta d), with d the sorted policy margins minus the sorted reference margins (AOT, arXiv 2406.05882).
 
-    It asks for stochastic dominance of the policy's margins over the reference's, so all pairs must be there at once.
+    The loss asks for stochastic dominance of the policy's margins over the reference's, so it needs all pairs of the update.
     """
     ours = (chosen.logp_S - rejected.logp_S).sort().values
     theirs = (chosen.ref_logp_S - rejected.ref_logp_S).sort().values
@@ -110,7 +111,7 @@ def aot(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float)
 
 
 def aot_unpaired(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float) -> Tensor:
-    """Return -log sigma(beta d), d the sorted r_c minus the sorted r_r (AOT unpaired, arXiv 2406.05882)."""
+    """Return -log sigma(beta d), with d the sorted r_c minus the sorted r_r (AOT unpaired, arXiv 2406.05882)."""
     return _logistic(beta * (chosen.log_ratio_S.sort().values - rejected.log_ratio_S.sort().values), label_smoothing)
 
 
@@ -129,7 +130,7 @@ def discopop(chosen_score: Tensor, rejected_score: Tensor, beta: float, discopop
     """Return -(1 - m) log sigma(h) + m exp(-h), m = sigma(h / tau) (DiscoPOP, arXiv 2406.08414, eq. 5)."""
     margin = beta * (chosen_score - rejected_score)
     mix = margin / discopop_tau
-    # One exponential for m exp(-h): separately, exp(-h) overflows while m vanishes.
+    # m exp(-h) is computed as one exponential, because exp(-h) alone can overflow.
     return -torch.sigmoid(-mix) * F.logsigmoid(margin) + torch.exp(F.logsigmoid(mix) - margin)
 
 
@@ -141,7 +142,7 @@ def simpo(chosen: Answers, rejected: Answers, beta: float, simpo_gamma: float, l
 def cpo(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float) -> Tensor:
     """Return -log sigma(beta (log-probability, chosen minus rejected)) (CPO, arXiv 2401.08417).
 
-    The whole loss adds cpo_alpha times the negative log-likelihood of the chosen answers.
+    PreferenceLoss adds cpo_alpha times the negative log-likelihood of the chosen answers.
     """
     return _logistic(beta * (chosen.plain_logp_S - rejected.plain_logp_S), label_smoothing)
 
@@ -149,7 +150,8 @@ def cpo(chosen: Answers, rejected: Answers, beta: float, label_smoothing: float)
 def orpo(chosen: Answers, rejected: Answers, beta: float) -> Tensor:
     """Return -beta log sigma(log-odds, chosen minus rejected) (ORPO, arXiv 2403.07691, eqs. 4 and 7).
 
-    p is the geometric mean of an answer's tokens. The whole loss adds the negative log-likelihood of the chosen answers.
+    The odds are those of the geometric mean of an answer's token probabilities. PreferenceLoss adds the negative
+    log-likelihood of the chosen answers.
     """
     return -beta * F.logsigmoid(_log_odds(chosen.mean_logp_S) - _log_odds(rejected.mean_logp_S))
 
@@ -159,12 +161,12 @@ def _per_token(score_B: Tensor, answers: Answers) -> Tensor:
 
 
 def _logistic(margin: Tensor, flipped: float) -> Tensor:
-    """Return -log sigma(margin), if a share `flipped` of the labels is taken to be wrong."""
+    """Return -log sigma(margin), smoothed for a share `flipped` of wrong labels."""
     loss = -F.logsigmoid(margin)
     return loss if not flipped else (1 - flipped) * loss - flipped * F.logsigmoid(-margin)
 
 
 def _log_odds(logp: Tensor) -> Tensor:
-    """Return log(p / (1 - p))."""
-    logp = logp.clamp(max=-1e-7)  # p = 1 has infinite odds
+    """Return log(p / (1 - p)) of `logp` = log p."""
+    logp = logp.clamp(max=-1e-7)  # the odds of p = 1 are infinite
     return logp - torch.where(logp > -math.log(2), (-torch.expm1(logp)).log(), torch.log1p(-logp.exp()))
