@@ -1,4 +1,4 @@
-"""On how many processes an update is carried out, and how: the only package that knows."""
+"""Carry out updates on one process or several: the only package that knows on how many."""
 
 from rlqwen.distributed.device import pick_device
 from rlqwen.distributed.lr_schedule import warmup_updates

@@ -1,4 +1,4 @@
-"""The config that DeepSpeed is given: a user's own as it is, and what follows from ours."""
+"""Make DeepSpeed's config: the user's own, and what follows from ours."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from rlqwen.errors import ConfigError
 
 
 def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
-    """What a ds_config says of the scale of the loss."""
+    """Return the settings of a ds_config for the scale of the loss."""
     given = read_ds_config(args.parallel.deepspeed or {}).get("fp16", {})
     return {key: value for key, value in given.items() if value != AUTO}
 
@@ -24,13 +24,13 @@ def check_batch_size(args: TrainerConfig, data_size: int) -> int:
     if given not in (None, AUTO, whole):
         raise ConfigError(
             f"train_batch_size of the ds_config is {given}, but the batch is {whole} = "
-            f'{size} a micro-batch x {accumulation} accumulated x {data_size} ranks: correct it, or make it "auto"'
+            f'{size} per micro-batch x {accumulation} accumulated x {data_size} ranks: correct it, or make it "auto"'
         )
     return whole
 
 
 def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int, dtype: str) -> dict[str, Any]:
-    """Return the ds_config for an engine: the keys that it carries out of the user's, without "auto".
+    """Return the ds_config for an engine: those of the user's keys that an engine reads, without "auto".
 
     `dtype`: `fp32`, `bf16` or `fp16`; `data_size`: ranks that see different rows.
 
@@ -41,21 +41,21 @@ def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int,
     given = read_ds_config(parallel.deepspeed or {})
     config = copy.deepcopy(engine_keys(given))
     config |= {
-        "train_batch_size": whole * parallel.ranks_per_row,  # it takes every rank for one that sees other rows
+        "train_batch_size": whole * parallel.ranks_per_row,  # DeepSpeed assumes that every rank sees other rows
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "managed_gradient_accumulation": False,  # micro-batches vary in number, and the updater says when
+        "managed_gradient_accumulation": False,  # the number of micro-batches varies, and the optimizer step counts them
         "gradient_clipping": args.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW: nothing is compiled
         "bf16": {"enabled": dtype == "bf16"},
-        "fp16": {"enabled": dtype == "fp16", "loss_scale": 1.0},  # scaled by the updater
+        "fp16": {"enabled": dtype == "fp16", "loss_scale": 1.0},  # the optimizer step scales
     }
     config["steps_per_print"] = 10**9
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = parallel.zero_stage
     if parallel.zero_stage == 1 and dtype == "bf16" and not parallel.offload_optimizer:
-        zero["stage"] = 2  # DeepSpeed has another optimizer for this one, which keeps all gradients on every rank
+        zero["stage"] = 2  # for stage 1 DeepSpeed has another optimizer, which keeps all gradients on every rank
     for key, wanted in (
         ("offload_optimizer", parallel.offload_optimizer),
         ("offload_param", parallel.offload_parameters),
@@ -71,8 +71,10 @@ def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int,
 
 
 def _fill_in_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    """Buffers in numbers of elements, as transformers fills them in; but nothing is fetched ahead, for evaluations and
-    exports go other ways through the weights than an update does, and DeepSpeed fetches what the last way needed."""
+    """Fill in the sizes of buffers, in elements, as transformers does; but prefetch nothing.
+
+    Evaluations and exports read the weights in another order than updates do, and DeepSpeed prefetches by the last order.
+    """
     zero.setdefault("stage3_prefetch_bucket_size", 0)
     square = hidden_size * hidden_size
     sizes = {

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class LossScale:
-    """Dynamic loss scale: doubles after a while without overflow, halves on one (arXiv 1710.03740); 1 without fp16.
+    """Scale that doubles after some updates without overflow and halves on an overflow (arXiv 1710.03740); 1 without fp16.
 
     Keys of `settings` are those of a ds_config's `fp16`: `loss_scale` (0: as above), `initial_scale_power`,
     `loss_scale_window`, `min_loss_scale`, `hysteresis` (overflows until it halves; 1 here, 2 in DeepSpeed),
@@ -23,15 +23,15 @@ class LossScale:
         self.counts_in_a_row = bool(settings.get("consecutive_hysteresis", False))
         self._since = 0
         self._patience = self.hysteresis
-        """Overflows that it takes to halve."""
+        """Further overflows until the scale is halved."""
 
     @property
     def can_fall(self) -> bool:
-        """Whether an overflow may still be the scale's fault."""
+        """Return whether a smaller scale may still avoid an overflow."""
         return self.is_dynamic and self.value > self.smallest
 
     def update(self, *, overflow: bool) -> None:
-        """After every update."""
+        """Adapt the scale after an update."""
         if not self.is_dynamic:
             return
         self._since = 0 if overflow else self._since + 1

@@ -1,4 +1,4 @@
-"""The learning rate over the updates of a run: transformers' schedules, or that of a user's ds_config."""
+"""Schedule the learning rate: by transformers' schedules, or by the one in a user's ds_config."""
 
 import logging
 import math

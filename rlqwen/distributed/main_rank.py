@@ -1,8 +1,8 @@
-"""What the main rank does alone, such as sampling, and how the others take part where it takes all of them.
+"""Work on the main rank alone, such as sampling, with the help of the other ranks where it is needed.
 
-A model whose weights lie in shards runs, and gives its weights away, only if all ranks do it together. So the main
-rank works with a policy that announces such a call before it makes it; the others wait for announcements, make the
-same calls, and throw the results away.
+A model with sharded weights can be forwarded or exported only by all ranks together. So the main rank works with a
+policy that announces such a call before it makes it; the others wait for announcements, make the same calls, and
+discard the results.
 """
 
 import threading
@@ -16,27 +16,27 @@ from rlqwen.packing.batch import PackedBatch
 
 T = TypeVar("T")
 
-_SECONDS_TO_TELL = 10.0
-"""The others may wait for something else, where the main rank failed in the midst of a common call."""
+_ANNOUNCE_ERROR_S = 10.0
+"""Seconds to announce an error; the others may be in the middle of a common call, and not listen."""
 
 
 class MainRank:
-    """Work of the main rank, for all; with one process, just that work.
+    """Run work on the main rank, and return its result on every rank; with one process, just run it.
 
     Example:
-        lead = MainRank(ranks, policy)
-        engine = build_engine(..., policy=lead.policy) if ranks.is_main else None
-        texts = lead.run(lambda: sample(engine))     # on every rank
+        main_rank = MainRank(ranks, policy)
+        engine = build_engine(..., policy=main_rank.policy) if ranks.is_main else None
+        texts = main_rank.run(lambda: sample(engine))     # on every rank
     """
 
     def __init__(self, ranks: Ranks, policy: Any = None) -> None:
         self.ranks = ranks
         self._policy = policy
-        self.policy: Any = policy if ranks.world_size == 1 else _Announced(policy, self._tell)
-        """For what samples on the main rank."""
+        self.policy: Any = policy if ranks.world_size == 1 else _AnnouncedPolicy(policy, self._announce)
+        """The policy for work on the main rank."""
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the main rank, on every rank; it must pickle.
+        """Return on every rank what `work` returns on the main rank, which must pickle.
 
         An error of the main rank is raised there, and as MainRankFailed on the others.
         """
@@ -48,21 +48,21 @@ class MainRank:
             result = work()
         except BaseException as error:
             self.policy.finish()  # in this thread
-            self._tell_of(error)
+            self._announce_error(error)
             raise
-        self._tell("done", result)
+        self._announce("done", result)
         return result
 
-    def _tell(self, what: str, value: Any = None) -> None:
+    def _announce(self, what: str, value: Any = None) -> None:
         self.policy.finish()
         self.ranks.from_main((what, value), patient=True)
 
-    def _tell_of(self, error: BaseException) -> None:
+    def _announce_error(self, error: BaseException) -> None:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         code = error.exit_code if isinstance(error, RlqwenError) else 1
-        thread = threading.Thread(target=self._tell, args=("failed", (text, code)), daemon=True)
+        thread = threading.Thread(target=self._announce, args=("failed", (text, code)), daemon=True)
         thread.start()
-        thread.join(_SECONDS_TO_TELL)
+        thread.join(_ANNOUNCE_ERROR_S)
 
     def _follow(self) -> Any:
         nothing: tuple[str, Any] = ("", None)
@@ -71,7 +71,7 @@ class MainRank:
             if what == "done":
                 return value
             if what == "failed":
-                failure = MainRankFailed(f"rank {self.ranks.rank} stops, because the main rank did: {value[0]}")
+                failure = MainRankFailed(f"rank {self.ranks.rank} stops, because the main rank failed: {value[0]}")
                 failure.exit_code = value[1]
                 raise failure
             self._take_part(what, value)
@@ -89,17 +89,17 @@ class MainRank:
                 self.ranks.from_main(None, patient=True)
 
 
-class _Announced:
-    """A policy whose common calls are announced to the other ranks first."""
+class _AnnouncedPolicy:
+    """A policy that announces calls in which all ranks take part."""
 
-    def __init__(self, policy: Any, tell: Callable[..., None]) -> None:
+    def __init__(self, policy: Any, announce: Callable[..., None]) -> None:
         self._policy = policy
-        self._tell = tell
-        self._walk: Iterator[Any] = iter(())
+        self._announce = announce
+        self._export_in_progress: Iterator[Any] = iter(())
 
     def finish(self) -> None:
-        """Walk on to the end of weights that whoever asked for them left off: the others are on their way through."""
-        for _ in self._walk:
+        """Finish an export that its reader has left, because the other ranks are still making it."""
+        for _ in self._export_in_progress:
             pass
 
     def __getattr__(self, name: str) -> Any:
@@ -112,20 +112,20 @@ class _Announced:
         return self._export("export_adapter")
 
     def _export(self, name: str) -> Iterator[tuple[str, Any]]:
-        self._tell(name)
-        self._walk = getattr(self._policy, name)()
-        for item in self._walk:  # noqa: UP028  `yield from` would close it with this generator
+        self._announce(name)
+        self._export_in_progress = getattr(self._policy, name)()
+        for item in self._export_in_progress:  # noqa: UP028  `yield from` would close it with this generator
             yield item
 
     def logprobs(self, batch: PackedBatch, **options: Any) -> Any:
-        self._tell("logprobs", batch.to("cpu"))
+        self._announce("logprobs", batch.to("cpu"))
         return self._policy.logprobs(batch, **options)
 
     @contextmanager
     def generation_model(self) -> Iterator[Any]:
-        self._tell("generation_model")
+        self._announce("generation_model")
         with self._policy.generation_model() as model:
             try:
                 yield model
             finally:
-                self._tell("generated")
+                self._announce("generated")

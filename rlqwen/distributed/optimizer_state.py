@@ -1,6 +1,6 @@
-"""An optimiser's memory as safetensors and JSON, by the names of parameters; nothing is pickled.
+"""Save an optimizer's state as safetensors and JSON, by the names of parameters; nothing is pickled.
 
-It is the same whatever the ranks and the ZeRO stage, so that a run may go on with others.
+The files do not depend on ranks and ZeRO stage, so a run may resume with others.
 """
 
 import json
@@ -17,9 +17,9 @@ from rlqwen.errors import ConfigError
 TENSORS_FILE = "optimizer.safetensors"
 PLAIN_FILE = "optimizer.json"
 MASTER = "master"
-"""A parameter's float32 value, where the model computes with a rounded one."""
+"""Key of a parameter's float32 value, if the model computes with a rounded one."""
 _BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")
-"""What a schedule keeps a value a parameter group of."""
+"""Entries of a schedule's state that hold one value per parameter group."""
 
 
 def save_optimizer(
@@ -48,7 +48,7 @@ def save_optimizer(
 def restore_optimizer(
     folder: Path, names: Collection[str], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Put hyperparameters and schedule back; returns the tensors of each parameter, by key, and the plain values.
+    """Restore hyperparameters and schedule; return the tensors of each parameter, by key, and the plain values.
 
     ConfigError if the parameters are not those of `names`.
     """

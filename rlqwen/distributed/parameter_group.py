@@ -1,4 +1,4 @@
-"""Weights that are trained together."""
+"""Group weights that are trained together."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ from torch import nn
 
 @dataclass(slots=True, frozen=True)
 class ParameterGroup:
-    """Weights that are trained together and whose gradient is clipped apart from other parts': a policy, a critic."""
+    """Weights that are trained together, such as a policy or a critic; each group's gradient is clipped by itself."""
 
     name: str
     parameters: list[nn.Parameter]
     learning_rate: float
     names: list[str] = field(default_factory=list)
-    """Of the parameters, in order, by which an optimiser's state finds them again; numbers where none are given."""
+    """Names of the parameters, in order, under which their optimizer state is saved; none: numbers."""
 
     module: nn.Module | None = None
-    """What holds the parameters; a forward on them goes through it, for weights in shards to be put together."""
+    """The module that holds the parameters; forwards go through it, so that sharded weights are gathered."""
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups of the optimiser: matrices decay, vectors don't."""
+        """Return the optimizer's parameter groups: matrices decay, vectors do not."""
         groups = [
             {
                 "params": [p for p in self.parameters if p.ndim >= 2],
@@ -33,7 +33,7 @@ class ParameterGroup:
         return [group for group in groups if group["params"]]
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by names that are unique among all parts."""
+        """Yield parameters by names that are unique among all groups."""
         names = self.names or [str(number) for number in range(len(self.parameters))]
         for name, parameter in zip(names, self.parameters, strict=True):
             yield f"{self.name}/{name}", parameter

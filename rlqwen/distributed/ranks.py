@@ -1,8 +1,8 @@
-"""The processes that train together, and what they tell one another.
+"""Let the processes that train together communicate.
 
 Every rank holds every row and every group of completions (tokens are small), and takes its share of them by the same
-rule. So counts over the whole update, which losses are divided by, need no communication, and every rank knows how
-many forwards the others will make: a rank with fewer makes idle ones, and none waits for ever.
+rule. So counts over the whole update, by which losses are divided, need no communication, and every rank knows how many
+forwards the others will make: a rank with fewer makes idle ones, and none waits forever.
 """
 
 import os
@@ -21,11 +21,11 @@ from rlqwen.packing.sequence_parallel import SequenceGroup
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""A rank that dies closes its connections, and ends the wait for it at once."""
+"""Timeout of waits for work of the main rank. If that rank dies, its connections close, and the wait ends at once."""
 
 
 def is_loss_of_rank(error: BaseException) -> bool:
-    """Whether the error only says that another rank is gone, or has told of an error of its own."""
+    """Return whether the error only reports that another rank is gone, or has failed."""
     if isinstance(error, MainRankFailed):
         return True
     while error is not None:
@@ -36,22 +36,22 @@ def is_loss_of_rank(error: BaseException) -> bool:
 
 
 class Ranks:
-    """This process among those of the run; one process needs no launcher and communicates nothing.
+    """This process among those of the run; one process needs no launcher and does not communicate.
 
-    Messages between ranks go over gloo, through CPU memory, so that they never mix with the gradients' own traffic.
+    Messages between ranks go over gloo, through CPU memory, so that they never mix with the traffic of gradients.
     """
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
-        """Join the processes that torchrun (or `rlqwen run --nproc-per-node`) has started; alone without it.
+        """Join the processes that torchrun (or `rlqwen run --nproc-per-node`) has started, if any.
 
-        Raises ConfigError where they don't divide into the groups that `config` asks for.
+        Raises ConfigError if they cannot be divided into the groups that `config` asks for.
         """
         config = config or ParallelConfig()
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_row = config.ranks_per_row
-        """How many neighbouring ranks see the same rows; the first of them speaks for all."""
+        """Number of neighboring ranks that see the same rows; values of their share are taken from the first."""
         _check_division(self.world_size, config)
         self._group: Any = None
         self._patient_group: Any = None
@@ -62,20 +62,20 @@ class Ranks:
                 dist.init_process_group(backend, timeout=timeout)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
             self._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self.sequence = SequenceGroup(self._neighbours() if config.sequence_parallel_size > 1 else None)
-        """The ranks that forward a row together, a slice each."""
-        self.tensor_group: Any = self._neighbours() if config.autotp_size > 1 else None
-        """The ranks that hold a model together, a shard of each layer each."""
+        self.sequence = SequenceGroup(self._neighbors() if config.sequence_parallel_size > 1 else None)
+        """The ranks that forward a row together, one slice each."""
+        self.tensor_group: Any = self._neighbors() if config.autotp_size > 1 else None
+        """The ranks that hold a model together, one shard of each layer each."""
         self.gradient_group: Any = self._counterparts() if config.autotp_size > 1 else None
         """The ranks whose gradients add up: those with the same shards. None: all."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that samples, logs and writes what all share."""
+        """Return whether this is the rank that samples, logs and writes for all."""
         return self.rank == 0
 
-    def _neighbours(self) -> Any:
-        """The group of the ranks that see the same rows as this one."""
+    def _neighbors(self) -> Any:
+        """Return the group of the ranks that see the same rows as this one."""
         groups = [
             dist.new_group(list(range(first, first + self.ranks_per_row)))
             for first in range(0, self.world_size, self.ranks_per_row)
@@ -83,7 +83,7 @@ class Ranks:
         return groups[self.data_rank]
 
     def _counterparts(self) -> Any:
-        """The group of the ranks that have this one's place among their neighbours."""
+        """Return the group of the ranks that have the same place among their neighbors as this one."""
         groups = [
             dist.new_group(list(range(place, self.world_size, self.ranks_per_row)))
             for place in range(self.ranks_per_row)
@@ -92,26 +92,26 @@ class Ranks:
 
     @property
     def data_size(self) -> int:
-        """Into how many shares the rows are dealt."""
+        """Return the number of shares into which the rows are divided."""
         return self.world_size // self.ranks_per_row
 
     @property
     def data_rank(self) -> int:
-        """Which of the shares is this rank's."""
+        """Return the index of this rank's share."""
         return self.rank // self.ranks_per_row
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of what all hold: every `data_size`-th, so that shares differ by one at most."""
+        """Return this rank's share of items that all ranks hold: every `data_size`-th, so that sizes differ by at most 1."""
         return self.shares(items)[self.data_rank]
 
     def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
-        """Every share."""
+        """Return the shares of all ranks."""
         return [items[share :: self.data_size] for share in range(self.data_size)]
 
     def from_main(self, value: T, *, patient: bool = False) -> T:
-        """The main rank's value, on every rank; anything that pickles.
+        """Return on every rank the value of the main rank; it must pickle.
 
-        `patient`: wait for it as long as the main rank lives, for it does work that has deadlines of its own.
+        `patient`: wait as long as the main rank lives, because its work has its own deadlines.
         """
         if self.world_size == 1:
             return value
@@ -120,7 +120,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank; anything that pickles."""
+        """Return the values of all ranks, by rank; they must pickle."""
         if self.world_size == 1:
             return [value]
         box: list[Any] = [None] * self.world_size
@@ -128,25 +128,25 @@ class Ranks:
         return box
 
     def gather_shares(self, value: T) -> list[T]:
-        """A value for each share of the rows, by share; ranks that see the same rows have the same one."""
+        """Return one value per share of the rows, by share; ranks that see the same rows have the same value."""
         return self.gather(value)[:: self.ranks_per_row]
 
     def concatenate(self, tensor: Tensor) -> Tensor:
-        """The rows of all shares, in their order; without gradient. Numbers of rows may differ."""
+        """Return the rows of all shares, in order, without gradient; their numbers may differ."""
         if self.world_size == 1:
             return tensor
         return torch.cat(self.gather_shares(tensor.detach().cpu())).to(tensor.device)
 
-    def sum(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Figures added up over the shares of the rows; one may lack some."""
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the sum of each value over the shares of the rows; a share may lack some."""
         total: dict[str, float] = {}
-        for part in self.gather_shares(dict(figures)):
+        for part in self.gather_shares(dict(values)):
             for key, value in part.items():
                 total[key] = total.get(key, 0.0) + value
         return total
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
 

@@ -1,8 +1,7 @@
-"""A model whose layers several ranks hold together, a shard of each matrix a rank: DeepSpeed's AutoTP, in training.
+"""Shard a model's layers among ranks, one shard of each matrix per rank: DeepSpeed's AutoTP, in training.
 
-transformers' own plan says which matrices are cut by rows and which by columns; embeddings and heads stay whole, since
-logprobs are computed in chunks from the head's weight. Weights come whole again, for as long as they are copied, in
-`whole_weights`.
+transformers' plan says which matrices are cut by rows and which by columns; embeddings and heads stay whole, because
+logprobs are computed in chunks from the head's weight. `whole_weights` gathers the weights for as long as they are copied.
 """
 
 import contextlib
@@ -23,8 +22,7 @@ _NAME = "parallel.autotp_size"
 def shard_layers(model: PreTrainedModel, size: int) -> None:
     """Leave this rank's shard of each layer's matrices in `model`; every rank calls it, with the same weights.
 
-    The first ranks of each `size` neighbours share a model, the next ones another. Raises ModelError for a model that
-    cannot be cut so.
+    Each `size` neighboring ranks share a model. Raises ModelError for a model that cannot be sharded so.
     """
     if size == 1:
         return
@@ -38,9 +36,9 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
         from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
         from deepspeed.utils import groups
 
-    # Of the layers whose output it gathers, at every forward.
+    # DeepSpeed causes this warning at every forward of a layer whose output it gathers.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    # It would be compiled at the first start, with a lock that a killed run leaves behind for the next to wait on.
+    # DeepSpeed would compile it at the first start, under a lock that a killed run leaves for the next to wait on.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     groups._init_tp_mesh_device(tensor_model_parallel_size=size)
@@ -68,9 +66,9 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
 
 
 def check_shardable(model: Any, size: int) -> None:
-    """ModelError, with the arithmetic, where the layers cannot be dealt out evenly to `size` ranks."""
+    """Raise ModelError, with the arithmetic, if the layers cannot be divided evenly among `size` ranks."""
     if isinstance(model, PeftModel):
-        raise ModelError(f"{_NAME}={size} cuts plain weights alone: leave the adapter out, or use ZeRO to save memory")
+        raise ModelError(f"{_NAME}={size} shards plain weights only: leave the adapter out, or use ZeRO to save memory")
     config = model.config.get_text_config()
     if getattr(config, "num_experts", None):
         raise ModelError(
@@ -89,15 +87,15 @@ def check_shardable(model: Any, size: int) -> None:
 
 
 def is_shard(parameter: nn.Parameter) -> bool:
-    """Whether other ranks hold the rest of the matrix."""
+    """Return whether other ranks hold the rest of the matrix."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
 @contextlib.contextmanager
 def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the weights that are the modules' own are whole; every rank must come here, or none.
+    """Hold the modules' own weights whole inside; all ranks must enter together.
 
-    What is written into them inside stays, in shards, provided that all ranks write the same.
+    Values written into them inside are kept, in shards, if all ranks write the same.
     """
     held: list[list[Any]] = [
         [each.weight, each.bias] for each in modules if any(map(is_shard, each.parameters(recurse=False)))
@@ -113,7 +111,7 @@ def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_import() -> Iterator[None]:
-    """DeepSpeed warns on import of what it doesn't find on a CPU."""
+    """Silence DeepSpeed's warnings on import about what it does not find on a CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

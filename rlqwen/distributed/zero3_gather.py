@@ -1,4 +1,4 @@
-"""Weights that lie in shards on the ranks (ZeRO-3), put together for as long as they are read or written."""
+"""Gather weights that ranks hold in shards (ZeRO-3), for as long as they are read or written."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether each rank holds but a shard of it."""
+    """Return whether each rank holds only a shard of it."""
     return hasattr(parameter, "ds_id")
 
 
@@ -19,8 +19,11 @@ def has_exact(parameter: Tensor) -> bool:
 
 
 def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return the most exact weight for a file of `dtype` (None: the most exact of all): the optimizer's float32 weight
-    if the model computes with a rounded one, or on the main rank what a frozen one was. Call it on all ranks together."""
+    """Return the most exact weight for a file of `dtype` (None: the most exact of all).
+
+    It is the optimizer's float32 weight if the model computes with a rounded one, and on the main rank the original of a
+    frozen one. Call it on all ranks together.
+    """
     engine = getattr(parameter, "engine", None)
     exact: Tensor | None = getattr(parameter, "exact", None)
     if exact is not None and dtype != parameter.dtype:
@@ -39,7 +42,7 @@ def keep_exact(parameter: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter | None], *, modify: bool = False) -> Iterator[None]:
-    """Whole parameters inside; all ranks must enter together. `modify`: what the main rank writes into them is kept."""
+    """Hold whole parameters inside; all ranks must enter together. `modify` keeps what the main rank writes into them."""
     sharded: dict[int, Any] = {id(p): p for p in parameters if p is not None and is_sharded(p)}
     if not sharded:
         yield
@@ -48,7 +51,7 @@ def gathered(parameters: Iterable[nn.Parameter | None], *, modify: bool = False)
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     if any(parameter.ds_status is ZeroParamStatus.INFLIGHT for parameter in sharded.values()):
-        # Fetched ahead for a backward pass that an evaluation does not make.
+        # DeepSpeed has prefetched it for a backward pass, which an evaluation does not make.
         next(iter(sharded.values())).sharding.empty_partition_cache()
     with deepspeed.zero.GatheredParameters(list(sharded.values()), modifier_rank=0 if modify else None):
         yield
@@ -56,14 +59,14 @@ def gathered(parameters: Iterable[nn.Parameter | None], *, modify: bool = False)
 
 @contextmanager
 def whole_model(model: nn.Module) -> Iterator[None]:
-    """A model of whole weights inside, which a rank may forward as often as it likes without the others."""
+    """Hold a model of whole weights inside, which a rank may forward without the others."""
     sharded: Any = next((weight for weight in model.parameters() if is_sharded(weight)), None)
     if sharded is None:
         yield
         return
     offload = sharded.sharding.parameter_offload
     with gathered(model.parameters()):
-        for hook in [*offload.forward_hooks, *offload.backward_hooks]:  # they would share each layer out again
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:  # they would shard each layer again
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:

@@ -1,6 +1,7 @@
 """Hold one parameter group under DeepSpeed ZeRO: the only module that uses an engine's internals (of version 0.19).
 
-The optimizer step, not the engine, decides when an update is complete, scales the loss, and decides whether a gradient is applied.
+The optimizer step, not the engine, decides when an update is complete, scales the loss, and decides whether a gradient
+is applied.
 """
 
 import logging
@@ -20,7 +21,7 @@ class Engine:
     """One parameter group under ZeRO stage 1, 2 or 3."""
 
     def __init__(self, group: ParameterGroup, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
-        """`optimizer` holds the group's parameters, which DeepSpeed replaces by shards."""
+        """Start DeepSpeed's engine; it replaces the group's parameters in `optimizer` by shards."""
         deepspeed = _quiet_deepspeed()
         assert group.module is not None
         self.group = group
@@ -32,13 +33,13 @@ class Engine:
         self.stage = int(self.engine.zero_optimization_stage())
         self.optimizer = optimizer
         self.touched = False
-        """Whether a gradient has come since the last update."""
+        """Whether there was a gradient since the last update."""
         self._came = False
-        """Whether one has in this backward pass."""
+        """Whether there was one in this backward pass."""
         for parameter in group.parameters:
             parameter.register_post_accumulate_grad_hook(self._touch)
         self._scaled_norm = 0.0
-        """Of the gradient that is about to be applied, times the loss's scale; infinite where it must not be."""
+        """Norm of the gradient that is about to be applied, times the loss scale; infinite if it must not be applied."""
         if self.stage == 3:
             for weight in group.module.parameters():
                 weight.sharding = self.zero  # type: ignore[attr-defined]
@@ -62,7 +63,7 @@ class Engine:
 
     @property
     def averages_over(self) -> int:
-        """Ranks by whose number DeepSpeed divides gradients."""
+        """Return the number of ranks by which DeepSpeed divides gradients."""
         return dist.get_world_size(self.zero.dp_process_group)
 
     def scale_loss(self, scale: float) -> None:
@@ -70,14 +71,14 @@ class Engine:
         self.zero.override_loss_scale(scale)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Before `loss.backward()`, each time."""
+        """Prepare the engine; call it before each `loss.backward()`."""
         self._came = False
         self.zero.clear_backward_seen_flag()
         self.engine._running_engine_backward = True
         loss.register_hook(lambda grad: self.engine._backward_prologue())
 
     def after_backward(self) -> None:
-        """After it: reduce what the stage reduces at every micro-batch."""
+        """Reduce what the stage reduces at every micro-batch; call it after each `loss.backward()`."""
         if self._came:
             self.engine._backward_epilogue()
         else:
@@ -85,16 +86,16 @@ class Engine:
         self.engine._running_engine_backward = False
 
     def start_over(self) -> None:
-        """Have the next backward replace what gradients of an update before are kept, instead of adding to them.
+        """Have the next backward replace the gradients of the update before, instead of adding to them.
 
-        Of ZeRO-3, which keeps them until a first backward comes to each weight.
+        ZeRO-3 keeps them until the first backward reaches each weight.
         """
         if self.stage == 3:
             self.zero.micro_step_id = 0
             self.zero._epilogue_ran_this_backward = False
 
     def finish_gradient(self) -> float:
-        """Add up over the ranks what has been gathered; returns the gradient's norm, not finite where an entry isn't."""
+        """Add up the gradients over the ranks, and return their norm, which is not finite if an entry is not."""
         if not self.touched:
             return 0.0
         self.engine._running_engine_step = True
@@ -118,7 +119,7 @@ class Engine:
 
     @property
     def keeps_master(self) -> bool:
-        """Whether the optimizer's weights are more exact than the model's."""
+        """Return whether the optimizer's weights are more exact than the model's."""
         return bool(self.engine.bfloat16_enabled() or self.engine.fp16_enabled())
 
     def master_of(self, parameter: nn.Parameter) -> Tensor:
@@ -132,7 +133,7 @@ class Engine:
         self._set(parameter, value, None)
 
     def state_of(self, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors by name; on all ranks together. Nothing before the first update."""
+        """Yield whole tensors by name, none before the first update; call it on all ranks together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.keeps_master:
@@ -192,8 +193,10 @@ class Engine:
 
 
 def _rounded_by(config: dict[str, Any], parameters: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return exact copies of the weights that the engine's dtype cannot hold, because DeepSpeed makes the optimizer's
-    weights from rounded ones, and the model would change before its first update."""
+    """Return exact copies of the weights that the engine's dtype cannot hold.
+
+    DeepSpeed makes the optimizer's weights from rounded ones, so that the model would change before its first update.
+    """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((dtype for key, dtype in dtypes.items() if config[key]["enabled"]), torch.float32)
     return [
@@ -204,13 +207,13 @@ def _rounded_by(config: dict[str, Any], parameters: list[nn.Parameter]) -> list[
 
 
 def _quiet_deepspeed() -> Any:
-    """The package, which then prints nothing and compiles nothing."""
+    """Return the package, set to print nothing and to compile nothing."""
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    # It would compile a way through shared memory, on which a rank waits for ever where another has died.
+    # DeepSpeed would compile communication through shared memory, on which a rank waits forever if another has died.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 

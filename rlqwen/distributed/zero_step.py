@@ -1,4 +1,4 @@
-"""Updates whose optimizer state, gradients and weights are shared out among the ranks: DeepSpeed ZeRO."""
+"""Carry out updates with optimizer state, gradients and weights sharded among the ranks: DeepSpeed ZeRO."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,10 @@ from rlqwen.distributed.zero_engine import Engine
 
 
 class ZeroStep(OptimizerStep):
-    """Carry out updates by ZeRO stages 1 to 3, with one engine per parameter group. With bf16 or fp16 weights are computed with in that, and the optimizer keeps
-    float32 ones."""
+    """Carry out updates by ZeRO stages 1 to 3, with one engine per parameter group.
+
+    With bf16 or fp16 the model computes with weights of that dtype, and the optimizer keeps float32 ones.
+    """
 
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
         _join_alone()
@@ -51,7 +53,7 @@ class ZeroStep(OptimizerStep):
         return {engine.group.name: engine.finish_gradient() for engine in self.engines}
 
     def _backward_zeros(self) -> None:
-        """The gradient is exactly 0, yet momentum and weight decay still move the weights."""
+        """Make a gradient of exactly 0, because momentum and weight decay still move the weights."""
         for engine in self.engines:
             for parameter in engine.group.parameters:
                 engine.start_over()
@@ -78,15 +80,18 @@ class ZeroStep(OptimizerStep):
 def build_optimizer_step(
     groups: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks
 ) -> OptimizerStep:
-    """The one that `args.parallel` asks for. ZeRO stage 0 shares nothing out, and is the plain one."""
+    """Return the optimizer step that `args.parallel` asks for; ZeRO stage 0 shards nothing, and is the plain one."""
     check_batch_size(args, ranks.data_size)
     kind = ZeroStep if args.parallel.zero_stage else OptimizerStep
     return kind(groups, args, total_updates=total_updates, ranks=ranks)
 
 
 def _engine_dtype(groups: Sequence[ParameterGroup], args: TrainerConfig) -> str:
-    """Of the weights that a forward reads. Where DeepSpeed finds no float16 instructions, as on most CPUs, they stay
-    float32, and the forward's products alone are float16, as without DeepSpeed."""
+    """Return the dtype of the weights that a forward reads.
+
+    If DeepSpeed finds no float16 instructions, as on most CPUs, they stay float32, and only the forward's products are
+    float16, as without DeepSpeed.
+    """
     if args.fp16:
         from deepspeed.accelerator import get_accelerator
 
@@ -96,7 +101,7 @@ def _engine_dtype(groups: Sequence[ParameterGroup], args: TrainerConfig) -> str:
 
 
 def _join_alone() -> None:
-    """DeepSpeed wants a group of processes even where there is one."""
+    """Make a process group of one, which DeepSpeed wants even for one process."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]

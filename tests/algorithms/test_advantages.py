@@ -101,7 +101,7 @@ def test_gae_with_lambda_1_is_the_return_less_the_value():
     torch.testing.assert_close(returns, to_go)
 
 
-def test_gae_of_a_sequence_does_not_depend_on_its_neighbours():
+def test_gae_of_a_sequence_does_not_depend_on_its_neighbors():
     torch.manual_seed(0)
     rewards, values = torch.randn(12), torch.randn(12)
     together, _ = gae(rewards, values, torch.tensor([2.0, 7.0, 3.0]), gamma=0.9, lam=0.8)

@@ -115,7 +115,7 @@ def test_a_reader_that_leaves_off_does_not_leave_the_others_behind():
     got, calls = lead_two(work)
     assert isinstance(got[0], ConfigError)
     assert isinstance(got[1], MainRankFailed)
-    assert str(got[1]) == "rank 1 stops, because the main rank did: ConfigError: the store is full:"
+    assert str(got[1]) == "rank 1 stops, because the main rank failed: ConfigError: the store is full:"
     assert got[1].exit_code == ConfigError.exit_code
     assert calls == [["a", "b", "c"]] * 2
 

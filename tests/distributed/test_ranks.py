@@ -72,6 +72,6 @@ def test_an_error_of_the_main_rank_ends_the_others_with_a_short_word(runs):
     assert main["error"] == "RewardFailure"
     assert "this reward fails" in main["message"]
     assert other["error"] == "MainRankFailed"
-    assert other["message"].startswith("rank 1 stops, because the main rank did: RewardFailure: ")
+    assert other["message"].startswith("rank 1 stops, because the main rank failed: RewardFailure: ")
     assert len(other["message"].splitlines()) == 1
     assert other["seconds"] < PATIENCE_S  # its own would be parallel.timeout
