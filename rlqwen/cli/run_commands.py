@@ -98,7 +98,7 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
 
     run_dirs = run_pipeline(MainRank(ranks).run(plan), click.echo if ranks.is_main else lambda text: None, ranks)
     if ranks.is_main:
-        show_report(run_dirs, console())
+        show_report(run_dirs, console(), next_command=recipes[-1].train.next_command)
 
 
 @click.command()

@@ -36,6 +36,9 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     """
 
     trainer: ClassVar[str] = "rlqwen.trainers.dpo:DPOTrainer"
+    next_command: ClassVar[str] = (
+        "rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
+    )
 
     refused: ClassVar[dict[str, str]] = PreferenceConfig.refused | {
         "rpo_alpha": "use loss_type: [sigmoid, sft] with loss_weights: [1, rpo_alpha]",

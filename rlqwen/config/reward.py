@@ -16,6 +16,9 @@ class RewardConfig(PreferenceConfig):
 
     trainer: ClassVar[str] = "rlqwen.trainers.reward:RewardTrainer"
     trains_scalar_model: ClassVar[bool] = True
+    next_command: ClassVar[str] = (
+        "rlqwen eval MODEL --data PROMPTS --rewards {final}     (in a PPO or GRPO recipe: rewards: [{{name: {final}}}])"
+    )
 
     learning_rate: float = Field(default=1e-4, ge=0)
     """Peak learning rate."""

@@ -16,6 +16,7 @@ class SFTConfig(TrainerConfig):
     """
 
     trainer: ClassVar[str] = "rlqwen.trainers.sft:SFTTrainer"
+    next_command: ClassVar[str] = "rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
 
     max_length: int | None = Field(default=1024, ge=2)
     """Longer sequences, in tokens, are truncated and counted. None: no limit."""

@@ -32,6 +32,8 @@ class TrainerConfig(ArgumentsConfig):
     """Whether a recipe of this algorithm lists rewards."""
     trains_scalar_model: ClassVar[bool] = False
     """Whether the trained model outputs one number, as a reward model does."""
+    next_command: ClassVar[str] = "rlqwen eval {final} --data {recipe} -k 8"
+    """Command that the end of a run suggests; `{final}` is the folder of the trained model, `{recipe}` the run's recipe."""
 
     refused: ClassVar[dict[str, str]] = {
         "use_liger_kernel": "logprobs are computed in chunks from hidden states already",

@@ -26,8 +26,8 @@ _FILES = {
 }
 
 
-def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: int = 4) -> None:
-    """Print the results of finished runs from their run folders."""
+def show_report(run_dirs: Sequence[str | Path], console: Console, *, next_command: str, num_samples: int = 4) -> None:
+    """Print the results of finished runs from their run folders, and the next command (see TrainerConfig.next_command)."""
     for run_dir in map(Path, run_dirs):
         summary = read_summary(run_dir)
         took = format_duration(summary["wall_time_s"])
@@ -49,7 +49,8 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, num_samples: i
         console.print(Group(Text("\nSample completions", style="bold"), *map(sample_lines, samples)))
     console.print(Group(Text("\nFiles", style="bold"), files_table(run_dirs)))
     console.print(Text("\nNext", style="bold"))
-    console.print(f"  {next_command(last, summary['algorithm'])}", markup=False, highlight=False, soft_wrap=True)
+    command = next_command.format(final=last / FINAL_FOLDER, recipe=last / RECIPE_FILE)
+    console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table | None:
@@ -130,18 +131,6 @@ def auto_class(folder: Path) -> str:
         architectures = None
     is_scalar = str(next(iter(architectures or ()), "")).endswith("ForSequenceClassification")
     return "AutoModelForSequenceClassification" if is_scalar else "AutoModelForCausalLM"
-
-
-def next_command(run_dir: Path, algorithm: str) -> str:
-    """Return a command to run next: GRPO after SFT, else an evaluation."""
-    final = run_dir / FINAL_FOLDER
-    if algorithm == "dpo":
-        return f"rlqwen eval {final} --data PROMPTS --rewards REWARD -k 8     (rlqwen rewards lists rewards)"
-    if algorithm == "sft":
-        return f"rlqwen run GRPO_RECIPE model.path={final}     (rlqwen recipes lists recipes)"
-    if algorithm == "reward":
-        return f"rlqwen eval MODEL --data PROMPTS --rewards {final}     (in a PPO or GRPO recipe: rewards: [{{name: {final}}}])"
-    return f"rlqwen eval {final} --data {run_dir / RECIPE_FILE} -k 8"
 
 
 def pipeline_folder(run_dirs: Sequence[str | Path]) -> Path | None:

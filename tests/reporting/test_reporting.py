@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from rlqwen.config import GRPOConfig, RewardConfig, SFTConfig
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.reporting import (
     CompletionLog,
@@ -35,7 +36,7 @@ from rlqwen.reporting.display import (
     sparkline,
     speed,
 )
-from rlqwen.reporting.end_of_run import auto_class, next_command, pick_samples, show_report
+from rlqwen.reporting.end_of_run import auto_class, pick_samples, show_report
 from rlqwen.run_folder.layout import refuse_used_folder
 from rlqwen.types import Completion, Group, Prompt
 
@@ -347,7 +348,7 @@ def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path, g
     grpo = finished_run(tmp_path / "grpo", "grpo", groups, before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
     screen = io.StringIO()
-    show_report([sft, grpo], Console(file=screen, width=400))
+    show_report([sft, grpo], Console(file=screen, width=400), next_command=GRPOConfig.next_command)
     text = screen.getvalue()
     for part in (
         "sft, 2 steps in 1:01",
@@ -379,9 +380,21 @@ def test_samples_are_spread_over_prompts(groups):
     rows = [{"prompt_index": index, "n": n} for index in range(10) for n in range(2)]
     assert pick_samples(rows, 3) == [{"prompt_index": index, "n": 0} for index in (0, 3, 6)]
     assert pick_samples([], 3) == []
-    assert next_command(Path("runs/x"), "sft").startswith("rlqwen run GRPO_RECIPE model.path=runs/x/final")
-    assert "--rewards runs/x/final" in next_command(Path("runs/x"), "reward")
-    assert next_command(Path("runs/x"), "grpo") == "rlqwen eval runs/x/final --data runs/x/recipe.yaml -k 8"
+
+
+@pytest.mark.parametrize(
+    ("config", "command"),
+    [
+        (GRPOConfig, "rlqwen eval F --data R -k 8"),
+        (SFTConfig, "rlqwen run GRPO_RECIPE model.path=F     (rlqwen recipes lists recipes)"),
+        (
+            RewardConfig,
+            "rlqwen eval MODEL --data PROMPTS --rewards F     (in a PPO or GRPO recipe: rewards: [{name: F}])",
+        ),
+    ],
+)
+def test_a_config_names_the_next_command(config, command):
+    assert config.next_command.format(final="F", recipe="R") == command
 
 
 def test_a_used_run_folder_is_refused_unless_it_may_be_overwritten(tmp_path):
