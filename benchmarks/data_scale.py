@@ -1,16 +1,17 @@
-"""What preparing many rows costs: rows per second and private memory, rlqwen's SFTTrainer beside TRL's.
+"""Measure how fast many rows are prepared, and with how much memory, by rlqwen's SFTTrainer and by TRL's.
 
     python benchmarks/data_scale.py [--sizes 10000 100000] [--trl-sizes 10000] [--processes 2] [--rounds 1]
 
-Rows are conversations of about 300 words, made here, in a JSONL file; the tokenizer is a BPE of 8,000 tokens trained on
-them, or that of `--tokenizer FOLDER`. Each measurement is a process of its own with empty caches, and the two sides
-alternate: it reads the file, makes the trainer (which tokenises, all rows with `--processes`), and with rlqwen trains
-three updates, which walk the order of all rows. The time is that of reading and making the trainer, the model's included,
-which is tiny.
+The rows are generated conversations of about 300 words in a JSONL file. The tokenizer is a BPE of 8,000 tokens trained
+on them, or that of `--tokenizer FOLDER`. Each measurement runs in its own process with empty caches, and the two libraries
+alternate. The process reads the file and makes the trainer, which tokenizes all rows with `--processes` processes. With
+rlqwen it then trains three updates, because these make the order of all rows. The reported time is that of reading the
+file and making the trainer, which includes loading a tiny model.
 
-Memory is what the process and all its children hold for themselves: the sum of Pss_Anon and Pss_Shmem in
-/proc/PID/smaps_rollup, by which pages that processes share count once, and pages of mapped files not at all. It is
-sampled ten times a second; the peak counts. `bytes per row` is the growth from the smallest size to each other.
+Memory is the private memory of the process and all its children: the sum of Pss_Anon and Pss_Shmem in
+/proc/PID/smaps_rollup. Pages that processes share are counted once, and pages of mapped files are not counted. It is
+sampled ten times per second, and the peak is reported. `bytes per row` is the growth of the peak from the smallest number
+of rows to each other one, per additional row.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SAMPLE_S = 0.1
 
 
 def make_rows(path: Path, count: int) -> None:
-    """Conversations of made-up words, the frequent ones short, as in a language."""
+    """Write conversations of invented words; frequent words are short, as in a natural language."""
     rng = random.Random(0)
     syllables = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]
     words = ["".join(rng.choices(syllables, k=1 + min(rank // 300, 3))) for rank in range(5000)]
@@ -51,7 +52,7 @@ def make_rows(path: Path, count: int) -> None:
 
 
 def make_model(folder: Path, rows: Path, tokenizer_folder: str | None) -> None:
-    """A tiny random model, with a tokenizer of a size that people use."""
+    """Build a tiny random model with a tokenizer of realistic size."""
     from transformers import AutoTokenizer
 
     from rlqwen.models.tiny import build_tiny_qwen3
@@ -74,7 +75,7 @@ def make_model(folder: Path, rows: Path, tokenizer_folder: str | None) -> None:
 
 
 def prepare_rlqwen(model: str, rows: str, processes: int, output: str) -> tuple[float, int]:
-    """Seconds to a trainer, and its rows; then trains a little."""
+    """Return the seconds until the trainer is made, and its number of rows; then train three updates."""
     from rlqwen import SFTConfig, SFTTrainer
     from rlqwen.config import DataConfig
     from rlqwen.data import load_recipe_data
@@ -96,7 +97,7 @@ def prepare_rlqwen(model: str, rows: str, processes: int, output: str) -> tuple[
 
 
 def prepare_trl(model: str, rows: str, processes: int, output: str) -> tuple[float, int]:
-    """The same of TRL, as its documentation has it."""
+    """Do the same with TRL, as in its documentation, without training."""
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -110,19 +111,19 @@ def prepare_trl(model: str, rows: str, processes: int, output: str) -> tuple[flo
 
 
 def private_bytes(root: psutil.Process) -> int:
-    """Of a process and its children."""
+    """Return the private memory of a process and its children."""
     total = 0
     for process in [root, *root.children(recursive=True)]:
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text("ascii").splitlines()
         except (OSError, psutil.Error):
-            continue  # it has ended
+            continue  # the process has ended
         total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) * 1024
     return total
 
 
 def measure(side: str, model: Path, rows: Path, processes: int) -> dict[str, float]:
-    """Run one side in a process of its own; its figures and its peak memory."""
+    """Run one library in its own process, and return its measurements and its peak memory in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {
             "RLQWEN_CACHE": f"{scratch}/rlqwen",
@@ -147,12 +148,12 @@ def measure(side: str, model: Path, rows: Path, processes: int) -> dict[str, flo
             output = child.stdout.read()
         if child.returncode:
             raise SystemExit(f"{side} ended with exit code {child.returncode}; VERBOSE=1 shows why")
-    figures: dict[str, float] = json.loads(output.splitlines()[-1])
-    return figures | {"peak": float(peak)}
+    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    return result | {"peak": float(peak)}
 
 
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One line of figures per side and size, in the medians of the rounds."""
+    """Return one line per library and number of rows, with medians over the rounds."""
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -165,9 +166,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             for size in sorted(files):
                 for side in ("rlqwen", "trl"):
                     if size in (args.sizes if side == "rlqwen" else args.trl_sizes):
-                        figures = measure(side, folder / "model", files[size], args.processes)
-                        runs.setdefault((side, size), []).append(figures)
-                        print(f"{side} {size} {figures}", file=sys.stderr, flush=True)
+                        result = measure(side, folder / "model", files[size], args.processes)
+                        runs.setdefault((side, size), []).append(result)
+                        print(f"{side} {size} {result}", file=sys.stderr, flush=True)
     first: dict[str, tuple[int, float]] = {}
     for (side, size), several in runs.items():
         seconds = statistics.median(one["seconds"] for one in several)

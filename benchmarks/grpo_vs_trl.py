@@ -1,18 +1,19 @@
-"""rlqwen's GRPOTrainer against TRL's, alternately, in one process, on the same terms.
+"""Compare the speed of rlqwen's GRPOTrainer with TRL's under the same conditions, alternating in one process.
 
     python benchmarks/grpo_vs_trl.py [--steps 5] [--workload short|skewed] [--hidden 256] [--layers 4]
 
-Both train the same model on the same prompts with the same limits, dtype and threads; TRL's trainer runs its own loop,
-and after each of its steps rlqwen makes one of its own. The learning rate is 0, so lengths keep their distribution.
+Both train the same model on the same prompts with the same limits, dtype and threads. TRL's trainer runs its own loop,
+and after each of its steps each rlqwen trainer makes one step. The learning rate is 0, so that the distribution of lengths
+does not change.
 
-Terms. On CPU TRL samples by transformers' `generate` (its vLLM modes do not run there), so its rollout is compared
-twice: with rlqwen's transformers engine, which is like for like, and with rlqwen's vLLM worker, which is what a user of
-either gets. `update` is all of a step but sampling and rewards: logprobs, loss, backward, optimiser. Weight syncs are
-part of rlqwen's step.
+Engines: on a CPU, TRL samples with transformers' `generate`, because its vLLM modes do not run there. Its rollout is
+compared with rlqwen's transformers engine (the same method) and with rlqwen's vLLM worker (what users of rlqwen get).
+`update` is the whole step without sampling and rewards: logprobs, loss, backward pass and optimizer. rlqwen's step
+includes weight syncs.
 
-Workloads. `short`: prompts of 32 tokens, completions of 32, all equal. `skewed`: prompts of 128 to 256 tokens,
-completions that end by themselves, geometrically distributed up to 256. The model's weights are random; its head is
-made such that the end-of-turn token has the wanted probability everywhere.
+Workloads: `short` has prompts of 32 tokens and completions of 32 tokens. `skewed` has prompts of 128 to 256 tokens and
+completions that end at a random token, with geometrically distributed lengths up to 256. The model's weights are random;
+its head is changed so that the end-of-turn token has the same chosen probability at every position.
 """
 
 import argparse
@@ -45,12 +46,12 @@ WORKLOADS = {
 
 
 def parity_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Differs within a group, costs nothing, and is the same function for both."""
+    """Return rewards that differ within a group and cost no time; both libraries use this function."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
 def make_model(folder: Path, args: argparse.Namespace, mean_length: int | None) -> None:
-    """A random Qwen3 that ends a completion with probability 1 / mean_length at each token, or never."""
+    """Build a random Qwen3 that ends a completion with probability 1 / mean_length at each token, or never (None)."""
     heads = args.hidden // 64
     build_tiny_qwen3(
         folder, hidden_size=args.hidden, num_layers=args.layers, intermediate_size=3 * args.hidden, num_heads=heads,
@@ -61,7 +62,7 @@ def make_model(folder: Path, args: argparse.Namespace, mean_length: int | None) 
     model.resize_token_embeddings(args.vocab)
     stop_ids = model.generation_config.eos_token_id
     with torch.no_grad():
-        # A direction that every hidden state shares, so that the head can raise or lower one token everywhere.
+        # Give all hidden states a common direction, by which the head can raise or lower one token at every position.
         model.model.embed_tokens.weight += 0.05
         ids = torch.randint(0, len(tokenizer), (8, 128))
         hidden = model.model(ids).last_hidden_state.flatten(0, 1)
@@ -79,7 +80,7 @@ def make_model(folder: Path, args: argparse.Namespace, mean_length: int | None) 
 
 
 def make_rows(tokenizer: Any, bounds: tuple[int, int], count: int = 64) -> list[dict[str, str]]:
-    """Text prompts whose lengths lie evenly between the bounds."""
+    """Return text prompts with lengths spread evenly between the bounds."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for index in range(count):
@@ -92,7 +93,7 @@ def make_rows(tokenizer: Any, bounds: tuple[int, int], count: int = 64) -> list[
 
 
 class Stopwatch:
-    """Seconds by library and phase."""
+    """Hold the seconds of each library and phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, list[float]]] = {}
@@ -103,7 +104,7 @@ class Stopwatch:
 
 
 class Alternate(TrainerCallback):
-    """Rides in TRL's loop: times its step, then has every rlqwen trainer make one."""
+    """Time each step of TRL's loop, and then one step of every rlqwen trainer."""
 
     def __init__(self, watch: Stopwatch, ours: dict[str, GRPOTrainer]) -> None:
         self.watch, self.ours = watch, ours
@@ -193,7 +194,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> Stopwatch:
 
 
 def report(name: str, watch: Stopwatch) -> None:
-    """Medians after the first, warming step; ratios of each pair of steps, with their range."""
+    """Print medians without the first step, which warms up, and the ratios of the two libraries' steps with their range."""
     print(f"\n{name}: {NUM_PROMPTS} prompts x {NUM_GENERATIONS} completions")
     print(f"{'':24}{'':10}{'seconds':>10}{'TRL / rlqwen: median (min to max)':>40}")
     for library, phases in watch.seconds.items():
@@ -209,7 +210,7 @@ def report(name: str, watch: Stopwatch) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each; one more warms up")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps per library, after one step that warms up")
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"], choices=["transformers", "vllm"])
     parser.add_argument("--hidden", type=int, default=256)

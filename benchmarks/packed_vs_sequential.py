@@ -1,12 +1,12 @@
-"""The packed forward and backward against one sequence after another, alternately, in one process.
+"""Compare the packed forward and backward pass with one sequence at a time, alternating in one process.
 
     python benchmarks/packed_vs_sequential.py --rounds 5 [--models qwen3_5_text ...] [--workload skewed|short]
 
-The batches are of the lengths of `grpo_vs_trl.py`: 4 prompts with 8 completions each, whose lengths are drawn as its
-sampling would give them, another batch in each round. An update is the logprobs of all completions and their backward,
-in float32 (`--bf16`: under autocast), with the same weights on both sides; the optimizer's step, the same for both, is
-left out. `sequential` is what models with recurrent layers had before, and other recurrent layers still have: prompt and
-completion through transformers' own layers, one sequence at a time.
+The batches have the lengths of `grpo_vs_trl.py`: 4 prompts with 8 completions each, with random lengths of the same
+distribution, and a new batch in each round. An update is the logprobs of all completions and their backward pass, in
+float32 (with `--bf16` under autocast), with the same weights on both sides. It excludes the optimizer's step, which is the
+same for both. `sequential` sends prompt and completion through transformers' own layers, one sequence at a time, as rlqwen
+does for models with recurrent layers that it cannot pack.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import build_tiny_qwen3
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 
-SEQUENTIAL = mock.patch("rlqwen.packing.forward.packing_obstacle", return_value="it is measured")
+SEQUENTIAL = mock.patch("rlqwen.packing.forward.packing_obstacle", return_value="the benchmark measures it")
 
 
 def make_batch(workload: dict, seed: int) -> PackedBatch:
@@ -48,7 +48,7 @@ def make_batch(workload: dict, seed: int) -> PackedBatch:
 
 
 def completion_length(rng: random.Random, workload: dict) -> int:
-    """All `completion`, or until a token ends it with probability 1 / mean_length."""
+    """Return the maximum length, or a length drawn with the probability 1 / mean_length that a token is the last."""
     mean, limit = workload["mean_length"], workload["completion"]
     return limit if mean is None else next((n for n in range(1, limit) if rng.random() < 1 / mean), limit)
 
@@ -76,7 +76,7 @@ def make_policies(model_type: str, args: argparse.Namespace, folder: Path) -> di
 
 
 def update(name: str, policy: Policy, batch: PackedBatch) -> float:
-    """Seconds of one."""
+    """Return the seconds of one update."""
     policy.model.zero_grad()
     started = time.perf_counter()
     with SEQUENTIAL if name == "sequential" else mock.MagicMock():
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "qwen3"])
     parser.add_argument("--workload", choices=[*WORKLOADS], default="skewed")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds; one more warms up")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds, after one round that warms up")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--linear-head-dim", type=int, default=64)

@@ -1,10 +1,11 @@
-"""Gap between sampler and trainer on a mixture of experts, with and without routing replay.
+"""Measure the gap between sampler and trainer on a mixture of experts, with and without routing replay.
 
     python benchmarks/routing_replay.py [--model builtin:tiny-qwen3-moe] [--prompts 32] [--tokens 64]
 
-A vLLM worker in bfloat16 samples completions from the policy's weights, and the trainer's forward scores them: with its
-own routers' choices, and with those that vLLM recorded (`rollout.routing_replay`). The gap is that of the sampled
-tokens' logprobs, in nats. A token's experts differ where, in any layer, the trainer's routers would choose others.
+A vLLM worker in bfloat16 samples completions with the policy's weights. The trainer's forward pass scores them twice: with
+the experts that its own routers choose, and with those that vLLM recorded (`rollout.routing_replay`). The gap is the
+absolute difference of the sampled tokens' logprobs, in nats. A token counts as having other experts if the trainer's
+routers choose other experts than the recorded ones in at least one layer.
 """
 
 import argparse
@@ -33,11 +34,11 @@ SUMS = "What is {a} + {b}? Write the working, then the answer in a box."
 
 
 def sample(folder: str, policy: Policy, args: argparse.Namespace) -> list[Group]:
-    """Groups from a vLLM worker in bfloat16 that has been sent the policy's weights."""
+    """Return groups sampled by a vLLM worker in bfloat16 with the policy's weights."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [SUMS.format(a=3 * number + 1, b=7 * number + 2) for number in range(args.prompts)]
-    turns = [[{"role": "user", "content": text}] for text in texts]
-    ids = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    ids = [list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats]
     prompts = [Prompt(number, token_ids, text) for number, (token_ids, text) in enumerate(zip(ids, texts, strict=True))]
     engine = build_engine(
         RolloutConfig(routing_replay=True, max_num_seqs=16), model_path=folder, tokenizer=tokenizer, compute_dtype="bfloat16",
@@ -52,7 +53,7 @@ def sample(folder: str, policy: Policy, args: argparse.Namespace) -> list[Group]
 
 
 def score(policy: Policy, batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
-    """(N,) gaps of the sampled tokens, and (N,) whether their experts are not the recorded ones in some layer."""
+    """Return (N,) gaps of the sampled tokens, and (N,) whether the trainer's routers choose other experts in some layer."""
     chosen: list[Tensor] = []
     hooks = [
         router.register_forward_hook(lambda router, args, output: chosen.append(output[2]))
@@ -75,7 +76,7 @@ def score(policy: Policy, batches: list[PackedBatch]) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Print a table in Markdown."""
+    """Print the gaps as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin:tiny-qwen3-moe", help="a folder, or a built-in mixture of experts")
     parser.add_argument("--prompts", type=int, default=32)
