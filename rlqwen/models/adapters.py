@@ -1,4 +1,4 @@
-"""LoRA and its variants on a model: put on, merged into plain weights by name, or taken alone for vLLM.
+"""Put LoRA and its variants on a model, merge them into plain weights by name, or take them alone for vLLM.
 
 Nothing here changes a weight: merged weights are computed beside the base, one decoder layer at a time.
 """
@@ -31,7 +31,7 @@ from rlqwen.models.quantization import dequantized_weight, is_8bit, is_quantized
 from rlqwen.packing.delta_net import LAYER
 
 VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
-"""Linear layers of dense models that vLLM's LoRA covers, by the names that Qwen has for them."""
+"""Linear layers of dense models that vLLM's LoRA covers, by Qwen's names."""
 VLLM_MAX_RANK = 512
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
@@ -66,7 +66,7 @@ def add_adapter(model: PreTrainedModel, config: Any) -> tuple[PeftModel, list[st
 
 
 def check_adapter(model: PeftModel, *, reference: bool) -> None:
-    """ModelError for an adapter that cannot be merged into weights, or whose absence is not the starting model."""
+    """Raise ModelError if an adapter cannot be merged into weights, or if switching it off is not the starting model."""
     check_wrappers(model)
     config: Any  # a LoraConfig, as check_wrappers has seen to
     for config in model.peft_config.values():
@@ -129,13 +129,13 @@ def check_wrappers(model: PeftModel) -> None:
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether putting the adapter on changes the weights under it, as PiSSA (arXiv 2404.02948) and OLoRA do."""
+    """Return whether putting the adapter on changes the weights under it, as PiSSA (arXiv 2404.02948) and OLoRA do."""
     init = config.init_lora_weights
     return isinstance(init, str) and init.lower() not in ("gaussian", "orthogonal", "eva")
 
 
 def adapted_weight(layer: Any) -> Tensor:
-    """The weight that a layer with adapters amounts to; float32, differentiable.
+    """Return the weight of a layer with its adapters merged; float32, differentiable.
 
     LoRA (arXiv 2106.09685) adds B A scaled. DoRA (arXiv 2402.09353) scales each output's row of that sum to a trained
     magnitude, with the norm taken as a constant in the gradient. Dropout has no part in it.
@@ -150,7 +150,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
 
 def _delta(layer: Any, adapter: str) -> Tensor:
-    """What an adapter adds to the weight; in float32 for parameters, where PEFT would round to the base's dtype."""
+    """Return what an adapter adds to the weight; float32 for parameters, which PEFT would round to the base's dtype."""
     if not isinstance(layer, lora_layers.ParamWrapper):
         return layer.get_delta_weight(adapter)  # type: ignore[no-any-return]
     wrapper: Any = layer
@@ -166,18 +166,18 @@ def _delta(layer: Any, adapter: str) -> Tensor:
 
 
 def _base_weight(layer: Any) -> Tensor:
-    """The weight under the adapters, in its own dtype; plain where it is quantised."""
+    """Return the weight under the adapters, in its own dtype; a quantized one is dequantized."""
     base = layer.get_base_layer()
     return dequantized_weight(base) if is_quantized(base) else getattr(base, _adapted_name(layer))
 
 
 def _adapted_name(layer: Any) -> str:
-    """Name of the parameter that the layer's adapters act on: fused experts have others than `weight`."""
+    """Return the name of the parameter that the layer's adapters act on: fused experts have others than `weight`."""
     return getattr(layer, "parameter_name", "weight")
 
 
 def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
-    """magnitude * (base + delta) / norm; an embedding is the transpose of a linear layer."""
+    """Return DoRA's weight, magnitude * (base + delta) / norm; an embedding is the transpose of a linear layer."""
     transposed = isinstance(layer, lora_layers.Embedding)
     whole = base + delta
     norm = torch.linalg.norm(whole, dim=0 if transposed else 1).detach()
@@ -187,7 +187,7 @@ def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """(V, C) weight of the head, with its adapter where it has one; differentiable."""
+    """Return the (V, C) weight of the head, with its adapter merged, if it has one; differentiable."""
     head = _active(model.get_output_embeddings())
     if isinstance(head, TrainableTokensWrapper):
         return _with_trained_rows(head)
@@ -202,7 +202,7 @@ def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
 
 
 def lora_obstacle(model: PeftModel) -> str | None:
-    """Why vLLM cannot apply the adapter itself, so that merged weights must be sent; None if it can."""
+    """Return why vLLM cannot apply the adapter itself, so that merged weights must be sent; None if it can."""
     base: Any = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     misplaced = sorted({name.rpartition(".")[2] for name in layers} - VLLM_PROJECTIONS)
@@ -227,13 +227,13 @@ def lora_obstacle(model: PeftModel) -> str | None:
 
 
 def adapter_rank(model: PeftModel) -> int:
-    """The largest rank among the layers of the active adapter."""
+    """Return the largest rank among the layers of the active adapter."""
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
     return max(int(layer.r[model.active_adapter]) for layer in layers)
 
 
 def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The active adapter's A and B under PEFT's names, the scaling folded into B: as of alpha = r."""
+    """Yield the active adapter's A and B under PEFT's names, with the scaling folded into B, as if alpha were r."""
     adapter = model.active_adapter
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
@@ -247,7 +247,7 @@ def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its checkpoint name, active adapters merged, quantised weights plain, a tied head included.
+    """Yield every weight under its checkpoint name: adapters merged, quantized weights plain, a tied head included.
 
     Mixture-of-experts weights go back from transformers' fused form. `dtype` None keeps each weight's own: what it was
     quantised from, and the base's for a merged one. Weights that `mark_float32` has marked are float32 in any case.
@@ -258,13 +258,13 @@ def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = No
 
 
 def _layer_of(entry: tuple[str, Tensor]) -> str:
-    """What must be converted together: fused experts lie within one decoder layer."""
+    """Return the key of weights that must be converted together: fused experts lie within one decoder layer."""
     match = _LAYER.match(entry[0])
     return match[1] if match else ""
 
 
 def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
+    """Yield the weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
     module = _active(module)
     # One layer at a time is put together where weights lie in shards; what is yielded is held by whoever takes it.
     wrapped = isinstance(module, (LoraLayer, TrainableTokensWrapper))
@@ -277,7 +277,7 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
 
 
 def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str, Tensor]]:
-    """The module under the adapters, and the weights and buffers that are its own, by name."""
+    """Return the module under the adapters, and its own weights and buffers by name."""
     replaced: dict[str, Tensor] = {}
     if isinstance(module, TrainableTokensWrapper):
         replaced["weight"] = _with_trained_rows(module)
@@ -303,7 +303,7 @@ def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str,
 
 
 def _active(module: Any) -> Any:
-    """The module that is in use where PEFT holds a trained copy beside the original."""
+    """Return the module in use, if PEFT holds a trained copy beside the original."""
     if not isinstance(module, ModulesToSaveWrapper):
         return module
     return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]

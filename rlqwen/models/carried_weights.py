@@ -1,4 +1,4 @@
-"""Weights of a checkpoint that the trained class has no place for, such as a vision tower, kept as they are.
+"""Keep the weights of a checkpoint that the trained class has no place for, such as a vision tower, unchanged.
 
 A Qwen3.5 folder holds a vision tower and weights for multi-token prediction, and its text-only class, which is what is
 trained, ignores both. They are copied, byte for byte and under their names, from the folder that the model came from
@@ -40,7 +40,7 @@ _DTYPES = {
 }  # fmt: skip
 """Names of dtypes in safetensors files."""
 _KINDS = {"visual": "vision tower", "vision_tower": "vision tower", "mtp": "multi-token prediction"}
-"""What users call weights with this part in their names."""
+"""Part of a weight's name -> what users call such weights."""
 _OF_THE_WHOLE = {"num_labels", "id2label", "label2id", "problem_type"}
 """Entries that a class with a head reads from the top of a composite config."""
 _NOT_MERGED = {
@@ -49,7 +49,7 @@ _NOT_MERGED = {
 
 
 class _OpenFile:
-    """A file that stays readable when its name is gone."""
+    """A file that stays readable after it is deleted or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,14 +95,14 @@ class _StoredWeight:
 
 @dataclass(eq=False)
 class CarriedWeights:
-    """See this module. Copies of a model share one."""
+    """The weights that a model carries; copies of a model share one."""
 
     source: str
-    """What the weights came from, for people."""
+    """The source of the weights, for messages."""
     weights: dict[str, "_StoredWeight | Tensor"] = field(default_factory=dict)
-    """By the name in the checkpoint; a tensor where the model was given as an object that holds it."""
+    """Name in the checkpoint -> weight; a tensor if the model was given as an object that holds it."""
     whole_config: dict[str, Any] | None = None
-    """config.json of the class that has a place for all weights; None where the trained class's own is the same."""
+    """config.json of the class that has a place for all weights; None if that of the trained class is the same."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Name -> content of the processor's files."""
     obstacle: str | None = None
@@ -112,17 +112,17 @@ class CarriedWeights:
         return self
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Read one weight after another, as it is in the source; SaveError where its file has been overwritten."""
+        """Yield the weights as they are in the source; SaveError if a file has been overwritten."""
         for name in self.weights:
             yield name, self.read(name)
 
     def read(self, name: str) -> Tensor:
-        """Return one weight, as it is in the source; SaveError where its file has been overwritten."""
+        """Return one weight as it is in the source; SaveError if its file has been overwritten."""
         weight = self.weights[name]
         return weight if isinstance(weight, Tensor) else weight.read()
 
     def digest(self) -> str | None:
-        """Digest of names, dtypes, shapes and bytes; None without weights."""
+        """Return a digest of names, dtypes, shapes and bytes; None without weights."""
         if not self.weights:
             return None
         digest = hashlib.blake2b(digest_size=16)
@@ -132,12 +132,12 @@ class CarriedWeights:
         return digest.hexdigest()
 
     def require_writable(self) -> None:
-        """Raise ModelError where no folder can be written with these weights."""
+        """Raise ModelError if no folder can be written with these weights."""
         if self.obstacle is not None:
             raise ModelError(self.obstacle)
 
     def counts(self) -> dict[str, int]:
-        """Parameters by kind, in users' words."""
+        """Return the number of parameters by kind, in users' words."""
         counts: dict[str, int] = {}
         for name, weight in self.weights.items():
             shape = weight.shape if isinstance(weight, Tensor) else weight.entry.shape
@@ -146,7 +146,7 @@ class CarriedWeights:
         return counts
 
     def summary(self) -> str | None:
-        """Say in one line what is kept; None where nothing is."""
+        """Return one line on what is kept; None if nothing is."""
         if not self.weights:
             return None
         largest_first = sorted(self.counts().items(), key=lambda entry: -entry[1])
@@ -196,7 +196,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(_DTYPES)):
         obstacle = (
             f"model {str(source)!r} is quantised, with weights ({kind_of(names[0])}) that are copied as they are and would not fit "
-            "the plain weights beside them: start from the unquantised model, with model.quantization where memory is short"
+            "the plain weights beside them: start from the unquantized model, with model.quantization if memory is short"
         )
     is_part = isinstance(raw.get("text_config"), dict) and raw.get("model_type") != model.config.model_type
     processor = processor_files(folder) or (_downloaded_processor(str(source), folder) if names else {})
@@ -215,7 +215,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
 
 
 def carried_by(model: Any) -> CarriedWeights | None:
-    """Return what `model`, or the model under an adapter, carries; None where nothing has been found yet."""
+    """Return what `model`, or the model under an adapter, carries; None if nothing has been found yet."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: CarriedWeights | None = vars(base).get(_ATTRIBUTE)
     return found
@@ -284,7 +284,7 @@ def _forget_foreign_conversions(model: Any, own: Iterable[str]) -> None:
 
 
 def cached_folder(source: str, revision: str | None) -> Path | None:
-    """Return the folder of a model, where it is one or the hub's cache holds it; nothing is downloaded."""
+    """Return the folder of a model: a local one, or one in the hub's cache; nothing is downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -301,7 +301,7 @@ def _plain(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def kind_of(name: str) -> str:
-    """What users call the part that a weight of this name belongs to."""
+    """Return what users call the part that a weight of this name belongs to."""
     parts = name.split(".")
     return next((_KINDS[part] for part in parts[:-1] if part in _KINDS), parts[0])
 

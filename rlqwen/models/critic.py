@@ -1,4 +1,4 @@
-"""Models that answer with one number: the reward model, and the critic of PPO, on the same packed forward as the policy.
+"""Hold models that output one number, the reward model and PPO's critic, on the packed forward of the policy.
 
     reward = ScalarModel(load_scalar_model("models/rm", args), args)
     scores_S = reward.scores(batch)                  # one a sequence, read off its last token
@@ -25,7 +25,7 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class Critic(Protocol):
-    """Says what the rest of a completion is worth, at each of its tokens."""
+    """Estimate at each token of a completion the value of the rest."""
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]: ...
@@ -35,18 +35,18 @@ class Critic(Protocol):
 
     @property
     def root(self) -> nn.Module:
-        """What holds the weights; every forward on them goes through it."""
+        """Return the module that holds the weights; every forward on them goes through it."""
         ...
 
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
-        """(N,) float32 values of what stands before each target token.
+        """Return (N,) float32 values of the tokens before each target.
 
         `hidden_NC`: what the policy's `logprobs_and_hidden` gave, which a separate critic does not read.
         """
         ...
 
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
-        """Write the critic's weights into `folder`; on every rank, of which one is to `write`."""
+        """Write the critic's weights into `folder`; call it on every rank, with `write` on one."""
         ...
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class ScalarModel(PackedModel):
         self._check_forward(lambda hidden_RC: hidden_RC, lambda ids: trunk(input_ids=ids, use_cache=False)[0])
 
     def scores(self, batch: PackedBatch) -> Tensor:
-        """(S,) float32: the model's answer at each sequence's last token, which is what transformers reads too."""
+        """Return (S,) float32: the model's output at each sequence's last token, which transformers reads too."""
         sequence_S = torch.arange(batch.num_sequences, device=batch.input_ids.device)
         return self._numbers(batch, last_tokens(batch), sequence_S)
 
@@ -72,7 +72,7 @@ class ScalarModel(PackedModel):
         return self._numbers(batch, batch.source_N, batch.sequence_N)
 
     def zero_head(self) -> None:
-        """Begin with an answer of 0 to everything."""
+        """Zero the head, so that every output is 0 at the start."""
         nn.init.zeros_(self._head.weight)
 
     def _numbers(self, batch: PackedBatch, index_R: Tensor, sequence_R: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class ScalarModel(PackedModel):
 
 
 class ValueHead:
-    """A critic that reads the policy's own hidden states: one matrix, which begins at 0."""
+    """A critic on the policy's hidden states: one matrix, which starts at 0."""
 
     def __init__(
         self, hidden_size: int, *, train_trunk: bool, device: torch.device, sequence: SequenceGroup | None = None
@@ -116,7 +116,7 @@ class ValueHead:
         return self.head
 
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
-        """See Critic; with gradient into the trunk where `train_trunk` says so."""
+        """See Critic; the gradient reaches the trunk if `train_trunk` is set."""
         hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
         values: Tensor = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
         if self.sequence.size == 1:
@@ -141,7 +141,7 @@ class ValueHead:
 
 
 def scalar_peft_config(peft_config: Any) -> Any:
-    """The same adapter for a model with a classification head, which is trained whole: it begins at random or 0."""
+    """Return the same adapter for a model with a classification head, which is trained whole: it starts random or at 0."""
     if peft_config is None:
         return None
     config = copy.deepcopy(peft_config)

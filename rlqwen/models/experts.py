@@ -1,4 +1,4 @@
-"""Experts of a mixture in the forward's precision: torch.autocast does not cover the grouped product.
+"""Run the experts of a mixture in the forward's precision: torch.autocast does not cover the grouped product.
 
 transformers' own choice for experts, `grouped_mm`, takes its operands in the dtype of the weights. Trained weights are
 float32, so that under autocast to bfloat16 the experts, which are nearly all of the model, would run in float32. Its
@@ -32,7 +32,7 @@ def use_compute_dtype(model: PreTrainedModel) -> None:
 
 
 def grouped_experts(module: Any, hidden_TC: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return the (T, C) output of experts as `grouped_mm` computes it, operands in autocast's dtype where it is on.
+    """Return the (T, C) output of experts as `grouped_mm` computes it, with operands in autocast's dtype if it is on.
 
     Gradients reach the weights of `module` in their own dtype, through the casts. Decoding a few tokens goes through
     `batched_mm`, which reads the chosen experts alone.

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint of half precision holds in float32, such as the decay rates of delta-net layers (A_log).
+"""Keep weights in float32 that a checkpoint of half precision holds so, such as delta-net layers' decay rates (A_log).
 
 transformers rounds them to the checkpoint's dtype when it loads it. Here they are taken from the files again, and stay
 float32 in the forward, in every folder that is written, and on their way to the rollout workers.
@@ -44,7 +44,7 @@ def float32_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def saved_dtype(folder: str | Path) -> torch.dtype | None:
-    """Return the dtype that the folder's config gives its weights, those of its text model; None where it doesn't say."""
+    """Return the dtype of the weights, those of the text model, in the folder's config; None if it has none."""
     config = read_config(folder)
     parts = (config.get("text_config") or {}, config)
     name = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
@@ -60,10 +60,10 @@ def mark_float32(model: Any) -> None:
 
 
 def written_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return what to write `weight` in where others are written in `dtype`; None: in its own."""
+    """Return the dtype to write `weight` in if others are written in `dtype`; None: its own."""
     return torch.float32 if dtype is not None and hasattr(weight, _MARK) else dtype
 
 
 def _is_fused(name: str, weight: Tensor) -> bool:
-    """Whether it is several weights in a checkpoint, such as a layer's experts; a convolution's is one."""
+    """Return whether it is several weights in a checkpoint, such as a layer's experts; a convolution's is one."""
     return weight.ndim == 3 and not name.endswith("conv1d.weight")

@@ -1,5 +1,4 @@
-"""Where models come from: never a pickle, a hub revision where one is named, which commit it was; and whether their
-tokenizer fits them."""
+"""Find models in folders and on the hub, by revision and never as pickles; record their commits; check vocabularies."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ _commits: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file."""
+    """The place of a tensor in a safetensors file."""
 
     path: Path
     dtype: str
@@ -30,14 +29,14 @@ class StoredTensor:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the folder's config.json; empty where there is none."""
+    """Return the folder's config.json; empty if there is none."""
     path = Path(folder) / "config.json"
     config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return config
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Return whether head and embedding are one weight: the class of the whole goes by either entry of a config.json."""
+    """Return whether head and embedding are one weight; either entry of a config.json may say so."""
     return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))
 
 
@@ -67,7 +66,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:
-    """`owner/model@revision` as its two parts; a folder, or a name without `@`, has no revision."""
+    """Split `owner/model@revision` in its two parts; a folder, or a name without `@`, has no revision."""
     name, at, revision = name_or_path.rpartition("@")
     if not at or not name or not revision or Path(name_or_path).expanduser().exists():
         return name_or_path, None
@@ -75,7 +74,7 @@ def split_revision(name_or_path: str) -> tuple[str, str | None]:
 
 
 def pinned(name_or_path: str, arguments: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """What to give `from_pretrained`: the name, and arguments with the revision in the name and safetensors only.
+    """Return the name and arguments for `from_pretrained`, with the revision in the name, and safetensors only.
 
     Raises ModelError for a folder that holds weights as pickle alone, and for arguments that ask for pickle.
     """
@@ -88,7 +87,7 @@ def pinned(name_or_path: str, arguments: dict[str, Any] | None = None) -> tuple[
 
 
 def refuse_pickles(name_or_path: str | Path) -> None:
-    """Raise ModelError for a folder whose weights, or adapter, are there as pickle alone, saying how to convert it."""
+    """Raise ModelError, with the way to convert it, if a folder has its weights or adapter only as a pickle."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return
@@ -109,14 +108,14 @@ def refuse_pickles(name_or_path: str | Path) -> None:
 
 
 def note_dataset(name: str, dataset: Any) -> None:
-    """Remember the hub's commit that a dataset came from; of what came from here there is none."""
+    """Remember the hub's commit of a dataset; a local one has none."""
     info = getattr(dataset, "info", None)
     urls = getattr(info, "download_checksums", None) or ()
     note_commit(name, next((url.partition("@")[2].partition("/")[0] for url in urls if "@" in url), None))
 
 
 def note_commit(name: str, commit: str | None) -> None:
-    """Remember the hub's commit that a model or a dataset came from; nothing where there is none."""
+    """Remember the hub's commit of a model or dataset, if there is one."""
     if commit:
         _commits[name] = commit
 
@@ -127,7 +126,7 @@ def commit_of(snapshot: Path) -> str | None:
 
 
 def commits() -> dict[str, str]:
-    """Hub id -> commit, of every model and dataset that this process has loaded."""
+    """Return hub id -> commit for every model and dataset that this process has loaded."""
     return dict(_commits)
 
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a folder, a hub id, or a built-in model."""
+"""Load models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
 import tempfile
 import warnings
@@ -26,11 +26,11 @@ from rlqwen.models.tiny import resolve_model_path
 
 Args = TypeVar("Args", bound=TrainerConfig)
 _LOADING_ARGUMENTS = ("dtype", "quantization_config")
-"""What `from_pretrained` must see of a built-in model's arguments."""
+"""Arguments of a built-in model that `from_pretrained` must get."""
 
 
 def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
-    """Load a causal language model by name, see rlqwen.models.model_classes; ModelError where it cannot be."""
+    """Load a causal language model by name, see rlqwen.models.model_classes; ModelError if that fails."""
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     if arguments.get("quantization_config") is not None:
         require_bitsandbytes("quantization_config")
@@ -40,7 +40,7 @@ def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
 
 
 def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
-    """A model that answers with one number, and whether its head was there already; a causal model gets a new one.
+    """Return a model that outputs one number, and whether it had a head for it; a causal model gets a new one.
 
     Raises ModelError, also where the folder has a head of several labels.
     """
@@ -66,7 +66,7 @@ def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: Tra
 
 
 def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Args]:
-    """The shape of a built-in model, and the config without it: `from_pretrained` must not see it."""
+    """Return the shape of a built-in model, and the config without it, because `from_pretrained` must not get it."""
     if not model.startswith("builtin:"):
         return {}, args
     loading = {key: value for key, value in args.model_init_kwargs.items() if key in _LOADING_ARGUMENTS}
@@ -75,7 +75,7 @@ def split_builtin_arguments(model: str, args: Args) -> tuple[dict[str, Any], Arg
 
 
 def local_folder(name_or_path: str, revision: str | None = None) -> str:
-    """The folder itself, or where the hub's snapshot of a model lies on this machine, downloaded if need be."""
+    """Return the folder itself, or that of the hub's snapshot on this machine, after a download if needed."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         refuse_pickles(folder)
@@ -91,14 +91,14 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
 
 
 def load_generation_config(folder: str) -> GenerationConfig | None:
-    """The folder's generation config, if it has one."""
+    """Return the folder's generation config, if it has one."""
     return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, end_of_turn: str | None
 ) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's EOS, the chat template's, and the generation config's."""
+    """Return the ids that end a completion: those of the tokenizer's EOS, the chat template, and the generation config."""
     configured = generation_config.eos_token_id if generation_config else None
     ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     if end_of_turn is not None:
@@ -122,8 +122,10 @@ def take_eos_token(tokenizer: PreTrainedTokenizerBase, eos_token: str | None) ->
 def align_stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_of_turn: str | None = None
 ) -> None:
-    """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs, so that
-    whoever loads the saved folder stops generating where the model was taught to stop. Ids are only ever added."""
+    """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs.
+
+    So generation from the saved folder stops where the model was taught to stop. Ids are only added, never removed.
+    """
     with quiet_loading():
         align_special_tokens(model, tokenizer)
     if not model.can_generate() or model.generation_config is None:
@@ -160,7 +162,7 @@ def text_tokenizer(processing_class: Any) -> Any:
 
 
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained with our errors; padding falls back to the end-of-turn token."""
+    """Load a tokenizer, with our errors; padding falls back to the end-of-turn token."""
     name_or_path, revision = split_revision(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -1,4 +1,4 @@
-"""Names in `target_modules` to what an adapter is put on: experts, routers and shared experts included.
+"""Find the layers that names in `target_modules` mean, experts, routers and shared experts included.
 
 transformers keeps the experts of a layer in two fused parameters and its router in a class of its own. PEFT reaches
 both by `target_parameters` alone. Its own mapping of names covers some of Qwen's mixtures, loses their shared experts,
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlqwen.errors import ModelError
+from rlqwen.models.vision_language import exclusion
 
 ALL_LINEAR = "all-linear"
 _FUSED = {
@@ -25,12 +26,12 @@ _REMAPPED = {
     model_type: frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
     for model_type in ("qwen2_moe", "qwen3_moe", "qwen3_next")
 }
-"""Model type -> last parts of names that PEFT 0.21 takes for experts' and routers', whatever stands before them."""
+"""Model type -> last parts of names that PEFT 0.21 takes for experts and routers, whatever precedes them."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
-    """Rewrite the targets of a LoraConfig in place to what PEFT takes as it is, and return notes for the user.
+    """Rewrite the targets of a LoraConfig in place in a form that PEFT takes literally, and return notes for the user.
 
     Raises ModelError that names a target that matches nothing, with the nearest, and what fused weights cannot have.
     """
@@ -51,7 +52,7 @@ def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
     parameters |= parts.given_parameters(config.target_parameters or ())
     parts.check_effect(modules | {name.removesuffix(".weight") for name in parameters})
     if parts.tower:
-        config.exclude_modules = _without_tower(config.exclude_modules, parts.tower)
+        config.exclude_modules = exclusion(parts.tower, config.exclude_modules)
     elif parts.is_plain and (given == ALL_LINEAR or ALL_LINEAR not in names):
         config.target_modules = given if is_pattern or not isinstance(given, str) or given == ALL_LINEAR else names
         return []
@@ -64,7 +65,7 @@ def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
 
 
 class _Parts:
-    """What there is to put adapters on in one model, by full name."""
+    """The layers of one model that adapters can be put on, by full name."""
 
     def __init__(self, model: PreTrainedModel, config: Any) -> None:
         self._model = model
@@ -89,7 +90,7 @@ class _Parts:
 
     @property
     def is_plain(self) -> bool:
-        """Whether PEFT's own reading of names does."""
+        """Return whether PEFT reads the names correctly by itself."""
         return not (self.experts or self.routers or self.tower)
 
     def find(self, name: str, is_pattern: bool) -> tuple[set[str], set[str]]:
@@ -122,11 +123,11 @@ class _Parts:
         return found
 
     def is_remapped(self, name: str) -> bool:
-        """Whether PEFT would take the linear layer `name` for something else, so that its weight must be named."""
+        """Return whether PEFT would take the linear layer `name` for something else, so that its weight must be named."""
         return name.rpartition(".")[2] in self._remapped
 
     def weight_of(self, name: str) -> str:
-        """Return the name of the weight of a linear layer; ModelError for a quantised one, which has none to adapt."""
+        """Return the name of the weight of a linear layer; ModelError for a quantized one, which has none to adapt."""
         if not self._modules[name].weight.is_floating_point():
             raise ModelError(
                 f"target_modules: PEFT cannot put an adapter on the quantised {name} of this mixture of experts; name the "
@@ -171,7 +172,7 @@ class _Parts:
         return parameter.rpartition(".")[0] in self.experts
 
     def _kept(self, names: set[str]) -> set[str]:
-        """Those of `names` that the config neither excludes nor leaves to other layers."""
+        """Return those of `names` that the config neither excludes nor leaves to other layers."""
         return {name for name in names if not self._is_left_out(name)}
 
     def _is_left_out(self, name: str) -> bool:
@@ -203,24 +204,24 @@ def without_effect(name: str) -> str:
 
 
 def _ends_in(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted name is one of `names`, or ends in one."""
+    """Return whether a dotted name is one of `names`, or ends in one."""
     return any(key == name or key.endswith(f".{name}") for name in names)
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether it holds the fused weights of experts."""
+    """Return whether it holds the fused weights of experts."""
     return all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in _FUSED)
 
 
 def _routers(model: PreTrainedModel) -> Iterator[str]:
-    """Names of modules that choose experts and are no linear layers."""
+    """Return the names of modules that choose experts and are not linear layers."""
     for name, module in model.named_modules():
         if hasattr(module, "top_k") and "weight" in module._parameters and not isinstance(module, nn.Linear):
             yield name
 
 
 def _check_fused(config: Any, parameters: set[str]) -> None:
-    """ModelError for what PEFT cannot do with an adapter on a parameter."""
+    """Raise ModelError for what PEFT cannot do with an adapter on a parameter."""
     if not parameters:
         return
     where = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in parameters}))
@@ -239,7 +240,7 @@ def _check_fused(config: Any, parameters: set[str]) -> None:
 
 
 def _shortest(names: set[str], among: list[str]) -> list[str]:
-    """Ends of `names`, such as `mlp.experts.down_proj`, where these mean no others of `among`; else full names."""
+    """Return ends of `names`, such as `mlp.experts.down_proj`, if they match no others of `among`; else full names."""
     short: set[str] = set()
     for count in (1, 2, 3):
         for end in {".".join(name.split(".")[-count:]) for name in names}:
@@ -248,13 +249,3 @@ def _shortest(names: set[str], among: list[str]) -> list[str]:
                 short.add(end)
                 names = names - same
     return sorted(short | names)
-
-
-def _without_tower(excluded: Any, tower: list[str]) -> str:
-    """A regular expression for `exclude_modules` that also keeps adapters off the modules of `tower`."""
-    patterns = [f"{re.escape(name)}(\\..*)?" for name in tower]
-    if isinstance(excluded, str):
-        patterns.append(f"(?:{excluded})")
-    else:
-        patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in excluded or ()]
-    return "|".join(patterns)

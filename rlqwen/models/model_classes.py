@@ -1,4 +1,4 @@
-"""Which class a checkpoint is loaded as: the text-only one, which carries what it has no place for.
+"""Choose the class that a checkpoint is loaded as: the text-only one, which carries the weights it has no place for.
 
 A Qwen3.5 folder is one of `Qwen3_5ForConditionalGeneration`; here it is loaded as `Qwen3_5ForCausalLM`, or with a
 scalar head as `Qwen3_5TextForSequenceClassification`. What is saved is a folder of the class for all of it again:
@@ -61,7 +61,7 @@ register_checkpoint_conversion_mapping(Qwen3_5MoeTextForSequenceClassification._
 
 
 def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> PreTrainedModel:
-    """Load a causal language model, text-only where the checkpoint has more, which it then carries.
+    """Load a causal language model; of a checkpoint with more parts, the text-only model, which carries the rest.
 
     `arguments`: of `from_pretrained`. Raises ModelError, also where weights are missing.
     """
@@ -78,7 +78,7 @@ def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
 
 def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> tuple[PreTrainedModel, bool]:
-    """Load a model with a head of one label as `load_causal` does, and say whether its head was there already.
+    """Load a model with a head of one label as `load_causal` does, and return it with whether it had that head.
 
     A causal model gets a new one. Raises ModelError, also where weights are missing, or the head has several labels.
     """
@@ -101,7 +101,7 @@ def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
 
 def whole_architecture(model: PreTrainedModel, whole: dict[str, Any]) -> str:
-    """Return the name of the class that a folder with the composite config `whole` and `model`'s weights is of."""
+    """Return the class name for a folder with the composite config `whole` and `model`'s weights."""
     config_class = whole_config_class(whole)
     is_scalar = hasattr(model, "score") and not model.can_generate()
     named = next(iter(whole.get("architectures") or ()), None)

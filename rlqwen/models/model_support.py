@@ -1,4 +1,4 @@
-"""Whether rlqwen computes a model as transformers does: said of its config, and tried on a few tokens at the start."""
+"""Check that rlqwen computes a model as transformers does: by its config, and on a few tokens at the start."""
 
 import itertools
 from collections.abc import Callable
@@ -20,21 +20,21 @@ _SCALED_LOGITS = {
     "lm_head_multiplier": 1.0,
     "logits_mup_width_multiplier": 1.0,
 }
-"""Fields by which transformers' models change the logits after the head's product, and the value that changes nothing."""
+"""Config field by which transformers changes the logits after the head -> the value that changes nothing."""
 _CAPPED_SCORES = ("attn_logit_softcapping", "attention_logit_cap")
 _SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter"})
-"""Model types whose attention has sinks: learned scores that take part in the softmax beside the tokens'."""
+"""Model types whose attention has sinks: learned scores in the softmax beside those of the tokens."""
 
 _TREES = ((5, (6, 3)), (0, (4,)))
-"""The row that is tried: tokens of each prefix, and of each of its branches."""
+"""The row of the check: tokens of each prefix, and of each of its branches."""
 _PASSED: set[tuple[str, str, bool]] = set()
 _TOLERANCE = 0.005
 _HALF_TOLERANCE = 0.1
-"""Largest relative gap between our logits and the model's own, in float32 and in half precision or quantised."""
+"""Largest relative gap allowed between our logits and the model's own, in float32 and in half precision or quantized."""
 
 
 def check_config(config: Any) -> None:
-    """Raise ModelError where a model of this config attends, or makes logits, in a way that rlqwen does not compute."""
+    """Raise ModelError if a model of this config attends, or makes logits, in a way that rlqwen does not compute."""
     text = config.get_text_config(decoder=True)
     model_type = text.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -51,7 +51,7 @@ def check_config(config: Any) -> None:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raise ModelError where the language-model head is more than one matrix."""
+    """Raise ModelError if the language-model head is more than one matrix."""
     head = model.get_output_embeddings()
     if head is None:
         raise refusal(model.config.model_type, "has no language-model head")
@@ -66,7 +66,7 @@ def check_forward(
     *,
     exact: bool,
 ) -> None:
-    """Compare, on a row of a few tokens, what the packed forward answers with what the model itself does.
+    """Compare, on a row of a few tokens, the outputs of the packed forward with those of the model itself.
 
     Args:
         model: names itself in the error, and gives vocabulary and device.

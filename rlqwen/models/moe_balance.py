@@ -1,4 +1,4 @@
-"""Routers of a mixture of experts: the loss that keeps their load even, and how even it is.
+"""Balance the routers of a mixture of experts by a loss, and measure how even their load is.
 
 Shapes: T tokens of a packed row, L layers that have experts, E experts a layer.
 """
@@ -18,10 +18,10 @@ from rlqwen.packing.sequence_parallel import SequenceGroup
 def load_balancing_loss(
     router_logits: Sequence[Tensor], top_k: int, sequence: SequenceGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) as transformers has it: E * sum over experts of f P.
+    """Return Switch Transformer's loss (arXiv 2101.03961, eq. 4-6) as transformers has it: E * sum over experts of f P.
 
-    f is how many of each token's `top_k` experts an expert is, P its probability, both means over the tokens of all
-    layers as if they were one: `top_k` where the load is even, more where it isn't.
+    f is the share of tokens that choose an expert among their `top_k`, P its probability; both are means over the tokens
+    of all layers as if they were one. The loss is `top_k` if the load is even, and more if it is not.
 
     Args:
         router_logits: L tensors (T, E).
@@ -44,12 +44,12 @@ def load_balancing_loss(
 
 
 class RouterBalance:
-    """Weighs the routers' loss of one model, and gathers figures on it."""
+    """Weigh the routers' loss of one model, and collect metrics of it."""
 
     def __init__(self, model: PreTrainedModel, coefficient: float | None) -> None:
-        """`coefficient` None: the model's own, and 0 where its routers are not trained.
+        """Take a coefficient; None: the model's own, and 0 if its routers are not trained.
 
-        Raises ConfigError where it is given for a model without experts.
+        Raises ConfigError if one is given for a model without experts.
         """
         config: Any = model.config.get_text_config()
         has_routers = hasattr(config, "output_router_logits") and hasattr(config, "num_experts_per_tok")
@@ -74,17 +74,17 @@ class RouterBalance:
         self._weight = 0.0
 
     def loss(self, router_logits: Sequence[Tensor], weight: float, sequence: SequenceGroup) -> Tensor:
-        """The loss of one micro-batch times the coefficient and the micro-batch's share of the update, `weight`."""
+        """Return the loss of one micro-batch times the coefficient and its share of the update, `weight`."""
         loss, counts_LE = load_balancing_loss(router_logits, self.top_k, sequence)
         if not weight:
-            return 0.0 * loss  # an idle row, which says nothing of the load
+            return 0.0 * loss  # an idle row has no load
         self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
         self._loss = self._loss + weight * loss.detach().double()
         self._weight += weight
         return self.coefficient * weight * loss
 
     def metrics(self, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        """Figures since the last call, over all ranks (`gather`: a rank's value to every rank's); none without a loss.
+        """Return metrics since the last call over all ranks, whose values `gather` returns; none without a loss.
 
         `router/aux_loss` is the loss before the coefficient; `router/max_load` the largest share of a layer's
         assignments that goes to one expert, 1 / E where the load is even.
@@ -105,14 +105,14 @@ class RouterBalance:
 
 
 def trains_routers(model: PreTrainedModel) -> bool:
-    """Whether a weight of a router, or of an adapter on one, is trained."""
+    """Return whether a weight of a router, or of an adapter on one, is trained."""
     routers = list(routers_of(model).values())
     ours = {id(parameter) for router in routers for parameter in router.parameters() if parameter.requires_grad}
     return bool(ours) or any(_wraps(module, routers) for module in model.modules())
 
 
 def _wraps(module: nn.Module, routers: Sequence[nn.Module]) -> bool:
-    """Whether `module` is an adapter on a router, with something to train."""
+    """Return whether `module` is an adapter on a router, with something to train."""
     return any(getattr(module, "base_layer", None) is router for router in routers) and any(
         parameter.requires_grad for parameter in module.parameters()
     )

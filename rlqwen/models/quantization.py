@@ -1,4 +1,4 @@
-"""4- and 8-bit base weights through bitsandbytes: loading them, and what they stand for as plain weights.
+"""Load 4- and 8-bit base weights through bitsandbytes, and turn them into plain weights.
 
 Quantised weights are frozen; adapters on top of them are trained (QLoRA, arXiv 2305.14314). bitsandbytes has kernels
 for the CPU too. It is an optional extra, and imported only where a model needs it.
@@ -17,13 +17,13 @@ from rlqwen.errors import ModelError
 
 
 def require_bitsandbytes(what: str) -> None:
-    """ModelError that says how to install bitsandbytes, which `what` needs, where it is missing."""
+    """Raise ModelError if bitsandbytes, which `what` needs, is missing, with the command that installs it."""
     if find_spec("bitsandbytes") is None:
         raise ModelError(f"{what} needs bitsandbytes, which is not installed: pip install 'rlqwen[quantization]'")
 
 
 def bitsandbytes_config(settings: QuantizationSettings) -> BitsAndBytesConfig:
-    """transformers' config of a recipe's `model.quantization`."""
+    """Return transformers' config of a recipe's `model.quantization`."""
     require_bitsandbytes("model.quantization")
     if settings.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -39,7 +39,7 @@ def bitsandbytes_config(settings: QuantizationSettings) -> BitsAndBytesConfig:
 
 
 def quantized_bits(model: nn.Module) -> int | None:
-    """4 or 8 for a model with bitsandbytes weights, None for plain ones; ModelError for another method's."""
+    """Return 4 or 8 for a model with bitsandbytes weights, None for plain ones; ModelError for another method."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return None
@@ -48,7 +48,7 @@ def quantized_bits(model: nn.Module) -> int | None:
     if method != "bitsandbytes":
         raise ModelError(
             f"the model's weights are quantised by {method!r}; rlqwen works on plain weights or those of bitsandbytes: "
-            "start from the unquantised model, with model.quantization where memory is short"
+            "start from the unquantized model, with model.quantization if memory is short"
         )
     return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
 
@@ -84,17 +84,18 @@ def use_training_products(model: nn.Module) -> None:
 
 
 def is_8bit(module: nn.Module) -> bool:
-    """Whether the module's weight is bitsandbytes' in 8 bits."""
+    """Return whether the module's weight is an 8-bit one of bitsandbytes."""
     return type(getattr(module, "weight", None)).__name__ == "Int8Params"
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module's weight is bitsandbytes'."""
+    """Return whether the module's weight is one of bitsandbytes."""
     return is_8bit(module) or type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 
 def dequantized_weight(module: Any) -> Tensor:
-    """(out, in) plain weight of a quantised linear layer; float16 or float32 from 8 bits, else the original dtype."""
+    """Return the (out, in) plain weight of a quantized linear layer: float16 or float32 from 8 bits, else the original
+    dtype."""
     from bitsandbytes import functional
 
     weight = module.weight

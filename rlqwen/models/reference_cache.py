@@ -1,4 +1,4 @@
-"""Log-probabilities of a frozen reference, computed once and kept on disk.
+"""Keep log-probabilities of a frozen reference on disk, so that they are computed once.
 
 An entry is a safetensors file and a JSON manifest beside it, named by the digest of all that the values depend on: the
 reference's weights and config, the tokenised answers, and the dtype. Other weights or data make another name, so a
@@ -26,18 +26,18 @@ CACHE_VARIABLE = "RLQWEN_CACHE"
 
 _FORMAT = 1
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Entries of a model's config that do not bear on what it computes."""
+"""Entries of a model's config that do not change what it computes."""
 
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """All that a reference's log-probabilities depend on, as digests where it is long."""
+    """Everything that a reference's log-probabilities depend on; long parts as digests."""
 
     weights: str
     config: str
     answers: str
     dtype: str
-    """What the forward computes in."""
+    """Dtype of the forward."""
     ld_alpha: float | None
     """Weight of an answer's surplus tokens in its sum."""
 
@@ -48,7 +48,7 @@ class ReferenceKey:
 
 
 def read_logprobs(key: ReferenceKey) -> tuple[Tensor | None, str]:
-    """(A,) values kept under `key`, or None, and a note for people that says where they are or why there are none."""
+    """Return the (A,) values under `key`, or None, and a note for people on where they are, or why there are none."""
     data_file, manifest_file = _files(key)
     if not data_file.exists() and not manifest_file.exists():
         return None, f"none kept for these weights, data and dtype in {data_file.parent}"
@@ -65,7 +65,7 @@ def read_logprobs(key: ReferenceKey) -> tuple[Tensor | None, str]:
 
 
 def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
-    """Keep values under `key`; returns a note for people. A folder that cannot be written to is no fault."""
+    """Write values under `key`, and return a note for people; a folder that cannot be written to is not an error."""
     data_file, manifest_file = _files(key)
     data = save({"logprobs": logp_A})
     manifest = {"format": _FORMAT, "key": asdict(key), "count": len(logp_A), "sha256": hashlib.sha256(data).hexdigest()}
@@ -79,7 +79,7 @@ def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
 
 
 def digest_weights(weights: Mapping[str, Any]) -> str:
-    """Digest of names, dtypes, shapes and bytes; quantised layers keep other values than tensors beside them."""
+    """Return a digest of names, dtypes, shapes and bytes; quantized layers also have values that are not tensors."""
     names = sorted(weights)
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing lets other threads run
         digests = pool.map(lambda name: _digest_weight(name, weights[name]), names)
@@ -95,13 +95,13 @@ def _digest_weight(name: str, value: Any) -> bytes:
 
 
 def digest_config(config: PreTrainedConfig) -> str:
-    """Digest of what bears on the computation: not of names, paths and versions."""
+    """Return a digest of the entries that change the computation, without names, paths and versions."""
     values = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def digest_trees(trees: Iterable[Tree]) -> str:
-    """Digest of token ids and loss masks, in order."""
+    """Return a digest of token ids and loss masks, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for tree in trees:
         branches = [(branch.token_ids, branch.loss_mask) for branch in tree.branches]

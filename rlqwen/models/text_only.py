@@ -1,4 +1,4 @@
-"""A model of the class for everything, vision tower included, as the text-only model around the same layers.
+"""View a model of the class for everything, vision tower included, as the text-only model around the same layers.
 
     model = text_only(Qwen3_5ForConditionalGeneration.from_pretrained(folder))    # a Qwen3_5ForCausalLM
 
@@ -27,13 +27,13 @@ from rlqwen.models.carried_weights import CarriedWeights, carried_by, carry, set
 from rlqwen.models.vision_language import is_read_from_whole
 
 _LOADING_STATE = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
-"""What `from_pretrained` leaves on a quantised model."""
+"""Attributes that `from_pretrained` leaves on a quantized model."""
 _SCALES = re.compile(r"\.weight\..+$|\.(SCB|weight_format)$")
-"""Ends of the names that bitsandbytes' scales and formats have, of 4 and 8 bits, beside a quantised `X.weight`."""
+"""Ends of the names of bitsandbytes' scales and formats, for 4 and 8 bits, beside a quantized `X.weight`."""
 
 
 def text_only(model: Any) -> Any:
-    """Return the text-only model around the layers of `model`, where that has others too; else `model` itself.
+    """Return the text-only model around the layers of `model`, if it has other parts too; else `model` itself.
 
     The layers are the same objects, so that `model` is trained in place. A PeftModel gets the text-only model as its
     base, in place. Raises ModelError where its adapter is on other layers.
@@ -95,7 +95,7 @@ def _text_view(whole: Any) -> Any:
 
 
 def _other_weights(whole: Any, layers: nn.Module) -> dict[str, Tensor]:
-    """Freeze the weights that are not of the text model, and return them under their names in a checkpoint."""
+    """Freeze the weights outside the text model, and return them under their names in a checkpoint."""
     others: dict[str, Tensor] = {}
     for name, child in whole.base_model.named_children():
         if child is layers:
@@ -118,7 +118,7 @@ def _config_of(whole: Any) -> dict[str, Any]:
 
 
 def _copy_state(whole: Any, view: Any) -> None:
-    """Give the view what loading and the user have set on the whole."""
+    """Copy to the view the attributes that loading and the user have set on the whole model."""
     if whole.can_generate():
         view.generation_config = whole.generation_config
     view.train(whole.training)
@@ -139,9 +139,9 @@ def _copy_state(whole: Any, view: Any) -> None:
 def _with_held(
     found: CarriedWeights, held: dict[str, Tensor], raw: dict[str, Any], *, is_quantized: bool
 ) -> CarriedWeights:
-    """Return what is carried of a model that holds the weights `held` itself, which may differ from those in its files.
+    """Return what a model carries that holds the weights `held` itself, which may differ from those in its files.
 
-    One that is the file's, but for a cast at loading, is copied from the file.
+    A weight that differs from the file only by a cast at loading is copied from the file.
     """
     obstacle = found.obstacle
     weights: dict[str, Any] = dict(found.weights)

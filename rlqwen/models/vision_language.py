@@ -1,12 +1,13 @@
-"""Models for images and text whose text model is trained as it stands in them, with the vision tower beside it, frozen.
+"""Train the text model of models for images and text in place, with the vision tower frozen beside it.
 
-For Qwen3.5 transformers has a text-only class, and knows the names of its weights in a checkpoint of the whole: that is
-what is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 and others it has none, or would look for the
-weights under other names; they are trained, and written, as the class that holds everything.
+For Qwen3.5 transformers has a text-only class, and knows the names of its weights in a checkpoint of the whole: that
+class is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 and others it has none, or would look for
+the weights under other names; they are trained, and written, as the class that holds everything.
 """
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,7 @@ def auto_class(config_class: Any) -> Any:
 
 
 def towers(model: Any) -> dict[str, nn.Module]:
-    """Return name -> module of what lies beside the text model of `model`, such as a vision tower; empty where nothing."""
+    """Return the modules beside the text model of `model` by name, such as a vision tower; empty if there are none."""
     inner = model.base_model
     if inner is model or not isinstance(getattr(inner, _TEXT_PART, None), nn.Module):
         return {}
@@ -48,11 +49,20 @@ def towers(model: Any) -> dict[str, nn.Module]:
 
 
 def without_towers(peft_config: Any, model: Any) -> Any:
-    """Return an adapter's config that leaves the towers out; the same one where there are none, or it names what to
-    leave out itself."""
+    """Return an adapter's config that leaves the towers out; the same config if there are none, or if it excludes some."""
     names = towers(model)
     if not names or getattr(peft_config, "exclude_modules", None):
         return peft_config
     config = copy.deepcopy(peft_config)
-    config.exclude_modules = rf"({'|'.join(map(re.escape, names))})(\..*)?"
+    config.exclude_modules = exclusion(names)
     return config
+
+
+def exclusion(towers: Iterable[str], excluded: str | Iterable[str] | None = None) -> str:
+    """Return a regular expression for PEFT's `exclude_modules`: the modules of `towers`, and what `excluded` excludes."""
+    patterns = [rf"{re.escape(name)}(\..*)?" for name in towers]
+    if isinstance(excluded, str):
+        patterns.append(f"(?:{excluded})")
+    else:
+        patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in excluded or ()]
+    return "|".join(patterns)

@@ -1,4 +1,4 @@
-"""A model folder written from a stream of weights, a shard at a time, so that the weights need not be there twice."""
+"""Write a model folder from a stream of weights, one shard at a time, so that memory holds the weights once."""
 
 import copy
 import json
@@ -117,12 +117,12 @@ def _listed(names: list[str], limit: int = 5) -> str:
 
 
 class _ShardWriter:
-    """Safetensors files of at most so many bytes, and their index; one file alone needs none."""
+    """Write safetensors files of at most so many bytes, and their index if there are several."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.names: list[list[str]] = []
-        """Names of the weights in each file."""
+        """Return the names of the weights in each file."""
         self.total = 0
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -145,7 +145,7 @@ class _ShardWriter:
         return self.folder / f"model-{number + 1:05d}.safetensors"
 
     def close(self) -> int:
-        """Name the files as transformers does; returns the bytes of all weights."""
+        """Name the files as transformers does, and return the bytes of all weights."""
         self._flush()
         count = len(self.names)
         if count == 1:

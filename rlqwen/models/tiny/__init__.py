@@ -1,4 +1,4 @@
-"""Tiny random Qwens of every class, built on the spot: what the quickstart and the tests train, with no model hub."""
+"""Build tiny random Qwens of every class, which the quickstart and the tests train without a model hub."""
 
 from rlqwen.models.tiny.build import BUILTIN_MODELS, PREFIX, build_tiny_qwen3, resolve_model_path
 from rlqwen.models.tiny.shape import TinyModelConfig

@@ -72,10 +72,10 @@ def _random_model(config: "PreTrainedConfig", has_vision: bool) -> "PreTrainedMo
 
 
 def resolve_model_path(path: str, cache_dir: str | Path, **init_kwargs: Any) -> str:
-    """`path` as it is, or, for `builtin:NAME`, the folder under `cache_dir` where that model has been built.
+    """Return `path` unchanged, or, for `builtin:NAME`, the folder under `cache_dir` with that model, built if needed.
 
-    `init_kwargs` are `seed` and the fields of TinyModelConfig, and count for a built-in model only. A folder of the
-    same arguments is used again. Raises ModelError for an unknown name, ConfigError for an unknown argument.
+    `init_kwargs` are `seed` and the fields of TinyModelConfig, for a built-in model only. The same arguments give the
+    same folder again. Raises ModelError for an unknown name, ConfigError for an unknown argument.
     """
     if not path.startswith(PREFIX):
         return path

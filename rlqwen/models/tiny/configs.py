@@ -1,4 +1,4 @@
-"""Configs of the tiny models, with the fields that the configs of real checkpoints have."""
+"""Make the configs of tiny models, with the fields that the configs of real checkpoints have."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""What a real checkpoint folder has and transformers' classes do not write: multi-token prediction, image processor."""
+"""Write parts of a real checkpoint that transformers' classes do not write: multi-token prediction, image processor."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What may be chosen about a tiny model."""
+"""Choose the shape of a tiny model."""
 
 from typing import Any, Literal
 
@@ -23,15 +23,15 @@ class TinyModelConfig(ArgumentsConfig):
     """qwen3_5 and qwen3_5_moe have a vision tower and multi-token prediction weights, qwen3_next the latter."""
     hidden_size: int = Field(default=128, ge=32)
     num_layers: int = Field(default=4, ge=1)
-    """Where there are delta-net layers, every fourth layer has full attention; of fewer than four layers, the last."""
+    """With delta-net layers, every fourth layer has full attention; if there are fewer than four, the last has."""
     intermediate_size: int = Field(default=512, ge=32)
-    """Of a dense layer (256 if not given in qwen3_5 models); experts have `moe_intermediate_size`."""
+    """Width of a dense layer (default 256 in qwen3_5 models); experts have `moe_intermediate_size`."""
     num_heads: int = Field(default=4, ge=1)
     num_kv_heads: int = Field(default=2, ge=1)
     head_dim: int = Field(default=32, multiple_of=32)
     """vLLM's attention on CPU takes multiples of 32."""
     linear_head_dim: int = Field(default=64, multiple_of=32)
-    """Of keys and values in delta-net layers (qwen3_next and qwen3_5 models only); vLLM on CPU takes 64 and 128."""
+    """Width of keys and values in delta-net layers (qwen3_next and qwen3_5 models); vLLM on CPU takes 64 and 128."""
     linear_num_key_heads: int = Field(default=2, ge=1)
     linear_num_value_heads: int = Field(default=4, ge=1)
     """A multiple of `linear_num_key_heads`."""
@@ -39,10 +39,10 @@ class TinyModelConfig(ArgumentsConfig):
     """Tokens of context."""
     tie_word_embeddings: bool = True
     num_experts: int = Field(default=8, ge=2)
-    """This and the next two: mixture-of-experts models only, experts in every layer."""
+    """This field and the next two are for mixtures of experts, which have experts in every layer."""
     num_experts_per_tok: int = Field(default=2, ge=1)
     moe_intermediate_size: int = Field(default=64, ge=32)
-    """Of each expert, and of the shared expert where the class has one."""
+    """Width of each expert, and of the shared expert if the class has one."""
     initializer_range: float = Field(default=0.02, gt=0)
     chat_template: Template | None = None
     """None: qwen3_5_think for qwen3_5 models, qwen3_instruct_2507 for qwen3_next, else qwen3."""
@@ -61,7 +61,7 @@ class TinyModelConfig(ArgumentsConfig):
 
     @property
     def has_mtp(self) -> bool:
-        """Whether the checkpoint has weights for multi-token prediction."""
+        """Return whether the checkpoint has weights for multi-token prediction."""
         return self.has_vision or self.model_type == "qwen3_next"
 
     @property

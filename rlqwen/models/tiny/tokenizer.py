@@ -1,4 +1,4 @@
-"""The tokenizer of a tiny Qwen: the 256 bytes, a few words, Qwen's special tokens and one of Qwen's chat templates."""
+"""Build the tokenizer of a tiny Qwen: 256 bytes, a few words, Qwen's special tokens and one of Qwen's chat templates."""
 
 import json
 from importlib.util import find_spec
@@ -64,7 +64,7 @@ def build_tokenizer(
 
 
 def read_trl_template(name: str) -> str:
-    """Text of the chat template that TRL ships as `name`; read as package data, because importing TRL takes seconds."""
+    """Return the chat template that TRL ships as `name`, read as package data, because importing TRL takes seconds."""
     spec = find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError("trl is not installed, and its chat templates are needed; pip install 'trl>=1.16,<2'")
