@@ -1,4 +1,4 @@
-"""What became of the rows: counted while tokenizing, printed by `check` and at the start of a run."""
+"""Report on the rows of a dataset: counted during tokenization, printed by `check` and at the start of a run."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,84 +8,89 @@ import numpy as np
 
 from rlqwen.data.unused_columns import unused_line
 
-RowIssue = Literal["truncated", "overlong", "empty_mask", "equal_sides", "no_end", "empty_answer"]
-"""What may become of a row. `no_end`: kept, but the token that ends generation is not in the loss of all its answers.
-`empty_answer`: kept, but nothing but that token is in the loss of one of them."""
+DropReason = Literal["overlong", "empty_mask", "equal_sides"]
+"""Why a row is dropped: too long, no token of a sequence in the loss, or a pair with equal answers."""
+
+RowIssue = DropReason | Literal["truncated", "no_end", "empty_answer"]
+"""A drop reason, or an issue of a kept row. `no_end`: the token that ends generation is not in the loss of all answers.
+`empty_answer`: the loss of an answer covers only that token."""
 
 NAMED = 5
+"""Largest number of rows that a message lists."""
 
 
 @dataclass(slots=True)
 class DataReport:
-    """Counts over one dataset; token counts are of kept rows."""
+    """Count rows and tokens of one dataset; token counts cover kept rows."""
 
     num_rows: int = 0
     num_kept: int = 0
     rows: dict[RowIssue, list[int]] = field(default_factory=dict)
-    """Numbers of the rows that something became of."""
+    """Row numbers by issue."""
     num_cut_tokens: int = 0
-    """Tokens cut off rows that are kept."""
+    """Tokens that truncation removed from kept rows."""
     num_dropped_tokens: int = 0
-    """Tokens of the rows left out."""
+    """Tokens of dropped rows."""
     num_tokens: int = 0
     num_loss_tokens: int = 0
     eos_in_loss: float = 0.0
-    """Share of kept SFT rows, or answers, whose last token in the loss ends generation; below 1 where rows are cut."""
+    """Fraction of kept SFT rows, or answers, whose last token in the loss ends generation; below 1 after truncation."""
     lengths: dict[str, int] = field(default_factory=dict)
-    """Percentiles of the rows' tokens before any cut, of a pair with its longer answer: p50, p90, p99, max."""
+    """Percentiles of tokens per row before truncation (p50, p90, p99, max); a pair counts with its longer answer."""
     end_of_turn: str | None = None
-    """The token that ends what the model writes; generation must stop at it."""
+    """Token that ends an answer; generation must stop at it."""
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What to know of the rows, though nothing need be wrong with them."""
+    """Information about the rows that need not be a problem."""
     form: list[str] = field(default_factory=list)
-    """How the rows are written and what of them is learned, a line a fact."""
+    """How the rows are rendered and which text is learned, one fact per line."""
     columns: dict[str, int] = field(default_factory=dict)
-    """Columns that tokenizing did not read -> rows in which they are filled; of prompts, what rewards may take."""
+    """Columns that tokenization did not read -> number of rows that fill them; rewards may read those of prompts."""
     message_keys: dict[str, int] = field(default_factory=dict)
-    """Keys of turns that nothing reads, the chat template neither -> rows that have them."""
+    """Keys of messages that neither tokenization nor the chat template reads -> number of rows that have them."""
     source: str | None = None
-    """Where the token ids come from: a file, and whether it was there already, or a stream; None: made in memory."""
+    """Origin of the token ids: a new file, a cached file or a stream; None if they are in memory."""
 
-    def record(self, fate: RowIssue, number: int) -> None:
-        """Count row `number` under what became of it."""
-        self.rows.setdefault(fate, []).append(number)
+    def record(self, issue: RowIssue, number: int) -> None:
+        """Add row `number` to the rows with this issue."""
+        self.rows.setdefault(issue, []).append(number)
 
-    def count(self, fate: RowIssue) -> int:
-        return len(self.rows.get(fate, ()))
+    def count(self, issue: RowIssue) -> int:
+        """Return the number of rows with this issue."""
+        return len(self.rows.get(issue, ()))
 
-    def name_unused(self, taken: Collection[str] | None = ()) -> None:
-        """Note unused columns and keys of turns; `taken`: columns that something else reads, None: all."""
-        columns = [] if taken is None else [name for name in self.columns if name not in taken]
+    def name_unused(self, used: Collection[str] | None = ()) -> None:
+        """Add a note on unused columns and message keys; `used`: columns that something else reads, None: all."""
+        columns = [] if used is None else [name for name in self.columns if name not in used]
         line = unused_line(columns, self.message_keys)
         self.notes += [line] if line else []
 
     @property
     def num_truncated(self) -> int:
-        """Rows cut to max_length and kept."""
+        """Number of rows truncated to max_length and kept."""
         return self.count("truncated")
 
     @property
     def num_overlong(self) -> int:
-        """Rows left out because they are too long."""
+        """Number of rows dropped because they are too long."""
         return self.count("overlong")
 
     @property
     def num_empty_mask(self) -> int:
-        """Rows left out because no token of them, or of one of their answers, is in the loss."""
+        """Number of rows dropped because the row, or one of its answers, has no token in the loss."""
         return self.count("empty_mask")
 
     @property
     def num_equal_sides(self) -> int:
-        """Pairs left out because both answers are the same."""
+        """Number of pairs dropped because both answers are equal."""
         return self.count("equal_sides")
 
     def merge(self, other: "DataReport") -> None:
-        """Add the counts of the rows that come next; shares and percentiles need all rows and are left out."""
+        """Add the counts of the rows that come next; fractions and percentiles need all rows and are not merged."""
         for count in ("num_rows", "num_kept", "num_cut_tokens", "num_dropped_tokens", "num_tokens", "num_loss_tokens"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
-        for fate, numbers in other.rows.items():
-            self.rows.setdefault(fate, []).extend(numbers)
+        for issue, numbers in other.rows.items():
+            self.rows.setdefault(issue, []).extend(numbers)
         for mine, theirs in ((self.columns, other.columns), (self.message_keys, other.message_keys)):
             for name, number in theirs.items():
                 mine[name] = mine.get(name, 0) + number
@@ -98,10 +103,11 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataReport":
+        """Build a report from the values of `to_dict`."""
         return cls(**values)
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the report as one line of text."""
         parts = [f"{self.num_kept} of {self.num_rows} rows", f"{self.num_tokens} tokens"]
         if self.num_loss_tokens:
             parts.append(f"{self.num_loss_tokens} in the loss")
@@ -119,14 +125,14 @@ class DataReport:
 
 
 def format_examples(items: Sequence[str], count: int | None = None) -> str:
-    """Return the first few, and how many more there are of `count` (None: of these)."""
+    """Join the first few items, and say how many more there are of `count` (default: `len(items)`)."""
     count = len(items) if count is None else count
     more = f" and {count - NAMED} more" if count > NAMED else ""
     return ", ".join(items[:NAMED]) + more
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """Nearest-rank percentiles; empty for no lengths."""
+    """Compute nearest-rank percentiles; return an empty dict for no lengths."""
     if not lengths:
         return {}
     ordered = np.sort(np.asarray(lengths))

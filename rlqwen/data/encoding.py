@@ -1,4 +1,4 @@
-"""Pieces of text to token ids, many rows at a time."""
+"""Encode template segments to token ids, many rows at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,29 +19,29 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class TokenizedRow:
-    """One training sequence of T tokens."""
+    """Hold one training sequence of T tokens."""
 
     token_ids: list[int]
     loss_mask: list[bool]
-    """T values: token t is in the loss, as what is to be predicted. The first never is: nothing comes before it."""
+    """T values: whether token t is a target of the loss. The first token never is, because nothing predicts it."""
 
 
 def tokenize_rows(
     start: int,
     rows: Sequence[Row],
     tokenizer: "PreTrainedTokenizerBase",
-    write: Callable[[int, Row], list[list[TemplateSegment]]],
+    render: Callable[[int, Row], list[list[TemplateSegment]]],
     faults: list[DataError] | None = None,
 ) -> Iterator[tuple[int, list[TokenizedRow]]]:
     """Yield (row number, its sequences) in order; the first row has the number `start`.
 
-    `write` gives the segments of each sequence that a row becomes. A row that it refuses goes to `faults`, or, without
-    such a list, ends it all.
+    `render` returns the segments of each sequence of a row. A DataError that it raises is appended to `faults`; without
+    that list it is raised.
     """
     batch: dict[int, list[list[TemplateSegment]]] = {}
     for number, row in enumerate(rows, start):
         try:
-            batch[number] = write(number, row)
+            batch[number] = render(number, row)
         except DataError as fault:
             refuse(fault, faults)
     encoded = iter(encode(tokenizer, [segments for sequences in batch.values() for segments in sequences]))
@@ -50,14 +50,14 @@ def tokenize_rows(
 
 
 def refuse(fault: DataError, faults: list[DataError] | None) -> None:
-    """Raise the fault, or note it where faults are being collected."""
+    """Raise the fault, or append it to `faults` if there is such a list."""
     if faults is None:
         raise fault
     faults.append(fault)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[TemplateSegment]]) -> list[TokenizedRow]:
-    """Tokenize each distinct segment once, control and ordinary text apart, and put the rows together again."""
+    """Tokenize each distinct segment once, separately for control and ordinary text, and join the rows again."""
     ids: dict[tuple[bool, str], list[int]] = {}
     for is_control in (False, True):
         texts = list(
@@ -86,13 +86,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", batch: list[list[TemplateSegmen
 
 
 def trim(row: TokenizedRow) -> TokenizedRow:
-    """Without what follows the last token in the loss: nothing there is learned or read."""
+    """Drop the tokens after the last one in the loss, because they have no effect on training."""
     end = len(row.loss_mask) - row.loss_mask[::-1].index(True)
     return TokenizedRow(row.token_ids[:end], row.loss_mask[:end])
 
 
 class SequenceCodec:
-    """Training sequences as columns."""
+    """Convert training sequences to Arrow columns and back."""
 
     schema: ClassVar[pa.Schema] = pa.schema([("token_ids", TOKENS), ("loss_mask", MASK)])
 
@@ -103,5 +103,5 @@ class SequenceCodec:
         ]
         return pa.record_batch(columns, schema=self.schema)
 
-    def decode(self, batch: pa.RecordBatch, place: int) -> TokenizedRow:
-        return TokenizedRow(list_at(batch.column(0), place), list_at(batch.column(1), place))
+    def decode(self, batch: pa.RecordBatch, index: int) -> TokenizedRow:
+        return TokenizedRow(list_at(batch.column(0), index), list_at(batch.column(1), index))

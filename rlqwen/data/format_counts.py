@@ -60,7 +60,7 @@ class FormatCounts:
         for in_loss, group in groupby(segments, key=lambda segment: segment.in_loss):
             text = "".join(segment.text for segment in group)
             if in_loss and chat.writes_think_blocks:
-                opening = chat.opening if before.endswith(chat.opening) else ""
+                opening = chat.template.opening if before.endswith(chat.template.opening) else ""
                 found[_kind(opening, text)] += 1
             before = text
         self.turns += found

@@ -1,33 +1,30 @@
-"""Preference rows to token ids: a prompt with a chosen and a rejected answer, or one answer with a label.
+"""Tokenize preference rows: a prompt with a chosen and a rejected answer, or one answer with a label.
 
-Prompt and answers are written as SFT writes them (rlqwen.data.chat): the prompt ends in the generation prompt, and of
-an answer the loss covers what the assistant wrote, end-of-turn tokens included. The prompt's tokens are the same for
-all answers to it, whatever is cut.
+Prompt and answers are rendered as in SFT (rlqwen.data.chat): the prompt ends in the generation prompt, and the loss
+covers the text that the assistant wrote, including end-of-turn tokens. All answers to a prompt have the same prompt
+tokens, even after truncation.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
-from rlqwen.data.chat import ChatFormat
 from rlqwen.data.control_tokens import TemplateSegment
-from rlqwen.data.data_report import NAMED, DataReport, RowIssue, format_examples, percentiles
+from rlqwen.data.data_report import NAMED, DataReport, DropReason, RowIssue, format_examples, percentiles
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
-from rlqwen.data.format_counts import FormatCounts, count_formats, describe, note_row, unlike_trl
+from rlqwen.data.format_counts import FormatCounts, count_formats, note_row
 from rlqwen.data.formats import normalize_row
 from rlqwen.data.messages import to_messages
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
+from rlqwen.data.preference_renderer import AnswersRenderer, PreferenceRenderer
 from rlqwen.data.preference_rows import LabelledCodec, LabelledRow, PairCodec, PreferenceRow
-from rlqwen.data.renderer import Renderer
 from rlqwen.data.tokenization import tokenize_all
 from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob, data_settings
-from rlqwen.data.unused_columns import UnusedColumns
 from rlqwen.errors import DataError
-from rlqwen.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,11 +40,11 @@ def tokenize_preferences(
     *,
     faults: list[DataError] | None = None,
 ) -> tuple[Sequence[PreferenceRow], DataReport]:
-    """Pairs of all rows, in order.
+    """Tokenize rows to preference pairs, in order.
 
-    Pairs that are too long, have an answer without a token in the loss, or two equal answers (as they are, or once
-    cut) are left out and counted. Raises DataError for a row that is no pair, and if nothing is left; given a list of
-    `faults`, puts them there instead.
+    A pair is dropped and counted if it is too long, if an answer has no token in the loss, or if both answers are equal
+    (before or after truncation). Raises DataError for a row that is not a pair, and if no pair is left. With a list
+    `faults`, errors are appended to it instead.
     """
     return tokenize_all(rows, PairJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
@@ -59,13 +56,13 @@ def tokenize_labelled(
     *,
     faults: list[DataError] | None = None,
 ) -> tuple[Sequence[LabelledRow], DataReport]:
-    """Labelled answers of all rows, in order; a pair gives two. Counts and errors as `tokenize_preferences`."""
+    """Tokenize rows to labelled answers, in order; a pair gives two. Counts and errors as in `tokenize_preferences`."""
     return tokenize_all(rows, LabelledJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
 @dataclass(slots=True)
 class _Answers:
-    """A row on its way: its prompt and its one or two answers, each with its columns."""
+    """Hold the token ids of a row: its prompt, and one or two answers with their columns."""
 
     index: int
     prompt_ids: list[int]
@@ -74,7 +71,7 @@ class _Answers:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest answer: what `max_length` bounds."""
+        """Number of tokens of the prompt and the longest answer, which `max_length` limits."""
         return len(self.prompt_ids) + max(len(answer.token_ids) for answer in self.answers)
 
     @property
@@ -83,7 +80,7 @@ class _Answers:
 
 
 class AnswersJob(TokenizingJob[Item]):
-    """Tokenizes rows of answers, cuts them to length, and counts what is left out and why."""
+    """Tokenize rows of answers, truncate them, and count dropped rows by reason."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: PreferenceConfig) -> None:
         super().__init__(tokenizer)
@@ -94,15 +91,15 @@ class AnswersJob(TokenizingJob[Item]):
         return PreferenceRenderer(self.tokenizer, self.config)
 
     def settings(self) -> Any:
-        return data_settings(self.config, PreferenceConfig, apart_from=("pad_token", "disable_dropout"))
+        return data_settings(self.config, PreferenceConfig, excluded=("pad_token", "disable_dropout"))
 
     @abstractmethod
     def split(self, row: Row, where: str) -> list[Row]:
-        """Return `prompt` and `completion` of each answer of a normalized row."""
+        """Return one row with `prompt` and `completion` per answer of a normalized row."""
 
     @abstractmethod
     def items(self, kept: list[_Answers], stats: TokenizationStats) -> list[Item]:
-        """Make items of the rows that are kept."""
+        """Build the items of the kept rows."""
 
     def run(
         self, start: int, rows: Sequence[Row], faults: list[DataError] | None
@@ -111,21 +108,21 @@ class AnswersJob(TokenizingJob[Item]):
         report = stats.report
         found: dict[int, list[Row]] = {}
 
-        def write(number: int, row: Row) -> list[list[TemplateSegment]]:
+        def render(number: int, row: Row) -> list[list[TemplateSegment]]:
             where = f"row {number}"
             row = normalize_row(row, where)
             answers = found[number] = self.split(row, where)
             return self._pieces(row, answers, where)
 
         kept: list[_Answers] = []
-        for number, (prompt, *sequences) in tokenize_rows(start, rows, self.tokenizer, write, faults):
-            answers = [_after(prompt, sequence) for sequence in sequences]
+        for number, (prompt, *sequences) in tokenize_rows(start, rows, self.tokenizer, render, faults):
+            answers = [_without_prompt(prompt, sequence) for sequence in sequences]
             whole = _Answers(number, prompt.token_ids, answers, found.pop(number))
             stats.lengths.append(whole.length)
-            row = _cut(whole, self.config)
-            fate = self._reason_to_leave_out(row)
-            if fate is not None:
-                report.record(fate, number)
+            row = _truncate(whole, self.config)
+            reason = self._drop_reason(row)
+            if reason is not None:
+                report.record(reason, number)
                 report.num_dropped_tokens += whole.num_tokens
                 continue
             if row.num_tokens < whole.num_tokens:
@@ -144,11 +141,11 @@ class AnswersJob(TokenizingJob[Item]):
         report.end_of_turn = stats.end_of_turn(self.config.eos_token or self.tokenizer.eos_token)
         report.name_unused()
         report.eos_in_loss = stats.counts["ended"] / max(stats.counts["answers"], 1)
-        for fate, text in (
-            ("equal_sides", "pairs whose answers are equal, hence teach nothing, were left out"),
-            ("empty_answer", "empty answers, which teach to end the turn at once"),
+        for issue, text in (
+            ("equal_sides", "dropped pairs with equal answers, which teach nothing"),
+            ("empty_answer", "empty answers, which teach the model to end its turn at once"),
         ):
-            if numbers := report.rows.get(cast(RowIssue, fate)):
+            if numbers := report.rows.get(cast(RowIssue, issue)):
                 named = [f"row {number}" for number in numbers[:NAMED]]
                 report.warnings.append(f"{text}: {format_examples(named, len(numbers))}")
         if not report.num_kept and not faults:
@@ -168,7 +165,7 @@ class AnswersJob(TokenizingJob[Item]):
         row = normalize_row(row, "row")
         note_row(form, row, self.split(row, "row"), lambda: self.renderer.format)
 
-    def _reason_to_leave_out(self, row: _Answers) -> RowIssue | None:
+    def _drop_reason(self, row: _Answers) -> DropReason | None:
         if self.config.max_length is not None and row.length > self.config.max_length:
             return "overlong"
         if not all(True in answer.loss_mask for answer in row.answers):
@@ -200,12 +197,12 @@ class AnswersJob(TokenizingJob[Item]):
             (report.num_empty_mask, f"have an answer with no token in the loss within max_length={limit}"),
             (report.num_equal_sides, "have equal answers"),
         ]
-        said = "; ".join(f"{count} {what}" for count, what in reasons if count)
-        return f"none of {report.num_rows} rows has anything to learn from: {said} (lengths {report.lengths})"
+        counts = "; ".join(f"{count} {what}" for count, what in reasons if count)
+        return f"none of {report.num_rows} rows has anything to learn from: {counts} (lengths {report.lengths})"
 
 
 class PairJob(AnswersJob[PreferenceRow]):
-    """Job that turns rows into pairs."""
+    """Tokenize rows to preference pairs."""
 
     codec = PairCodec()
 
@@ -228,16 +225,16 @@ class PairJob(AnswersJob[PreferenceRow]):
         report = super().finish(stats, faults)
         if isinstance(self.config, RewardConfig) and 0 < stats.counts["missing"] < report.num_kept:
             report.warnings.append(
-                f"no margin, taken as 0, although other rows have one: {stats.format_examples('missing')}"
+                f"margin missing and set to 0, although other rows have one: {stats.format_examples('missing')}"
             )
         if stats.counts["negative"]:
-            named = stats.format_examples("negative")
-            report.warnings.append(f"margins below 0, as if the rejected answer were better: {named}")
+            examples = stats.format_examples("negative")
+            report.warnings.append(f"margins below 0, as if the rejected answer were better: {examples}")
         return report
 
 
 class LabelledJob(AnswersJob[LabelledRow]):
-    """Job that turns rows into single answers with their labels."""
+    """Tokenize rows to single answers with labels."""
 
     codec = LabelledCodec()
 
@@ -257,82 +254,22 @@ class LabelledJob(AnswersJob[LabelledRow]):
         report = super().finish(stats, faults)
         labels = [label for label in ("true", "false") if stats.counts[label]]
         if len(labels) == 1:
-            report.warnings.append(f"all labels are {labels[0]}: there is nothing to tell good from bad by")
+            report.warnings.append(f"all labels are {labels[0]}: good and bad answers cannot be told apart")
         return report
 
 
-class AnswersRenderer(Protocol):
-    """What a reader of answers asks of a Renderer."""
-
-    @property
-    def end_token(self) -> str: ...
-
-    @property
-    def stop_ids(self) -> list[int]: ...
-
-    @property
-    def empty_answers(self) -> set[tuple[int, ...]]: ...
-
-    unused: UnusedColumns
-
-    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
-
-    def segments(
-        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
-    ) -> list[list[TemplateSegment]]: ...
-
-    @property
-    def format(self) -> ChatFormat: ...
-
-    def describe(self, report: DataReport, form: FormatCounts) -> None: ...
-
-    def warnings(self) -> list[str]: ...
-
-
-class PreferenceRenderer(Renderer):
-    """Writes a prompt and its answers as SFT writes a prompt and a completion."""
-
-    def describe(self, report: DataReport, form: FormatCounts) -> None:
-        """Add to the report in what form the rows are learned."""
-        hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
-        other = unlike_trl(form, apart=True, assistant_only=None)
-        describe(report, form, preserves=True, hint=hint, unlike_trl=other)
-
-    def segments(
-        self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
-    ) -> list[list[TemplateSegment]]:
-        """Pieces of the prompt, then of the prompt with each of the answers."""
-        texts = [one for one in completions if isinstance(one, str)]
-        if isinstance(prompt, str) and len(texts) == len(completions):
-            begin = [TemplateSegment(prompt, True)]
-            return [begin, *([*begin, TemplateSegment(self.with_eos(text), True, in_loss=True)] for text in texts)]
-        before = to_messages(prompt, "user")
-        whole = [
-            [*asked, *answered]
-            for asked, answered in (
-                self.format.exchange(before, to_messages(one, "assistant"), where, tools=tools) for one in completions
-            )
-        ]
-        common = 0
-        for segments in zip(*whole, strict=False):
-            if segments[0].in_loss or any(segment != segments[0] for segment in segments):
-                break
-            common += 1
-        return [whole[0][:common], *whole]
-
-
-def _after(prompt: TokenizedRow, sequence: TokenizedRow) -> TokenizedRow:
-    """What a sequence that begins with the prompt goes on with, up to the last token in the loss."""
+def _without_prompt(prompt: TokenizedRow, sequence: TokenizedRow) -> TokenizedRow:
+    """Return the tokens of a sequence after its prompt, up to the last token in the loss."""
     start = len(prompt.token_ids)
     assert sequence.token_ids[:start] == prompt.token_ids
     answer = TokenizedRow(sequence.token_ids[start:], sequence.loss_mask[start:])
     return trim(answer) if True in answer.loss_mask else answer
 
 
-def _cut(row: _Answers, config: PreferenceConfig) -> _Answers:
-    """Cut to `max_prompt_length`, then to `max_length`; what the mode doesn't allow to cut comes back as long as it is.
+def _truncate(row: _Answers, config: PreferenceConfig) -> _Answers:
+    """Truncate to `max_prompt_length`, then to `max_length` if the truncation mode allows it.
 
-    With `keep_start` a prompt that fills `max_length` leaves nothing of the answers.
+    With `keep_start`, a prompt that fills `max_length` leaves no tokens of the answers.
     """
     if config.max_prompt_length is not None:
         row = replace(row, prompt_ids=row.prompt_ids[-config.max_prompt_length :])
@@ -340,7 +277,7 @@ def _cut(row: _Answers, config: PreferenceConfig) -> _Answers:
     if excess <= 0 or config.truncation_mode == "drop":
         return row
     if config.truncation_mode == "keep_end":
-        # The answers stay whole and share what is left of the prompt; without any, they would answer nothing.
+        # The answers stay whole, and at least one prompt token must remain.
         return replace(row, prompt_ids=row.prompt_ids[excess:]) if excess < len(row.prompt_ids) else row
     room = max(row.length - excess - len(row.prompt_ids), 0)
     answers = [TokenizedRow(answer.token_ids[:room], answer.loss_mask[:room]) for answer in row.answers]

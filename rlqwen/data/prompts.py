@@ -115,22 +115,22 @@ class PromptJob(TokenizingJob[Prompt]):
         unused, found = self.unused, dict[int, Row]()
         opening: set[int] = set()
 
-        def write(number: int, row: Row) -> list[list[TemplateSegment]]:
+        def render(number: int, row: Row) -> list[list[TemplateSegment]]:
             where = f"row {number}"
             given = normalize_row(row, where)
             row = found[number] = to_prompt_row(given, where)
             if isinstance(row["prompt"], str):
-                unused.note_prompt(given, row)
+                unused.record_prompt(given, row)
                 segments = [TemplateSegment(row["prompt"], True)]
             else:
-                unused.note_prompt(given, row, self.chat.render)
+                unused.record_prompt(given, row, self.chat.template.render_raw)
                 segments = self.chat.prompt(row["prompt"], where, tools=row.get("tools"))
             if "".join(segment.text for segment in segments).rstrip().endswith("<think>"):
                 opening.add(number)
             return [segments]
 
         prompts: list[Prompt] = []
-        for number, (tokenized,) in tokenize_rows(start, rows, self.tokenizer, write, faults):
+        for number, (tokenized,) in tokenize_rows(start, rows, self.tokenizer, render, faults):
             length = len(tokenized.token_ids)
             stats.lengths.append(length)
             if not length:
@@ -146,7 +146,7 @@ class PromptJob(TokenizingJob[Prompt]):
         report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         report.columns, report.message_keys = unused.take()
         report.warnings = kwarg_warnings(self.chat) if "chat" in vars(self) else []
-        stats.end_tokens = [self.chat.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
+        stats.end_tokens = [self.chat.template.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
         return prompts, stats
 
     def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:

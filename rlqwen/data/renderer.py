@@ -1,4 +1,4 @@
-"""What the writers of training rows share: the chat template, the token that ends a text, what to warn of."""
+"""Render training rows to template segments: the base class, and warnings about the chat template."""
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Renderer:
-    """Turns rows into segments of text; the chat template is looked at only when a row needs it."""
+    """Render rows into template segments; the chat template is loaded only when a row needs it."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig | PreferenceConfig) -> None:
         self._tokenizer, self._template_path = tokenizer, config.chat_template_path
@@ -47,47 +47,46 @@ class Renderer:
 
     @property
     def end_token(self) -> str:
-        """What ends the text that the model writes: the template's end of turn, or EOS where no template is used."""
-        return self.format.end_of_turn if "format" in vars(self) else self._eos
+        """Return the token that ends an answer: the template's end of turn, or EOS if no row used the template."""
+        return self.format.template.end_of_turn if "format" in vars(self) else self._eos
 
     @property
     def stop_ids(self) -> list[int]:
         return [self._vocab[token] for token in (self._eos, self.end_token)]
 
     def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
-        """Count what a written row holds besides the columns `read` and the keys that the template reads."""
-        self.unused.note(row, read, conversations, self.format.render if "format" in vars(self) else None)
+        """Count columns of a rendered row outside `read`, and message keys that the template does not read."""
+        self.unused.record(
+            row, read, conversations, self.format.template.render_raw if "format" in vars(self) else None
+        )
 
     @property
     def empty_answers(self) -> set[tuple[int, ...]]:
-        """Return token ids of empty answers: the end token alone, or as the template writes it, without thoughts.
-
-        The latter only once a row has used the template.
-        """
+        """Return the token ids of empty answers: EOS alone, and the template's empty answer once a row has used it."""
         empty = [[TemplateSegment(self._eos, True)]]
         if "format" in vars(self):
             empty.append([segment for segment in self.format.empty_answer() if segment.in_loss])
         return {tuple(row.token_ids) for row in encode(self._tokenizer, empty)}
 
     def warnings(self) -> list[str]:
-        """Return what to warn of in the rows that have been written so far."""
+        """Return warnings about the rows rendered so far."""
         found = [] if self._is_eos_given else eos_warnings(self._tokenizer, self.end_token)
         return found + self.template_warnings()
 
     def template_warnings(self) -> list[str]:
-        """Return what to warn of in how the template wrote the answers so far."""
+        """Return warnings about how the template has rendered the answers so far."""
         if "format" not in vars(self):
             return []
         found = kwarg_warnings(self.format)
         if self.format.drops_text:
             found.append(
-                "some answers have text before <think>, or several think blocks, of which the chat template writes only "
-                "the last and what follows it; `rlqwen data show` shows what is learned"
+                "some answers have text before <think>, or several think blocks; the chat template writes only the last "
+                "block and the text after it; `rlqwen data show` shows what is learned"
             )
         if self.format.moves_thoughts:
             found.append(
-                "some answers have their thoughts in think tags, which the chat template reads only as "
-                "reasoning_content: they are learned as if they were given there; prompts stay as they are"
+                "some answers have their thoughts in think tags, but the chat template reads thoughts only from "
+                "reasoning_content: they are moved there before rendering; prompts are not changed"
             )
         return found
 
@@ -96,14 +95,14 @@ class Renderer:
 
 
 def kwarg_warnings(chat: ChatFormat) -> list[str]:
-    """Return a line on keys of `chat_template_kwargs` that the template does not read."""
-    if not chat.unread_kwargs:
+    """Return a warning about keys of `chat_template_kwargs` that the template does not read, if there are any."""
+    if not chat.template.unread_kwargs:
         return []
-    return [f"chat_template_kwargs that the chat template does not read: {', '.join(chat.unread_kwargs)}"]
+    return [f"chat_template_kwargs that the chat template does not read: {', '.join(chat.template.unread_kwargs)}"]
 
 
 def eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) -> list[str]:
-    """A template that ends turns with another token than the tokenizer's EOS makes generation run on."""
+    """Return a warning if the template ends turns with another token than EOS, because generation might not stop."""
     if end_token == tokenizer.eos_token:
         return []
     return [

@@ -1,7 +1,7 @@
-"""Conversations as a reward model reads them: whole, as the tokenizer's own chat template writes them.
+"""Tokenize reward-model rows: whole conversations, rendered by the tokenizer's own chat template.
 
-The policy is trained on segments that its generation must reproduce (rlqwen.data.chat); a reward model is asked by whoever
-holds a conversation and a tokenizer, so it is trained on what `apply_chat_template` gives, and scored on the same.
+A policy is trained on segments that its generation must reproduce (rlqwen.data.chat). A reward model may be called by
+anyone who has a conversation and a tokenizer, so training and scoring both use the output of `apply_chat_template`.
 """
 
 import copy
@@ -14,8 +14,9 @@ from rlqwen.data.control_tokens import ControlTokenEscaper, TemplateSegment, con
 from rlqwen.data.data_report import DataReport
 from rlqwen.data.format_counts import FormatCounts, describe
 from rlqwen.data.messages import to_messages, without_loss_marks
+from rlqwen.data.preference_renderer import AnswersRenderer
 from rlqwen.data.preference_rows import PreferenceRow
-from rlqwen.data.preference_tokenization import AnswersRenderer, PairJob
+from rlqwen.data.preference_tokenization import PairJob
 from rlqwen.data.reasoning import reads_think_tags, thoughts_in_content, thoughts_in_field
 from rlqwen.data.renderer import Renderer
 from rlqwen.data.template_source import default_template, load_chat_template, refusals
@@ -39,33 +40,32 @@ def reward_model_segments(
     is_sampled: bool = False,
     where: str = "conversation",
 ) -> list[TemplateSegment]:
-    """Return what a reward model reads of a prompt and its answer; text is joined as it is, without an EOS token.
+    """Return segments of a prompt and its answer for a reward model; texts are joined without an EOS token.
 
-    It is one segment, but for control tokens that someone wrote: in turns they are text, and in an answer that is text
-    too if a policy sampled it (`is_sampled`). Else it could end its turn in the judge's eyes, and praise itself in the
-    next. In texts of a dataset they act, as everywhere.
+    Control tokens inside messages are ordinary text. They are ordinary text in a plain-text answer too if a policy
+    sampled it (`is_sampled`), because the policy could otherwise end its turn and write a second one that praises the
+    first. In plain text of a dataset they act as tokens.
     """
     escaper = ControlTokenEscaper(control_tokens(tokenizer))
     if isinstance(prompt, str) and isinstance(completion, str):
         first = escaper.first(completion) if is_sampled else None
         if first is None:
             return [TemplateSegment(prompt + completion, True, in_loss=True)]
-        hidden, escaped = escaper.hide(completion[first:])
+        text, escaped = escaper.escape(completion[first:])
         return [
             TemplateSegment(prompt + completion[:first], True, in_loss=True),
-            *escaped.segments(hidden, in_loss=True),
+            *escaped.segments(text, in_loss=True),
         ]
     answer = to_messages(completion, "assistant")
-    if "reasoning_content" not in default_template(tokenizer):  # such a template would leave the field out
+    if "reasoning_content" not in default_template(tokenizer):  # such a template would drop the key
         answer = [thoughts_in_content(turn) for turn in answer]
     elif any("</think>" in turn["content"] for turn in answer) and not reads_think_tags(
         partial(_render, tokenizer, where="chat template")
     ):
         answer = [thoughts_in_field(turn) for turn in answer]
     turns = without_loss_marks([*to_messages(prompt, "user"), *answer])
-    (turns, tools), escaped = escaper.hide((turns, tools))
+    (turns, tools), escaped = escaper.escape((turns, tools))
     rendered = _render(tokenizer, turns, tools, where=where)
-    # Where a template leaves text out, as Qwen3's does with thoughts, its marks are gone too.
     return escaped.segments(rendered, in_loss=True)
 
 
@@ -81,15 +81,15 @@ def tokenize_reward_rows(
     *,
     faults: list[DataError] | None = None,
 ) -> tuple[Sequence[PreferenceRow], DataReport]:
-    """Pairs of all rows, in order, as `tokenize_preferences` gives them, but written whole.
+    """Tokenize rows to pairs, in order, as `tokenize_preferences` does, but render each conversation as a whole.
 
-    The prompt is what the tokens of both sides have in common at their beginning.
+    The prompt of a pair is the common prefix of the tokens of both sides.
     """
     return tokenize_all(rows, RewardJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
 class RewardJob(PairJob):
-    """Job that turns rows into pairs that a reward model reads."""
+    """Tokenize rows to pairs for a reward model."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: RewardConfig) -> None:
         if config.chat_template_path is not None:  # the trained model's tokenizer gets this template
@@ -103,11 +103,11 @@ class RewardJob(PairJob):
 
     def items(self, kept: list[Any], stats: TokenizationStats) -> list[PreferenceRow]:
         pairs = super().items(kept, stats)
-        # Nothing is generated from a reward model, so where its sequences end is of no account.
+        # A reward model generates nothing, so the end token of its sequences does not matter.
         stats.report.num_loss_tokens, stats.counts["ended"] = 0, 0
         stats.report.rows.pop("no_end", None)
         for pair in pairs:
-            _share_beginning(pair)
+            _move_prefix_to_prompt(pair)
         stats.report.num_tokens = sum(
             len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs
         )
@@ -115,13 +115,13 @@ class RewardJob(PairJob):
 
 
 class _RewardModelRenderer(Renderer):
-    """Writes each side whole, with nothing before it."""
+    """Render each side as a whole conversation with an empty prompt."""
 
     def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
     ) -> list[list[TemplateSegment]]:
         if any(not isinstance(one, str) for one in (prompt, *completions)):
-            # `format` refuses a template that cannot be trained with, and loads the one of chat_template_path.
+            # `format` refuses a template that training cannot use, and loads the one of chat_template_path.
             completions = [self.format.place_thoughts(to_messages(one, "assistant")) for one in completions]
         return [
             [],
@@ -129,8 +129,8 @@ class _RewardModelRenderer(Renderer):
         ]
 
     def describe(self, report: DataReport, form: FormatCounts) -> None:
-        """Say in the report that rows are plain text; a conversation is read in full, with or without thoughts."""
-        hint = "for a chat model give turns, or a system_prompt beside the data's path, which makes turns of them"
+        """Add to the report only which rows are plain text, because a conversation is read in full."""
+        hint = "for a chat model use messages, or set a system_prompt for the data source, which makes messages of text"
         text = FormatCounts(num_rows=form.num_rows, num_text=form.num_text)
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
@@ -138,8 +138,8 @@ class _RewardModelRenderer(Renderer):
         return self.template_warnings()
 
 
-def _share_beginning(pair: PreferenceRow) -> None:
-    """Move what both sides begin with into the prompt; each keeps a token at least."""
+def _move_prefix_to_prompt(pair: PreferenceRow) -> None:
+    """Move the common prefix of both sides into the prompt; each side keeps at least one token."""
     chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids
     limit = min(len(chosen), len(rejected)) - 1
     common = next((place for place in range(limit) if chosen[place] != rejected[place]), max(limit, 0))

@@ -1,4 +1,4 @@
-"""What an SFT row becomes, and which of it is in the loss, by its columns and the config."""
+"""Render SFT rows to template segments, and choose by columns and config what is in the loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,15 +22,15 @@ Row = dict[str, Any]
 
 
 class SFTRenderer(Renderer):
-    """Decides by the row's columns and the config what is written and what is in the loss."""
+    """Render a row by its columns, and mark the loss as the config says."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", config: SFTConfig) -> None:
         super().__init__(tokenizer, config)
         self._config = config
         self._has_pairs = False
 
-    def write(self, number: int, row: Row) -> list[list[TemplateSegment]]:
-        """Pieces of the one sequence that row `number` becomes; DataError if there is nothing to learn in it."""
+    def render(self, number: int, row: Row) -> list[list[TemplateSegment]]:
+        """Return the segments of the one sequence of row `number`; raise DataError if it has nothing to learn."""
         where = f"row {number}"
         row = normalize_row(row, where)
         segments = self._pieces(row, where)
@@ -38,10 +38,10 @@ class SFTRenderer(Renderer):
         return [segments]
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        """Add to the report in what form the rows are learned."""
+        """Add to the report how the rows are rendered and learned."""
         config = self._config
         form = count_formats(rows, self._note_form)
-        hint = "for a chat model make them turns: columns: {instruction: the column of the question, output: that of the answer}"
+        hint = "for a chat model make messages of them: columns: {instruction: question column, output: answer column}"
         other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
         describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
 
@@ -90,7 +90,7 @@ class SFTRenderer(Renderer):
         segments = self.format.conversation(row["messages"], where, tools=row.get("tools"))
         if self._config.assistant_only_loss is not False:
             return segments
-        _refuse_marks(row["messages"], where, "assistant_only_loss")
+        _refuse_excluded_messages(row["messages"], where, "assistant_only_loss")
         return with_all_in_loss(segments)
 
     def _prompt_and_completion(self, row: Row, where: str) -> list[TemplateSegment]:
@@ -106,25 +106,26 @@ class SFTRenderer(Renderer):
         asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
         if completion_only:
             return [*asked, *answered]
-        _refuse_marks([*before, *after], where, "completion_only_loss")
+        _refuse_excluded_messages([*before, *after], where, "completion_only_loss")
         return with_all_in_loss([*asked, *answered])
 
     def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
         for key in (first, second):
             if key and getattr(self._config, key):
-                raise DataError(f"{where}: {key} is set, but the row is {what}, where it means nothing; leave it out")
+                raise DataError(f"{where}: {key} is set, but the row is {what}, where it has no effect; leave it out")
 
 
-def _refuse_marks(messages: list[Message], where: str, key: str) -> None:
-    """Raise DataError for a mark without effect: all turns are learned except marked assistant turns."""
-    marked = next((turn["role"] for turn in messages if "in_loss" in turn and turn["role"] != "assistant"), None)
-    if marked is not None:
+def _refuse_excluded_messages(messages: list[Message], where: str, key: str) -> None:
+    """Raise DataError if a message other than the assistant's is excluded from the loss, which has no effect here."""
+    roles = (message["role"] for message in messages if "in_loss" in message)
+    role = next((role for role in roles if role != "assistant"), None)
+    if role is not None:
         raise DataError(
-            f"{where}: a turn of role {marked!r} is marked as not to be learned, but {key}: false learns all turns but "
-            "the assistant's that are marked; leave one of them out"
+            f"{where}: a message of role {role!r} is excluded from the loss, but {key}: false learns all messages "
+            "except excluded messages of the assistant; remove one of the two settings"
         )
 
 
 def with_all_in_loss(segments: list[TemplateSegment]) -> list[TemplateSegment]:
-    """Return the same text, all of it learned except the turns that the row excludes."""
+    """Return the segments with all of them in the loss, except messages that the row excludes."""
     return [replace(segment, in_loss=not segment.is_excluded) for segment in segments]

@@ -1,4 +1,4 @@
-"""Rows to token ids: sequences with their loss masks for SFT, prompts for GRPO."""
+"""Tokenize SFT rows to sequences with loss masks."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,7 +8,6 @@ from rlqwen.config.sft import SFTConfig
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.data_report import DataReport, percentiles
 from rlqwen.data.encoding import SequenceCodec, TokenizedRow, encode, refuse, tokenize_rows, trim
-from rlqwen.data.prompts import tokenize_prompts
 from rlqwen.data.sft_renderer import SFTRenderer, with_all_in_loss
 from rlqwen.data.tokenization import tokenize_all
 from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob, data_settings
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-__all__ = ["SFTJob", "tokenize_conversation", "tokenize_prompts", "tokenize_sft"]
-
 
 def tokenize_conversation(
     tokenizer: "PreTrainedTokenizerBase",
@@ -32,10 +29,10 @@ def tokenize_conversation(
     chat_template_kwargs: dict[str, Any] | None = None,
     preserve_thinking: bool | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and loss mask of a whole conversation; see rlqwen.data.chat for what is in the loss and why.
+    """Return token ids and loss mask of a whole conversation; rlqwen.data.chat explains what is in the loss and why.
 
-    With `assistant_only=False` every token but the first is in the loss. Raises DataError for turns that the template
-    drops, ModelError for a template that can't be trained with.
+    With `assistant_only=False` every token except the first is in the loss. Raises DataError for messages that the
+    template drops, and ModelError for a template that training cannot use.
     """
     chat = ChatFormat(
         tokenizer,
@@ -55,18 +52,18 @@ def tokenize_sft(
     *,
     faults: list[DataError] | None = None,
 ) -> tuple[Sequence[TokenizedRow], DataReport]:
-    """Sequences and loss masks of all rows, in order; rows that are too long or have no loss are left out and counted.
+    """Tokenize rows to sequences with loss masks, in order; rows that are too long or have no loss are dropped.
 
-    Conversations are written by the chat template (`config.chat_template_path`, else the tokenizer's). Text, and
-    prompts and completions that are text, are taken as they are: special tokens in them act, and the EOS token is
-    added at their end; prompt and completion are tokenized apart, as in generation. Raises DataError for a row that
-    can't be learned from, and if nothing is left, naming the reason; given a list of `faults`, puts them there instead.
+    Conversations are rendered by the chat template (`config.chat_template_path`, else the tokenizer's). Plain text,
+    also of prompts and completions, is not changed: special tokens in it act as tokens, and EOS is appended. Prompt and
+    completion are tokenized separately, as in generation. Raises DataError for a row that has nothing to learn, and if
+    no row is left. With a list `faults`, errors are appended to it instead.
     """
     return tokenize_all(rows, SFTJob(tokenizer, config), faults=faults, num_proc=config.dataset_num_proc)
 
 
 class SFTJob(TokenizingJob[TokenizedRow]):
-    """Job that turns rows into training sequences."""
+    """Tokenize rows to training sequences."""
 
     codec = SequenceCodec()
 
@@ -79,10 +76,10 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         return SFTRenderer(self.tokenizer, self.config)
 
     def settings(self) -> Any:
-        wanted = self.config.eval_generation  # the report names columns that it reads as used
-        reads = None if wanted is None else wanted.reference or "solution"
-        apart_from = ("packing", "pad_token", "eval_generation")
-        return data_settings(self.config, SFTConfig, apart_from) | {"eval_reference": reads}
+        evaluation = self.config.eval_generation  # the report counts the column that it reads as used
+        reference = None if evaluation is None else evaluation.reference or "solution"
+        excluded = ("packing", "pad_token", "eval_generation")
+        return data_settings(self.config, SFTConfig, excluded) | {"eval_reference": reference}
 
     def run(
         self, start: int, rows: Sequence[Row], faults: list[DataError] | None
@@ -90,7 +87,7 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         config, renderer, stats = self.config, self.renderer, TokenizationStats(DataReport(num_rows=len(rows)))
         report = stats.report
         kept: list[TokenizedRow] = []
-        for number, (row,) in tokenize_rows(start, rows, self.tokenizer, renderer.write, faults):
+        for number, (row,) in tokenize_rows(start, rows, self.tokenizer, renderer.render, faults):
             length = len(row.token_ids)
             stats.lengths.append(length)
             is_long = config.max_length is not None and length > config.max_length
@@ -143,7 +140,7 @@ def _nothing_to_learn(report: DataReport, config: SFTConfig) -> str:
         reasons.append(f"{report.num_overlong} are longer than max_length={config.max_length} and were dropped")
     if report.num_empty_mask:
         reasons.append(
-            f"{report.num_empty_mask} have no token in the loss: no assistant turn, or it lies beyond "
+            f"{report.num_empty_mask} have no token in the loss: no assistant turn, or all of it is after "
             f"max_length={config.max_length} (lengths {report.lengths})"
         )
     return f"none of {report.num_rows} rows has anything to learn from, so the loss would be 0: {'; '.join(reasons)}"

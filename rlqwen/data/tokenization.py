@@ -1,4 +1,4 @@
-"""Carries a tokenizing job out over all rows: a few in memory, many in parallel onto disk, or found there again."""
+"""Run a tokenization job over all rows: few rows in memory, many rows in parallel to a cached Arrow file."""
 
 import hashlib
 import json
@@ -39,13 +39,13 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 PARALLEL_FROM = 10_000
-"""Fewer rows are done before more processes would have started."""
+"""Smallest number of rows for several processes; fewer are finished before the processes have started."""
 _PROGRESS_AFTER_S = 3.0
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Result of a job for some rows, in the form that is sent between processes and written to disk."""
+    """Hold the result of a job for some rows, as it is sent between processes and written to disk."""
 
     batch: pa.RecordBatch
     stats: TokenizationStats
@@ -54,7 +54,7 @@ class Chunk:
 
 
 def run_chunk(job: TokenizingJob[Any], start: int, rows: Sequence[Row], collects_faults: bool) -> Chunk:
-    """Run a part of a job; raise the first fault unless faults are collected."""
+    """Run a job on some rows; raise the first error unless errors are collected."""
     faults: list[DataError] = []
     items, stats = job.run(start, rows, faults if collects_faults else None)
     return Chunk(job.codec.encode(items), stats, faults, len(rows))
@@ -67,11 +67,11 @@ def tokenize_all(
     faults: list[DataError] | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Item], DataReport]:
-    """Return items of all rows in order, and the report on them; long work shows a bar on a terminal.
+    """Return the items of all rows in order, and a report; show a progress bar on a terminal if it takes long.
 
-    From `STORED_FROM` rows on, the items lie in an Arrow file in the data cache, and the same rows, tokenizer and
-    settings find them there again. `num_proc`: processes; None: one, or for very many rows one per CPU. Raises the
-    fault of the first bad row, or, given a list of `faults`, puts them all there.
+    `STORED_FROM` or more rows are written to an Arrow file in the data cache, which is reused for the same rows,
+    tokenizer and settings. `num_proc`: number of processes; None: one, or one per CPU for very many rows. Raises the
+    error of the first bad row; with a list `faults`, all errors are appended to it instead.
     """
     if not rows:
         raise DataError("the dataset is empty")
@@ -89,10 +89,10 @@ def tokenize_all(
         with disk_errors_as_config_errors(root), scratch_folder(root) as folder:
             digest, report = _write(folder / ROWS_FILE, rows, job, faults, num_proc)
             meta = {"digest": digest, "report": report.to_dict()}
-            if faults:  # what is looked at once needs no name
+            if faults:  # rows with errors are not worth caching
                 return job.present(_open(folder, job, meta), rows), report
             move_folder_into_cache(folder, place, meta)
-    report.source = f"token ids are kept in {place}"
+    report.source = f"token ids are cached in {place}"
     return job.present(_open(place, job, meta), rows), report
 
 
@@ -115,7 +115,7 @@ def _in_memory(
 def _write(
     path: Path, rows: Sequence[Row], job: TokenizingJob[Any], faults: list[DataError] | None, num_proc: int | None
 ) -> tuple[str, DataReport]:
-    """Write the file; return a digest of its content and the report."""
+    """Write the Arrow file; return a digest of its content, and the report."""
     total, digest = TokenizationStats(), hashlib.blake2b(digest_size=16)
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -132,7 +132,7 @@ def _write(
 
 
 def _feed(digest: Any, batch: pa.RecordBatch) -> None:
-    """Feed values to the digest, because the bytes of a file may change with the version of Arrow."""
+    """Update the digest with values, because the bytes of a file may depend on the version of Arrow."""
     for column in batch.columns:
         digest.update(repr(column.type).encode())
         while pa.types.is_list(column.type):
@@ -166,7 +166,7 @@ def _run_parts(
         try:
             pool = WorkerPool(count, run_chunk, job, collects_faults)
         except JobNotPicklable as error:
-            logger.warning("tokenizing in one process, because this tokenizer does not pickle (%s)", error)
+            logger.warning("tokenizing in one process, because this tokenizer cannot be pickled (%s)", error)
         else:
             with closing(pool):
                 yield from pool.map(parts)
@@ -175,13 +175,13 @@ def _run_parts(
 
 
 def digest_of_job(rows: Sequence[Row], job: TokenizingJob[Any]) -> str:
-    """Digest all that the items depend on: rows, tokenizer, settings, and the code that makes the items."""
+    """Compute the digest of everything that items depend on: rows, tokenizer, settings and this package's code."""
     parts = [type(job).__name__, job.settings(), content_digest(rows), digest_vocabulary(job.tokenizer), _code_digest()]
     return hashlib.blake2b(json.dumps(parts, default=repr).encode(), digest_size=16).hexdigest()
 
 
 def digest_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Digest a tokenizer: vocabulary, merges, normalizer, added and special tokens, chat template."""
+    """Compute the digest of a tokenizer: vocabulary, merges, normalizer, added and special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = json.dumps(
         [
@@ -210,7 +210,7 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 def count_processes(num_proc: int | None, num_rows: int) -> int:
     """Return the number of tokenizing processes; None: one per CPU if there are many rows.
 
-    Of several ranks one tokenizes, and the others wait for it.
+    Only one rank tokenizes while the others wait, so it may use all CPUs.
     """
     if num_proc is not None:
         return num_proc

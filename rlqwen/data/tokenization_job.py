@@ -1,4 +1,4 @@
-"""One way of tokenizing rows, cut so that parts of the data can be done apart, in other processes, and put together."""
+"""Define a tokenization job, whose parts may run in several processes, and the statistics that its parts merge."""
 
 from abc import ABC, abstractmethod
 from array import array
@@ -20,12 +20,12 @@ Row = dict[str, Any]
 Item = TypeVar("Item")
 
 
-def data_settings(config: TrainerConfig, kind: type[TrainerConfig], apart_from: Collection[str] = ()) -> dict[str, Any]:
-    """Return the config keys that a trainer's token ids may depend on: those of `kind` that not every trainer has.
+def data_settings(config: TrainerConfig, kind: type[TrainerConfig], excluded: Collection[str] = ()) -> dict[str, Any]:
+    """Return the settings that token ids may depend on: keys of `kind` that not every trainer has, except `excluded`.
 
-    A chat template stands for its text, whatever file it is read from.
+    The chat template is included as text, so that the name of its file does not matter.
     """
-    names = set(kind.model_fields) - set(TrainerConfig.model_fields) - set(apart_from)
+    names = set(kind.model_fields) - set(TrainerConfig.model_fields) - set(excluded)
     values = config.model_dump(mode="json", include=names)
     path = values.get("chat_template_path")
     return values | ({"chat_template": load_chat_template(path)} if path else {})
@@ -33,17 +33,17 @@ def data_settings(config: TrainerConfig, kind: type[TrainerConfig], apart_from: 
 
 @dataclass(slots=True)
 class TokenizationStats:
-    """Counts over a part of the rows, for the report."""
+    """Collect counts over some of the rows, for the report."""
 
     report: DataReport = field(default_factory=DataReport)
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
-    """Tokens of each row before any cut."""
+    """Tokens of each row before truncation."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What else the job counts."""
+    """Other counts of the job."""
     examples: dict[str, list[str]] = field(default_factory=dict)
-    """What a message will say of the first few rows of a kind, which `counts` counts."""
+    """Text about the first few rows of each kind in `counts`, for messages."""
     end_tokens: list[str | None] = field(default_factory=list)
-    """The tokens that end what the model writes, each once."""
+    """Distinct tokens that end an answer."""
 
     def add(self, other: "TokenizationStats") -> None:
         """Add the counts of the rows that come next."""
@@ -56,22 +56,22 @@ class TokenizationStats:
         self.end_tokens += [end for end in other.end_tokens if end not in self.end_tokens]
 
     def add_example(self, kind: str, text: str) -> None:
-        """Count a row of a kind, and keep `text` if the row is one of the first of its kind."""
+        """Count a row of a kind, and keep `text` if it is one of the first of this kind."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED:
             self.examples.setdefault(kind, []).append(text)
 
     def format_examples(self, kind: str) -> str:
-        """Return the first few rows of a kind, and how many more there are."""
+        """Join the texts of the first few rows of a kind, and say how many more there are."""
         return format_examples(self.examples[kind], self.counts[kind])
 
     def end_of_turn(self, eos: str | None) -> str | None:
-        """Return the token that ends turns if rows had any, else `eos`."""
+        """Return the template's end-of-turn token if any row used it, else `eos`."""
         return next((end for end in self.end_tokens if end != eos), eos)
 
 
 class TokenizingJob(ABC, Generic[Item]):
-    """Turns rows into items. It pickles, and works the same in any process."""
+    """Turn rows into items. A job can be pickled, and gives the same items in any process."""
 
     codec: ClassVar[Codec[Any]]
 
@@ -79,27 +79,27 @@ class TokenizingJob(ABC, Generic[Item]):
         self.tokenizer = tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out attributes that are computed from the others at first use."""
+        """Leave out cached properties, which are computed again at first use."""
         return {name: value for name, value in vars(self).items() if name not in ("renderer", "chat", "unused")}
 
     @abstractmethod
     def run(
         self, start: int, rows: Sequence[Row], faults: list[DataError] | None
     ) -> tuple[list[Item], TokenizationStats]:
-        """Make items of the rows, the first of which has the number `start`; add a bad row to `faults`, or raise."""
+        """Turn rows, the first of which has the number `start`, into items; append errors to `faults`, or raise them."""
 
     @abstractmethod
     def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
-        """Return the report on all rows; raise or note a DataError if no items remain."""
+        """Return the report on all rows; raise a DataError, or append it to `faults`, if no items remain."""
 
     @abstractmethod
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        """Add the form of the rows to the report; only some rows are looked at."""
+        """Add the format of the rows to the report, from a sample of them."""
 
     @abstractmethod
     def settings(self) -> Any:
-        """Return what the items depend on besides rows and tokenizer, as JSON values."""
+        """Return the settings that items depend on besides rows and tokenizer, as JSON values."""
 
     def present(self, stored: ArrowRows[Any], rows: Sequence[Row]) -> Sequence[Item]:
-        """Return the items of a file that `codec` wrote; `rows`: the rows that they were made of."""
+        """Return the items of a file that `codec` wrote; `rows` are their source rows."""
         return stored

@@ -31,7 +31,7 @@ class UnusedColumns:
         self._is_read: dict[tuple[str, str], bool] = {}
         """(role, key) -> whether the template reads it."""
 
-    def note(
+    def record(
         self,
         row: Row,
         read: Collection[str],
@@ -49,7 +49,7 @@ class UnusedColumns:
             unread.update(key for role, key in found if not self._is_read[role, key])
         self.keys.update(unread)
 
-    def note_prompt(self, given: Row, row: Row, render: Render | None = None) -> None:
+    def record_prompt(self, given: Row, row: Row, render: Render | None = None) -> None:
         """Count a normalized row and the `row` that `to_prompt_row` made of it, whose columns rewards may read."""
         has_solution = given.get("solution") is not None
         left: Row = {"completion": True} if has_solution and "completion" in given else {}
@@ -59,9 +59,9 @@ class UnusedColumns:
             left["the last answer of messages"] = True
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            self.note(row | left, ("prompt",))
+            self.record(row | left, ("prompt",))
         else:
-            self.note(row | left, ("prompt", "tools"), [prompt], render)
+            self.record(row | left, ("prompt", "tools"), [prompt], render)
 
     def take(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return (columns, keys of turns) since the last call, each with its number of rows."""

@@ -235,7 +235,7 @@ def test_special_tokens_in_tools_and_calls_are_text(tokenizer):
 
 
 def test_a_role_that_the_template_drops_is_an_error(written):
-    with pytest.raises(DataError, match=r"drops turn 1, of role 'developer'"):
+    with pytest.raises(DataError, match=r"drops message 1, of role 'developer'"):
         written([USER, {"role": "developer", "content": "1"}, ANSWER])
     with pytest.raises(DataError, match=r"refuses this conversation \(roles user, system, assistant\).*beginning"):
         written([USER, {"role": "system", "content": "1"}, ANSWER], "qwen3_5_think")
@@ -247,7 +247,7 @@ def test_templates_that_cannot_be_trained_with_are_refused(tokenizer):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}": "would never stop",
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<bot>{% endif %}": "what is trained would not be what is asked for",
+        "{% if add_generation_prompt %}<bot>{% endif %}": "trained on another prompt than it is given later",
     }
     for template, message in cases.items():
         with pytest.raises(ModelError, match=message):

@@ -126,7 +126,7 @@ def test_thoughts_in_tags_are_learned_where_the_template_reads_them():
     assert [learned(tokenizer, row) for row in sequences] == ["hm\n</think>\n\n2<|im_end|>" * n for n in (2, 1)]
     beside, moved = report.warnings
     assert "text before <think>" in beside
-    assert "the chat template reads only as reasoning_content" in moved
+    assert "the chat template reads thoughts only from reasoning_content" in moved
     # A prompt stays as serving sends it: there the tags stand behind an empty think block.
     prompt = sequences[1].token_ids[: sequences[1].loss_mask.index(True)]
     assert prompt == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
@@ -142,7 +142,7 @@ def test_a_reward_model_reads_thoughts_where_its_template_does():
     pair = {"prompt": [user()], "chosen": [THOUGHT], "rejected": [answer("3")]}
     (row,), report = tokenize_reward_rows([pair], tokenizer, RewardConfig(max_length=None))
     assert tokenizer.decode(row.prompt_ids + row.chosen.token_ids) == expected
-    assert any("reads only as reasoning_content" in line for line in report.warnings)
+    assert any("reads thoughts only from reasoning_content" in line for line in report.warnings)
     for sampled in ("hm\n</think>\n\n2", THOUGHT["content"]):
         segments = reward_model_segments(tokenizer, [user()], sampled, is_sampled=True)
         assert "".join(segment.text for segment in segments) == expected
@@ -154,9 +154,9 @@ def test_thoughts_in_a_tool_loop_are_refused_where_the_prompt_says_not_to_think(
     options = {"chat_template_kwargs": NO_THINKING}
     loop = [user(), answer("", reasoning_content="hm", tool_calls=[call(a=1)]), RESULT, answer()]
     for row in ({"messages": loop}, {"prompt": [user()], "completion": loop[1:]}):
-        with pytest.raises(DataError, match=r"row 0: the answer thinks \('hm'\).* set enable_thinking: true"):
+        with pytest.raises(DataError, match=r"row 0: the answer has thoughts \('hm'\).* set enable_thinking: true"):
             sft(tokenizer, row, **options)
-    with pytest.raises(DataError, match="row 0: the answer thinks"):
+    with pytest.raises(DataError, match="row 0: the answer has thoughts"):
         tokenize_preferences(
             [{"prompt": loop[:3], "chosen": [THOUGHT], "rejected": [answer()]}], tokenizer, DPOConfig(**options)
         )
@@ -214,7 +214,7 @@ def test_thoughts_without_their_opening_tag_are_the_same_thoughts(thinking, cont
     messages = [user(), answer("2", reasoning_content="hm")]
     ids, _ = tokenize_conversation(thinking, [user(), answer(content)])
     assert ids[:-1] == ids_of(thinking, messages)
-    with pytest.raises(DataError, match="the answer thinks"):
+    with pytest.raises(DataError, match="the answer has thoughts"):
         tokenize_conversation(thinking, [user(), answer(content)], chat_template_kwargs=NO_THINKING)
 
 

@@ -69,7 +69,7 @@ def test_such_a_turn_stays_out_where_everything_else_is_learned(tokenizer):
     assert "WRONG" not in in_loss
     assert in_loss.count("1+1?") == 2
     with pytest.raises(
-        DataError, match="row 0: a turn of role 'user' is marked as not to be learned, but assistant_only_"
+        DataError, match="row 0: a message of role 'user' is excluded from the loss, but assistant_only_"
     ):
         learned(tokenizer, {"messages": [USER | {"train": False}, RIGHT]}, assistant_only_loss=False)
 

@@ -331,7 +331,7 @@ def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
     assert [pair.index for pair in pairs] == [1]
     assert report.num_equal_sides == 2
     assert "2 dropped for equal answers" in report.summary()
-    assert report.warnings == ["pairs whose answers are equal, hence teach nothing, were left out: row 0, row 2"]
+    assert report.warnings == ["dropped pairs with equal answers, which teach nothing: row 0, row 2"]
     # Answers that differ only in what is cut away.
     _, report = tokenize_preferences([TEXTS, TEXTS | {"chosen": " 2"}], tokenizer, DPOConfig(max_length=5))
     assert (report.num_kept, report.num_equal_sides) == (1, 1)
@@ -364,7 +364,7 @@ def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):
         "<|im_end|>",
     ]
     assert [line for line in report.warnings if "plain text" not in line] == [
-        "empty answers, which teach to end the turn at once: row 0, row 1",
+        "empty answers, which teach the model to end its turn at once: row 0, row 1",
         "margins below 0, as if the rejected answer were better: row 1",
     ]
 
@@ -424,7 +424,7 @@ def test_malformed_labelled_rows_are_named(tokenizer, row, message):
 def test_labels_that_are_all_the_same_are_warned_of(tokenizer):
     row = {"prompt": "q", "completion": "1", "label": False}
     assert tokenize_labelled([row], tokenizer, DPOConfig())[1].warnings[1:] == [
-        "all labels are false: there is nothing to tell good from bad by"
+        "all labels are false: good and bad answers cannot be told apart"
     ]
 
 

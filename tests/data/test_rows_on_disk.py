@@ -398,7 +398,7 @@ def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokeni
     stubborn.of_its_own = lambda: None
     kept, _ = tokenize_sft(TURNS, stubborn, SFTConfig(dataset_num_proc=2))
     assert len(kept) == len(TURNS)
-    assert "in one process, because this tokenizer does not pickle" in caplog.text
+    assert "in one process, because this tokenizer cannot be pickled" in caplog.text
 
 
 def test_processes_are_counted_by_rows_and_cpus(monkeypatch):

@@ -192,7 +192,7 @@ def test_overlong_prompts_are_dropped_or_refused(tokenizer):
 
 
 def test_prompts_that_leave_nothing_to_generate_are_refused(tokenizer):
-    with pytest.raises(DataError, match=r"row 0: the prompt ends in an assistant turn"):
+    with pytest.raises(DataError, match=r"row 0: the prompt ends in an assistant message"):
         tokenize_prompts([{"prompt": [USER, ANSWER]}], tokenizer, max_prompt_length=None)
     with pytest.raises(DataError, match=r"row 1: the prompt is empty"):
         tokenize_prompts([{"prompt": "1"}, {"prompt": ""}], tokenizer, max_prompt_length=None)

@@ -166,7 +166,7 @@ def test_a_template_without_tools_is_refused_rather_than_silent(tokenizer, tmp_p
         "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
     )
     config = SFTConfig(chat_template_path=str(path))
-    with pytest.raises(DataError, match="row 0: a turn has tool calls, but the chat template writes none"):
+    with pytest.raises(DataError, match="row 0: a message has tool calls, but the chat template writes none"):
         tokenize_sft([{"messages": TOOL_TURNS}], tokenizer, config)
     with pytest.raises(DataError, match="row 0: the row has tools, but the chat template writes none"):
         tokenize_sft([{"messages": [USER, TOOL_TURNS[-1]], "tools": [TOOL]}], tokenizer, config)

@@ -105,7 +105,7 @@ def test_all_faulty_pairs_are_named_and_the_others_are_still_checked(capsys):
     assert set(part["lengths"]) == {"prompt", "chosen", "rejected"}
     text = printed(capsys, "check", "rows.jsonl", code=2)
     assert "2 faulty, 1 of them answers to different prompts" in text
-    assert "pairs whose answers are equal, hence teach nothing, were left out: line 2" in text
+    assert "dropped pairs with equal answers, which teach nothing: line 2" in text
 
 
 def test_a_broken_line_is_a_fault_and_mapped_columns_are_read(capsys):
