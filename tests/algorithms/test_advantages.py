@@ -25,7 +25,7 @@ def test_batch_scale_divides_by_the_deviation_of_all_rewards():
     torch.testing.assert_close(group_advantages(rewards, scale="batch"), expected)
 
 
-def test_rloo_is_the_mean_of_the_others():
+def test_rloo_compares_with_the_mean_of_the_others():
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
     expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]])
     torch.testing.assert_close(group_advantages(rewards, estimator="rloo", scale="none"), expected)
@@ -40,7 +40,7 @@ def test_reinforce_pp_whitens_over_the_batch():
 
 @pytest.mark.parametrize("estimator", ["group", "rloo", "reinforce_pp"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_missing_rewards_get_no_advantage_and_shift_no_baseline(estimator, scale):
+def test_missing_rewards_get_no_advantage_and_do_not_change_the_baseline(estimator, scale):
     whole = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]), estimator=estimator, scale=scale)
     holed = group_advantages(torch.tensor([[1.0, NAN, 0.0, 0.0]]), estimator=estimator, scale=scale)
     torch.testing.assert_close(holed[0, [0, 2, 3]], whole[0])
@@ -92,7 +92,7 @@ def test_gae_by_hand():
     torch.testing.assert_close(returns, torch.tensor([0.8125, 1.25, 1.0, 3.0]))
 
 
-def test_gae_with_lambda_1_is_the_return_less_the_value():
+def test_gae_with_lambda_1_is_the_return_minus_the_value():
     torch.manual_seed(0)
     rewards, values = torch.randn(9), torch.randn(9)
     advantages, returns = gae(rewards, values, torch.tensor([4.0, 5.0]), gamma=1.0, lam=1.0)

@@ -52,7 +52,7 @@ def test_sft_loss_is_the_mean_negative_log_likelihood():
         ("dr_grpo", (-5 + 1 - 1.5 + 2.8) / (4 * 10)),
     ],
 )
-def test_normalisation_by_hand(loss_type, expected):
+def test_normalizers_match_a_hand_calculation(loss_type, expected):
     batch, logp = make_batch()
     batch.per_token.pop("old_logp", None)
     loss, _ = grpo_loss(logp, None, batch, plain(loss_type=loss_type, max_completion_length=10), totals_of(batch))
@@ -88,7 +88,7 @@ def test_clipping_by_hand(ratio, advantage, options, loss, grad):
     assert got_grad == pytest.approx(grad, rel=1e-5, abs=1e-9)
 
 
-def test_gspo_has_one_ratio_a_sequence():
+def test_gspo_has_one_ratio_per_sequence():
     batch, _ = make_batch((2,), (1.0,))
     batch.per_token["old_logp"] = torch.zeros(2)
     logp = torch.tensor([0.3, -0.1], requires_grad=True)
@@ -215,7 +215,7 @@ def test_equals_trl(options):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
-def test_any_split_into_micro_batches_adds_up_to_the_same_loss_and_gradient(options):
+def test_every_split_into_micro_batches_gives_the_same_loss_and_gradient(options):
     config = GRPOConfig(max_completion_length=10, **options)
     batch, logp = make_batch()
     entropy = torch.linspace(0.1, 2.0, 13)

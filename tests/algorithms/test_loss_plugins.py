@@ -106,7 +106,7 @@ def test_a_loss_a_normalizer_and_an_estimator_from_a_file_train(tiny_model_path,
     assert any(steps(trainer))
 
 
-def test_a_loss_of_tokens_from_a_file_trains_by_sft(tiny_model_path, tmp_path):
+def test_a_token_loss_from_a_file_trains_with_sft(tiny_model_path, tmp_path):
     file = tmp_path / "focal.py"
     file.write_text("def focal(logp, gamma=2.0):\n    return -(1 - logp.detach().exp()) ** gamma * logp\n")
     plain = make_sft(tiny_model_path, tmp_path / "plain", max_steps=1)
@@ -148,7 +148,7 @@ def test_unknown_names_are_refused_with_the_nearest(config, options, text):
         config(**options)
 
 
-def test_metrics_are_reduced_as_they_say_over_micro_batches_and_ranks():
+def test_metrics_follow_their_reduction_over_micro_batches_and_ranks():
     collected = MetricSums()
     for values in (torch.tensor([1.0, 2.0]), torch.tensor([3.0])):
         collected.add({"a": token_mean(values), "b": sequence_mean(values), "c": total(values), "d": maximum(values)})
@@ -158,7 +158,7 @@ def test_metrics_are_reduced_as_they_say_over_micro_batches_and_ranks():
     assert reduced == {"a": 3.0, "b": 2.0, "c": 6.0, "d": 9.0, "e": 2.0}
 
 
-def test_the_maximum_of_nothing_is_left_to_the_others():
+def test_the_maximum_of_no_values_is_ignored():
     collected = MetricSums()
     collected.add({"d": maximum(torch.tensor([]))})
     collected.add({"d": maximum(torch.tensor([-2.0]))})

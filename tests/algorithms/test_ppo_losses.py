@@ -94,7 +94,7 @@ def test_equals_the_formulas_of_trl():
         torch.testing.assert_close(our_grad, their_grad, atol=1e-6, rtol=0)
 
 
-def test_shares_of_any_split_add_up():
+def test_every_split_into_micro_batches_gives_the_same_loss():
     config = PPOConfig(kl_penalty="loss", kl_estimator="k3", entropy_coef=0.1)
     batch, logp, values = make_batch()
     entropy = torch.rand(sum(LENGTHS))

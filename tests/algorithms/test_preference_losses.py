@@ -291,7 +291,7 @@ def log_sigmoid(x):
     ],
     ids=lambda value: name_of(value) if isinstance(value, dict) else "",
 )
-def test_by_hand(options, expected):
+def test_losses_match_a_hand_calculation(options, expected):
     assert one_pair(0.5, -0.3, beta=1.0, **options)[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -318,13 +318,13 @@ def test_kto_raises_good_answers_and_lowers_bad_ones_whatever_their_number():
     assert "rewards/accuracies" not in metrics
 
 
-def test_smoothed_sigmoid_keeps_a_certain_pair_from_growing_for_ever():
+def test_label_smoothing_limits_the_margin_of_a_pair():
     _, (plain, _) = one_pair(9.0, -9.0, beta=1.0)
     _, (smoothed, _) = one_pair(9.0, -9.0, beta=1.0, label_smoothing=0.1)
     assert plain < 0 < smoothed
 
 
-def test_discopop_stays_finite_where_a_pair_is_far_wrong():
+def test_discopop_stays_finite_for_a_pair_in_extremely_wrong_order():
     loss, gradients = one_pair(-2000.0, 0.0, loss_type="discopop")
     assert loss == pytest.approx(200.0)
     assert all(map(math.isfinite, gradients))
@@ -344,7 +344,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize("options", SPLIT, ids=name_of)
-def test_shares_of_any_split_add_up(options):
+def test_every_split_into_micro_batches_gives_the_same_loss(options):
     """Types that rank the update's pairs get all of them at once, joined from parts."""
     config = DPOConfig(**options)
     kl = torch.tensor(0.3)
@@ -378,7 +378,7 @@ def test_shares_of_any_split_add_up(options):
         assert sum(metrics[key].item() for _, metrics in results) == pytest.approx(value.item(), abs=1e-5), key
 
 
-def test_long_answers_lose_their_surplus_under_ld():
+def test_ld_dpo_weights_surplus_tokens_down():
     batch, logp, _, _ = make_batch((3, 1))
     sums = answer_logps(logp, batch, 0.5)
     assert sums.tolist() == pytest.approx([(logp[0] + 0.5 * logp[1] + 0.5 * logp[2]).item(), logp[3].item()])

@@ -63,7 +63,7 @@ def plain_nats(model, ids: list[int], mask: list[bool]) -> float:
     return -sum(logp[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i])
 
 
-def test_perplexity_is_that_of_a_plain_forward(tiny_model_path, data):
+def test_perplexity_equals_that_of_a_plain_forward_pass(tiny_model_path, data):
     result = evaluate_model(evaluation_config(str(tiny_model_path), data, metric_names="perplexity"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
@@ -100,7 +100,7 @@ def test_perplexity_of_conversations_and_of_plain_text(tiny_model_path, data, ro
     assert result.metrics["nats_per_token"] * result.metrics["tokens"] == pytest.approx(nats, rel=1e-5)
 
 
-def test_perplexity_by_an_sft_recipe_is_the_trainer_s_own(tiny_model_path, data, tmp_path):
+def test_perplexity_with_an_sft_recipe_equals_the_trainers(tiny_model_path, data, tmp_path):
     Path("sft.yaml").write_text(
         f"algorithm: sft\nmodel: {{path: {tiny_model_path}}}\noutput_dir: run\n"
         "data:\n  train: {generator: arithmetic, args: {kind: sft, size: 8}}\n"
@@ -121,9 +121,7 @@ def test_perplexity_by_an_sft_recipe_is_the_trainer_s_own(tiny_model_path, data,
     assert found["tokens"] == expected["eval/tokens"]
 
 
-def test_two_models_are_held_against_each_other_through_the_command_line(
-    tiny_model_path, other_model_path, reward_model_path, data, capsys
-):
+def test_the_command_line_compares_two_models(tiny_model_path, other_model_path, reward_model_path, data, capsys):
     words = [
         "eval",
         str(tiny_model_path),
@@ -167,7 +165,7 @@ def test_two_models_are_held_against_each_other_through_the_command_line(
         assert part in printed
 
 
-def test_a_model_ties_with_itself_and_loses_to_answers_that_are_right(tiny_model_path, data):
+def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path, data):
     options = {"reward_names": "exact_match", "engine": "transformers", "max_tokens": 4, "num_samples": 2}
     itself = evaluate_model(evaluation_config(str(tiny_model_path), data, against=str(tiny_model_path), **options))
     rate = itself.win_rates["exact_match"]
@@ -184,7 +182,7 @@ def test_a_model_ties_with_itself_and_loses_to_answers_that_are_right(tiny_model
     )
 
 
-def test_what_was_sampled_is_kept_where_a_reward_fails(tiny_model_path, data, capsys):
+def test_completions_are_kept_if_a_reward_fails(tiny_model_path, data, capsys):
     Path("broken.py").write_text("def broken(completions):\n    raise ZeroDivisionError('oh')\n")
     words = ["eval", str(tiny_model_path), "--data", data, "--rewards", "broken.py:broken", "--engine", "transformers"]
     assert main([*words, "--max-tokens", "4", "--output", "found"]) == 1
@@ -216,7 +214,7 @@ def test_what_was_sampled_is_kept_where_a_reward_fails(tiny_model_path, data, ca
         ),
     ],
 )
-def test_bad_input_ends_with_2_before_anything_is_sampled(tiny_model_path, data, capsys, words, message):
+def test_bad_input_exits_with_2_before_sampling(tiny_model_path, data, capsys, words, message):
     Path("bare.jsonl").write_text('{"prompt": "q"}\n')
     words = [str(tiny_model_path) if word == "TINY" else word for word in words]
     assert main(["eval", str(tiny_model_path), "--data", data, "--engine", "transformers", *words]) == 2
@@ -225,7 +223,7 @@ def test_bad_input_ends_with_2_before_anything_is_sampled(tiny_model_path, data,
     assert "Traceback" not in error
 
 
-def test_metrics_alone_leave_a_recipe_s_rewards_out_but_a_comparison_needs_them(data):
+def test_rewards_of_a_recipe_are_computed_only_if_needed(data):
     Path("grpo.yaml").write_text(
         "algorithm: grpo\nmodel: {path: m}\noutput_dir: run\ndata: {train: {generator: arithmetic}}\nrewards: [accuracy]\n"
     )
@@ -237,7 +235,7 @@ def test_metrics_alone_leave_a_recipe_s_rewards_out_but_a_comparison_needs_them(
         EvalConfig(model="m", data={"path": "rows.jsonl"})
 
 
-def test_sampling_outside_a_terminal_says_how_far_it_is(monkeypatch):
+def test_sampling_outside_a_terminal_prints_progress_lines(monkeypatch):
     monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
     screen = io.StringIO()
     assert list(sampling._with_progress(iter("ab"), 2, Console(file=screen))) == ["a", "b"]

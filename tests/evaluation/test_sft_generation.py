@@ -29,7 +29,7 @@ def make_trainer(model, folder, *, eval_dataset=None, generation=None, **options
     )
 
 
-def test_the_best_checkpoint_is_kept_by_what_the_model_writes(tiny_model_path, tmp_path):
+def test_a_generation_metric_selects_the_best_checkpoint(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, metric_for_best_model="exact_match", load_best_model_at_end=True, save_total_limit=1
     )
@@ -52,7 +52,7 @@ def test_the_best_checkpoint_is_kept_by_what_the_model_writes(tiny_model_path, t
     assert summary["final_eval"]["eval/exact_match"] == 1
 
 
-def test_the_same_weights_write_the_same_at_every_evaluation_and_training_goes_on_as_without(tiny_model_path, tmp_path):
+def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path / "a", max_steps=4, generation={"temperature": 1.0})
     first, second = trainer.evaluate(), trainer.evaluate()
     assert {**first, "eval/time": 0} == {**second, "eval/time": 0}
@@ -65,14 +65,14 @@ def test_the_same_weights_write_the_same_at_every_evaluation_and_training_goes_o
     assert losses[0] == losses[1]
 
 
-def test_the_end_that_was_asked_for_ends_what_is_written(tiny_model_path, tmp_path):
+def test_a_configured_eos_token_stops_generation(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, eos_token="<|endoftext|>")
     ends = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
     assert ends.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
     assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in ends
 
 
-def test_another_eval_set_brings_its_own_prompts(tiny_model_path, tmp_path):
+def test_another_eval_set_uses_its_own_prompts(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, generation={"metrics": ["label"], "labels": ["yes", "no"]})
     assert trainer.evaluate()["eval/label/unparsable"] == 1
     trainer.evaluate([{"prompt": "other", "completion": "no"}])
@@ -94,7 +94,7 @@ def test_another_eval_set_brings_its_own_prompts(tiny_model_path, tmp_path):
         ({"metric_for_best_model": "bleu"}, ConfigError, "there are: .*eval/exact_match.*eval/rouge_l"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_before_training(tiny_model_path, tmp_path, options, error, message):
+def test_impossible_evaluations_are_refused_before_training(tiny_model_path, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         make_trainer(tiny_model_path, tmp_path, **options)
 

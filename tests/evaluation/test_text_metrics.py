@@ -43,11 +43,11 @@ def test_bleu_counts_words_or_chinese_characters_and_says_which(text, reference,
         ([["42"], ["7"]], "13a"),
     ],
 )
-def test_the_script_of_most_letters_picks_the_tokenizer(references, tokenizer):
+def test_the_most_frequent_script_selects_the_tokenizer(references, tokenizer):
     assert bleu_tokenizer(references) == tokenizer
 
 
-def test_chrf_is_the_mean_over_the_orders_that_there_are():
+def test_chrf_averages_over_the_possible_orders():
     found = figures("chrf", "abc", "abd")
     # Of single characters 2/3 are shared, of pairs 1/2, of triples none; precision and recall are equal.
     assert found.values["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
@@ -61,7 +61,7 @@ def test_rouge_counts_words_or_chinese_characters(text, reference, tokenizer):
     assert values == pytest.approx({"rouge_1": 5 / 6, "rouge_2": 3 / 5, "rouge_l": 5 / 6})
 
 
-def test_rouge_l_keeps_the_order_and_of_several_references_the_best_counts():
+def test_rouge_l_respects_order_and_uses_the_best_reference():
     assert figures("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
     assert figures("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
     both = text_metrics(["rouge"], ["a", "b"], [["a"], ["c"]])
@@ -73,7 +73,7 @@ def test_rouge_tokens_of_mixed_text():
     assert tokens == ["qwen3", "是", "一", "个", "llm", "größe", "1", "5", "b", "テ", "ス", "ト"]
 
 
-def test_bleu_takes_different_numbers_of_references():
+def test_bleu_accepts_different_numbers_of_references():
     texts, references = ["the cat sat on the mat", "a b c d"], [["x y z u"], ["e f g h", "a b c d"]]
     found = text_metrics(["bleu"], texts, references)
     assert found.values["bleu"] > text_metrics(["bleu"], texts, [["x y z u"], ["e f g h"]]).values["bleu"]
@@ -91,7 +91,7 @@ def test_bleu_takes_different_numbers_of_references():
         ("a  b\nc", "A b c"),
     ],
 )
-def test_answers_that_differ_in_form_alone_are_the_same(text, reference):
+def test_answers_that_differ_only_in_form_are_equal(text, reference):
     assert same_answer(text, reference)
 
 
@@ -107,17 +107,17 @@ def test_answers_that_differ_in_form_alone_are_the_same(text, reference):
         ("", "8"),
     ],
 )
-def test_answers_that_differ_are_not_the_same(text, reference):
+def test_different_answers_are_not_equal(text, reference):
     assert not same_answer(text, reference)
 
 
-def test_exact_match_is_a_share_and_one_of_several_references_will_do():
+def test_exact_match_counts_a_match_with_any_reference():
     assert text_metrics(["exact_match"], ["a", "b", "x"], [["A"], ["c", "b."], ["y"]]).values == {
         "exact_match": pytest.approx(2 / 3)
     }
 
 
-def test_thoughts_are_no_part_of_what_is_compared():
+def test_reasoning_is_not_compared():
     assert after_reasoning("<think>a b</think>\n\nc d") == "c d"
     assert after_reasoning("a b") == "a b"
     assert figures("rouge", "<think>no</think>a b", "a b").values["rouge_2"] == 1
@@ -157,7 +157,7 @@ def test_the_label_is_the_answer_or_the_only_one_named(text, label):
         ("5 stars", "5"),
     ],
 )
-def test_a_single_letter_is_a_label_in_a_text_only_as_a_capital(text, label):
+def test_a_single_letter_is_a_label_in_a_text_only_if_uppercase(text, label):
     assert find_label(text, ["a", "b", "5"]) == label
 
 
@@ -170,14 +170,14 @@ def test_label_metrics_by_hand():
     assert found.micro_f1 == pytest.approx(2 * 2 / (3 + 4))
 
 
-def test_micro_f1_is_the_accuracy_where_every_text_has_a_label():
+def test_micro_f1_equals_the_accuracy_if_every_text_has_a_label():
     found = label_metrics(["a", "c", "b"], ["a", "b", "b"])
     assert (found.accuracy, found.micro_f1) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     # c was found once and never expected, and counts in the mean as a label without a right one.
     assert found.macro_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
-def test_what_cannot_be_labels_is_refused_with_its_row():
+def test_invalid_labels_are_refused_with_their_row():
     assert label_set([["Yes"], ["no"], ["yes."]], None) == ["yes", "no"]
     with pytest.raises(DataError, match="row 1: 'maybe' is none of the labels yes, no"):
         label_set([["yes"], ["maybe"]], ["Yes", "No"])
@@ -203,18 +203,18 @@ MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content"
         ({"prompt": "q", "label": 0}, "label", ["0"]),
     ],
 )
-def test_references_are_found_where_rewards_find_them_or_where_one_says(row, column, expected):
+def test_references_come_from_the_columns_of_rewards_or_a_given_column(row, column, expected):
     assert references_of(row, column, "row 0") == expected
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q"}, {"prompt": "q", "solution": " "}, {"prompt": "q", "solution": []}])
-def test_a_row_without_a_right_answer_is_named(row):
+def test_a_row_without_a_correct_answer_is_refused_with_its_number(row):
     with pytest.raises(DataError, match=r"row 7: there is no right answer .* the row has prompt"):
         references_of(row, None, "row 7")
     assert own_answer({"prompt": "q"}, "row 7") is None
 
 
-def test_a_measure_pairs_completions_with_their_own_row():
+def test_completions_are_compared_with_the_references_of_their_own_row():
     rows = [{"prompt": f"{i}", "solution": f"{i}"} for i in range(3)]
     measure = TextMeasure(["exact_match", "label", "exact_match"], rows)
     groups = [
@@ -226,7 +226,7 @@ def test_a_measure_pairs_completions_with_their_own_row():
     assert measure.keys == list(values)
 
 
-def test_normalising_leaves_something_of_every_answer():
+def test_normalizing_never_empties_an_answer():
     assert normalize_answer("...") == "..."
     assert normalize_answer("007.0") == "7"
     assert normalize_answer("100") == "100"

@@ -70,7 +70,7 @@ def logprobs(folder: Path | str, **options: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("part", ["", "final", "final/adapter", "checkpoints/step-000012"])
-def test_a_run_or_a_part_of_it(run: Path, base: Path, tmp_path: Path, part: str) -> None:
+def test_a_run_or_a_part_of_it_is_exported(run: Path, base: Path, tmp_path: Path, part: str) -> None:
     out = tmp_path / "out"
     assert main(["export", str(run / part), str(out)]) == 0
     torch.testing.assert_close(logprobs(out), logprobs(run / "final"), atol=2e-5, rtol=1e-4)
@@ -93,7 +93,7 @@ def test_a_run_or_a_part_of_it(run: Path, base: Path, tmp_path: Path, part: str)
     assert (run / "recipe.yaml").read_text() in card.content
 
 
-def test_cast_and_sharded(run: Path, tmp_path: Path) -> None:
+def test_an_export_is_cast_and_sharded(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     assert main(["export", str(run), str(out), "--dtype", "bfloat16", "--shard-size", "50KB"]) == 0
@@ -117,7 +117,7 @@ def test_int8_loads_in_transformers(run: Path, tmp_path: Path) -> None:
     assert "int8" in (out / "README.md").read_text()
 
 
-def test_int8_names_the_projections_that_stay(tmp_path: Path) -> None:
+def test_int8_lists_the_projections_that_it_leaves_unquantized(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.warns(UserWarning, match="in_proj_a, in_proj_b, in_proj_qkv, in_proj_z, out_proj") as caught:
         export_model(ExportOptions(resolve_model_path("builtin:tiny-qwen3.5", tmp_path), str(out), int8=True))
@@ -133,7 +133,7 @@ def test_int8_rounds_to_half_a_step() -> None:
     torch.testing.assert_close(scale[:, 0], torch.tensor([1.0, 1e-12 / 127, 0.002]))
 
 
-def test_a_quantised_model_is_written_plain(base: Path, tmp_path: Path) -> None:
+def test_a_quantized_model_is_exported_dequantized(base: Path, tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional extra")
     from transformers import BitsAndBytesConfig
 
@@ -149,7 +149,7 @@ def test_a_quantised_model_is_written_plain(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logprobs(tmp_path / "out"), expected, atol=5e-5, rtol=1e-4)
 
 
-def test_a_reward_model_stays_one(base: Path, tmp_path: Path) -> None:
+def test_a_reward_model_is_exported_as_one(base: Path, tmp_path: Path) -> None:
     config = Qwen3Config.from_pretrained(base, num_labels=1, pad_token_id=0)
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "rm")
@@ -167,7 +167,9 @@ def test_a_model_without_a_run_has_a_plain_card(base: Path, tmp_path: Path) -> N
     assert "## Recipe" not in card.content
 
 
-def test_what_is_wrong_is_said(run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_of_export_are_refused_with_the_reason(
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "notes.txt").touch()
@@ -192,7 +194,7 @@ def test_what_is_wrong_is_said(run: Path, base: Path, tmp_path: Path, capsys: py
     torch.testing.assert_close(logprobs(tmp_path / "out"), logprobs(run / "final"), atol=2e-5, rtol=1e-4)
 
 
-def test_a_run_that_is_not_finished_gives_its_newest_checkpoint(tmp_path: Path, base: Path) -> None:
+def test_an_unfinished_run_exports_its_newest_checkpoint(tmp_path: Path, base: Path) -> None:
     for step in (5, 10):
         policy_folder = tmp_path / "checkpoints" / f"step-{step:06d}"
         AutoModelForCausalLM.from_pretrained(base).save_pretrained(policy_folder)
@@ -201,7 +203,7 @@ def test_a_run_that_is_not_finished_gives_its_newest_checkpoint(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("300", 300), ("20k", 20_000)])
-def test_sizes(text: str, size: int) -> None:
+def test_shard_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size(text) == size
     with pytest.raises(ConfigError):
         parse_size(f"{text} or so")

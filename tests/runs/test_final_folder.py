@@ -76,7 +76,7 @@ def stops(folder):
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "ppo"])
-def test_folders_stop_at_the_end_of_turn_that_was_taught(base, tmp_path, algorithm, peft):
+def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(base, tmp_path, algorithm, peft):
     train(algorithm, base, tmp_path / "run", peft=peft)
     for folder in (tmp_path / "run" / "final", *(tmp_path / "run" / "checkpoints").glob("step-*")):
         assert stops(folder) == [EOS, END]
@@ -88,7 +88,7 @@ def test_folders_stop_at_the_end_of_turn_that_was_taught(base, tmp_path, algorit
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
-def test_the_eos_token_that_was_asked_for_is_everywhere(base, tmp_path, algorithm):
+def test_a_configured_eos_token_is_in_every_saved_config(base, tmp_path, algorithm):
     """As TRL 1.16 has it: the tokenizer's, the config's, and the first of generation's."""
     train(algorithm, base, tmp_path, eos_token=END)
     model, tokenizer = (auto.from_pretrained(tmp_path / "final") for auto in (AutoModelForCausalLM, AutoTokenizer))
@@ -98,7 +98,7 @@ def test_the_eos_token_that_was_asked_for_is_everywhere(base, tmp_path, algorith
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_a_reward_model_knows_its_padding(base, tmp_path):
+def test_a_saved_reward_model_has_a_pad_token(base, tmp_path):
     """transformers reads the score off the last token that is not padding."""
     train("reward", base, tmp_path, eos_token=END)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
@@ -113,7 +113,7 @@ def test_an_unknown_eos_token_is_refused(base, tmp_path):
         train("sft", base, tmp_path, eos_token="<end>")
 
 
-def test_ids_are_only_added_and_what_transformers_would_not_save_is_mended(base, tmp_path):
+def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(base, tmp_path):
     model, tokenizer = (auto.from_pretrained(base) for auto in (AutoModelForCausalLM, AutoTokenizer))
     model.generation_config = GenerationConfig(eos_token_id=[7, 9], temperature=0.5)
     with pytest.warns(UserWarning, match="do_sample is set to true"):
@@ -140,13 +140,13 @@ def short(base, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "reward", "grpo", "ppo"])
-def test_trainers_refuse_tokens_without_a_row(short, tmp_path, algorithm):
+def test_trainers_refuse_tokens_without_an_embedding_row(short, tmp_path, algorithm):
     folder, message = short
     with pytest.raises(ModelError, match=message):
         train(algorithm, folder, tmp_path / "run")
 
 
-def test_exports_and_reward_models_refuse_tokens_without_a_row(short, tmp_path):
+def test_exports_and_reward_models_refuse_tokens_without_an_embedding_row(short, tmp_path):
     folder, message = short
     with pytest.raises(ModelError, match=message):
         export_model(ExportOptions(str(folder), str(tmp_path / "out")))
@@ -155,7 +155,7 @@ def test_exports_and_reward_models_refuse_tokens_without_a_row(short, tmp_path):
         RewardModel(model, AutoTokenizer.from_pretrained(folder)).load()
 
 
-def test_the_command_line_refuses_tokens_without_a_row(short, tmp_path, capsys):
+def test_the_command_line_refuses_tokens_without_an_embedding_row(short, tmp_path, capsys):
     folder, message = short
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     recipe = {

@@ -32,14 +32,14 @@ def ranks(rows):
     return [(row["chosen"], row["rejected"]) for row in rows]
 
 
-def test_the_best_stands_against_the_worst():
+def test_the_best_answer_is_paired_with_the_worst():
     rows = list(_pairs_of(group_of(0.5, 1.0, None, 0.0), sampled(pairs_per_prompt=9)))
     assert ranks(rows) == [("answer 1", "answer 3")]  # the middle one is left without an opponent
     assert rows[0]["chosen_reward"] == 1.0
     assert rows[0]["solution"] == "4"
 
 
-def test_pairs_end_where_rewards_no_longer_differ():
+def test_answers_with_equal_rewards_make_no_pair():
     rewards = (1.0, 1.0, 0.0, 1.0, 0.0, 1.0)
     assert ranks(_pairs_of(group_of(*rewards), sampled(pairs_per_prompt=9))) == [
         ("answer 0", "answer 4"),
@@ -51,7 +51,7 @@ def test_pairs_end_where_rewards_no_longer_differ():
     assert not list(_pairs_of(group_of(None, 1.0), sampled()))
 
 
-def test_conversations_get_turns():
+def test_answers_to_conversations_are_messages():
     (row,) = _pairs_of(group_of(0.0, 1.0, content=[{"role": "user", "content": "2 + 2 = ?"}]), sampled())
     assert row["chosen"] == [{"role": "assistant", "content": "answer 1"}]
 
@@ -91,7 +91,7 @@ def test_a_recipe_samples_its_pairs_and_trains_on_them(tiny_model_path, tmp_path
     assert summary["final_eval"]["eval/rewards/margins"] != 0
 
 
-def test_the_command_writes_a_file_and_nothing_over_it(tiny_model_path, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_file_but_never_overwrites_one(tiny_model_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = [
         "data", "pairs", str(tiny_model_path), "--data", "arithmetic", "--rewards", write_reward(tmp_path), "--limit",
@@ -106,19 +106,19 @@ def test_the_command_writes_a_file_and_nothing_over_it(tiny_model_path, tmp_path
     assert (tmp_path / "pairs.jsonl").read_text() == before
 
 
-def test_answers_of_one_reward_make_no_pairs(tiny_model_path):
+def test_prompts_without_differing_rewards_are_refused(tiny_model_path):
     config = sampled(num_samples=2, max_tokens=2, rollout={"engine": "transformers"})
     with pytest.raises(DataError, match=r"none of 6 prompts has answers .* whose rewards differ"):
         draw_pairs(str(tiny_model_path), config)
 
 
-def test_pairs_that_nobody_has_sampled_are_no_rows():
+def test_pairs_that_were_not_sampled_are_refused_as_rows():
     source = SourceConfig(sampled=sampled())
     with pytest.raises(DataError, match="yet to be sampled"):
         load_rows(source, seed=0)
 
 
-def test_origins_exclude_each_other():
+def test_sources_of_rows_exclude_each_other():
     with pytest.raises(ConfigError, match="give one of 'path'"):
         SourceConfig.parse({"path": "x.jsonl", "sampled": {"prompts": SUMS, "rewards": ["accuracy"]}})
     nested = {"prompts": {"sampled": {"prompts": SUMS, "rewards": ["accuracy"]}}, "rewards": ["accuracy"]}
@@ -126,7 +126,7 @@ def test_origins_exclude_each_other():
         SourceConfig.parse({"sampled": nested})
 
 
-def test_eval_of_a_recipe_of_pairs_takes_the_prompts():
+def test_eval_of_a_recipe_with_sampled_pairs_uses_its_prompts():
     config = evaluation_config("builtin:tiny-qwen3", "quickstart_dpo")
     assert config.data.generator == "arithmetic"
     assert [spec.name for spec in config.rewards] == ["accuracy"]

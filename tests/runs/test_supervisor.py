@@ -58,7 +58,7 @@ DIE = {"raises": "sys.exit(1)", "is killed": "os.kill(os.getpid(), signal.SIGKIL
     "the run dies, twice, further on each time", "started again from its last checkpoint, until it is done"
 )
 @pytest.mark.parametrize("how", DIE)
-def test_a_run_that_dies_goes_on(script, how):
+def test_a_run_that_dies_is_restarted(script, how):
     command, run = script(f"""
         log(10 * starts + 5)
         save(10 * starts + 4)
@@ -78,7 +78,7 @@ def test_a_run_that_dies_goes_on(script, how):
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 130])
-def test_what_is_done_wrong_or_asked_for_is_not_started_again(script, code):
+def test_finished_refused_and_stopped_runs_are_not_restarted(script, code):
     command, run = script(f"sys.exit({code})")
     assert supervise(command, [run], RestartPolicy(3, **QUICK), print) == code
     assert len(starts(run)) == 1
@@ -100,7 +100,7 @@ def test_restarts_are_bounded(script):
 
 
 @pytest.mark.fault("the run dies at the same step each time", "ended after the third time, restarts left or not")
-def test_a_run_that_gains_nothing_is_given_up(script):
+def test_a_run_without_progress_is_given_up(script):
     command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
     said = []
     assert supervise(command, [run], RestartPolicy(50, **QUICK), said.append) == -signal.SIGSEGV
@@ -114,7 +114,7 @@ def test_a_run_that_its_monitor_stopped_is_not_restarted(script):
     assert len(starts(run)) == 1
 
 
-def test_the_run_folder_that_is_being_written_gets_the_note(script, tmp_path):
+def test_a_restart_is_recorded_in_the_unfinished_run_folder(script, tmp_path):
     command, run = script("""
         if starts == 0:
             sys.exit(1)
@@ -148,7 +148,7 @@ def start_supervisor(command, run):
     "a signal to the supervisor", "passed on once; the run's own exit code is its own, and nothing restarts"
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
-def test_signals_are_passed_on_once(script, number, code):
+def test_signals_are_forwarded_once(script, number, code):
     command, run = script(f"""
         got = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -168,7 +168,7 @@ def test_signals_are_passed_on_once(script, number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_between_two_attempts_ends_it(script, number, code):
+def test_a_signal_between_two_attempts_ends_the_supervisor(script, number, code):
     command, run = script("(run / 'ready').touch()\nsys.exit(1)")
     process = start_supervisor(command, run)
     wait_until(lambda: restarts(run), "a restart is noted")
@@ -199,7 +199,7 @@ def test_no_child_outlives_its_supervisor(script):
     wait_until((run / "left").exists, "the child leaves")
 
 
-def test_ends_are_said_in_words():
+def test_exit_codes_are_described_in_words():
     assert describe_exit(-9) == describe_exit(137) == "killed by SIGKILL"
     assert describe_exit(1) == "exit code 1"
     assert os.environ.get("RLQWEN_SUPERVISOR") is None

@@ -21,12 +21,12 @@ def test_patience_counts_evaluations_without_improvement():
     assert follow([1.0, 0.95], early_stopping_patience=1, early_stopping_threshold=0.1) == ["BEST", "STOP"]
 
 
-def test_names_as_transformers_spells_them_are_understood():
+def test_transformers_spelling_of_metric_names_is_accepted():
     best = BestMetric(SFTConfig(metric_for_best_model="eval_loss"), "eval/reward/mean")
     assert best.judge({"eval/loss": 1.0}) is Verdict.BEST
 
 
-def test_an_unknown_metric_names_those_there_are():
+def test_an_unknown_metric_is_refused_with_the_known_ones():
     with pytest.raises(
         ConfigError, match=r"'acuracy' is not among .* did you mean 'eval/accuracy'\? there are: eval/acc"
     ):
@@ -34,7 +34,7 @@ def test_an_unknown_metric_names_those_there_are():
 
 
 @pytest.mark.parametrize("name", ["eval/reward/len/mean", "reward/len/mean", "eval_reward_len_mean", "reward_len_mean"])
-def test_every_spelling_of_a_key_is_understood(name):
+def test_every_spelling_of_a_metric_is_accepted(name):
     best = BestMetric(SFTConfig(metric_for_best_model=name), "eval/loss")
     assert best.find_key(["eval/loss", "eval/reward/len/mean", "eval/reward/mean"]) == "eval/reward/len/mean"
 

@@ -4,7 +4,7 @@ from rlqwen.errors import DataError
 from rlqwen.trainers.data_stream import RowStream
 
 
-def test_every_epoch_holds_every_row_once_in_another_order():
+def test_every_epoch_has_every_row_once_in_a_new_order():
     stream = RowStream(list(range(10)), seed=0, shuffle=True)
     taken = stream.take(30)
     epochs = [taken[:10], taken[10:20], taken[20:]]
@@ -12,7 +12,7 @@ def test_every_epoch_holds_every_row_once_in_another_order():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_going_on_from_a_position_repeats_and_loses_nothing():
+def test_a_resumed_stream_repeats_and_loses_no_row():
     whole = RowStream(list(range(7)), seed=3, shuffle=True).take(20)
     first = RowStream(list(range(7)), seed=3, shuffle=True)
     head = first.take(9)
@@ -20,11 +20,11 @@ def test_going_on_from_a_position_repeats_and_loses_nothing():
     assert head + tail == whole
 
 
-def test_unshuffled_rows_come_in_their_order():
+def test_unshuffled_rows_keep_their_order():
     assert RowStream("abc", seed=0, shuffle=False).take(5) == ["a", "b", "c", "a", "b"]
 
 
-def test_epoch_ends_are_seen_within_a_batch():
+def test_an_epoch_that_ends_inside_a_batch_is_noticed():
     stream = RowStream(list(range(5)), seed=0, shuffle=False)
     ends = []
     for _ in range(5):

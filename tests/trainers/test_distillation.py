@@ -33,7 +33,7 @@ def make_trainer(model, folder, teacher_model, *, rewards=(), eval_dataset=None,
     )
 
 
-def test_the_student_comes_nearer_to_a_teacher_of_another_size(tiny_model_path, teacher_path, tmp_path):
+def test_the_kl_to_a_teacher_of_another_size_falls(tiny_model_path, teacher_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, str(teacher_path), max_steps=20, eval_dataset=ROWS[:4], eval_on_start=True
     )
@@ -45,13 +45,13 @@ def test_the_student_comes_nearer_to_a_teacher_of_another_size(tiny_model_path, 
     assert not any(key.startswith("reward/") for entry in logged for key in entry)
 
 
-def test_rewards_are_measured_if_there_are_any(tiny_model_path, teacher_path, tmp_path):
+def test_rewards_are_logged_if_given(tiny_model_path, teacher_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, str(teacher_path), rewards=[prefers_even])
     trainer.train()
     assert "reward/prefers_even/mean" in trainer.state.log_history[0]
 
 
-def test_micro_batches_change_nothing_but_rounding(tiny_model_path, teacher_path, tmp_path):
+def test_micro_batches_change_only_rounding(tiny_model_path, teacher_path, tmp_path):
     options = {"max_steps": 1, "optim": "adamw_torch", "adam_epsilon": 1.0}
     weights = []
     for name, split in {
@@ -66,7 +66,7 @@ def test_micro_batches_change_nothing_but_rounding(tiny_model_path, teacher_path
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
 
 
-def test_a_resumed_run_equals_one_without_a_break(tiny_model_path, teacher_path, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_path, teacher_path, tmp_path):
     options = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
     make_trainer(tiny_model_path, tmp_path / "whole", str(teacher_path), **options).train()
     folder = tmp_path / "cut"
@@ -88,6 +88,6 @@ def test_a_resumed_run_equals_one_without_a_break(tiny_model_path, teacher_path,
         ("here", {"teacher": "there"}, "the teacher is given twice"),
     ],
 )
-def test_one_teacher_is_needed(tiny_model_path, tmp_path, teacher, options, text):
+def test_exactly_one_teacher_is_required(tiny_model_path, tmp_path, teacher, options, text):
     with pytest.raises(ConfigError, match=text):
         make_trainer(tiny_model_path, tmp_path, teacher, **options)

@@ -61,7 +61,7 @@ def make_trainer(model, folder, *, train=None, eval_dataset=None, ref_model=None
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_a_run_ranks_held_out_pairs_and_leaves_a_complete_folder(tiny_model_path, tmp_path, peft_config):
+def test_a_run_learns_to_rank_held_out_pairs_and_completes_its_folder(tiny_model_path, tmp_path, peft_config):
     rate = 1e-3 if peft_config is None else 2e-2
     trainer = make_trainer(
         tiny_model_path,
@@ -117,7 +117,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=lambda options: "-".join(map(str, options.values())))
-def test_micro_batches_change_nothing_but_rounding(moved_trainer, options):
+def test_micro_batches_change_only_rounding(moved_trainer, options):
     whole, whole_grads = gradients(moved_trainer, per_device_train_batch_size=6, **options)
     assert whole["loss"] != 0
     scale = max(1.0, *(grad.abs().max().item() for grad in whole_grads))
@@ -129,7 +129,7 @@ def test_micro_batches_change_nothing_but_rounding(moved_trainer, options):
             torch.testing.assert_close(ours, theirs, atol=2e-6 * scale, rtol=1e-3)
 
 
-def test_a_pair_has_the_logprobs_of_two_sequences_forwarded_apart(moved_trainer):
+def test_a_packed_pair_has_the_logprobs_of_two_separate_sequences(moved_trainer):
     model = moved_trainer.model
     moved_trainer.args = DPOConfig()
     row = moved_trainer.train_rows[7].answers
@@ -146,7 +146,7 @@ def test_a_pair_has_the_logprobs_of_two_sequences_forwarded_apart(moved_trainer)
         model.set_attn_implementation("rlqwen_packed")
 
 
-def test_weights_of_pairs_come_from_the_whole_distribution(moved_trainer):
+def test_wpo_weights_use_the_whole_distribution(moved_trainer):
     """WPO: p(token) over the sum of p^2, here from all logits."""
     policy = moved_trainer.policy
     batch = pack([moved_trainer.train_rows[3].answers]).to(policy.device)
@@ -206,7 +206,7 @@ def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_mode
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_references_of_quantised_weights(tiny_model_path, tmp_path, bits):
+def test_references_of_quantized_weights(tiny_model_path, tmp_path, bits):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional extra")
     quantized = {"quantization_config": bitsandbytes_config(QuantizationSettings(bits=bits, compute_dtype="float32"))}
     off = make_trainer(
@@ -225,7 +225,7 @@ def notes(trainer):
     return "\n".join(trainer.logger.pending_notes)
 
 
-def test_the_cache_serves_equal_runs_and_no_others(tiny_model_path, tmp_path, cache):
+def test_cached_reference_logprobs_serve_only_equal_runs(tiny_model_path, tmp_path, cache):
     def run(name, model=tiny_model_path, **options):
         return make_trainer(model, tmp_path / name, precompute_ref_log_probs=True, eval_dataset=pairs(3), **options)
 
@@ -257,7 +257,7 @@ def test_the_cache_serves_equal_runs_and_no_others(tiny_model_path, tmp_path, ca
     ],
     ids=["changed", "emptied", "missing", "broken manifest", "stale manifest"],
 )
-def test_a_damaged_or_stale_entry_is_noticed_and_made_anew(tiny_model_path, tmp_path, cache, damage, note):
+def test_a_damaged_or_stale_cache_entry_is_replaced(tiny_model_path, tmp_path, cache, damage, note):
     first = make_trainer(tiny_model_path, tmp_path / "first", precompute_ref_log_probs=True)
     damage(next(cache.glob("*.safetensors")), next(cache.glob("*.json")))
     second = make_trainer(tiny_model_path, tmp_path / "second", precompute_ref_log_probs=True)
@@ -268,7 +268,7 @@ def test_a_damaged_or_stale_entry_is_noticed_and_made_anew(tiny_model_path, tmp_
     assert "read from" in notes(third)
 
 
-def test_a_cache_that_cannot_be_written_to_costs_a_note_only(tiny_model_path, tmp_path, monkeypatch):
+def test_an_unwritable_cache_only_causes_a_note(tiny_model_path, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     trainer = make_trainer(tiny_model_path, tmp_path / "run", precompute_ref_log_probs=True)
@@ -276,7 +276,7 @@ def test_a_cache_that_cannot_be_written_to_costs_a_note_only(tiny_model_path, tm
     assert references(trainer).isfinite().all()
 
 
-def test_a_precomputed_reference_trains_like_a_copy_and_is_gone_afterwards(tiny_model_path, tmp_path):
+def test_a_precomputed_reference_trains_like_a_copy_and_is_freed(tiny_model_path, tmp_path):
     copy = make_trainer(tiny_model_path, tmp_path / "copy", eval_dataset=pairs(4))
     precomputed = make_trainer(
         tiny_model_path, tmp_path / "precomputed", eval_dataset=pairs(4), precompute_ref_log_probs=True
@@ -290,7 +290,7 @@ def test_a_precomputed_reference_trains_like_a_copy_and_is_gone_afterwards(tiny_
     assert precomputed.evaluate(pairs(4))["eval/loss"] == pytest.approx(copy.evaluate()["eval/loss"], rel=1e-4)
 
 
-def test_another_model_as_reference_is_not_confused_with_the_start(tiny_model_path, tmp_path):
+def test_another_model_as_reference_is_not_confused_with_the_initial_policy(tiny_model_path, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with torch.no_grad():
         other.model.norm.weight *= 1.1
@@ -304,13 +304,13 @@ def test_another_model_as_reference_is_not_confused_with_the_start(tiny_model_pa
         freed.evaluate(pairs(20)[15:])
 
 
-def test_losses_without_a_reference_hold_none(tiny_model_path, tmp_path):
+def test_losses_without_a_reference_load_none(tiny_model_path, tmp_path):
     for name in ("simpo", "cpo", "orpo", "sft"):
         assert not make_trainer(tiny_model_path, tmp_path / name, loss_type=name).policy.has_reference
     assert not make_trainer(tiny_model_path, tmp_path / "free", reference_free=True).policy.has_reference
 
 
-def test_kto_learns_from_labelled_answers_and_warns_of_imbalance(tiny_model_path, tmp_path):
+def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path / "run", train=labelled(), eval_dataset=labelled(6), loss_type="kto",
         learning_rate=1e-3, max_steps=8, eval_on_start=True,
@@ -324,7 +324,7 @@ def test_kto_learns_from_labelled_answers_and_warns_of_imbalance(tiny_model_path
     assert trainer.state.log_history[1]["kl"] >= 0
 
 
-def test_a_mismatched_answer_is_one_to_another_prompt(tiny_model_path, tmp_path):
+def test_kl_answers_belong_to_another_prompt(tiny_model_path, tmp_path):
     rows = [{"prompt": "a:", "completion": f" {i}", "label": True} for i in range(3)]
     rows += [{"prompt": "b:", "completion": " 9", "label": False}]
     trainer = make_trainer(tiny_model_path, tmp_path / "run", train=rows, loss_type="kto")
@@ -335,7 +335,7 @@ def test_a_mismatched_answer_is_one_to_another_prompt(tiny_model_path, tmp_path)
         make_trainer(tiny_model_path, tmp_path / "one", train=rows[:3], loss_type="kto")
 
 
-def test_a_reference_that_follows_the_policy(tiny_model_path, tmp_path):
+def test_sync_ref_model_updates_the_reference(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path / "run", learning_rate=1e-3, sync_ref_model=True, ref_model_sync_steps=2,
         ref_model_mixup_alpha=1.0, max_steps=3,
@@ -348,12 +348,12 @@ def test_a_reference_that_follows_the_policy(tiny_model_path, tmp_path):
     assert digest_weights(trainer.policy.reference_weights()) != start
 
 
-def test_labelled_rows_are_refused_where_two_answers_are_compared(tiny_model_path, tmp_path):
+def test_labeled_answers_are_refused_by_losses_of_pairs(tiny_model_path, tmp_path):
     with pytest.raises(DataError, match="row 0 is a single answer with a label, but loss_type sigmoid"):
         make_trainer(tiny_model_path, tmp_path / "run", train=labelled())
 
 
-def test_unfit_references_are_refused(tiny_model_path, tmp_path):
+def test_unsuitable_references_are_refused(tiny_model_path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with pytest.raises(ModelError, match="are one object"):
         make_trainer(model, tmp_path / "same", ref_model=model)

@@ -70,7 +70,7 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     ],
 )
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, split, loss_type):
+def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, loss_type):
     size = split.get("generation_batch_size", 16)
     options = {"loss_type": loss_type, "max_steps": 1, "beta": 0.1, "optim": "adamw_torch", "adam_epsilon": 1.0}
     whole = make_trainer(tiny_model_path, tmp_path / "whole", per_device_train_batch_size=size, **options)
@@ -82,7 +82,7 @@ def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, sp
     assert steps(parts, "tokens/generated") == steps(whole, "tokens/generated")
 
 
-def test_groups_without_signal_are_left_out_exactly(tiny_model_path, tmp_path, monkeypatch):
+def test_leaving_out_groups_without_signal_does_not_change_the_update(tiny_model_path, tmp_path, monkeypatch):
     """Half the groups have equal rewards: leaving them out of the forward must not change the update."""
 
     def by_prompt(prompts, completion_ids, **kwargs):
@@ -102,7 +102,7 @@ def test_groups_without_signal_are_left_out_exactly(tiny_model_path, tmp_path, m
     assert steps(dropped) == pytest.approx(steps(kept), abs=1e-7)
 
 
-def test_several_updates_and_passes_use_the_logprobs_of_before(tiny_model_path, tmp_path):
+def test_later_updates_use_the_logprobs_from_before_the_first_update(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, per_device_train_batch_size=8, generation_batch_size=16, num_iterations=2,
         max_steps=8, learning_rate=2e-2,
@@ -113,7 +113,7 @@ def test_several_updates_and_passes_use_the_logprobs_of_before(tiny_model_path, 
     assert max(steps(trainer, "clip_ratio")) > 0
 
 
-def test_reference_and_its_refresh(tiny_model_path, tmp_path):
+def test_sync_ref_model_resets_the_kl(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, beta=0.1, max_steps=3, learning_rate=1e-2, sync_ref_model=True,
                            ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)  # fmt: skip
     trainer.train()
@@ -131,7 +131,7 @@ def test_lora_samples_from_the_adapted_policy(tiny_model_path, tmp_path):
     assert steps(trainer, "kl")[0] > 1e-4
 
 
-def test_dynamic_sampling_fills_the_batch_with_signal(tiny_model_path, tmp_path):
+def test_dynamic_sampling_fills_the_batch_with_groups_that_have_signal(tiny_model_path, tmp_path):
     def rarely(prompts, completion_ids, **kwargs):
         return [
             float(sum(ids) % 2) if int(prompt[0]["content"].split()[0]) % 3 == 0 else 0.0
@@ -148,7 +148,7 @@ def test_dynamic_sampling_fills_the_batch_with_signal(tiny_model_path, tmp_path)
     assert {row["advantage"] != 0 for row in rows} == {True}
 
 
-def test_all_groups_without_signal_make_a_step_of_zero_loss(tiny_model_path, tmp_path):
+def test_the_loss_is_zero_if_no_group_has_signal(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, reward=constant, max_steps=1)
     trainer.train()
     assert steps(trainer) == [0.0]
@@ -164,7 +164,7 @@ def test_truncated_completions_are_masked_out(tiny_model_path, tmp_path):
     assert steps(trainer, "tokens/trained")[0] <= finished + 2 * 30
 
 
-def test_soft_overlong_punishment_lowers_the_advantage_of_long_answers(tiny_model_path, tmp_path):
+def test_soft_overlong_penalty_lowers_the_advantage_of_long_completions(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, reward=constant, soft_overlong_cache=4, max_completion_length=8)
     prompt = Prompt(0, [1], "x")
     group = Group(prompt, [Completion([1] * n, [0.0] * n, "stop", "") for n in (2, 8)], 1, total_rewards_G=[1.0, 1.0])
@@ -173,7 +173,7 @@ def test_soft_overlong_punishment_lowers_the_advantage_of_long_answers(tiny_mode
     trainer.close()
 
 
-def test_trl_documentation_example(tiny_model_path, tmp_path):
+def test_the_example_of_trls_documentation_runs(tiny_model_path, tmp_path):
     from datasets import Dataset
 
     def reward_num_unique_letters(completions, **kwargs):
@@ -193,7 +193,7 @@ def test_trl_documentation_example(tiny_model_path, tmp_path):
     assert "reward/accuracy/mean" in entry
 
 
-def test_wrong_inputs_are_named_before_anything_starts(tiny_model_path, tmp_path):
+def test_wrong_inputs_are_refused_before_training(tiny_model_path, tmp_path):
     def needs_unit(completions, unit):
         return [0.0] * len(completions)
 
@@ -207,7 +207,7 @@ def test_wrong_inputs_are_named_before_anything_starts(tiny_model_path, tmp_path
         make_trainer(tiny_model_path, tmp_path / "d", sync_ref_model=True)
 
 
-def test_seeds_differ_by_every_part_and_are_the_same_everywhere():
+def test_sampling_seeds_depend_on_every_part_and_are_reproducible():
     seeds = {
         sampling_seed(*parts)
         for parts in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
@@ -216,7 +216,7 @@ def test_seeds_differ_by_every_part_and_are_the_same_everywhere():
     assert sampling_seed(42, "train/1", 3, 5) == 6827950987873008809
 
 
-def test_description_of_groups_by_hand():
+def test_group_metrics_match_a_hand_calculation():
     completions = [Completion([1, 2], [0, 0], "stop", ""), Completion([1, 2, 3, 4], [0] * 4, "length", "")]
     group = Group(Prompt(0, [1], "x"), completions, 1, rewards={"a": [1.0, None]}, total_rewards_G=[0.5, None])
     figures = describe_groups([group])

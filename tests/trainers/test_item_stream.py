@@ -43,7 +43,7 @@ def numbers(count, *, drop=()):
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
-def test_items_come_in_order_pass_after_pass(count):
+def test_items_keep_their_order_in_every_epoch(count):
     stream = numbers(count)
     assert stream.peek(2, 3) == [divmod(place, count) for place in range(2, 5)]
     assert [stream.take(size) for size in (1, 5, 7)] == [
@@ -52,7 +52,7 @@ def test_items_come_in_order_pass_after_pass(count):
     assert stream.epoch == 13 // count
 
 
-def test_going_on_repeats_and_loses_nothing():
+def test_a_resumed_stream_repeats_and_loses_nothing():
     whole = numbers(10, drop={0, 1, 2, 3, 7}).take(30)
     for size in range(1, 20):
         before = numbers(10, drop={0, 1, 2, 3, 7})
@@ -63,7 +63,7 @@ def test_going_on_repeats_and_loses_nothing():
         assert taken + after.take(30 - size) == whole
 
 
-def test_a_stream_of_which_nothing_comes_ends():
+def test_a_stream_without_usable_rows_is_refused():
     with pytest.raises(DataError, match="numbers: none of its 6 rows has anything to learn from"):
         numbers(6, drop=set(range(6))).take(1)
     with pytest.raises(DataError, match="none of its 0 rows"):
@@ -87,7 +87,7 @@ def stream_of(rows):
     return Dataset.from_list(rows).to_iterable_dataset()
 
 
-def test_a_dataset_that_shuffles_does_so_anew_each_pass():
+def test_a_shuffling_dataset_has_a_new_order_in_each_epoch():
     stream = as_stream(stream_of([{"n": n} for n in range(20)]).shuffle(seed=1, buffer_size=8))
     passes = [[row["n"] for row in stream.read(epoch)] for epoch in (0, 1, 0)]
     assert passes[0] == passes[2] != passes[1]
@@ -125,7 +125,7 @@ def grpo(model, folder, rows, **options):
     [(sft, CHATS, {}), (sft, CHATS, {"packing": True, "max_length": 64}), (grpo, PROMPTS, {"beta": 0.1})],
     ids=["sft", "packed", "grpo"],
 )
-def test_a_run_on_a_stream_goes_on_to_the_bit(tiny_model_path, tmp_path, kind, rows, options):
+def test_a_resumed_run_on_a_stream_is_bit_exact(tiny_model_path, tmp_path, kind, rows, options):
     kind(tiny_model_path, tmp_path / "straight", stream_of(rows), **options).train()
     kind(tiny_model_path, tmp_path / "run", stream_of(rows), **options).train()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
@@ -137,7 +137,7 @@ def test_a_run_on_a_stream_goes_on_to_the_bit(tiny_model_path, tmp_path, kind, r
         other.train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_stream_in_its_order_is_the_rows_in_their_order(tiny_model_path, tmp_path, caplog):
+def test_a_stream_trains_like_unshuffled_rows(tiny_model_path, tmp_path, caplog):
     rows = [*CHATS, CHATS[0]]  # four updates a pass, so that no batch lies across its end
     whole = sft(tiny_model_path, tmp_path / "whole", rows, shuffle_dataset=False)
     streamed = sft(tiny_model_path, tmp_path / "streamed", stream_of(rows))
@@ -148,7 +148,7 @@ def test_a_stream_in_its_order_is_the_rows_in_their_order(tiny_model_path, tmp_p
     assert streamed.state.epoch == 1
 
 
-def test_rows_of_two_passes_are_told_apart_by_their_place():
+def test_rows_of_different_epochs_are_distinguished_by_position():
     """Every pass numbers its rows from 0, and shuffled ones have other rows under the same number."""
     prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
@@ -166,7 +166,7 @@ def test_rows_of_two_passes_are_told_apart_by_their_place():
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 
-def test_what_a_stream_does_not_go_with_is_named(tiny_model_path, tmp_path):
+def test_settings_that_streams_do_not_support_are_refused(tiny_model_path, tmp_path):
     stream = stream_of(CHATS)
     endless = SFTConfig(output_dir=str(tmp_path / "a"))
     with pytest.raises(ConfigError, match="max_steps: the training data is a stream"):

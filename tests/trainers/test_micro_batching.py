@@ -30,7 +30,7 @@ def rank(number: int, of: int) -> SimpleNamespace:
     return SimpleNamespace(data_rank=number, data_size=of)
 
 
-def test_branches_are_shared_evenly_and_trees_kept_whole_where_a_cut_spares_them():
+def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible():
     trees = [tree(3, 1, 2), tree(3, 3, 4)]
     assert lengths(share_trees(trees, 1)) == [[[1, 2], [3, 4]]]
     assert lengths(share_trees(trees, 2)) == [[[1, 2]], [[3, 4]]]
@@ -40,7 +40,7 @@ def test_branches_are_shared_evenly_and_trees_kept_whole_where_a_cut_spares_them
     assert share_trees([], 2) == [[], []]
 
 
-def test_tokens_are_shared_evenly_where_they_are_what_limits():
+def test_sharding_by_tokens_balances_tokens():
     # Of 40 tokens the first tree has 22: its last branch, whose middle is token 20 + 2 / 2 = 21, goes to rank 1.
     trees = [tree(10, 8, 2, 2), tree(10, 8)]
     assert lengths(share_trees(trees, 2, by_tokens=True)) == [[[8, 2]], [[2], [8]]]
@@ -49,7 +49,7 @@ def test_tokens_are_shared_evenly_where_they_are_what_limits():
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
-def test_shares_are_all_branches_in_order(by_tokens, num_ranks):
+def test_shards_contain_all_branches_in_order(by_tokens, num_ranks):
     trees = [tree(place % 4, *range(1, 1 + place % 6 + 1)) for place in range(9)]
     shares = share_trees(trees, num_ranks, by_tokens=by_tokens)
     assert len(shares) == num_ranks
@@ -61,7 +61,7 @@ def test_shares_are_all_branches_in_order(by_tokens, num_ranks):
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_every_rank_makes_as_many_micro_batches():
+def test_every_rank_has_the_same_number_of_micro_batches():
     trees = [tree(2, 30), tree(2, 4), tree(2, 4), tree(2, 4)]
     batches = [list(micro_batches(trees, rank(number, 2), max_tokens=8)) for number in range(2)]
     assert [[batch.num_sequences for batch in own] for own in batches] == [[1, 0, 0], [1, 1, 1]]
@@ -92,7 +92,7 @@ def assert_nothing(loss, parameters):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_an_idle_batch_is_nothing_to_grpo(policy, loss_type):
+def test_an_idle_batch_contributes_nothing_to_grpo(policy, loss_type):
     batch, config = idle(per_sequence={"advantage": 0.0}), GRPOConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1)
     logp_N, entropy_N = policy.logprobs(batch, entropy=True)
     batch.per_token["ref_logp"] = logp_N.detach()
@@ -101,7 +101,7 @@ def test_an_idle_batch_is_nothing_to_grpo(policy, loss_type):
     assert_nothing(loss, policy.trained_parameters)
 
 
-def test_an_idle_batch_is_nothing_to_ppo(policy):
+def test_an_idle_batch_contributes_nothing_to_ppo(policy):
     batch, config = idle(), PPOConfig(kl_penalty="loss", kl_estimator="k3")
     logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(batch, entropy=True)
     head = ValueHead(hidden_NC.shape[1], train_trunk=True, device=torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_an_idle_batch_is_nothing_to_ppo(policy):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "ipo", "orpo", "kto"])
-def test_an_idle_batch_is_nothing_to_dpo(policy, loss_type):
+def test_an_idle_batch_contributes_nothing_to_dpo(policy, loss_type):
     batch, config = idle(per_sequence={"ref_logp": -3.0, "label": True}), DPOConfig(loss_type=loss_type)
     assert batch.per_sequence["ref_logp"].shape == (0,)
     answers = read_answers(policy.logprobs(batch)[0], batch, ref_logp_S=batch.per_sequence["ref_logp"], ld_alpha=0.5)
@@ -125,7 +125,7 @@ def test_an_idle_batch_is_nothing_to_dpo(policy, loss_type):
     assert_nothing(loss, policy.trained_parameters)
 
 
-def test_an_idle_batch_is_nothing_to_a_reward_model(tiny_model_path):
+def test_an_idle_batch_contributes_nothing_to_a_reward_model(tiny_model_path):
     args = RewardConfig(use_cpu=True)
     model = ScalarModel(load_scalar_model(str(tiny_model_path), args)[0], args)
     batch = idle(per_sequence={"margin": 0.0})
@@ -136,7 +136,7 @@ def test_an_idle_batch_is_nothing_to_a_reward_model(tiny_model_path):
     assert_nothing(loss, model.trained_parameters)
 
 
-def test_totals_are_counted_without_packing():
+def test_answer_totals_of_trees_equal_those_of_the_packed_batch():
     trees = [
         Tree(
             [1, 2],
@@ -151,7 +151,7 @@ def test_totals_are_counted_without_packing():
     assert AnswerTotals.of_trees(trees, paired=True) == AnswerTotals.of([pack(trees)], paired=True)
 
 
-def test_groups_arrive_as_they_were_but_for_texts():
+def test_broadcast_groups_equal_the_originals_except_texts():
     prompts = [Prompt(index, [index], "x") for index in (4, 7)]
     groups = [
         Group(

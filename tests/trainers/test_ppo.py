@@ -72,7 +72,7 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(critic).config.num_labels == 1
 
 
-def test_the_critic_comes_to_foretell_the_return(tiny_model_path, tmp_path):
+def test_the_critic_learns_to_predict_the_return(tiny_model_path, tmp_path):
     """With the policy standing still, what a prompt is worth can be learned."""
 
     def worth(prompts, **kwargs):
@@ -98,7 +98,7 @@ def test_the_critic_comes_to_foretell_the_return(tiny_model_path, tmp_path):
     ],
 )
 @pytest.mark.parametrize("critic", ["model", "head"])
-def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, split, critic):
+def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, critic):
     options = {
         "critic": {"kind": critic}, "num_ppo_epochs": 2, "max_steps": 2, "optim": "adamw_torch", "adam_epsilon": 1.0,
         "entropy_coef": 0.01, "vf_coef": 0.5,
@@ -112,7 +112,7 @@ def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, sp
     assert entries(parts, "grad_norm") == pytest.approx(entries(whole, "grad_norm"), rel=1e-4)
 
 
-def test_mini_batches_and_passes_add_up_to_updates(tiny_model_path, tmp_path):
+def test_updates_are_mini_batches_times_epochs(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, num_mini_batches=3, num_ppo_epochs=2, max_steps=12, num_generations=4
     )
@@ -130,7 +130,7 @@ def test_total_episodes_count_completions(tiny_model_path, tmp_path):
     assert trainer.state.global_step == 6  # three rollouts of eight completions, two passes each
 
 
-def test_a_head_on_the_trunk_trains_with_or_without_it(tiny_model_path, tmp_path):
+def test_a_value_head_trains_with_and_without_its_trunk(tiny_model_path, tmp_path):
     gradients = {}
     for train_trunk in (True, False):
         trainer = make_trainer(
@@ -155,7 +155,7 @@ def test_a_completion_without_a_reward_is_left_out(tiny_model_path, tmp_path):
     assert math.isfinite(entries(trainer)[0])
 
 
-def test_a_missing_end_costs(tiny_model_path, tmp_path):
+def test_missing_eos_penalty_lowers_the_return(tiny_model_path, tmp_path):
     """All completions of six tokens of a random model are cut off: the return is 1 less than without the penalty."""
     returns = []
     for penalty in (None, 1.0):
@@ -166,7 +166,7 @@ def test_a_missing_end_costs(tiny_model_path, tmp_path):
     assert returns[1] < returns[0] - 0.5
 
 
-def test_rewards_of_every_kind_together(tiny_model_path, tmp_path):
+def test_all_kinds_of_rewards_work_together(tiny_model_path, tmp_path):
     """A registered name, a callable, and a reward model under the name that TRL has for it."""
     model, _ = load_scalar_model(str(tiny_model_path), RewardConfig())
     model.save_pretrained(tmp_path / "rm")
@@ -194,7 +194,7 @@ def test_lora_on_policy_and_critic(tiny_model_path, tmp_path):
     assert entries(trainer, "kl/completion")[0] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_a_given_reference_counts(tiny_model_path, tmp_path):
+def test_a_given_reference_is_used_for_the_kl(tiny_model_path, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with torch.no_grad():
         for weight in other.parameters():
@@ -206,7 +206,7 @@ def test_a_given_reference_counts(tiny_model_path, tmp_path):
         make_trainer(tiny_model_path, tmp_path / "2", ref_model=other, kl_coef=0.0)
 
 
-def test_two_runs_of_one_seed_are_one(tiny_model_path, tmp_path):
+def test_two_runs_with_the_same_seed_are_equal(tiny_model_path, tmp_path):
     options = {"num_mini_batches": 2, "max_steps": 8, "num_ppo_epochs": 2}
     runs = [make_trainer(tiny_model_path, tmp_path / name, **options) for name in ("a", "b")]
     for trainer in runs:
@@ -215,7 +215,7 @@ def test_two_runs_of_one_seed_are_one(tiny_model_path, tmp_path):
     assert entries(runs[0], "reward/mean") == entries(runs[1], "reward/mean")
 
 
-def test_the_coefficient_follows_its_target():
+def test_the_kl_coefficient_follows_its_target():
     """Twice the target is clipped to +0.2; 100 of 1,000 completions move it by 0.02."""
     control = KLController(0.1, target=3.0, horizon=1000)
     control.observe(6.0, 100)
@@ -251,12 +251,12 @@ def test_wrong_arguments_are_refused(options, message):
     assert message in str(caught.value)
 
 
-def test_trls_names_are_taken():
+def test_trls_argument_names_are_accepted():
     config = PPOConfig(response_length=53, local_rollout_forward_batch_size=8)
     assert config.max_completion_length == 53
 
 
-def test_more_refusals(tiny_model_path, tmp_path):
+def test_missing_or_contradictory_models_are_refused(tiny_model_path, tmp_path):
     with pytest.raises(ConfigError, match="give reward_funcs, or reward_model"):
         PPOTrainer(str(tiny_model_path), args=PPOConfig(output_dir=str(tmp_path)), train_dataset=ROWS)
     with pytest.raises(ModelError, match="no_such"):

@@ -144,7 +144,7 @@ def test_every_trainer_trains_every_class(algorithm, kind, folders, tmp_path):
         ("GRPO", "qwen3_5_moe"),
     ],
 )
-def test_adapters_on_all_projections(algorithm, kind, folders, tmp_path):
+def test_adapters_train_on_all_projections(algorithm, kind, folders, tmp_path):
     trainer = make(algorithm, folders[kind], tmp_path, peft_config=LORA)
     before = {name: weight.detach().clone() for name, weight in trainer.policy.model.named_parameters()}
     delta_net = {
@@ -175,7 +175,7 @@ def logprobs_alone(folder, sequences, start):
 
 
 @pytest.mark.parametrize(("kind", "packing"), [*zip(KINDS, [True, False, False, True, True], strict=True)])
-def test_the_loss_is_that_of_transformers_and_falls(kind, packing, folders, tmp_path):
+def test_the_loss_equals_that_of_transformers_and_falls(kind, packing, folders, tmp_path):
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}" * i} for i in range(1, 5)]
     tokenizer = AutoTokenizer.from_pretrained(folders[kind])
     negative = []
@@ -201,7 +201,7 @@ def test_the_loss_is_that_of_transformers_and_falls(kind, packing, folders, tmp_
         ("PPO", "qwen3_next", {"peft_config": LORA}),
     ],
 )
-def test_a_resumed_run_is_the_same_to_the_bit(algorithm, kind, options, folders, tmp_path):
+def test_a_resumed_run_is_bit_exact(algorithm, kind, options, folders, tmp_path):
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     straight = make(algorithm, folders[kind], tmp_path / "straight", **saving, **options)
     straight.train()
@@ -215,14 +215,14 @@ def test_a_resumed_run_is_the_same_to_the_bit(algorithm, kind, options, folders,
     assert len(found) >= 2
 
 
-def test_a_reward_model_of_the_class_scores_completions(folders, tmp_path):
+def test_a_qwen3_5_reward_model_scores_completions(folders, tmp_path):
     make("Reward", folders["qwen3_5_moe"], tmp_path / "reward").train()
     trainer = make("GRPO", folders["qwen3_5"], tmp_path / "grpo", reward=str(tmp_path / "reward" / "final"), scoring={})
     trainer.train()
     assert any(line.get("reward/std") for line in trainer.state.log_history)
 
 
-def test_a_row_is_not_cut_into_slices(folders):
+def test_sequence_parallelism_is_refused(folders):
     """A state goes along the whole of it."""
     args, ranks = rlqwen.SFTConfig(), SequenceGroup()
     ranks.size = 2

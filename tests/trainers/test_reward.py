@@ -44,7 +44,7 @@ def make_trainer(model, folder, rows=ROWS, eval_rows=ROWS[:8], peft_config=None,
 
 @pytest.mark.parametrize("margin", [None, [0.5, -0.2, 0.0]])
 @pytest.mark.parametrize("center", [None, 0.3])
-def test_the_loss_is_trls(margin, center):
+def test_the_loss_equals_trls(margin, center):
     rewards = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [2.0, -1.0]], requires_grad=True)
     inputs = {"attention_mask": torch.ones(6, 1)} | ({} if margin is None else {"margin": torch.tensor(margin)})
     stub = SimpleNamespace(
@@ -70,7 +70,7 @@ def test_the_loss_is_trls(margin, center):
     torch.testing.assert_close(*grads, atol=1e-6, rtol=0)
 
 
-def test_it_learns_and_its_folder_scores_as_the_trainer_did(tiny_model_path, tmp_path):
+def test_a_saved_reward_model_scores_like_the_trained_one(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, max_steps=12, eval_strategy="steps", eval_steps=6, eval_on_start=True
     )
@@ -91,7 +91,7 @@ def test_it_learns_and_its_folder_scores_as_the_trainer_did(tiny_model_path, tmp
     assert margin == pytest.approx(summary["final_eval"]["eval/rewards/margins"], abs=1e-4)
 
 
-def test_the_model_reads_what_the_chat_template_writes(tiny_model_path, tmp_path):
+def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     row = trainer.train_rows[0]
@@ -109,7 +109,7 @@ def test_the_model_reads_what_the_chat_template_writes(tiny_model_path, tmp_path
         {"max_tokens_per_micro_batch": 1},
     ],
 )
-def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, split):
+def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split):
     rows = [pair(number, margin=number / 10) for number in range(8)]
     options = {"max_steps": 1, "shuffle_dataset": False, "center_rewards_coefficient": 0.1}
     whole = make_trainer(tiny_model_path, tmp_path / "whole", rows, None, **options)
@@ -132,7 +132,7 @@ def test_a_margin_in_the_data_raises_the_loss(tiny_model_path, tmp_path):
     assert losses[1] > losses[0] + 1.0
 
 
-def test_lora_leaves_a_merged_model_with_its_head(tiny_model_path, tmp_path):
+def test_lora_saves_a_merged_model_with_its_head(tiny_model_path, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=8, learning_rate=5e-3, peft_config=config)
     trainer.train()
@@ -142,7 +142,7 @@ def test_lora_leaves_a_merged_model_with_its_head(tiny_model_path, tmp_path):
     assert trainer.state.log_history[-1]["eval/rewards/accuracies"] == 1.0
 
 
-def test_text_pairs_are_read_as_they_are(tiny_model_path, tmp_path):
+def test_text_pairs_get_no_chat_template(tiny_model_path, tmp_path):
     rows = [{"prompt": f"{i} is ", "chosen": "good", "rejected": "bad"} for i in range(8)]
     trainer = make_trainer(tiny_model_path, tmp_path, rows, None)
     tokenizer = trainer.processing_class
@@ -150,7 +150,7 @@ def test_text_pairs_are_read_as_they_are(tiny_model_path, tmp_path):
     assert tokenizer.decode(row.prompt_ids + row.chosen.token_ids) == "0 is good"
 
 
-def test_padding_at_the_end_of_an_answer_is_not_what_is_scored(tiny_model_path, tmp_path):
+def test_padding_at_the_end_of_an_answer_is_not_scored(tiny_model_path, tmp_path):
     """transformers reads the score off the last token that is not padding, and training must do the same."""
     pad = AutoTokenizer.from_pretrained(tiny_model_path).pad_token
     rows = [{"prompt": f"{i} is ", "chosen": f"good{pad}", "rejected": "bad"} for i in range(8)]

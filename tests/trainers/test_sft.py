@@ -39,7 +39,7 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_a_run_learns_and_leaves_a_complete_folder(tiny_model_path, tmp_path):
+def test_a_run_learns_and_completes_its_folder(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path / "run", learning_rate=3e-3, max_steps=12, eval_on_start=True)
     trainer.train()
     curve = losses(trainer)
@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_a_complete_folder(tiny_model_path, tmp_path):
         {"max_tokens_per_micro_batch": 60},
     ],
 )
-def test_micro_batches_change_nothing_but_rounding(tiny_model_path, tmp_path, split):
+def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split):
     whole = make_trainer(tiny_model_path, tmp_path / "whole")
     parts = make_trainer(tiny_model_path, tmp_path / "parts", **split)
     whole.train()
@@ -80,7 +80,7 @@ def test_packing_changes_the_batch_and_not_the_loss(tiny_model_path, tmp_path):
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)
 
 
-def test_bins_hold_every_row_once_within_capacity():
+def test_packed_rows_hold_every_sequence_once_within_capacity():
     lengths = [5, 9, 3, 3, 7, 1, 2, 10, 6, 4]
     bins = pack_best_fit([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
     assert sorted(len(row.token_ids) for sequences in bins for row in sequences) == sorted(lengths)
@@ -88,7 +88,7 @@ def test_bins_hold_every_row_once_within_capacity():
     assert all(sum(len(row.token_ids) for row in sequences) <= 10 for sequences in bins)
 
 
-def test_best_checkpoint_comes_back_and_patience_stops(tiny_model_path, tmp_path):
+def test_early_stopping_restores_the_best_checkpoint(tiny_model_path, tmp_path):
     trainer = make_trainer(
         tiny_model_path, tmp_path, learning_rate=0.5, max_steps=20, eval_strategy="steps", eval_steps=1,
         load_best_model_at_end=True, early_stopping_patience=2, save_total_limit=1, max_nonfinite_steps=20,
@@ -102,7 +102,7 @@ def test_best_checkpoint_comes_back_and_patience_stops(tiny_model_path, tmp_path
     assert best == [f"step-{trainer.state.best_global_step:06d}"]
 
 
-def test_lora_trains_the_adapter_only_and_saves_merged(tiny_model_path, tmp_path):
+def test_lora_trains_only_the_adapter_and_saves_a_merged_model(tiny_model_path, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model_path),
@@ -136,7 +136,7 @@ class Recorder(TrainerCallback):
         return control
 
 
-def test_callbacks_steer_the_run(tiny_model_path, tmp_path):
+def test_callbacks_control_the_run(tiny_model_path, tmp_path):
     recorder = Recorder()
     trainer = SFTTrainer(
         str(tiny_model_path),
@@ -165,7 +165,7 @@ def test_evaluate_works_without_training(tiny_model_path, tmp_path):
 
 
 @pytest.mark.fault("a weight that is NaN", "every batch is kept, that which stops the run too")
-def test_every_non_finite_batch_is_kept_the_one_that_stops_the_run_too(tiny_model_path, tmp_path):
+def test_every_nonfinite_batch_is_kept_including_the_one_that_stops_the_run(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=5, max_nonfinite_steps=2)
     with torch.no_grad():
         trainer.policy.trained_parameters[0].fill_(float("nan"))
@@ -175,12 +175,12 @@ def test_every_non_finite_batch_is_kept_the_one_that_stops_the_run_too(tiny_mode
     assert kept == ["step-000001-0.safetensors", "step-000002-0.safetensors"]
 
 
-def test_data_without_a_row_is_refused(tiny_model_path, tmp_path):
+def test_empty_training_data_is_refused(tiny_model_path, tmp_path):
     with pytest.raises(DataError):
         make_trainer(tiny_model_path, tmp_path, train=[])
 
 
-def test_same_seed_same_run(tiny_model_path, tmp_path):
+def test_two_runs_with_the_same_seed_are_equal(tiny_model_path, tmp_path):
     runs = [make_trainer(tiny_model_path, tmp_path / str(i)) for i in range(2)]
     for trainer in runs:
         trainer.train()
