@@ -1,3 +1,5 @@
+"""Test advantages, token rewards, GAE and whitening by hand."""
+
 import math
 
 import pytest
@@ -11,12 +13,12 @@ NAN = math.nan
 
 def test_group_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 4.0, 6.0, 8.0]])
-    centred = group_advantages(rewards, scale="none")
-    assert centred.tolist() == [[0.5, -0.5, -0.5, 0.5], [-3.0, -1.0, 1.0, 3.0]]
+    centered = group_advantages(rewards, scale="none")
+    assert centered.tolist() == [[0.5, -0.5, -0.5, 0.5], [-3.0, -1.0, 1.0, 3.0]]
     scaled = group_advantages(rewards, scale="group")
     # Deviations with Bessel's correction: sqrt(1/3) and sqrt(20/3).
-    torch.testing.assert_close(scaled[0], centred[0] / (math.sqrt(1 / 3) + 1e-4))
-    torch.testing.assert_close(scaled[1], centred[1] / (math.sqrt(20 / 3) + 1e-4))
+    torch.testing.assert_close(scaled[0], centered[0] / (math.sqrt(1 / 3) + 1e-4))
+    torch.testing.assert_close(scaled[1], centered[1] / (math.sqrt(20 / 3) + 1e-4))
 
 
 def test_batch_scale_divides_by_the_deviation_of_all_rewards():
@@ -42,15 +44,15 @@ def test_reinforce_pp_whitens_over_the_batch():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_missing_rewards_get_no_advantage_and_do_not_change_the_baseline(estimator, scale):
     whole = group_advantages(torch.tensor([[1.0, 0.0, 0.0]]), estimator=estimator, scale=scale)
-    holed = group_advantages(torch.tensor([[1.0, NAN, 0.0, 0.0]]), estimator=estimator, scale=scale)
-    torch.testing.assert_close(holed[0, [0, 2, 3]], whole[0])
-    assert holed[0, 1] == 0
+    with_missing = group_advantages(torch.tensor([[1.0, NAN, 0.0, 0.0]]), estimator=estimator, scale=scale)
+    torch.testing.assert_close(with_missing[0, [0, 2, 3]], whole[0])
+    assert with_missing[0, 1] == 0
 
 
 @pytest.mark.parametrize("estimator", ["group", "rloo", "reinforce_pp"])
 def test_equal_or_missing_rewards_give_exact_zeros(estimator):
     rewards = torch.tensor([[0.1] * 10 + [NAN], [1.3] * 11, [NAN] * 11])
-    # In float32 the mean of ten times 0.1 is another number.
+    # In float32 the mean of ten values of 0.1 differs from 0.1.
     assert rewards[0, :10].mean() != rewards[0, 0]
     assert group_advantages(rewards, estimator=estimator).count_nonzero() == 0
 
@@ -77,7 +79,7 @@ def test_token_rewards_by_hand():
 
 
 def test_gae_by_hand():
-    """Two sequences of three and one tokens; gamma 0.5, lambda 0.5.
+    """Estimate advantages of sequences of three tokens and of one token, with gamma 0.5 and lambda 0.5.
 
     delta = [0 + 0.5*2 - 1, 0 + 0.5*4 - 2, 1 + 0 - 4] = [0, 0, -3]; A3 = -3, A2 = 0.25 * -3, A1 = 0.25 * A2.
     """

@@ -1,3 +1,5 @@
+"""Test the losses of GRPO and its relatives by hand and against TRL's own code."""
+
 import math
 import warnings
 from collections import defaultdict
@@ -15,7 +17,7 @@ LENGTHS = (5, 1, 3, 4)
 
 
 def make_batch(lengths=LENGTHS, advantages=(1.0, -1.0, 0.5, -0.7), *, seed=0):
-    """A batch of sequences, and for each token the logprobs of policy, old policy, reference and sampler."""
+    """Return a batch with logprobs of old policy, reference and sampler, and the policy's logprobs."""
     generator = torch.Generator().manual_seed(seed)
     branches = [
         Branch([7] * length, per_token={"sampler_logp": [0.0] * length}, per_sequence={"advantage": advantage})
@@ -60,7 +62,7 @@ def test_normalizers_match_a_hand_calculation(loss_type, expected):
 
 
 def one_token(ratio, advantage, **options):
-    """Loss and gradient for one token whose policy is `ratio` times as likely as the old one."""
+    """Return loss and gradient of one token that is `ratio` times as likely under the policy as under the old policy."""
     batch, _ = make_batch((1,), (advantage,))
     batch.per_token["old_logp"] = torch.tensor([-1.0])
     logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
@@ -159,9 +161,9 @@ VARIANTS = [
 
 
 def trl_loss(logp, entropy, batch, config):
-    """What TRL's own GRPOTrainer._compute_loss makes of the same numbers, padded as it wants them."""
+    """Return the loss of TRL's GRPOTrainer._compute_loss for the same numbers, padded as it expects."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM
+        warnings.simplefilter("ignore")  # TRL's import warns about the version of vLLM
         from trl import GRPOTrainer
 
     width = int(batch.lengths_S.max())

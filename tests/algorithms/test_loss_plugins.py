@@ -1,4 +1,4 @@
-"""Losses, normalizers and advantage estimators that a config names, and their metrics."""
+"""Test losses, normalizers and advantage estimators that a config names, and their metrics."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def soft_clip(ratio, advantage, epsilon, sharpness):
 
 
 def by_length(rewards, lengths):
-    """Compare rewards per token with the group's."""
+    """Subtract the group's mean reward per token."""
     rates = rewards / lengths.clamp(min=1)
     return rates - rates.mean(1, keepdim=True)
 
@@ -33,7 +33,7 @@ def needs_values(ratio, value, margin=0.0):
 
 
 def half(sequence, num_tokens):
-    """Weigh every token by half of its share."""
+    """Weight every token by half of 1 / num_tokens."""
     return torch.full((len(sequence),), 0.5 / num_tokens)
 '''
 
@@ -54,7 +54,7 @@ def batch_of(lengths, advantages):
 
 
 def test_cispo_with_the_normalizer_of_dr_grpo_by_hand():
-    """Ratios 1 and e; capped at 2: -(1 * 1 * -1 + 2 * -0.5 * 0) over 2 completions of at most 4 tokens."""
+    """Cap the ratios 1 and e at 2: -(1 * 1 * -1 + 2 * -0.5 * 0) over 2 completions of at most 4 tokens."""
     config = GRPOConfig(
         loss_type="cispo",
         loss_normalizer="constant_length",
@@ -69,7 +69,7 @@ def test_cispo_with_the_normalizer_of_dr_grpo_by_hand():
     assert loss.item() == pytest.approx((1.0 * 1.0 + 0.0) / 8)
     loss.backward()
     assert logp.grad.tolist() == pytest.approx([-1.0 / 8, 2 * 0.5 / 8])
-    assert metrics["clip_ratio"].value.item() == 0  # the second is above the cap, but its advantage is negative
+    assert metrics["clip_ratio"].value.item() == 0  # the second ratio is above the cap, but its advantage is negative
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""PPO's two losses: by hand, and by the formulas of TRL 1.9's trainer written out on padded rows."""
+"""Test PPO's two losses by hand and against the formulas of TRL 1.9's trainer on padded rows."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LENGTHS = (3, 5, 1, 4)
 
 
 def make_batch(lengths=LENGTHS, seed=0):
-    """Sequences with the estimates that a rollout gives, and the logprobs and values of a policy that has moved on."""
+    """Return a batch with the estimates of a rollout, and logprobs and values of a policy that has changed since."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(lengths)
 
@@ -31,7 +31,7 @@ def make_batch(lengths=LENGTHS, seed=0):
 
 
 def test_policy_loss_by_hand():
-    """Ratios e^0.1, e^0.5 (clipped up to 1.2) and e^-0.5 (not clipped down: the advantage is positive)."""
+    """Use the ratios e^0.1, e^0.5 (clipped to 1.2) and e^-0.5 (not clipped, because the advantage is positive)."""
     batch = pack([Tree([1], [Branch([7, 7, 7])])])
     batch.per_token["old_logp"] = torch.tensor([-1.0, -1.0, -1.0])
     batch.per_token["advantage"] = torch.tensor([1.0, 2.0, 3.0])
@@ -41,18 +41,18 @@ def test_policy_loss_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert metrics["clip_ratio"].item() == 1
     loss.backward()
-    assert logp.grad[0] < 0  # a better token gets likelier
-    assert logp.grad[1] == 0  # beyond the clip there is nothing to gain
+    assert logp.grad[0] < 0  # a token with a positive advantage becomes likelier
+    assert logp.grad[1] == 0  # a clipped token has no gradient
     assert logp.grad[2] < 0
 
 
 def test_value_loss_by_hand():
-    """Value 1.0, old 0.5, reach 0.2, return 0: the clipped 0.7 errs less, so the worse, 1.0, counts."""
+    """Use value 1.0, old value 0.5, clip range 0.2 and return 0: clipped to 0.7 the error is smaller, so 1.0 counts."""
     batch = pack([Tree([1], [Branch([7, 7])])])
     batch.per_token["old_value"], batch.per_token["return"] = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
     values = torch.tensor([1.0, 0.9], requires_grad=True)
     loss, metrics = ppo_value_loss(values, batch, PPOConfig(), Totals(tokens=2, sequences=1))
-    # The second: error 0.01 as it is, 0.09 clipped to 0.7.
+    # The second value has a squared error of 0.01, and of 0.09 if clipped to 0.7.
     assert loss.item() == pytest.approx(0.5 * (1.0 + 0.09) / 2)
     assert metrics["critic/clip_ratio"].item() == 1
     unclipped, _ = ppo_value_loss(values, batch, PPOConfig(cliprange_value=0), Totals(tokens=2, sequences=1))
@@ -60,8 +60,10 @@ def test_value_loss_by_hand():
 
 
 def test_equals_the_formulas_of_trl():
-    """trl 1.9.0, trl/experimental/ppo/ppo_trainer.py, the block after `for micro_batch_start in`: masked means of the
-    clipped losses over padded rows."""
+    """Compare with masked means of the clipped losses over padded rows.
+
+    The formulas are in trl 1.9.0, trl/experimental/ppo/ppo_trainer.py, after `for micro_batch_start in`.
+    """
     batch, logp, values = make_batch()
     config = PPOConfig(vf_coef=0.1, vllm_importance_sampling_correction=False)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]

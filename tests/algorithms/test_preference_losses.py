@@ -1,4 +1,4 @@
-"""DPO and its relatives, by hand and against TRL's own code on the same numbers."""
+"""Test the losses of DPO and its relatives by hand and against TRL's own code."""
 
 import math
 import warnings
@@ -16,18 +16,18 @@ from rlqwen.packing.batch import Branch, Tree, pack
 from tests.losses import preference_loss
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM
+    warnings.simplefilter("ignore")  # TRL's import warns about the version of vLLM
     from trl import DPOTrainer, KTOTrainer
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 
 LENGTHS = (5, 3, 1, 4, 6, 6, 2, 7)
-"""Of four pairs, chosen before rejected."""
+"""Lengths of the answers of four pairs, each chosen answer before its rejected one."""
 PROMPT = 2
 
 
 def make_batch(lengths=LENGTHS, *, seed=0, labels=None):
-    """Pairs, and for each token the logprob under policy and reference, and the log of the sum of p^2."""
+    """Return pairs, and per token the logprobs of policy and reference and the log of the sum of p^2."""
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
         labels = [True, False] * (len(lengths) // 2)
@@ -54,13 +54,13 @@ def our_loss(batch, logp, ref, log_sum_sq_probs, config, **options):
 
 
 def padded(values, batch):
-    """(S, longest): each sequence's values, zeros after its end."""
+    """Return (S, longest) values, zero after the end of a sequence, and the mask of tokens."""
     mask = torch.arange(max(LENGTHS)) < batch.lengths_S[:, None]
     return torch.zeros(mask.shape).masked_scatter(mask, values), mask
 
 
 class FakeModel(torch.nn.Module):
-    """Gives the logprobs that it is told, as TRL's fused head lays them out."""
+    """Return given logprobs in the layout of TRL's fused head."""
 
     is_gradient_checkpointing = False
 
@@ -77,7 +77,7 @@ class FakeModel(torch.nn.Module):
 
 
 def trl_inputs(batch, *rows_of_values):
-    """TRL's padded batch, all chosen answers before all rejected ones, and the values in the same layout."""
+    """Return TRL's padded batch, with all chosen answers before all rejected ones, and the values in this layout."""
     order = [*range(0, batch.num_sequences, 2), *range(1, batch.num_sequences, 2)]
     before = torch.zeros(batch.num_sequences, PROMPT - 1)
     laid_out = [torch.cat([before, padded(values, batch)[0][order]], dim=1) for values in rows_of_values]
@@ -93,7 +93,7 @@ ACCELERATOR = SimpleNamespace(
 
 
 def trl_loss(batch, logp, ref, log_sum_sq_probs, config):
-    """(loss, metrics) of TRL's DPOTrainer._compute_loss."""
+    """Return (loss, metrics) of TRL's DPOTrainer._compute_loss."""
     inputs, (logps, refs, log_sums) = trl_inputs(batch, logp, ref, log_sum_sq_probs)
     model = FakeModel(logps, log_sums)
     metrics = {"train": defaultdict(list)}
@@ -149,7 +149,7 @@ def test_equals_trl(options):
     (ours, our_grad, metrics), (theirs, their_grad, their_metrics) = results
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(our_grad, their_grad, atol=1e-6, rtol=1e-5)
-    if config.loss_type != ["sft"]:  # for which TRL loads a reference only to log
+    if config.loss_type != ["sft"]:  # here TRL uses a reference only for logging
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
             assert metrics[key].item() == pytest.approx(their_metrics[key][0], abs=1e-5)
     for key in ("logps/chosen", "logps/rejected"):
@@ -157,7 +157,7 @@ def test_equals_trl(options):
 
 
 def trl_cpo_loss(batch, logp, config, trl_type):
-    """(loss, metrics) of TRL's CPOTrainer.get_batch_loss_metrics."""
+    """Return (loss, metrics) of TRL's CPOTrainer.get_batch_loss_metrics."""
     answers = read_answers(logp, batch)
     sums = answers.mean_logp_S if trl_type == "simpo" else answers.logp_S
     nll = -logp[batch.per_sequence["label"][batch.sequence_N]].mean()
@@ -200,7 +200,7 @@ def test_simpo_and_cpo_equal_trl(options, trl_type):
 
 
 def test_orpo_equals_trl():
-    """TRL's likelihood term is over prompt and answer; ours, as the paper's, over the answer."""
+    """Add the likelihood term here: TRL's covers prompt and answer, ours only the answer, as in the paper."""
     config = DPOConfig(loss_type="orpo", beta=0.3)
     batch, logp, ref, log_sum_sq_probs = make_batch()
     loss, _ = our_loss(batch, logp, ref, log_sum_sq_probs, config)
@@ -213,33 +213,33 @@ def test_orpo_equals_trl():
 
 
 def kto_numbers(labels):
-    """Answers with labels, and mismatched ones whose mean log-ratio, which is cut at 0, is above it."""
+    """Return labeled answers, and KL answers with a mean log-ratio above 0, so that it is not clamped."""
     batch, logp, ref, _ = make_batch(labels=labels)
-    mismatched, other_logp, other_ref, _ = make_batch(seed=3)
-    return batch, logp, ref, mismatched, other_logp, answer_logps(other_ref, mismatched, None) - mismatched.lengths_S
+    kl_batch, kl_logp, kl_ref, _ = make_batch(seed=3)
+    return batch, logp, ref, kl_batch, kl_logp, answer_logps(kl_ref, kl_batch, None) - kl_batch.lengths_S
 
 
-def our_kto_loss(config, batch, logp, ref, mismatched, other_logp, other_ref_logp_S):
-    kl = kto_kl(read_answers(other_logp, mismatched, ref_logp_S=other_ref_logp_S))
+def our_kto_loss(config, batch, logp, ref, kl_batch, kl_logp, kl_ref_logp_S):
+    kl = kto_kl(read_answers(kl_logp, kl_batch, ref_logp_S=kl_ref_logp_S))
     answers = read_answers(logp, batch, ref_logp_S=answer_logps(ref, batch, None))
     return preference_loss(answers, config, AnswerTotals.of([batch], paired=False), kl=kl)
 
 
-def trl_kto_loss(config, batch, logp, ref, mismatched, other_logp, other_ref_logp_S):
-    """(loss, metrics) of TRL's KTOTrainer._compute_loss."""
+def trl_kto_loss(config, batch, logp, ref, kl_batch, kl_logp, kl_ref_logp_S):
+    """Return (loss, metrics) of TRL's KTOTrainer._compute_loss."""
     logps, mask = padded(logp, batch)
     refs, _ = padded(ref, batch)
     before = torch.zeros(len(mask), PROMPT - 1)
     model = FakeModel(torch.cat([before, logps], 1))
     completion_mask = torch.cat([torch.zeros(len(mask), PROMPT, dtype=torch.long), mask.long()], dim=1)
-    other_logp_S = answer_logps(other_logp, mismatched, None)
+    kl_logp_S = answer_logps(kl_logp, kl_batch, None)
     recorded = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
         model=model, ref_model=FakeModel(torch.cat([before, refs], 1)), accelerator=ACCELERATOR, calculate_KL=True,
         aux_loss_enabled=False, precompute_ref_logps=False, loss_type="kto", beta=config.beta,
         desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight, _metrics=recorded,
         args=SimpleNamespace(gradient_checkpointing_kwargs=None), _total_train_tokens=0, _tp_size=1,
-        _compute_kl_logps=lambda which, _: other_logp_S if which is model else other_ref_logp_S,
+        _compute_kl_logps=lambda which, _: kl_logp_S if which is model else kl_ref_logp_S,
     )  # fmt: skip
     inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), completion_mask)
     loss = KTOTrainer._compute_loss(trainer, model, inputs | {"label": batch.per_sequence["label"]}, False)
@@ -262,7 +262,7 @@ def test_kto_equals_trl(labels):
 
 
 def one_pair(chosen, rejected, **options):
-    """Loss of a pair of one-token answers with these log-ratios, and its gradients."""
+    """Return loss and gradients of a pair of one-token answers with these log-ratios."""
     batch, _, _, _ = make_batch((1, 1))
     logp = torch.tensor([chosen - 2.0, rejected - 2.0], requires_grad=True)
     loss, _ = our_loss(batch, logp, torch.full((2,), -2.0), None, DPOConfig(**options))
@@ -345,7 +345,7 @@ SPLIT = [
 
 @pytest.mark.parametrize("options", SPLIT, ids=name_of)
 def test_every_split_into_micro_batches_gives_the_same_loss(options):
-    """Types that rank the update's pairs get all of them at once, joined from parts."""
+    """Split the batch, and join the answers again for losses that rank all pairs of the update."""
     config = DPOConfig(**options)
     kl = torch.tensor(0.3)
     batch, logp, ref, log_sum_sq_probs = make_batch()

@@ -1,3 +1,5 @@
+"""Test how the best checkpoint is chosen and when early stopping stops."""
+
 import pytest
 
 from rlqwen.config import SFTConfig

@@ -1,3 +1,5 @@
+"""Test the order of rows over epochs and its restoration."""
+
 import pytest
 
 from rlqwen.errors import DataError
@@ -33,6 +35,6 @@ def test_an_epoch_that_ends_inside_a_batch_is_noticed():
     assert ends == [False, True, False, True, True]
 
 
-def test_no_rows_are_refused():
+def test_empty_training_data_is_refused():
     with pytest.raises(DataError, match="no training rows"):
         RowStream([], seed=0, shuffle=True)

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student's own samples, the teacher's distribution at each of their tokens."""
+"""Test on-policy distillation: the student samples, and the teacher's distribution at each token is the target."""
 
 import json
 
@@ -17,7 +17,7 @@ def teacher_path(tmp_path_factory):
 
 
 def make_trainer(model, folder, teacher_model, *, rewards=(), eval_dataset=None, **options):
-    """Sampled by the transformers engine, in this process."""
+    """Build a trainer that samples with the transformers engine in this process."""
     defaults = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 3,
         "learning_rate": 3e-3, "save_strategy": "no", "rollout": {"engine": "transformers"},

@@ -1,3 +1,5 @@
+"""Test DPO and its relatives: learning, micro-batches, references and their cache, refusals and the command line."""
+
 import json
 import signal
 from pathlib import Path
@@ -31,7 +33,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def pairs(count=12):
-    """Prompts of many lengths; the good answer ends in b, the bad one in a."""
+    """Return pairs with prompts of many lengths; good answers end in b, bad ones in a."""
     return [
         {
             "prompt": [{"role": "user", "content": f"{i}{'x' * (i % 5)}"}],
@@ -42,7 +44,7 @@ def pairs(count=12):
     ]
 
 
-def labelled(count=12):
+def labeled(count=12):
     return [
         {"prompt": f"say {i}:", "completion": " yes" if i % 3 else " no", "label": bool(i % 3)} for i in range(count)
     ]
@@ -89,7 +91,7 @@ def test_a_run_learns_to_rank_held_out_pairs_and_completes_its_folder(tiny_model
 
 @pytest.fixture(scope="module")
 def moved_trainer(tiny_model_path, tmp_path_factory):
-    """A trainer whose policy is no longer its reference; `step` leaves its gradients and makes no update."""
+    """Build a trainer whose policy differs from its reference; its `step` keeps the gradients and makes no update."""
     trainer = make_trainer(tiny_model_path, tmp_path_factory.mktemp("moved"), loss_type=["sigmoid", "kto"])
     torch.manual_seed(1)
     with torch.no_grad():
@@ -101,7 +103,7 @@ def moved_trainer(tiny_model_path, tmp_path_factory):
 
 
 def gradients(trainer, **options):
-    """Metrics and gradients of one step on six pairs."""
+    """Return the metrics and gradients of one step on six pairs."""
     trainer.args = DPOConfig(**options)
     trainer.loss = PreferenceLoss(trainer.args)
     trainer.model.zero_grad()
@@ -147,7 +149,7 @@ def test_a_packed_pair_has_the_logprobs_of_two_separate_sequences(moved_trainer)
 
 
 def test_wpo_weights_use_the_whole_distribution(moved_trainer):
-    """WPO: p(token) over the sum of p^2, here from all logits."""
+    """Compute the sum of p^2 from all logits (WPO weights a token by p(token) / sum of p^2)."""
     policy = moved_trainer.policy
     batch = pack([moved_trainer.train_rows[3].answers]).to(policy.device)
     logp_N, log_sum_sq_probs_N = policy.logprobs_and_log_sum_sq_probs(batch)
@@ -159,13 +161,15 @@ def test_wpo_weights_use_the_whole_distribution(moved_trainer):
 
 
 def references(trainer):
-    """The reference's log-probability of every answer, after the policy has moved away from it."""
+    """Move the policy away from the reference, and return the reference's log-probability of every answer."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.policy.trained_parameters:
             parameter += 0.1 * torch.randn_like(parameter)
         answers = trainer._answers(pack([row.answers for row in trainer.train_rows]).to(trainer.policy.device))
-    assert (answers.logp_S - answers.ref_logp_S).abs().mean() > 0.1  # about 1 over seeds; one answer may come near 0
+    assert (
+        answers.logp_S - answers.ref_logp_S
+    ).abs().mean() > 0.1  # about 1 for most seeds; single answers can be near 0
     return answers.ref_logp_S
 
 
@@ -188,7 +192,7 @@ def test_all_kinds_of_reference_agree(tiny_model_path, tmp_path, cache):
             assert trainer.policy.has_reference is (name == "precomputed, adapter off")
     for name, ref_logp_S in found.items():
         torch.testing.assert_close(ref_logp_S, found["copy"], atol=1e-4, rtol=1e-5, msg=name)
-    # One set of weights and rows: the entry of the first was used by the others.
+    # All have the same weights and rows, so the others read the cache entry of the first.
     assert len(list(cache.glob("*.safetensors"))) == 1
 
 
@@ -215,7 +219,7 @@ def test_references_of_quantized_weights(tiny_model_path, tmp_path, bits):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path, **quantized), LORA)
     new = make_trainer(model, tmp_path / "new")
     torch.testing.assert_close(references(off), references(new), atol=1e-4, rtol=1e-5)
-    moved = make_trainer(new.model, tmp_path / "moved")  # its adapter adds something by now
+    moved = make_trainer(new.model, tmp_path / "moved")  # its adapter is no longer zero
     with torch.no_grad():
         answers = moved._answers(pack([row.answers for row in moved.train_rows]).to(moved.policy.device))
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
@@ -236,7 +240,7 @@ def test_cached_reference_logprobs_serve_only_equal_runs(tiny_model_path, tmp_pa
     torch.testing.assert_close(references(again), references(first), atol=0, rtol=0)
     for name, options in (
         ("other rows", {"train": pairs(11)}),
-        ("other sum", {"ld_alpha": 0.5}),
+        ("other weighting", {"ld_alpha": 0.5}),
         ("other dtype", {"bf16": True}),
     ):
         assert "train: log-probabilities of the reference: none kept" in notes(run(name, **options)), name
@@ -312,7 +316,7 @@ def test_losses_without_a_reference_load_none(tiny_model_path, tmp_path):
 
 def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path, tmp_path):
     trainer = make_trainer(
-        tiny_model_path, tmp_path / "run", train=labelled(), eval_dataset=labelled(6), loss_type="kto",
+        tiny_model_path, tmp_path / "run", train=labeled(), eval_dataset=labeled(6), loss_type="kto",
         learning_rate=1e-3, max_steps=8, eval_on_start=True,
     )  # fmt: skip
     assert any("8 good and 4 bad" in warning for warning in trainer.reports["train"].warnings)
@@ -350,7 +354,7 @@ def test_sync_ref_model_updates_the_reference(tiny_model_path, tmp_path):
 
 def test_labeled_answers_are_refused_by_losses_of_pairs(tiny_model_path, tmp_path):
     with pytest.raises(DataError, match="row 0 is a single answer with a label, but loss_type sigmoid"):
-        make_trainer(tiny_model_path, tmp_path / "run", train=labelled())
+        make_trainer(tiny_model_path, tmp_path / "run", train=labeled())
 
 
 def test_unsuitable_references_are_refused(tiny_model_path, tmp_path):
@@ -387,7 +391,7 @@ output_dir: runs/dpo
 
 @pytest.fixture
 def recipe(tiny_model_path, tmp_path, monkeypatch):
-    """A working directory with dpo.yaml and its pairs."""
+    """Make a working directory with dpo.yaml and its pairs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     handler = signal.getsignal(signal.SIGTERM)
@@ -402,8 +406,8 @@ def test_a_recipe_runs_from_the_command_line(recipe, capsys):
     assert "4 pairs per update" in capsys.readouterr().out
     assert main(["run", "dpo.yaml"]) == 0
     folder = Path("runs/dpo")
-    figures = json.loads((folder / "summary.json").read_text())["final_eval"]
-    assert figures["eval/loss/sigmoid"] + 0.1 * figures["eval/loss/sft"] == pytest.approx(figures["eval/loss"])
+    metrics = json.loads((folder / "summary.json").read_text())["final_eval"]
+    assert metrics["eval/loss/sigmoid"] + 0.1 * metrics["eval/loss/sft"] == pytest.approx(metrics["eval/loss"])
     assert (folder / "curves.png").stat().st_size > 0
     assert "margin" in capsys.readouterr().out
     assert [panel.title for panel in choose_panels(read_metrics(folder))] == ["loss", "accuracy", "margin"]

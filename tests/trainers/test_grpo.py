@@ -1,3 +1,5 @@
+"""Test GRPO: learning, micro-batches, signal in groups, the reference, masks, metrics and refusals."""
+
 import json
 
 import pytest
@@ -22,7 +24,7 @@ def constant(completions, **kwargs):
 
 
 def make_trainer(model, folder, *, reward=prefers_even, rows=ROWS, peft_config=None, **options):
-    """Sampled by the transformers engine, in this process: the pool of vLLM workers has tests of its own."""
+    """Build a trainer that samples with the transformers engine in this process, because vLLM has its own tests."""
     defaults = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,
         "max_steps": 2, "learning_rate": 1e-3, "save_strategy": "no", "rollout": {"engine": "transformers"},
@@ -43,9 +45,9 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     )
     trainer.train()
     rewards = steps(trainer, "reward/mean")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1  # 0.22 to 0.30 measured of three seeds and models
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1  # measured for three seeds and models: 0.22 to 0.30
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {"initial_eval", "final_eval"} <= summary.keys()  # of a few samples, hence no measure of what was learned
+    assert {"initial_eval", "final_eval"} <= summary.keys()  # these have too few samples to show progress
     assert 0 <= summary["final_eval"]["eval/reward/mean"] <= 1
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-2])
     expected = {
@@ -83,7 +85,7 @@ def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, lo
 
 
 def test_leaving_out_groups_without_signal_does_not_change_the_update(tiny_model_path, tmp_path, monkeypatch):
-    """Half the groups have equal rewards: leaving them out of the forward must not change the update."""
+    """Leave the half of the groups that have equal rewards out of the forward pass."""
 
     def by_prompt(prompts, completion_ids, **kwargs):
         signal = [int(prompt[0]["content"][0]) % 2 for prompt in prompts]
@@ -219,11 +221,11 @@ def test_sampling_seeds_depend_on_every_part_and_are_reproducible():
 def test_group_metrics_match_a_hand_calculation():
     completions = [Completion([1, 2], [0, 0], "stop", ""), Completion([1, 2, 3, 4], [0] * 4, "length", "")]
     group = Group(Prompt(0, [1], "x"), completions, 1, rewards={"a": [1.0, None]}, total_rewards_G=[0.5, None])
-    figures = describe_groups([group])
-    assert figures["reward/mean"] == 0.5
-    assert figures["reward/missing"] == 0.5
-    assert figures["reward/a/mean"] == 1.0
-    assert figures["completions/mean_length"] == 3
-    assert figures["completions/truncated"] == 0.5
-    assert figures["tokens/generated"] == 6
+    metrics = describe_groups([group])
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/missing"] == 0.5
+    assert metrics["reward/a/mean"] == 1.0
+    assert metrics["completions/mean_length"] == 3
+    assert metrics["completions/truncated"] == 0.5
+    assert metrics["tokens/generated"] == 6
     assert torch.isnan(torch.tensor(describe_groups([])["reward/mean"]))

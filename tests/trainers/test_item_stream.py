@@ -1,4 +1,4 @@
-"""Training on a stream: rows as they come, exact resume, and what a stream does not go with."""
+"""Test training on a stream: the order of rows, exact resume, and settings that streams do not support."""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def small_windows(monkeypatch):
 
 
 def numbers(count, *, drop=()):
-    """A stream of numbers; of those in `drop` nothing is made."""
+    """Return a stream of numbers without those in `drop`."""
     rows = StreamedRows("numbers", lambda epoch: iter([{"n": n, "epoch": epoch} for n in range(count)]))
 
     def make(start, window):
@@ -138,7 +138,7 @@ def test_a_resumed_run_on_a_stream_is_bit_exact(tiny_model_path, tmp_path, kind,
 
 
 def test_a_stream_trains_like_unshuffled_rows(tiny_model_path, tmp_path, caplog):
-    rows = [*CHATS, CHATS[0]]  # four updates a pass, so that no batch lies across its end
+    rows = [*CHATS, CHATS[0]]  # an epoch is four updates, so no batch crosses its end
     whole = sft(tiny_model_path, tmp_path / "whole", rows, shuffle_dataset=False)
     streamed = sft(tiny_model_path, tmp_path / "streamed", stream_of(rows))
     whole.train()
@@ -149,20 +149,20 @@ def test_a_stream_trains_like_unshuffled_rows(tiny_model_path, tmp_path, caplog)
 
 
 def test_rows_of_different_epochs_are_distinguished_by_position():
-    """Every pass numbers its rows from 0, and shuffled ones have other rows under the same number."""
+    """Use positions, because rows are numbered from 0 in every epoch, and shuffling gives a number to another row."""
     prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
     assert [group.prompt for group in unpack_groups(pack_groups(groups[:8]), prompts[:8])] == prompts[:8]
     scorer = SimpleNamespace(open_batch=lambda: None)
     plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "call_statuses": {}, "totals": [], "extras": {}}
              for prompt in prompts]  # fmt: skip
-    told = {
+    state = {
         "name": "train/3",
         "version": 1,
         "groups": plain[8:],
         "counts": {"num_samples": [], "seconds": {}, "logged": {}},
     }
-    assert [group.prompt for group in RolloutBatch.from_state(told, prompts, scorer, 8).score()] == prompts[8:]
+    assert [group.prompt for group in RolloutBatch.from_state(state, prompts, scorer, 8).score()] == prompts[8:]
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 
@@ -209,12 +209,12 @@ def test_a_recipe_streams_a_file(tiny_model_path, tmp_path, capsys, monkeypatch)
         )
     )
     assert main(["check", str(recipe)]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "a stream, of which the first 11 rows are checked" in said
-    assert "5 updates in all" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a stream, of which the first 11 rows are checked" in printed
+    assert "5 updates in all" in printed
     assert main(["check", str(recipe), "train.max_steps=-1"]) == 2
     assert main(["run", str(recipe)]) == 0
-    said = " ".join("".join(capsys.readouterr()).split())
-    assert "read and tokenized as training goes, in its own order" in said
-    assert "read of the stream: " in said
-    assert "EOS in the loss of 100%" in said.split("read of the stream: ")[1]
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "read and tokenized as training goes, in its own order" in printed
+    assert "read of the stream: " in printed
+    assert "EOS in the loss of 100%" in printed.split("read of the stream: ")[1]

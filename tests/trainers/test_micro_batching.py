@@ -1,4 +1,4 @@
-"""Who trains on what: shares by hand, equal numbers of micro-batches, and idle ones that change nothing."""
+"""Test sharding over ranks and micro-batches: equal numbers on every rank, and idle batches that change nothing."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible():
 
 
 def test_sharding_by_tokens_balances_tokens():
-    # Of 40 tokens the first tree has 22: its last branch, whose middle is token 20 + 2 / 2 = 21, goes to rank 1.
+    # The first tree has 22 of 40 tokens. The middle of its last branch is token 20 + 2 / 2 = 21, so it goes to rank 1.
     trees = [tree(10, 8, 2, 2), tree(10, 8)]
     assert lengths(share_trees(trees, 2, by_tokens=True)) == [[[8, 2]], [[2], [8]]]
     assert lengths(share_trees(trees, 2, by_tokens=True, divisible=False)) == [[[8, 2, 2]], [[8]]]
@@ -53,9 +53,9 @@ def test_shards_contain_all_branches_in_order(by_tokens, num_ranks):
     trees = [tree(place % 4, *range(1, 1 + place % 6 + 1)) for place in range(9)]
     shares = share_trees(trees, num_ranks, by_tokens=by_tokens)
     assert len(shares) == num_ranks
-    dealt = [branch for share in shares for tree in share for branch in tree.branches]
+    sharded = [branch for share in shares for tree in share for branch in tree.branches]
     given = [branch for tree in trees for branch in tree.branches]
-    assert all(ours is theirs for ours, theirs in zip(dealt, given, strict=True))
+    assert all(ours is theirs for ours, theirs in zip(sharded, given, strict=True))
     sizes = [sum(len(tree.branches) for tree in share) for share in shares]
     if not by_tokens:
         assert max(sizes) - min(sizes) <= 1
@@ -85,7 +85,7 @@ def idle(**branch):
 
 
 def assert_nothing(loss, parameters):
-    """Exactly 0, with a gradient of exactly 0 for every weight."""
+    """Check that the loss is exactly 0, with a gradient of exactly 0 for every weight."""
     assert loss.item() == 0
     gradients = torch.autograd.grad(loss, parameters)
     assert all(not gradient.any() for gradient in gradients)

@@ -1,4 +1,4 @@
-"""PPO: what a step does to rewards, critic and policy; splits, critics, rewards of every kind, refusals."""
+"""Test PPO: learning of policy and critic, micro-batches, kinds of critics and rewards, and refusals."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def half_missing(completion_ids, **kwargs):
 
 
 def make_trainer(model, folder, reward=prefers_even, *, eval_rows=None, **options):
-    """Sampled by the transformers engine, in this process: the pool of vLLM workers has tests of its own."""
+    """Build a trainer that samples with the transformers engine in this process, because vLLM has its own tests."""
     ours = {
         key: options.pop(key) for key in ("peft_config", "reward_model", "value_model", "ref_model") if key in options
     }
@@ -53,9 +53,9 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     )  # fmt: skip
     trainer.train()
     rewards = entries(trainer, "reward/mean")
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15  # 0.37 to 0.43 measured of three seeds and models
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15  # measured for three seeds and models: 0.37 to 0.43
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {"initial_eval", "final_eval"} <= summary.keys()  # of a few samples, hence no measure of what was learned
+    assert {"initial_eval", "final_eval"} <= summary.keys()  # these have too few samples to show progress
     assert 0 <= summary["final_eval"]["eval/reward/mean"] <= 1
     last = next(entry for entry in reversed(trainer.state.log_history) if "loss" in entry)
     expected = {
@@ -65,7 +65,7 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     }  # fmt: skip
     assert expected <= last.keys()
     assert last["sampling/logp_gap"] < 1e-4
-    assert entries(trainer, "kl/completion")[0] == pytest.approx(0.0, abs=1e-4)  # the policy is its own reference yet
+    assert entries(trainer, "kl/completion")[0] == pytest.approx(0.0, abs=1e-4)  # the policy still equals the reference
     assert entries(trainer, "kl/completion")[-1] > 0.1
     AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     critic = tmp_path / "checkpoints" / "step-000060" / "critic"
@@ -73,19 +73,19 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
 
 
 def test_the_critic_learns_to_predict_the_return(tiny_model_path, tmp_path):
-    """With the policy standing still, what a prompt is worth can be learned."""
+    """Keep the policy fixed, so that the critic can learn the value of each prompt."""
 
-    def worth(prompts, **kwargs):
+    def prompt_value(prompts, **kwargs):
         return [float(int(prompt[0]["content"].split()[0]) >= 6) for prompt in prompts]
 
     trainer = make_trainer(
-        tiny_model_path, tmp_path, worth, max_steps=80, per_device_train_batch_size=24, kl_coef=0.0,
+        tiny_model_path, tmp_path, prompt_value, max_steps=80, per_device_train_batch_size=24, kl_coef=0.0,
         critic={"learning_rate": 3e-3, "warmup_rollouts": 20}, vf_coef=1.0, cliprange_value=0, lr_scheduler_type="constant",
     )  # fmt: skip
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     assert abs(entries(trainer, "critic/explained_variance")[0]) < 0.1
-    # One rollout is noisy. The mean was 0.66 to 1.0 over 24 runs: eight seeds, three sets of processor instructions.
+    # Single rollouts are noisy. In 24 runs (eight seeds, three CPU instruction sets), the mean was 0.66 to 1.0.
     assert statistics.mean(entries(trainer, "critic/explained_variance")[-5:]) > 0.35
     assert all(torch.equal(before[name], weight) for name, weight in trainer.model.named_parameters())
 
@@ -127,7 +127,7 @@ def test_updates_are_mini_batches_times_epochs(tiny_model_path, tmp_path):
 def test_total_episodes_count_completions(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=-1, total_episodes=24, num_ppo_epochs=2)
     trainer.train()
-    assert trainer.state.global_step == 6  # three rollouts of eight completions, two passes each
+    assert trainer.state.global_step == 6  # three rollouts of eight completions, two epochs each
 
 
 def test_a_value_head_trains_with_and_without_its_trunk(tiny_model_path, tmp_path):
@@ -156,7 +156,7 @@ def test_a_completion_without_a_reward_is_left_out(tiny_model_path, tmp_path):
 
 
 def test_missing_eos_penalty_lowers_the_return(tiny_model_path, tmp_path):
-    """All completions of six tokens of a random model are cut off: the return is 1 less than without the penalty."""
+    """Truncate all completions of a random model at six tokens: the penalty lowers every return by 1."""
     returns = []
     for penalty in (None, 1.0):
         trainer = make_trainer(tiny_model_path, tmp_path / str(penalty), missing_eos_penalty=penalty, kl_coef=0.0)
@@ -167,7 +167,7 @@ def test_missing_eos_penalty_lowers_the_return(tiny_model_path, tmp_path):
 
 
 def test_all_kinds_of_rewards_work_together(tiny_model_path, tmp_path):
-    """A registered name, a callable, and a reward model under the name that TRL has for it."""
+    """Combine a registered name, a callable, and a reward model given by TRL's argument."""
     model, _ = load_scalar_model(str(tiny_model_path), RewardConfig())
     model.save_pretrained(tmp_path / "rm")
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "rm")
@@ -180,7 +180,7 @@ def test_all_kinds_of_rewards_work_together(tiny_model_path, tmp_path):
     assert {"reward/accuracy/mean", "reward/prefers_even/mean", "reward/rm/mean"} <= last.keys()
     total = last["reward/accuracy/mean"] + 0.5 * last["reward/prefers_even/mean"] + 0.1 * last["reward/rm/mean"]
     assert last["reward/mean"] == pytest.approx(total, abs=1e-5)
-    assert abs(entries(trainer, "critic/value_mean")[0]) > 1e-4  # a value model that is given keeps its head
+    assert abs(entries(trainer, "critic/value_mean")[0]) > 1e-4  # a given value model keeps its head
 
 
 def test_lora_on_policy_and_critic(tiny_model_path, tmp_path):
@@ -216,7 +216,7 @@ def test_two_runs_with_the_same_seed_are_equal(tiny_model_path, tmp_path):
 
 
 def test_the_kl_coefficient_follows_its_target():
-    """Twice the target is clipped to +0.2; 100 of 1,000 completions move it by 0.02."""
+    """Clip the error of twice the target to +0.2; after 100 completions of a horizon of 1,000 this is a change of 2%."""
     control = KLController(0.1, target=3.0, horizon=1000)
     control.observe(6.0, 100)
     assert control.coef == pytest.approx(0.1 * 1.02)

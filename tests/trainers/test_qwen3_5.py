@@ -1,4 +1,4 @@
-"""Every trainer on every class of Qwen3.5 and Qwen3-Next: what is trained moves, what is not stays, to the bit."""
+"""Test every trainer on every class of Qwen3.5 and Qwen3-Next: exactly the trained weights change."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def even_share(completion_ids, **kwargs):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Folder of each class's tiny model."""
+    """Return the folder of a tiny model of each class."""
     root = tmp_path_factory.mktemp("tiny")
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
     return {
@@ -102,7 +102,7 @@ def check_moved(trainer, before):
 
 
 def check_final(folder, source, kind, algorithm):
-    """All names of the source, with what is not trained unchanged."""
+    """Check that the final model has all names of the source, and that untrained weights are unchanged."""
     ours, theirs = final_weights(folder), load_file(source / "model.safetensors")
     assert ours.keys() - theirs.keys() == ({"score.weight"} if algorithm == "Reward" else set())
     assert theirs.keys() <= ours.keys()
@@ -119,7 +119,8 @@ def check_final(folder, source, kind, algorithm):
         (algorithm, kind)
         for algorithm in OPTIONS
         for kind in KINDS
-        if not kind.endswith("text") or algorithm in ("SFT", "PPO")  # which load and write text-only folders alike
+        if not kind.endswith("text")
+        or algorithm in ("SFT", "PPO")  # these two cover how text-only folders are loaded and saved
     ],
 )
 def test_every_trainer_trains_every_class(algorithm, kind, folders, tmp_path):
@@ -164,7 +165,7 @@ def test_adapters_train_on_all_projections(algorithm, kind, folders, tmp_path):
 
 
 def logprobs_alone(folder, sequences, start):
-    """Of the tokens from `start` on, by transformers itself, one sequence after another."""
+    """Return the logprobs of the tokens from `start` on, computed by transformers one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     for ids in sequences:
@@ -223,7 +224,7 @@ def test_a_qwen3_5_reward_model_scores_completions(folders, tmp_path):
 
 
 def test_sequence_parallelism_is_refused(folders):
-    """A state goes along the whole of it."""
+    """Refuse to split rows, because a recurrent state passes through the whole row."""
     args, ranks = rlqwen.SFTConfig(), SequenceGroup()
     ranks.size = 2
     with pytest.raises(ModelError, match=r"sequence_parallel_size=2: qwen3_5_text has layers that carry a state"):
@@ -239,15 +240,15 @@ RANKED = {
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_two_ranks_train_as_one(name, folders, tmp_path):
-    """Adam's epsilon of 1 makes an update as large as its gradient, and not the sign of what rounding left of 0."""
+def test_two_ranks_train_like_one(name, folders, tmp_path):
+    """Set Adam's epsilon to 1: updates are then proportional to gradients, so rounding of zero gradients stays small."""
     algorithm, kind, options = RANKED[name]
     exact = {"adam_epsilon": 1.0, "learning_rate": 0.1, "optim": "adamw_torch"}
     rows = 4 if "autotp_size" in options["parallel"] else 2
 
     def train():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DeepSpeed's import has many
+            warnings.simplefilter("ignore")  # importing DeepSpeed causes many
             make(
                 algorithm, folders[kind], tmp_path / "two", per_device_train_batch_size=rows, **exact, **options
             ).train()

@@ -1,4 +1,4 @@
-"""Reward modelling: the loss against TRL's, what it saves, what it refuses."""
+"""Test reward modeling: the loss against TRL's, the saved model, and refusals."""
 
 import json
 import warnings
@@ -17,7 +17,7 @@ from rlqwen.rewards.reward_model import RewardModel
 from tests.losses import reward_loss
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # TRL warns at import that it does not know this vLLM
+    warnings.simplefilter("ignore")  # TRL's import warns about the version of vLLM
     from trl import RewardTrainer as TrlRewardTrainer
 
 
@@ -98,7 +98,7 @@ def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path, t
     for side, column in ((row.chosen, "chosen"), (row.rejected, "rejected")):
         written = tokenizer.apply_chat_template(ROWS[0]["prompt"] + ROWS[0][column], tokenize=False)
         assert row.prompt_ids + side.token_ids == tokenizer(written, add_special_tokens=False)["input_ids"]
-    assert len(row.prompt_ids) > 10  # what both sides begin with is read once
+    assert len(row.prompt_ids) > 10  # both answers share this prefix
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_text_pairs_get_no_chat_template(tiny_model_path, tmp_path):
 
 
 def test_padding_at_the_end_of_an_answer_is_not_scored(tiny_model_path, tmp_path):
-    """transformers reads the score off the last token that is not padding, and training must do the same."""
+    """Score the last token that is not padding, as transformers does."""
     pad = AutoTokenizer.from_pretrained(tiny_model_path).pad_token
     rows = [{"prompt": f"{i} is ", "chosen": f"good{pad}", "rejected": "bad"} for i in range(8)]
     trainer = make_trainer(tiny_model_path, tmp_path, rows, rows)

@@ -1,3 +1,5 @@
+"""Test SFT: learning, micro-batches, packing, adapters, callbacks, best checkpoints and refusals."""
+
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from rlqwen.errors import ConfigError, DataError, NonFiniteError
 
 
 def rows(count: int = 24) -> list[dict]:
-    """Conversations of many lengths."""
+    """Return conversations of many lengths."""
     return [
         {
             "messages": [
@@ -43,7 +45,7 @@ def test_a_run_learns_and_completes_its_folder(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path / "run", learning_rate=3e-3, max_steps=12, eval_on_start=True)
     trainer.train()
     curve = losses(trainer)
-    assert curve[-1] < 0.85 * curve[0]  # 0.67 to 0.68 measured of three seeds and models
+    assert curve[-1] < 0.85 * curve[0]  # measured for three seeds and models: 0.67 to 0.68
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["final_eval"]["eval/loss"] < summary["initial_eval"]["eval/loss"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -82,10 +84,10 @@ def test_packing_changes_the_batch_and_not_the_loss(tiny_model_path, tmp_path):
 
 def test_packed_rows_hold_every_sequence_once_within_capacity():
     lengths = [5, 9, 3, 3, 7, 1, 2, 10, 6, 4]
-    bins = pack_best_fit([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
-    assert sorted(len(row.token_ids) for sequences in bins for row in sequences) == sorted(lengths)
-    assert len(bins) == 5
-    assert all(sum(len(row.token_ids) for row in sequences) <= 10 for sequences in bins)
+    packed = pack_best_fit([TokenizedRow([0] * n, [True] * n) for n in lengths], capacity=10)
+    assert sorted(len(row.token_ids) for sequences in packed for row in sequences) == sorted(lengths)
+    assert len(packed) == 5
+    assert all(sum(len(row.token_ids) for row in sequences) <= 10 for sequences in packed)
 
 
 def test_early_stopping_restores_the_best_checkpoint(tiny_model_path, tmp_path):
@@ -95,7 +97,7 @@ def test_early_stopping_restores_the_best_checkpoint(tiny_model_path, tmp_path):
     )  # fmt: skip
     trainer.train()
     evals = [entry["eval/loss"] for entry in trainer.state.log_history if "eval/loss" in entry]
-    # A learning rate of 0.5 wrecks the model at once, so the first evaluation stays the best, and two later ones stop.
+    # A learning rate of 0.5 destroys the model at once, so the first evaluation is the best, and two worse ones stop it.
     assert trainer.state.global_step < 20
     assert evals[-1] == pytest.approx(min(evals), rel=1e-5)
     best = [path.name for path in (tmp_path / "checkpoints").iterdir()]
@@ -164,7 +166,7 @@ def test_evaluate_works_without_training(tiny_model_path, tmp_path):
     assert metrics["eval/perplexity"] == pytest.approx(torch.tensor(metrics["eval/loss"]).exp().item(), rel=1e-4)
 
 
-@pytest.mark.fault("a weight that is NaN", "every batch is kept, that which stops the run too")
+@pytest.mark.fault("a weight that is NaN", "every batch is kept, including the one that stops the run")
 def test_every_nonfinite_batch_is_kept_including_the_one_that_stops_the_run(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=5, max_nonfinite_steps=2)
     with torch.no_grad():
