@@ -1,4 +1,4 @@
-"""Columns that are called otherwise than ours: what they seem to be, and the column map to format_column_map."""
+"""Suggest column maps for rows whose columns have other names than ours."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ _SIDES = {
 
 
 def unmapped_question(row: Row) -> str | None:
-    """Return the column that seems to hold the question but is not called `prompt`; None if there is none."""
+    """Return the column that seems to hold the question and is not named `prompt`; None if there is none."""
     return next((name for name in QUESTIONS if name != "prompt" and isinstance(row.get(name), str)), None)
 
 
 def conversation_map(row: Row) -> dict[str, str]:
-    """Return a column map that makes the row a conversation for the chat template; empty if none is found."""
+    """Return a column map that makes a conversation of the row; empty if no question and answer are found."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     if question is None or answer in (None, question):
         return {}
@@ -29,20 +29,20 @@ def conversation_map(row: Row) -> dict[str, str]:
 
 
 def text_map(row: Row) -> dict[str, str]:
-    """Return a column map that makes the row a prompt and a completion as plain text."""
+    """Return a column map that makes a prompt and a completion, as plain text, of the row."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     return {} if question is None or answer in (None, question) else {"prompt": question, "completion": answer}
 
 
 def prompt_map(row: Row) -> dict[str, str]:
-    """Return a column map that makes the row a prompt, with its solution if there is an answer."""
+    """Return a column map that makes a prompt of the row, with a solution if there is an answer."""
     question, answer = _find(row, QUESTIONS), _find(row, ANSWERS)
     found = {"prompt": question} if question else {}
     return _without_same(found | ({"solution": answer} if found and answer not in (None, question) else {}))
 
 
 def pair_map(row: Row) -> dict[str, str]:
-    """Return a column map that makes the row a pair; empty unless both answers are found."""
+    """Return a column map that makes a pair of the row; empty unless both answers are found."""
     found = {ours: _find(row, (ours, *names)) for ours, names in _SIDES.items()}
     question = _find(row, QUESTIONS)
     if None in found.values():
@@ -52,22 +52,22 @@ def pair_map(row: Row) -> dict[str, str]:
 
 
 def suggest_mapping(row: Row, kind: str | None = None) -> str:
-    """Say how to map the row's columns for `sft`, `prompts` or `preference`; for None, every map that is found."""
-    offers = []
+    """Suggest how to map the row's columns for `sft`, `prompts` or `preference`; None: suggest every map that is found."""
+    suggestions = []
     if kind in (None, "sft"):
-        offers.append(("SFT of conversations", conversation_map(row)))
+        suggestions.append(("SFT of conversations", conversation_map(row)))
         if kind:
-            offers.append(("SFT of plain text, without the chat template", text_map(row)))
+            suggestions.append(("SFT of plain text, without the chat template", text_map(row)))
     if kind in (None, "prompts"):
-        offers.append(("prompts for GRPO and PPO", prompt_map(row)))
+        suggestions.append(("prompts for GRPO and PPO", prompt_map(row)))
     if kind in (None, "preference"):
-        offers.append(("pairs", pair_map(row)))
-    said = [f"for {what}, {format_column_map(columns)}" for what, columns in offers if columns]
-    return "map them; " + "; ".join(said) if said else "map them with columns: {ours: theirs}"
+        suggestions.append(("pairs", pair_map(row)))
+    texts = [f"for {what}, {format_column_map(columns)}" for what, columns in suggestions if columns]
+    return "map them; " + "; ".join(texts) if texts else "map them with columns: {ours: theirs}"
 
 
 def suggest_answer_mapping(row: Row) -> str:
-    """Say how to map the answer of a row that has a prompt."""
+    """Suggest how to map the answer of a row that has a prompt."""
     answer = text_map(row).get("completion", "...")
     conversation = conversation_map(row)
     as_turns = f", or, to have the chat template write them, {format_column_map(conversation)}" if conversation else ""
@@ -77,14 +77,14 @@ def suggest_answer_mapping(row: Row) -> str:
 
 
 def format_column_map(columns: dict[str, str]) -> str:
-    """Write a column map in the syntax of recipes and of the command line."""
+    """Format a column map in the syntax of recipes and of the command line."""
     recipe = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
     options = " ".join(f"--column {ours}={theirs}" for ours, theirs in columns.items())
     return f"columns: {{{recipe}}} ({options})"
 
 
 def _find(row: Row, names: tuple[str, ...]) -> str | None:
-    """Return the first of the names whose column holds a text or a number."""
+    """Return the first name whose column holds text or a number."""
     return next((name for name in names if isinstance(row.get(name), str | int | float)), None)
 
 

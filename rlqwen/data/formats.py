@@ -1,16 +1,16 @@
-"""One form for the rows of many: ShareGPT and Alpaca become `messages`; prompts, completions and text stay.
+"""Normalize rows of many formats: ShareGPT and Alpaca become `messages`; prompts, completions and text are kept.
 
-A row after `normalize_row` has, beside its other columns, one of
+A row after `normalize_row` has other columns and one of these groups:
 
-    messages                     a list of {"role", "content"} turns (from `messages`, ShareGPT or Alpaca columns)
-    prompt [, completion]        text, or messages
-    prompt, chosen, rejected     text, or messages (from any form in rlqwen.data.preference_formats)
+    messages                     a list of {"role", "content"} objects (from `messages`, ShareGPT or Alpaca columns)
+    prompt [, completion]        text or messages
+    prompt, chosen, rejected     text or messages (from any format in rlqwen.data.preference_formats)
     text                         plain text
 
-A column `system`, or `system_prompt`, becomes the first turn of either. Columns that we do not know stay as they are, and
-so do keys of turns: rlqwen.data.unused_columns names what training does not read. `to_prompt_row` turns any of the first three
-into what GRPO needs: a prompt, and a `solution` where an answer is known; rlqwen.data.preference_formats has the same for
-pairs and for labelled answers.
+A column `system` or `system_prompt` becomes the first message. Unknown columns and message keys are kept;
+rlqwen.data.unused_columns lists those that training does not read. `to_prompt_row` converts any of the first three
+groups to what GRPO needs: a prompt, and a `solution` if the answer is known. rlqwen.data.preference_formats does the
+same for pairs and for labelled answers.
 """
 
 from typing import Any
@@ -40,14 +40,14 @@ FORM_COLUMNS = {
     *ALPACA_COLUMNS,
     *SCORE_COLUMNS,
 }
-"""Columns that a row is read by: None there means that the row has no such column."""
+"""Columns that decide the format of a row: None in one of them means that the row does not have the column."""
 
 
 def normalize_row(row: Row, where: str) -> Row:
-    """Return the row in our form (see the module); a row that is already in it comes back equal.
+    """Return the row in normalized form (see the module); a normalized row is returned unchanged.
 
-    Missing values (rlqwen.data.plain_values) are None in columns that we do not know, and no column where we do. `where`
-    begins the message of a DataError: images, unknown role, malformed turn, or no column that we know.
+    Missing values (rlqwen.data.plain_values) become None in unknown columns; known columns are removed. Raises
+    DataError, which begins with `where`, for images, unknown roles and malformed messages.
     """
     refuse_media(row, where)
     row = plain_row(row, where)
@@ -73,24 +73,24 @@ def normalize_row(row: Row, where: str) -> Row:
 
 
 def _apply_system_column(row: Row, where: str) -> Row:
-    """Put the system column at the start of the turns; a column that differs from the system turn stays unused."""
+    """Prepend the system column to the messages; keep the column unused if it differs from their system message."""
     column = next((name for name in ("system", "system_prompt") if name in row), None)
-    turns = row.get("prompt", row.get("messages"))
-    if column is None or turns is None:
+    messages = row.get("prompt", row.get("messages"))
+    if column is None or messages is None:
         return row
     system = row[column]
     if not isinstance(system, str):
         raise DataError(f"{where}: column {column!r} must be text, not {system!r:.80}")
-    if not isinstance(turns, str) and turns[0]["role"] == "system":
-        is_said = not system.strip() or system.strip() == turns[0]["content"].strip()
+    if not isinstance(messages, str) and messages[0]["role"] == "system":
+        is_used = not system.strip() or system.strip() == messages[0]["content"].strip()
     else:
         row = add_system_prompt(row, system, where) if system.strip() else row
-        is_said = True
-    return {name: value for name, value in row.items() if name != column} if is_said else row
+        is_used = True
+    return {name: value for name, value in row.items() if name != column} if is_used else row
 
 
 def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
-    """Begin the row's conversation with a system turn; text becomes a user turn. A row's own system turn stays.
+    """Prepend a system message unless the row has one; a text prompt becomes a user message.
 
     Raises DataError for rows without messages or prompt.
     """
@@ -110,15 +110,15 @@ def add_system_prompt(row: Row, system_prompt: str, where: str) -> Row:
 def to_prompt_row(row: Row, where: str) -> Row:
     """Return a normalized row as GRPO needs it: `prompt`, and every other column.
 
-    Without a `prompt`, the prompt is `messages` up to its last assistant turn (all of them if it ends otherwise), or what
-    Alpaca's columns ask. The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises
-    DataError if there is no prompt to be found.
+    Without a `prompt`, the prompt is `messages` without a final assistant message, or the question of Alpaca's columns.
+    The answer found there, or in `completion`, becomes `solution` unless the row has one. Raises DataError if the row
+    has no prompt.
     """
     row = dict(row)
     answer: Any = row.pop("completion", None)
     if "prompt" not in row and "messages" not in row and "instruction" in row:
-        asked = {column: row.pop(column) for column in ALPACA_COLUMNS if column in row}
-        row["messages"] = from_alpaca(asked, where)
+        alpaca = {column: row.pop(column) for column in ALPACA_COLUMNS if column in row}
+        row["messages"] = from_alpaca(alpaca, where)
         row = _apply_system_column(row, where)
     if "prompt" in row:
         row.pop("messages", None)
@@ -128,7 +128,7 @@ def to_prompt_row(row: Row, where: str) -> Row:
         if messages[-1]["role"] == "assistant":
             *messages, answer = messages
         if not messages:
-            raise DataError(f"{where}: 'messages' holds nothing but an answer, so there is no prompt")
+            raise DataError(f"{where}: 'messages' holds only an answer, so there is no prompt")
         row["prompt"] = messages
     else:
         raise DataError(
@@ -143,8 +143,8 @@ def to_prompt_row(row: Row, where: str) -> Row:
 def _answer_text(answer: str | Message | list[Message]) -> str:
     if isinstance(answer, str):
         return answer
-    turns = answer if isinstance(answer, list) else [answer]
-    return str(turns[-1]["content"])
+    messages = answer if isinstance(answer, list) else [answer]
+    return str(messages[-1]["content"])
 
 
 def _columns(row: Row) -> str:

@@ -1,5 +1,7 @@
-"""Images, videos and sounds in rows. rlqwen trains on text, so a row that has any is refused: it is never trained without
-them, nor with a placeholder in their stead."""
+"""Refuse rows with images, videos or audio.
+
+rlqwen trains on text. A row with media is neither trained without them nor with a placeholder.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,25 +10,25 @@ from typing import Any
 from rlqwen.errors import DataError
 
 MEDIA_COLUMNS = ("image", "images", "video", "videos")
-"""Columns, and keys of turns, by which data sets and TRL hand over media."""
+"""Columns and message keys that hold media in data sets and in TRL."""
 _MEDIA_PARTS = ("image", "video", "audio")
-"""Parts of a turn's content have types such as `image`, `image_url`, `input_image`, `input_audio`."""
+"""Words in the types of content parts, such as `image`, `image_url`, `input_image`, `input_audio`."""
 _MEDIA_FILE = re.compile(
     r"(data:(image|video)/.*|https?://\S+|.+\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|mp4|mov|avi|mkv|webm)|[\w+/]{200,}={0,2})",
     re.IGNORECASE | re.DOTALL,
 )
 _DECODED = ("PIL", "torchcodec")
-"""Packages whose objects `datasets` makes of images and videos."""
+"""Packages to whose objects `datasets` decodes images and videos."""
 _EMPTY = ("", b"", "[]")
 _STORED = {"bytes", "path"}
-"""Keys of an image, a video or a sound in the tables of `datasets`."""
+"""Keys of an image, a video or an audio clip in the tables of `datasets`."""
 
 
 def refuse_media(row: Mapping[str, Any], where: str) -> None:
-    """Raise DataError, which says how to mend it, where a column holds images or videos.
+    """Raise DataError, with advice, if a column holds images or videos.
 
-    Columns of any name are refused for images as objects, or as `datasets` stores them; those of MEDIA_COLUMNS for files
-    and addresses too. Other text in `image` is the data's own, such as the image of a container.
+    A column of any name is refused if it holds media as objects, or as `datasets` stores them. Columns of MEDIA_COLUMNS
+    are also refused for file names and URLs. Other text in `image`, such as a container image, is allowed.
     """
     for column, value in row.items():
         found = _first(value)
@@ -39,18 +41,18 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: column {column!r} holds {_shown(found)}, {media_advice(column)}")
 
 
-def refuse_message_media(turn: Mapping[str, Any], place: str) -> None:
-    """Raise DataError where a turn has images or videos beside its text, or among the parts of its content."""
+def refuse_message_media(message: Mapping[str, Any], where: str) -> None:
+    """Raise DataError if a message has media in a key of its own, or among the parts of its content."""
     for key in MEDIA_COLUMNS:
-        if _first(turn.get(key)) is not None:
-            raise DataError(f"{place} has {key!r}, {media_advice()}")
-    content = turn.get("content")
+        if _first(message.get(key)) is not None:
+            raise DataError(f"{where} has {key!r}, {media_advice()}")
+    content = message.get("content")
     for part in content if isinstance(content, list | tuple) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         kinds = [kind] if kind is not None else [key for key, value in _items(part) if value is not None]
         named = next((one for one in kinds if any(medium in str(one) for medium in _MEDIA_PARTS)), None)
         if named is not None:
-            raise DataError(f"{place} has a part of type {named!r}, {media_advice()}")
+            raise DataError(f"{where} has a part of type {named!r}, {media_advice()}")
 
 
 def _items(part: Any) -> Iterable[tuple[Any, Any]]:
@@ -58,7 +60,7 @@ def _items(part: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _first(value: Any) -> Any:
-    """Return the value, or the first one of a list of any depth; None where there is nothing."""
+    """Return the value, or the first value of a nested list; None if it is empty."""
     while isinstance(value, list | tuple) or type(value).__module__ == "numpy":
         value = value.tolist() if hasattr(value, "tolist") else next((one for one in value if one is not None), None)
     if isinstance(value, str | bytes) and value.strip() in _EMPTY:
@@ -79,9 +81,9 @@ def _shown(value: Any) -> str:
 
 
 def media_advice(column: str | None = None) -> str:
-    """Return what is missing for media, and how to mend it, as the end of a message."""
-    drop = f", or, if the text stands by itself, the column ({column})" if column else ""
+    """Return the end of a message that says why media are refused and what to do."""
+    drop = f", or the column {column}, if the text is complete without it" if column else ""
     return (
-        "and rlqwen trains on text alone: it has no processor for images, videos or sounds, and keeps a vision tower as "
-        f"it is; drop such rows{drop}, or train with TRL"
+        "and rlqwen trains on text alone: it has no processor for images, videos or audio, and does not train a vision "
+        f"tower; drop such rows{drop}, or train with TRL"
     )

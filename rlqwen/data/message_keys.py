@@ -1,4 +1,4 @@
-"""What the formats of others call the parts of a turn."""
+"""List the names of roles and message keys in other data formats."""
 
 ROLES = {
     "human": "user",
@@ -16,10 +16,10 @@ ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-"""Roles of ShareGPT data and of ms-swift's -> the chat template's."""
+"""Role in ShareGPT or ms-swift data -> role of the chat template."""
 
 LOSS_KEYS = ("in_loss", "loss", "loss_scale", "weight", "train", "training")
-"""Keys of a turn that say whether it is learned: ours, ms-swift's two, OpenAI's, axolotl's two."""
+"""Keys that say whether a message is in the loss: ours, two of ms-swift, one of OpenAI, two of axolotl."""
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which a turn has its thoughts."""
+"""Keys that hold the thoughts of a message."""

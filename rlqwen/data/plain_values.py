@@ -1,4 +1,4 @@
-"""Values of a row as plain Python: no NaN, no numpy, no JSON in text, no nulls by which Arrow fills its tables."""
+"""Convert the values of a row to plain Python: without NaN, numpy, JSON in text, or nulls that Arrow has added."""
 
 import ast
 import json
@@ -20,24 +20,24 @@ _MESSAGE_KEYS |= {*LOSS_KEYS, *THOUGHT_KEYS}
 _MAY_BE_NULL = ("default", "example")
 """Keys of a JSON schema whose value may be null."""
 _BESIDE_A_NULL = {"type", "title", "description", "const"}
-"""Keys of the schema of a property that must be null."""
+"""Keys that the schema of a property may have if the property must be null."""
 
 
 def plain_row(row: Row, where: str) -> Row:
-    """Copy a row: missing values become None, numpy scalars and arrays become Python's.
+    """Copy a row; missing values become None, and numpy scalars and arrays become Python values.
 
-    Missing are NaN, NaT and NA, as a pandas table has them, at any depth. Raises DataError for half a surrogate pair.
+    Missing values are NaN, NaT and NA of pandas tables, at any depth. Raises DataError for half a surrogate pair.
     """
     plain = {column: _plain(value, where, column) for column, value in row.items()}
     if any(type(value).__module__ == "numpy" and hasattr(value, "__len__") for value in row.values()):
-        return without_filling(plain)  # an array is what pandas makes of a list in a Parquet file
+        return without_filling(plain)  # pandas reads lists in a Parquet file as arrays
     return plain
 
 
 def parse_messages(value: Any, where: str, column: str) -> Any:
-    """Parse turns in a text, as JSON or as Python writes them; other values and texts are returned unchanged.
+    """Parse messages in a text of JSON or of Python literals; return other values and texts unchanged.
 
-    Raises DataError for a text that begins as turns do and cannot be read.
+    Raises DataError for a text that begins like messages but cannot be parsed.
     """
     if not isinstance(value, str) or not _MAY_BE_MESSAGES.match(value):
         return value
@@ -46,17 +46,17 @@ def parse_messages(value: Any, where: str, column: str) -> Any:
             found = read(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        turns = found if isinstance(found, list) else [found]
-        return found if turns and all(map(_is_message, turns)) else value
+        messages = found if isinstance(found, list) else [found]
+        return found if messages and all(map(_is_message, messages)) else value
     if _BEGINS_AS_MESSAGES.match(value):
         raise DataError(
-            f"{where}: column {column!r} holds turns as text that is not valid JSON: {value[:80]!r}; write it as JSON"
+            f"{where}: column {column!r} holds messages as text that is not valid JSON: {value[:80]!r}; write it as JSON"
         )
     return value
 
 
 def _is_message(value: Any) -> bool:
-    """Return whether an object is a turn, rather than a prompt or an answer that happens to be JSON."""
+    """Return whether an object is a message, rather than a prompt or an answer that happens to be JSON."""
     return (
         isinstance(value, dict)
         and _MESSAGE_KEYS.issuperset(value)
@@ -68,10 +68,10 @@ def _is_message(value: Any) -> bool:
 def without_filling(row: Row, schema: Any = None) -> Row:
     """Return a row of an Arrow table without the nulls that Arrow adds to give all objects the same fields.
 
-    In turns and tools only: a tool call of one argument would otherwise show the arguments of every other tool. A null
-    in a tool's schema stays where it is meant, as far as a table shows it: `default` and `example` of a property that may
-    be null and is not required, or whose field is null in the whole table; `const` that stands alone. `schema`: the
-    table's pyarrow.Schema.
+    Only messages and tools are changed, because a tool call with one argument would otherwise show the arguments of
+    all other tools. Some nulls in a tool's schema are kept because they have a meaning: `default` and `example` of a
+    property that may be null and is not required, or whose field is null in the whole table, and a `const` without
+    other constraints. `schema`: the table's pyarrow.Schema.
     """
     cleaned = {column: _without_nones(value) if column in _FILLED else value for column, value in row.items()}
     if isinstance(row.get("tools"), list | tuple):
@@ -98,13 +98,13 @@ def _plain(value: Any, where: str, column: str) -> Any:
 
 
 def _refuse_surrogates(text: str, where: str, column: str) -> None:
-    """Raise DataError for half a surrogate pair (from a JSON escape), which no tokenizer or file accepts."""
+    """Raise DataError for half a surrogate pair (from a JSON escape), which tokenizers and files cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: column {column!r} holds half a surrogate pair ({text[error.start]!r} at character "
-            f"{error.start}), which is no text; cut text between characters, or drop the row"
+            f"{error.start}), which is not valid text; cut text between characters, or drop the row"
         ) from None
 
 
@@ -117,7 +117,7 @@ def _without_nones(value: Any) -> Any:
 
 
 def _tool_schema(value: Any, field: Any, is_required: bool = False) -> Any:
-    """Return a tool, or a part of its schema, without filling. `field`: its pyarrow type, where known."""
+    """Return a tool, or a part of its schema, without added nulls. `field`: its pyarrow type, if known."""
     if isinstance(value, list | tuple):
         return [_tool_schema(one, _item_type(field)) for one in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What DPO and its relatives learn from: pairs, or single answers with a label."""
+"""Tokenize the preference examples of DPO and related losses: pairs, or single answers with a label."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,9 @@ _LABELS = {"label", "kto_tag"}
 def tokenize_preference_examples(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: DPOConfig
 ) -> tuple[Sequence[PreferenceRow] | Sequence[LabelledRow], DataReport]:
-    """Pairs of all rows, in order; single answers where the rows are labelled.
+    """Return pairs of all rows, in order, or single answers if a row is labelled.
 
-    Raises DataError for labelled rows where a loss compares two answers.
+    Raises DataError for labelled rows if a loss compares two answers.
     """
     labelled = next((number for number, row in enumerate(rows) if _is_labelled(row, number)), None)
     if labelled is None:
@@ -32,7 +32,7 @@ def tokenize_preference_examples(
     if config.needs_pairs:
         raise DataError(
             f"row {labelled} is a single answer with a label, but loss_type {', '.join(config.loss_type)} compares a "
-            f"chosen with a rejected one; such rows go with loss_type {' and '.join(sorted(UNPAIRED))}"
+            f"chosen with a rejected one; such rows need loss_type {' and '.join(sorted(UNPAIRED))}"
         )
     return tokenize_labelled(rows, tokenizer, config)
 

@@ -1,19 +1,19 @@
-"""One form for preference rows: `prompt`, `chosen` and `rejected`, all of them text or all of them messages.
+"""Normalize preference rows to `prompt`, `chosen` and `rejected`, either all as text or all as messages.
 
-Forms that are read, by their columns:
+Supported formats, by columns:
 
-    prompt, chosen, rejected           text or messages; the answers may repeat the prompt, as UltraFeedback's do
-    chosen, rejected                   whole conversations, or texts, of which the common beginning is the prompt
-    chosen, rejected                   Anthropic HH: "\\n\\nHuman: ...\\n\\nAssistant: ...", which become messages
-    conversations, chosen, rejected    ShareGPT; `messages` serve as well
+    prompt, chosen, rejected           text or messages; the answers may repeat the prompt, as in UltraFeedback
+    chosen, rejected                   whole conversations or texts, whose common prefix is the prompt
+    chosen, rejected                   Anthropic HH: "\\n\\nHuman: ...\\n\\nAssistant: ...", converted to messages
+    conversations, chosen, rejected    ShareGPT; also `messages` in place of `conversations`
     instruction, ..., chosen, rejected    Alpaca
-    messages, rejected_response        ms-swift: the last turn is the chosen answer
+    messages, rejected_response        ms-swift: the last message is the chosen answer
     messages, rejected_messages        ms-swift: two whole conversations
-    query, response, rejected_response    ms-swift, with `history` where there is one
+    query, response, rejected_response    ms-swift, optionally with `history`
     input, preferred_output, non_preferred_output    OpenAI
-    prompt, completion, label          answers with a label; `kto_tag` serves as well, and messages or ShareGPT
+    prompt, completion, label          answers with a label; also `kto_tag`, messages or ShareGPT
 
-`margin` is a number, or what scores of both answers differ by. Tools may stand beside any of them.
+`margin` is a number, or the difference between scores of both answers. All formats may have `tools`.
 """
 
 import math
@@ -40,7 +40,7 @@ _SCORES = (
 )
 SCORE_COLUMNS = frozenset(name for pair in _SCORES for name in pair)
 _KNOWN = {"messages", "conversations", "prompt", "chosen", "instruction"}
-"""Columns beside which those of ms-swift's older forms are taken for the data's own."""
+"""Columns whose presence means that columns of ms-swift's older formats are ordinary columns of the data."""
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _HH = re.compile(r"\s*Human:")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -48,36 +48,37 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_pair(row: Row) -> bool:
+    """Return whether a row has both answers."""
     return all(side in row for side in SIDES)
 
 
 def is_labelled(row: Row) -> bool:
-    """Whether a normalized row is an answer with a label; a `label` of another kind is the data's own column."""
+    """Return whether a normalized row is an answer with a label; other kinds of `label` are ordinary columns."""
     has_answer = "messages" in row or ("prompt" in row and "completion" in row)
     return has_answer and str(row.get("label")).lower() in _LABELS
 
 
-def read_columns(row: Row, *, has_turns: bool, margin: bool) -> set[str]:
-    """Return the columns read of a normalized pair or labelled row: those of its form, tools, and `margin` if set."""
+def read_columns(row: Row, *, has_messages: bool, margin: bool) -> set[str]:
+    """Return the columns that training reads from a normalized pair or labelled row; `margin`: whether it reads those."""
     if is_pair(row):
         read = {"prompt", *SIDES}
         scores = next((names for names in _SCORES if all(name in row for name in names)), None)
-        if margin or scores:  # a margin that comes of scores is no column of the data
+        if margin or scores:  # a margin computed from scores is not a column of the data
             read.add("margin")
         read.update((scores or ()) if margin else ())
     else:
         read = {"label"} | ({"prompt", "completion"} if "prompt" in row and "completion" in row else {"messages"})
-    return read | ({"tools"} if has_turns else set())
+    return read | ({"tools"} if has_messages else set())
 
 
 def rename_columns(row: Row, where: str) -> Row:
-    """OpenAI's, ms-swift's and LLaMA-Factory's columns by our names."""
+    """Rename the columns of OpenAI, ms-swift and LLaMA-Factory to our names."""
     if "preferred_output" in row and "non_preferred_output" in row:
-        asked = row.pop("input", None)
-        if not isinstance(asked, dict) or "messages" not in asked:
-            raise DataError(f"{where}: 'input' beside 'preferred_output' must have 'messages': {asked!r:.80}")
-        row |= {"prompt": asked["messages"]} | {key: asked[key] for key in ("tools",) if asked.get(key)}
-        row |= {f"input.{key}": value for key, value in asked.items() if key not in ("messages", "tools")}
+        given = row.pop("input", None)
+        if not isinstance(given, dict) or "messages" not in given:
+            raise DataError(f"{where}: 'input' beside 'preferred_output' must have 'messages': {given!r:.80}")
+        row |= {"prompt": given["messages"]} | {key: given[key] for key in ("tools",) if given.get(key)}
+        row |= {f"input.{key}": value for key, value in given.items() if key not in ("messages", "tools")}
         row |= {"chosen": row.pop("preferred_output"), "rejected": row.pop("non_preferred_output")}
     if "messages" in row and "rejected_response" in row:
         *prompt, chosen = normalize_messages(row.pop("messages"), where, "messages")
@@ -96,9 +97,9 @@ def rename_columns(row: Row, where: str) -> Row:
 
 
 def normalize_pair(row: Row, where: str) -> Row:
-    """A row with `chosen` and `rejected` in our form, with `margin` where the row tells it.
+    """Normalize a row with `chosen` and `rejected`, and add `margin` if the row has one or has scores.
 
-    Raises DataError for answers that are missing or malformed, and for answers to different prompts.
+    Raises DataError for missing or malformed answers, and for answers to different prompts.
     """
     row = dict(row)
     chosen, rejected = (_read(row[side], where, side) for side in SIDES)
@@ -126,7 +127,7 @@ def normalize_pair(row: Row, where: str) -> Row:
 
 
 def to_pair_rows(row: Row, where: str) -> list[Row]:
-    """A normalized row, which must be a pair, as a row of each of its answers; see `to_labelled_rows`."""
+    """Return one row per answer of a normalized pair (see `to_labelled_rows`); raise DataError for other rows."""
     if is_pair(row):
         return to_labelled_rows(row, where)
     missing = next(side for side in SIDES if side not in row)
@@ -137,9 +138,9 @@ def to_pair_rows(row: Row, where: str) -> list[Row]:
 
 
 def to_labelled_rows(row: Row, where: str) -> list[Row]:
-    """A normalized row as answers with labels: `prompt`, `completion`, `label`, `tools`, `margin`; a pair gives two.
+    """Return one row per answer with `prompt`, `completion`, `label`, `tools` and `margin`; a pair gives two.
 
-    Without a `prompt`, it is `messages` up to the last turn, which must be the assistant's.
+    Without a `prompt`, the prompt is `messages` up to the last message, which must be the assistant's.
     """
     shared: dict[str, Any] = {key: row[key] for key in ("prompt", "tools", "margin") if key in row}
     if is_pair(row):
@@ -151,27 +152,27 @@ def to_labelled_rows(row: Row, where: str) -> list[Row]:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(
             f"{where}: no answer to label; rows need 'prompt', 'completion' and 'label', or messages that end in an "
-            f"assistant turn and 'label'. This one has {', '.join(map(str, row))}"
+            f"assistant message and 'label'. This one has {', '.join(map(str, row))}"
         )
     return [shared | {"prompt": messages[:-1], "completion": messages[-1:]}]
 
 
 def _refuse_lost_prompt(row: Row, where: str, chosen: str) -> None:
-    """Raise DataError for answers whose prompt or system prompt is in a column that would not be read."""
+    """Raise DataError if a prompt or system prompt of the answers is in a column that would not be read."""
     question = unmapped_question(row)
     if question is not None and row[question].strip() not in chosen:
         raise DataError(
-            f"{where}: 'chosen' and 'rejected' are answers, and what they answer seems to stand in the column "
+            f"{where}: 'chosen' and 'rejected' are answers, and their question seems to be in the column "
             f"{question!r}, which is not mapped: {format_column_map({'prompt': question})}"
         )
     if any(row.get(name) for name in ("system", "system_prompt")):
         raise DataError(
-            f"{where}: a system prompt needs a 'prompt' to stand before, and 'chosen' and 'rejected' are texts"
+            f"{where}: a system prompt needs a 'prompt', but the row has only the texts 'chosen' and 'rejected'"
         )
 
 
 def _read(value: Any, where: str, column: str) -> Content:
-    """An answer or a prompt in any form; dialogues of Anthropic HH become messages."""
+    """Normalize an answer or a prompt; dialogues of Anthropic HH become messages."""
     value = parse_messages(value, where, column)
     if isinstance(value, str):
         return _from_hh(value) if _HH.match(value) and "\n\nAssistant:" in value else value
@@ -187,7 +188,7 @@ def _from_hh(text: str) -> list[Message]:
 
 
 def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
-    """The row's explicit prompt, taken out of the columns that it stands in."""
+    """Return the row's explicit prompt, and remove the columns that held it; None if there is none."""
     if "prompt" in row:
         prompt = _read(row["prompt"], where, "prompt")
         if isinstance(prompt, list) and prompt[-1] == {"role": "assistant", "content": ""}:
@@ -208,15 +209,15 @@ def _take_prompt(row: Row, where: str, chosen: Content) -> Content | None:
 def _match(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], where: str
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """An explicit prompt and the two answers without it, where they repeat it."""
+    """Return an explicit prompt and both answers without a repetition of the prompt."""
     if prompt[-1]["role"] == "assistant" and prompt[-1:] == chosen:
-        prompt = prompt[:-1]  # the conversation as it went on
+        prompt = prompt[:-1]  # the prompt column holds the whole conversation with the chosen answer
     answers = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)]
     if all(answer and answer[0]["role"] != "assistant" for answer in answers):
-        # Whole conversations whose prompt has a system turn more, or less, than the column.
+        # Whole conversations whose prompt has one system message more, or less, than the column.
         common, *answers = _split_conversations(chosen, rejected, where)
         long, short = (prompt, common) if len(prompt) > len(common) else (common, prompt)
-        if _said(long[-len(short) :]) != _said(short):
+        if _stripped(long[-len(short) :]) != _stripped(short):
             raise PromptMismatch(
                 f"{where}: 'chosen' and 'rejected' begin with another prompt than 'prompt': "
                 f"{common[-1]['content']!r:.80} and {prompt[-1]['content']!r:.80}"
@@ -227,7 +228,7 @@ def _match(
             raise DataError(f"{where}: {side!r} holds the prompt and no answer")
         if answer[0]["role"] != "assistant":
             raise PromptMismatch(
-                f"{where}: {side!r} must be an answer to 'prompt', but it begins with a turn of role "
+                f"{where}: {side!r} must be an answer to 'prompt', but it begins with a message of role "
                 f"{answer[0]['role']!r}: {answer[0]['content']!r:.80}; are the prompts the same?"
             )
     return prompt, answers[0], answers[1]
@@ -236,17 +237,16 @@ def _match(
 def _split_conversations(
     chosen: list[Message], rejected: list[Message], where: str
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two whole conversations: their common beginning, up to an assistant turn, and what each goes on with."""
+    """Split two whole conversations into their common prefix, up to an assistant message, and the rest of each."""
     length = _num_common(chosen, rejected)
-    if length == min(
-        len(chosen), len(rejected)
-    ):  # equal, or one goes on after the other's end: the last common turn must be an answer
+    if length == min(len(chosen), len(rejected)):  # one contains the other, so its last message must be an answer
         length -= 1
-    for side, turns in zip(SIDES, (chosen, rejected), strict=True):
-        if turns[length]["role"] != "assistant":
+    for side, messages in zip(SIDES, (chosen, rejected), strict=True):
+        first = messages[length]
+        if first["role"] != "assistant":
             raise PromptMismatch(
-                f"{where}: the prompts of 'chosen' and 'rejected' differ: turn {length} of {side!r} is the first that "
-                f"is not common, and its role is {turns[length]['role']!r}: {turns[length]['content']!r:.80}"
+                f"{where}: the prompts of 'chosen' and 'rejected' differ: message {length} of {side!r} is the first that "
+                f"is not common, and its role is {first['role']!r}: {first['content']!r:.80}"
             )
     if length == 0:
         raise DataError(f"{where}: 'chosen' and 'rejected' have no common beginning, and there is no 'prompt'")
@@ -254,7 +254,7 @@ def _split_conversations(
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common beginning ends before a space, which belongs to the word after it; it may be empty."""
+    """Split texts after their common prefix, which ends before a space, because tokens begin with the space."""
     end = _num_common(chosen, rejected)
     end = max((match.start() for match in re.finditer(r"\s", chosen[:end])), default=0)
     return chosen[:end], chosen[end:], rejected[end:]
@@ -264,8 +264,8 @@ def _num_common(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _said(turns: list[Message]) -> list[tuple[str, str]]:
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
+def _stripped(messages: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _margin(row: Row, where: str) -> float | None:

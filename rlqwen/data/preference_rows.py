@@ -1,4 +1,4 @@
-"""What preference rows become: a prompt with two answers, or with one and its label; and how they lie on disk."""
+"""Define tokenized preference rows, a prompt with two answers or with one labelled answer, and store them on disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ _PROMPT = [("index", pa.int64()), ("prompt_ids", TOKENS)]
 
 @dataclass(slots=True)
 class PreferenceRow:
-    """A prompt and two answers to it; each answer goes on from the prompt's last token."""
+    """Hold a prompt and two answers to it; each answer continues after the prompt's last token."""
 
     index: int
     """Row number in the dataset, from 0."""
     prompt_ids: list[int]
-    """Empty only for texts that have no common beginning; the first token of an answer is then not in the loss."""
+    """Empty only for texts without a common prefix; then the first token of each answer is not in the loss."""
     chosen: TokenizedRow
-    """Tokens after the prompt; in the loss are those that the assistant wrote, end-of-turn tokens included."""
+    """Tokens after the prompt; the loss covers those that the assistant wrote, including end-of-turn tokens."""
     rejected: TokenizedRow
     margin: float | None = None
-    """By how much the chosen answer is better, where the data says so."""
+    """How much better the chosen answer is, if the data says so."""
 
 
 @dataclass(slots=True)
 class LabelledRow:
-    """A prompt and one answer that is good or bad."""
+    """Hold a prompt and one answer that is good (`label` True) or bad."""
 
     index: int
     prompt_ids: list[int]
@@ -57,7 +57,7 @@ def _answer_at(batch: pa.RecordBatch, column: int, place: int) -> TokenizedRow:
 
 
 class PairCodec:
-    """Pairs as columns."""
+    """Convert pairs to Arrow columns and back."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [*_PROMPT, *_answer_fields("chosen"), *_answer_fields("rejected"), ("margin", pa.float64())]
@@ -83,7 +83,7 @@ class PairCodec:
 
 
 class LabelledCodec:
-    """Labelled answers as columns."""
+    """Convert labelled answers to Arrow columns and back."""
 
     schema: ClassVar[pa.Schema] = pa.schema([*_PROMPT, *_answer_fields("completion"), ("label", pa.bool_())])
 

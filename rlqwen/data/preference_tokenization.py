@@ -16,7 +16,7 @@ from rlqwen.config.reward import RewardConfig
 from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.data_report import NAMED, DataReport, DropReason, RowIssue, format_examples, percentiles
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
-from rlqwen.data.format_counts import FormatCounts, count_formats, note_row
+from rlqwen.data.format_counts import FormatCounts, count_formats, count_row
 from rlqwen.data.formats import normalize_row
 from rlqwen.data.messages import to_messages
 from rlqwen.data.preference_formats import read_columns, to_labelled_rows, to_pair_rows
@@ -133,7 +133,7 @@ class AnswersJob(TokenizingJob[Item]):
         return self.items(kept, stats), stats
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        self.renderer.describe(report, count_formats(rows, self._note_form))
+        self.renderer.describe(report, count_formats(rows, self._count_format))
 
     def finish(self, stats: TokenizationStats, faults: list[DataError] | None) -> DataReport:
         report = stats.report
@@ -155,15 +155,15 @@ class AnswersJob(TokenizingJob[Item]):
     def _pieces(self, row: Row, answers: list[Row], where: str) -> list[list[TemplateSegment]]:
         first, completions = answers[0], [one["completion"] for one in answers]
         segments = self.renderer.segments(first["prompt"], completions, first.get("tools"), where)
-        has_turns = any(not isinstance(one, str) for one in (first["prompt"], *completions))
+        has_messages = any(not isinstance(one, str) for one in (first["prompt"], *completions))
         whole = [[*to_messages(first["prompt"], "user"), *to_messages(one, "assistant")] for one in completions]
-        read = read_columns(row, has_turns=has_turns, margin=isinstance(self.config, RewardConfig))
-        self.renderer.note_unused(row, read, whole if has_turns else [])
+        read = read_columns(row, has_messages=has_messages, margin=isinstance(self.config, RewardConfig))
+        self.renderer.note_unused(row, read, whole if has_messages else [])
         return segments
 
-    def _note_form(self, form: FormatCounts, row: Row) -> None:
+    def _count_format(self, form: FormatCounts, row: Row) -> None:
         row = normalize_row(row, "row")
-        note_row(form, row, self.split(row, "row"), lambda: self.renderer.format)
+        count_row(form, row, self.split(row, "row"), lambda: self.renderer.format)
 
     def _drop_reason(self, row: _Answers) -> DropReason | None:
         if self.config.max_length is not None and row.length > self.config.max_length:
@@ -187,7 +187,7 @@ class AnswersJob(TokenizingJob[Item]):
             if any(tuple(answer.token_ids) in empty_answers for answer in row.answers):
                 report.record("empty_answer", row.index)
         report.warnings = self.renderer.warnings()
-        report.columns, report.message_keys = self.renderer.unused.take()
+        report.columns, report.message_keys = self.renderer.unused.pop_counts()
         stats.end_tokens = [self.renderer.end_token]
 
     def _nothing_left(self, report: DataReport) -> str:

@@ -1,4 +1,4 @@
-"""Rows to prompts ready to sample from, in memory or with their token ids on disk."""
+"""Tokenize rows to prompts for sampling, in memory or with their token ids on disk."""
 
 import hashlib
 from bisect import bisect_left
@@ -42,12 +42,12 @@ def tokenize_prompts(
     faults: list[DataError] | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Prompt], DataReport]:
-    """Return prompts ready to sample from, with the other columns for the rewards; `index` is the row's number.
+    """Tokenize rows to prompts for sampling, with the other columns for the rewards; `index` is the row number.
 
-    Messages are written by the chat template and end in its generation prompt; text is taken as it is. A prompt of
-    more than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that names the rows.
-    Given a list of `faults`, errors are put there instead of being raised. Which columns are not used only the caller
-    can say, who knows the rewards: `report.name_unused`.
+    Messages are rendered by the chat template and end in its generation prompt; text is not changed. A prompt of more
+    than `max_prompt_length` tokens is dropped and counted, or refused with a DataError that lists the rows. With a list
+    `faults`, errors are appended to it instead of being raised. The caller knows which columns the rewards read, so it
+    calls `report.name_unused`.
     """
     job = PromptJob(
         tokenizer,
@@ -60,7 +60,7 @@ def tokenize_prompts(
 
 
 class PromptCodec:
-    """Row numbers and token ids of prompts; what else belongs to a prompt is in its row."""
+    """Convert row numbers and token ids of prompts to Arrow columns; the other fields come from the source row."""
 
     schema: ClassVar[pa.Schema] = pa.schema(
         [("index", pa.int64()), ("token_ids", TOKENS), ("opens_reasoning", pa.bool_())]
@@ -74,12 +74,12 @@ class PromptCodec:
         ]
         return pa.record_batch(columns, schema=self.schema)
 
-    def decode(self, batch: pa.RecordBatch, place: int) -> tuple[int, list[int], bool]:
-        return batch.column(0)[place].as_py(), list_at(batch.column(1), place), batch.column(2)[place].as_py()
+    def decode(self, batch: pa.RecordBatch, index: int) -> tuple[int, list[int], bool]:
+        return batch.column(0)[index].as_py(), list_at(batch.column(1), index), batch.column(2)[index].as_py()
 
 
 class PromptJob(TokenizingJob[Prompt]):
-    """Job that turns rows into prompts."""
+    """Tokenize rows to prompts."""
 
     codec = PromptCodec()
 
@@ -144,7 +144,7 @@ class PromptJob(TokenizingJob[Prompt]):
             prompts.append(to_prompt(number, tokenized.token_ids, found.pop(number), number in opening))
         report.num_kept = len(prompts)
         report.num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        report.columns, report.message_keys = unused.take()
+        report.columns, report.message_keys = unused.pop_counts()
         report.warnings = kwarg_warnings(self.chat) if "chat" in vars(self) else []
         stats.end_tokens = [self.chat.template.end_of_turn if "chat" in vars(self) else self.tokenizer.eos_token]
         return prompts, stats
@@ -159,19 +159,19 @@ class PromptJob(TokenizingJob[Prompt]):
         return report
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        def note(form: FormatCounts, row: Row) -> None:
-            form.num_rows += 1
-            form.num_text += isinstance(to_prompt_row(normalize_row(row, "row"), "row")["prompt"], str)
+        def count(formats: FormatCounts, row: Row) -> None:
+            formats.num_rows += 1
+            formats.num_text += isinstance(to_prompt_row(normalize_row(row, "row"), "row")["prompt"], str)
 
-        hint = "for a chat model make them turns, for example by a system_prompt beside the data's path"
-        describe(report, count_formats(rows, note), preserves=True, hint=hint, unlike_trl=[])
+        hint = "for a chat model make messages of them, for example with a system_prompt for the data source"
+        describe(report, count_formats(rows, count), preserves=True, hint=hint, unlike_trl=[])
 
     def present(self, stored: ArrowRows[Any], rows: Sequence[Row]) -> Sequence[Prompt]:
         return StoredPrompts(stored, rows)
 
 
 class StoredPrompts(View[Prompt]):
-    """Prompts whose token ids are in one file and whose columns are in the rows that they were made of."""
+    """View prompts whose token ids are in an Arrow file and whose columns are in their source rows."""
 
     def __init__(self, stored: ArrowRows[tuple[int, list[int], bool]], rows: Sequence[Row]) -> None:
         self.stored, self.rows = stored, rows
@@ -179,33 +179,32 @@ class StoredPrompts(View[Prompt]):
     def __len__(self) -> int:
         return len(self.stored)
 
-    def item(self, place: int) -> Prompt:
-        index, token_ids, opens_reasoning = self.stored.item(place)
-        return to_prompt(index, token_ids, prompt_row(index, self.rows[index]), opens_reasoning)
+    def item(self, index: int) -> Prompt:
+        number, token_ids, opens_reasoning = self.stored.item(index)
+        return to_prompt(number, token_ids, prompt_row(number, self.rows[number]), opens_reasoning)
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of all of the content, including the rows' other columns."""
+        """Return a digest of the whole content, including the other columns of the rows."""
         return hashlib.blake2b(f"{self.stored.digest}{content_digest(self.rows)}".encode(), digest_size=16).hexdigest()
 
 
 def find_prompt(prompts: Sequence[Prompt], index: int) -> Prompt:
-    """Return the prompt of row `index`, which must be one of these; a dataset's rows are in order."""
+    """Return the prompt of row `index`, which must exist; prompts are sorted by row number."""
     if not isinstance(prompts, View):
         return next(prompt for prompt in prompts if prompt.index == index)
-    place: int = bisect_left(prompts, index, key=lambda prompt: prompt.index)
-    found: Prompt = prompts.item(place)
+    found: Prompt = prompts.item(bisect_left(prompts, index, key=lambda prompt: prompt.index))
     return found
 
 
 def find_prompts(prompts: Sequence[Prompt], indices: Sequence[int], start: int = 0) -> list[Prompt]:
-    """Return the prompts of these rows: those from place `start` on if they are the rows, in this order, else by index.
+    """Return the prompts of these rows: a slice from `start` if it has exactly these rows in order, else by index.
 
     Each pass over a stream numbers its rows from 0, so two prompts of a stream may have the same index.
     """
-    there = prompts[start : start + len(indices)]
-    if [prompt.index for prompt in there] == list(indices):
-        return list(there)
+    slice_ = prompts[start : start + len(indices)]
+    if [prompt.index for prompt in slice_] == list(indices):
+        return list(slice_)
     found = {index: find_prompt(prompts, index) for index in set(indices)}
     return [found[index] for index in indices]
 
@@ -213,17 +212,17 @@ def find_prompts(prompts: Sequence[Prompt], indices: Sequence[int], start: int =
 def longest_prompt(prompts: Sequence[Prompt]) -> int:
     """Return the number of tokens of the longest prompt; 0 for none."""
     if isinstance(prompts, StoredPrompts):
-        return max(pc.max(segment.value_lengths()).as_py() or 0 for segment in prompts.stored.column("token_ids"))
+        return max(pc.max(chunk.value_lengths()).as_py() or 0 for chunk in prompts.stored.column("token_ids"))
     return max((len(prompt.token_ids) for prompt in prompts), default=0)
 
 
 def prompt_row(number: int, row: Row) -> Row:
-    """Return a row as rewards see it, with its prompt."""
+    """Return a row with its prompt and the columns that rewards read."""
     return to_prompt_row(normalize_row(row, f"row {number}"), f"row {number}")
 
 
 def to_prompt(number: int, token_ids: list[int], row: Row, opens_reasoning: bool) -> Prompt:
-    """Build a prompt; `row` comes from `prompt_row` and is modified."""
+    """Build a prompt from a row of `prompt_row`, which is modified."""
     content = row.pop("prompt")
     return Prompt(number, token_ids, content, row, opens_reasoning=opens_reasoning)
 

@@ -1,4 +1,4 @@
-"""Where a turn keeps its thoughts: in a field of their own, or in think tags before the answer."""
+"""Find and move the thoughts of messages, which are in `reasoning_content` or in think tags before the answer."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _TOOL_RESULT = ("<tool_response>", "</tool_response>")
 
 
 def thoughts_of(message: Message) -> str:
-    """Return an assistant's thoughts, stripped, empty if there are none; read as Qwen's templates read them."""
+    """Return an assistant's stripped thoughts as Qwen's templates read them; empty if there are none."""
     thoughts = message.get("reasoning_content")
     if isinstance(thoughts, str):
         return thoughts.strip()
@@ -20,17 +20,17 @@ def thoughts_of(message: Message) -> str:
 
 
 def is_cut_thought(content: str) -> bool:
-    """Return whether an answer begins a thought and never ends it, as a truncated sample does."""
+    """Return whether an answer opens a think block and never closes it, as a truncated sample does."""
     return content.lstrip().startswith("<think>") and "</think>" not in content
 
 
 def text_beside_thoughts(content: str) -> str:
-    """Return what stands before and between the think blocks of an answer, which Qwen's templates leave out."""
+    """Return the text before and between the think blocks of an answer, which Qwen's templates drop."""
     return "".join(_BLOCK.split(content)[:-1]).strip()
 
 
 def thoughts_in_content(message: Message) -> Message:
-    """Return the message with the thoughts of `reasoning_content` before its answer, in think tags."""
+    """Return the message with its `reasoning_content` moved into the content, in think tags before the answer."""
     thoughts = thoughts_of(message) if message.get("reasoning_content") else ""
     rest: Message = {key: value for key, value in message.items() if key != "reasoning_content"}
     if not thoughts:
@@ -39,9 +39,10 @@ def thoughts_in_content(message: Message) -> Message:
 
 
 def thoughts_in_field(message: Message) -> Message:
-    """Return the message with the thoughts of its content in `reasoning_content`, cut as Qwen's templates cut them.
+    """Return the message with the thoughts of its content moved to `reasoning_content`, as Qwen's templates read them.
 
-    Text before the thoughts is left out. The message itself if its content has no thoughts, or the field is filled.
+    Text before the thoughts is dropped. The same object is returned if the content has no thoughts, or if
+    `reasoning_content` is set.
     """
     content = message["content"]
     if message["role"] != "assistant" or message.get("reasoning_content") or "</think>" not in content:
@@ -53,7 +54,7 @@ def thoughts_in_field(message: Message) -> Message:
 def reads_think_tags(render: Callable[[list[Message]], str]) -> bool:
     """Return whether a template that writes `reasoning_content` also finds thoughts in think tags in the content.
 
-    Qwen3.8's doesn't: it writes the tags as part of an answer that follows an empty think block.
+    Qwen3.8's template does not: it writes the tags as part of the answer, after an empty think block.
     """
     question, answer = {"role": "user", "content": "probe"}, {"role": "assistant", "content": "answer"}
     in_field = render([question, answer | {"reasoning_content": PLACEHOLDER}])
@@ -62,9 +63,9 @@ def reads_think_tags(render: Callable[[list[Message]], str]) -> bool:
 
 
 def drop_earlier_thoughts(messages: list[Message]) -> list[Message]:
-    """Drop thoughts of assistant turns before the last question, as Qwen3's template does.
+    """Drop thoughts of assistant messages before the last question, as Qwen3's template does.
 
-    A tool's result is no question: a turn that thinks and calls a tool keeps its thoughts until the user speaks again.
+    A tool result is not a question: a message that calls a tool keeps its thoughts until the next user message.
     """
     questions = [number for number, message in enumerate(messages) if _is_question(message)]
     last = questions[-1] if questions else len(messages)

@@ -8,7 +8,7 @@ from rlqwen.config.sft import SFTConfig
 from rlqwen.data.column_hints import suggest_answer_mapping, suggest_mapping
 from rlqwen.data.control_tokens import TemplateSegment
 from rlqwen.data.data_report import DataReport
-from rlqwen.data.format_counts import FormatCounts, count_formats, describe, note_row, unlike_trl
+from rlqwen.data.format_counts import FormatCounts, count_formats, count_row, describe, unlike_trl
 from rlqwen.data.formats import normalize_row
 from rlqwen.data.messages import as_text, to_messages
 from rlqwen.data.renderer import Renderer
@@ -40,20 +40,20 @@ class SFTRenderer(Renderer):
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
         """Add to the report how the rows are rendered and learned."""
         config = self._config
-        form = count_formats(rows, self._note_form)
+        form = count_formats(rows, self._count_format)
         hint = "for a chat model make messages of them: columns: {instruction: question column, output: answer column}"
         other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
         describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
 
-    def _note_form(self, form: FormatCounts, row: Row) -> None:
+    def _count_format(self, form: FormatCounts, row: Row) -> None:
         row = normalize_row(row, "row")
         if "messages" in row:
-            form.note_conversation(self.format, row["messages"], row.get("tools"))
+            form.count_conversation(self.format, row["messages"], row.get("tools"))
         elif "prompt" in row and "completion" in row:
             self._has_pairs = self._config.completion_only_loss is not False
-            note_row(form, row, [row], lambda: self.format)
+            count_row(form, row, [row], lambda: self.format)
         else:
-            form.note_text()
+            form.count_text()
 
     def _pieces(self, row: Row, where: str) -> list[TemplateSegment]:
         text_field = self._config.dataset_text_field

@@ -109,7 +109,7 @@ class SFTJob(TokenizingJob[TokenizedRow]):
         report.num_tokens = sum(len(row.token_ids) for row in kept)
         report.num_loss_tokens = sum(sum(row.loss_mask) for row in kept)
         report.warnings = renderer.warnings()
-        report.columns, report.message_keys = renderer.unused.take()
+        report.columns, report.message_keys = renderer.unused.pop_counts()
         stats.end_tokens = [renderer.end_token]
         return kept, stats
 

@@ -1,6 +1,7 @@
-"""What rows hold that nothing reads: columns, and keys of turns. It is named, so that nothing is dropped in silence.
+"""Find columns and message keys that nothing reads, and report them, so that no data is dropped silently.
 
-Whether a chat template reads a key of a turn is found by rendering a turn that has it and noting what is asked for.
+To find out whether a chat template reads a key of a message, a message with this key is rendered, and key accesses are
+recorded.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from rlqwen.types import Message
 
 Row = dict[str, Any]
 Render = Callable[[list[Message]], object]
-"""Writes a conversation by the chat template; what it gives back, or raises, is of no account."""
+"""Function that renders a conversation with the chat template; its result and its template errors are ignored."""
 
 _READ_KEYS = frozenset({"role", "content", "reasoning_content", "tool_calls", "in_loss"})
 _READ_CALL_KEYS = frozenset({"id", "type", "function"})
@@ -23,7 +24,7 @@ _FUNCTION = "tool_calls.function."
 
 
 class UnusedColumns:
-    """Counts rows by the columns, and by the keys of turns, that are filled in them and that nothing reads."""
+    """Count rows by their unused columns and message keys that hold a value."""
 
     def __init__(self) -> None:
         self.columns: Counter[str] = Counter()
@@ -38,7 +39,7 @@ class UnusedColumns:
         conversations: Iterable[list[Message]] = (),
         render: Render | None = None,
     ) -> None:
-        """Count columns of a normalized row outside `read`, and keys of turns that the template does not read."""
+        """Count columns of a normalized row outside `read`, and message keys that the template does not read."""
         self.columns.update(name for name, value in row.items() if name not in read and value is not None)
         unread: set[str] = set()
         for messages in conversations:
@@ -50,7 +51,7 @@ class UnusedColumns:
         self.keys.update(unread)
 
     def record_prompt(self, given: Row, row: Row, render: Render | None = None) -> None:
-        """Count a normalized row and the `row` that `to_prompt_row` made of it, whose columns rewards may read."""
+        """Count unused parts of a normalized row (`given`) and of its prompt row, whose columns rewards may read."""
         has_solution = given.get("solution") is not None
         left: Row = {"completion": True} if has_solution and "completion" in given else {}
         if "prompt" in given:
@@ -63,25 +64,25 @@ class UnusedColumns:
         else:
             self.record(row | left, ("prompt", "tools"), [prompt], render)
 
-    def take(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return (columns, keys of turns) since the last call, each with its number of rows."""
-        taken = dict(self.columns), dict(self.keys)
+    def pop_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return rows per unused column and per unused message key since the last call."""
+        counts = dict(self.columns), dict(self.keys)
         self.columns, self.keys = Counter(), Counter()
-        return taken
+        return counts
 
 
 def unused_line(columns: Collection[str], keys: Collection[str]) -> str | None:
-    """Return one line for users; None if everything is used."""
+    """Describe unused columns and message keys in one line; return None if everything is used."""
     parts = [
         f"{what} not used: {', '.join(map(str, names))}"
-        for what, names in (("columns", columns), ("keys of turns", sorted(keys)))
+        for what, names in (("columns", columns), ("message keys", sorted(keys)))
         if names
     ]
     return "; ".join(parts) or None
 
 
 def _keys(message: Message) -> set[str]:
-    """Return the keys of a turn and of its calls that have no meaning of their own here."""
+    """Return the keys of a message and of its tool calls that this package does not read itself."""
     keys = set(message) - _READ_KEYS
     for call in message.get("tool_calls") or ():
         keys.update(_CALL + key for key in call if key not in _READ_CALL_KEYS)
@@ -90,7 +91,7 @@ def _keys(message: Message) -> set[str]:
 
 
 def _keys_read(messages: list[Message], render: Render) -> set[tuple[str, str]]:
-    """Return (role, key) of everything that a rendering of the turns reads, without marks of learned turns."""
+    """Return (role, key) for every message key that a rendering reads; keys of LOSS_KEYS are left out."""
     from jinja2 import TemplateError
 
     asked: set[tuple[str, str]] = set()
@@ -106,13 +107,13 @@ def _keys_read(messages: list[Message], render: Render) -> set[tuple[str, str]]:
                 for call in turn["tool_calls"]
             ]
         watched.append(_RecordingDict(turn, message["role"], "", asked))
-    with suppress(TemplateError, TypeError, ValueError):  # the row itself is written, or refused, elsewhere
+    with suppress(TemplateError, TypeError, ValueError):  # errors of the row are raised when it is rendered itself
         render(watched)
     return asked
 
 
 class _RecordingDict(dict[str, Any]):
-    """Dict that notes which of its keys are read."""
+    """Record which keys of a dict are read."""
 
     def __init__(self, values: Row, role: str, prefix: str, asked: set[tuple[str, str]]) -> None:
         super().__init__(values)

@@ -197,7 +197,7 @@ def test_earlier_turns_without_their_thoughts_are_warned_of(thinking):
     keeps = "preserve_thinking is undefined" in thinking.chat_template
     for kwargs, is_warned in (({}, not keeps), ({"preserve_thinking": False}, True)):
         _, report = tokenize_sft([row], thinking, SFTConfig(max_length=None, chat_template_kwargs=kwargs))
-        said = [line for line in report.warnings if "leaves the thoughts of 1 earlier turns out" in line]
+        said = [line for line in report.warnings if "drops the thoughts of 1 earlier turns" in line]
         assert bool(said) is is_warned
         assert any("1 without a think block after a prompt" in line for line in report.form) is is_warned
 

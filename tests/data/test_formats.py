@@ -46,19 +46,19 @@ def test_sharegpt_roles_become_the_templates():
     [
         (
             {"conversations": [{"from": "human", "value": "q"}, {"from": "bing", "value": "a"}]},
-            r"row 3: turn 1 of 'conversations' has the unknown role 'bing'; known roles: human, user, gpt",
+            r"row 3: message 1 of 'conversations' has the unknown role 'bing'; known roles: human, user, gpt",
         ),
         ({"conversations": [{"from": ["human"], "value": "q"}]}, r"unknown role \['human'\]"),
-        ({"conversations": [{"from": "human"}]}, "turn 0 of 'conversations' must have 'from' and 'value'"),
-        ({"conversations": []}, "must be a list of turns"),
+        ({"conversations": [{"from": "human"}]}, "message 0 of 'conversations' must have 'from' and 'value'"),
+        ({"conversations": []}, "must be a list of messages"),
         (
             {"conversations": [{"from": "function_call", "value": "add(1)"}]},
-            "turn 0 of 'conversations', function_call: must be JSON",
+            "message 0 of 'conversations', function_call: must be JSON",
         ),
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "needs 'name' and 'arguments'"),
-        ({"messages": [{"content": "q"}]}, "turn 0 of 'messages' has no 'role'"),
+        ({"messages": [{"content": "q"}]}, "message 0 of 'messages' has no 'role'"),
         ({"messages": [{"from": "human", "value": "q"}]}, "belong in a column named 'conversations'"),
-        ({"messages": "q"}, "column 'messages' must be a list of turns"),
+        ({"messages": "q"}, "column 'messages' must be a list of messages"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part of type 'image'"),
         ({"messages": TURNS, "tools": "[{"}, "column 'tools' is not valid JSON"),
         ({"messages": TURNS, "tools": ["add"]}, "column 'tools' must be a list of function descriptions"),
@@ -67,12 +67,12 @@ def test_sharegpt_roles_become_the_templates():
         ({"messages": TURNS, "system": ["s"]}, "column 'system' must be text"),
         (
             {"prompt": '[{"role": "user", "content": "q"', "completion": "a"},
-            "holds turns as text that is not valid JSON",
+            "holds messages as text that is not valid JSON",
         ),
         *(
             (
                 {"messages": [*TURNS, {"role": "assistant", "content": "b", key: value}]},
-                f"turn 2 .*'{key}' must be 0 or 1",
+                f"message 2 .*'{key}' must be 0 or 1",
             )
             for key, value in (("weight", 0.5), ("loss_scale", 2), ("loss", "some"), ("train", [1]))
         ),
@@ -131,7 +131,7 @@ def test_a_prompt_is_what_comes_before_the_last_answer_and_the_answer_is_the_sol
 def test_a_row_without_a_prompt_is_refused():
     with pytest.raises(DataError, match=r"row 2: no prompt; .*columns question, answer: map one"):
         to_prompt_row({"question": "q", "answer": "a"}, "row 2")
-    with pytest.raises(DataError, match="holds nothing but an answer"):
+    with pytest.raises(DataError, match="holds only an answer"):
         to_prompt_row({"messages": TURNS[1:]}, "row 2")
 
 

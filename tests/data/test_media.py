@@ -41,7 +41,7 @@ GRPO = {"num_generations": 2, "per_device_train_batch_size": 2, "rollout": {"eng
     ("row", "message"),
     [
         (TEXT | {"images": [PIXELS]}, r"^row 3: column 'images' holds media \(as Image\), and rlqwen trains on text alone"),
-        (TEXT | {"image": PIXELS}, r"column 'image' holds media .* or, if the text stands by itself, the column \(image\)"),
+        (TEXT | {"image": PIXELS}, r"column 'image' holds media .* or the column image, if the text is complete"),
         (TEXT | {"picture": PIXELS}, "column 'picture' holds media"),
         (TEXT | {"picture": STORED}, "column 'picture' holds media"),
         (TEXT | {"images": [STORED]}, "column 'images' holds media"),
@@ -51,13 +51,13 @@ GRPO = {"num_generations": 2, "per_device_train_batch_size": 2, "rollout": {"eng
         (TEXT | {"image": "iVBORw0KGgo" * 30}, "column 'image' holds"),
         (TEXT | {"images": ["000000033471"]}, "column 'images' holds '000000033471'"),
         (TEXT | {"video": "https://example.org/clip"}, "column 'video' holds"),
-        ({"messages": [PARTS, ANSWER]}, r"turn 0 of 'messages' has a part of type 'image', and rlqwen trains on text alone"),
-        ({"prompt": [PARTS], "completion": [ANSWER]}, "turn 0 of 'prompt' has a part of type 'image'"),
+        ({"messages": [PARTS, ANSWER]}, r"message 0 of 'messages' has a part of type 'image', and rlqwen trains on text alone"),
+        ({"prompt": [PARTS], "completion": [ANSWER]}, "message 0 of 'prompt' has a part of type 'image'"),
         ({"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "?"}]}]}, "a part of type 'image'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "'image_url'"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "'input_audio'"),
-        ({"messages": [ASK | {"images": ["a.png"]}, ANSWER]}, "turn 0 of 'messages' has 'images'"),
-        ({"prompt": [PARTS], "chosen": [ANSWER], "rejected": [ANSWER]}, "turn 0 of 'prompt' has a part of type 'image'"),
+        ({"messages": [ASK | {"images": ["a.png"]}, ANSWER]}, "message 0 of 'messages' has 'images'"),
+        ({"prompt": [PARTS], "chosen": [ANSWER], "rejected": [ANSWER]}, "message 0 of 'prompt' has a part of type 'image'"),
     ],
 )  # fmt: skip
 def test_a_row_with_media_is_refused_with_what_to_do(row, message):

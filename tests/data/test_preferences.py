@@ -177,16 +177,16 @@ def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
         ({"prompt": "q", "chosen": "1"}, r"no 'rejected' answer; .* has prompt, chosen: map them"),
         ({"prompt": "q", "chosen": "1", "rejected": None}, "no 'rejected' answer"),
         ({"messages": say("q", "1")}, "no 'chosen' answer"),
-        (PAIR | {"chosen": []}, "column 'chosen' must be a list of turns"),
-        (PAIR | {"chosen": 3}, "column 'chosen' must be a list of turns, not 3"),
-        (PAIR | {"rejected": [{"content": "2"}]}, "turn 0 of 'rejected' has no 'role'"),
-        (PAIR | {"chosen": {"from": "bing", "value": "1"}}, "turn 0 of 'chosen' has the unknown role 'bing'"),
+        (PAIR | {"chosen": []}, "column 'chosen' must be a list of messages"),
+        (PAIR | {"chosen": 3}, "column 'chosen' must be a list of messages, not 3"),
+        (PAIR | {"rejected": [{"content": "2"}]}, "message 0 of 'rejected' has no 'role'"),
+        (PAIR | {"chosen": {"from": "bing", "value": "1"}}, "message 0 of 'chosen' has the unknown role 'bing'"),
         ({"chosen": say("q", "1"), "rejected": "2"}, "one of 'chosen' and 'rejected' is text and the other messages"),
         (
             {"chosen": say("q", "1"), "rejected": say("r", "2")},
-            "prompts of 'chosen' and 'rejected' differ: turn 0 of 'chosen' .* its role is 'user': 'q'",
+            "prompts of 'chosen' and 'rejected' differ: message 0 of 'chosen' .* its role is 'user': 'q'",
         ),
-        ({"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1", "t", "3")}, "differ: turn 2 of 'chosen'"),
+        ({"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1", "t", "3")}, "differ: message 2 of 'chosen'"),
         ({"chosen": answer("1"), "rejected": answer("2")}, "have no common beginning, and there is no 'prompt'"),
         (
             {"prompt": "x", "chosen": say("q", "1"), "rejected": say("q", "2")},
@@ -199,13 +199,13 @@ def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
         *(
             ({name: "What is 1+1?", "chosen": "The answer is 2", "rejected": "The answer is 3"}, message)
             for name in ("question", "query", "input", "problem")
-            for message in [rf"seems to stand in the column '{name}', .* columns: {{prompt: {name}}}"]
+            for message in [rf"seems to be in the column '{name}', .* columns: {{prompt: {name}}}"]
         ),
         (
             {"question": "q", "chosen": answer("1"), "rejected": answer("2")},
             "the column 'question', which is not mapped",
         ),
-        ({"system": "s", "chosen": "a b", "rejected": "a c"}, "a system prompt needs a 'prompt' to stand before"),
+        ({"system": "s", "chosen": "a b", "rejected": "a c"}, "a system prompt needs a 'prompt'"),
         (
             {"question": "q", "chosen_response": "1", "rejected_response": "2"},
             "columns: {prompt: question, chosen: chosen_",

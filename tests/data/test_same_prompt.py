@@ -268,16 +268,16 @@ def report(tokenizer: Any, row: dict[str, Any], **options: Any) -> Any:
 def test_the_mode_that_rows_without_thoughts_train_is_said(tokenizer):
     row = {"prompt": [user("q")], "completion": [PLAIN]}
     (line, other) = report(tokenizer, row).form
-    assert line.startswith("1 of 1 answers looked at have no thoughts")
-    assert "the prompt asks for thoughts, and an empty think block is learned" in line
+    assert line.startswith("1 of 1 sampled answers have no thoughts")
+    assert "with an empty think block, which is learned because the prompt asks for thoughts" in line
     assert other.startswith("unlike TRL: the line break after")
     (line, _) = report(tokenizer, row, chat_template_kwargs={"enable_thinking": False}).form
-    assert "to a prompt that ends in an empty think block" in line
+    assert "after a prompt that ends in an empty think block" in line
     several = {"messages": [user("q"), PLAIN, user("r"), THINKS]}
     (line, other) = report(tokenizer, several).form
-    assert "1 of 2 answers" in line
+    assert "1 of 2 sampled answers" in line
     assert "without a think block" in line
-    assert "only assistant turns are learned (assistant_only_loss: false learns all)" in other
+    assert "only assistant turns of messages are learned (assistant_only_loss: false learns all)" in other
     assert report(tokenizer, several, assistant_only_loss=False).form == [line]
     assert len(report(tokenizer, {"messages": [user("q"), THINKS]}).form) == 1
 
@@ -285,7 +285,7 @@ def test_the_mode_that_rows_without_thoughts_train_is_said(tokenizer):
 def test_thoughts_that_the_template_leaves_out_of_learned_turns_are_warned_of(tokenizer):
     row = {"messages": [user("q"), THINKS, user("r"), THINKS]}
     (warning,) = report(tokenizer, row).warnings
-    assert "leaves the thoughts of 1 earlier turns out" in warning
+    assert "drops the thoughts of 1 earlier turns" in warning
     assert report(tokenizer, row, preserve_thinking=True).warnings == []
     unlearned = {"messages": [user("q"), THINKS | {"loss": False}, user("r"), THINKS]}
     assert report(tokenizer, unlearned).warnings == []
@@ -300,4 +300,4 @@ def test_plain_text_is_said_to_be_written_without_the_chat_template(tokenizer):
         tokenize_reward_rows([text | {"chosen": "a", "rejected": "b"}], tokenizer, RewardConfig())[1],
         tokenize_prompts([text], tokenizer, max_prompt_length=None)[1],
     ):
-        assert any("all rows looked at are plain text: they are written WITHOUT" in line for line in found.warnings)
+        assert any("all sampled rows are plain text: they are rendered WITHOUT" in line for line in found.warnings)

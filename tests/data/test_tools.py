@@ -105,7 +105,7 @@ def test_what_arrow_fills_in_is_left_out_and_a_null_of_the_datas_own_stays():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"arguments": {}}, "turn 0 of 'messages', tool_calls: a call needs 'name' and 'arguments'"),
+        ({"arguments": {}}, "message 0 of 'messages', tool_calls: a call needs 'name' and 'arguments'"),
         ({"name": "add"}, "a call needs 'name' and 'arguments'"),
         ("add", "must be JSON"),
         ({"name": "add", "arguments": "a=1"}, "tool_calls, arguments of 'add': must be JSON .*'a=1'"),

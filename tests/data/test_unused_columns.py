@@ -32,21 +32,21 @@ def tokenizer() -> Any:
             {"messages": [{"role": "system", "content": "own"}, USER, ANSWER], "question": "q", "system": "other"},
             "columns not used: question, system",
         ),
-        ({"messages": [USER | {"name": "x"}, ANSWER | {"weight": 1}]}, "keys of turns not used: name"),
-        ({"messages": [USER | {"weight": 1}, ANSWER]}, "keys of turns not used: weight"),
-        ({"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, "keys of turns not used: tool_calls.index"),
+        ({"messages": [USER | {"name": "x"}, ANSWER | {"weight": 1}]}, "message keys not used: name"),
+        ({"messages": [USER | {"weight": 1}, ANSWER]}, "message keys not used: weight"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, "message keys not used: tool_calls.index"),
         (
             {"messages": [USER, ANSWER | {"tool_calls": [{"function": CALL["function"] | {"strict": True}}]}]},
-            "keys of turns not used: tool_calls.function.strict",
+            "message keys not used: tool_calls.function.strict",
         ),
         (
             {"conversations": [{"from": "human", "value": "q", "at": 1}, {"from": "gpt", "value": "a"}], "id": 1},
-            "columns not used: id; keys of turns not used: at",
+            "columns not used: id; message keys not used: at",
         ),
         ({"instruction": "q", "input": "", "output": "a", "text": "q a"}, "columns not used: text"),
         ({"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "columns not used: tools"),
         ({"prompt": [USER], "completion": "a", "tools": [{"name": "f"}], "weight": 0.5}, "columns not used: weight"),
-        ({"prompt": [USER], "completion": [ANSWER | {"at": 1}]}, "keys of turns not used: at"),
+        ({"prompt": [USER], "completion": [ANSWER | {"at": 1}]}, "message keys not used: at"),
         ({"text": "q", "source": "s"}, "columns not used: source"),
     ],
 )
@@ -59,8 +59,8 @@ def test_a_key_that_the_template_reads_is_used(tokenizer):
     own = copy.deepcopy(tokenizer)
     row = {"messages": [USER | {"name": "Ann", "at": 1}, ANSWER]}
     own.chat_template = own.chat_template.replace("{{- '<|im_start|>' +", "{{- message.name }}{{- '<|im_start|>' +")
-    assert tokenize_sft([row], tokenizer, SFTConfig())[1].notes == ["keys of turns not used: at, name"]
-    assert tokenize_sft([row], own, SFTConfig())[1].notes == ["keys of turns not used: at"]
+    assert tokenize_sft([row], tokenizer, SFTConfig())[1].notes == ["message keys not used: at, name"]
+    assert tokenize_sft([row], own, SFTConfig())[1].notes == ["message keys not used: at"]
 
 
 def test_a_column_that_evaluation_compares_with_is_used(tokenizer):
@@ -97,7 +97,7 @@ SCORES = {"score_chosen": 2.0, "score_rejected": 1.0}
         (PAIR | SCORES, "columns not used: score_chosen, score_rejected", None),
         *(
             (PAIR | {"chosen": [USER, ANSWER], "rejected": [USER, OTHER | {"at": 1}], "messages": [USER]}, line, line)
-            for line in ["columns not used: messages; keys of turns not used: at"]
+            for line in ["columns not used: messages; message keys not used: at"]
         ),
     ],
 )
@@ -128,7 +128,7 @@ def takes_all(completions: list[str], **columns: Any) -> list[float]:
     [
         ({"prompt": "q", "solution": "1"}, [takes_solution], None),
         ({"prompt": "q", "solution": "1", "level": 3, "tools": []}, [takes_solution], "columns not used: level, tools"),
-        ({"prompt": [USER | {"at": 1}], "level": 3}, [takes_all], "keys of turns not used: at"),
+        ({"prompt": [USER | {"at": 1}], "level": 3}, [takes_all], "message keys not used: at"),
         ({"messages": [USER, ANSWER]}, [takes_solution], None),
         (
             {"messages": [USER, ANSWER], "solution": "1"},
@@ -157,6 +157,6 @@ def test_check_names_them_for_sft_and_for_the_rewards_of_a_recipe(tiny_model_pat
         "rewards": [f"{tmp_path}/rewards.py:f"],
         "rollout": {"engine": "transformers"},
     }
-    wanted = "data.train: columns not used: id; keys of turns not used: at"
+    wanted = "data.train: columns not used: id; message keys not used: at"
     assert wanted in check_recipe(Recipe.parse(sft)).warnings
     assert "data.train: columns not used: id" in check_recipe(Recipe.parse(rl)).warnings

@@ -366,7 +366,7 @@ def test_show_splits_pairs_prompts_and_labeled_rows_into_segments(capsys):
 def test_show_prints_the_fault_of_a_faulty_row(capsys):
     write("rows.jsonl", [pair("q", "1", "2"), {"prompt": "q", "chosen": "1", "rejected": 3}, {"prompt": "q"}])
     text = printed(capsys, "show", "rows.jsonl", code=2)
-    assert "wrong  rows.jsonl, line 2: column 'rejected' must be a list of turns, not 3" in text
+    assert "wrong  rows.jsonl, line 2: column 'rejected' must be a list of messages, not 3" in text
     assert "row 2, preference  rows.jsonl, line 3\nwrong  no 'chosen' answer" in text
 
 
