@@ -1,4 +1,4 @@
-"""`python -m rlqwen` is the command line."""
+"""Run the command line: `python -m rlqwen`."""
 
 from rlqwen.cli import run_process
 

@@ -11,7 +11,7 @@ Action = Literal["warn", "stop", "rollback"]
 
 
 class SymptomConfig(Config):
-    """What all symptoms have. `off` instead of a section turns a symptom off, and a number alone sets its threshold."""
+    """Hold what all symptoms have. `off` instead of a section turns a symptom off; a number alone sets its threshold."""
 
     threshold: float
     """Value beyond which a step shows the symptom."""

@@ -250,7 +250,7 @@ def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = No
     """Yield every weight under its checkpoint name: adapters merged, quantized weights plain, a tied head included.
 
     Mixture-of-experts weights go back from transformers' fused form. `dtype` None keeps each weight's own: what it was
-    quantised from, and the base's for a merged one. Weights that `mark_float32` has marked are float32 in any case.
+    quantized from, and the base's for a merged one. Weights that `mark_float32` has marked are float32 in any case.
     """
     named = _plain_weights(model, "", dtype)
     for _, group in itertools.groupby(named, key=_layer_of):

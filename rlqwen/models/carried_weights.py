@@ -195,7 +195,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     obstacle = None
     if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(_DTYPES)):
         obstacle = (
-            f"model {str(source)!r} is quantised, with weights ({kind_of(names[0])}) that are copied as they are and would not fit "
+            f"model {str(source)!r} is quantized, with weights ({kind_of(names[0])}) that are copied as they are and would not fit "
             "the plain weights beside them: start from the unquantized model, with model.quantization if memory is short"
         )
     is_part = isinstance(raw.get("text_config"), dict) and raw.get("model_type") != model.config.model_type

@@ -34,7 +34,7 @@ def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     if arguments.get("quantization_config") is not None:
         require_bitsandbytes("quantization_config")
-        # Quantised weights are laid out for the device that they are loaded on.
+        # Quantized weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
     return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
 

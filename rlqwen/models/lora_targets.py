@@ -130,7 +130,7 @@ class _Parts:
         """Return the name of the weight of a linear layer; ModelError for a quantized one, which has none to adapt."""
         if not self._modules[name].weight.is_floating_point():
             raise ModelError(
-                f"target_modules: PEFT cannot put an adapter on the quantised {name} of this mixture of experts; name the "
+                f"target_modules: PEFT cannot put an adapter on the quantized {name} of this mixture of experts; name the "
                 "attention's projections alone, or load the model without quantization"
             )
         return f"{name}.weight"

@@ -1,7 +1,7 @@
 """Hold a transformers model in training: packed attention, adapters, precision, and the folders that it is written to.
 
-Trained weights are float32 whatever the model's dtype: an optimiser at lr 1e-6 would lose its updates in bfloat16
-rounding without a sign. Frozen ones keep theirs, quantised or not, norms included: Qwen's norms compute in float32
+Trained weights are float32 whatever the model's dtype: an optimizer at lr 1e-6 would lose its updates in bfloat16
+rounding without a sign. Frozen ones keep theirs, quantized or not, norms included: Qwen's norms compute in float32
 whatever they hold. With `bf16` the forward runs under autocast.
 """
 

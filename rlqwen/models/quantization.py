@@ -1,6 +1,6 @@
 """Load 4- and 8-bit base weights through bitsandbytes, and turn them into plain weights.
 
-Quantised weights are frozen; adapters on top of them are trained (QLoRA, arXiv 2305.14314). bitsandbytes has kernels
+Quantized weights are frozen; adapters on top of them are trained (QLoRA, arXiv 2305.14314). bitsandbytes has kernels
 for the CPU too. It is an optional extra, and imported only where a model needs it.
 """
 
@@ -47,7 +47,7 @@ def quantized_bits(model: nn.Module) -> int | None:
     method = getattr(method, "value", method)
     if method != "bitsandbytes":
         raise ModelError(
-            f"the model's weights are quantised by {method!r}; rlqwen works on plain weights or those of bitsandbytes: "
+            f"the model's weights are quantized by {method!r}; rlqwen works on plain weights or those of bitsandbytes: "
             "start from the unquantized model, with model.quantization if memory is short"
         )
     return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
@@ -64,7 +64,7 @@ def prepare_quantized(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
         conversions = module.__dict__.get("_weight_conversions")
         if conversions:
-            # Those from a quantised checkpoint have no way back, and plain weights need none.
+            # Those from a quantized checkpoint have no way back, and plain weights need none.
             module._weight_conversions = [step for step in conversions if not _reads_quantized(step)]
 
 

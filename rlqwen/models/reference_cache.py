@@ -1,7 +1,7 @@
 """Keep log-probabilities of a frozen reference on disk, so that they are computed once.
 
 An entry is a safetensors file and a JSON manifest beside it, named by the digest of all that the values depend on: the
-reference's weights and config, the tokenised answers, and the dtype. Other weights or data make another name, so a
+reference's weights and config, the tokenized answers, and the dtype. Other weights or data make another name, so a
 stale entry is never found; one that is damaged or belongs to another key is noticed and not used.
 """
 

@@ -149,7 +149,7 @@ def _with_held(
         stored = found.weights.get(name)
         if is_quantized:
             if _SCALES.sub(".weight", name) not in found.weights:
-                obstacle = f"{name!r} is quantised, and its plain weights are not to be found in {found.source!r}"
+                obstacle = f"{name!r} is quantized, and its plain weights are not to be found in {found.source!r}"
             continue
         if stored is None or not _is_cast_of(tensor, found.read(name)):
             weights[name] = tensor.detach()

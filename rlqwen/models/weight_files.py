@@ -33,7 +33,7 @@ def write_model(
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
     `weights` come under their checkpoint names; a tied head is left out. What the model carries (rlqwen.models.carried_weights)
-    is copied beside them, with the config of the whole. `quantization`: what the config says of how they are quantised.
+    is copied beside them, with the config of the whole. `quantization`: what the config says of how they are quantized.
     Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not the weights that a
     model of this config has.
     """
@@ -84,7 +84,7 @@ def _write_config(folder: Path, config: Any, model: PreTrainedModel, carried: Ca
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:
     """Return checkpoint names and shapes of a model of the same class and config, without its weights.
 
-    Adapters, quantisation and engines do not change them. None, with a warning, for a user's class whose constructor
+    Adapters, quantization and engines do not change them. None, with a warning, for a user's class whose constructor
     needs more than a config.
     """
     config = copy.deepcopy(model.config)

@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What a model's config says."""
+    """The facts of a model's config."""
 
     path: str
     """A folder or a hub id."""
@@ -49,7 +49,7 @@ class ConfigFacts:
 
 @dataclass(frozen=True)
 class ModelFacts(ConfigFacts):
-    """What the other checks need to know about a model."""
+    """The facts about a model that the other checks need."""
 
     tokenizer: "PreTrainedTokenizerBase"
 

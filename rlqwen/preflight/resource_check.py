@@ -7,7 +7,7 @@ from rlqwen.rollout.engine import engine_class
 
 
 def check_resources(rollout: RolloutConfig) -> str:
-    """One line that says what the workers ask for.
+    """Return one line on the resources that the workers ask for.
 
     Raises ResourceError, with the arithmetic, if it is more than this machine has. A cluster (`ray_address`) is not
     checked.

@@ -32,7 +32,7 @@ DEFAULT_ENGINES = ("vllm", "transformers")
 
 
 class RolloutEngine(Protocol):
-    """What a trainer samples from: groups of completions from versioned weights."""
+    """Sample groups of completions from versioned weights."""
 
     version: int
     """Version of the weights that the next group is sampled from; 0 is what the engine started with."""
@@ -65,7 +65,7 @@ class RolloutEngine(Protocol):
 
 
 class WorkerEngine(Protocol):
-    """What runs in a Ray worker; one thread calls it."""
+    """Run in a Ray worker, where one thread calls it."""
 
     def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
         """Begin one completion of a prompt."""

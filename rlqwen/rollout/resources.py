@@ -24,7 +24,7 @@ ALLOW_DISK = "RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What one worker asks for."""
+    """The resources that one worker asks for."""
 
     num_cpus: float
     num_gpus: float

@@ -1,6 +1,6 @@
 """Faults of whole runs: real `rlqwen run` processes that are interrupted at one moment or another, or lack room.
 
-A moment is recognised by what the run does (a file that appears, a process that starts), never by the clock alone.
+A moment is recognized by what the run does (a file that appears, a process that starts), never by the clock alone.
 """
 
 import os

@@ -246,7 +246,7 @@ def test_missing_weights_are_refused(sources: dict[str, Path], tmp_path: Path) -
         load_model(str(folder), ARGS)
 
 
-def test_export_casts_and_quantises_the_text_model_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_export_casts_and_quantizes_the_text_model_alone(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["tiny-qwen3.5"]
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     export_model(ExportOptions(str(source), str(tmp_path / "cast"), dtype="bfloat16"))
@@ -292,7 +292,7 @@ def test_a_model_from_the_hub_is_kept_with_its_commit_and_its_processor(sources,
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_a_quantised_model_of_the_whole_is_kept_from_its_plain_files(bits, sources, tmp_path):
+def test_a_quantized_model_of_the_whole_is_kept_from_its_plain_files(bits, sources, tmp_path):
     source = sources["tiny-qwen3.5"]
     model = Qwen3_5ForConditionalGeneration.from_pretrained(
         source, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}

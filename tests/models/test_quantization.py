@@ -65,7 +65,7 @@ def test_exported_weights_compute_what_the_policy_does(folder, tmp_path, kind):
     exported = dict(policy.export_weights())
     assert exported.keys() == plain.state_dict().keys()
     plain.load_state_dict(exported)
-    # The products are of dequantised weights, so only float32's rounding is left.
+    # The products are of dequantized weights, so only float32's rounding is left.
     torch.testing.assert_close(padded_logprobs(plain, skewed_trees()), logp, atol=5e-5, rtol=1e-4)
     assert all(torch.equal(before[name], policy.model.state_dict()[name]) for name in before)
     with policy.inference():
@@ -88,7 +88,7 @@ def test_exported_weights_compute_what_the_policy_does(folder, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_the_adapter_alone(folder, kind, checkpointing):
-    """And are those of the same adapter on the plain weights that the quantised ones stand for."""
+    """And are those of the same adapter on the plain weights that the quantized ones stand for."""
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, checkpointing=checkpointing, **lora)
     assert not any("base_layer" in name for name, p in policy.model.named_parameters() if p.requires_grad)
@@ -122,7 +122,7 @@ def test_in_bfloat16_the_gap_is_rounding(folder, kind):
     assert gap.mean() < 0.05
 
 
-def test_a_model_that_is_quantised_already(folder, tmp_path):
+def test_a_model_that_is_quantized_already(folder, tmp_path):
     args = SFTConfig(model_init_kwargs={"quantization_config": bitsandbytes_config(NF4), "dtype": "float32"})
     model = load_model(str(folder), args)
     expected = padded_logprobs(model, skewed_trees())
@@ -174,7 +174,7 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
         quantized(folder, QuantizationSettings(bits=8), use_dora=True)
     model = make_model()
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ModelError, match="quantised by 'gptq'"):
+    with pytest.raises(ModelError, match="quantized by 'gptq'"):
         Policy(model, SFTConfig())
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'rlqwen\[quantization\]'"):

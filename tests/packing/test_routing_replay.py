@@ -57,8 +57,8 @@ def forced(model: Any, experts_TLK: torch.Tensor) -> None:
             recorded = experts_TLK[:, layer].long()
             chosen = torch.where(recorded[:, :1] < 0, own, recorded)
             kept = torch.full_like(logits, -torch.inf).scatter(-1, chosen, 0.0)
-            normalises = getattr(router, "norm_topk_prob", True)
-            weights = (logits + kept if normalises else logits).softmax(-1).gather(-1, chosen)
+            normalizes = getattr(router, "norm_topk_prob", True)
+            weights = (logits + kept if normalizes else logits).softmax(-1).gather(-1, chosen)
             return logits, weights, chosen
 
         router.forward = forward

@@ -135,7 +135,7 @@ def test_text_view_is_tied_where_the_whole_is(tmp_path: Path) -> None:
     assert json.loads((text_view(tmp_path, tmp_path / "view") / "config.json").read_text())["tie_word_embeddings"]
 
 
-def test_text_view_of_quantised_weights_says_how_they_are(tmp_path: Path) -> None:
+def test_text_view_of_quantized_weights_says_how_they_are(tmp_path: Path) -> None:
     """Else vLLM finds scales among the weights, and no place for them."""
     quantization = {"quant_method": "compressed-tensors"}
     config = {"model_type": "qwen3_5", "text_config": {}, "quantization_config": quantization}

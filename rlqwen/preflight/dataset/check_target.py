@@ -77,7 +77,7 @@ def _short_names(files: set[str]) -> dict[str, str]:
 
 @dataclass
 class CheckTarget:
-    """What to check, and with which config and tokenizer."""
+    """The data to check, with its config and tokenizer."""
 
     title: str
     kind: Kind

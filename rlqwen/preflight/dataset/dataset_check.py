@@ -24,7 +24,7 @@ _FAULTY_ROW = re.compile(r"row (\d+)\b")
 
 @dataclass
 class PartCheck:
-    """What was found in one part; rows are named by their places in their source, such as `line 3`."""
+    """The findings in one part; rows are named by their places in their source, such as `line 3`."""
 
     name: str
     sources: list[str]
@@ -50,7 +50,7 @@ class PartCheck:
 
 @dataclass
 class DatasetCheck:
-    """What was found in all parts of a data set."""
+    """The findings in all parts of a data set."""
 
     title: str
     kind: Kind

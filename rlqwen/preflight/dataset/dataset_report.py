@@ -19,7 +19,7 @@ _DROPPED: dict[RowIssue, str] = {
     "empty_mask": "without a token in the loss",
     "equal_sides": "with equal answers",
 }
-# Of the other fates the tokeniser's own warnings speak.
+# Of the other fates the tokenizer's own warnings speak.
 _WARNED: dict[RowIssue, str] = {
     "overlong": "dropped, too long",
     "empty_mask": "dropped, no token in the loss",

@@ -30,7 +30,7 @@ class TransformersEngine:
     def __init__(
         self, policy: Any, tokenizer: PreTrainedTokenizerBase, *, max_model_length: int, max_num_seqs: int
     ) -> None:
-        """`policy.generation_model()` is a context manager that gives the model in eval mode."""
+        """Sample from `policy`, whose `generation_model()` is a context manager that returns the model in eval mode."""
         self.version = 0
         self._policy = policy
         self._tokenizer = tokenizer
@@ -57,7 +57,7 @@ class TransformersEngine:
     def load_weights(
         self, version: int, weights: Iterable[tuple[str, Tensor]], canary: Canary | None
     ) -> dict[str, float]:
-        """Only counts: the weights are the policy's own, so `weights` and `canary` are not read."""
+        """Count the version only: the weights are the policy's own, so `weights` and `canary` are not read."""
         self.version = version
         return {"sync/bytes": 0.0}
 
@@ -126,7 +126,7 @@ class TransformersEngine:
 
 @contextlib.contextmanager
 def _own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` fills in what it isn't told from the model's generation config, penalties and stop tokens included."""
+    """Keep `generate` from filling in arguments, such as penalties and stop tokens, from the model's generation config."""
     saved = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -139,7 +139,7 @@ class _SeededSampler(LogitsProcessor):
     """Turns greedy decoding into sampling, each row from its own generator.
 
     The largest of logprob plus Gumbel noise is a draw from the distribution (the Gumbel-max trick, arXiv 1411.0030),
-    so a completion depends on its seed and prompt alone and not on its neighbours in the batch.
+    so a completion depends on its seed and prompt alone and not on its neighbors in the batch.
     """
 
     def __init__(self, seeds_B: Sequence[int], shaping: Shaping, *, greedy: bool) -> None:

@@ -1,4 +1,4 @@
-"""How transformers' `generate` is made to draw as vLLM does: what shapes the distribution, and what ends a completion.
+"""Have transformers' `generate` sample as vLLM does: shape the distribution, and end completions.
 
 Shapes: B completions decoded together, T tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The one module that speaks to vLLM: requests in, sampled completions out, weights replaced in place."""
+"""Sample with vLLM, in the only module that calls it: requests in, completions out, weights replaced in place."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ class VllmEngine:
         self._record = self._record_experts()
 
     def _record_experts(self) -> ExpertRecord | None:
-        """The record of experts on CPU, for a new engine; vLLM keeps its own elsewhere."""
+        """Return the record of experts for a new engine on a CPU; elsewhere vLLM keeps its own."""
         if not self._settings.returns_experts or not current_platform.is_cpu():
             return None
         if self._settings.tensor_parallel_size > 1:
@@ -62,7 +62,7 @@ class VllmEngine:
         return record
 
     def _experts(self, request_id: str, completion: Any) -> np.ndarray | None:
-        """(prompt + sampled - 1, L, K) experts of a request that finished, where they are asked for."""
+        """Return the (prompt + sampled - 1, L, K) experts of a finished request, if they were asked for."""
         if not self._settings.returns_experts:
             return None
         prompt = self._prompts.pop(request_id)
@@ -189,7 +189,7 @@ class VllmEngine:
             self._record = self._record_experts()
 
     def _canary_gap(self, canary: Canary | None) -> float | None:
-        """Mean absolute difference between this engine's logprobs of the canary and the trainer's; NaN if any is."""
+        """Return the mean absolute difference of this engine's and the trainer's logprobs of the canary; NaN if any is."""
         if canary is None or len(canary.token_ids) < 2:
             return None
         params = SamplingParams(

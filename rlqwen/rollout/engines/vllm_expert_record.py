@@ -1,4 +1,4 @@
-"""Which experts each token of a request passed in vLLM, where vLLM itself cannot say.
+"""Record which experts each token of a request passed in vLLM, where vLLM itself cannot say.
 
 vLLM 0.32 returns experts (`enable_return_routed_experts`) from its second model runner alone, which needs Triton and so
 has no CPU. There the routers' own capture hook is read after each step instead, in the engine's process.
@@ -78,7 +78,7 @@ class ExpertRecord:
         return whole
 
     def _experts_of(self, names: Sequence[str], count: int) -> np.ndarray:
-        """(count, L, K) what the steps of a request recorded, by its internal ids."""
+        """Return the (count, L, K) experts that the steps of a request recorded, by its internal ids."""
         whole = np.full((count, *self._shape), NOT_RECORDED, dtype=np.int16)
         for name in names:
             for first, rows in self._requests[name]:

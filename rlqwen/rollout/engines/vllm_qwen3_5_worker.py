@@ -1,4 +1,4 @@
-"""What vLLM imports in each process of an engine for Qwen3.5, before the model is built."""
+"""Prepare each process of a vLLM engine for Qwen3.5; vLLM imports this module before it builds the model."""
 
 from rlqwen.rollout.engines.vllm_qwen3_5 import register
 

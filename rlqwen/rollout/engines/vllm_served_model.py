@@ -1,4 +1,4 @@
-"""What an engine serves of a model's folder: which weights, in which dtype, and the text part of a model with vision.
+"""Choose what an engine serves of a model's folder: weights, dtype, and the text part of a model with vision.
 
 vLLM's class for the whole of a Qwen3.5 wants a multimodal processor and memory for a vision tower that rollouts of text
 never use. So engines start from a view of the folder: the config of the text part, and links to the weight files.
@@ -57,7 +57,7 @@ def engine_dtype(config: RolloutConfig, model_path: str, compute_dtype: str, *, 
 
 
 def is_qwen3_5(folder: Path) -> bool:
-    """Whether the folder's config is of the text of a Qwen3.5, 3.6 or 3.8, which one class computes."""
+    """Return whether the folder's config is of the text of a Qwen3.5, 3.6 or 3.8, which one class computes."""
     return bool(set(read_config(folder).get("architectures") or ()) & set(TEXT_CLASSES.values()))
 
 
