@@ -25,6 +25,8 @@ from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.models.tiny import resolve_model_path
 
 Args = TypeVar("Args", bound=TrainerConfig)
+_FEWEST_TOKENS = 256
+"""Tokens of a byte-level tokenizer at least; from a folder without one transformers makes one of special tokens alone."""
 _LOADING_ARGUMENTS = ("dtype", "quantization_config")
 """Arguments of a built-in model that `from_pretrained` must get."""
 
@@ -175,3 +177,36 @@ def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenize
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_same_tokens(other: Any, tokenizer: PreTrainedTokenizerBase, what: str) -> str | None:
+    """Raise ModelError if the model named `other` has other ids for tokens of `tokenizer`; return a note if it lacks some.
+
+    It will read token ids of `tokenizer`: a reference, a teacher or a critic. `what`: names it in messages. A model given
+    as an object, and a folder without a tokenizer, are not checked.
+    """
+    if not isinstance(other, str):
+        return None
+    name, revision = split_revision(other)
+    with tempfile.TemporaryDirectory(prefix="rlqwen-tokenizer-") as folder:
+        try:
+            path = resolve_model_path(name, folder)
+            theirs = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=False
+            ).get_vocab()
+        except (OSError, ValueError):
+            return None
+    if len(theirs) < _FEWEST_TOKENS:
+        return None
+    ours = tokenizer.get_vocab()
+    moved = [token for token, index in ours.items() if theirs.get(token, index) != index]
+    if moved:
+        token = min(moved, key=ours.__getitem__)
+        raise ModelError(
+            f"{what} {other!r} has another tokenizer: {len(moved):,} tokens have other ids there, such as {token!r} "
+            f"({ours[token]} here, {theirs[token]} there), so it would read other text; give a model with the same tokenizer"
+        )
+    missing = sorted(ours.keys() - theirs.keys(), key=ours.__getitem__)
+    if not missing:
+        return None
+    return f"{what} {other!r} was not trained with {len(missing):,} of the tokens, such as {missing[0]!r}"

@@ -25,6 +25,7 @@ from rlqwen.errors import ConfigError, NonFiniteError, SaveError
 from rlqwen.models.hub import check_vocabulary
 from rlqwen.models.loading import (
     align_stop_tokens,
+    check_same_tokens,
     load_model,
     load_tokenizer,
     local_folder,
@@ -151,6 +152,11 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         own = self.policy.base_model.config
         for config in (own, getattr(self.policy, "reference_config", own)):
             check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
+
+    def note_other_tokens(self, other: Any, what: str) -> None:
+        """Raise ModelError if a model that will read the policy's token ids has other ones; note tokens that it lacks."""
+        if note := check_same_tokens(other, self.processing_class, what):
+            self.logger.note(note)
 
     @property
     def model(self) -> nn.Module:

@@ -81,6 +81,7 @@ class DistillationTrainer(OnlineTrainer[DistillationConfig]):
             reward_processing_classes=reward_processing_classes,
             reference=load_reference(teacher, model, args),
         )
+        self.note_other_tokens(teacher, "teacher_model")
         settings = settings_of(self.args)
         self.loss = LossCall(
             self.args.loss_type, inputs=("kl", "lengths", "sequence"), settings=settings, arguments=self.args.loss_args

@@ -99,6 +99,7 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         )
         self.loss = PreferenceLoss(self.args)
         self._check_reference()
+        self.note_other_tokens(self.args.ref_model if ref_model is None else ref_model, "ref_model")
         if self.args.chat_template_path is not None:
             self.processing_class.chat_template = load_chat_template(self.args.chat_template_path)
         self._starts_from_reference = not isinstance(reference, nn.Module)

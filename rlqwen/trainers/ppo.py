@@ -89,6 +89,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             reward_processing_classes=reward_processing_classes,
             reference=args.kl_coef > 0 if ref_model is None else load_reference(ref_model, model, args),
         )
+        self.note_other_tokens(ref_model, "ref_model")
+        self.note_other_tokens(value_model or args.critic.path, "value_model")
         self.loss = PPOPolicyLoss(self.args)
         self.critic = self._build_critic(value_model, peft_config)
         self.kl = KLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from rlqwen import DistillationConfig, DistillationTrainer
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, ModelError
+from rlqwen.models.loading import check_same_tokens
 from rlqwen.models.tiny import build_tiny_qwen3
 from tests.trainers.test_grpo import ROWS, prefers_even
 
@@ -91,3 +93,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_path, teacher_path
 def test_exactly_one_teacher_is_required(tiny_model_path, tmp_path, teacher, options, text):
     with pytest.raises(ConfigError, match=text):
         make_trainer(tiny_model_path, tmp_path, teacher, **options)
+
+
+def test_a_teacher_with_other_token_ids_is_refused(tiny_model_path, tmp_path):
+    other = build_tiny_qwen3(tmp_path / "other", hidden_size=96)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(
+        ModelError, match=r"teacher_model .* has another tokenizer: 2 tokens have other ids there, such as 'a'"
+    ):
+        make_trainer(tiny_model_path, tmp_path / "run", str(other))
+
+
+def test_tokens_that_a_teacher_lacks_are_noted(tiny_model_path, teacher_path, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    tokenizer.add_tokens(["<one_more>"])
+    assert check_same_tokens(str(teacher_path), AutoTokenizer.from_pretrained(tiny_model_path), "teacher_model") is None
+    note = check_same_tokens(str(teacher_path), tokenizer, "teacher_model")
+    assert note is not None
+    assert note.endswith("was not trained with 1 of the tokens, such as '<one_more>'")
+
+
+def test_a_teacher_without_a_tokenizer_is_taken_at_its_word(tiny_model_path, tmp_path):
+    teacher = build_tiny_qwen3(tmp_path / "teacher", hidden_size=96)
+    for path in teacher.glob("tokenizer*"):
+        path.unlink()
+    make_trainer(tiny_model_path, tmp_path / "run", str(teacher))
