@@ -1,4 +1,4 @@
-"""`rlqwen eval` for real on a tiny model: perplexity, metrics, reward models, win rates, and what it leaves."""
+"""Test `rlqwen eval` on a tiny model: perplexity, metrics, reward models, win rates and the files it writes."""
 
 import io
 import json
@@ -27,7 +27,7 @@ ROWS = [
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> str:
-    """rows.jsonl in a working directory, with a reward function beside it."""
+    """Make a working directory with rows.jsonl and a reward function."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
     Path("judges.py").write_text("def letters(completions):\n    return [float(len(text)) for text in completions]\n")
@@ -39,14 +39,14 @@ def data(tmp_path, monkeypatch) -> str:
 @pytest.fixture(scope="module")
 def other_model_path(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "other"
-    # Weights of the usual size make a random model's distribution near uniform: any two write the same from one seed.
+    # Larger weights than usual, because near-uniform random models with one seed sample the same text.
     options = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "initializer_range": 0.5}
     return str(build_tiny_qwen3(folder, seed=1, **options))
 
 
 @pytest.fixture(scope="module")
 def reward_model_path(tiny_model_path, tmp_path_factory) -> str:
-    """A random sequence-classification model with its head."""
+    """Make a random sequence-classification model with its head."""
     folder = tmp_path_factory.mktemp("models") / "judge"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def reward_model_path(tiny_model_path, tmp_path_factory) -> str:
 
 
 def plain_nats(model, ids: list[int], mask: list[bool]) -> float:
-    """Negative log-likelihood of the masked tokens by an ordinary forward over one sequence."""
+    """Return the negative log-likelihood of the masked tokens by a plain forward pass over one sequence."""
     with torch.no_grad():
         logp = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     return -sum(logp[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i])
@@ -147,10 +147,10 @@ def test_the_command_line_compares_two_models(tiny_model_path, other_model_path,
         [json.loads(line) for line in Path("found", name).read_text("utf-8").splitlines()]
         for name in ("completions.jsonl", "completions-against.jsonl")
     ]
-    for side, figures in zip(sides, (result, result["against"]), strict=True):
+    for side, found in zip(sides, (result, result["against"]), strict=True):
         assert [row["prompt_index"] for row in side] == [0, 0, 1, 1, 2, 2]
         assert [row["references"] for row in side[::2]] == [[row["completion"]] for row in ROWS]
-        assert figures["rewards"]["letters"]["mean"] == pytest.approx(sum(len(row["completion"]) for row in side) / 6)
+        assert found["rewards"]["letters"]["mean"] == pytest.approx(sum(len(row["completion"]) for row in side) / 6)
     assert sides[0][0]["completion"] != sides[1][0]["completion"]
     for name in ("letters", "judge"):
         values = [[row["rewards"][name] for row in side] for side in sides]

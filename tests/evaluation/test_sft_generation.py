@@ -1,4 +1,4 @@
-"""SFT evaluated by what the model writes, on a schedule, and the best checkpoint by such a figure."""
+"""Test evaluation of SFT by generated text, and the best checkpoint by such a metric."""
 
 import json
 
@@ -9,7 +9,7 @@ from rlqwen.errors import ConfigError, DataError
 
 
 def rows(count: int) -> list[dict]:
-    """Whatever is asked, the answer is yes."""
+    """Return conversations that always end with the answer yes."""
     return [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "yes"}]}
         for i in range(count)
@@ -20,7 +20,7 @@ def make_trainer(model, folder, *, eval_dataset=None, generation=None, **options
     defaults = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 5e-3, "save_strategy": "no",
         "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True,
-        "chat_template_kwargs": {"enable_thinking": False},  # an answer of four tokens has no room for a think block
+        "chat_template_kwargs": {"enable_thinking": False},  # four tokens have no room for a think block
     }  # fmt: skip
     generation = {"metrics": ["exact_match", "rouge"], "max_tokens": 4, "limit": 4} | (generation or {})
     args = SFTConfig(**defaults | {"eval_generation": generation} | options)
@@ -38,7 +38,7 @@ def test_a_generation_metric_selects_the_best_checkpoint(tiny_model_path, tmp_pa
     curve = [entry["eval/exact_match"] for entry in log]
     assert curve[0] == 0
     assert max(curve) == 1
-    # The first of equals is the best; the untrained model's evaluation is no candidate.
+    # Of equal evaluations the first is the best, and that of the untrained model does not count.
     first = next(entry["step"] for entry in log if entry["eval/exact_match"] == 1)
     assert trainer.state.best_global_step == first
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{first:06d}"]
@@ -67,9 +67,9 @@ def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path
 
 def test_a_configured_eos_token_stops_generation(tiny_model_path, tmp_path):
     trainer = make_trainer(tiny_model_path, tmp_path, eos_token="<|endoftext|>")
-    ends = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
-    assert ends.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
-    assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in ends
+    stop_ids = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
+    assert stop_ids.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
+    assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in stop_ids
 
 
 def test_another_eval_set_uses_its_own_prompts(tiny_model_path, tmp_path):

@@ -1,4 +1,4 @@
-"""Metrics that compare texts: by hand on small cases, in English and Chinese."""
+"""Test metrics that compare texts by hand, in English and Chinese."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ from rlqwen.types import Completion, Group, Prompt
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
-def figures(metric, text, *references):
+def score_text(metric, text, *references):
     return text_metrics([metric], [text], [list(references)])
 
 
-# Five of six tokens are shared, three of five pairs, two of four triples, one of three quadruples.
+# The texts share five of six tokens, three of five bigrams, two of four trigrams, and one of three 4-grams.
 PAIRS = [
     ("the cat sat on the mat", "the cat sat on a mat", "13a"),
     ("今天天气很好", "今天天气不好", "zh"),
@@ -29,7 +29,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
 def test_bleu_counts_words_or_chinese_characters_and_says_which(text, reference, tokenizer):
-    found = figures("bleu", text, reference)
+    found = score_text("bleu", text, reference)
     assert found.values["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert f"tok:{tokenizer}|" in found.signatures["bleu"]
 
@@ -48,22 +48,22 @@ def test_the_most_frequent_script_selects_the_tokenizer(references, tokenizer):
 
 
 def test_chrf_averages_over_the_possible_orders():
-    found = figures("chrf", "abc", "abd")
-    # Of single characters 2/3 are shared, of pairs 1/2, of triples none; precision and recall are equal.
+    found = score_text("chrf", "abc", "abd")
+    # The texts share 2/3 of characters, 1/2 of bigrams and no trigram; precision and recall are equal.
     assert found.values["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
     assert "nc:6|nw:0" in found.signatures["chrf"]
-    assert figures("chrf", "你好世界", "你好世界").values["chrf"] == 100
+    assert score_text("chrf", "你好世界", "你好世界").values["chrf"] == 100
 
 
 @pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
 def test_rouge_counts_words_or_chinese_characters(text, reference, tokenizer):
-    values = figures("rouge", text, reference).values
+    values = score_text("rouge", text, reference).values
     assert values == pytest.approx({"rouge_1": 5 / 6, "rouge_2": 3 / 5, "rouge_l": 5 / 6})
 
 
 def test_rouge_l_respects_order_and_uses_the_best_reference():
-    assert figures("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
-    assert figures("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
+    assert score_text("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
+    assert score_text("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
     both = text_metrics(["rouge"], ["a", "b"], [["a"], ["c"]])
     assert both.values["rouge_1"] == 0.5
 
@@ -120,8 +120,8 @@ def test_exact_match_counts_a_match_with_any_reference():
 def test_reasoning_is_not_compared():
     assert after_reasoning("<think>a b</think>\n\nc d") == "c d"
     assert after_reasoning("a b") == "a b"
-    assert figures("rouge", "<think>no</think>a b", "a b").values["rouge_2"] == 1
-    assert figures("bleu", "<think>never ends a b c d", "a b c d").values["bleu"] == 0
+    assert score_text("rouge", "<think>no</think>a b", "a b").values["rouge_2"] == 1
+    assert score_text("bleu", "<think>never ends a b c d", "a b c d").values["bleu"] == 0
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_label_metrics_by_hand():
     found = label_metrics(["a", "a", "b", None], ["a", "b", "b", "b"])
     assert found.accuracy == 1 / 2
     assert found.unparsable == 1 / 4
-    # a: one right, two found, one expected: 2/3. b: one right, one found, three expected: 1/2.
+    # a: one correct, two found, one expected: 2/3. b: one correct, one found, three expected: 1/2.
     assert found.macro_f1 == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert found.micro_f1 == pytest.approx(2 * 2 / (3 + 4))
 
@@ -173,7 +173,7 @@ def test_label_metrics_by_hand():
 def test_micro_f1_equals_the_accuracy_if_every_text_has_a_label():
     found = label_metrics(["a", "c", "b"], ["a", "b", "b"])
     assert (found.accuracy, found.micro_f1) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-    # c was found once and never expected, and counts in the mean as a label without a right one.
+    # c was found once and never expected, so its F1 of 0 counts in the mean.
     assert found.macro_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 

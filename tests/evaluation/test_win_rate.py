@@ -1,4 +1,4 @@
-"""Win rates, by hand."""
+"""Test win rates by hand."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from rlqwen.types import Completion, Group, Prompt
 
 
 def group(index: int, *rewards: float | None, weight: float = 2.0) -> Group:
-    """A made-up scored group: only how rewards are compared is tested here."""
+    """Return a group with given rewards."""
     other = [None if value is None else -value for value in rewards]
     scored = Group(Prompt(index, [1], "q"), [Completion([1], [], "stop", "") for _ in rewards], 0)
     scored.rewards = {"quality": list(rewards), "cost": other}
@@ -47,7 +47,7 @@ def test_prompts_are_paired_by_index_and_swapping_models_swaps_the_result():
     rates = win_rates(ours, theirs)
     assert set(rates) == {"quality", "cost", "total"}
     assert (rates["quality"].wins, rates["quality"].losses) == (1, 1)
-    # Less of the cost is more of that reward, and with twice its weight the total goes with it.
+    # `cost` is the negative of `quality` with twice its weight, so the total is won by the lower quality.
     assert rates["total"].win_rate == rates["cost"].win_rate == 0.5
     ours, theirs = [group(0, 1.0, 5.0)], [group(0, 0.0, 0.0)]
     assert [win_rates(ours, theirs)[name].win_rate for name in ("quality", "cost", "total")] == [1.0, 0.0, 0.0]

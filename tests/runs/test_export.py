@@ -1,4 +1,4 @@
-"""`rlqwen export`: what is written loads again and computes the same, and says where it came from."""
+"""Test `rlqwen export`: the exported model loads and computes the same, and its card says where it came from."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder as GRPO with DoRA leaves it, begun from an SFT run's final model."""
+    """Make the run folder of GRPO with DoRA that started from an SFT run's final model."""
     root = tmp_path_factory.mktemp("runs")
     write_recipe(root / "sft", "sft", {"path": "Qwen/Qwen3-0.6B"}, [{"path": "openai/gsm8k"}])
     folder = root / "grpo"
@@ -106,7 +106,7 @@ def test_an_export_is_cast_and_sharded(run: Path, tmp_path: Path) -> None:
 
 
 def test_int8_loads_in_transformers(run: Path, tmp_path: Path) -> None:
-    """With compressed-tensors, which vLLM brings along."""
+    """Load with compressed-tensors, which vLLM installs."""
     pytest.importorskip("compressed_tensors", reason="reads int8 weights for transformers")
     out = tmp_path / "out"
     assert main(["export", str(run), str(out), "--int8"]) == 0
@@ -144,7 +144,7 @@ def test_a_quantized_model_is_exported_dequantized(base: Path, tmp_path: Path) -
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "four")
     export_model(ExportOptions(str(tmp_path / "four"), str(tmp_path / "out")))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    # In training mode, for in eval mode bitsandbytes may compute in bfloat16 on CPU.
+    # Use training mode, because in eval mode bitsandbytes may compute in bfloat16 on a CPU.
     expected = padded_logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "four").train(), skewed_trees()).detach()
     torch.testing.assert_close(logprobs(tmp_path / "out"), expected, atol=5e-5, rtol=1e-4)
 
@@ -189,7 +189,7 @@ def test_wrong_arguments_of_export_are_refused_with_the_reason(
         assert message in capsys.readouterr().err
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
     assert not (tmp_path / "out").exists()
-    # The base given by hand will do.
+    # A base model given by --base works.
     assert main(["export", str(adapter), str(tmp_path / "out"), "--base", str(base)]) == 0
     torch.testing.assert_close(logprobs(tmp_path / "out"), logprobs(run / "final"), atol=2e-5, rtol=1e-4)
 

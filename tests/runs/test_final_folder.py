@@ -1,4 +1,4 @@
-"""What every trainer's folders hold besides weights: they load, and stop where the model was taught to."""
+"""Test the saved models of every trainer: they load, and generation stops at the trained token."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def length(completion_ids, **kwargs):
 
 @pytest.fixture(scope="module")
 def base(tiny_model_path, tmp_path_factory):
-    """A base model, as Qwen's are: its tokenizer and its configs know another end than its chat template's."""
+    """Make a base model like Qwen's: its tokenizer and configs have another end token than its chat template."""
     folder = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(tiny_model_path, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -48,7 +48,7 @@ def base(tiny_model_path, tmp_path_factory):
 
 
 def train(algorithm, model, folder, *, peft=False, **options):
-    """One step, saved, of `algorithm`."""
+    """Train one step with `algorithm`, and save a checkpoint."""
     kind, rows = {"sft": ("SFT", CHATS), "dpo": ("DPO", PAIRS), "reward": ("Reward", PAIRS)}.get(
         algorithm, (algorithm.upper(), PROMPTS)
     )
@@ -69,7 +69,7 @@ def train(algorithm, model, folder, *, peft=False, **options):
 
 
 def stops(folder):
-    """The tokens at which `generate` stops with the model of a folder."""
+    """Return the tokens at which `generate` stops with the model of a folder."""
     ids = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     return AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
 
@@ -80,7 +80,7 @@ def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(base, tmp_pat
     train(algorithm, base, tmp_path / "run", peft=peft)
     for folder in (tmp_path / "run" / "final", *(tmp_path / "run" / "checkpoints").glob("step-*")):
         assert stops(folder) == [EOS, END]
-        assert AutoTokenizer.from_pretrained(folder).eos_token == EOS  # nobody asked for another
+        assert AutoTokenizer.from_pretrained(folder).eos_token == EOS  # no other token was configured
     for part in ("final", "final/adapter") if peft else ("final",):
         out = tmp_path / f"out-{part.count('/')}"
         export_model(ExportOptions(str(tmp_path / "run" / part), str(out)))
@@ -89,7 +89,7 @@ def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(base, tmp_pat
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
 def test_a_configured_eos_token_is_in_every_saved_config(base, tmp_path, algorithm):
-    """As TRL 1.16 has it: the tokenizer's, the config's, and the first of generation's."""
+    """Check the tokenizer, the config, and the first stop token of generation, as in TRL 1.16."""
     train(algorithm, base, tmp_path, eos_token=END)
     model, tokenizer = (auto.from_pretrained(tmp_path / "final") for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert tokenizer.eos_token == END
@@ -99,7 +99,7 @@ def test_a_configured_eos_token_is_in_every_saved_config(base, tmp_path, algorit
 
 
 def test_a_saved_reward_model_has_a_pad_token(base, tmp_path):
-    """transformers reads the score off the last token that is not padding."""
+    """Check the pad token, because transformers scores the last token that is not padding."""
     train("reward", base, tmp_path, eos_token=END)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
     config = json.loads((tmp_path / "final" / "config.json").read_text())
@@ -126,7 +126,7 @@ def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(b
 
 @pytest.fixture
 def short(base, tmp_path):
-    """A model whose tokenizer has got two tokens more than its embedding has rows."""
+    """Make a model whose tokenizer has two tokens more than its embedding has rows."""
     folder = tmp_path / "short"
     shutil.copytree(base, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -165,6 +165,6 @@ def test_the_command_line_refuses_tokens_without_an_embedding_row(short, tmp_pat
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     for command in ("check", "run"):
         assert main([command, str(tmp_path / "recipe.yaml")]) == 2
-        said = " ".join("".join(capsys.readouterr()).split())
-        assert message in said
-        assert "Traceback" not in said
+        printed = " ".join("".join(capsys.readouterr()).split())
+        assert message in printed
+        assert "Traceback" not in printed

@@ -1,4 +1,4 @@
-"""Pairs of a model's own answers: which are set against which, and recipes that ask for them."""
+"""Test pairs of a model's own answers: which answers are paired, and recipes that sample them."""
 
 import json
 
@@ -34,7 +34,7 @@ def ranks(rows):
 
 def test_the_best_answer_is_paired_with_the_worst():
     rows = list(_pairs_of(group_of(0.5, 1.0, None, 0.0), sampled(pairs_per_prompt=9)))
-    assert ranks(rows) == [("answer 1", "answer 3")]  # the middle one is left without an opponent
+    assert ranks(rows) == [("answer 1", "answer 3")]  # the middle answer has no other one to be paired with
     assert rows[0]["chosen_reward"] == 1.0
     assert rows[0]["solution"] == "4"
 
@@ -86,7 +86,7 @@ def test_a_recipe_samples_its_pairs_and_trains_on_them(tiny_model_path, tmp_path
     assert rows
     assert all(row["chosen_reward"] == 1.0 and row["rejected_reward"] == 0.0 for row in rows)
     resolved = load_recipe("run/recipe.yaml")
-    assert resolved.data.train.sampled.num_samples == 6  # the recipe that was run, not what came of it
+    assert resolved.data.train.sampled.num_samples == 6  # the recipe as it was written, without the sampled pairs
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["final_eval"]["eval/rewards/margins"] != 0
 

@@ -1,4 +1,4 @@
-"""The supervisor: what it starts again, when it gives up, and how it ends. Its child here is a script of a few lines."""
+"""Test the supervisor with small scripts as its child: what it restarts, when it gives up, and how it ends."""
 
 import json
 import os
@@ -17,7 +17,7 @@ QUICK = {"backoff_s": 0.01}
 
 @pytest.fixture
 def script(tmp_path):
-    """Makes a command that counts its starts in `starts`, keeps the words it got, and then does what `body` says."""
+    """Return a function that makes a command, which appends its arguments to the file `starts` and then runs `body`."""
     run = tmp_path / "run"
 
     def make(body):
@@ -55,7 +55,7 @@ DIE = {"raises": "sys.exit(1)", "is killed": "os.kill(os.getpid(), signal.SIGKIL
 
 
 @pytest.mark.fault(
-    "the run dies, twice, further on each time", "started again from its last checkpoint, until it is done"
+    "the run dies twice, each time after more steps", "restarted from its last checkpoint until it is finished"
 )
 @pytest.mark.parametrize("how", DIE)
 def test_a_run_that_dies_is_restarted(script, how):
@@ -65,8 +65,8 @@ def test_a_run_that_dies_is_restarted(script, how):
         if starts < 2:
             {DIE[how]}
     """)
-    said = []
-    assert supervise(command, [run], RestartPolicy(3, **QUICK), said.append) == 0
+    printed = []
+    assert supervise(command, [run], RestartPolicy(3, **QUICK), printed.append) == 0
     assert starts(run) == [["run", "my.yaml"]] + [["run", "my.yaml", "resume=auto"]] * 2
     died = "exit code 1" if how == "raises" else "killed by SIGKILL"
     noted = [{key: line[key] for key in ("restart", "of", "died", "last_step", "start")} for line in restarts(run)]
@@ -74,7 +74,7 @@ def test_a_run_that_dies_is_restarted(script, how):
         {"restart": 1, "of": 3, "died": died, "last_step": 5, "start": "from the checkpoint of step 4"},
         {"restart": 2, "of": 3, "died": died, "last_step": 15, "start": "from the checkpoint of step 14"},
     ]
-    assert said[0] == f"the run died: {died}; restart 1 of 3 in 0.01 s, from the checkpoint of step 4"
+    assert printed[0] == f"the run died: {died}; restart 1 of 3 in 0.01 s, from the checkpoint of step 4"
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 130])
@@ -86,26 +86,26 @@ def test_finished_refused_and_stopped_runs_are_not_restarted(script, code):
 
 
 @pytest.mark.fault(
-    "the run dies again and again, each time further on", "ended after --max-restarts, with its own code"
+    "the run dies again and again, each time after more steps", "ends after --max-restarts, with the run's exit code"
 )
 def test_restarts_are_bounded(script):
     command, run = script("log(starts)\nsys.exit(1)")
-    said = []
-    assert supervise(command, [run], RestartPolicy(4, **QUICK), said.append) == 1
+    printed = []
+    assert supervise(command, [run], RestartPolicy(4, **QUICK), printed.append) == 1
     assert len(starts(run)) == 5
     assert (
-        said[-1]
+        printed[-1]
         == "the run died: exit code 1; not restarted: it has been restarted as often as --max-restarts=4 allows"
     )
 
 
-@pytest.mark.fault("the run dies at the same step each time", "ended after the third time, restarts left or not")
+@pytest.mark.fault("the run dies at the same step each time", "ends after the third time, even if restarts are left")
 def test_a_run_without_progress_is_given_up(script):
     command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
-    said = []
-    assert supervise(command, [run], RestartPolicy(50, **QUICK), said.append) == -signal.SIGSEGV
+    printed = []
+    assert supervise(command, [run], RestartPolicy(50, **QUICK), printed.append) == -signal.SIGSEGV
     assert len(starts(run)) == 3
-    assert "3 times in a row at the same step" in said[-1]
+    assert "3 times in a row at the same step" in printed[-1]
 
 
 def test_a_run_that_its_monitor_stopped_is_not_restarted(script):
@@ -145,7 +145,7 @@ def start_supervisor(command, run):
 
 
 @pytest.mark.fault(
-    "a signal to the supervisor", "passed on once; the run's own exit code is its own, and nothing restarts"
+    "a signal to the supervisor", "forwarded once; it ends with the run's exit code and restarts nothing"
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
 def test_signals_are_forwarded_once(script, number, code):
@@ -177,8 +177,8 @@ def test_a_signal_between_two_attempts_ends_the_supervisor(script, number, code)
     assert len(starts(run)) == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a child of its parent's end on Linux alone")
-@pytest.mark.fault("SIGKILL of the supervisor", "the run gets SIGTERM, on which it saves and leaves")
+@pytest.mark.skipif(sys.platform != "linux", reason="only the Linux kernel signals a child when its parent ends")
+@pytest.mark.fault("SIGKILL of the supervisor", "the run gets SIGTERM, saves and ends")
 def test_no_child_outlives_its_supervisor(script):
     command, run = script("""
         sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
