@@ -1,4 +1,4 @@
-"""Data: rows from anywhere, in one form, as token ids with loss masks or as prompts."""
+"""Load rows from any source, normalize them, and tokenize them to sequences with loss masks or to prompts."""
 
 from rlqwen.data.chat import ChatFormat
 from rlqwen.data.cleaning import CleaningReport, clean_rows

@@ -1,7 +1,8 @@
-"""Where rows and token ids lie on disk, and how they get there whole: written beside their place, then renamed.
+"""Store rows and token ids in a cache on disk, atomically: they are written to a scratch folder, then renamed.
 
-A folder's name is a digest of all that its content depends on, so nothing stale is ever found; its `meta.json` holds a
-digest of the Arrow file, so nothing damaged is used. Several processes may share a cache: one writes, others wait.
+The name of a cache folder is a digest of everything its content depends on, so stale data is never found. Its
+`meta.json` holds a digest of the Arrow file, so damaged data is never used. Several processes may share a cache: one
+writes while the others wait.
 """
 
 import contextlib
@@ -31,13 +32,13 @@ _DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR),
 }
-_MEND = "set data.cache_dir in the recipe, or the environment variable RLQWEN_CACHE, to a folder with room"
+_ADVICE = "set data.cache_dir in the recipe, or the environment variable RLQWEN_CACHE, to a folder with room"
 
 
 def cache_root(given: str | Path | None = None) -> Path:
-    """Return the folder for data: `given`, `data` in RLQWEN_CACHE, or `rlqwen` beside the datasets library's cache.
+    """Return the folder for data: `given`, `data` in RLQWEN_CACHE, or `rlqwen` in the cache of the datasets library.
 
-    Raises ConfigError if it cannot be written to.
+    Raises ConfigError if the folder cannot be written to.
     """
     if given is None and os.environ.get("RLQWEN_CACHE"):
         given = Path(os.environ["RLQWEN_CACHE"]) / "data"
@@ -54,29 +55,29 @@ def cache_root(given: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def disk_errors_as_config_errors(root: Path) -> Iterator[None]:
-    """Turn an error of the cache's disk into a ConfigError that says how to fix it; raise all others as they are."""
+    """Convert a disk error of the cache to a ConfigError that says how to fix it; raise other errors unchanged."""
     try:
         yield
     except OSError as error:
         if not _is_of_cache(error, root):
             raise
-        raise ConfigError(f"the data cache {str(root)!r} cannot be written to ({error.strerror}): {_MEND}") from error
+        raise ConfigError(f"the data cache {str(root)!r} cannot be written to ({error.strerror}): {_ADVICE}") from error
 
 
 def _is_of_cache(error: OSError, root: Path) -> bool:
-    """Return whether an error may come from writing to `root`; errors from Arrow name no file."""
+    """Return whether an error may come from writing to `root`; errors from Arrow have no file name."""
     if not isinstance(error.filename, str | bytes):
         return error.errno in _DISK_ERRORS
-    place = Path(os.fsdecode(error.filename)).absolute()
-    return place.is_relative_to(root.absolute()) or root.absolute().is_relative_to(place)
+    path = Path(os.fsdecode(error.filename)).absolute()
+    return path.is_relative_to(root.absolute()) or root.absolute().is_relative_to(path)
 
 
 @contextlib.contextmanager
 def scratch_folder(root: Path) -> Iterator[Path]:
-    """Make a folder in the cache, deleted at the end unless renamed; files that are open stay readable."""
+    """Create a folder in the cache and delete it at the end unless it was renamed; open files stay readable."""
     _remove_abandoned(root)
     private = Path(tempfile.mkdtemp(dir=root, prefix=_SCRATCH))
-    folder = private / "data"  # with the usual rights, for a cache that several users share
+    folder = private / "data"  # with default permissions, because several users may share a cache
     folder.mkdir()
     try:
         yield folder
@@ -85,16 +86,16 @@ def scratch_folder(root: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove the scratch folders of processes that were killed: those that nothing was written to for a day."""
+    """Remove scratch folders of killed processes: those to which nothing was written for a day."""
     for folder in root.glob(f"{_SCRATCH}*"):
-        with contextlib.suppress(OSError):  # another process may be faster
+        with contextlib.suppress(OSError):  # another process may remove it at the same time
             if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < time.time() - _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Hold a lock, so that one process works at a time; the system frees the lock of a process that died."""
+    """Hold a file lock, so that one process works at a time; the system releases the lock of a dead process."""
     with (root / f".{name}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,36 +103,36 @@ def locked(root: Path, name: str) -> Iterator[None]:
             logger.info("another process is tokenizing the same rows; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: to do the work twice is better than not at all
+            pass  # the file system has no locks; two processes may then do the same work
         yield
 
 
 def move_file_into_cache(written: Path, root: Path, name: str) -> Path:
-    """Move a finished file to its name in the cache; if an equal file is there already, use that one."""
-    place = root / name
-    if not (place.is_file() and filecmp.cmp(written, place, shallow=False)):
-        written.replace(place)
-    return place
+    """Move a finished file to its name in the cache; keep an equal file that is there already."""
+    path = root / name
+    if not (path.is_file() and filecmp.cmp(written, path, shallow=False)):
+        written.replace(path)
+    return path
 
 
-def move_folder_into_cache(written: Path, place: Path, meta: dict[str, Any]) -> None:
-    """Move a folder with a finished Arrow file to its place in the cache; replace a damaged one."""
+def move_folder_into_cache(written: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Move a folder with a finished Arrow file to its name in the cache; replace a damaged folder."""
     meta = meta | {"file": digest_file(written / ROWS_FILE)}
     (written / _META_FILE).write_text(json.dumps(meta), "utf-8")
-    shutil.rmtree(place, ignore_errors=True)
-    written.rename(place)
+    shutil.rmtree(folder, ignore_errors=True)
+    written.rename(folder)
 
 
-def read_meta(place: Path) -> dict[str, Any] | None:
-    """Read the metadata of a cache folder; None if it is missing or damaged (the log says so)."""
-    if not place.is_dir():
+def read_meta(folder: Path) -> dict[str, Any] | None:
+    """Read the metadata of a cache folder; return None, with a warning if it is damaged, if it cannot be used."""
+    if not folder.is_dir():
         return None
     try:
-        meta: dict[str, Any] = json.loads((place / _META_FILE).read_text("utf-8"))
-        if meta["file"] != digest_file(place / ROWS_FILE):
-            raise ValueError("its digest does not fit")
+        meta: dict[str, Any] = json.loads((folder / _META_FILE).read_text("utf-8"))
+        if meta["file"] != digest_file(folder / ROWS_FILE):
+            raise ValueError("its digest does not match")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s): the rows are tokenized anew", place, error)
+        logger.warning("%s is damaged (%s): the rows are tokenized again", folder, error)
         return None
     return meta
 

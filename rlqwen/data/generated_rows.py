@@ -1,4 +1,4 @@
-"""Built-in data: sums of two-digit numbers, for the quickstart and the tests. No file and no hub needed."""
+"""Generate built-in data: sums of two-digit numbers, for the quickstart and the tests, without a file or the hub."""
 
 import difflib
 import random
@@ -14,33 +14,37 @@ from rlqwen.errors import DataError
 Row = dict[str, Any]
 
 _EVAL_SHARE = 0.1
-# Which sums belong to the evaluation must not depend on anything that a recipe sets, or stages would leak into it.
+# The split must not depend on anything that a recipe sets; otherwise stages would train on eval rows of other stages.
 _SPLIT_SEED = 20260101
 
 
 class ArithmeticArgs(ArgumentsConfig):
-    """Arguments of the generator `arithmetic`."""
+    """Hold the arguments of the generator `arithmetic`."""
 
     kind: Literal["sft", "prompts"] = "prompts"
-    """`sft`: rows with `messages`, answered by a sloppy teacher. `prompts`: rows with `prompt`. Both: `solution`."""
+    """`sft`: rows with `messages`, answered by a teacher that makes mistakes. `prompts`: rows with `prompt`. Both have a
+    `solution`."""
     split: Literal["train", "eval"] = "train"
-    """A sum a+b and its mirror b+a are on the same side; a tenth of the pairs are for `eval`."""
+    """The sums a+b and b+a are in the same split; a tenth of the pairs are in `eval`."""
     size: int | None = Field(default=None, gt=0)
-    """Rows. None: each sum of the split once. More: further passes in another order, for `train` only."""
+    """Number of rows. None: each sum of the split once. More rows repeat the sums in another order, for `train` only."""
     max_digit: int = Field(default=9, ge=1, le=9)
-    """Only numbers of digits up to this one: fewer sums, sooner learned."""
+    """Largest digit in the numbers; a smaller one gives fewer sums, which are learned faster."""
     seed: int = 0
-    """Seed of order and slips; never of the split."""
+    """Seed of the order and of the teacher's mistakes, not of the split."""
     teacher_error: float = Field(default=0.4, ge=0, le=1)
-    """Share of `sft` answers that are wrong, by 1 or by 10, up or down with equal chances."""
+    """Fraction of wrong `sft` answers; the error is -10, -1, 1 or 10, with equal probability."""
     style: Literal["boxed", "think"] = "boxed"
-    r"""`boxed`: `\boxed{46}`. `think`: a short working in think tags before it."""
+    r"""`boxed`: `\boxed{46}`. `think`: a short calculation in think tags before it."""
     slip_in: Literal["working", "answer"] = "working"
-    """Where a slip of `style: think` begins: in the working, or only when its result is copied into the box."""
+    """Where a mistake of `style: think` begins: in the calculation, or only in the boxed answer."""
 
 
 def generate(name: str, args: dict[str, Any]) -> list[Row]:
-    """Rows of the built-in generator `name`; DataError for an unknown name, ConfigError for an unknown argument."""
+    """Return the rows of the built-in generator `name`.
+
+    Raises DataError for an unknown name and ConfigError for an unknown argument.
+    """
     if name not in GENERATORS:
         near = difflib.get_close_matches(name, GENERATORS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(GENERATORS)}"
@@ -49,7 +53,7 @@ def generate(name: str, args: dict[str, Any]) -> list[Row]:
 
 
 def arithmetic(**args: Any) -> list[Row]:
-    """Sums a + b of two numbers from 10 to 99; see ArithmeticArgs.
+    """Generate sums a + b of two numbers from 10 to 99; see ArithmeticArgs.
 
     Rows: `{"prompt": [{"role": "user", "content": "12 + 34 = ?"}], "solution": "46"}`, or with `messages` in place of
     `prompt` for `kind: sft`. `solution` is always the true sum.
@@ -89,7 +93,7 @@ def _row(a: int, b: int, options: ArithmeticArgs, rng: random.Random) -> Row:
 
 
 def _working(a: int, b: int, slip: int) -> str:
-    """The sum of the tens, the sum of the ones, and both together; a slip begins where it arises."""
+    """Write the sum of the tens plus the sum of the ones, with the result; a mistake appears where it is made."""
     tens = a // 10 * 10 + b // 10 * 10 + (slip if abs(slip) == 10 else 0)
     ones = a % 10 + b % 10 + (slip if abs(slip) == 1 else 0)
     return f"{tens} + {ones} = {tens + ones}"

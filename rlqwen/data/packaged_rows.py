@@ -1,6 +1,6 @@
-"""Rows that come inside the package, so that every kind of recipe can be tried without the hub.
+"""Find the rows that are part of the package, with which every kind of recipe can be tried without the hub.
 
-A set has the columns of a well-known hub dataset, for which it can stand in: `data.train.path=builtin:questions`.
+A set has the columns of a well-known hub dataset, which it can replace: `data.train.path=builtin:questions`.
 """
 
 import difflib
@@ -23,5 +23,5 @@ def bundled_file(path: str) -> Path:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean '{PREFIX}{near[0]}'? " if near else ""
-        raise DataError(f"{path[:200]!r} is no set of built-in rows; {hint}there are: {', '.join(names)}")
+        raise DataError(f"{path[:200]!r} is not a set of built-in rows; {hint}there are: {', '.join(names)}")
     return _FOLDER / f"{name}.jsonl"

@@ -52,8 +52,8 @@ def _prompt_columns(rows: "Sequence[PreferenceRow] | Sequence[LabelledRow]") -> 
     return [pa.array([row.index for row in rows], pa.int64()), pa.array([row.prompt_ids for row in rows], TOKENS)]
 
 
-def _answer_at(batch: pa.RecordBatch, column: int, place: int) -> TokenizedRow:
-    return TokenizedRow(list_at(batch.column(column), place), list_at(batch.column(column + 1), place))
+def _answer_at(batch: pa.RecordBatch, column: int, index: int) -> TokenizedRow:
+    return TokenizedRow(list_at(batch.column(column), index), list_at(batch.column(column + 1), index))
 
 
 class PairCodec:
@@ -72,13 +72,13 @@ class PairCodec:
         ]
         return pa.record_batch(columns, schema=self.schema)
 
-    def decode(self, batch: pa.RecordBatch, place: int) -> PreferenceRow:
+    def decode(self, batch: pa.RecordBatch, index: int) -> PreferenceRow:
         return PreferenceRow(
-            batch.column(0)[place].as_py(),
-            list_at(batch.column(1), place),
-            _answer_at(batch, 2, place),
-            _answer_at(batch, 4, place),
-            batch.column(6)[place].as_py(),
+            batch.column(0)[index].as_py(),
+            list_at(batch.column(1), index),
+            _answer_at(batch, 2, index),
+            _answer_at(batch, 4, index),
+            batch.column(6)[index].as_py(),
         )
 
 
@@ -95,10 +95,10 @@ class LabelledCodec:
         ]
         return pa.record_batch(columns, schema=self.schema)
 
-    def decode(self, batch: pa.RecordBatch, place: int) -> LabelledRow:
+    def decode(self, batch: pa.RecordBatch, index: int) -> LabelledRow:
         return LabelledRow(
-            batch.column(0)[place].as_py(),
-            list_at(batch.column(1), place),
-            _answer_at(batch, 2, place),
-            batch.column(4)[place].as_py(),
+            batch.column(0)[index].as_py(),
+            list_at(batch.column(1), index),
+            _answer_at(batch, 2, index),
+            batch.column(4)[index].as_py(),
         )

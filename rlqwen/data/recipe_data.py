@@ -1,4 +1,4 @@
-"""The rows that a recipe's `data` section stands for: loaded, mixed and cleaned."""
+"""Load, mix and clean the rows of a recipe's `data` section."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ _FIRST = 1000
 
 @dataclass(slots=True)
 class RecipeData:
-    """What a run trains and is evaluated on."""
+    """Hold the training and evaluation rows of a run."""
 
     train: Sequence[Row] | StreamedRows
     eval: Sequence[Row] | None
     cleaning: CleaningReport | None = None
-    """None where the recipe asks for no cleaning."""
+    """None if the recipe has no cleaning."""
 
 
 def load_recipe_data(data: DataConfig) -> RecipeData:
-    """Load training and eval rows and clean them as the recipe says; everything wrong with them is an InputError."""
+    """Load training and eval rows, and clean them as the recipe says; raise an InputError for any problem."""
     evaluation = load_rows(data.eval, seed=data.mixing_seed, cache_dir=data.cache_dir) if data.eval else None
     if data.is_streamed:
         assert isinstance(data.train, SourceConfig)
@@ -42,7 +42,7 @@ def first_rows(data: DataConfig) -> list[Row]:
 def clean_recipe_data(
     data: DataConfig, train: Sequence[Row], evaluation: Sequence[Row] | None
 ) -> tuple[Sequence[Row], Sequence[Row] | None, CleaningReport | None]:
-    """The second half of `load_recipe_data`, for who has loaded the rows already."""
+    """Clean rows that are already loaded as the recipe says."""
     if data.cleaning is None:
         return train, evaluation, None
     cleaned = clean_rows(train, data.cleaning, evaluation)

@@ -1,4 +1,4 @@
-"""The right answers that rows give, for metrics that compare texts."""
+"""Find the right answers of rows, for metrics that compare texts."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ Row = dict[str, Any]
 
 
 def own_answer(row: Row, where: str) -> str | None:
-    """Text of a normalized row's `completion`, or of its last assistant turn where `messages` end in one."""
+    """Return the text of a normalized row's `completion`, or of a final assistant message; None if there is none."""
     answer = to_prompt_row({column: value for column, value in row.items() if column != "solution"}, where)
     return answer.get("solution")
 
 
 def references_of(row: Row, column: str | None, where: str) -> list[str]:
-    """The answers of a normalized row that are equally right, at least one.
+    """Return the equally right answers of a normalized row, at least one.
 
-    `column`: where they stand, `completion` for the row's own answer; None takes `solution`, else the row's own
-    answer, else `answer`. Raises DataError where there is none.
+    `column`: the column that holds them, or `completion` for the row's own answer. None: the first that exists of
+    `solution`, the row's own answer, and `answer`. Raises DataError if there is none.
     """
     if column is None:
         prompt_row = to_prompt_row(row, where)
@@ -29,9 +29,9 @@ def references_of(row: Row, column: str | None, where: str) -> list[str]:
         value = row.get(column)
     texts = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
     if value is None or not any(text.strip() for text in texts):
-        wanted = "'solution', 'completion' or 'answer'" if column is None else repr(column)
+        columns = "'solution', 'completion' or 'answer'" if column is None else repr(column)
         raise DataError(
-            f"{where}: there is no right answer to compare with in column {wanted}; the row has "
+            f"{where}: there is no right answer to compare with in column {columns}; the row has "
             f"{', '.join(map(str, row))}: name the column as the reference"
         )
     return texts

@@ -142,7 +142,7 @@ def _move_prefix_to_prompt(pair: PreferenceRow) -> None:
     """Move the common prefix of both sides into the prompt; each side keeps at least one token."""
     chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids
     limit = min(len(chosen), len(rejected)) - 1
-    common = next((place for place in range(limit) if chosen[place] != rejected[place]), max(limit, 0))
+    common = next((index for index in range(limit) if chosen[index] != rejected[index]), max(limit, 0))
     pair.prompt_ids = chosen[:common]
     for side in (pair.chosen, pair.rejected):
         side.token_ids, side.loss_mask = side.token_ids[common:], side.loss_mask[common:]

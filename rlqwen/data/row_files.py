@@ -1,4 +1,4 @@
-"""Rows from local files, each with the place it came from, so that an error can name the line."""
+"""Read rows from local files, each with its origin (file and line or row number) for error messages."""
 
 import codecs
 import csv
@@ -15,20 +15,20 @@ Row = dict[str, Any]
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
 WHOLE_BYTES = 1 << 25
-"""A JSON file of more is read part by part."""
+"""Size above which a JSON file is read in parts."""
 _PART_CHARACTERS = 1 << 20
 _BLANKS = re.compile(r"\s*")
 _PARQUET_ROWS = 512
-"""As many are made Python objects at a time."""
+"""Number of Parquet rows that are converted to Python objects at a time."""
 _EXCERPT = 60
 _FIELD_LIMIT = 2**31 - 1
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield (where, row) for each row of a file, or of all data files in a folder in the order of their names.
+    """Yield (where, row) for each row of a file, or of all data files of a folder, sorted by name.
 
-    `where` reads `train.jsonl, line 3` (lines count from 1) or `train.parquet, row 2` (rows count from 0). Raises
-    DataError for what cannot be read, with the place and what stands there.
+    `where` is text such as `train.jsonl, line 3` (lines count from 1) or `train.parquet, row 2` (rows count from 0).
+    Raises DataError for content that cannot be read, with its position and an excerpt.
     """
     for file in data_files(path):
         empty = True
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that `path` stands for; DataError if there are none, saying what is there instead."""
+    """Return the data files at `path`; raise DataError, with the content of the folder, if there are none."""
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: can't read files of type {path.suffix!r}; known types: {', '.join(SUFFIXES)}")
@@ -56,7 +56,7 @@ def data_files(path: Path) -> list[Path]:
 
 
 def list_folder(folder: Path) -> str:
-    """`it holds: a, b, c` for messages."""
+    """Describe the content of a folder for messages: `it holds: a, b, c`."""
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
     if not names:
         return "it is empty"
@@ -76,7 +76,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 raise DataError(
                     f"{where}: not valid JSON ({error.msg}, column {error.colno}): {_excerpt(line)}"
                 ) from None
-            except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets as deep
+            except (ValueError, RecursionError) as error:  # integers with thousands of digits, or deep nesting
                 raise DataError(f"{where}: cannot be read as JSON ({error}): {_excerpt(line)}") from None
             yield where, _require_mapping(row, where)
 
@@ -93,14 +93,14 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
                 done += 1
             return
         except (ValueError, RecursionError):
-            pass  # read as a whole, it is refused with the place of the fault, or is in a form that is read so
-    for number, one in enumerate(_read_whole_json(path)):
+            pass  # reading the file as a whole raises an error with the line, or supports its format
+    for number, row_with_origin in enumerate(_read_whole_json(path)):
         if number >= done:
-            yield one
+            yield row_with_origin
 
 
 def _holds_lines(path: Path) -> bool:
-    """Return whether the first line is a JSON object on its own; a long line that begins a list is not read."""
+    """Return whether the first line is a complete JSON object; a line that begins with a list is not read."""
     with path.open("rb") as file:
         if not file.peek().removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return False
@@ -111,7 +111,7 @@ def _holds_lines(path: Path) -> bool:
 
 
 def _elements(path: Path) -> Iterator[Any]:
-    """Yield the elements of a file that holds a list, with only a part in memory; ValueError for other files."""
+    """Yield the elements of a JSON list, with only a part of the file in memory; raise ValueError for other files."""
     decoder, text, start = json.JSONDecoder(), "", 0
     wanted, may_end = "[", False
     with path.open(encoding="utf-8-sig") as file:
@@ -120,7 +120,7 @@ def _elements(path: Path) -> Iterator[Any]:
             found = text[start : start + 1]
             if found == "]" and may_end:
                 if (text[start + 1 :] + file.read()).strip():
-                    raise ValueError("more than a list")
+                    raise ValueError("text after the list")
                 return
             if found and wanted:
                 if found != wanted:
@@ -132,7 +132,9 @@ def _elements(path: Path) -> Iterator[Any]:
                 element, start = decoder.raw_decode(text, start)
             except ValueError:
                 rest = text[start:]
-                more = file.read(max(_PART_CHARACTERS, len(rest)))  # twice as much each time: long elements end soon
+                more = file.read(
+                    max(_PART_CHARACTERS, len(rest))
+                )  # double the text, so that long elements need few reads
                 if not more:
                     raise
                 text, start = rest + more, 0
@@ -153,7 +155,7 @@ def _read_whole_json(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, named .json, as many hub datasets have it
+        if error.msg == "Extra data":  # JSON Lines in a .json file, as in many hub datasets
             yield from _read_jsonl(path)
             return
         line = text.split("\n")[error.lineno - 1]
@@ -162,7 +164,7 @@ def _read_whole_json(path: Path) -> Iterator[tuple[str, Row]]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None
-    if isinstance(rows, dict) and "\n" not in text.strip():  # a single line of one object a line
+    if isinstance(rows, dict) and "\n" not in text.strip():  # JSON Lines with a single line
         rows = [rows]
     if not isinstance(rows, list):
         raise DataError(f"{path}: a JSON data file must hold a list of objects, this one holds {_kind(rows)}")
@@ -172,7 +174,7 @@ def _read_whole_json(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Every value stays the text that it is: `007` is not the number 7."""
+    """Yield rows of a CSV file; every value stays text, because `007` is not the number 7."""
     csv.field_size_limit(_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from _csv_rows(path, csv.DictReader(file, strict=True))
@@ -185,7 +187,7 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, 
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
         except UnicodeDecodeError:
-            _decode(path.read_bytes(), str(path))  # which says where
+            _decode(path.read_bytes(), str(path))  # raises a DataError with the line
             raise
         if row is None:
             return
@@ -194,7 +196,7 @@ def _csv_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[str, 
             expected = len(reader.fieldnames or ())
             raise DataError(
                 f"{where}: the header names {expected} columns, this row has {'more' if None in row else 'fewer'}; "
-                "values with a comma or a line break must stand in double quotes"
+                "values with a comma or a line break need double quotes"
             )
         yield where, row
 
@@ -226,9 +228,9 @@ def _decode(raw: bytes, where: str) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        place = where if ", line " in where else f"{where}, line {line}"
+        where = where if ", line " in where else f"{where}, line {line}"
         raise DataError(
-            f"{place}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
+            f"{where}: not valid UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
             "convert the file, for example with `iconv -f LATIN1 -t UTF-8`"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Rows in our form, on disk when there are many, and rows of a script's dataset, brought into our form when read."""
+"""Store many normalized rows on disk, and normalize the rows of a script's dataset on access."""
 
 import base64
 import datetime
@@ -23,13 +23,13 @@ from rlqwen.errors import DataError
 Row = dict[str, Any]
 
 STORED_FROM = 1000
-"""Fewer rows stay in memory: they are small, and quicker there."""
+"""Smallest number of rows that are stored on disk; fewer rows stay in memory, which is faster."""
 BATCH = 512
 _TAG = "__rlqwen_type__"
 
 
 class RowCodec:
-    """Codec of one JSON text per row, because Arrow columns would fill in missing keys and mix types."""
+    """Store one JSON text per row, because Arrow columns would add missing keys and cannot mix types."""
 
     schema: ClassVar[pa.Schema] = pa.schema([("row", pa.large_binary())])
 
@@ -37,11 +37,11 @@ class RowCodec:
         return self.batch([encode_row(row) for row in items])
 
     def batch(self, texts: Sequence[bytes]) -> pa.RecordBatch:
-        """Return a batch of rows that are already JSON."""
+        """Return a batch of rows that are already encoded as JSON."""
         return pa.record_batch([pa.array(texts, pa.large_binary())], schema=self.schema)
 
-    def decode(self, batch: pa.RecordBatch, place: int) -> Row:
-        text: bytes = batch.column(0)[place].as_py()
+    def decode(self, batch: pa.RecordBatch, index: int) -> Row:
+        text: bytes = batch.column(0)[index].as_py()
         row: Row = json.loads(
             text.decode("utf-8", "surrogatepass"), object_hook=_untag if _TAG.encode() in text else None
         )
@@ -49,12 +49,12 @@ class RowCodec:
 
 
 def encode_row(row: Row) -> bytes:
-    """Return a row as JSON; raise TypeError for a value that could not be read back."""
+    """Encode a row as JSON; raise TypeError for a value that could not be read back."""
     return json.dumps(row, ensure_ascii=False, default=_tag).encode("utf-8", "surrogatepass")
 
 
 def _tag(value: Any) -> dict[str, Any]:
-    """Encode a value that Parquet has and JSON does not."""
+    """Encode a value of a type that Parquet has and JSON does not."""
     if isinstance(value, bytes):
         return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
     if isinstance(value, decimal.Decimal):
@@ -81,7 +81,7 @@ def _untag(value: dict[str, Any]) -> Any:
 
 
 def store_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequence[Row]:
-    """Return all rows of an iterator: few as a list, many as an Arrow file in the cache, named by its content."""
+    """Return all rows of an iterator: few rows as a list, many as a cached Arrow file that is named by its content."""
     first = list(islice(rows, STORED_FROM))
     if len(first) < STORED_FROM:
         return first
@@ -94,12 +94,12 @@ def store_rows(rows: Iterator[Row], cache_dir: str | Path | None = None) -> Sequ
     with disk_errors_as_config_errors(root), scratch_folder(root) as folder:
         written = folder / "rows.arrow"
         write_batches(written, codec.schema, map(codec.batch, _encoded(chain(first, rows), digest)))
-        place = move_file_into_cache(written, root, f"rows-{digest.hexdigest()}.arrow")
-        return ArrowRows(place, codec, digest.hexdigest())
+        path = move_file_into_cache(written, root, f"rows-{digest.hexdigest()}.arrow")
+        return ArrowRows(path, codec, digest.hexdigest())
 
 
 def _encoded(rows: Iterable[Row], digest: Any) -> Iterator[list[bytes]]:
-    """Yield JSON texts in batches, and feed each to the digest."""
+    """Yield JSON texts in batches, and update the digest with each text."""
     stream = iter(rows)
     while batch := list(islice(stream, BATCH)):
         texts = []
@@ -107,13 +107,13 @@ def _encoded(rows: Iterable[Row], digest: Any) -> Iterator[list[bytes]]:
             try:
                 texts.append(encode_row(row))
             except TypeError as error:
-                raise DataError(f"{error} cannot be kept on disk, in row {row!r:.200}; drop that column") from None
+                raise DataError(f"{error} cannot be stored on disk, in row {row!r:.200}; drop that column") from None
             digest.update(b"%d:" % len(texts[-1]) + texts[-1])
         yield texts
 
 
 class GivenRows(View[Row]):
-    """Rows of a sequence that a script holds, brought into our form one by one."""
+    """View a script's sequence of rows, normalized on access."""
 
     def __init__(self, data: Any) -> None:
         self.data = data
@@ -121,28 +121,28 @@ class GivenRows(View[Row]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def item(self, place: int) -> Row:
-        return normalize_row(self._raw(place), f"row {place}")
+    def item(self, number: int) -> Row:
+        return normalize_row(self._raw(number), f"row {number}")
 
     def chunk(self, start: int, stop: int) -> list[Row]:
-        """Return rows as they are in the data, not yet in our form."""
-        return [self._raw(place) for place in range(start, stop)]
+        """Return rows as they are in the data, not normalized."""
+        return [self._raw(number) for number in range(start, stop)]
 
-    def _raw(self, place: int) -> Row:
-        row = self.data[place]
+    def _raw(self, number: int) -> Row:
+        row = self.data[number]
         if not isinstance(row, Mapping):
-            raise DataError(f"row {place}: a row must be a dict, not {row!r:.80}")
+            raise DataError(f"row {number}: a row must be a dict, not {row!r:.80}")
         return dict(row)
 
 
 class TableRows(GivenRows):
-    """Rows of a datasets.Dataset, read from its Arrow table as it lies on disk or in memory."""
+    """View the rows of a datasets.Dataset, read from its Arrow table."""
 
     def __init__(self, data: Any) -> None:
-        super().__init__(data.with_format("arrow"))  # as the table has them: nothing decoded, no transform
+        super().__init__(data.with_format("arrow"))  # no decoding and no transforms
 
-    def _raw(self, place: int) -> Row:
-        return self.chunk(place, place + 1)[0]
+    def _raw(self, number: int) -> Row:
+        return self.chunk(number, number + 1)[0]
 
     def chunk(self, start: int, stop: int) -> list[Row]:
         table = self.data[start:stop]
@@ -155,43 +155,44 @@ class TableRows(GivenRows):
 
 
 def read_chunk(rows: Sequence[Row], start: int, stop: int) -> list[Row]:
-    """Return some rows, in our form or as their source has them, whichever is cheaper."""
+    """Return some rows, normalized or as their source has them, whichever is cheaper."""
     return rows.chunk(start, stop) if isinstance(rows, GivenRows) else list(rows[start:stop])
 
 
 def content_digest(rows: Sequence[Row]) -> str:
-    """Return a digest of all rows in order; known digests are reused where possible."""
+    """Return a digest of all rows in order; stored digests are reused if possible."""
     if isinstance(rows, ArrowRows):
         return rows.digest
     digest = hashlib.blake2b(type(rows).__name__.encode(), digest_size=16)
     if isinstance(rows, Selected):
-        digest.update(content_digest(rows.rows).encode() + array("q", rows.places).tobytes())
+        digest.update(content_digest(rows.rows).encode() + array("q", rows.indices).tobytes())
     elif isinstance(rows, Joined):
         digest.update("".join(map(content_digest, rows.parts)).encode())
     elif isinstance(rows, Overlaid):
-        digest.update(content_digest(rows.rows).encode() + _loosely(sorted(rows.changes.items())))
+        digest.update(content_digest(rows.rows).encode() + _encode_loosely(sorted(rows.changes.items())))
     else:
         for start in range(0, len(rows), BATCH):
             for row in read_chunk(rows, start, min(start + BATCH, len(rows))):
-                digest.update(_loosely(row) + b"\n")
+                digest.update(_encode_loosely(row) + b"\n")
     return digest.hexdigest()
 
 
-def _loosely(value: Any) -> bytes:
+def _encode_loosely(value: Any) -> bytes:
+    """Encode any value for a digest; the result cannot be read back."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=_whole)
-    except TypeError:  # keys that JSON has not
+        text = json.dumps(value, ensure_ascii=False, default=_replace_value)
+    except TypeError:  # keys that JSON cannot have
         text = repr(value)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _whole(value: Any) -> Any:
-    """Return what stands for a value; the repr of a long numpy array shows only its ends."""
+def _replace_value(value: Any) -> Any:
+    """Return the repr of a value, but a list for a numpy array, because its repr is shortened."""
     return value.tolist() if type(value).__module__ == "numpy" else repr(value)
 
 
 def folder_of(rows: Sequence[Row]) -> Path | None:
-    """Return the cache folder that holds the rows, looking through all views; None if they are elsewhere."""
+    """Return the cache folder of the rows, also through views; None if they are not in a cache."""
     if isinstance(rows, ArrowRows):
         return rows.path.parent
     parts = rows.parts if isinstance(rows, Joined) else [rows.rows] if isinstance(rows, Selected | Overlaid) else []

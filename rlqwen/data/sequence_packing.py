@@ -1,4 +1,4 @@
-"""Tokenized rows to rows of the batch: one each, or, with packing, as many in one as fit."""
+"""Pack tokenized rows into rows of the batch: one sequence per row, or as many as fit."""
 
 import hashlib
 import heapq
@@ -12,21 +12,21 @@ from rlqwen.data.encoding import TokenizedRow
 from rlqwen.data.views import View
 
 PackedRow = list[TokenizedRow]
-"""Sequences that count as one row of the batch: one, or, with packing, as many as fit `max_length`."""
+"""Sequences that count as one row of the batch: one sequence, or with packing as many as fit `max_length`."""
 
 
 class PackedRows(View[PackedRow]):
-    """PackedRows of rows that stay where they are: `places` in `rows`, of which bin b has those from `ends[b - 1]` to `ends[b]`."""
+    """View `rows` as packed rows: packed row b holds the rows `indices[ends[b - 1] : ends[b]]`."""
 
-    def __init__(self, rows: Sequence[TokenizedRow], places: np.ndarray, ends: np.ndarray) -> None:
-        self.rows, self.places, self.ends = rows, places, ends
+    def __init__(self, rows: Sequence[TokenizedRow], indices: np.ndarray, ends: np.ndarray) -> None:
+        self.rows, self.indices, self.ends = rows, indices, ends
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def item(self, place: int) -> PackedRow:
-        start = self.ends[place - 1] if place else 0
-        return [self.rows[row] for row in self.places[start : self.ends[place]].tolist()]
+    def item(self, index: int) -> PackedRow:
+        start = self.ends[index - 1] if index else 0
+        return [self.rows[row] for row in self.indices[start : self.ends[index]].tolist()]
 
     @property
     def digest(self) -> str | None:
@@ -34,39 +34,41 @@ class PackedRows(View[PackedRow]):
         inner = getattr(self.rows, "digest", None)
         if inner is None:
             return None
-        return hashlib.blake2b(inner.encode() + self.places.tobytes() + self.ends.tobytes(), digest_size=16).hexdigest()
+        return hashlib.blake2b(
+            inner.encode() + self.indices.tobytes() + self.ends.tobytes(), digest_size=16
+        ).hexdigest()
 
 
 def pack_rows(rows: Sequence[TokenizedRow], capacity: int | None) -> Sequence[PackedRow]:
-    """Fill bins of up to `capacity` tokens; None: one row per bin."""
+    """Pack rows into packed rows of up to `capacity` tokens; None: one row per packed row."""
     if capacity is not None:
         return pack_best_fit(rows, capacity)
-    places = np.arange(len(rows))
-    return PackedRows(rows, places, places + 1)
+    indices = np.arange(len(rows))
+    return PackedRows(rows, indices, indices + 1)
 
 
 def pack_best_fit(rows: Sequence[TokenizedRow], capacity: int) -> PackedRows:
     """Pack by best-fit decreasing: each row, longest first, goes to the fullest bin that still has room for it.
 
-    PackedRows are not padded and sequences in one never see each other; only the batch size changes its meaning. Rows of the
-    same length keep their order; of bins that are equally full, the first is filled.
+    Bins are not padded, and sequences of a bin do not attend to each other; only the meaning of the batch size changes.
+    Rows of equal length keep their order; among equally full bins, the first one is used.
     """
-    lengths = count_tokens_of(rows)
+    lengths = count_tokens_per_row(rows)
     order = np.argsort(-lengths, kind="stable")
     chosen = np.empty(len(order), dtype=np.int64)
     num_bins = 0
-    open_bins: dict[int, list[int]] = {}  # room left -> a heap of bins with it
-    rooms: list[int] = []  # those of which there are bins, ascending
+    open_bins: dict[int, list[int]] = {}  # room -> heap of the bins with this room
+    rooms: list[int] = []  # keys of `open_bins`, ascending
     for number, size in enumerate(lengths[order].tolist()):
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
+        index = bisect_left(rooms, size)
+        if index == len(rooms):
             bin_number, room = num_bins, capacity
             num_bins += 1
         else:
-            room = rooms[place]
+            room = rooms[index]
             bin_number = heapq.heappop(open_bins[room])
             if not open_bins[room]:
-                del open_bins[room], rooms[place]
+                del open_bins[room], rooms[index]
         chosen[number] = bin_number
         left = room - size
         if left not in open_bins:
@@ -77,9 +79,9 @@ def pack_best_fit(rows: Sequence[TokenizedRow], capacity: int) -> PackedRows:
     return PackedRows(rows, order[by_bin], np.cumsum(np.bincount(chosen, minlength=num_bins)))
 
 
-def count_tokens_of(rows: Sequence[TokenizedRow]) -> np.ndarray:
-    """Return (N,) int64: tokens of each row."""
+def count_tokens_per_row(rows: Sequence[TokenizedRow]) -> np.ndarray:
+    """Return (N,) int64: number of tokens per row."""
     if isinstance(rows, ArrowRows):
-        pieces = [piece.value_lengths().to_numpy() for piece in rows.column("token_ids")]
-        return np.asarray(np.concatenate(pieces), dtype=np.int64)
+        lengths = [chunk.value_lengths().to_numpy() for chunk in rows.column("token_ids")]
+        return np.asarray(np.concatenate(lengths), dtype=np.int64)
     return np.array([len(row.token_ids) for row in rows], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Rows from where a recipe or a script says: files, folders, the hub, built-in generators, Python objects."""
+"""Load rows from the sources of a recipe or a script: files, folders, the hub, built-in generators, Python objects."""
 
 import difflib
 import logging
@@ -33,14 +33,14 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def load_rows(
     source: SourceConfig | list[SourceConfig], *, seed: int, cache_dir: str | Path | None = None
 ) -> Sequence[Row]:
-    """Load all rows of a source, or of a mixture of sources, in the form that rlqwen.data.formats describes.
+    """Load and normalize (rlqwen.data.formats) all rows of a source, or of a mixture of sources.
 
-    Many rows are written to an Arrow file in the data cache (`cache_dir`), and read from there when they are asked for.
+    Many rows are written to an Arrow file in the data cache (`cache_dir`) and read from there on access.
 
-    Sources without a `weight` are simply joined and interleaved. As soon as one has a weight, weights are shares of
-    the mixture: it is made as large as it can be without repeating a row, and the log says how many of each were
-    taken. The same seed gives the same rows in the same order; each source keeps its own order where all its rows are
-    taken. Raises DataError for what can't be read, with file and row.
+    Sources without a `weight` are joined and interleaved. If a source has a weight, weights are proportions of the
+    mixture: it is as large as possible without repeating a row, and the log says how many rows of each source it has.
+    The same seed gives the same rows in the same order. Rows of one source keep their order. Raises DataError, with
+    file and row, for content that cannot be read.
     """
     sources = source if isinstance(source, list) else [source]
     if not sources:
@@ -52,7 +52,7 @@ def load_rows(
 
 
 def stream_rows(source: SourceConfig) -> StreamedRows:
-    """Return the rows of a source as a stream; each row is brought into our form when it is read."""
+    """Return the rows of a source as a stream; each row is normalized when it is read."""
 
     def begin(epoch: int) -> Iterator[tuple[str, Row]]:
         return islice(_read_source(source), source.limit)
@@ -63,12 +63,13 @@ def stream_rows(source: SourceConfig) -> StreamedRows:
 
 
 def as_rows(data: Any) -> Sequence[Row]:
-    """Return rows, in our form, of a script's dataset: datasets.Dataset, or any sized sequence of dicts.
+    """Return normalized rows of a script's dataset: a datasets.Dataset, or any sized sequence of dicts.
 
-    Many rows stay where they are, and come into our form when they are asked for. Raises DataError for a stream, a DatasetDict, or an empty dataset.
+    Many rows are not copied, and are normalized on access. Raises DataError for a stream, a DatasetDict, or an empty
+    dataset.
     """
     if isinstance(data, View):
-        return data  # one of ours, in our form already
+        return data  # normalized already
     if isinstance(data, Mapping):
         raise DataError(f"a dataset with splits ({', '.join(map(str, data))}) was given; pass one, as dataset['train']")
     if hasattr(data, "iloc"):
@@ -78,24 +79,24 @@ def as_rows(data: Any) -> Sequence[Row]:
         )
     if isinstance(data, str | bytes) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise DataError(
-            f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; of a stream, take a "
-            "number of rows first: list(stream.take(10_000))"
+            f"a dataset must be a datasets.Dataset or a list of dicts, not {type(data).__name__}; take some "
+            "rows of a stream first: list(stream.take(10_000))"
         )
     if not len(data):
         raise DataError("the dataset is empty")
     is_table = hasattr(data, "to_list") and hasattr(data, "with_format")
-    is_made_when_read = is_table and (data.format or {}).get("type") == "custom"  # by `set_transform`
-    rows = TableRows(data) if is_table and not is_made_when_read else GivenRows(data)
+    has_transform = is_table and (data.format or {}).get("type") == "custom"  # set by `set_transform`
+    rows = TableRows(data) if is_table and not has_transform else GivenRows(data)
     return rows if len(rows) >= rows_on_disk.STORED_FROM else list(rows)
 
 
 def read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
-    """(where, row) of each row of a source, as it stands there; DataError for what can't be read."""
+    """Yield (where, row) for each unprocessed row of a source; raise DataError for content that cannot be read."""
     return islice(_read_source(source), source.limit)
 
 
 def prepare_row(row: Row, source: SourceConfig, where: str) -> Row:
-    """A row as it stands in its source, in our form: columns mapped, normalized, with the source's system prompt."""
+    """Map the columns of a row, normalize it, and add the source's system prompt."""
     row = normalize_row(_map_columns(row, source.columns, where), where)
     return add_system_prompt(row, source.system_prompt, where) if source.system_prompt else row
 
@@ -112,7 +113,8 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
         return _numbered(generate(source.generator, source.args), f"generator {source.generator}")
     if source.sampled is not None:
         raise DataError(
-            "these pairs are yet to be sampled, which `rlqwen run` does: `rlqwen data pairs` writes such pairs to a file"
+            "these pairs have not been sampled yet: `rlqwen run` samples them, and `rlqwen data pairs` writes such pairs "
+            "to a file"
         )
     assert source.path is not None  # SourceConfig holds exactly one of the three
     if source.args:
@@ -126,9 +128,9 @@ def _read_source(source: SourceConfig) -> Iterator[tuple[str, Row]]:
         raise DataError(_missing(path))
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
-            raise DataError(f"{path} is a local path: {key!r} is for hub datasets; name the file instead")
+            raise DataError(f"{path} is a local path: {key!r} is for hub datasets; give the path of the file instead")
     if (path / "dataset_dict.json").is_file():
-        raise DataError(f"{path} is a dataset with splits; name the folder of one: {list_folder(path)}")
+        raise DataError(f"{path} is a dataset with splits; give the folder of one split: {list_folder(path)}")
     if (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
@@ -144,9 +146,9 @@ def _read_hub(source: SourceConfig) -> Iterator[tuple[str, Row]]:
     try:
         how = {"streaming": True} if source.streaming else {}
         dataset = load_dataset(source.path, source.name, split=split, revision=source.revision, **how)
-    except Exception as error:  # the hub's client raises many kinds: a boundary
+    except Exception as error:  # the hub's client raises many types of errors
         raise DataError(
-            f"{source.path} is no local file or folder, and split {split!r} could not be loaded from the hub "
+            f"{source.path} is not a local file or folder, and split {split!r} could not be loaded from the hub "
             f"({type(error).__name__}: {error})"
         ) from error
     note_dataset(source.path, dataset)
@@ -158,7 +160,7 @@ def _table_rows(dataset: Any) -> Iterator[Row]:
     try:
         for row in dataset:
             yield without_filling(row, schema)
-    except ImportError as error:  # of what decodes images
+    except ImportError as error:  # no decoder for images
         raise DataError(f"rows of the data set hold media ({error}), {media_advice()}") from error
 
 
@@ -167,13 +169,13 @@ def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Row]]:
 
 
 def _looks_like_hub_id(path: Path) -> bool:
-    """`owner/name` or `name`; not a data file, and not inside a folder that exists here."""
+    """Return whether a path is `owner/name` or `name`, and neither a data file nor inside an existing folder."""
     is_local = len(path.parts) > 1 and path.parent.is_dir()
     return _HUB_ID.fullmatch(str(path)) is not None and path.suffix.lower() not in SUFFIXES and not is_local
 
 
 def _missing(path: Path) -> str:
-    """Name the deepest folder that exists and what is in it."""
+    """Describe a missing path, with the deepest folder that exists and its content."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -181,7 +183,7 @@ def _missing(path: Path) -> str:
 
 
 def _map_columns(row: Row, columns: dict[str, str], where: str) -> Row:
-    """Rename `theirs` to `ours`; a column that is mapped twice serves both."""
+    """Rename columns; `columns` maps our name to the data's, and a column may be mapped twice."""
     for ours, theirs in columns.items():
         if theirs not in row:
             near = difflib.get_close_matches(theirs, map(str, row), n=1)
@@ -200,7 +202,7 @@ def _mix(sources: Sequence[SourceConfig], loaded: Sequence[Sequence[Row]], rng: 
     if any(source.weight is not None for source in sources):
         weights = [1.0 if source.weight is None else source.weight for source in sources]
         total = min(count / weight for count, weight in zip(counts, weights, strict=True))
-        # The small addend keeps a share such as 0.1 * 30 from falling to 2.
+        # The small addend keeps rounding errors from reducing a count such as 0.1 * 30 to 2.
         counts = [max(1, int(total * weight + 1e-9)) for weight in weights]
     queues = []
     starts = accumulate(map(len, loaded), initial=0)

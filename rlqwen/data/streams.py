@@ -1,4 +1,4 @@
-"""Rows that come one after the other and are never all there: a datasets.IterableDataset, or a source read as it goes."""
+"""Read rows from a stream: a datasets.IterableDataset, or a source that is read row by row."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,8 +11,11 @@ Row = dict[str, Any]
 
 
 class StreamedRows:
-    """Rows that can be read again from their beginning: `begin(epoch)` gives those of one pass, in the same order
-    whenever it is called for the same epoch; `prepare(number, row)` brings one into our form."""
+    """Read a stream of rows any number of times.
+
+    `begin(epoch)` returns the rows of one pass, in the same order for the same epoch; `prepare(number, row)` normalizes
+    one row.
+    """
 
     def __init__(
         self,
@@ -36,14 +39,14 @@ class StreamedRows:
 
 
 def as_stream(data: Any) -> StreamedRows | None:
-    """Return the stream that a dataset is; None if it is not a stream."""
+    """Return a dataset as a stream; None if it is not a stream."""
     if isinstance(data, StreamedRows):
         return data
     if hasattr(data, "__len__") or not (hasattr(data, "__iter__") and hasattr(data, "set_epoch")):
         return None
 
     def begin(epoch: int) -> Iterator[Any]:
-        data.set_epoch(epoch)  # a stream that shuffles shuffles again
+        data.set_epoch(epoch)  # a shuffled stream gets a new order
         return iter(data)
 
     schema = data.features.arrow_schema if getattr(data, "features", None) else None

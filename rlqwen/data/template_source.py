@@ -1,4 +1,4 @@
-"""Where a chat template comes from, and what it refuses."""
+"""Load chat templates, and convert their errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_chat_template(path: str) -> str:
-    """Load a chat template: `path` is a Jinja file, or a model folder or hub id whose tokenizer has one."""
+    """Load a chat template from a Jinja file, or from the tokenizer of a model folder or hub id."""
     if Path(path).is_file():
         return Path(path).read_text("utf-8")
     if path.endswith((".jinja", ".jinja2")):

@@ -79,21 +79,21 @@ def tokenize_all(
         return _in_memory(rows, job, faults)
     root = cache_root(folder_of(rows))
     key = digest_of_job(rows, job)
-    place = root / f"tokens-{key}"
+    cached = root / f"tokens-{key}"
     with locked(root, f"tokens-{key}"):
-        meta = read_meta(place)
+        meta = read_meta(cached)
         if meta is not None:
             report = DataReport.from_dict(meta["report"])
-            report.source = f"{len(rows):,} rows were tokenized before: read from {place}"
-            return job.present(_open(place, job, meta), rows), report
+            report.source = f"{len(rows):,} rows were tokenized before: read from {cached}"
+            return job.present(_open(cached, job, meta), rows), report
         with disk_errors_as_config_errors(root), scratch_folder(root) as folder:
             digest, report = _write(folder / ROWS_FILE, rows, job, faults, num_proc)
             meta = {"digest": digest, "report": report.to_dict()}
             if faults:  # rows with errors are not worth caching
                 return job.present(_open(folder, job, meta), rows), report
-            move_folder_into_cache(folder, place, meta)
-    report.source = f"token ids are cached in {place}"
-    return job.present(_open(place, job, meta), rows), report
+            move_folder_into_cache(folder, cached, meta)
+    report.source = f"token ids are cached in {cached}"
+    return job.present(_open(cached, job, meta), rows), report
 
 
 def _open(folder: Path, job: TokenizingJob[Any], meta: dict[str, Any]) -> ArrowRows[Any]:

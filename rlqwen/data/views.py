@@ -1,4 +1,4 @@
-"""Sequences whose items are read or computed when they are asked for, so that data may be larger than memory."""
+"""Define sequences whose items are read or computed on access, so that data may be larger than memory."""
 
 import math
 from abc import abstractmethod
@@ -12,26 +12,26 @@ Source = TypeVar("Source")
 
 
 class View(Sequence[Item]):
-    """A sequence of which a part is a view again; equal to any sequence of equal items."""
+    """Define a lazy sequence; a slice is a view again, and a view equals any sequence of equal items."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def item(self, place: int) -> Item:
-        """Return the item at `place`, 0 <= place < len(self)."""
+    def item(self, index: int) -> Item:
+        """Return the item at `index`, 0 <= index < len(self)."""
 
     @overload
-    def __getitem__(self, place: int) -> Item: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, place: slice) -> "View[Item]": ...
-    def __getitem__(self, place: int | slice) -> "Item | View[Item]":
-        if isinstance(place, slice):
-            return Selected(self, range(*place.indices(len(self))))
-        return self.item(range(len(self))[place])  # the range knows negative places, and refuses those outside
+    def __getitem__(self, index: slice) -> "View[Item]": ...
+    def __getitem__(self, index: int | slice) -> "Item | View[Item]":
+        if isinstance(index, slice):
+            return Selected(self, range(*index.indices(len(self))))
+        return self.item(range(len(self))[index])  # the range resolves negative indices and raises IndexError
 
     def __iter__(self) -> Iterator[Item]:
-        return (self.item(place) for place in range(len(self)))
+        return (self.item(index) for index in range(len(self)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
@@ -45,20 +45,20 @@ class View(Sequence[Item]):
 
 
 class Selected(View[Item]):
-    """The items of `rows` at `places`, in that order."""
+    """View the items of `rows` at `indices`, in this order."""
 
-    def __init__(self, rows: Sequence[Item], places: Sequence[int]) -> None:
-        self.rows, self.places = rows, places
+    def __init__(self, rows: Sequence[Item], indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, indices
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
-    def item(self, place: int) -> Item:
-        return self.rows[self.places[place]]
+    def item(self, index: int) -> Item:
+        return self.rows[self.indices[index]]
 
 
 class Joined(View[Item]):
-    """Several sequences, one after the other."""
+    """Concatenate several sequences."""
 
     def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
         self.parts = parts
@@ -67,13 +67,13 @@ class Joined(View[Item]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def item(self, place: int) -> Item:
-        number = bisect_right(self._ends, place)
-        return self.parts[number][place - (self._ends[number - 1] if number else 0)]
+    def item(self, index: int) -> Item:
+        number = bisect_right(self._ends, index)
+        return self.parts[number][index - (self._ends[number - 1] if number else 0)]
 
 
 class Mapped(View[Item], Generic[Source, Item]):
-    """Results of `function` for each item, computed again on every access."""
+    """View the results of `function` for each item; they are computed again on every access."""
 
     def __init__(self, rows: Sequence[Source], function: Callable[[Source], Item]) -> None:
         self.rows, self.function = rows, function
@@ -81,12 +81,12 @@ class Mapped(View[Item], Generic[Source, Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def item(self, place: int) -> Item:
-        return self.function(self.rows[place])
+    def item(self, index: int) -> Item:
+        return self.function(self.rows[index])
 
 
 class Overlaid(View[dict[str, Any]]):
-    """Rows of which some have other values in some columns: `changes` by row number."""
+    """View rows with changed columns: `changes` maps row numbers to new values."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], changes: Mapping[int, dict[str, Any]]) -> None:
         self.rows, self.changes = rows, changes
@@ -94,12 +94,12 @@ class Overlaid(View[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def item(self, place: int) -> dict[str, Any]:
-        return self.rows[place] | self.changes.get(place, {})
+    def item(self, index: int) -> dict[str, Any]:
+        return self.rows[index] | self.changes.get(index, {})
 
 
 class Batches(View[Sequence[Item]]):
-    """`rows` in parts of `size`, the last one perhaps smaller."""
+    """View `rows` in batches of `size`; the last batch may be smaller."""
 
     def __init__(self, rows: Sequence[Item], size: int) -> None:
         self.rows, self.size = rows, size
@@ -107,5 +107,5 @@ class Batches(View[Sequence[Item]]):
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.size)
 
-    def item(self, place: int) -> Sequence[Item]:
-        return self.rows[place * self.size : (place + 1) * self.size]
+    def item(self, index: int) -> Sequence[Item]:
+        return self.rows[index * self.size : (index + 1) * self.size]

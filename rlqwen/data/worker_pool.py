@@ -1,4 +1,4 @@
-"""Tokenizing in several processes: parts of the rows go out, what became of them comes back in order."""
+"""Tokenize in several processes: send parts of the rows to workers, and return their results in order."""
 
 import contextlib
 import os
@@ -19,19 +19,19 @@ Row = dict[str, Any]
 Result = TypeVar("Result")
 
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[2:]; from rlqwen.data.worker_pool import main; main(int(sys.argv[1]))"
-_AHEAD = 2
-"""Parts on their way per worker, so that none waits for its next."""
+_PREFETCH = 2
+"""Parts in flight per worker, so that no worker waits for its next part."""
 
 
 class JobNotPicklable(Exception):
-    """Error for a job that cannot be sent to another process."""
+    """Report a job that cannot be sent to another process."""
 
 
 class Worker:
-    """One process that works on parts of a job.
+    """Run parts of a job in another process.
 
-    Not started by multiprocessing: that would import the user's `__main__` again, which in most training scripts starts
-    the training, or fork a process that has threads.
+    The process is not started by multiprocessing, which would either import the user's `__main__` again, and so start
+    the training of most scripts, or fork a process that has threads.
     """
 
     def __init__(self, job: bytes) -> None:
@@ -42,16 +42,16 @@ class Worker:
             stdin=subprocess.DEVNULL,
             stdout=sys.__stderr__ if sys.__stderr__ is not None else subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
-            # Each process has a CPU of its own, and must not start threads for all of them.
+            # Each process has one CPU, so it must not start threads for all CPUs.
             env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
         theirs.close()
         self._connection = Connection(ours.detach())
         self._job: bytes | None = job
-        """Goes with the first part: a process takes it only once it has started, and all should start at once."""
+        """Sent with the first part, because sending blocks until the process has started, and all should start at once."""
 
     def run(self, message: bytes) -> Any:
-        """Return the worker's answer; raise what it raised."""
+        """Return the worker's result, or raise the worker's error."""
         try:
             if self._job is not None:
                 self._connection.send_bytes(self._job)
@@ -60,14 +60,14 @@ class Worker:
             succeeded, answer = pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise ResourceError(
-                "a process that tokenizes has ended, perhaps out of memory: lower dataset_num_proc"
+                "a tokenizing process has died, perhaps because it ran out of memory: lower dataset_num_proc"
             ) from None
         if not succeeded:
             raise answer
         return answer
 
     def close(self) -> None:
-        """End the process; may be called once."""
+        """Kill the process; call this once."""
         with contextlib.suppress(OSError):
             self._connection.close()
         self._process.kill()
@@ -75,13 +75,13 @@ class Worker:
 
 
 class WorkerPool:
-    """`count` workers that call `function(job, start, rows, *options)`, which must pickle."""
+    """Run `function(job, start, rows, *options)`, which must be picklable, in `count` workers."""
 
     def __init__(self, count: int, function: Any, job: Any, *options: Any) -> None:
-        """Raise JobNotPicklable for a job that does not pickle."""
+        """Start the workers; raise JobNotPicklable if the job cannot be pickled."""
         try:
             message = pickle.dumps((function, job, options))
-        except Exception as error:  # whatever a tokenizer of somebody's own raises
+        except Exception as error:  # a custom tokenizer may raise anything
             raise JobNotPicklable(str(error)) from error
         self._workers = [Worker(message) for _ in range(count)]
         self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -94,13 +94,13 @@ class WorkerPool:
         waiting: deque[Future[Any]] = deque()
         for part in parts:
             waiting.append(self._threads.submit(self._run, pickle.dumps(part)))
-            if len(waiting) > _AHEAD * len(self._workers):
+            if len(waiting) > _PREFETCH * len(self._workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """End all workers, whatever they are doing."""
+        """Kill all workers, even if they are busy."""
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(cancel_futures=True)
@@ -114,10 +114,10 @@ class WorkerPool:
 
 
 def main(descriptor: int) -> None:
-    """Work in a process of the pool until the other end is gone."""
+    """Run parts of a job in a worker process until the connection is closed."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C and kills this process
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):
         function, job, options = pickle.loads(connection.recv_bytes())
@@ -125,16 +125,16 @@ def main(descriptor: int) -> None:
             start, rows = pickle.loads(connection.recv_bytes())
             try:
                 answer = pickle.dumps((True, function(job, start, rows, *options)))
-            except Exception as error:  # noqa: BLE001 - all of them are for the trainer
-                answer = _portable(error)
+            except Exception as error:  # noqa: BLE001 - every error is sent to the trainer
+                answer = _pickle_error(error)
             connection.send_bytes(answer)
 
 
-def _portable(error: Exception) -> bytes:
+def _pickle_error(error: Exception) -> bytes:
     """Pickle an error; one that cannot be pickled becomes a RuntimeError with its text."""
     try:
         answer = pickle.dumps((False, error))
         pickle.loads(answer)
-    except Exception:  # noqa: BLE001 - whatever pickling raises
+    except Exception:  # noqa: BLE001 - pickling may raise anything
         answer = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
     return answer

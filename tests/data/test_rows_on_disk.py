@@ -118,7 +118,7 @@ def test_values_that_json_lacks_come_back_as_they_were():
     assert RowCodec().decode(batch, 0) == row
     objects = [{"image": object()} for _ in range(6)]
     assert store_rows(iter(objects)) == objects, "what no file can hold stays in memory"
-    with pytest.raises(DataError, match="set cannot be kept on disk"):
+    with pytest.raises(DataError, match="set cannot be stored on disk"):
         store_rows(iter([*rows_of(8), {"a": {1}}]))
 
 
@@ -281,7 +281,7 @@ def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp
     file.write_bytes(content)
     mended, _ = tokenize(rows, tokenizer)
     assert mended == kept
-    assert "is damaged (its digest does not fit): the rows are tokenized anew" in caplog.text
+    assert "is damaged (its digest does not match): the rows are tokenized again" in caplog.text
 
 
 def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):

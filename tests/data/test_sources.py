@@ -65,7 +65,7 @@ def test_a_dataset_saved_to_disk_loads(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert load(tmp_path / "saved") == ROWS
     DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(DataError, match=r"dataset with splits; name the folder of one: it holds: .*train/"):
+    with pytest.raises(DataError, match=r"dataset with splits; give the folder of one split: it holds: .*train/"):
         load(tmp_path / "splits")
     assert load(tmp_path / "splits" / "train") == ROWS
 
@@ -128,7 +128,7 @@ def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load("openai/gsm8k", name="main", revision="abc", limit=2) == ROWS[:2]
     assert asked == [(("openai/gsm8k", "main"), {"split": "train", "revision": "abc"})]
-    with pytest.raises(DataError, match=r"no/where is no local file or folder, and split 'test' .*no such dataset"):
+    with pytest.raises(DataError, match=r"no/where is not a local file or folder, and split 'test' .*no such dataset"):
         load("no/where", split="test")
 
 
@@ -249,7 +249,7 @@ def test_python_datasets_are_accepted_and_streams_are_not():
     )
     assert as_rows(ragged) == [{"messages": [USER, USER | {"name": "n"}]}, {"prompt": "p"}]
     for wrong, message in (
-        (IterableDataset.from_generator(lambda: iter(ROWS)), r"not IterableDataset; of a stream"),
+        (IterableDataset.from_generator(lambda: iter(ROWS)), r"not IterableDataset; take some rows of a stream"),
         (DatasetDict({"train": dataset, "test": dataset}), r"splits \(train, test\)"),
         ([], "the dataset is empty"),
         (["a"], "row 0: a row must be a dict"),

@@ -114,7 +114,7 @@ def test_prompts_without_differing_rewards_are_refused(tiny_model_path):
 
 def test_pairs_that_were_not_sampled_are_refused_as_rows():
     source = SourceConfig(sampled=sampled())
-    with pytest.raises(DataError, match="yet to be sampled"):
+    with pytest.raises(DataError, match="have not been sampled yet"):
         load_rows(source, seed=0)
 
 
