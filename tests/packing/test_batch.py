@@ -1,3 +1,5 @@
+"""Test packing of trees into rows, and splitting of trees into micro-batches."""
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def test_pack_takes_an_empty_completion():
     assert batch.target_N.tolist() == [3]
 
 
-def test_pack_refuses_nothing():
+def test_pack_refuses_trees_without_branches():
     with pytest.raises(ValueError, match="nothing to pack"):
         pack([Tree([1], [])])
 
@@ -53,7 +55,7 @@ def test_split_keeps_every_branch_once_within_the_limits(limits):
         assert sum(tree.num_tokens for tree in part) <= limits.get("max_tokens", 1000)
 
 
-def test_split_shares_the_prefix_among_the_pieces_of_one_tree():
+def test_split_repeats_the_prefix_in_every_part_of_a_tree():
     parts = list(split_trees([trees()[0]], max_tokens=20))
     assert [[len(tree.branches) for tree in part] for part in parts] == [[2], [2]]
 
@@ -63,7 +65,7 @@ def test_split_keeps_whole_trees_together():
     assert [len(part) for part in parts] == [2, 1]
 
 
-def test_a_sequence_beyond_the_limit_stands_alone():
+def test_a_sequence_over_the_limit_gets_its_own_part():
     parts = list(split_trees([Tree([0] * 50, [Branch([1])]), Tree([0], [Branch([1])])], max_tokens=20))
     assert [[tree.num_tokens for tree in part] for part in parts] == [[51], [2]]
 

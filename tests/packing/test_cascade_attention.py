@@ -14,7 +14,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 class PlainKernel:
-    """A variable-length kernel in plain torch, for any device and dtype: what FlashKernel computes, written out."""
+    """Compute in plain torch what FlashKernel computes, on any device and in any dtype."""
 
     def forward(self, query, key, value, queries, keys, *, causal, scale):
         out = torch.zeros_like(query)
@@ -62,7 +62,7 @@ def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def random_layout(seed: int) -> Layout:
-    """Prefixes of 0 to 19 tokens with branches of 0 to 33; some have no branch with a token."""
+    """Return a layout of prefixes of 0 to 19 tokens and branches of 0 to 33; some branches have no token."""
     rng = random.Random(seed)
     spans: list[Span] = []
     place = 0
@@ -89,7 +89,7 @@ def outputs_and_gradients(attend, query, key, value, grad) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_two_calls_give_what_blocks_give(seed):
+def test_two_calls_equal_padded_blocks(seed):
     layout = random_layout(seed)
     tensors = inputs(layout, torch.float64)
     ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), *tensors)
@@ -131,7 +131,7 @@ def test_a_row_without_prefixes_makes_one_call():
     assert kernel.calls == 1
 
 
-def test_on_a_cpu_flash_is_not_asked():
+def test_flash_attention_is_not_used_on_a_cpu():
     query, _, value, _ = inputs(random_layout(0), torch.bfloat16)
     assert not has_flash_kernel(query, value)
 
@@ -140,7 +140,7 @@ def test_on_a_cpu_flash_is_not_asked():
 @needs_gpu
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("width", [32, 128])
-def test_flash_gives_what_float32_blocks_give_up_to_rounding(seed, width):
+def test_flash_attention_equals_float32_blocks_up_to_rounding(seed, width):
     layout = random_layout(seed).to("cuda")
     exact = inputs(layout, torch.float32, "cuda", width=width)
     half = [tensor.bfloat16() for tensor in exact]

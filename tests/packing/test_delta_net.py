@@ -1,4 +1,4 @@
-"""Packed rows through delta-net layers, against one sequence after another through transformers' own."""
+"""Compare packed rows through delta-net layers with one sequence at a time through transformers' own layers."""
 
 import copy
 import importlib
@@ -72,14 +72,14 @@ def tokens(count: int, start: int = 0) -> list[int]:
 
 
 def edge_trees() -> list[Tree]:
-    """Single tokens, chunks just full and just begun, prefixes shorter than the convolution, empty ones and branches."""
+    """Return trees with single tokens, chunks just full or one over, short and empty prefixes, and empty branches."""
     sizes = [(1, [1, 40]), (2, [0, 3, 65]), (32, [32, 1]), (33, [31, 64]), (70, [0]), (64, [0, 0, 5])]
     trees = [Tree(tokens(p, p), [Branch(tokens(b, 3 * b + n)) for n, b in enumerate(bs)]) for p, bs in sizes]
     return [*trees, Tree([], [Branch(tokens(n, n)) for n in (1, 2, 45)])]
 
 
 def sequential_logprobs(model, batch) -> torch.Tensor:
-    """(N,) logprobs of the targets, each sequence forwarded by itself through a model that was never packed."""
+    """Return (N,) logprobs of the targets, one sequence at a time through a model that was never packed."""
     hidden = _sequential(model, batch, batch.source_N, batch.sequence_N, None)
     return model.get_output_embeddings()(hidden).float().log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0]
 
@@ -95,7 +95,7 @@ def assert_same_gradients(ours, theirs) -> None:
 
 @pytest.mark.parametrize("trees", [skewed_trees, edge_trees])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_equal_one_sequence_after_another(kind, trees):
+def test_packed_rows_equal_one_sequence_at_a_time(kind, trees):
     model = make(kind)
     plain = copy.deepcopy(model)
     policy = Policy(model, SFTConfig(gradient_checkpointing=trees is edge_trees))
@@ -111,7 +111,7 @@ def test_packed_rows_equal_one_sequence_after_another(kind, trees):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_next"])
-def test_adapters_on_the_projections_of_delta_nets(kind):
+def test_adapters_on_the_projections_of_delta_nets_are_trained(kind):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     policy = Policy(make(kind), SFTConfig(gradient_checkpointing=True), peft_config=lora, reference=True)
     assert any("linear_attn.in_proj_qkv" in name for name in policy.trained_names)
@@ -129,7 +129,7 @@ def test_adapters_on_the_projections_of_delta_nets(kind):
     torch.testing.assert_close(reference, sequential_logprobs(make(kind), batch), atol=1e-5, rtol=1e-5)
 
 
-def test_bf16_is_as_near_to_float32_as_one_sequence_after_another_is():
+def test_bf16_is_as_close_to_float32_packed_as_sequentially():
     model = make("qwen3_5")
     plain = copy.deepcopy(model)
     batch = pack(skewed_trees())
@@ -150,7 +150,7 @@ def test_an_idle_row_has_a_gradient_of_zero_for_every_weight():
 
 
 def recurrence(plan: DeltaPlan, query, key, value, g, beta):
-    """The rule's definition, token by token: (T, H, V)."""
+    """Compute the rule by its definition, token by token: (T, H, V)."""
     query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
     outputs, ends = {}, {}
     for span in sequences_of(plan.spans):
@@ -176,7 +176,7 @@ def results(output, row):
 
 
 @pytest.mark.parametrize("decay", [0.05, 5.0])
-def test_the_chunked_rule_is_its_definition(decay):
+def test_the_chunked_rule_equals_its_definition(decay):
     batch = pack(edge_trees())
     plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, decay)
@@ -187,7 +187,7 @@ def test_the_chunked_rule_is_its_definition(decay):
 def varlen_kernel(
     q, k, v, g, beta, *, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None
 ):
-    """What flash-linear-attention's chunk_gated_delta_rule promises, on transformers' own function."""
+    """Emulate flash-linear-attention's chunk_gated_delta_rule with transformers' own function."""
     module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
     rule = inspect.unwrap(module.torch_chunk_gated_delta_rule)
     assert cu_seqlens.dtype == torch.int64
@@ -208,7 +208,7 @@ def varlen_kernel(
 
 
 @pytest.mark.parametrize(("trees", "calls"), [(edge_trees(), 2), (edge_trees()[-1:], 1), ([edge_trees()[4]], 1)])
-def test_a_kernel_of_sequence_lengths_gets_prefixes_then_branches(trees, calls):
+def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees, calls):
     batch = pack(trees)
     plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, 0.05)
@@ -223,7 +223,7 @@ def test_a_kernel_of_sequence_lengths_gets_prefixes_then_branches(trees, calls):
     torch.testing.assert_close(results(output, row), results(recurrence(plan, *row).float(), row), atol=2e-5, rtol=1e-4)
 
 
-def test_a_model_through_that_kernel_equals_one_sequence_after_another(monkeypatch):
+def test_a_model_with_that_kernel_equals_one_sequence_at_a_time(monkeypatch):
     monkeypatch.setattr(delta_net, "_kernel", lambda device_type: varlen_kernel)
     model = make("qwen3_5")
     plain = copy.deepcopy(model)
@@ -236,7 +236,7 @@ def test_a_model_through_that_kernel_equals_one_sequence_after_another(monkeypat
     assert_same_gradients(model, plain)
 
 
-def test_the_model_alone_is_as_it_was_after_its_functions_were_replaced():
+def test_an_unpacked_model_is_unchanged_by_the_replaced_functions():
     model = make("qwen3_5")
     ids = torch.tensor([tokens(50), tokens(50, 5)])
     mask = torch.ones_like(ids)
@@ -266,7 +266,7 @@ def test_other_versions_of_transformers_are_refused(monkeypatch):
         Policy(make("qwen3_5"), SFTConfig())
 
 
-def test_functions_that_the_package_kernels_made_modules_of_are_known(monkeypatch):
+def test_functions_that_the_package_kernels_turned_into_modules_are_replaced(monkeypatch):
     module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
     function = inspect.unwrap(module.causal_conv1d_fn)
 
@@ -281,7 +281,7 @@ def test_functions_that_the_package_kernels_made_modules_of_are_known(monkeypatc
     torch.testing.assert_close(logp, sequential_logprobs(make("qwen3_5"), batch), atol=1e-5, rtol=1e-5)
 
 
-def test_a_layer_that_ignores_the_layout_is_found_out():
+def test_a_layer_that_ignores_the_layout_is_refused():
     model = make("qwen3_5")
     policy = Policy(model, SFTConfig())
     layer = model.model.layers[2].linear_attn
@@ -300,8 +300,8 @@ def test_only_known_recurrent_layers_share_prefixes():
     assert packing_obstacle(other) == "qwen9 has layers of type mamba"
 
 
-def test_missing_kernels_are_named_once_where_they_would_run(monkeypatch, caplog):
-    """transformers advises to install what does not run on a CPU, at each function's first call."""
+def test_missing_kernels_are_reported_only_on_devices_that_can_run_them(monkeypatch, caplog):
+    """Filter the advice of transformers to install kernels, which it gives on a CPU too."""
     model = make("qwen3_5")
     Policy(model, SFTConfig()).logprobs(pack(edge_trees()[:1]))
     logging.getLogger("transformers.integrations.hub_kernels").handle(

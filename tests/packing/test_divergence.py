@@ -1,3 +1,5 @@
+"""Test the KL divergence over the vocabulary, which is computed in chunks."""
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from rlqwen.packing.divergence import chunked_kl
 
 
 def whole_kl(hidden, head, other_hidden, other_head, temperature):
-    """All logits at once, by PyTorch's own functions."""
+    """Compute the KL from all logits at once with PyTorch's functions."""
     size = min(len(head), len(other_head))
     log_p = (hidden @ head[:size].T / temperature).log_softmax(-1)
     log_q = (other_hidden @ other_head[:size].T / temperature).log_softmax(-1)
@@ -35,7 +37,7 @@ def test_values_and_gradients_equal_those_of_all_logits_at_once(temperature, chu
         torch.testing.assert_close(own, whole)
 
 
-def test_equal_models_diverge_by_nothing_and_pull_nowhere():
+def test_the_kl_of_equal_models_and_its_gradient_are_zero():
     hidden = torch.randn(4, 5, requires_grad=True)
     head = torch.randn(7, 5)
     kl = chunked_kl(hidden, head, hidden.detach(), head)

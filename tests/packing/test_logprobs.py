@@ -1,3 +1,5 @@
+"""Test logprobs and entropies that are computed in chunks of tokens, and by TRL's kernels."""
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_bfloat16_hidden_gives_float32_logprobs():
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 11])
-def test_the_kernels_of_trl_compute_the_same(num_tokens, entropy):
+def test_the_kernels_of_trl_give_the_same_logprobs(num_tokens, entropy):
     torch.manual_seed(0)
     hidden, head = torch.randn(num_tokens, 8), torch.randn(23, 8)
     target, weight = torch.randint(0, 23, (num_tokens,)), torch.randn(num_tokens)

@@ -1,4 +1,4 @@
-"""Routing replay: recorded experts chosen again, through packing, sharing out, resuming and real vLLM rollouts."""
+"""Test routing replay: recorded experts are used again after packing, sharding, resuming and vLLM rollouts."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ KINDS = ["qwen3_moe", "qwen3_next", "qwen3_5_moe"]
 
 
 def with_experts(trees: list[Tree], num_layers: int = 2, *, num_experts: int = 4, leave_out: int = 1) -> list[Tree]:
-    """The trees with random experts recorded, two of `num_experts` per token, for all but the last tokens."""
+    """Return the trees with random recorded experts, two of `num_experts` per token except the last `leave_out` tokens."""
     rng = np.random.default_rng(0)
 
     def draw(count: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def with_experts(trees: list[Tree], num_layers: int = 2, *, num_experts: int = 4
 
 
 def forced(model: Any, experts_TLK: torch.Tensor) -> None:
-    """A reference: routers that choose by a mask, without hooks; for one forward at a time of one known row."""
+    """Replace the routers of a reference model by routers that choose the recorded experts of one known row."""
     for layer, router in enumerate(routers_of(model).values()):
 
         def forward(hidden, router=router, layer=layer):
@@ -66,7 +66,7 @@ def forced(model: Any, experts_TLK: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_experts_weigh_what_the_router_gives_them(kind, checkpointing):
+def test_replayed_experts_get_the_weights_of_the_router(kind, checkpointing):
     batch = pack(with_experts(skewed_trees()))
     assert batch.experts_TLK is not None
     model = moe(kind)
@@ -88,12 +88,12 @@ def test_other_experts_weigh_what_the_router_gives_them(kind, checkpointing):
             assert (weight.grad - gradients[name].grad).norm() <= 1e-4 * gradients[name].grad.norm() + 1e-7, name
     assert all(router.weight.grad.abs().max() > 0 for router in routers_of(model).values())
     differs = policy.replay.metrics(lambda value: [value])["router/replay_differs"]
-    assert 0.5 < differs < 1  # of 6 pairs of experts one is the router's own
+    assert 0.5 < differs < 1  # one of 6 pairs of experts is what the router chooses
     assert (ours - Policy(moe(kind), SFTConfig()).logprobs(batch)[0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_sequence_after_another_replays_the_same(kind, monkeypatch):
+def test_replay_is_the_same_for_one_sequence_at_a_time(kind, monkeypatch):
     batch = pack(with_experts(skewed_trees()))
     logprobs = []
     for packs in (True, False):
@@ -133,7 +133,7 @@ def test_replaying_its_own_choices_changes_nothing(kind, lora, options):
     for weight, gradient in zip(policy.trained_parameters, gradients, strict=True):
         torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-4)
     assert policy.replay.metrics(lambda value: [value]) == {"router/replay_differs": 0.0}
-    if lora is None and "bf16" not in options:  # the reference is the policy still, and follows the same experts
+    if lora is None and "bf16" not in options:  # the reference still equals the policy, and uses the same experts
         torch.testing.assert_close(policy.reference_logprobs(batch), expected_reference, atol=1e-6, rtol=0)
 
 
@@ -181,7 +181,7 @@ def test_records_follow_their_tokens():
     )
 
 
-def test_a_rank_of_a_sequence_group_takes_its_slice():
+def test_a_rank_of_a_sequence_group_replays_its_slice():
     batch = pack(with_experts(skewed_trees()))
     group = SequenceGroup()
     group.size, length = 4, -(-batch.num_tokens // 4)
@@ -203,9 +203,9 @@ def test_records_reach_other_ranks_and_resumed_runs():
     group = group_with_experts()
     (arrived,) = unpack_groups(pack_groups([group]), [group.prompt])
     scorer: Any = SimpleNamespace(open_batch=lambda: None)
-    draw = RolloutBatch("train/1", (), scorer, 1)
-    draw._groups = [group]
-    saved = json.loads(json.dumps(draw.state_dict()))
+    batch = RolloutBatch("train/1", (), scorer, 1)
+    batch._groups = [group]
+    saved = json.loads(json.dumps(batch.state_dict()))
     (restored,) = RolloutBatch.from_state(saved, [group.prompt], scorer).score()
     for other in (arrived, restored):
         np.testing.assert_array_equal(other.prompt_experts, group.prompt_experts)
@@ -218,13 +218,13 @@ def length_reward(completions, **kwargs):
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
-def test_what_vllm_records_is_what_the_trainer_would_choose(tmp_path):
-    """In float32 both choose the same, prefix cache and weight sync included; so replay changes nothing there."""
+def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path):
+    """Compare in float32, where both choose the same experts, also with prefix cache and weight sync."""
     rows = [{"prompt": [{"role": "user", "content": f"{a} + {a} = ?" * 4}]} for a in (3, 3, 4, 3)]
     args = GRPOConfig(
         output_dir=str(tmp_path), max_steps=2, save_strategy="no", learning_rate=1e-2, num_generations=4,
         per_device_train_batch_size=8, max_completion_length=24, bf16=False,
-        generation_kwargs={"stop_token_ids": list(range(40))},  # some end while others, with their prompt, go on
+        generation_kwargs={"stop_token_ids": list(range(40))},  # some completions end while others of the same prompt continue
         model_init_kwargs={"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
         rollout={"routing_replay": True}, scoring={"in_process": ["length_reward"]},
     )  # fmt: skip
@@ -243,13 +243,13 @@ def test_what_vllm_records_is_what_the_trainer_would_choose(tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 2
     for step in steps:
-        assert step["router/replay_differs"] <= 0.002  # but for ties
+        assert step["router/replay_differs"] <= 0.002  # ties may differ
         assert step["sampling/logp_gap"] < 1e-4
         assert step["sync/canary_gap"] < 1e-4
     assert packed
     for batch in packed:
         unknown = (batch.experts_TLK[..., 0] < 0).all(1)
-        assert unknown.sum() == batch.num_sequences  # the last token of each completion, which nothing came from
+        assert unknown.sum() == batch.num_sequences  # the last token of each completion was never an input
     script: Any = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "routing_replay.py"))
     gaps, differ = script["score"](trainer.policy, packed[-1:])
     assert gaps.shape == differ.shape == (packed[-1].num_targets,)

@@ -1,4 +1,4 @@
-"""Sequence parallelism on two real ranks: a row in two slices gives the values and gradients of the whole row."""
+"""Test sequence parallelism on two ranks: a row in two slices gives the values and gradients of the whole row."""
 
 import random
 from pathlib import Path
@@ -31,11 +31,11 @@ from tests.models.test_moe_balance import TINY_MOE
 from tests.models.test_policy import QWEN3, make_model, skewed_trees
 
 LONE_PROMPT = [Tree(list(range(1, 60)), [Branch([7, 8])])]
-"""All targets lie in the second half, so that the first rank has none."""
+"""All targets are in the second half of the row, so the first rank has none."""
 
 
 def batches() -> list[PackedBatch]:
-    """Shared prefixes, an empty completion, odd and even lengths, fewer tokens than ranks' padding."""
+    """Return batches with shared prefixes, an empty completion, odd and even lengths, and very few tokens."""
     rng = random.Random(5)
     plain = [Tree([], [Branch([rng.randrange(120) for _ in range(length)])]) for length in (17, 4)]
     return [pack(trees) for trees in (skewed_trees(), plain, LONE_PROMPT, [Tree([], [Branch([3, 4])])])]
@@ -47,7 +47,7 @@ def scalar_model() -> ScalarModel:
 
 
 GROUP: SequenceGroup | None = None
-"""Of the rank, where there is one."""
+"""The sequence group of this rank, if there is one."""
 
 
 def policy_of(kind: str, **options) -> Policy:
@@ -56,7 +56,7 @@ def policy_of(kind: str, **options) -> Policy:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    """By name, added up over the ranks."""
+    """Return gradients by name, added up over the ranks."""
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     if GROUP is not None:
         for grad in found.values():
@@ -65,7 +65,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def token_loss(policy: Policy, batch: PackedBatch) -> dict:
-    """Values and gradients of a loss on logprobs, entropies, a value head and the routers."""
+    """Return values and gradients of a loss of logprobs, entropies, a value head and the routers."""
     head = ValueHead(64, train_trunk=True, device=torch.device("cpu"), sequence=policy.sequence)
     torch.nn.init.ones_(head.head.weight)
     logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(
@@ -100,7 +100,7 @@ def score_loss(model: ScalarModel, batch: PackedBatch) -> dict:
 
 
 def everything() -> list[dict]:
-    """Of every kind of model, for every batch."""
+    """Return the results of every kind of model for every batch."""
     found = []
     for kind, options in (
         ("qwen3", {}),
@@ -129,7 +129,7 @@ def test_two_slices_give_the_values_and_gradients_of_the_whole_row():
             for mine, expected in zip(ours["values"], theirs["values"], strict=True):
                 torch.testing.assert_close(mine, expected, atol=2e-5, rtol=1e-5)
             assert ours["gradients"].keys() == theirs["gradients"].keys()
-            # Rounding, as seen by a weight whose exact gradient is 0: a lone token's query attends to itself anyway.
+            # The exact gradient of some weights is 0 (a single token attends only to itself), so allow for rounding.
             noise = 1e-6 * torch.stack([grad.norm() for grad in theirs["gradients"].values()]).norm()
             for name, expected in theirs["gradients"].items():
                 gap = (ours["gradients"][name] - expected).norm()
@@ -142,7 +142,7 @@ class ThreeRanks(SequenceGroup):
         self.rank, self.size = rank, 3
 
 
-def test_slices_cover_the_row_and_every_place_has_one_owner():
+def test_slices_cover_the_row_and_every_position_has_one_owner():
     row = torch.arange(1, 8)[None]
     groups = [ThreeRanks(rank) for rank in range(3)]
     assert torch.cat([group.cut(row) for group in groups], dim=1).tolist() == [[1, 2, 3, 4, 5, 6, 7, 0, 0]]
@@ -154,7 +154,7 @@ def test_slices_cover_the_row_and_every_place_has_one_owner():
     assert [group.num_real(1) for group in groups] == [1, 0, 0]
 
 
-def test_what_cannot_be_cut_is_refused_with_the_arithmetic():
+def test_models_that_cannot_be_sliced_are_refused_with_the_reason():
     with pytest.raises(
         ModelError, match=r"sequence_parallel_size=3 does not divide the model's 4 attention heads .*2, 4"
     ):
@@ -194,7 +194,7 @@ RUNS = {
 
 
 def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses, norms of gradients and the rest of what is logged, and the weights in the end."""
+    """Return the logged metrics and the final weights of a run."""
     trainer_class, config_class, options, rows = RUNS[algorithm]
     args = config_class(
         output_dir=str(folder), max_steps=2, save_strategy="no", learning_rate=1e-3, parallel=parallel,
@@ -205,32 +205,32 @@ def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> tup
     trainer = trainer_class("builtin:tiny-qwen3-moe", args=args, train_dataset=rows, eval_dataset=rows[:3], **more)
     trainer.train()
     keys = ("loss", "grad_norm", "tokens/trained", "eval/loss", "eval/reward/mean")
-    figures = [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
-    return figures, [parameter.detach() for parameter in trainer.policy.trained_parameters]
+    metrics = [entry[key] for entry in trainer.state.log_history for key in keys if key in entry]
+    return metrics, [parameter.detach() for parameter in trainer.policy.trained_parameters]
 
 
 @pytest.mark.parametrize("algorithm", [*RUNS])
 @pytest.mark.filterwarnings("ignore:.*engine.*:UserWarning")
-def test_groups_of_two_ranks_train_as_one_rank_does(algorithm, tmp_path):
-    figures, weights = train(algorithm, tmp_path / "one", 8)
+def test_sequence_groups_of_two_ranks_train_like_one_rank(algorithm, tmp_path):
+    metrics, weights = train(algorithm, tmp_path / "one", 8)
     found = run_ranks(lambda: train(algorithm, tmp_path / "four", 4, sequence_parallel_size=2), world_size=4)
     for ours, our_weights in found:
-        assert ours == pytest.approx(figures, rel=2e-3)  # the load of experts is a micro-batch's own
+        assert ours == pytest.approx(metrics, rel=2e-3)  # the balance of experts depends on the micro-batch
         assert all(map(torch.equal, our_weights, found[0][1]))
     gap = torch.stack([(mine - theirs).norm() for mine, theirs in zip(our_weights, weights, strict=True)])
-    assert gap.max() < 0.05  # of steps of at most 1e-3 a weight
+    assert gap.max() < 0.05  # two steps change a weight by at most 1e-3 each
 
 
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own, as it is imported
+@pytest.mark.filterwarnings("ignore")  # importing DeepSpeed causes them
 @pytest.mark.parametrize("stage", [2, 3])
-def test_groups_share_out_gradients_and_weights_too(stage, tmp_path):
-    figures, _ = train("sft", tmp_path / "one", 8)
+def test_sequence_groups_work_with_sharded_gradients_and_weights(stage, tmp_path):
+    metrics, _ = train("sft", tmp_path / "one", 8)
     parallel = {"sequence_parallel_size": 2, "zero_stage": stage}
     for ours, _ in run_ranks(lambda: train("sft", tmp_path / "four", 4, **parallel), world_size=4):
-        assert ours == pytest.approx(figures, rel=2e-3)
+        assert ours == pytest.approx(metrics, rel=2e-3)
 
 
-def test_groups_that_ranks_do_not_divide_into_are_refused():
+def test_a_group_size_that_does_not_divide_the_ranks_is_refused():
     with pytest.raises(
         ConfigError, match=r"parallel.sequence_parallel_size=2 must divide the number of ranks, which is 1"
     ):

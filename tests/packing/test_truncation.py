@@ -1,4 +1,4 @@
-"""What top-k, top-p and min-p keep: against transformers' own, and what the trainer makes of it."""
+"""Test top-k, top-p and min-p against transformers, and the logprobs of truncated distributions."""
 
 import pytest
 import torch
@@ -30,15 +30,15 @@ def by_transformers(logits, truncation):
 
 
 @pytest.mark.parametrize("truncation", CASES, ids=str)
-def test_the_same_tokens_are_kept_as_by_transformers(truncation):
+def test_truncation_keeps_the_same_tokens_as_transformers(truncation):
     logits = logits_of()
     assert torch.equal(truncated(logits, truncation).isinf(), by_transformers(logits, truncation).isinf())
 
 
 @pytest.mark.parametrize("likely", [8, 1024])
 @pytest.mark.parametrize("truncation", CASES, ids=str)
-def test_the_probability_that_is_kept(truncation, likely, monkeypatch):
-    """Also where more are kept than were sorted at first."""
+def test_log_kept_is_the_log_of_the_kept_probability(truncation, likely, monkeypatch):
+    """Include cases that keep more tokens than are sorted at first."""
     monkeypatch.setattr(module, "LIKELY", likely)
     logits = logits_of()
     sampled = by_transformers(logits, truncation)
@@ -47,13 +47,13 @@ def test_the_probability_that_is_kept(truncation, likely, monkeypatch):
     torch.testing.assert_close(log_kept(logits, target[:, 0], truncation), expected, atol=1e-5, rtol=0)
 
 
-def test_a_target_on_the_other_side_of_the_edge_counts_as_kept():
+def test_a_target_that_truncation_removes_counts_as_kept():
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     kept = log_kept(probs.log(), torch.tensor([2]), Truncation(top_k=2))
     assert kept.exp().item() == pytest.approx(0.95)
 
 
-def test_ties_at_the_edge_are_cut_by_number():
+def test_ties_at_the_cutoff_are_cut_to_the_exact_count():
     probs = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15]])
     assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_k=3)).exp().item() == pytest.approx(0.7)
     assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_p=0.6)).exp().item() == pytest.approx(0.7)
@@ -64,7 +64,7 @@ def test_ties_at_the_edge_are_cut_by_number():
 @pytest.mark.parametrize(
     "cut", [{"top_k": 3}, {"top_k": 3, "top_p": 0.6}, {"top_k": 3, "min_p": 0.5}, {"top_k": 9}], ids=str
 )
-def test_ties_of_the_kth_token_may_stay_as_vllms_sampler_on_cpu_keeps_them(cut):
+def test_ties_can_be_kept_like_vllms_cpu_sampler(cut):
     topk_topp_sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
     logits = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15], [0.5, 0.2, 0.15, 0.1, 0.05]]).log()
     truncation = Truncation(**cut, keeps_ties=True)
@@ -77,7 +77,7 @@ def test_ties_of_the_kth_token_may_stay_as_vllms_sampler_on_cpu_keeps_them(cut):
     torch.testing.assert_close(log_kept(logits, torch.tensor([0, 0]), truncation), expected)
 
 
-def test_chunks_change_nothing():
+def test_chunks_do_not_change_the_result():
     hidden, head = torch.randn(50, 16), torch.randn(300, 16)
     target = torch.randint(300, (50,))
     whole = log_kept(hidden @ head.T / 0.7, target, CASES[4])
