@@ -1,8 +1,8 @@
-"""Which texts are the same, or nearly the same.
+"""Find equal and nearly equal texts.
 
-Near means: the Jaccard similarity of two texts' sets of three consecutive words, in lower case and without
-punctuation, is at least the threshold; a Chinese, Japanese or Korean character counts as a word. MinHash-LSH (Broder
-1997; Leskovec et al., Mining of Massive Datasets, ch. 3) finds the candidates, exact similarity decides.
+Two texts are near duplicates if the Jaccard similarity of their sets of three consecutive words, in lower case and
+without punctuation, is at least the threshold. A Chinese, Japanese or Korean character counts as a word. MinHash-LSH
+(Broder 1997; Leskovec et al., Mining of Massive Datasets, ch. 3) finds candidates, which are compared exactly.
 """
 
 import re
@@ -16,14 +16,14 @@ from tqdm import tqdm
 _NUM_PERM = 128
 _SEED = 1
 _MISSED = 1e-2
-"""Largest chance that a pair as similar as the threshold is not found; a candidate too many costs a comparison."""
+"""Largest probability of missing a pair whose similarity equals the threshold; extra candidates cost a comparison."""
 _SHINGLE = 3
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _PROGRESS_AFTER_S = 3.0
 
 
 def find_exact_duplicates(texts: Sequence[str]) -> list[list[int]]:
-    """Groups of two or more equal texts, by their indices, ascending; in the order of their first members."""
+    """Return groups of two or more equal texts, as ascending indices, in the order of their first members."""
     groups: dict[str, list[int]] = {}
     for number, text in enumerate(texts):
         groups.setdefault(text, []).append(number)
@@ -31,10 +31,10 @@ def find_exact_duplicates(texts: Sequence[str]) -> list[list[int]]:
 
 
 def find_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[list[int]]:
-    """Groups of two or more texts, by their indices, of which each is as similar as `threshold` to the group's first.
+    """Return groups of two or more texts, as indices, that are at least as similar to the group's first as `threshold`.
 
-    Equal texts are near too. A text joins the earliest group whose first text it is near to, so keeping the first of
-    each group and no other of it leaves no text without a near one. Similarity is in (0, 1].
+    Equal texts are included. A text joins the earliest group whose first text is near, so if only the first of each
+    group is kept, every removed text is near to a kept one. `threshold` is in (0, 1].
     """
     index = NearIndex(threshold)
     groups: dict[int, list[int]] = {}
@@ -45,9 +45,9 @@ def find_near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[l
 
 
 def find_near_matches(texts: Sequence[str], others: Sequence[str], threshold: float = 0.8) -> list[tuple[int, int]]:
-    """(index in `texts`, index in `others`) of each text that is near, or equal, to one of the others.
+    """Return (index in `texts`, index in `others`) for each text that is near or equal to one of the others.
 
-    Of others that are near each other, the first stands for all.
+    If some of the others are near each other, only the first of them is used.
     """
     index = NearIndex(threshold)
     for number, text in enumerate(_progress(others, "Reading what to compare with")):
@@ -57,7 +57,7 @@ def find_near_matches(texts: Sequence[str], others: Sequence[str], threshold: fl
 
 
 class NearIndex:
-    """Texts by number, found again by any text that is near."""
+    """Index texts by number, to find them by any near text."""
 
     def __init__(self, threshold: float) -> None:
         from datasketch import MinHash, MinHashLSH
@@ -71,14 +71,14 @@ class NearIndex:
         self._exact: dict[str, int] = {}
 
     def find(self, text: str) -> int | None:
-        """Number of the earliest text that is near, or None."""
+        """Return the number of the earliest near text, or None."""
         if text in self._exact:
             return self._exact[text]
         shingles = _shingles(text)
         return self._near(shingles, self._minhash(shingles)) if len(shingles) else None
 
     def find_or_add(self, text: str, number: int) -> int:
-        """Number of the earliest text that is near; if there is none, the text is added and `number` comes back."""
+        """Return the number of the earliest near text; if there is none, add the text and return `number`."""
         if text in self._exact:
             return self._exact[text]
         shingles = _shingles(text)
@@ -103,7 +103,7 @@ class NearIndex:
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-    """(bands, rows a band): the longest bands of which a pair at the threshold shares at least one, but for _MISSED."""
+    """Return (bands, rows per band): the most rows for which a pair at the threshold is missed at most with _MISSED."""
     for rows in range(_NUM_PERM // 2, 0, -1):
         bands = _NUM_PERM // rows
         if (1 - threshold**rows) ** bands <= _MISSED:
@@ -112,7 +112,7 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 
 def _shingles(text: str) -> Any:
-    """Sorted hashes of the text's runs of three words, as a set; of fewer words, of all of them; empty if it has none."""
+    """Return the sorted, distinct hashes of all runs of three words; of the whole text if it has fewer words."""
     words = _WORD.findall(text.lower())
     runs = {" ".join(words[i : i + _SHINGLE]) for i in range(max(len(words) - _SHINGLE + 1, 1))} if words else set()
     return np.unique(np.fromiter((zlib.crc32(run.encode()) for run in runs), dtype=np.uint32, count=len(runs)))

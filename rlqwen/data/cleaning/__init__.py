@@ -1,4 +1,4 @@
-"""Cleaning of training rows: masks, filters, de-duplication, each step counted, and the outcome cached."""
+"""Clean training rows: mask, filter and deduplicate them, count each step, and cache the outcome."""
 
 import logging
 from array import array
@@ -22,7 +22,7 @@ __all__ = ["CleanedRows", "CleaningReport", "clean_rows"]
 
 @dataclass(slots=True)
 class CleanedRows:
-    """What came out of cleaning."""
+    """Hold the cleaned rows and the report."""
 
     train: Sequence[Row]
     eval: Sequence[Row] | None
@@ -30,10 +30,10 @@ class CleanedRows:
 
 
 def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[Row] | None = None) -> CleanedRows:
-    """Clean normalized training rows, and mask the eval rows; the steps are those of CleaningConfig, in that order.
+    """Clean normalized training rows and mask the eval rows, with the steps of CleaningConfig in their order.
 
-    The same rows and config give the same result, from the cache where it was made before. The rows given stay as
-    they are. Raises ConfigError for a filter that applies to no row, DataError if no row is left.
+    The same rows and config give the same result, which is read from the cache if it is there. The given rows are not
+    changed. Raises ConfigError for a filter that applies to no row, and DataError if no row is left.
     """
     folder = cache_folder(rows, eval_rows, config)
     outcome = load_outcome(folder)
@@ -43,7 +43,7 @@ def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[
     masked = outcome.apply(rows, "train")
     report = make_report(outcome, masked, eval_rows, folder=folder, from_cache=from_cache)
     if not from_cache:
-        _keep(folder, outcome, report)
+        _store(folder, outcome, report)
     if not report.num_kept:
         reasons = ", ".join(f"{count} by {reason}" for reason, count in report.dropped.items())
         raise DataError(
@@ -58,8 +58,8 @@ def clean_rows(rows: Sequence[Row], config: CleaningConfig, eval_rows: Sequence[
     )
 
 
-def _keep(folder: Path, outcome: Outcome, report: CleaningReport) -> None:
-    """The cache saves time and is no reason to fail."""
+def _store(folder: Path, outcome: Outcome, report: CleaningReport) -> None:
+    """Store the outcome in the cache; only log a failure, because the cache just saves time."""
     try:
         store_outcome(folder, outcome)
         report.write(folder)

@@ -1,7 +1,7 @@
-"""Outcomes of cleaning on disk: found again by what went in, and not believed unless their digest fits.
+"""Cache outcomes of cleaning on disk, keyed by a digest of the input and verified by a digest of the content.
 
-The key covers every row, the config and the code of the steps, so nothing stale can be found. A file is gzipped JSON
-lines, a header with the digest of the rest first; it is written beside its place and renamed.
+The key covers every row, the config and the code of the steps, so stale outcomes are never found. A file holds gzipped
+JSON lines, with a header that has the digest of the rest. It is written to a temporary file and renamed.
 """
 
 import gzip
@@ -28,7 +28,7 @@ _OUTCOME_FILE = "outcome.jsonl.gz"
 
 
 def cache_folder(rows: Sequence[Row], eval_rows: Sequence[Row] | None, config: CleaningConfig) -> Path:
-    """Where the outcome for these rows and this config lies or will lie."""
+    """Return the cache folder of the outcome for these rows and this config."""
     digest = hashlib.sha256(_code_digest().encode())
     digest.update(canonical_json(config.model_dump(exclude={"cache_dir"})).encode())
     for part in (rows, eval_rows or ()):
@@ -40,22 +40,22 @@ def cache_folder(rows: Sequence[Row], eval_rows: Sequence[Row] | None, config: C
 
 
 def load_outcome(folder: Path) -> Outcome | None:
-    """The outcome kept in `folder`; None if there is none, or it is damaged, which the log says."""
+    """Load the outcome from `folder`; return None if there is none, or, with a logged warning, if it is damaged."""
     path = folder / _OUTCOME_FILE
     if not path.is_file():
         return None
     try:
         header, _, payload = gzip.decompress(path.read_bytes()).partition(b"\n")
         if json.loads(header) != _header(folder, payload):
-            raise ValueError("its digest does not fit")
+            raise ValueError("its digest does not match")
         return _parse(payload)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
-        logger.warning("%s is damaged (%s): the data is cleaned anew", path, error)
+        logger.warning("%s is damaged (%s): the data is cleaned again", path, error)
         return None
 
 
 def store_outcome(folder: Path, outcome: Outcome) -> None:
-    """Keep the outcome; OSError if the folder can't be written to."""
+    """Store the outcome; raise OSError if the folder cannot be written to."""
     lines = [{"masked": asdict(masked)} for masked in outcome.masked]
     lines += [{"dropped": asdict(dropped)} for dropped in outcome.dropped]
     payload = _json_lines(lines)
@@ -65,7 +65,7 @@ def store_outcome(folder: Path, outcome: Outcome) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file atomically, through a temporary file in the same folder."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(content)
@@ -98,7 +98,7 @@ def _parse(payload: bytes) -> Outcome:
 
 @cache
 def _code_digest() -> str:
-    """Of the steps' own source and of the library behind them, so that a change of either makes the data anew."""
+    """Return a digest of the code of the steps and the version of datasketch, so that changes invalidate the cache."""
     digest = hashlib.sha256(f"datasketch {version('datasketch')}".encode())
     for path in (*sorted(Path(__file__).parent.glob("*.py")), Path(duplicates.__file__)):
         digest.update(path.read_bytes())

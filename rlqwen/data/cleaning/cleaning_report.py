@@ -1,4 +1,4 @@
-"""What cleaning did, for people: a line of counts, and files with every dropped row."""
+"""Report what cleaning did: one line of counts, and files with the dropped rows."""
 
 import json
 from collections import Counter
@@ -15,30 +15,31 @@ CLEANING_FILE = "data_cleaning.json"
 DROPPED_FILE = "data_dropped.jsonl"
 
 _MAX_NAMED = 1000
-"""Dropped rows of one reason that are written out."""
+"""Largest number of dropped rows per reason that are written to the file."""
 _EXCERPT = 300
-_MUCH = 0.5
+_WARN_BELOW = 0.5
+"""Fraction of kept rows below which the report has a warning."""
 
 
 @dataclass(slots=True)
 class CleaningReport:
-    """Counts, and what was dropped."""
+    """Hold the counts of cleaning, and examples of dropped rows."""
 
     num_rows: int
     num_kept: int
     dropped: dict[str, int]
-    """The config's key that dropped rows -> how many, in the order of the steps."""
+    """Config key that dropped rows -> number of rows, in the order of the steps."""
     masked: dict[Side, dict[str, int]]
-    """Kind -> replacements."""
+    """Kind -> number of replacements."""
     num_masked_rows: dict[Side, int]
     from_cache: bool
     folder: Path | None
-    """Where the outcome is cached, with the dropped rows beside it; None if it could not be written."""
+    """Folder with the cached outcome and the dropped rows; None if it could not be written."""
     examples: list[dict[str, Any]] = field(default_factory=list)
-    """The dropped rows, at most a thousand for each reason: `row`, `reason`, `duplicate_of`, beginning of the text."""
+    """Dropped rows, at most 1000 per reason: `row`, `reason`, `duplicate_of`, and the beginning of the text."""
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return the report as one line of text."""
         parts = [f"{self.num_kept} of {self.num_rows} rows kept"]
         parts += [f"{count} dropped by {reason}" for reason, count in self.dropped.items()]
         for side, counts in self.masked.items():
@@ -49,8 +50,8 @@ class CleaningReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What people should look at."""
-        if self.num_kept >= _MUCH * self.num_rows:
+        """Return a warning if cleaning dropped most of the rows."""
+        if self.num_kept >= _WARN_BELOW * self.num_rows:
             return []
         most = max(self.dropped, key=self.dropped.__getitem__)
         return [f"cleaning dropped {1 - self.num_kept / self.num_rows:.0%} of the training rows, most by {most}"]
@@ -74,7 +75,7 @@ class CleaningReport:
 def make_report(
     outcome: Outcome, rows: Sequence[Row], eval_rows: Sequence[Row] | None, *, folder: Path, from_cache: bool
 ) -> CleaningReport:
-    """`rows` are masked already, and none is left out: no file of ours holds what was masked."""
+    """Build the report; `rows` are all rows, already masked, so that no file holds unmasked text."""
     sides: tuple[Side, ...] = ("train",) if eval_rows is None else ("train", "eval")
     masked_rows = Counter(masked.side for masked in outcome.masked)
     dropped = outcome.dropped_by_reason()

@@ -1,4 +1,4 @@
-"""Bounds of length and patterns: which rows are dropped for what they are by themselves."""
+"""Filter rows by length bounds and patterns."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _PREFIX: dict[Part, str] = {"row": "", "prompt": "prompt_", "answer": "answer_"}
 
 
 class RowFilter:
-    """The filters of a config, ready to be asked of each row."""
+    """Apply the filters of a config to single rows."""
 
     def __init__(self, config: CleaningConfig) -> None:
         self._bounds = [
@@ -25,9 +25,9 @@ class RowFilter:
         self._keep = [_compile(pattern) for pattern in config.keep_patterns]
 
     def reason(self, row: Row) -> str | None:
-        """The key of the first filter that the row fails, such as `max_chars` or `drop_patterns.refusal`, or None.
+        """Return the key of the first filter that the row fails, such as `max_chars` or `drop_patterns.refusal`, or None.
 
-        Bounds of a part that a row lacks don't apply to it. Of two answers, each must be within the bounds.
+        Bounds of a part that a row lacks do not apply to it. If a row has two answers, both must be within the bounds.
         """
         for part, key, bound in self._bounds:
             lengths = [len(text) for text in part_texts(row, part)]
@@ -43,8 +43,8 @@ class RowFilter:
                 return f"keep_patterns.{name}"
         return None
 
-    def refuse_idle(self, rows: Sequence[Row]) -> None:
-        """Raise ConfigError for a filter of a part that no row has: it would do nothing, or drop everything."""
+    def check_parts(self, rows: Sequence[Row]) -> None:
+        """Raise ConfigError for a filter of a part that no row has, because it would drop no row or every row."""
         named = [(key, part) for part, key, _ in self._bounds]
         named += [(f"drop_patterns ({name})", part) for name, part, _ in self._drop]
         named += [(f"keep_patterns ({name})", part) for name, part, _ in self._keep]

@@ -1,17 +1,17 @@
-"""Masking of what identifies people and of secrets, by patterns: what is found becomes `[EMAIL]`, `[PHONE]` and so on.
+"""Mask personal data and secrets by patterns: matches are replaced by `[EMAIL]`, `[PHONE]` and so on.
 
-Precision comes first, since a masked number in a sum is a broken row. So what has a checksum must pass it, what has a
-fixed form must have it, and numbers that stand in sums or behind a currency sign are numbers. Not found, for want of
-a form that ordinary text lacks: names, addresses, passwords in prose, ten bare digits of a US phone number, landlines
-without their area code.
+Precision matters most, because a masked number in a sum breaks the row. Therefore checksums and fixed formats are
+verified, and numbers in sums or after a currency sign are not masked. The patterns do not find data that looks like
+ordinary text: names, addresses, passwords in prose, US phone numbers without separators, and landline numbers without
+an area code.
 
     key           API keys and tokens by their issuers' prefixes, private key blocks, JSON web tokens, `Bearer` tokens,
                   passwords in a URL, values assigned to a name such as `api_key`
     email         local part, @, domain with a top-level domain
     id_card       Chinese resident identity number: 18 characters with a real date and the right check digit (GB 11643)
     credit_card   15 to 19 digits with an issuer's prefix and the right Luhn check digit
-    ip            IPv4 and IPv6; not loopback, netmask or unspecified addresses, nor what looks like a version
-    phone         Chinese mobile and landline, international with + and a country code, US forms with separators
+    ip            IPv4 and IPv6, except loopback, netmask and unspecified addresses, and text that looks like a version
+    phone         Chinese mobile and landline, international with + and a country code, US numbers with separators
 """
 
 import datetime
@@ -25,25 +25,25 @@ from typing import get_args
 from rlqwen.config.cleaning import MaskKind
 
 KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
-"""In the order in which they are looked for: the more certain first."""
+"""Kinds in search order: the most certain first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detector:
-    """Finds one kind of thing. Group `masked` of the pattern is replaced, or all that matches."""
+    """Find one kind of data; the group `masked` of the pattern is replaced, or else the whole match."""
 
     pattern: re.Pattern[str]
-    holds: Callable[[re.Match[str]], bool]
-    """Says whether a match is really one."""
+    is_valid: Callable[[re.Match[str]], bool]
+    """Verify a match, for example by its checksum."""
     may_occur: Callable[[str], object]
-    """A fast look before the slow one: false where the text can't hold a match."""
+    """Fast check before the slow search: false if the text cannot contain a match."""
 
 
 def mask_text(text: str, kinds: Collection[MaskKind]) -> tuple[str, Counter[str]]:
-    """The text with placeholders in it, and the number of replacements by kind."""
+    """Return the text with placeholders, and the number of replacements by kind."""
     counts: Counter[str] = Counter()
     before = -1
-    while counts.total() > before:  # what is masked may have kept its neighbour from being seen
+    while counts.total() > before:  # a masked match may have hidden its neighbor
         before = counts.total()
         text = _mask_once(text, kinds, counts)
     return text, counts
@@ -62,26 +62,26 @@ def _mask_once(text: str, kinds: Collection[MaskKind], counts: Counter[str]) -> 
 
 
 def _replace(text: str, detector: Detector, placeholder: str) -> tuple[str, int]:
-    pieces: list[str] = []
+    parts: list[str] = []
     end = 0
     for match in detector.pattern.finditer(text):
-        if detector.holds(match):
+        if detector.is_valid(match):
             group = "masked" if "masked" in match.re.groupindex else 0
-            pieces += [text[end : match.start(group)], placeholder]
+            parts += [text[end : match.start(group)], placeholder]
             end = match.end(group)
-    return ("".join([*pieces, text[end:]]), len(pieces) // 2) if pieces else (text, 0)
+    return ("".join([*parts, text[end:]]), len(parts) // 2) if parts else (text, 0)
 
 
 def _mixes(match: re.Match[str]) -> bool:
-    """Letters and digits both: a secret, and not the name of one."""
+    """Return whether a value has both letters and digits, as a secret has, unlike the name of a variable."""
     value = match["masked"]
     return bool(re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value))
 
 
 def _is_id_card(match: re.Match[str]) -> bool:
-    """ISO 7064 MOD 11-2 over the first 17 digits, as GB 11643-1999 says, and a day that the calendar has."""
+    """Return whether the check digit (ISO 7064 MOD 11-2, GB 11643-1999) is right and the date exists."""
     number = match.group().upper()
-    total = sum(int(digit) * pow(2, 17 - place, 11) for place, digit in enumerate(number[:17]))
+    total = sum(int(digit) * pow(2, 17 - index, 11) for index, digit in enumerate(number[:17]))
     if "10X98765432"[total % 11] != number[17]:
         return False
     try:
@@ -92,7 +92,7 @@ def _is_id_card(match: re.Match[str]) -> bool:
 
 
 def _is_credit_card(match: re.Match[str]) -> bool:
-    """Luhn's check: of the digits from the right, every second doubled, the digit sums add up to a multiple of 10."""
+    """Return whether Luhn's checksum is right: with every second digit from the right doubled, digit sums add to 10n."""
     digits = [int(digit) for digit in match.group() if digit.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
@@ -104,7 +104,7 @@ _VERSION_BEFORE = re.compile(
 
 
 def _is_ipv4(match: re.Match[str]) -> bool:
-    """Four single digits are a version or a section; so is what follows such a word."""
+    """Return whether a match is an address, and not a version or section number."""
     address = ipaddress.IPv4Address(match.group())
     parts = match.group().split(".")
     if address.is_loopback or address.is_unspecified or parts[0] == "255" or all(len(part) == 1 for part in parts):
@@ -113,7 +113,7 @@ def _is_ipv4(match: re.Match[str]) -> bool:
 
 
 def _is_ipv6(match: re.Match[str]) -> bool:
-    """A valid address; a group of four with a digit tells it from slices, scopes and ratios such as `1::2`."""
+    """Return whether a match is a valid address with a group of four characters, unlike slices or ratios (`1::2`)."""
     try:
         address = ipaddress.IPv6Address(match.group())
     except ValueError:
@@ -122,7 +122,10 @@ def _is_ipv6(match: re.Match[str]) -> bool:
 
 
 def _is_international(match: re.Match[str]) -> bool:
-    """8 to 13 digits (E.164 allows 15, but those are sums as a rule); after +1 ten, the first of them 2 or more."""
+    """Return whether a number has 8 to 13 digits, or ten after +1, of which the first is 2 to 9.
+
+    E.164 allows up to 15 digits, but text with 14 or 15 digits is usually a sum.
+    """
     digits = re.sub(r"\D", "", match.group())
     if digits.startswith("1"):
         return re.fullmatch(r"1[2-9]\d{9}", digits) is not None
@@ -133,14 +136,14 @@ def _is_mobile(match: re.Match[str]) -> bool:
     return not match.group().endswith("00000")
 
 
-# Calling codes of the E.164 plan, +1 apart.
+# Country calling codes of the E.164 plan, except +1.
 _COUNTRY = (
     r"(?:7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
     r"|(?:2[1-689]|3[578]|42|5[09]|6[7-9]|8[057-8]|9[679])\d)"
 )
-# Not inside a word or number, not behind a currency sign, an operator or a URL's path. Two stars are bold type.
+# Not inside a word or number, and not after a currency sign, an operator or the path of a URL. Two stars are bold type.
 _BEFORE = r"(?<![\w$¥€£￥+^-])(?<!\d\.)(?<![^*]\*)(?<![A-Za-z]/)(?<![\d)\s]=)(?<![\w)] [=*×÷+] )"
-# Not before more of a number, an operator or a unit of money.
+# Not before the rest of a number, an operator or a currency unit.
 _AFTER = r"(?![\w%^]|[.-]\d|,\d{3}(?!\d)|\s*(?:[=×÷]|\*(?!\*)|[+-]\s*\d|元|美元|万|亿|dollars|yuan))"
 
 
@@ -157,9 +160,9 @@ def _always(match: re.Match[str]) -> bool:
 
 
 def _detector(
-    may_occur: Callable[[str], object], pattern: str, holds: Callable[[re.Match[str]], bool] = _always
+    may_occur: Callable[[str], object], pattern: str, is_valid: Callable[[re.Match[str]], bool] = _always
 ) -> Detector:
-    return Detector(re.compile(pattern, re.ASCII), holds, may_occur)
+    return Detector(re.compile(pattern, re.ASCII), is_valid, may_occur)
 
 
 DETECTORS: dict[MaskKind, list[Detector]] = {

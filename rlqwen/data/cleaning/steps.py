@@ -1,4 +1,4 @@
-"""The steps of cleaning, in their order. Each sees what the steps before it left."""
+"""Run the steps of cleaning in order; each step sees only rows that earlier steps kept."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,13 @@ _PROGRESS_AFTER_S = 3.0
 
 
 def find_outcome(rows: Sequence[Row], eval_rows: Sequence[Row] | None, config: CleaningConfig) -> Outcome:
-    """What the config does to these rows; the rows themselves stay as they are."""
+    """Compute what the config does to these rows, without changing them."""
     outcome = Outcome()
     outcome.masked += _mask(rows, "train", config.mask)
     outcome.masked += _mask(eval_rows or (), "eval", config.mask)
     rows = outcome.apply(rows, "train")
     row_filter = RowFilter(config)
-    row_filter.refuse_idle(rows)
+    row_filter.check_parts(rows)
     reasons = ((number, row_filter.reason(row)) for number, row in enumerate(rows))
     outcome.dropped += [DroppedRow(number, reason) for number, reason in reasons if reason]
     if config.exact_duplicates:
@@ -50,7 +50,7 @@ def _mask(rows: Sequence[Row], side: Side, kinds: Sequence[MaskKind]) -> list[Ma
 
 
 def _mask_strings(value: Any, kinds: Sequence[MaskKind], counts: Counter[str]) -> Any:
-    """The value with every string in it masked, however deep; keys of mappings stay."""
+    """Return the value with every nested string masked, except keys of mappings."""
     if isinstance(value, str):
         text, found = mask_text(value, kinds)
         counts.update(found)
@@ -69,7 +69,7 @@ def _exact(rows: Sequence[Row], survivors: Iterable[int]) -> list[DroppedRow]:
 
 
 def _near(rows: Sequence[Row], survivors: Iterable[int], threshold: float) -> list[DroppedRow]:
-    """Only rows of the same verdict are compared: a sum with another solution is another sum."""
+    """Find near duplicates among rows with the same verdict, because a sum with another solution is another sum."""
     alike: dict[str, list[int]] = {}
     for number in survivors:
         alike.setdefault(verdict(rows[number]), []).append(number)
@@ -82,7 +82,7 @@ def _near(rows: Sequence[Row], survivors: Iterable[int], threshold: float) -> li
 
 def _all_but_first(groups: list[list[int]], numbers: list[int], reason: str) -> list[DroppedRow]:
     dropped = [
-        DroppedRow(numbers[place], reason, "train", numbers[first]) for first, *others in groups for place in others
+        DroppedRow(numbers[index], reason, "train", numbers[first]) for first, *others in groups for index in others
     ]
     return sorted(dropped, key=lambda one: one.row)
 
@@ -90,15 +90,15 @@ def _all_but_first(groups: list[list[int]], numbers: list[int], reason: str) -> 
 def _overlap(
     rows: Sequence[Row], survivors: Iterable[int], eval_rows: Sequence[Row], config: CleaningConfig
 ) -> list[DroppedRow]:
-    """Rows that ask what an eval row asks, whatever the answer: having seen the question is advantage enough."""
-    asked = {number: text for number in survivors if (text := question(rows[number])) is not None}
+    """Find rows with the question of an eval row; answers are ignored, because knowing the question helps already."""
+    train = {number: text for number in survivors if (text := question(rows[number])) is not None}
     held_out = {number: text for number, text in enumerate(map(question, eval_rows)) if text is not None}
     first_of = {text: number for number, text in reversed(held_out.items())}
-    matches = {number: first_of[text] for number, text in asked.items() if text in first_of}
+    matches = {number: first_of[text] for number, text in train.items() if text in first_of}
     if config.near_duplicates:
-        left = [number for number in asked if number not in matches]
-        places = list(held_out)
+        remaining = [number for number in train if number not in matches]
+        eval_numbers = list(held_out)
         threshold = config.near_duplicates.threshold
-        near = find_near_matches([asked[number] for number in left], list(held_out.values()), threshold)
-        matches |= {left[place]: places[match] for place, match in near}
+        near = find_near_matches([train[number] for number in remaining], list(held_out.values()), threshold)
+        matches |= {remaining[index]: eval_numbers[match] for index, match in near}
     return [DroppedRow(number, "drop_eval_overlap", "eval", matches[number]) for number in sorted(matches)]
