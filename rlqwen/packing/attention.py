@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from rlqwen.packing.attention_rules import read_call, read_mask, refusal
 from rlqwen.packing.block_attention import attend_in_blocks
 from rlqwen.packing.cascade_attention import cascade_attention, has_flash_kernel
-from rlqwen.packing.layout import Layout
+from rlqwen.packing.row_layout import Layout
 from rlqwen.packing.sequence_parallel import SequenceGroup
 
 PACKED_ATTENTION = "rlqwen_packed"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlqwen.packing.layout import Layout, Span, send
+from rlqwen.packing.row_layout import Layout, Span, send
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlqwen.packing.layout import Layout, Span, send, sequences_of
+from rlqwen.packing.row_layout import Layout, Span, send, sequences_of
 
 
 @dataclass(slots=True)

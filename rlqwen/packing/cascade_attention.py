@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlqwen.packing.layout import Layout, Span, send
+from rlqwen.packing.row_layout import Layout, Span, send
 
 MAX_HEAD_DIM = 256
 """The widest head of PyTorch's flash kernels, whose widths are multiples of 8."""

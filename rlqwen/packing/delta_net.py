@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from rlqwen.errors import ModelError
 from rlqwen.packing.delta_plan import DeltaPlan
-from rlqwen.packing.layout import Layout
+from rlqwen.packing.row_layout import Layout
 
 MODULES = {
     "qwen3_next": "transformers.models.qwen3_next.modeling_qwen3_next",

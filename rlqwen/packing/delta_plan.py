@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlqwen.packing.layout import Span, sequences_of
+from rlqwen.packing.row_layout import Span, sequences_of
 
 CHUNK = 32
 """Tokens per chunk. Measured on rows of 2,500 tokens (1 core): 32 takes as long as 16, and 0.6 of 64, whose chunks are

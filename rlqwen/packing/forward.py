@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from rlqwen.packing import delta_net
 from rlqwen.packing.attention import PACKED_ATTENTION
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.packing.layout import Span
 from rlqwen.packing.routing_replay import replay_arguments
+from rlqwen.packing.row_layout import Span
 from rlqwen.packing.sequence_parallel import SequenceGroup
 
 PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}

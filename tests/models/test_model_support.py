@@ -18,7 +18,7 @@ from rlqwen.packing.attention import packed_attention
 from rlqwen.packing.attention_rules import CausalMask
 from rlqwen.packing.batch import pack
 from rlqwen.packing.forward import packs_prefixes
-from rlqwen.packing.layout import Layout, Span
+from rlqwen.packing.row_layout import Layout, Span
 from rlqwen.preflight.model_check import read_model
 from tests.models.test_policy import SHAPE, padded_logprobs, skewed_trees
 from tests.trainers.test_grpo import make_trainer as make_grpo

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlqwen.packing.block_attention import attend_in_blocks
 from rlqwen.packing.cascade_attention import CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
-from rlqwen.packing.layout import Layout, Span
+from rlqwen.packing.row_layout import Layout, Span
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -27,7 +27,7 @@ from rlqwen.packing import delta_net
 from rlqwen.packing.batch import Branch, Tree, idle_batch, pack
 from rlqwen.packing.delta_plan import DeltaPlan
 from rlqwen.packing.forward import _sequential, packing_obstacle, packs_prefixes
-from rlqwen.packing.layout import sequences_of
+from rlqwen.packing.row_layout import sequences_of
 from tests.models.test_policy import make_model, skewed_trees, with_memory
 
 TEXT = {
