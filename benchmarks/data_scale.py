@@ -107,7 +107,8 @@ def prepare_trl(model: str, rows: str, processes: int, output: str) -> tuple[flo
         output_dir=output, dataset_num_proc=processes, max_steps=3, report_to="none", use_cpu=True, bf16=False
     )
     trainer = SFTTrainer(model, args=args, train_dataset=dataset)
-    return time.monotonic() - started, len(trainer.train_dataset)
+    prepared: Any = trainer.train_dataset
+    return time.monotonic() - started, len(prepared)
 
 
 def private_bytes(root: psutil.Process) -> int:

@@ -35,17 +35,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from rlqwen import GRPOConfig, GRPOTrainer
+from rlqwen.config import RolloutConfig
 from rlqwen.models.tiny import build_tiny_qwen3
 
 NUM_PROMPTS, NUM_GENERATIONS = 4, 8
 PHASES = ("step", "rollout", "update")
-WORKLOADS = {
+WORKLOADS: dict[str, dict[str, Any]] = {
     "short": {"prompt": (32, 32), "completion": 32, "mean_length": None},
     "skewed": {"prompt": (128, 256), "completion": 256, "mean_length": 64},
 }
 
 
-def parity_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+def parity_reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """Return rewards that differ within a group and cost no time; both libraries use this function."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
@@ -145,7 +146,7 @@ def shared_arguments(folder: Path, completion: int) -> dict[str, Any]:
 def make_ours(model: Path, rows: list[dict[str, str]], folder: Path, completion: int, engine: str) -> GRPOTrainer:
     arguments = shared_arguments(folder, completion)
     trainer = GRPOTrainer(
-        str(model), parity_reward, GRPOConfig(**arguments, max_steps=10_000, rollout={"engine": engine}), rows
+        str(model), parity_reward, GRPOConfig(**arguments, max_steps=10_000, rollout=RolloutConfig(engine=engine)), rows
     )
     trainer._begin(None)
     return trainer

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,7 +37,7 @@ from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 SEQUENTIAL = mock.patch("rlqwen.packing.forward.packing_obstacle", return_value="the benchmark measures it")
 
 
-def make_batch(workload: dict, seed: int) -> PackedBatch:
+def make_batch(workload: dict[str, Any], seed: int) -> PackedBatch:
     rng = random.Random(seed)
     low, high = workload["prompt"]
     trees = []
@@ -47,7 +48,7 @@ def make_batch(workload: dict, seed: int) -> PackedBatch:
     return pack(trees)
 
 
-def completion_length(rng: random.Random, workload: dict) -> int:
+def completion_length(rng: random.Random, workload: dict[str, Any]) -> int:
     """Return the maximum length, or a length drawn with the probability 1 / mean_length that a token is the last."""
     mean, limit = workload["mean_length"], workload["completion"]
     return limit if mean is None else next((n for n in range(1, limit) if rng.random() < 1 / mean), limit)

@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlqwen.config import GRPOConfig, RolloutConfig
-from rlqwen.models.moe_balance import routers_of
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
+from rlqwen.packing.routing_replay import routers_of
 from rlqwen.rollout import build_engine
 from rlqwen.types import Group, GroupRequest, Prompt, Sampling
 

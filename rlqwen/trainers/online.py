@@ -32,7 +32,7 @@ from rlqwen.trainers.rollout_manager import RolloutManager
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Completion, Group, Prompt, Truncation
 
-RewardFunc = str | nn.Module | Reward | Callable[..., list[float | None]]
+RewardFunc = str | nn.Module | Reward | Callable[..., Sequence[float | None]]
 Args = TypeVar("Args", bound=OnlineConfig)
 
 

@@ -15,10 +15,10 @@ from peft import LoraConfig
 from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError
-from rlqwen.models.moe_balance import routers_of
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Tree, pack, split_trees
 from rlqwen.packing.forward import _own_experts
+from rlqwen.packing.routing_replay import routers_of
 from rlqwen.packing.sequence_parallel import SequenceGroup
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.prefetch import RolloutBatch
