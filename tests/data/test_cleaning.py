@@ -1,4 +1,4 @@
-"""Cleaning as a whole: what each step drops, what is counted, and when the cache is believed."""
+"""Test cleaning: which rows each step drops, the counts, and when the cache is used."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own."""
+    """Return a cache folder for this test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("RLQWEN_CACHE", str(folder))
     return folder / "data"
@@ -43,7 +43,7 @@ def clean(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any):
 
 
 def dropped(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any) -> list[tuple[int, str, Any]]:
-    """(row, reason, row that it duplicates) of all dropped rows."""
+    """Return (row, reason, duplicated row) of all dropped rows."""
     report = clean(rows, eval_rows, **config).report
     return [(e["row"], e["reason"], e["duplicate_of"]["row"] if "duplicate_of" in e else None) for e in report.examples]
 
@@ -58,7 +58,7 @@ STORY = (
 # Filters
 
 
-def test_lengths_are_of_the_whole_row_the_prompt_or_the_answer():
+def test_length_bounds_apply_to_the_row_the_prompt_or_the_answer():
     rows = [chat("abc", "de"), {"prompt": "abcdef", "completion": "g"}, {"text": "abc"}, {"prompt": "ab"}]
     assert dropped(rows, min_chars=5) == [(2, "min_chars", None), (3, "min_chars", None)]
     assert dropped(rows, max_chars=5) == [(1, "max_chars", None)]
@@ -114,7 +114,7 @@ def test_patterns_drop_and_keep_by_name_and_part():
         ({"exact_dups": True}, "unknown key 'exact_dups'; did you mean 'exact_duplicates'"),
     ],
 )
-def test_a_wrong_config_names_its_key(config, message):
+def test_an_invalid_config_raises_an_error_with_its_key(config, message):
     with pytest.raises(ConfigError, match=message):
         CleaningConfig.parse(config)
 
@@ -136,7 +136,7 @@ def test_a_filter_that_applies_to_no_row_is_refused():
         clean([{"text": "abc"}], keep_patterns=[{"name": "maths", "pattern": "x", "part": "prompt"}])
 
 
-def test_nothing_left_says_what_took_it():
+def test_dropping_all_rows_raises_an_error_with_the_reasons():
     with pytest.raises(
         DataError, match=r"left none of 2 training rows: 1 by min_chars, 1 by drop_patterns\.b"
     ) as caught:
@@ -148,13 +148,13 @@ def test_nothing_left_says_what_took_it():
 # Duplicates
 
 
-def test_exact_duplicates_equal_an_earlier_row_in_all_that_is_learned():
+def test_exact_duplicates_equal_an_earlier_row_in_all_trained_columns():
     rows = [
         sum_row(1, 2) | {"id": 1},
         sum_row(1, 2) | {"id": 2},  # only the id differs
         sum_row(1, 2) | {"solution": "4"},  # another solution is another row
         sum_row(2, 1),
-        {"solution": "3", "prompt": "1 + 2 = ?"},  # the order of columns is nothing
+        {"solution": "3", "prompt": "1 + 2 = ?"},  # the order of columns does not matter
     ]
     assert dropped(rows, exact_duplicates=True) == [(1, "exact_duplicates", 0), (4, "exact_duplicates", 0)]
     labelled = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False, True)]
@@ -163,7 +163,7 @@ def test_exact_duplicates_equal_an_earlier_row_in_all_that_is_learned():
     assert dropped(with_system, exact_duplicates=True) == []
 
 
-def test_near_duplicates_name_the_row_that_they_resemble():
+def test_near_duplicates_are_reported_with_the_row_they_resemble():
     near = STORY.replace("old", "aged")
     rows = [{"text": "Something else entirely, of about the same length as the others are, with no part shared."}]
     rows += [{"text": STORY}, {"text": near}, {"text": STORY.upper() + " "}, {"text": STORY[:80]}]
@@ -171,7 +171,7 @@ def test_near_duplicates_name_the_row_that_they_resemble():
     assert dropped(rows, near_duplicates={"threshold": 1.0}) == [(3, "near_duplicates", 1)]
 
 
-def test_a_shared_system_prompt_makes_nothing_near_and_another_one_nothing_different():
+def test_system_prompts_do_not_affect_near_duplicates():
     system = STORY * 5
     rows = [chat("Name a colour.", "Green, I think.", system), chat("Sing a song!", "La la la.", system)]
     assert dropped(rows, near_duplicates=True) == []
@@ -190,7 +190,7 @@ def test_sums_that_differ_by_a_digit_are_not_near_duplicates():
     assert dropped(alike, near_duplicates=True) == [(1, "near_duplicates", 0), (2, "near_duplicates", 0)]
 
 
-def test_overlap_with_eval_is_by_the_question_and_near_only_on_demand():
+def test_eval_overlap_compares_questions_and_near_matches_are_optional():
     train = [chat(STORY, "yes"), chat("q", "a"), {"text": "plain"}, chat("left", "over")]
     almost = chat(STORY.replace("old", "aged"), "An answer that is long enough to set this row apart from the first.")
     held_out = [chat("q", "another answer", system="s"), {"prompt": STORY, "solution": "x"}, {"text": "plain"}]
@@ -200,7 +200,7 @@ def test_overlap_with_eval_is_by_the_question_and_near_only_on_demand():
     assert dropped([*train, almost], held_out, **near) == [*exact, (4, "drop_eval_overlap", 1)]
 
 
-def test_steps_come_in_order_and_each_row_is_dropped_once():
+def test_steps_run_in_order_and_each_row_is_dropped_once():
     rows = [
         {"text": "a@b.com " + STORY},
         {"text": "c@d.com " + STORY},  # equal to the first as soon as both are masked
@@ -245,7 +245,7 @@ def outcome_files(cache: Path) -> list[Path]:
     return sorted(cache.rglob("outcome.jsonl.gz"))
 
 
-def test_a_second_time_the_steps_are_not_taken_again(cache, monkeypatch):
+def test_a_second_run_reads_the_cache_and_runs_no_step(cache, monkeypatch):
     first = clean(ROWS, ROWS[:1], **CONFIG)
     (file,) = outcome_files(cache)
     content = file.read_bytes()
@@ -259,7 +259,7 @@ def test_a_second_time_the_steps_are_not_taken_again(cache, monkeypatch):
     assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_other_rows_other_eval_rows_other_settings_or_other_code_are_another_entry(cache, monkeypatch):
+def test_rows_eval_rows_settings_and_code_are_part_of_the_cache_key(cache, monkeypatch):
     clean(ROWS, **CONFIG)
     for rows, held_out, config in (
         (ROWS[:5], None, CONFIG),
@@ -276,7 +276,7 @@ def test_other_rows_other_eval_rows_other_settings_or_other_code_are_another_ent
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "no gzip", "other entry", "edited"])
-def test_a_damaged_entry_is_noticed_and_made_anew(cache, damage, caplog):
+def test_a_damaged_cache_entry_is_detected_and_replaced(cache, damage, caplog):
     first = clean(ROWS, **CONFIG)
     (file,) = outcome_files(cache)
     good = file.read_bytes()
@@ -303,7 +303,7 @@ def test_a_damaged_entry_is_noticed_and_made_anew(cache, damage, caplog):
     assert file.read_bytes() == good
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path, caplog):
+def test_an_unwritable_cache_does_not_fail_cleaning(tmp_path, caplog):
     (tmp_path / "file").touch()
     cleaned = clean(ROWS, **CONFIG, cache_dir=str(tmp_path / "file"))
     assert len(cleaned.train) == 3
@@ -311,13 +311,13 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(tmp_path, caplog):
     assert "cannot be cached" in caplog.text
 
 
-def test_the_folder_of_the_config_goes_before_the_environment(cache, tmp_path):
+def test_the_cache_folder_of_the_config_overrides_the_environment(cache, tmp_path):
     clean(ROWS, **CONFIG, cache_dir=str(tmp_path))
     assert outcome_files(cache) == []
     assert len(outcome_files(tmp_path)) == 1
 
 
-def test_values_that_json_lacks_survive_the_cache():
+def test_values_that_json_lacks_are_cached_without_change():
     import datetime
 
     rows = [{"text": "a@b.com", "seen": datetime.date(2026, 1, 2), "raw": b"\xff"}]
@@ -327,7 +327,7 @@ def test_values_that_json_lacks_survive_the_cache():
     assert cleaned.report.from_cache
 
 
-def test_the_list_of_dropped_rows_holds_nothing_masked_and_stays_small(tmp_path):
+def test_the_list_of_dropped_rows_is_masked_and_limited(tmp_path):
     rows = [{"text": "a@b.com " + "x" * 1000}] * 1200
     report = clean(rows, **CONFIG).report
     report.write(tmp_path)
@@ -349,7 +349,7 @@ def test_the_list_of_dropped_rows_holds_nothing_masked_and_stays_small(tmp_path)
 
 
 def random_rows(rng: random.Random) -> list[Row]:
-    """Rows of every form, many of them alike, with much to mask."""
+    """Generate rows of every format, with many duplicates and much to mask."""
     words = [
         "the",
         "mill",
@@ -391,7 +391,7 @@ def random_rows(rng: random.Random) -> list[Row]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_clean_stays_as_it_is(seed):
+def test_clean_rows_are_not_changed(seed):
     rng = random.Random(seed)
     rows, held_out = random_rows(rng), random_rows(rng)[:10]
     config = {
@@ -414,7 +414,7 @@ def test_what_is_clean_stays_as_it_is(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_of_duplicates_the_first_stays_and_the_order_holds(seed):
+def test_the_first_duplicate_is_kept_and_the_order_is_unchanged(seed):
     rows = random_rows(random.Random(seed))
     cleaned = clean(rows, exact_duplicates=True, near_duplicates=True)
     numbers = [rows.index(row) for row in cleaned.train]
@@ -453,7 +453,7 @@ output_dir: {folder}/run
     return load_recipe(folder / "recipe.yaml")
 
 
-def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
+def test_check_and_run_use_the_same_cleaned_rows(tiny_model_path, tmp_path, cache):
     from rlqwen.runs.pipeline import run_recipe
     from rlqwen.trainers.factory import build_trainer
 
@@ -479,7 +479,7 @@ def test_check_and_run_see_the_same_rows(tiny_model_path, tmp_path, cache):
     assert len(outcome_files(cache)) == 1
 
 
-def test_keys_are_reached_by_overrides_and_faults_are_located():
+def test_overrides_reach_cleaning_keys_and_errors_have_their_path():
     overrides = ["data.cleaning.mask=[email]", "data.cleaning.near_duplicates=true", "data.cleaning.max_chars=90"]
     cleaning = load_recipe("quickstart_sft", overrides).data.cleaning
     assert cleaning == CleaningConfig(mask=["email"], near_duplicates={"threshold": 0.8}, max_chars=90)
@@ -499,14 +499,14 @@ def test_repeated_rows_of_a_file_are_found(name, count):
     assert cleaned.report.dropped == {"exact_duplicates": count, "drop_eval_overlap": 3}
 
 
-def test_without_the_section_nothing_is_touched(tiny_model_path, tmp_path, cache):
+def test_without_a_cleaning_section_rows_are_not_changed(tiny_model_path, tmp_path, cache):
     recipe = recipe_over(tmp_path, tiny_model_path)
     data = load_recipe_data(recipe.data.model_copy(update={"cleaning": None}))
     assert (len(data.train), len(data.eval), data.cleaning) == (25, 3, None)
     assert not cache.exists()
 
 
-def test_check_reports_a_fault_of_cleaning_once(tiny_model_path, tmp_path):
+def test_check_reports_a_cleaning_error_once(tiny_model_path, tmp_path):
     recipe = recipe_over(tmp_path, tiny_model_path)
     recipe.data.cleaning.min_chars = 10_000
     report = check_recipe(recipe)

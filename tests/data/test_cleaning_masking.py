@@ -1,4 +1,4 @@
-"""What is masked, and above all what is not."""
+"""Test what masking finds, and especially what it does not mask."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from rlqwen.data.cleaning.steps import find_outcome
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
-# Put together here, so that no scanner of this repository takes them for real ones.
+# Joined at run time, so that secret scanners do not report them.
 TOKEN = "a1B2c3D4e5F6g7H8i9J0"
 PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIE\nowIB\n-----END RSA PRIVATE KEY-----"
 
@@ -53,7 +53,7 @@ def masked(text: str) -> str:
         (f"before\n{PEM}\nafter", "before\n[KEY]\nafter"),
     ],
 )
-def test_what_identifies_is_masked(text, expected):
+def test_personal_data_and_secrets_are_masked(text, expected):
     assert masked(text) == expected
     assert masked(expected) == expected
 
@@ -78,18 +78,18 @@ def test_what_identifies_is_masked(text, expected):
         "(1) 2345 - 6789 and f(100) 200-3000",
     ],
 )
-def test_numbers_versions_and_code_stay(text):
+def test_numbers_versions_and_code_are_not_masked(text):
     assert masked(text) == text
 
 
 def id_card(first17: str) -> str:
-    """With the check digit by the standard's own table of weights, written out."""
+    """Append the check digit, computed with the table of weights of the standard."""
     weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
     total = sum(int(digit) * weight for digit, weight in zip(first17, weights, strict=True))
     return first17 + "10X98765432"[total % 11]
 
 
-def test_an_id_card_needs_its_check_digit_and_a_real_day():
+def test_an_id_card_number_needs_the_right_check_digit_and_a_real_date():
     assert id_card("11010519491231002") == "11010519491231002X"  # the example of GB 11643-1999
     assert masked("身份证11010519491231002X。") == "身份证[ID_CARD]。"
     assert masked("11010519491231002x") == "[ID_CARD]"
@@ -100,19 +100,19 @@ def test_an_id_card_needs_its_check_digit_and_a_real_day():
     assert masked("1" + id_card("44030019920229123")) == "1" + id_card("44030019920229123")
 
 
-def test_of_random_numbers_of_18_digits_hardly_any_is_an_id_card():
+def test_few_random_18_digit_numbers_are_masked_as_id_cards():
     rng = random.Random(0)
     numbers = [str(rng.randrange(10**17, 10**18)) for _ in range(20_000)]
     assert sum(mask_text(number, ["id_card"])[1].total() for number in numbers) <= 2
 
 
-def test_only_the_kinds_asked_for_are_masked_and_counted():
+def test_only_configured_kinds_are_masked_and_counted():
     text = "a@b.com c@d.com 13812345678"
     assert mask_text(text, ["email"]) == ("[EMAIL] [EMAIL] 13812345678", {"email": 2})
     assert mask_text(text, []) == (text, {})
 
 
-def test_masking_goes_into_tool_calls_and_answers_and_leaves_other_columns():
+def test_masking_covers_tool_calls_and_answers_but_not_other_columns():
     row = {
         "messages": [
             {"role": "user", "content": "mail a@b.com"},
@@ -135,7 +135,7 @@ def test_masking_goes_into_tool_calls_and_answers_and_leaves_other_columns():
     assert "source" not in found.columns
 
 
-def test_any_text_can_be_masked_and_what_is_masked_is_not_masked_again():
+def test_any_text_can_be_masked_and_masking_is_idempotent():
     rng = random.Random(0)
     parts = [
         "+",
@@ -160,8 +160,8 @@ def test_any_text_can_be_masked_and_what_is_masked_is_not_masked_again():
         assert masked(once) == once
 
 
-def test_hostile_text_takes_no_longer_than_its_length():
-    """Bounded repetitions: none of these may backtrack without end (each would take minutes if one did)."""
+def test_masking_time_of_hostile_text_is_linear():
+    """Check that no pattern backtracks without limit; each of these texts would then take minutes."""
     for text in ("1" * 20_000, "+44" + " 1" * 10_000, "a." * 10_000, "a@" + "b." * 10_000, "0:" * 10_000, "sk-" * 7000):
         masked(text)
 
@@ -175,8 +175,8 @@ def test_hostile_text_takes_no_longer_than_its_length():
         ("tools.json", {}, {"email": 4}),
     ],
 )
-def test_ordinary_text_keeps_its_numbers(name, columns, counts):
-    """Sums, dates, versions and amounts are left alone. (So are all numbers of GSM8K's 7,473 worked sums.)"""
+def test_numbers_in_ordinary_text_are_not_masked(name, columns, counts):
+    """Check that sums, dates, versions and amounts are not masked."""
     rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns), seed=0)
     outcome = find_outcome(rows, None, CleaningConfig(mask=list(KINDS)))
     assert outcome.masked_by_kind("train") == counts

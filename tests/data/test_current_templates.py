@@ -1,4 +1,4 @@
-"""The chat templates of Qwen3.5, 3.6, 3.8 and Instruct-2507: rows become the ids of the template, at every seam.
+"""Test the chat templates of Qwen3.5, 3.6, 3.8 and Instruct-2507: tokens of rows equal those of the template.
 
 A prompt ends in the generation prompt, and what the model writes after it is tokenized apart: expected ids are those of
 the template's text, cut behind each `<think>` that the prompt opens.
@@ -93,7 +93,7 @@ def learned(tokenizer: Any, row: Any) -> str:
 # Thoughts
 
 
-def test_a_turn_that_thinks_and_then_calls_is_the_templates(thinking):
+def test_a_turn_with_thoughts_and_a_tool_call_has_the_tokens_of_the_template(thinking):
     forms = [
         answer("", reasoning_content="use add"),
         answer("<think>\nuse add\n</think>\n\n"),
@@ -112,13 +112,13 @@ def test_a_turn_that_thinks_and_then_calls_is_the_templates(thinking):
             assert said.startswith("use add\n</think>\n\n" + ("Sure.\n\n" if form["content"] == "Sure." else ""))
             assert "<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>" in said
             assert said.endswith("<|im_end|>got 2\n</think>\n\nIt is 2.<|im_end|>")
-            # As prompt and completion the same is learned, whatever follows the turn that calls.
+            # As prompt and completion, the same text is learned, whatever follows the tool call.
             parted = sft(thinking, {"prompt": messages[:1], "completion": messages[1:]})
             assert (parted.token_ids, parted.loss_mask) == (row.token_ids, row.loss_mask)
 
 
 @pytest.mark.fault("thoughts in think tags, for a template that reads only reasoning_content", "moved there, and said")
-def test_thoughts_in_tags_are_learned_where_the_template_reads_them():
+def test_thoughts_in_tags_are_moved_to_the_key_that_the_template_reads():
     tokenizer = tokenizer_of("qwen3_8")
     turns = [user(), THOUGHT, user("sure?"), answer("Yes. <think>\nhm\n</think>\n\n2")]
     rows = [{"messages": turns}, {"prompt": turns[:3], "completion": turns[3:]}]
@@ -127,7 +127,7 @@ def test_thoughts_in_tags_are_learned_where_the_template_reads_them():
     beside, moved = report.warnings
     assert "text before <think>" in beside
     assert "the chat template reads thoughts only from reasoning_content" in moved
-    # A prompt stays as serving sends it: there the tags stand behind an empty think block.
+    # A prompt stays as serving sends it: its tags follow an empty think block.
     prompt = sequences[1].token_ids[: sequences[1].loss_mask.index(True)]
     assert prompt == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True, return_dict=False)
     assert "</think>\n\n<think>\nhm" in tokenizer.decode(prompt)
@@ -136,7 +136,7 @@ def test_thoughts_in_tags_are_learned_where_the_template_reads_them():
         assert tokenize_sft([row], tokenizer_of(name), SFTConfig(max_length=None))[1].warnings == []
 
 
-def test_a_reward_model_reads_thoughts_where_its_template_does():
+def test_a_reward_model_reads_thoughts_from_the_key_of_its_template():
     tokenizer = tokenizer_of("qwen3_8")
     expected = text_of(tokenizer, [user(), answer("2", reasoning_content="hm")]) + "\n"
     pair = {"prompt": [user()], "chosen": [THOUGHT], "rejected": [answer("3")]}
@@ -149,7 +149,7 @@ def test_a_reward_model_reads_thoughts_where_its_template_does():
 
 
 @pytest.mark.parametrize("name", ["qwen3", *NAMES[:-1]])
-def test_thoughts_in_a_tool_loop_are_refused_where_the_prompt_says_not_to_think(name):
+def test_thoughts_in_a_tool_loop_are_refused_if_thinking_is_disabled(name):
     tokenizer = tokenizer_of(name)
     options = {"chat_template_kwargs": NO_THINKING}
     loop = [user(), answer("", reasoning_content="hm", tool_calls=[call(a=1)]), RESULT, answer()]
@@ -160,7 +160,7 @@ def test_thoughts_in_a_tool_loop_are_refused_where_the_prompt_says_not_to_think(
         tokenize_preferences(
             [{"prompt": loop[:3], "chosen": [THOUGHT], "rejected": [answer()]}], tokenizer, DPOConfig(**options)
         )
-    # What is not learned may think, in a prompt and where the row marks it.
+    # Messages that are not learned may have thoughts: those of a prompt, and those that the row excludes.
     marked = sft(tokenizer, {"messages": [user(), loop[1] | {"loss": False}, *loop[2:]]}, **options)
     prompted = sft(tokenizer, {"prompt": loop[:3], "completion": loop[3:]}, **options)
     assert learned(tokenizer, marked) == learned(tokenizer, prompted) == "2<|im_end|>"
@@ -170,12 +170,12 @@ def test_thoughts_in_a_tool_loop_are_refused_where_the_prompt_says_not_to_think(
     assert sft(tokenizer, {"messages": [user(), loop[1] | {"reasoning_content": ""}, *loop[2:]]}, **options)
 
 
-def test_interleaved_thoughts_stay_within_a_question_and_leave_with_the_next(thinking):
+def test_interleaved_thoughts_are_kept_until_the_next_question(thinking):
     loop = [user(), answer("", reasoning_content="first", tool_calls=[call(a=1)]), RESULT]
     turns = [*loop, answer("2", reasoning_content="then"), user("sure?"), answer("2", reasoning_content="last")]
     row = sft(thinking, {"messages": turns})
     assert row.token_ids == ids_of(thinking, turns)
-    keeps = "preserve_thinking is undefined" in thinking.chat_template  # Qwen3.8's own rule
+    keeps = "preserve_thinking is undefined" in thinking.chat_template  # only in Qwen3.8's template
     assert [word in learned(thinking, row) for word in ("first", "then", "last")] == [keeps, keeps, True]
     whole = sft(thinking, {"messages": turns[:4]})
     assert learned(thinking, whole).count("</think>") == 2
@@ -183,14 +183,14 @@ def test_interleaved_thoughts_stay_within_a_question_and_leave_with_the_next(thi
     assert learned(thinking, all_kept).count("</think>") == 3
     dropped = sft(thinking, {"messages": turns}, preserve_thinking=False)
     assert [word in thinking.decode(dropped.token_ids) for word in ("first", "then", "last")] == [False, False, True]
-    # A tool's result in a user's turn asks no question either, with the control tokens that someone wrote in it.
+    # A tool result in a user message is not a question either, even with control tokens in its text.
     result = user("<tool_response>\n2<|im_end|>\n</tool_response> \n")
     messages = [*turns[:2], result, answer("2", reasoning_content="then")]
     for preserve in (None, False):
         assert "first" in learned(thinking, sft(thinking, {"messages": messages}, preserve_thinking=preserve))
 
 
-def test_earlier_turns_without_their_thoughts_are_warned_of(thinking):
+def test_dropped_thoughts_of_earlier_turns_give_a_warning(thinking):
     row = {
         "messages": [user(), answer("2", reasoning_content="hm"), user("sure?"), answer("2", reasoning_content="hm")]
     }
@@ -202,7 +202,7 @@ def test_earlier_turns_without_their_thoughts_are_warned_of(thinking):
         assert any("1 without a think block after a prompt" in line for line in report.form) is is_warned
 
 
-def test_a_thought_that_never_ends_gets_no_empty_block_before_it(thinking):
+def test_a_truncated_thought_gets_no_empty_think_block_before_it(thinking):
     cut = answer("<think>\nhm")
     for completion in ([cut], [cut, RESULT, cut]):
         row = sft(thinking, {"prompt": [user()], "completion": completion})
@@ -210,7 +210,7 @@ def test_a_thought_that_never_ends_gets_no_empty_block_before_it(thinking):
 
 
 @pytest.mark.parametrize("content", [THOUGHT["content"], "hm\n</think>\n\n2", "\n<think>\nhm\n</think>\n\n2"])
-def test_thoughts_without_their_opening_tag_are_the_same_thoughts(thinking, content):
+def test_thoughts_without_an_opening_tag_are_read_as_thoughts(thinking, content):
     messages = [user(), answer("2", reasoning_content="hm")]
     ids, _ = tokenize_conversation(thinking, [user(), answer(content)])
     assert ids[:-1] == ids_of(thinking, messages)
@@ -222,7 +222,7 @@ def test_thoughts_without_their_opening_tag_are_the_same_thoughts(thinking, cont
 
 
 @pytest.mark.parametrize("kwargs", [{}, NO_THINKING, {"reasoning_effort": "low"}], ids=str)
-def test_history_stands_in_a_prompt_as_serving_sends_it(tokenizer, kwargs):
+def test_history_in_a_prompt_is_rendered_as_in_serving(tokenizer, kwargs):
     for said in ([THOUGHT], [answer()], [answer("", reasoning_content="hm", tool_calls=[call(a=1)]), RESULT, answer()]):
         prompt = [user(), *said, user("and 2+2?")]
         expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
@@ -235,7 +235,7 @@ def test_history_stands_in_a_prompt_as_serving_sends_it(tokenizer, kwargs):
         assert sampled.token_ids == both.prompt_ids == one.token_ids[: one.loss_mask.index(True)] == expected
 
 
-def test_a_system_column_begins_every_form_of_row(tokenizer):
+def test_a_system_column_is_the_first_message_in_every_format(tokenizer):
     column = {"system": "You are terse."}
     turns, shared = [user(), answer()], [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
     system = {"role": "system", "content": "You are terse."}
@@ -253,7 +253,7 @@ def test_a_system_column_begins_every_form_of_row(tokenizer):
     assert tokenizer.decode(both.prompt_ids).rstrip() == tokenizer.decode(sampled.token_ids).rstrip() == prompt
 
 
-def test_reasoning_effort_is_the_templates_own_and_an_unknown_one_is_refused():
+def test_reasoning_effort_is_passed_to_the_template_and_invalid_values_are_refused():
     tokenizer = tokenizer_of("qwen3_8")
     empty = [{"role": "system", "content": ""}, user()]
     for kwargs in ({"reasoning_effort": "medium"}, NO_THINKING):
@@ -265,7 +265,7 @@ def test_reasoning_effort_is_the_templates_own_and_an_unknown_one_is_refused():
         sft(tokenizer, {"messages": [user(), answer()]}, chat_template_kwargs={"reasoning_effort": "high"})
 
 
-def test_template_arguments_that_the_template_does_not_read_are_named():
+def test_unread_template_arguments_are_reported():
     kwargs = {"reasoning_effort": "low", "enable_thinking": True}
     row = {"messages": [user(), answer()]}
     for name, unread in (("qwen3_8", ""), ("qwen3_6", "reasoning_effort"), ("qwen2_5", ", ".join(kwargs))):
@@ -286,7 +286,7 @@ def test_template_arguments_that_the_template_does_not_read_are_named():
         ([user(), answer(), {"role": "system", "content": "s"}], "System message must be at the beginning"),
     ],
 )
-def test_what_the_template_refuses_is_refused_with_the_row_and_the_reason(thinking, prompt, reason):
+def test_template_errors_are_raised_with_row_and_reason(thinking, prompt, reason):
     pair = {"prompt": prompt, "chosen": [answer()], "rejected": [answer("3")]}
     for refuse in (
         lambda: sft(thinking, {"messages": [*prompt, answer()]}),
@@ -302,7 +302,7 @@ def test_what_the_template_refuses_is_refused_with_the_row_and_the_reason(thinki
 # Rows of every form
 
 
-def test_turns_of_openai_in_conversations_are_those_of_messages(tokenizer):
+def test_openai_messages_in_a_conversations_column_are_read_like_messages(tokenizer):
     calls = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
     opens = "enable_thinking" in tokenizer.chat_template
     options = {"chat_template_kwargs": {"enable_thinking": True}}
@@ -320,7 +320,7 @@ def test_turns_of_openai_in_conversations_are_those_of_messages(tokenizer):
 
 
 @pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
-def test_marked_turns_are_in_context_only(tokenizer, key):
+def test_messages_excluded_from_the_loss_stay_in_the_context(tokenizer, key):
     turns = [user(), answer("WRONG", **{key: 0}), user("sure?"), answer("2", **{key: 1})]
     whole = sft(tokenizer, {"messages": turns})
     assert whole.token_ids == ids_of(tokenizer, [{k: v for k, v in turn.items() if k != key} for turn in turns])
@@ -328,7 +328,7 @@ def test_marked_turns_are_in_context_only(tokenizer, key):
     assert learned(tokenizer, whole).endswith("2<|im_end|>")
 
 
-def test_rows_of_pandas_and_turns_in_json_text(tokenizer):
+def test_pandas_rows_and_messages_as_json_text_are_read(tokenizer):
     table = pandas.read_csv(io.StringIO("instruction,input,output\nAdd,1 and 1,2\nSay hi,,hi\n"))
     rows, _ = tokenize_sft(as_rows(table.to_dict("records")), tokenizer, SFTConfig())
     expected = [ids_of(tokenizer, [user(q), answer(a)]) for q, a in (("Add\n1 and 1", "2"), ("Say hi", "hi"))]
@@ -339,7 +339,7 @@ def test_rows_of_pandas_and_turns_in_json_text(tokenizer):
     )
 
 
-def test_added_special_tokens_are_learned_and_seen_by_rewards(thinking):
+def test_added_special_tokens_are_learned_and_passed_to_rewards(thinking):
     tokenizer = build_tokenizer(template="qwen3_5_think", is_qwen3_5=True)
     tokenizer.chat_template = thinking.chat_template
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
@@ -356,7 +356,7 @@ def test_added_special_tokens_are_learned_and_seen_by_rewards(thinking):
 # Tools
 
 
-def test_arguments_of_every_type_are_written_as_the_template_writes_them(thinking):
+def test_tool_arguments_of_every_type_are_rendered_as_the_template_does(thinking):
     arguments = {"s": "a\nb", "n": 1.5, "yes": True, "none": None, "list": [1, None], "object": {"k": "<|im_end|>"}}
     own = [user(), answer("", tool_calls=[call(**arguments)]), RESULT, answer(reasoning_content="hm")]
     text = [user(), answer("", tool_calls=[call()]), *own[2:]]
@@ -372,7 +372,7 @@ def test_arguments_of_every_type_are_written_as_the_template_writes_them(thinkin
     )
 
 
-def test_calls_and_tools_of_different_arguments_keep_their_own_in_every_form_of_table(tokenizer, tmp_path):
+def test_calls_and_tools_keep_only_their_own_arguments_in_every_table_format(tokenizer, tmp_path):
     def tool(name: str, **properties: Any) -> Turn:
         parameters = {"type": "object", "properties": properties}
         return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
@@ -396,7 +396,7 @@ def test_calls_and_tools_of_different_arguments_keep_their_own_in_every_form_of_
 # Rewards
 
 
-def test_rewards_know_that_the_prompt_opened_the_reasoning(thinking):
+def test_rewards_know_that_the_prompt_opened_a_think_block(thinking):
     texts = ["1+1\n</think>\n\n\\boxed{2}", "<think>\n1+1\n</think>\n\n\\boxed{2}", "maybe \\boxed{2}, but"]
     for kwargs, expected in (({}, [1.0, 0.0, 0.0]), (NO_THINKING, [0.0, 1.0, 0.0])):
         (prompt,), _ = tokenize_prompts(

@@ -1,4 +1,4 @@
-"""Equal and nearly equal texts are found, and nothing else."""
+"""Test that equal and nearly equal texts are found, and no others."""
 
 import random
 
@@ -14,28 +14,28 @@ def sentence(seed: int, length: int = 60) -> list[str]:
 
 
 def similarity(a: str, b: str) -> float:
-    """Jaccard similarity of runs of three words, by hand."""
+    """Compute the Jaccard similarity of runs of three words directly."""
     first, second = ({tuple(words[i : i + 3]) for i in range(len(words) - 2)} for words in (a.split(), b.split()))
     return len(first & second) / len(first | second)
 
 
-def test_exact_groups_are_equal_texts_in_order():
+def test_exact_duplicate_groups_are_in_order():
     assert find_exact_duplicates(["a", "b", "a", "B", "b", "a"]) == [[0, 2, 5], [1, 4]]
     assert find_exact_duplicates([]) == []
 
 
-def test_the_threshold_means_the_similarity_of_three_word_runs():
+def test_the_threshold_is_the_jaccard_similarity_of_three_word_runs():
     words = sentence(0)
     text = " ".join(words)
     changed = [" ".join(["other", *words[1:]]), " ".join([*words[:30], "other", *words[31:]])]
-    # 58 runs; a changed first word changes one of them, one in the middle three.
+    # 58 runs; changing the first word changes one run, changing a middle word changes three.
     assert [similarity(text, one) for one in changed] == [57 / 59, 55 / 61]
     for other, value in zip(changed, (57 / 59, 55 / 61), strict=True):
         assert find_near_duplicates([text, other], value - 0.001) == [[0, 1]]
         assert find_near_duplicates([text, other], value + 0.001) == []
 
 
-def test_case_and_punctuation_do_not_count_and_numbers_do():
+def test_case_and_punctuation_are_ignored_but_numbers_are_not():
     assert find_near_duplicates(["What is 12 + 34?", "what is: 12 34", "What is 12 + 35?"], 1.0) == [[0, 1]]
     assert find_near_duplicates(["Yes.", "yes", "no", "?", "!", "", "?"]) == [[0, 1], [3, 6]]
 
@@ -45,7 +45,7 @@ def test_chinese_characters_count_as_words():
     assert find_near_duplicates([text, text.replace("短", "长"), "完全不同的另一个问题需要回答"], 0.7) == [[0, 1]]
 
 
-def test_each_member_is_near_to_the_first_not_to_a_chain():
+def test_each_member_is_near_to_the_first_of_its_group():
     words = sentence(1)
     a, c = " ".join(words), " ".join(words[8:] + [f"new{i}" for i in range(8)])
     b = " ".join(words[4:] + [f"new{i}" for i in range(4)])
@@ -61,13 +61,13 @@ def test_all_of_many_planted_duplicates_are_found_and_no_others():
     assert groups == [[i, 300 + i] for i in range(100)]
 
 
-def test_matches_name_a_text_of_the_other_side():
+def test_near_matches_return_the_index_of_the_other_text():
     texts = [" ".join(sentence(seed)) for seed in range(4)]
     assert find_near_matches([texts[3], texts[0] + " more", "x"], [*texts[:2], texts[3]]) == [(0, 2), (1, 0)]
     assert find_near_matches(["x"], []) == []
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5])
-def test_a_threshold_that_means_nothing_is_refused(threshold):
+def test_an_invalid_threshold_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold must be above 0"):
         find_near_duplicates(["a"], threshold)

@@ -1,4 +1,4 @@
-"""Rows of many forms become one; what can't be read is named with its row and turn."""
+"""Test that rows of many formats are normalized, and that errors have the row and message number."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ from rlqwen.errors import DataError
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def test_sharegpt_roles_become_the_templates():
+def test_sharegpt_roles_become_template_roles():
     row = {
         "conversations": [
             {"from": "human", "value": "q"},
@@ -82,7 +82,7 @@ def test_sharegpt_roles_become_the_templates():
         ),
     ],
 )
-def test_malformed_rows_are_named(row, message):
+def test_malformed_rows_raise_an_error_with_their_place(row, message):
     with pytest.raises(DataError, match=message) as caught:
         normalize_row(row, "row 3")
     assert str(caught.value).startswith("row 3: ")
@@ -104,7 +104,7 @@ def test_alpaca_rows_become_messages():
     assert bare["messages"][0]["content"] == "Add."
 
 
-def test_parts_of_text_are_joined_and_missing_values_left_out():
+def test_text_parts_are_joined_and_missing_values_removed():
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
     assert normalize_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
     call = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
@@ -116,7 +116,7 @@ def test_normalizing_twice_changes_nothing():
     assert normalize_row(once, "row 0") == once
 
 
-def test_a_prompt_is_what_comes_before_the_last_answer_and_the_answer_is_the_solution():
+def test_the_prompt_ends_before_the_last_answer_which_becomes_the_solution():
     expected = {"prompt": TURNS[:1], "solution": "a"}
     assert to_prompt_row({"messages": TURNS}, "row 0") == expected
     assert to_prompt_row({"prompt": TURNS[:1], "completion": TURNS[1:]}, "row 0") == expected
@@ -157,7 +157,7 @@ def said(row: dict[str, Any]) -> Any:
     ],
     ids="+".join,
 )
-def test_a_system_column_stands_first_in_every_form(row, column):
+def test_a_system_column_becomes_the_first_message_in_every_format(row, column):
     prompt = to_prompt_row(said(row | {column: "s"}), "row 0")
     assert prompt == {"prompt": [{"role": "system", "content": "s"}, *TURNS[:1]]} | {
         key: prompt[key] for key in ("solution",) if key in prompt
@@ -165,7 +165,7 @@ def test_a_system_column_stands_first_in_every_form(row, column):
     assert to_prompt_row(said(row | {column: " "}), "row 0") == to_prompt_row(said(row), "row 0")
 
 
-def test_a_system_column_that_contradicts_the_turns_stays_so_that_it_is_named():
+def test_a_system_column_that_contradicts_the_messages_is_kept_as_unused():
     own = [{"role": "system", "content": "own"}, *TURNS]
     assert said({"messages": own, "system": "own"}) == {"messages": own}
     assert said({"messages": own, "system": "other"}) == {"messages": own, "system": "other"}
@@ -175,7 +175,7 @@ def test_a_system_column_that_contradicts_the_turns_stays_so_that_it_is_named():
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_have_one_name(key):
+def test_thoughts_are_always_named_reasoning_content(key):
     turn = {"role": "assistant", "content": "a", key: "easy"}
     (got,) = said({"messages": [turn]})["messages"]
     assert got == {"role": "assistant", "content": "a", "reasoning_content": "easy"}
@@ -183,7 +183,7 @@ def test_thoughts_have_one_name(key):
 
 @pytest.mark.parametrize("key", ["loss", "loss_scale", "weight", "train", "training"])
 @pytest.mark.parametrize("no", [False, 0, 0.0, "false"])
-def test_a_turn_that_must_not_be_learned_is_marked_in_every_form(key, no):
+def test_a_message_excluded_from_the_loss_is_marked_in_every_format(key, no):
     marked = {**TURNS[1], "in_loss": False}
     mark = {key: no}
     row = {"messages": [TURNS[0], TURNS[1] | mark, TURNS[0], TURNS[1] | {key: True}]}
@@ -201,7 +201,7 @@ def test_a_turn_that_must_not_be_learned_is_marked_in_every_form(key, no):
     }
 
 
-def test_a_mark_that_cannot_be_followed_stays_so_that_it_is_named():
+def test_a_loss_key_without_effect_is_kept_as_unused():
     user = TURNS[0] | {"train": True}
     assert said({"messages": [user, TURNS[1]]})["messages"][0] == user
 
@@ -209,7 +209,7 @@ def test_a_mark_that_cannot_be_followed_stays_so_that_it_is_named():
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def test_openai_turns_under_conversations_keep_calls_and_thoughts():
+def test_openai_messages_in_conversations_keep_calls_and_thoughts():
     turns = [
         TURNS[0],
         {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "1"}], "reasoning_content": "add"},
@@ -220,7 +220,7 @@ def test_openai_turns_under_conversations_keep_calls_and_thoughts():
     assert said({"conversation": turns}) == said({"messages": turns})
 
 
-def test_calls_as_turns_of_their_own_belong_to_the_turn_before():
+def test_calls_as_separate_messages_are_merged_into_the_message_before():
     call = json.dumps({"name": "add", "arguments": {"a": 1}})
     row = {
         "messages": [
@@ -241,7 +241,7 @@ def test_calls_as_turns_of_their_own_belong_to_the_turn_before():
 
 
 @pytest.mark.parametrize("missing", [float("nan"), numpy.float64("nan"), numpy.datetime64("NaT"), None], ids=repr)
-def test_what_is_missing_in_a_table_is_missing_here(missing):
+def test_missing_table_values_are_removed(missing):
     alpaca = {"instruction": "q", "input": missing, "output": "a", "history": missing, "system": missing}
     assert said(alpaca) == {"messages": TURNS}
     assert said({"messages": TURNS, "tools": missing, "note": missing, "of": [missing, {"a": missing}]}) == {
@@ -253,7 +253,7 @@ def test_what_is_missing_in_a_table_is_missing_here(missing):
         to_prompt_row(said({"prompt": missing, "solution": "1"}), "row 0")
 
 
-def test_pandas_own_missing_values_and_arrays():
+def test_missing_values_and_arrays_of_pandas_become_plain_values():
     pandas = pytest.importorskip("pandas")
     assert said({"prompt": "q", "a": pandas.NA, "b": pandas.NaT}) == {"prompt": "q", "a": None, "b": None}
     filled = numpy.array([{**TURNS[0], "tool_calls": None}, {**TURNS[1], "tool_calls": numpy.array([CALL])}])
@@ -264,7 +264,7 @@ def test_pandas_own_missing_values_and_arrays():
 
 
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
-def test_turns_may_stand_as_text(write):
+def test_messages_may_be_json_text(write):
     assert said({"messages": write(TURNS)}) == {"messages": TURNS}
     assert said({"conversations": write([{"from": "human", "value": "q"}])}) == {"messages": TURNS[:1]}
     assert said({"prompt": write(TURNS[:1]), "completion": write(TURNS[1])}) == {
@@ -288,7 +288,7 @@ def test_turns_may_stand_as_text(write):
         "[]",
     ],
 )
-def test_json_that_is_no_conversation_stays_text(text):
+def test_json_that_is_not_a_conversation_stays_text(text):
     assert said({"prompt": text, "completion": text}) == {"prompt": text, "completion": text}
     pair = {"prompt": "q", "chosen": text, "rejected": "no"}
     assert said(pair) == pair
@@ -307,7 +307,7 @@ def test_json_that_is_no_conversation_stays_text(text):
         ({"id": 1, "title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "{prompt: question}"),
     ],
 )
-def test_an_unmapped_prompt_is_refused_with_the_map_to_paste(row, mapping):
+def test_an_unmapped_prompt_is_refused_with_a_suggested_column_map(row, mapping):
     with pytest.raises(DataError, match="no prompt; ") as caught:
         to_prompt_row(said(row), "row 0")
     assert f"columns: {mapping} (--column prompt=" in str(caught.value)

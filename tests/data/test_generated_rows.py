@@ -1,4 +1,4 @@
-"""The arithmetic generator: an honest split, and a teacher that slips as often as asked."""
+"""Test the arithmetic generator: disjoint splits, and a teacher with the configured error rate."""
 
 import re
 
@@ -18,7 +18,7 @@ def answer(row: dict) -> int:
     return int(re.search(r"\\boxed\{(-?\d+)\}$", row["messages"][1]["content"])[1])
 
 
-def test_the_splits_share_no_sum_nor_its_mirror_whatever_the_other_arguments():
+def test_splits_share_no_sum_or_mirrored_sum_for_any_arguments():
     train = {frozenset(operands(row)) for seed in (0, 1) for row in generate("arithmetic", {"seed": seed})}
     taught = {frozenset(operands(row)) for row in generate("arithmetic", {"kind": "sft", "seed": 5})}
     held_out = {frozenset(operands(row)) for row in generate("arithmetic", {"split": "eval", "seed": 3})}
@@ -28,7 +28,7 @@ def test_the_splits_share_no_sum_nor_its_mirror_whatever_the_other_arguments():
     assert len(held_out) == 410  # a tenth of 4,095, rounded
 
 
-def test_every_sum_of_a_split_comes_once_before_any_comes_again():
+def test_every_sum_of_a_split_appears_once_before_any_repeats():
     rows = generate("arithmetic", {})
     assert len({operands(row) for row in rows}) == len(rows)
     more = generate("arithmetic", {"size": len(rows) + 10})
@@ -36,14 +36,14 @@ def test_every_sum_of_a_split_comes_once_before_any_comes_again():
     assert {operands(row) for row in more[: len(rows)]} == {operands(row) for row in rows}
 
 
-def test_solutions_are_true_and_seeds_repeat():
+def test_solutions_are_correct_and_the_same_seed_gives_the_same_rows():
     rows = generate("arithmetic", {"size": 50, "seed": 1})
     assert all(int(row["solution"]) == sum(operands(row)) for row in rows)
     assert rows == generate("arithmetic", {"size": 50, "seed": 1})
     assert rows != generate("arithmetic", {"size": 50, "seed": 2})
 
 
-def test_the_teacher_slips_by_one_or_ten_both_ways_in_the_share_asked():
+def test_teacher_errors_are_one_or_ten_at_the_configured_rate():
     rows = generate("arithmetic", {"kind": "sft", "teacher_error": 0.4})
     slips = [answer(row) - int(row["solution"]) for row in rows]
     assert set(slips) == {-10, -1, 0, 1, 10}
@@ -55,7 +55,7 @@ def test_the_teacher_slips_by_one_or_ten_both_ways_in_the_share_asked():
     )
 
 
-def test_the_thinking_style_works_towards_its_own_answer():
+def test_the_calculation_of_the_think_style_leads_to_its_answer():
     rows = generate("arithmetic", {"kind": "sft", "style": "think", "size": 300})
     for row in rows:
         text = row["messages"][1]["content"]
@@ -75,7 +75,7 @@ def test_wrong_arguments_are_refused_by_name():
         generate("arithmetic", {"split": "eval", "size": 5000})
 
 
-def test_fewer_digits_make_fewer_sums_and_as_honest_a_split():
+def test_a_smaller_max_digit_gives_fewer_sums_and_disjoint_splits():
     train = {operands(row) for row in generate("arithmetic", {"max_digit": 3})}
     held_out = {operands(row) for row in generate("arithmetic", {"max_digit": 3, "split": "eval"})}
     numbers = {number for pair in train | held_out for number in pair}
@@ -84,7 +84,7 @@ def test_fewer_digits_make_fewer_sums_and_as_honest_a_split():
     assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in held_out}
 
 
-def test_a_slip_of_copying_leaves_the_working_right():
+def test_an_error_in_the_answer_leaves_the_calculation_correct():
     rows = generate(
         "arithmetic", {"kind": "sft", "style": "think", "slip_in": "answer", "teacher_error": 1.0, "size": 50}
     )

@@ -1,4 +1,4 @@
-"""Turns that the data marks as not to be learned: in context, out of the loss, and the mark goes to no template."""
+"""Test messages that the data excludes from the loss: they stay in the context, and templates do not see the key."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ MARKS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Its template writes LEAK where it is shown a mark."""
+    """Return a tokenizer whose template writes LEAK if it sees a loss key."""
     own = copy.deepcopy(build_tokenizer())
     own.chat_template = "{%- for m in messages %}{%- if m.in_loss is defined %}LEAK{%- endif %}{%- endfor %}" + str(
         own.chat_template
@@ -31,14 +31,14 @@ def tokenizer() -> Any:
 
 
 def learned(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str]:
-    """(the whole text, what of it is in the loss)"""
+    """Return (whole text, text in the loss)."""
     (one,), _ = tokenize_sft(as_rows([row]), tokenizer, SFTConfig(**options))
     masked = [token for token, is_in in zip(one.token_ids, one.loss_mask, strict=True) if is_in]
     return tokenizer.decode(one.token_ids), tokenizer.decode(masked)
 
 
 @pytest.mark.parametrize("mark", MARKS, ids=str)
-def test_such_a_turn_is_not_learned_in_any_form(tokenizer, mark):
+def test_an_excluded_message_is_not_learned_in_any_format(tokenizer, mark):
     turns = [USER, WRONG | mark, USER, RIGHT]
     plain = learned(tokenizer, {"messages": [USER, WRONG, USER, RIGHT]})[0]
     named = {"user": "human", "assistant": "gpt"}
@@ -61,7 +61,7 @@ def test_such_a_turn_is_not_learned_in_any_form(tokenizer, mark):
             assert text == plain
 
 
-def test_such_a_turn_stays_out_where_everything_else_is_learned(tokenizer):
+def test_an_excluded_message_is_not_learned_if_all_others_are(tokenizer):
     text, in_loss = learned(
         tokenizer, {"messages": [USER, WRONG | {"weight": 0}, USER, RIGHT]}, assistant_only_loss=False
     )
@@ -74,13 +74,13 @@ def test_such_a_turn_stays_out_where_everything_else_is_learned(tokenizer):
         learned(tokenizer, {"messages": [USER | {"train": False}, RIGHT]}, assistant_only_loss=False)
 
 
-def test_a_row_with_nothing_else_is_left_out_and_counted(tokenizer):
+def test_a_row_with_only_excluded_messages_is_dropped_and_counted(tokenizer):
     rows = [{"messages": [USER, WRONG | {"weight": 0}]}, {"messages": [USER, RIGHT]}]
     kept, report = tokenize_sft(as_rows(rows), tokenizer, SFTConfig())
     assert (len(kept), report.rows["empty_mask"]) == (1, [0])
 
 
-def test_marks_go_to_no_template_of_pairs_and_prompts(tokenizer):
+def test_loss_keys_are_not_passed_to_templates_of_pairs_and_prompts(tokenizer):
     asked = [USER, WRONG | {"weight": 0}, USER]
     pair = {"chosen": [*asked, RIGHT], "rejected": [*asked, WRONG | {"loss": True}]}
     for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_reward_rows, RewardConfig())):

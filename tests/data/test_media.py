@@ -1,4 +1,4 @@
-"""Rows with images or videos: refused in one line wherever rows come in, never trained without them."""
+"""Test that rows with images or videos are refused with a one-line error wherever they are loaded."""
 
 import json
 
@@ -60,7 +60,7 @@ GRPO = {"num_generations": 2, "per_device_train_batch_size": 2, "rollout": {"eng
         ({"prompt": [PARTS], "chosen": [ANSWER], "rejected": [ANSWER]}, "message 0 of 'prompt' has a part of type 'image'"),
     ],
 )  # fmt: skip
-def test_a_row_with_media_is_refused_with_what_to_do(row, message):
+def test_a_row_with_media_is_refused_with_advice(row, message):
     with pytest.raises(DataError, match=message) as fault:
         normalize_row(row, "row 3")
     assert "or train with TRL" in str(fault.value)
@@ -98,8 +98,8 @@ def rows_for(algorithm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
-def test_every_trainer_refuses_them(algorithm, tiny_model_path, tmp_path, monkeypatch):
-    """As a table of `datasets`, whose images are not decoded; as plain rows; and in the held-out rows."""
+def test_every_trainer_refuses_media(algorithm, tiny_model_path, tmp_path, monkeypatch):
+    """Check a `datasets` table whose images are not decoded, plain rows, and eval rows."""
     monkeypatch.chdir(tmp_path)
     rows = rows_for(algorithm)
     with_image = [*rows[:3], rows[3] | {"images": [PIXELS]}]
@@ -109,7 +109,7 @@ def test_every_trainer_refuses_them(algorithm, tiny_model_path, tmp_path, monkey
             TRAINERS[algorithm](str(tiny_model_path), train, held).train()
 
 
-def test_files_and_tables_that_lie_on_disk_are_refused(tmp_path):
+def test_files_and_tables_on_disk_with_media_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (TEXT, TEXT | {"image": "a.png"})))
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: column 'image' holds 'a.png'"):
         load_rows(SourceConfig(path=str(tmp_path / "rows.jsonl")), seed=0)
@@ -121,7 +121,7 @@ def test_files_and_tables_that_lie_on_disk_are_refused(tmp_path):
     assert len(as_rows(table.remove_columns("images"))) == 2
 
 
-def test_check_and_data_check_say_it_of_the_row(tiny_model_path, tmp_path):
+def test_check_and_data_check_report_the_row_with_media(tiny_model_path, tmp_path):
     rows = [TEXT, TEXT | {"image": "a.png"}]
     fault = the_fault(check_recipe(recipe_of(tiny_model_path, rows, tmp_path)))
     assert "line 2: column 'image' holds 'a.png'" in str(fault)
@@ -129,7 +129,7 @@ def test_check_and_data_check_say_it_of_the_row(tiny_model_path, tmp_path):
     assert "line 2: column 'image' holds 'a.png'" in str(found.parts)
 
 
-def test_a_processor_serves_by_its_tokenizer(tiny_model_path, tmp_path):
+def test_a_processor_is_replaced_by_its_tokenizer(tiny_model_path, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
 
     class Qwen3VLProcessor:

@@ -1,4 +1,4 @@
-"""Preference rows of every form become one, and tokens: same prompt for both answers, the right loss, honest cuts."""
+"""Test preference rows: every format is normalized, both answers share a prompt, and loss and truncation are right."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ TEXTS = {"prompt": "1 +", "chosen": " 1 = 2", "rejected": " 1 = 3"}
 
 
 def say(*contents: str) -> list[dict[str, str]]:
-    """Turns, a user's first."""
+    """Return alternating messages that begin with the user."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def answer(*contents: str) -> list[dict[str, str]]:
-    """Turns, an assistant's first."""
+    """Return alternating messages that begin with the assistant."""
     return say("", *contents)[1:]
 
 
@@ -42,7 +42,7 @@ def tokenizer() -> Any:
 
 
 def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) as text, with what is not in the loss of an answer in parentheses."""
+    """Return (prompt, chosen, rejected) as text; text of an answer outside the loss is in parentheses."""
     (pair,), _ = tokenize_preferences([row], tokenizer, DPOConfig(**options))
 
     def show(row: Any) -> str:
@@ -87,7 +87,7 @@ def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, 
     ],
     ids=lambda row: "+".join(row),
 )
-def test_every_form_becomes_a_prompt_and_two_answers(row):
+def test_every_preference_format_becomes_a_prompt_and_two_answers(row):
     before = json.dumps(row)
     once = normalize_row(row, "row 0")
     assert once == PAIR
@@ -95,7 +95,7 @@ def test_every_form_becomes_a_prompt_and_two_answers(row):
     assert json.dumps(row) == before
 
 
-def test_what_a_form_adds_is_kept():
+def test_extra_columns_of_a_format_are_kept():
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s"}
     assert normalize_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
     for row in (PAIR, {"chosen": say("q", "1"), "rejected": say("q", "2")}, TEXT_PAIR):
@@ -108,7 +108,7 @@ def test_what_a_form_adds_is_kept():
     assert normalize_row(ultra, "row 0") == PAIR | {"messages": say("q", "1")}
 
 
-def test_an_explicit_prompt_may_lack_the_system_turn_or_have_it_alone():
+def test_an_explicit_prompt_may_lack_the_system_message_or_be_the_only_one_with_it():
     whole = {"chosen": [SYSTEM, *say("q", "1")], "rejected": [SYSTEM, *say("q", "2")]}
     expected = PAIR | {"prompt": [SYSTEM, USER]}
     assert normalize_row({"prompt": " q\n", **whole}, "row 0") == expected
@@ -116,7 +116,7 @@ def test_an_explicit_prompt_may_lack_the_system_turn_or_have_it_alone():
     assert normalize_row({"prompt": [SYSTEM, USER], **bare}, "row 0") == expected
 
 
-def test_an_implicit_prompt_goes_up_to_the_turn_that_differs():
+def test_an_implicit_prompt_ends_at_the_first_message_that_differs():
     row = {"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1", "r", "3")}
     assert normalize_row(row, "row 0") == {
         "prompt": say("q", "1", "r"),
@@ -144,7 +144,7 @@ def test_an_implicit_prompt_goes_up_to_the_turn_that_differs():
         ("2\n3", "2\n4", "2"),
     ],
 )
-def test_texts_without_a_prompt_have_their_common_words_as_prompt(chosen, rejected, prompt):
+def test_texts_without_a_prompt_use_their_common_words_as_prompt(chosen, rejected, prompt):
     row = normalize_row({"chosen": chosen, "rejected": rejected}, "row 0")
     assert row["prompt"] == prompt
     assert (prompt + row["chosen"], prompt + row["rejected"]) == (chosen, rejected)
@@ -152,7 +152,7 @@ def test_texts_without_a_prompt_have_their_common_words_as_prompt(chosen, reject
         assert normalize_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
 
 
-def test_the_margin_is_given_or_comes_of_scores():
+def test_the_margin_is_given_or_computed_from_scores():
     assert normalize_row(PAIR | {"margin": "0.5"}, "row 0")["margin"] == 0.5
     scored = {"score_chosen": 8.5, "score_rejected": 6}
     assert normalize_row(PAIR | scored, "row 0")["margin"] == 2.5
@@ -162,7 +162,7 @@ def test_the_margin_is_given_or_comes_of_scores():
         normalize_row(PAIR | scored | {"score_chosen": "high"}, "row 0")
 
 
-def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
+def test_a_system_prompt_and_a_column_map_work_for_pairs(tmp_path):
     expected = PAIR | {"prompt": [SYSTEM, USER]}
     assert add_system_prompt(PAIR, "s", "row 0") == expected
     path = tmp_path / "pairs.jsonl"
@@ -212,7 +212,7 @@ def test_a_system_prompt_and_a_column_map_serve_pairs(tmp_path):
         ),
     ],
 )
-def test_malformed_pairs_are_named(tokenizer, row, message):
+def test_malformed_pairs_raise_an_error_with_their_place(tokenizer, row, message):
     with pytest.raises(DataError, match=message) as caught:
         tokenize_preferences([PAIR, row], tokenizer, DPOConfig())
     assert str(caught.value).startswith("row 1: ")
@@ -221,7 +221,7 @@ def test_malformed_pairs_are_named(tokenizer, row, message):
 # Tokens
 
 
-def test_text_is_taken_as_it_is_and_each_answer_ends_in_eos(tokenizer):
+def test_text_is_not_changed_and_each_answer_ends_in_eos(tokenizer):
     (pair,), report = tokenize_preferences([TEXTS | {"margin": 2}], tokenizer, DPOConfig())
     assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["1", "Ġ+"]
     assert tokenizer.convert_ids_to_tokens(pair.chosen.token_ids) == ["Ġ", "1", "Ġ=", "Ġ", "2", "<|im_end|>"]
@@ -233,7 +233,7 @@ def test_text_is_taken_as_it_is_and_each_answer_ends_in_eos(tokenizer):
     assert one(tokenizer, TEXTS, eos_token="<|endoftext|>")[1] == " 1 = 2<|endoftext|>"
 
 
-def test_texts_with_nothing_in_common_have_no_prompt_and_their_first_token_no_loss(tokenizer):
+def test_texts_without_a_common_prefix_have_no_prompt_and_no_loss_on_the_first_token(tokenizer):
     assert one(tokenizer, {"chosen": "13", "rejected": "4"}) == ("", "(1)3<|im_end|>", "(4)<|im_end|>")
 
 
@@ -249,7 +249,7 @@ def test_a_conversation_is_split_after_the_generation_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink"])
-def test_prompt_and_answer_are_what_sft_makes_of_prompt_and_completion(tokenizer, tmp_path, template):
+def test_prompt_and_answer_equal_those_of_sft(tokenizer, tmp_path, template):
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
     options = {"chat_template_path": str(path), "chat_template_kwargs": {"enable_thinking": True}}
@@ -266,7 +266,7 @@ def test_prompt_and_answer_are_what_sft_makes_of_prompt_and_completion(tokenizer
         assert made.loss_mask[0]
 
 
-def test_what_the_user_says_within_an_answer_is_not_in_the_loss(tokenizer):
+def test_user_messages_inside_an_answer_are_not_in_the_loss(tokenizer):
     row = {"prompt": [USER], "chosen": answer("1", "r", "2"), "rejected": answer("3", "r")}
     prompt, chosen, rejected = one(tokenizer, row)
     between = "(\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n)"
@@ -275,7 +275,7 @@ def test_what_the_user_says_within_an_answer_is_not_in_the_loss(tokenizer):
     assert rejected == f"{BLOCK}3<|im_end|>"
 
 
-def test_the_prompt_is_what_serving_sends_though_the_template_writes_it_by_its_answer(tokenizer, tmp_path):
+def test_the_prompt_equals_serving_even_if_the_template_renders_it_by_its_answer(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'user' and messages|length > 3 %}*{% endif %}"
@@ -291,7 +291,7 @@ def test_the_prompt_is_what_serving_sends_though_the_template_writes_it_by_its_a
 # Cuts and counts
 
 
-def test_keep_start_cuts_the_answers_ends(tokenizer):
+def test_keep_start_truncates_the_end_of_the_answers(tokenizer):
     row = TEXTS | {"rejected": " 13"}
     assert one(tokenizer, row, max_length=5) == ("1 +", " 1 =", " 13")
     _, report = tokenize_preferences([row, TEXTS], tokenizer, DPOConfig(max_length=7))
@@ -300,7 +300,7 @@ def test_keep_start_cuts_the_answers_ends(tokenizer):
         tokenize_preferences([row], tokenizer, DPOConfig(max_length=2))
 
 
-def test_keep_end_cuts_the_same_beginning_from_both(tokenizer):
+def test_keep_end_truncates_the_beginning_of_the_shared_prompt(tokenizer):
     row = {"prompt": "123456", "chosen": "7", "rejected": "890"}
     options = {"truncation_mode": "keep_end"}
     assert one(tokenizer, row, max_length=7, **options) == ("456", "7<|im_end|>", "890<|im_end|>")
@@ -309,7 +309,7 @@ def test_keep_end_cuts_the_same_beginning_from_both(tokenizer):
         tokenize_preferences([row], tokenizer, DPOConfig(max_length=4, **options))
 
 
-def test_drop_leaves_long_pairs_out_and_is_what_reward_models_do(tokenizer):
+def test_drop_removes_long_pairs_and_is_the_default_of_reward_models(tokenizer):
     rows = [TEXTS, TEXTS | {"rejected": " 1 = 333"}]
     for config in (DPOConfig(max_length=8, truncation_mode="drop"), RewardConfig(max_length=8)):
         pairs, report = tokenize_preferences(rows, tokenizer, config)
@@ -317,7 +317,7 @@ def test_drop_leaves_long_pairs_out_and_is_what_reward_models_do(tokenizer):
         assert (report.num_overlong, report.num_truncated, report.lengths["max"]) == (1, 0, 10)
 
 
-def test_a_long_prompt_loses_its_beginning_first(tokenizer):
+def test_a_long_prompt_is_truncated_at_its_beginning(tokenizer):
     row = {"prompt": "123456", "chosen": "7", "rejected": "890"}
     assert one(tokenizer, row, max_prompt_length=2) == ("56", "7<|im_end|>", "890<|im_end|>")
     assert one(tokenizer, row, max_prompt_length=2, max_length=6, truncation_mode="drop")[0] == "56"
@@ -325,21 +325,21 @@ def test_a_long_prompt_loses_its_beginning_first(tokenizer):
     assert tokenize_preferences([row], tokenizer, DPOConfig(max_prompt_length=6))[1].num_truncated == 0
 
 
-def test_pairs_of_equal_answers_are_left_out_and_named(tokenizer):
+def test_pairs_with_equal_answers_are_dropped_and_reported(tokenizer):
     equal = PAIR | {"rejected": PAIR["chosen"]}
     pairs, report = tokenize_preferences([equal, PAIR, equal], tokenizer, DPOConfig())
     assert [pair.index for pair in pairs] == [1]
     assert report.num_equal_sides == 2
     assert "2 dropped for equal answers" in report.summary()
     assert report.warnings == ["dropped pairs with equal answers, which teach nothing: row 0, row 2"]
-    # Answers that differ only in what is cut away.
+    # Answers that differ only in their truncated part.
     _, report = tokenize_preferences([TEXTS, TEXTS | {"chosen": " 2"}], tokenizer, DPOConfig(max_length=5))
     assert (report.num_kept, report.num_equal_sides) == (1, 1)
     with pytest.raises(DataError, match="none of 1 rows has anything to learn from: 1 have equal answers"):
         tokenize_preferences([equal], tokenizer, DPOConfig())
 
 
-def test_a_reward_model_reads_by_the_template_that_it_is_given(tokenizer, tmp_path):
+def test_a_reward_model_uses_the_configured_template(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(tokenizer.chat_template)
     bare = build_tokenizer()
@@ -349,14 +349,14 @@ def test_a_reward_model_reads_by_the_template_that_it_is_given(tokenizer, tmp_pa
     assert bare.chat_template is None
 
 
-def test_empty_answers_are_found_after_rows_of_text(tokenizer):
+def test_empty_answers_are_found_after_plain_text_rows(tokenizer):
     job = PairJob(tokenizer, DPOConfig())
     job.run(0, [TEXTS], None)
     _, stats = job.run(1, [PAIR | {"rejected": answer("")}], None)
     assert stats.report.rows["empty_answer"] == [1]
 
 
-def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):
+def test_empty_answers_and_negative_margins_are_kept_with_a_warning(tokenizer):
     rows = [PAIR | {"rejected": answer("")}, TEXTS | {"chosen": "", "margin": -1}]
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig())
     assert [tokenizer.decode(row.token_ids) for row in (pairs[0].rejected, pairs[1].chosen)] == [
@@ -369,7 +369,7 @@ def test_empty_answers_and_negative_margins_are_kept_and_warned_of(tokenizer):
     ]
 
 
-def test_no_rows_are_refused(tokenizer):
+def test_an_empty_dataset_is_refused(tokenizer):
     with pytest.raises(DataError, match="the dataset is empty"):
         tokenize_preferences([], tokenizer, DPOConfig())
 
@@ -391,7 +391,7 @@ def test_no_rows_are_refused(tokenizer):
     ],
     ids=lambda row: "+".join(row),
 )
-def test_labelled_answers_of_every_form(tokenizer, row):
+def test_labelled_answers_of_every_format_are_read(tokenizer, row):
     bad = {"prompt": [USER], "completion": answer("2"), "label": False}
     (good, other), report = tokenize_labelled([row, bad], tokenizer, DPOConfig())
     (pair,), _ = tokenize_preferences([PAIR], tokenizer, DPOConfig())
@@ -416,12 +416,12 @@ def test_a_pair_gives_two_labelled_answers(tokenizer):
         ({"prompt": "q", "label": True}, "row 0: no answer to label"),
     ],
 )
-def test_malformed_labelled_rows_are_named(tokenizer, row, message):
+def test_malformed_labelled_rows_raise_an_error_with_their_place(tokenizer, row, message):
     with pytest.raises(DataError, match=message):
         tokenize_labelled([row], tokenizer, DPOConfig())
 
 
-def test_labels_that_are_all_the_same_are_warned_of(tokenizer):
+def test_equal_labels_give_a_warning(tokenizer):
     row = {"prompt": "q", "completion": "1", "label": False}
     assert tokenize_labelled([row], tokenizer, DPOConfig())[1].warnings[1:] == [
         "all labels are false: good and bad answers cannot be told apart"
@@ -431,7 +431,7 @@ def test_labels_that_are_all_the_same_are_warned_of(tokenizer):
 # Whole conversations
 
 
-def test_pairs_of_whole_conversations_are_learned_whole(tokenizer):
+def test_pairs_of_whole_conversations_are_learned_completely(tokenizer):
     path = SAMPLES / "pairs.json"
     rows = load_rows(SourceConfig(path=str(path)), seed=0)
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=None))

@@ -1,4 +1,4 @@
-"""Rows and token ids on disk: the same values as in memory, in files that are shared, mended and found again."""
+"""Test rows and token ids on disk: values equal those in memory, and files are shared, repaired and reused."""
 
 import copy
 import datetime
@@ -49,7 +49,7 @@ from rlqwen.errors import ConfigError, DataError, ResourceError
 
 @pytest.fixture(autouse=True)
 def small_limits(tmp_path, monkeypatch):
-    """A few rows are many here, and lie in a cache of the test's own."""
+    """Lower the row limits, so that a few rows are stored on disk, in a cache folder of this test."""
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "STORED_FROM", 4)
     monkeypatch.setattr(tokenization, "BATCH", 3)
@@ -68,7 +68,7 @@ def rows_of(count):
     ]
 
 
-def test_views_act_as_lists():
+def test_views_behave_like_lists():
     rows = list(range(10))
     view = Selected(rows, [3, 1, 4, 1, 5])
     assert view == [3, 1, 4, 1, 5]
@@ -84,7 +84,7 @@ def test_views_act_as_lists():
         view[5]
 
 
-def test_many_rows_lie_in_a_file_and_come_back_equal(tmp_path):
+def test_many_rows_are_stored_in_a_file_and_read_back_equal(tmp_path):
     rows = rows_of(10)
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     loaded = load_rows(SourceConfig(path=str(path)), seed=0)
@@ -97,14 +97,14 @@ def test_many_rows_lie_in_a_file_and_come_back_equal(tmp_path):
     (file,) = folder_of(loaded).glob("rows-*.arrow")
     before = file.stat().st_ino
     assert load_rows(SourceConfig(path=str(path)), seed=0).digest == loaded.digest
-    assert file.stat().st_ino == before, "equal content is kept once"
+    assert file.stat().st_ino == before, "equal content is stored once"
     file.write_bytes(file.read_bytes()[:-100])
-    assert load_rows(SourceConfig(path=str(path)), seed=0) == rows, "a damaged file is written anew"
+    assert load_rows(SourceConfig(path=str(path)), seed=0) == rows, "a damaged file is written again"
     assert load_rows(SourceConfig(path=str(path), limit=3), seed=0) == rows[:3]
     assert not [one for one in folder_of(loaded).iterdir() if one.name.startswith(".writing")]
 
 
-def test_values_that_json_lacks_come_back_as_they_were():
+def test_values_that_json_lacks_are_read_back_unchanged():
     row = {
         "b": b"\x00\xff",
         "d": datetime.date(2026, 1, 2),
@@ -117,12 +117,12 @@ def test_values_that_json_lacks_come_back_as_they_were():
     batch = RowCodec().batch([encode_row(row)])
     assert RowCodec().decode(batch, 0) == row
     objects = [{"image": object()} for _ in range(6)]
-    assert store_rows(iter(objects)) == objects, "what no file can hold stays in memory"
+    assert store_rows(iter(objects)) == objects, "objects that a file cannot hold stay in memory"
     with pytest.raises(DataError, match="set cannot be stored on disk"):
         store_rows(iter([*rows_of(8), {"a": {1}}]))
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(tmp_path):
+def test_an_unwritable_cache_raises_an_error_with_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(5))
     with pytest.raises(ConfigError, match=r"data cache .*file.*set data\.cache_dir"):
@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_written_to_is_named(tmp_path):
     assert folder_of(data.train) == tmp_path / "own"
 
 
-def test_errors_of_a_source_are_not_taken_for_the_caches(tmp_path):
+def test_errors_of_a_source_are_not_reported_as_cache_errors(tmp_path):
     root = tmp_path / "cache" / "data"
     for error in (
         ConnectionError("the hub is away"),
@@ -153,7 +153,7 @@ def test_errors_of_a_source_are_not_taken_for_the_caches(tmp_path):
             raise error
 
 
-def test_digests_tell_long_arrays_apart_and_take_any_keys():
+def test_digests_distinguish_long_arrays_and_accept_any_keys():
     arrays = [np.arange(2000), np.arange(2000)]
     arrays[1][1000] = 0
     assert len({content_digest([{"prompt": "1", "x": array}]) for array in arrays}) == 2
@@ -176,7 +176,7 @@ def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path, monkeypatch):
     assert len({content_digest(rows) for rows in [*stored, stored[0][::-1]]}) == 3
 
 
-def test_cleaning_leaves_rows_on_disk(tmp_path):
+def test_cleaned_rows_stay_on_disk(tmp_path):
     rows = [{"text": f"write to me{n}@example.com, please"} for n in range(9)] + [{"text": "write to me0@example.com"}]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[4]])
     cleaning = CleaningConfig(mask=["email"], exact_duplicates=True)
@@ -187,7 +187,7 @@ def test_cleaning_leaves_rows_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_scripts_dataset_is_read_where_it_lies(shuffled):
+def test_a_scripts_dataset_is_read_without_a_copy(shuffled):
     rows = [
         {"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "x"}]} for n in range(11)
     ]
@@ -212,7 +212,7 @@ def test_a_scripts_dataset_is_read_where_it_lies(shuffled):
 
 
 @pytest.mark.parametrize("count", [2, 9])
-def test_rows_that_a_transform_makes_are_what_is_trained(tokenizer, count):
+def test_rows_of_a_dataset_transform_are_trained(tokenizer, count):
     table = Dataset.from_list([{"question": f"{n}", "text": "as stored"} for n in range(count)])
     made = table.with_transform(lambda batch: {"text": [f"Q: {question}" for question in batch["question"]]})
     assert as_rows(made) == [{"text": f"Q: {n}"} for n in range(count)]
@@ -257,7 +257,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp_path, caplog):
+def test_token_ids_on_disk_equal_those_in_memory(tokenizer, case, monkeypatch, tmp_path, caplog):
     rows, tokenize = CASES[case]
     stored, report = tokenize(rows, tokenizer)
     assert not isinstance(stored, list)
@@ -284,7 +284,7 @@ def test_token_ids_on_disk_are_those_in_memory(tokenizer, case, monkeypatch, tmp
     assert "is damaged (its digest does not match): the rows are tokenized again" in caplog.text
 
 
-def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):
+def test_the_cache_key_depends_on_rows_tokenizer_and_settings(tokenizer, tmp_path):
     keys = {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig()))}
     assert keys == {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(learning_rate=1, packing=True, seed=1)))}
     keys.add(digest_of_job(TURNS[:-1], SFTJob(tokenizer, SFTConfig())))
@@ -304,7 +304,7 @@ def test_the_cache_knows_rows_tokenizer_and_keys_apart(tokenizer, tmp_path):
     assert len(keys) == 9
 
 
-def test_a_column_is_used_as_soon_as_the_evaluation_reads_it(tokenizer):
+def test_a_column_that_evaluation_reads_is_not_reported_as_unused(tokenizer):
     rows = [row | {"gold": "2"} for row in TURNS]
     evaluation = EvalGenerationConfig(metrics=["exact_match"], reference="gold")
     _, report = tokenize_sft(rows, tokenizer, SFTConfig())
@@ -313,15 +313,15 @@ def test_a_column_is_used_as_soon_as_the_evaluation_reads_it(tokenizer):
     assert not report.notes, "the rows are the same, and were tokenized before"
 
 
-def test_every_key_that_tokenizing_reads_is_in_the_caches_key():
-    """Those that all trainers have are left out of it."""
+def test_every_setting_that_tokenization_reads_is_in_the_cache_key():
+    """Check that no code reads keys that all trainers have, which are not in the cache key."""
     common = set(TrainerConfig.model_fields) - {"dataset_num_proc", "trust_remote_code"}
     for path in Path(tokenization.__file__).parent.glob("*.py"):
         read = set(re.findall(r"config\.(\w+)", path.read_text("utf-8")))
         assert not read & common, f"{path.name} reads keys that rlqwen.data.tokenization_job.data_settings leaves out"
 
 
-def test_a_bad_row_among_many_is_named_and_nothing_is_kept(tokenizer, tmp_path):
+def test_a_bad_row_among_many_raises_an_error_and_nothing_is_cached(tokenizer, tmp_path):
     rows = [*TURNS[:7], {"prompt": "no answer"}, *TURNS[7:], {"nothing": 1}]
     with pytest.raises(DataError, match="row 7: nothing to learn"):
         tokenize_sft(rows, tokenizer, SFTConfig())
@@ -336,7 +336,7 @@ def test_a_bad_row_among_many_is_named_and_nothing_is_kept(tokenizer, tmp_path):
     assert not list(tmp_path.glob("cache/data/.writing*"))
 
 
-def test_bins_on_disk_are_those_of_best_fit(tokenizer):
+def test_packed_rows_on_disk_equal_best_fit_in_memory(tokenizer):
     config = SFTConfig(max_length=40)
     rows, _ = tokenize_sft([*TURNS, *TURNS[3:], *TURNS[1:]], tokenizer, config)
     bins = pack_best_fit(rows, 40)
@@ -352,18 +352,18 @@ def test_bins_on_disk_are_those_of_best_fit(tokenizer):
     assert digest_rows(bins) != digest_rows(pack_best_fit(rows, 50))
 
 
-def test_prompts_are_found_by_their_row(tokenizer):
+def test_prompts_are_found_by_row_number(tokenizer):
     prompts, _ = tokenize_prompts(PROMPTS, tokenizer, max_prompt_length=5)
     assert [find_prompt(prompts, prompt.index) for prompt in prompts] == prompts
     assert longest_prompt(prompts) == longest_prompt(list(prompts)) == 5
     other, _ = tokenize_prompts([row | {"solution": 0} for row in PROMPTS], tokenizer, max_prompt_length=5)
-    assert digest_rows(other) != digest_rows(prompts), "the answers count too"
+    assert digest_rows(other) != digest_rows(prompts), "the digest covers the answers"
 
 
 # In several processes
 
 
-def test_processes_give_what_one_gives(tokenizer, monkeypatch, tmp_path):
+def test_several_processes_give_the_result_of_one(tokenizer, monkeypatch, tmp_path):
     rows = [*TURNS, {"nothing": 1}, *TEXTS, *TURNS, {"nothing": 2}]
     faults, same_faults = [], []
     alone, expected = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=1), faults=faults)
@@ -374,7 +374,7 @@ def test_processes_give_what_one_gives(tokenizer, monkeypatch, tmp_path):
     assert [str(fault) for fault in same_faults] == [str(fault) for fault in faults] != []
 
 
-def test_the_pool_keeps_the_order_and_raises_the_first_error():
+def test_the_worker_pool_keeps_the_order_and_raises_the_first_error():
     parts = [(number, 1009) for number in (20, 3, 11, 0, 2)]
     with closing(worker_pool.WorkerPool(2, pow, 7)) as pool:
         assert list(pool.map(iter(parts))) == [pow(7, start, modulus) for start, modulus in parts]
@@ -382,14 +382,14 @@ def test_the_pool_keeps_the_order_and_raises_the_first_error():
             list(pool.map(iter([*parts, (1, 0), (1, 1009)])))
 
 
-def test_workers_start_at_once_whatever_the_size_of_the_job(monkeypatch):
-    """A tokenizer is more than a socket takes before the other side reads, which it does once it has started."""
+def test_all_workers_start_at_once_for_a_large_job(monkeypatch):
+    """Check the start with a job that is larger than a socket's buffer, which blocks until the worker reads it."""
     monkeypatch.setattr(worker_pool, "_BOOTSTRAP", "import time; time.sleep(20)")
     with closing(worker_pool.WorkerPool(2, os.path.join, "x" * 2**24)):
         pass
 
 
-def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokenizer, monkeypatch, caplog):
+def test_a_dead_worker_raises_an_error_and_an_unpicklable_job_runs_in_process(tokenizer, monkeypatch, caplog):
     with closing(worker_pool.WorkerPool(1, os.path.join, "job")) as pool:
         pool._workers[0]._process.kill()
         with pytest.raises(ResourceError, match="dataset_num_proc"):
@@ -401,15 +401,15 @@ def test_a_worker_that_dies_is_told_of_and_a_job_that_cannot_travel_stays(tokeni
     assert "in one process, because this tokenizer cannot be pickled" in caplog.text
 
 
-def test_processes_are_counted_by_rows_and_cpus(monkeypatch):
+def test_the_number_of_processes_depends_on_rows_and_cpus(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [count_processes(None, rows) for rows in (100, 9_999, 10_000)] == [1, 1, 8]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenizes, and the others wait
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenizes while the others wait
     assert count_processes(None, 10_000) == 8
     assert count_processes(3, 10) == 3
 
 
-def test_the_scratch_of_a_killed_process_is_removed_after_a_day(tmp_path):
+def test_the_scratch_folder_of_a_killed_process_is_removed_after_a_day(tmp_path):
     old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
     for folder in (old, new):
         (folder / "data").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The rows of TRL's quickstart become the tokens and labels that TRL's own trainers make of them."""
+"""Test that rows of TRL's quickstart get the same tokens and labels as in TRL's trainers."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def tokenizer(model: str) -> Any:
 
 
 def theirs(model: str, rows: list[dict[str, Any]], folder: Path, **options: Any) -> list[tuple[list[int], list[int]]]:
-    """(token ids, labels) of rows as TRL's SFTTrainer prepares them."""
+    """Return (token ids, labels) of rows as TRL's SFTTrainer prepares them."""
     from trl import SFTConfig as TheirConfig
     from trl import SFTTrainer as TheirTrainer
 
@@ -61,21 +61,21 @@ def ours(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[tup
     ]
 
 
-def test_whole_conversations_are_trls_tokens_and_labels(model, tokenizer, tmp_path):
+def test_whole_conversations_have_the_tokens_and_labels_of_trl(model, tokenizer, tmp_path):
     rows = [{"messages": turns} for turns in CONVERSATIONS]
     expected = theirs(model, rows, tmp_path)
     for (ids, labels), (own_ids, own_labels) in zip(
         expected, ours(tokenizer, rows, assistant_only_loss=False), strict=True
     ):
         assert own_ids == ids
-        assert own_labels[1:] == labels[1:]  # nothing stands before the first token, so it has no loss in TRL either
+        assert own_labels[1:] == labels[1:]  # the first token has no loss in TRL either, because nothing predicts it
     for (ids, _), (own_ids, own_labels) in zip(expected, ours(tokenizer, rows), strict=True):
-        # Said at the start of a run: assistant turns only, and not the line break after them.
+        # Reported at the start of a run: only assistant turns are learned, without the line break after them.
         assert tokenizer.decode(ids) == tokenizer.decode(own_ids) + "\n"
         assert {label for label in own_labels if label >= 0} < set(ids)
 
 
-def test_every_turn_with_its_block_is_trls_assistant_only_loss(model, tokenizer, tmp_path):
+def test_turns_with_think_blocks_have_the_assistant_only_loss_of_trl(model, tokenizer, tmp_path):
     rows = [{"messages": turns} for turns in CONVERSATIONS]
     end, line = tokenizer.convert_tokens_to_ids(["<|im_end|>", "Ċ"])
     expected = theirs(model, rows, tmp_path, assistant_only_loss=True)
@@ -89,7 +89,9 @@ def test_every_turn_with_its_block_is_trls_assistant_only_loss(model, tokenizer,
         assert own_labels == without_breaks[:-1]
 
 
-def test_prompts_and_completions_are_trls_tokens_and_labels_save_the_last_line_break(model, tokenizer, tmp_path):
+def test_prompts_and_completions_have_the_tokens_and_labels_of_trl_except_the_last_line_break(
+    model, tokenizer, tmp_path
+):
     rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in CONVERSATIONS]
     for (ids, labels), (own_ids, own_labels) in zip(theirs(model, rows, tmp_path), ours(tokenizer, rows), strict=True):
         assert tokenizer.decode(ids[-1:]) == "\n"
@@ -97,7 +99,7 @@ def test_prompts_and_completions_are_trls_tokens_and_labels_save_the_last_line_b
         assert own_labels == labels[:-1]
 
 
-def test_pairs_are_trls_tokens_save_the_last_line_break(model, tokenizer, tmp_path):
+def test_pairs_have_the_tokens_of_trl_except_the_last_line_break(model, tokenizer, tmp_path):
     from trl import DPOConfig as TheirConfig
     from trl import DPOTrainer as TheirTrainer
 

@@ -1,4 +1,4 @@
-"""A whole row is what the chat template writes, and its prompt the same tokens in every algorithm and in serving."""
+"""Test that a whole row equals the rendered template, and that all algorithms and serving use the same prompt tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ TEMPLATES = (
     "qwen3_8",
 )
 OPENING = ("opens_think", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8")
-# As Qwen3-Thinking's: the generation prompt opens a think block, every turn has one, and only one.
+# Like Qwen3-Thinking's template: the generation prompt opens a think block, and every turn has exactly one.
 OPENS_THINK = """\
 {%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' %}
@@ -55,7 +55,7 @@ def user(text: str) -> Turn:
 
 
 def called(**turn: Any) -> list[Turn]:
-    """A turn that calls a tool, and the tool's result."""
+    """Return an assistant message with a tool call, and the tool's result."""
     return [{"role": "assistant", "content": "", **turn}, {"role": "tool", "content": "2"}]
 
 
@@ -82,7 +82,7 @@ ANSWERS: dict[str, Turn] = {
 
 
 def in_field(turn: Turn) -> Turn:
-    """The turn as a template reads it that looks for thoughts in their field alone."""
+    """Return the message for a template that reads thoughts only from reasoning_content."""
     before, closed, answer = turn["content"].partition("</think>")
     if turn["role"] != "assistant" or not closed:
         return turn
@@ -103,7 +103,7 @@ def template_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def served(tokenizer: Any, messages: list[Turn], template: str, **kwargs: Any) -> list[int]:
-    """Token ids that serving sends for a conversation."""
+    """Return the token ids that serving sends for a conversation."""
     ids = tokenizer.apply_chat_template(
         messages, chat_template=template, add_generation_prompt=True, return_dict=False, **kwargs
     )
@@ -116,7 +116,7 @@ def written(tokenizer: Any, messages: list[Turn], template: str, **kwargs: Any) 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}], ids=["default", "no thinking"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_prompt_is_what_serving_sends_in_every_algorithm(tokenizer, template_files, name, kwargs):
+def test_every_algorithm_uses_the_prompt_that_serving_sends(tokenizer, template_files, name, kwargs):
     template = Path(template_files[name]).read_text()
     options = {"chat_template_path": template_files[name], "max_length": None}
     sampled = {"max_prompt_length": None, "chat_template": template, "chat_template_kwargs": kwargs}
@@ -133,7 +133,7 @@ def test_the_prompt_is_what_serving_sends_in_every_algorithm(tokenizer, template
         (grpo,), _ = tokenize_prompts([{"prompt": prompt}], tokenizer, **sampled)
         assert sft.token_ids[: sft.loss_mask.index(True)] == expected
         assert dpo.prompt_ids == kto.prompt_ids == grpo.token_ids == expected
-        if not kwargs:  # a reward model's conversations are rendered without
+        if not kwargs:  # a reward model's conversations are rendered without chat_template_kwargs
             (reward,), _ = tokenize_reward_rows([pair], judge, RewardConfig(max_length=None))
             whole = tokenizer.decode(reward.prompt_ids + reward.chosen.token_ids)
             assert whole == written(tokenizer, [*prompt, PLAIN], template)
@@ -141,7 +141,7 @@ def test_the_prompt_is_what_serving_sends_in_every_algorithm(tokenizer, template
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_whole_row_is_what_the_template_writes(tokenizer, template_files, name):
+def test_a_whole_row_equals_the_rendered_template(tokenizer, template_files, name):
     template = Path(template_files[name]).read_text()
     kwargs = {"enable_thinking": True} if name == "qwen3_5_nothink" else {}
     config = SFTConfig(chat_template_path=template_files[name], max_length=None, chat_template_kwargs=kwargs)
@@ -156,19 +156,19 @@ def test_a_whole_row_is_what_the_template_writes(tokenizer, template_files, name
         ]
         out, _ = tokenize_sft(data, tokenizer, config)
         for (prompt, answer), row in zip(rows, out, strict=True):
-            if name == "qwen3_8":  # prompts are written as they are, learned turns as they are meant
+            if name == "qwen3_8":  # thoughts in tags of a prompt stay in the content; those of learned turns are moved
                 prompt = [in_field(turn) for turn in prompt] if form == "messages" else prompt
                 answer = in_field(answer)
             text = written(tokenizer, [*prompt, answer], template, **kwargs)
             assert tokenizer.decode(row.token_ids) == text.removesuffix("\n")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            # Only where a turn without thoughts closes the block that its prompt opened, the two are tokenized apart.
+            # They differ only if a turn without thoughts closes the think block that its prompt opened.
             is_parted = name in OPENING and "\n<think>\n\n</think>" in text
             assert row.token_ids == ids[:-1] or is_parted
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
-def test_learned_thoughts_reach_a_template_that_has_no_field_for_them(tokenizer, template_files, name):
+def test_learned_thoughts_reach_a_template_without_reasoning_content(tokenizer, template_files, name):
     config = SFTConfig(chat_template_path=template_files[name])
     for field in ("reasoning_content", "reasoning", "thinking"):
         turn = {"role": "assistant", "content": "2", field: "hm"}
@@ -183,8 +183,8 @@ def test_learned_thoughts_reach_a_template_that_has_no_field_for_them(tokenizer,
         assert tokenizer.decode(pair.chosen.token_ids) == "<think>\nhm\n</think>\n\n2<|im_end|>\n"
 
 
-def test_a_template_that_drops_all_thoughts_goes_on_from_the_block_it_opens(tokenizer, tmp_path):
-    # As DeepSeek-R1-Distill-Qwen's: answers alone are written, and the generation prompt opens a think block.
+def test_thoughts_that_the_template_drops_follow_the_think_block_it_opens(tokenizer, tmp_path):
+    # Like DeepSeek-R1-Distill-Qwen's template: only answers are written, and the generation prompt opens a think block.
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
@@ -199,14 +199,14 @@ def test_a_template_that_drops_all_thoughts_goes_on_from_the_block_it_opens(toke
         assert tokenizer.decode(out.token_ids).count("hm") == learned.count("hm")
 
 
-def test_a_completion_of_several_turns_begins_as_it_was_asked_for(tokenizer):
+def test_a_completion_of_several_turns_begins_after_the_generation_prompt(tokenizer):
     completion = [THINKS, user("sure?"), PLAIN]
     (row,), _ = tokenize_sft([{"prompt": [user("q")], "completion": completion}], tokenizer, SFTConfig())
     learned = tokenizer.decode([token for token, is_in in zip(row.token_ids, row.loss_mask, strict=True) if is_in])
     assert learned == f"{THINKS['content']}<|im_end|><think>\n\n</think>\n\n2<|im_end|>"
 
 
-def test_earlier_thoughts_are_kept_or_taken_out_as_asked(tokenizer, template_files):
+def test_preserve_thinking_keeps_or_removes_earlier_thoughts(tokenizer, template_files):
     turns = [user("q"), THINKS, user("r"), PLAIN, user("s"), THINKS]
     tool_loop = [user("q"), *called(tool_calls=[CALL], content=THINKS["content"]), THINKS]
 
@@ -221,25 +221,25 @@ def test_earlier_thoughts_are_kept_or_taken_out_as_asked(tokenizer, template_fil
     assert learned(turns, "qwen2_5", None) == learned(turns, "qwen2_5", True) == thinks + plain + thinks
     assert learned(turns, "qwen2_5", False) == plain + plain + thinks
     assert learned(turns, "qwen3_6", True).count("hm") == 2
-    # The thoughts between a question and its answer are no earlier ones.
+    # Thoughts between a question and its answer are not earlier thoughts.
     assert learned(tool_loop, "qwen2_5", False).count("hm") == learned(tool_loop, "qwen3", None).count("hm") == 2
 
 
-def test_thoughts_that_never_end_get_no_block_before_them(tokenizer):
+def test_truncated_thoughts_get_no_think_block_before_them(tokenizer):
     cut = {"role": "assistant", "content": "<think>\nhm"}
     row = {"prompt": [user("q")], "chosen": [PLAIN], "rejected": [cut]}
     (pair,), _ = tokenize_preferences([row], tokenizer, DPOConfig())
     assert tokenizer.decode(pair.rejected.token_ids) == "<think>\nhm<|im_end|>"
 
 
-def test_a_thinking_answer_to_a_prompt_without_thoughts_is_refused(tokenizer):
+def test_an_answer_with_thoughts_is_refused_if_the_prompt_disables_thinking(tokenizer):
     config = SFTConfig(chat_template_kwargs={"enable_thinking": False})
     for answer in (ANSWERS["thinks"], ANSWERS["thinks in a field"], ANSWERS["closes only"]):
         with pytest.raises(DataError, match="set enable_thinking: true"):
             tokenize_sft([{"prompt": [user("q")], "completion": [answer]}], tokenizer, config)
 
 
-def test_added_special_tokens_act_in_turns_and_control_tokens_do_not():
+def test_added_special_tokens_act_in_messages_and_control_tokens_do_not():
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     first, last, end = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>", "<|im_end|>"])
@@ -258,14 +258,14 @@ def test_added_special_tokens_act_in_turns_and_control_tokens_do_not():
     assert [ids.count(token) for token in (first, last, end)] == [1, 1, 2]
 
 
-# What the rows train is said
+# The report says what the rows train
 
 
 def report(tokenizer: Any, row: dict[str, Any], **options: Any) -> Any:
     return tokenize_sft([row], tokenizer, SFTConfig(**options))[1]
 
 
-def test_the_mode_that_rows_without_thoughts_train_is_said(tokenizer):
+def test_the_report_says_which_thinking_mode_rows_without_thoughts_train(tokenizer):
     row = {"prompt": [user("q")], "completion": [PLAIN]}
     (line, other) = report(tokenizer, row).form
     assert line.startswith("1 of 1 sampled answers have no thoughts")
@@ -282,7 +282,7 @@ def test_the_mode_that_rows_without_thoughts_train_is_said(tokenizer):
     assert len(report(tokenizer, {"messages": [user("q"), THINKS]}).form) == 1
 
 
-def test_thoughts_that_the_template_leaves_out_of_learned_turns_are_warned_of(tokenizer):
+def test_dropped_thoughts_of_learned_turns_give_a_warning(tokenizer):
     row = {"messages": [user("q"), THINKS, user("r"), THINKS]}
     (warning,) = report(tokenizer, row).warnings
     assert "drops the thoughts of 1 earlier turns" in warning
@@ -291,7 +291,7 @@ def test_thoughts_that_the_template_leaves_out_of_learned_turns_are_warned_of(to
     assert report(tokenizer, unlearned).warnings == []
 
 
-def test_plain_text_is_said_to_be_written_without_the_chat_template(tokenizer):
+def test_plain_text_without_the_chat_template_gives_a_warning(tokenizer):
     text = {"prompt": "q", "completion": "a"}
     for found in (
         report(tokenizer, text),

@@ -1,4 +1,4 @@
-"""Whole datasets to tokens: what each form learns, what is cut, dropped and counted."""
+"""Test tokenization of SFT rows and prompts: what is learned, truncated, dropped and counted."""
 
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ def tokenizer() -> Any:
 
 
 def sft(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str]:
-    """(the whole text, the text in the loss) of one row."""
+    """Return (whole text, text in the loss) of one row."""
     (out,), _ = tokenize_sft([row], tokenizer, SFTConfig(**options))
     learned = [token for token, in_loss in zip(out.token_ids, out.loss_mask, strict=True) if in_loss]
     return tokenizer.decode(out.token_ids), tokenizer.decode(learned)
 
 
-def test_conversations_learn_the_answer_unless_told_otherwise(tokenizer):
+def test_conversations_learn_only_the_answer_by_default(tokenizer):
     assert sft(tokenizer, CHAT) == (HEAD + BLOCK + "\\boxed{46}<|im_end|>", BLOCK + "\\boxed{46}<|im_end|>")
     whole = HEAD + BLOCK + "\\boxed{46}<|im_end|>\n"
     assert sft(tokenizer, CHAT, assistant_only_loss=False) == (whole, whole.removeprefix("<|im_start|>"))
 
 
-def test_text_prompts_and_completions_are_taken_as_they_are_and_end_in_eos(tokenizer):
+def test_text_prompts_and_completions_are_not_changed_and_end_in_eos(tokenizer):
     row = {"prompt": "<|im_start|>1 +", "completion": " 1 = 2"}
     assert sft(tokenizer, row) == ("<|im_start|>1 + 1 = 2<|im_end|>", " 1 = 2<|im_end|>")
     assert sft(tokenizer, row, completion_only_loss=False)[1] == "1 + 1 = 2<|im_end|>"
@@ -44,13 +44,13 @@ def test_text_prompts_and_completions_are_taken_as_they_are_and_end_in_eos(token
     assert sft(tokenizer, row | {"completion": "2<|im_end|>"})[1] == "2<|im_end|>"
 
 
-def test_prompt_and_completion_are_tokenized_apart_as_generation_does(tokenizer):
+def test_prompt_and_completion_are_tokenized_separately_as_in_generation(tokenizer):
     (out,), _ = tokenize_sft([{"prompt": "1\n", "completion": "\n2"}], tokenizer, SFTConfig())
     assert tokenizer.convert_ids_to_tokens(out.token_ids) == ["1", "Ċ", "Ċ", "2", "<|im_end|>"]
     assert tokenizer.tokenize("1\n\n2") == ["1", "ĊĊ", "2"]
 
 
-def test_conversational_completions_learn_only_their_own_turns(tokenizer):
+def test_completions_of_messages_learn_only_their_own_turns(tokenizer):
     earlier = [USER, {"role": "assistant", "content": "7"}]
     row = {"prompt": [*earlier, USER], "completion": [ANSWER]}
     assert sft(tokenizer, row)[1] == BLOCK + "\\boxed{46}<|im_end|>"
@@ -63,14 +63,14 @@ def test_conversational_completions_learn_only_their_own_turns(tokenizer):
     assert learned == whole.removeprefix("<|im_start|>")
 
 
-def test_a_completion_that_begins_with_the_user_goes_on_from_what_stands_before_the_assistant(tokenizer):
+def test_a_completion_that_begins_with_the_user_is_learned_from_its_first_assistant_turn(tokenizer):
     row = {"prompt": [USER, {"role": "assistant", "content": "7"}], "completion": [USER, ANSWER]}
     text, learned = sft(tokenizer, row)
     assert text == f"{HEAD}7<|im_end|>\n{HEAD}{BLOCK}\\boxed{{46}}<|im_end|>"
     assert learned == BLOCK + "\\boxed{46}<|im_end|>"
 
 
-def test_plain_text_is_learned_whole_from_the_column_named(tokenizer):
+def test_plain_text_of_the_configured_column_is_learned_completely(tokenizer):
     assert sft(tokenizer, {"text": "1 + 1"})[1] == " + 1<|im_end|>"
     assert sft(tokenizer, {"body": "1 + 1"}, dataset_text_field="body")[0] == "1 + 1<|im_end|>"
 
@@ -103,7 +103,7 @@ def test_plain_text_is_learned_whole_from_the_column_named(tokenizer):
         (CHAT, {"max_length": 10, "truncation_mode": "drop"}, "1 are longer than max_length=10 and were dropped"),
     ],
 )
-def test_rows_that_teach_nothing_are_refused(tokenizer, row, options, message):
+def test_rows_with_nothing_to_learn_are_refused(tokenizer, row, options, message):
     with pytest.raises(DataError, match=message):
         tokenize_sft([row], tokenizer, SFTConfig(**options))
 
@@ -115,7 +115,7 @@ def test_no_rows_and_unknown_eos_are_refused(tokenizer):
         tokenize_sft([CHAT], tokenizer, SFTConfig(eos_token="<eos>"))
 
 
-def test_a_missing_template_is_named_and_can_be_given(tmp_path):
+def test_a_missing_template_raises_an_error_and_can_be_configured(tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="set chat_template_path"):
@@ -132,7 +132,7 @@ def test_template_arguments_reach_the_template(tokenizer):
     assert learned == "\\boxed{46}<|im_end|>"
 
 
-def test_the_report_counts_what_became_of_the_rows(tokenizer):
+def test_the_report_counts_truncated_and_dropped_rows(tokenizer):
     long = {"messages": [USER, {"role": "assistant", "content": "1" * 30}]}
     rows = [CHAT, long, {"messages": [USER]}, CHAT]
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=28))
@@ -156,7 +156,7 @@ def test_keeping_the_end_keeps_the_last_tokens(tokenizer):
     assert report.num_truncated == 1
 
 
-def test_an_eos_that_differs_from_the_templates_end_is_warned_of():
+def test_an_eos_other_than_the_templates_end_token_gives_a_warning():
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     _, report = tokenize_sft([CHAT], tokenizer, SFTConfig())
@@ -191,7 +191,7 @@ def test_overlong_prompts_are_dropped_or_refused(tokenizer):
         tokenize_prompts(rows, tokenizer, max_prompt_length=2)
 
 
-def test_prompts_that_leave_nothing_to_generate_are_refused(tokenizer):
+def test_prompts_with_nothing_to_generate_are_refused(tokenizer):
     with pytest.raises(DataError, match=r"row 0: the prompt ends in an assistant message"):
         tokenize_prompts([{"prompt": [USER, ANSWER]}], tokenizer, max_prompt_length=None)
     with pytest.raises(DataError, match=r"row 1: the prompt is empty"):
@@ -200,7 +200,7 @@ def test_prompts_that_leave_nothing_to_generate_are_refused(tokenizer):
         tokenize_prompts([], tokenizer, max_prompt_length=None)
 
 
-def test_many_rows_come_back_in_order(tokenizer):
+def test_many_rows_keep_their_order(tokenizer):
     rows = load_rows(SourceConfig(generator="arithmetic", args={"kind": "sft", "size": 1300}), seed=0)
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig())
     assert report.num_kept == 1300
@@ -210,7 +210,7 @@ def test_many_rows_come_back_in_order(tokenizer):
         )
 
 
-def test_files_in_the_forms_of_public_data_sets_are_learned_whole(tokenizer):
+def test_files_in_formats_of_public_data_sets_are_learned(tokenizer):
     for name, count in (("instructions_zh.json", 22), ("tools.json", 10)):
         rows = load_rows(SourceConfig(path=str(SAMPLES / name)), seed=0)
         kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=None))

@@ -1,4 +1,4 @@
-"""Rows from files, folders, Python objects and mixtures; and what a broken file says."""
+"""Test loading rows from files, folders, Python objects and mixtures, and the errors for broken files."""
 
 import json
 import tracemalloc
@@ -42,7 +42,7 @@ def write_all_formats(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_every_format_gives_the_same_rows_and_a_folder_all_of_them(tmp_path):
+def test_every_file_format_gives_the_same_rows_and_a_folder_gives_all_files(tmp_path):
     files = write_all_formats(tmp_path)
     assert len(files) == 6
     for file in files:
@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows_and_a_folder_all_of_them(tmp_path):
     assert load(tmp_path, limit=5) == ROWS + ROWS[:1]
 
 
-def test_csv_values_stay_text_and_quoted_line_breaks_hold(tmp_path):
+def test_csv_values_stay_text_and_may_have_quoted_line_breaks(tmp_path):
     (tmp_path / "a.csv").write_text('prompt,solution\n"a, b\nc",007\n')
     assert load(tmp_path / "a.csv") == [{"prompt": "a, b\nc", "solution": "007"}]
     (tmp_path / "b.csv").write_text("prompt,solution\n1,2\n1,2,3\n")
@@ -95,13 +95,13 @@ def test_a_dataset_saved_to_disk_loads(tmp_path):
         ("a.txt", b"hello", r"can't read files of type '\.txt'; known types: \.csv, \.json"),
     ],
 )
-def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, message):
+def test_a_broken_file_raises_an_error_with_the_position(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / name)
 
 
-def test_a_missing_path_says_what_is_there(tmp_path, monkeypatch):
+def test_a_missing_path_raises_an_error_with_the_folder_content(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl; did you mean 'train\.jsonl'\? .*it holds"):
         load(tmp_path / "trian.jsonl")
@@ -114,7 +114,7 @@ def test_a_missing_path_says_what_is_there(tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
-    """The hub is replaced: only what we ask of it is tested."""
+    """Replace the hub, to test only the arguments that we pass to it."""
     import datasets
 
     asked = []
@@ -132,7 +132,7 @@ def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
         load("no/where", split="test")
 
 
-def test_hub_keys_mean_nothing_for_files_and_args_nothing_without_a_generator(tmp_path):
+def test_hub_keys_for_files_and_args_without_a_generator_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(DataError, match=r"is a local path: 'split' is for hub datasets"):
         load(path, split="train")
@@ -140,7 +140,7 @@ def test_hub_keys_mean_nothing_for_files_and_args_nothing_without_a_generator(tm
         load(path, args={"size": 3})
 
 
-def test_columns_are_renamed_and_a_missing_one_is_named_with_its_row(tmp_path):
+def test_columns_are_renamed_and_a_missing_column_raises_an_error_with_its_row(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a", "id": 1}, {"question": "q", "id": 2}])
     assert load(path, limit=1, columns={"prompt": "question", "solution": "answer", "completion": "answer"}) == [
         {"id": 1, "prompt": "q", "solution": "a", "completion": "a"}
@@ -151,7 +151,7 @@ def test_columns_are_renamed_and_a_missing_one_is_named_with_its_row(tmp_path):
         load(path, columns={"prompt": "questoin"})
 
 
-def test_a_system_prompt_makes_prompts_conversations(tmp_path):
+def test_a_system_prompt_turns_prompts_into_conversations(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "c"}])
     assert load(path, system_prompt="Be brief.") == [
         {
@@ -226,7 +226,7 @@ def test_sources_without_weights_are_joined_and_interleaved(tmp_path):
         ([100, 3], [None, 0.1], [30, 3]),
     ],
 )
-def test_weights_are_shares_and_no_row_comes_twice(tmp_path, sizes, weights, counts):
+def test_weights_are_proportions_and_no_row_repeats(tmp_path, sizes, weights, counts):
     rows = mixture(tmp_path, sizes, weights)
     assert [sum(row[0] == name for row in rows) for name in "abc"[: len(sizes)]] == counts
     assert len(set(rows)) == len(rows)
@@ -268,7 +268,7 @@ def test_python_datasets_are_accepted_and_streams_are_not():
         ("pairs.json", {}, 13, {"prompt", "chosen", "rejected"}),
     ],
 )
-def test_files_in_the_forms_of_public_data_sets_load(name, columns, count, expected):
+def test_files_in_formats_of_public_data_sets_load(name, columns, count, expected):
     rows = load(SAMPLES / name, columns=columns)
     assert len(rows) == count
     assert all(set(row) == expected for row in rows)
@@ -282,7 +282,7 @@ def test_files_in_the_forms_of_public_data_sets_load(name, columns, count, expec
         ("pairs", {"chosen", "rejected"}),
     ],
 )
-def test_rows_that_come_with_rlqwen(name, columns):
+def test_built_in_rows_load(name, columns):
     rows = [row for _, row in read_source(SourceConfig(path=f"builtin:{name}", name="main", split="train"))]
     assert len(rows) >= 24
     assert all(set(row) == columns for row in rows)
@@ -293,7 +293,7 @@ def test_rows_that_come_with_rlqwen(name, columns):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_large_json_file_is_read_part_by_part(tmp_path, monkeypatch, indent):
+def test_a_large_json_file_is_read_in_parts(tmp_path, monkeypatch, indent):
     rows = [{"text": f"[{number}], 中{'}' * (number % 5)}", "list": [[], {"a": [number]}]} for number in range(40)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8")
@@ -306,7 +306,7 @@ def test_a_large_json_file_is_read_part_by_part(tmp_path, monkeypatch, indent):
     assert load(path) == rows
 
 
-def test_a_large_json_file_of_one_line_is_not_in_memory_as_a_whole(tmp_path, monkeypatch):
+def test_a_large_json_file_of_one_line_is_never_in_memory_completely(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(" " + json.dumps([{"text": "中" * 2000} for _ in range(600)], ensure_ascii=False), "utf-8-sig")
     monkeypatch.setattr(files, "WHOLE_BYTES", 0)
@@ -314,7 +314,7 @@ def test_a_large_json_file_of_one_line_is_not_in_memory_as_a_whole(tmp_path, mon
     assert peak_of_reading(path) < path.stat().st_size / 10
 
 
-def test_few_rows_of_a_parquet_file_are_objects_at_a_time(tmp_path):
+def test_only_some_parquet_rows_are_python_objects_at_a_time(tmp_path):
     path = tmp_path / "a.parquet"
     Dataset.from_list([{"text": f"{number}" * 400} for number in range(8000)]).to_parquet(path)
     assert peak_of_reading(path) < 8000 * 400 / 2
@@ -331,7 +331,7 @@ def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path):
 
 
 def peak_of_reading(path):
-    """Bytes of Python objects that reading all rows, one after the other, takes at most."""
+    """Return the peak number of bytes of Python objects while all rows are read one after the other."""
     tracemalloc.start()
     try:
         assert sum(1 for _ in files.read_rows(path))
@@ -340,7 +340,7 @@ def peak_of_reading(path):
         tracemalloc.stop()
 
 
-def test_a_large_json_file_is_refused_as_a_small_one(tmp_path, monkeypatch):
+def test_a_large_broken_json_file_gives_the_error_of_a_small_one(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "WHOLE_BYTES", 0)
     for text, words in (
         ('[\n{"prompt": "1"},\n{"prompt": }\n]', r"a\.json, line 3: not valid JSON"),

@@ -1,4 +1,4 @@
-"""Tools and tool calls: one form from many, rendered as the template itself does, calls learned and results not."""
+"""Test tools and tool calls: all formats are normalized and rendered by the template; calls are learned, results not."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def learned(tokenizer: Any, row: Any) -> str:
         {"role": "assistant", "function_call": {"name": "add", "arguments": json.dumps(ARGUMENTS)}},
     ],
 )
-def test_calls_of_every_form_have_their_arguments_as_an_object(turn):
+def test_calls_of_every_format_have_their_arguments_as_an_object(turn):
     expected = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     for column in ("messages", "prompt", "completion"):
         assert normalize_row({column: [USER, turn]}, "row 0")[column] == [USER, expected]
@@ -70,7 +70,7 @@ def test_sharegpt_calls_are_read_in_conversations_and_in_answers():
     assert turns == [{"role": "assistant", "content": "", "tool_calls": [CALL] * 2}, {"role": "tool", "content": "1"}]
 
 
-def test_ids_results_of_functions_and_calls_without_arguments():
+def test_call_ids_function_results_and_calls_without_arguments_are_read():
     turns = [
         {"role": "assistant", "tool_calls": [{"id": "7", "function": {"name": "now", "arguments": ""}}]},
         {"role": "function", "name": "now", "content": "1"},
@@ -86,11 +86,11 @@ def test_ids_results_of_functions_and_calls_without_arguments():
 
 
 @pytest.mark.parametrize("tools", [[TOOL], TOOL, [TOOL["function"]], json.dumps([TOOL["function"]])])
-def test_tools_come_as_serving_gives_them_to_the_template(tools):
+def test_tools_have_the_format_that_serving_gives_to_the_template(tools):
     assert normalize_row({"messages": [USER], "tools": tools}, "row 0")["tools"] == [TOOL]
 
 
-def test_what_arrow_fills_in_is_left_out_and_a_null_of_the_datas_own_stays():
+def test_nulls_added_by_arrow_are_removed_and_nulls_of_the_data_are_kept():
     other = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
     rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [one]}]} for one in (CALL, other)]
     tables = as_rows(Dataset.from_list([{"messages": [row["messages"][1]]} for row in rows]))
@@ -112,7 +112,7 @@ def test_what_arrow_fills_in_is_left_out_and_a_null_of_the_datas_own_stays():
         ({"name": "add", "arguments": [1]}, r"arguments of 'add' must be an object: \[1\]"),
     ],
 )
-def test_malformed_calls_are_named(call, message):
+def test_malformed_calls_raise_an_error_with_their_place(call, message):
     calls = call if isinstance(call, str) else [call]
     with pytest.raises(DataError, match=message):
         normalize_row({"messages": [{"role": "assistant", "tool_calls": calls}]}, "row 0")
@@ -122,7 +122,7 @@ def test_malformed_calls_are_named(call, message):
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
-def test_calls_are_learned_results_are_grouped_and_not(tokenizer, tmp_path, template):
+def test_calls_are_learned_and_grouped_tool_results_are_not(tokenizer, tmp_path, template):
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
     row = {"messages": TOOL_TURNS, "tools": [TOOL]}
@@ -143,7 +143,7 @@ def test_pairs_and_prompts_have_tools_too(tokenizer):
         "tools": [TOOL["function"]],
     }
     (row,), _ = tokenize_preferences([pair], tokenizer, DPOConfig(max_length=None))
-    # The turn that answers the prompt is written as a last turn, whatever follows it.
+    # The turn that answers the prompt is rendered as a last turn, even if messages follow it.
     assert learned(tokenizer, row.chosen) == f"{BLOCK}{CALL_TEXT}\n{CALL_TEXT}<|im_end|>{BLOCK}a<|im_end|>"
     assert tokenizer.decode(row.chosen.token_ids).count("<tool_response>") == 2
     (prompt,), _ = tokenize_prompts([{"prompt": [USER], "tools": [TOOL]}], tokenizer, max_prompt_length=None)
@@ -159,7 +159,7 @@ def test_pairs_and_prompts_have_tools_too(tokenizer):
     assert row.prompt_ids == expected
 
 
-def test_a_template_without_tools_is_refused_rather_than_silent(tokenizer, tmp_path):
+def test_a_template_that_drops_tools_is_refused(tokenizer, tmp_path):
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}<|im_end|>{{ '\\n' }}{% endfor %}"

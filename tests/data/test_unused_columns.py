@@ -1,4 +1,4 @@
-"""What a row holds and nothing reads is named: by the report, by `rlqwen check` and by `rlqwen data check`."""
+"""Test that unused columns and message keys are reported by the report, `rlqwen check` and `rlqwen data check`."""
 
 import copy
 import json
@@ -50,12 +50,12 @@ def tokenizer() -> Any:
         ({"text": "q", "source": "s"}, "columns not used: source"),
     ],
 )
-def test_sft_rows(tokenizer, row, note):
+def test_unused_columns_and_keys_of_sft_rows_are_reported(tokenizer, row, note):
     report = tokenize_sft(as_rows([row]), tokenizer, SFTConfig())[1]
     assert report.notes == ([note] if note else [])
 
 
-def test_a_key_that_the_template_reads_is_used(tokenizer):
+def test_a_key_that_the_template_reads_is_not_reported(tokenizer):
     own = copy.deepcopy(tokenizer)
     row = {"messages": [USER | {"name": "Ann", "at": 1}, ANSWER]}
     own.chat_template = own.chat_template.replace("{{- '<|im_start|>' +", "{{- message.name }}{{- '<|im_start|>' +")
@@ -63,7 +63,7 @@ def test_a_key_that_the_template_reads_is_used(tokenizer):
     assert tokenize_sft([row], own, SFTConfig())[1].notes == ["message keys not used: at"]
 
 
-def test_a_column_that_evaluation_compares_with_is_used(tokenizer):
+def test_a_reference_column_of_evaluation_is_not_reported(tokenizer):
     row = {"messages": [USER, ANSWER], "gold": "a"}
     config = SFTConfig(eval_generation={"metrics": ["exact_match"], "reference": "gold"})
     assert tokenize_sft(as_rows([row]), tokenizer, config)[1].notes == []
@@ -101,7 +101,7 @@ SCORES = {"score_chosen": 2.0, "score_rejected": 1.0}
         ),
     ],
 )
-def test_pairs(tokenizer, row, dpo, reward):
+def test_unused_columns_of_pairs_are_reported(tokenizer, row, dpo, reward):
     for report, note in (
         (tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig())[1], dpo),
         (tokenize_reward_rows(as_rows([row]), tokenizer, RewardConfig())[1], reward),
@@ -109,7 +109,7 @@ def test_pairs(tokenizer, row, dpo, reward):
         assert report.notes == ([note] if note else [])
 
 
-def test_labelled_answers(tokenizer):
+def test_unused_columns_of_labelled_answers_are_reported(tokenizer):
     row = {"prompt": "q", "completion": "a", "label": True, "id": 1}
     report = tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig(loss_type="kto"))[1]
     assert report.notes == ["columns not used: id"]
@@ -139,13 +139,13 @@ def takes_all(completions: list[str], **columns: Any) -> list[float]:
         ({"prompt": "q", "messages": [USER], "solution": "1"}, [takes_solution], "columns not used: messages"),
     ],
 )
-def test_prompts_and_what_rewards_take(tokenizer, row, rewards, note):
+def test_columns_of_prompts_that_rewards_read_are_not_reported(tokenizer, row, rewards, note):
     report = tokenize_prompts(as_rows([row]), tokenizer, max_prompt_length=None)[1]
     report.name_unused(taken_columns(map(resolve, rewards)))
     assert report.notes == ([note] if note else [])
 
 
-def test_check_names_them_for_sft_and_for_the_rewards_of_a_recipe(tiny_model_path, tmp_path):
+def test_check_reports_unused_columns_for_sft_and_rewards(tiny_model_path, tmp_path):
     (tmp_path / "sft.jsonl").write_text(json.dumps({"messages": [USER, ANSWER | {"at": 1}], "id": 1}))
     (tmp_path / "rl.jsonl").write_text(json.dumps({"prompt": "1 + 1", "solution": "2", "id": 1}))
     base = {"model": {"path": str(tiny_model_path)}, "output_dir": str(tmp_path / "run")}
