@@ -12,9 +12,7 @@ in place is noticed.
 import copy
 import hashlib
 import json
-import os
 import re
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +24,14 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-from rlqwen.errors import ModelError, SaveError
-from rlqwen.models.hub import StoredTensor, commit_of, read_config, split_revision, stored_tensors
+from rlqwen.errors import ModelError
+from rlqwen.models.hub import commit_of, read_config, split_revision, stored_tensors
+from rlqwen.models.stored_weight import DTYPES, OpenFile, StoredWeight
 from rlqwen.models.vision_language import towers
 
 _ATTRIBUTE = "_rlqwen_carried"
 _CONFIG_FILE = "config.json"
 _PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""Names of dtypes in safetensors files."""
 _KINDS = {"visual": "vision tower", "vision_tower": "vision tower", "mtp": "multi-token prediction"}
 """Part of a weight's name -> what users call such weights."""
 _OF_THE_WHOLE = {"num_labels", "id2label", "label2id", "problem_type"}
@@ -48,58 +41,13 @@ _NOT_MERGED = {
 }  # fmt: skip
 
 
-class _OpenFile:
-    """A file that stays readable after it is deleted or replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
-        self._stamp = self._state()
-
-    def _state(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
-
-    def read(self, start: int, count: int) -> bytearray:
-        """Return `count` bytes from `start`; SaveError if the file has been changed since it was opened."""
-        data = bytearray(count)
-        view, done = memoryview(data), 0
-        while done < count:
-            read = os.preadv(self._descriptor, [view[done:]], start + done)
-            if not read:
-                break
-            done += read
-        if done < count or self._state() != self._stamp:
-            raise SaveError(
-                f"{self.path}, which holds weights that are copied unchanged to every folder that is written, has been "
-                "overwritten since the model was loaded: put it back as it was, and go on from the last checkpoint"
-            )
-        return data
-
-
-@dataclass(frozen=True)
-class _StoredWeight:
-    """A weight in a file, and where it lies."""
-
-    file: _OpenFile
-    entry: StoredTensor
-
-    def read(self) -> Tensor:
-        start, end = self.entry.span
-        if start == end:
-            return torch.empty(self.entry.shape, dtype=_DTYPES[self.entry.dtype])
-        data = self.file.read(start, end - start)
-        return torch.frombuffer(data, dtype=torch.uint8).view(_DTYPES[self.entry.dtype]).reshape(self.entry.shape)
-
-
 @dataclass(eq=False)
 class CarriedWeights:
     """The weights that a model carries; copies of a model share one."""
 
     source: str
     """The source of the weights, for messages."""
-    weights: dict[str, "_StoredWeight | Tensor"] = field(default_factory=dict)
+    weights: dict[str, StoredWeight | Tensor] = field(default_factory=dict)
     """Name in the checkpoint -> weight; a tensor if the model was given as an object that holds it."""
     whole_config: dict[str, Any] | None = None
     """config.json of the class that has a place for all weights; None if that of the trained class is the same."""
@@ -193,7 +141,7 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     _forget_foreign_conversions(model, [name for name in stored if name not in ignored])
     raw = read_config(folder)
     obstacle = None
-    if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(_DTYPES)):
+    if names and (raw.get("quantization_config") is not None or {stored[name].dtype for name in names} - set(DTYPES)):
         obstacle = (
             f"model {str(source)!r} is quantized, with weights ({kind_of(names[0])}) that are copied as they are and would not fit "
             "the plain weights beside them: start from the unquantized model, with model.quantization if memory is short"
@@ -203,10 +151,10 @@ def carry(model: Any, source: str | Path, *, revision: str | None = None) -> boo
     if not names and not is_part and not processor:
         return True
     files = {path.name: path for path in {stored[name].path for name in names}}
-    opened = {name: _OpenFile(path) for name, path in files.items()}
+    opened = {name: OpenFile(path) for name, path in files.items()}
     vars(model)[_ATTRIBUTE] = CarriedWeights(
         str(source),
-        {name: _StoredWeight(opened[stored[name].path.name], stored[name]) for name in names},
+        {name: StoredWeight(opened[stored[name].path.name], stored[name]) for name in names},
         raw if is_part else None,
         processor,
         obstacle,

@@ -20,11 +20,12 @@ from rlqwen.config import TrainerConfig
 from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact
 from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
 from rlqwen.errors import ModelError
-from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers, checkpoint_weights
+from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers
 from rlqwen.models.carried_weights import carried_by, carry, count_text
 from rlqwen.models.experts import use_compute_dtype
 from rlqwen.models.float32_weights import mark_float32, saved_dtype
 from rlqwen.models.gpu_forward import speed_up_on_gpu
+from rlqwen.models.merged_weights import checkpoint_weights
 from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products

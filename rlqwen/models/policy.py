@@ -25,15 +25,9 @@ from rlqwen.config import TrainerConfig
 from rlqwen.distributed import gathered, whole_model
 from rlqwen.distributed.tensor_parallel import whole_weights
 from rlqwen.errors import ConfigError
-from rlqwen.models.adapters import (
-    adapter_rank,
-    adapter_weights,
-    check_adapter,
-    checkpoint_weights,
-    head_weight,
-    lora_obstacle,
-)
+from rlqwen.models.adapters import adapter_rank, adapter_weights, check_adapter, lora_obstacle
 from rlqwen.models.gpu_forward import speed_up_on_gpu
+from rlqwen.models.merged_weights import checkpoint_weights, head_weight
 from rlqwen.models.model_support import check_config, check_head
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products

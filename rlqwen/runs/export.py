@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.models.adapters import VLLM_PROJECTIONS, check_adapter, checkpoint_weights
+from rlqwen.models.adapters import VLLM_PROJECTIONS, check_adapter
 from rlqwen.models.carried_weights import carried_by
 from rlqwen.models.hub import SAFE, check_vocabulary, refuse_pickles
 from rlqwen.models.loading import align_stop_tokens, load_generation_config, local_folder
+from rlqwen.models.merged_weights import checkpoint_weights
 from rlqwen.models.model_classes import load_causal, load_scalar
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, require_bitsandbytes
 from rlqwen.models.weight_files import write_model

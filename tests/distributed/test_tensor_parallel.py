@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rlqwen import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from rlqwen.distributed.tensor_parallel import check_shardable, is_shard
 from rlqwen.errors import ModelError
-from rlqwen.models.adapters import checkpoint_weights
+from rlqwen.models.merged_weights import checkpoint_weights
 from rlqwen.models.policy import Policy
 from tests.forked_ranks import run_ranks
 from tests.models.test_moe_balance import TINY_MOE

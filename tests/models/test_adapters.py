@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from rlqwen.config import LoraSettings, SFTConfig
 from rlqwen.errors import ConfigError, ModelError
-from rlqwen.models.adapters import checkpoint_weights, lora_config
+from rlqwen.models.adapters import lora_config
+from rlqwen.models.merged_weights import checkpoint_weights
 from rlqwen.models.policy import Policy
 from rlqwen.models.weight_files import write_model
 from rlqwen.packing.batch import pack

@@ -13,7 +13,8 @@ from transformers import (
 
 from rlqwen import SFTConfig
 from rlqwen.errors import ModelError
-from rlqwen.models.adapters import adapted_weight, add_adapter
+from rlqwen.models.adapters import add_adapter
+from rlqwen.models.merged_weights import adapted_weight
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import pack
 from tests.models.test_policy import make_model, padded_logprobs, skewed_trees
