@@ -1,12 +1,15 @@
 """Report what a recipe trains of its model, and how much memory that takes."""
 
+import contextlib
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.config import DPOConfig, OnlineConfig, PPOConfig, Recipe
+from rlqwen.config import DPOConfig, ModelConfig, OnlineConfig, PPOConfig, Recipe
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import count_text
 from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.model_check import ConfigFacts
+from rlqwen.preflight.model_check import ConfigFacts, read_config
 from rlqwen.preflight.parameter_counts import (
     ParameterCounts,
     chosen_experts,
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTIZED = ("attention", "delta-net", "MLP", "shared experts")
 """Groups of linear layers that bitsandbytes quantizes; it leaves fused experts, embedding and head as they are."""
+_SPOKEN = {"ref_model": "reference"}
 _SHARED = {
     1: "ZeRO-1 shares Adam's state out among the ranks",
     2: "ZeRO-2 shares gradients and Adam's state out among the ranks",
@@ -97,6 +101,7 @@ def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtyp
         parts["the critic, another such model"] = sum(parts.values())
     if settings.lora is None and _holds_reference(recipe):
         parts["the reference"] = total * (4 if train.bf16 is False else 2)
+    parts |= _other_models(recipe)
     named = ", ".join(f"{part} {_gigabytes(size)}" for part, size in parts.items())
     line = f"{_gigabytes(sum(parts.values()))}: {named}"
     if train.parallel.zero_stage:
@@ -111,6 +116,18 @@ def _holds_reference(recipe: Recipe) -> bool:
     train = recipe.train
     is_precomputed = isinstance(train, DPOConfig) and train.precompute_ref_log_probs
     return train.needs_reference and not is_precomputed
+
+
+def _other_models(recipe: Recipe) -> dict[str, int]:
+    """Return the bytes of the frozen models that the recipe names, such as a teacher; those that can be read now."""
+    sizes = {}
+    for key, path in recipe.train.other_models().items():
+        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(ModelError):
+            facts = read_config(ModelConfig(path=path), Path(scratch))
+            if facts is not None:
+                total = count_parameters(facts.config, meta_model(facts.config, scalar=False), facts.folder).total
+                sizes["the " + _SPOKEN.get(key, key)] = total * (4 if recipe.train.bf16 is False else 2)
+    return sizes
 
 
 def _gigabytes(size: int) -> str:

@@ -260,6 +260,12 @@ def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(tmp_p
     memory = dict(check_recipe(ppo).facts)["memory"]
     assert memory.startswith(f"{(2 * trained + 2 * whole) / 1e9:,.1f} GB: weights 30.5 GB")
     assert "the critic, another such model 121.8 GB, the reference 15.2 GB; activations" in memory
+    student = {"max_completion_length": 64, "teacher": "builtin:tiny-qwen3"}
+    distillation = sft_recipe(model, tmp_path, algorithm="distillation", train=student, **online | {"rewards": []})
+    memory = dict(check_recipe(distillation).facts)["memory"]
+    assert memory.startswith(
+        "121.9 GB: weights 30.5 GB, gradients 30.5 GB, Adam 60.9 GB, the teacher 2.1 MB; activations"
+    )
     quantized = {"path": str(model), "lora": {"r": 8}, "quantization": {"bits": 4}}
     memory = dict(check_recipe(sft_recipe(model, tmp_path, model=quantized)).facts)["memory"]
     linear = 822_121_472 + 5_703_204_864  # attention with its biases, and MLP
