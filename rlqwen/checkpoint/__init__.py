@@ -1,6 +1,6 @@
 """Write checkpoints completely or not at all, verify them, and restore runs from them."""
 
-from rlqwen.checkpoint.atomic_folder import find_fault, is_storage_error, sync_file
+from rlqwen.checkpoint.atomic_folder import explaining_storage_errors, find_fault, sync_file
 from rlqwen.checkpoint.checkpoints import (
     Retention,
     archive_checkpoints,
@@ -19,9 +19,9 @@ __all__ = [
     "archive_checkpoints",
     "checkpoint_folder",
     "complete_checkpoints",
+    "explaining_storage_errors",
     "find_fault",
     "get_rng_state",
-    "is_storage_error",
     "open_run_folder",
     "preserve_rng_state",
     "read_state",

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,17 @@ def is_storage_error(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _STORAGE_ERRORS
     return any(word in str(error).lower() for word in _STORAGE_WORDS)
+
+
+@contextlib.contextmanager
+def explaining_storage_errors(folder: Path) -> Iterator[None]:
+    """Raise SaveError, which names the run folder, instead of the system's error if the disk is full or not writable."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SaveError) or not is_storage_error(error):
+            raise
+        raise SaveError(f"the run folder {folder} cannot be written to: {error}") from error
 
 
 def describe_storage_error(error: BaseException, partial: Path, last_size: int | None) -> str:

@@ -12,52 +12,39 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from rlqwen.checkpoint import is_storage_error, save_model
+from rlqwen.checkpoint import explaining_storage_errors, save_model
 from rlqwen.checkpoint.fingerprint import digest_rows
 from rlqwen.config import Recipe, SyncedReference, TrainerConfig
 from rlqwen.config.batch_plan import plan_batch, refuse_stream
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
-from rlqwen.distributed import MainRank, ParameterGroup, Ranks, UpdateResult, build_optimizer_step, pick_device
-from rlqwen.errors import ConfigError, NonFiniteError, SaveError
-from rlqwen.models.hub import check_vocabulary
-from rlqwen.models.loading import (
-    align_stop_tokens,
-    check_same_tokens,
-    load_model,
-    load_tokenizer,
-    local_folder,
-    split_builtin_arguments,
-    take_eos_token,
-    text_tokenizer,
-)
+from rlqwen.distributed import MainRank, ParameterGroup, UpdateResult, build_optimizer_step, pick_device
+from rlqwen.errors import ConfigError
+from rlqwen.models.loading import align_stop_tokens, check_same_tokens, load_model, split_builtin_arguments
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.policy import Policy
-from rlqwen.models.tiny import resolve_model_path
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.run_folder.lifecycle import open_locked_folder
 from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.trainers.best_checkpoint import BestMetric
-from rlqwen.trainers.callbacks import Callbacks
 from rlqwen.trainers.checkpointer import Checkpointer, Saveable, Stateful
 from rlqwen.trainers.data_stream import RowStream
 from rlqwen.trainers.evaluator import Evaluator
 from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.loop import TrainingLoop
-from rlqwen.trainers.micro_batching import save_batches
-from rlqwen.trainers.preemption import Preemption
+from rlqwen.trainers.model_source import check_policy, find_tokenizer, name_of, resolve_source, source_folder
 from rlqwen.trainers.reference_file import ReferenceFile
 from rlqwen.trainers.resume import choose_checkpoint, refuse_changes
 from rlqwen.trainers.router_loss import RouterLoss
 from rlqwen.trainers.run_context import RunContext
 from rlqwen.trainers.run_fingerprint import run_fingerprint
 from rlqwen.trainers.run_history import RunHistory
-from rlqwen.trainers.run_logger import Metrics, RunLogger
+from rlqwen.trainers.run_logger import Metrics
 from rlqwen.trainers.run_report import note_start, write_results
 from rlqwen.trainers.schedule import Schedule
+from rlqwen.trainers.step_updates import StepUpdates
 
 Row = TypeVar("Row")
 Args = TypeVar("Args", bound=TrainerConfig)
@@ -87,39 +74,23 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         A subclass then reads the data by `load_data`. The arguments are those of the trainers for users; `reference`:
         whether the model needs a frozen copy of its start to compare with, or the model to compare with.
         """
-        self.ranks = Ranks(args.parallel)
-        self.state = TrainerState(
-            is_world_process_zero=self.ranks.is_main, is_local_process_zero=self.ranks.local_rank == 0
-        )
-        set_seed(args.seed)
-        self.preemption = Preemption()
-        name = model if isinstance(model, str) else _name_of(model)
-        needed = {"model": name, **args.other_models()}
-        default_folder = f"{self.algorithm}-{Path(name).name}"
-        self.output_dir = MainRank(self.ranks).run(lambda: open_locked_folder(args, default_folder, needed))
-        source, args = self._resolve_model(model, args)
-        self.model_folder = (
-            local_folder(source, args.model_init_kwargs.get("revision")) if isinstance(source, str) else None
-        )
-        """Local folder of the model, if it was given by name."""
+        shape, args = split_builtin_arguments(model, args) if isinstance(model, str) else ({}, args)
         self.args: Args = args
-        self.callbacks = Callbacks(callbacks, args, self.state, self._callback_context)
-        self.logger = RunLogger(
-            self.output_dir,
+        self.context = run = RunContext.open(
             args,
             algorithm=self.algorithm,
-            state=self.state,
-            callbacks=self.callbacks,
-            is_main=self.ranks.is_main,
+            model_name=name_of(model),
+            callbacks=callbacks,
+            callback_context=lambda: {"model": self.model, "processing_class": self.processing_class},
         )
-        self.context = RunContext(
-            self.output_dir, args, self.ranks, self.state, self.preemption, self.callbacks, self.logger
-        )
-        name = source if isinstance(source, str) else _name_of(source)
-        self.processing_class = text_tokenizer(processing_class) or load_tokenizer(name, args)
-        take_eos_token(self.processing_class, getattr(args, "eos_token", None))
+        self.output_dir, self.ranks, self.state = run.output_dir, run.ranks, run.state
+        self.preemption, self.callbacks, self.logger = run.preemption, run.callbacks, run.logger
+        source = resolve_source(model, shape, run)
+        self.model_folder = source_folder(source, args)
+        """Local folder of the model, if it was given by name."""
+        self.processing_class = find_tokenizer(processing_class, source, args)
         self.policy = self.load_policy(source, peft_config=peft_config, reference=reference)
-        self._check_policy()
+        check_policy(self.policy, self.processing_class)
         self.main_rank = MainRank(self.ranks, self.policy)
         self.router_loss = RouterLoss(self.policy, self.ranks)
         self.train_rows: Sequence[Row] = []
@@ -134,24 +105,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         """The recipe that the trainer was built from, if any."""
         self.history = RunHistory()
         self.monitor = HealthMonitor(self.context)
-        self.updates_of_step: list[UpdateResult] = []
-        """Updates of the current step."""
+        self.updates = StepUpdates(self.context)
         self._fingerprint: dict[str, Any] | None = None
-
-    def _resolve_model(self, model: str | nn.Module, args: Args) -> tuple[str | nn.Module, Args]:
-        """Return the model or its name, a built-in one as the folder where it was built, and the config without its shape."""
-        if not isinstance(model, str):
-            return model, args
-        shape, args = split_builtin_arguments(model, args)
-        folder = self.output_dir / "base_model"
-        return MainRank(self.ranks).run(lambda: resolve_model_path(model, folder, **shape)), args
-
-    def _check_policy(self) -> None:
-        """Raise ModelError if the model cannot be trained, or if it or its reference lacks tokens of the tokenizer."""
-        self.policy.check_trainable()
-        own = self.policy.base_model.config
-        for config in (own, getattr(self.policy, "reference_config", own)):
-            check_vocabulary(self.processing_class, config, f"model {config._name_or_path!r}")
 
     def note_other_tokens(self, other: Any, what: str) -> None:
         """Raise ModelError if a model that will read the policy's token ids has other ones; note tokens that it lacks."""
@@ -162,9 +117,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
     def model(self) -> nn.Module:
         """Return the transformers model that is trained, adapters included."""
         return cast(nn.Module, self.policy.model)
-
-    def _callback_context(self) -> dict[str, Any]:
-        return {"model": self.model, "processing_class": self.processing_class}
 
     # What a trainer supplies
 
@@ -252,17 +204,13 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         """
         self.history.start()
         try:
-            with self.preemption, self.monitor.reporting_the_end():
+            with explaining_storage_errors(self.output_dir), self.preemption, self.monitor.reporting_the_end():
                 self._begin(resume_from_checkpoint)
                 self._run_loop()
                 self._finish()
                 # Otherwise the next recipe of a pipeline would start, on some ranks or on all.
                 if any(self.ranks.gather(self.preemption.name is not None)):
                     raise self.preemption.ended("it came after the last update; the run is finished")
-        except OSError as error:
-            if isinstance(error, SaveError) or not is_storage_error(error):
-                raise
-            raise SaveError(f"the run folder {self.output_dir} cannot be written to: {error}") from error
         finally:
             self.close()
             self.logger.close()
@@ -333,14 +281,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.logger.open()
         if self.cleaning and self.ranks.is_main:
             self.cleaning.write(self.output_dir)
-        note_start(
-            self.logger,
-            self.args,
-            cleaning=self.cleaning,
-            reports=self.reports,
-            plan=self.plan,
-            model=self.policy,
-        )
+        note_start(self.context, cleaning=self.cleaning, reports=self.reports, plan=self.plan, model=self.policy)
         self.callbacks.notify("on_train_begin")
         if checkpoint is not None:
             self.checkpointer.restore_rng_state(checkpoint)
@@ -391,13 +332,11 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         """Run the algorithm's step on the next rows, and return its metrics with those of the updates."""
         started = time.monotonic()
         self.callbacks.notify("on_step_begin")
-        self.updates_of_step = []
+        self.updates.start_step()
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
         self.state.epoch = self.stream.epoch
         metrics |= {
-            "grad_norm": self.updates_of_step[-1].grad_norm,
-            "learning_rate": self.updates_of_step[-1].lr,
-            "updates/skipped": float(sum(update.skipped for update in self.updates_of_step)),
+            **self.updates.metrics(),
             "epoch": self.state.epoch,
             "time/step": time.monotonic() - started,
             **self.policy.routers.metrics(self.ranks.gather),
@@ -418,10 +357,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
         def write() -> None:
             write_results(
-                self.output_dir,
+                self.context,
                 algorithm=self.algorithm,
-                num_updates=self.state.global_step,
-                seed=self.args.seed,
                 evaluator=self.evaluator,
                 final=final,
                 history=self.history,
@@ -434,28 +371,10 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         """Apply the gradient that `optimizer.backward` has gathered; keep the batch on disk if it was not finite."""
-        self.state.global_step += 1
-        try:
-            result = self.optimizer.step()
-        except NonFiniteError:
-            self._keep_nonfinite(micro_batches)
-            raise
-        self.updates_of_step.append(result)
-        if result.skipped:
-            self._keep_nonfinite(micro_batches)
-        return result
-
-    def _keep_nonfinite(self, micro_batches: Sequence[PackedBatch]) -> None:
-        folder = self.output_dir / "nonfinite"
-        save_batches(folder, micro_batches, step=self.state.global_step, rank=self.ranks.rank)
+        return self.updates.apply(self.optimizer, micro_batches)
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference if that is due since update `before`."""
         if args.sync_ref_model and self.schedule.passes(args.ref_model_sync_steps, before):
             assert isinstance(self.policy, Policy)
             self.policy.refresh_reference(args.ref_model_mixup_alpha)
-
-
-def _name_of(model: nn.Module) -> str:
-    config: Any = model.config
-    return config._name_or_path or type(model).__name__

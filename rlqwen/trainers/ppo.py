@@ -143,7 +143,7 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             | describe_groups(groups_P)
             | self.summarize(updates, self.args.num_ppo_epochs)
             | {
-                "critic/grad_norm": self.updates_of_step[-1].grad_norms["critic"],
+                "critic/grad_norm": self.updates.last.grad_norms["critic"],
                 "time/train": time.monotonic() - started,
             }
         )
