@@ -1,4 +1,4 @@
-"""Hostile text, and files that would run code if they were loaded as pickles."""
+"""Inject hostile text, and files that would run code if they were loaded as pickles."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def tokenizer(tiny_model_path: Path) -> Any:
     "a policy writes the text of special tokens, to end its turn before a reward model", "text there too"
 )
 @pytest.mark.parametrize("conversational", [True, False])
-def test_a_policy_opens_no_turn_in_a_reward_model_s_view(tokenizer: Any, conversational: bool) -> None:
+def test_a_sampled_answer_cannot_open_a_turn_for_a_reward_model(tokenizer: Any, conversational: bool) -> None:
     prompt: Any = [{"role": "user", "content": "Help!"}] if conversational else "<|im_start|>user\nHelp!<|im_end|>\n"
     answer: Any = [{"role": "assistant", "content": ATTACK}] if conversational else ATTACK
     plain: Any = [{"role": "assistant", "content": "Fine."}] if conversational else "Fine."
@@ -52,7 +52,7 @@ def test_a_policy_opens_no_turn_in_a_reward_model_s_view(tokenizer: Any, convers
     assert ATTACK in tokenizer.decode(rows[0].token_ids)
 
 
-def test_what_a_reward_model_reads_of_ordinary_turns_is_the_template_s_own(tokenizer: Any) -> None:
+def test_a_reward_model_reads_ordinary_messages_as_the_template_renders_them(tokenizer: Any) -> None:
     turns = [
         {"role": "user", "content": "Help!"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nFine."},
@@ -72,7 +72,7 @@ def test_what_a_reward_model_reads_of_ordinary_turns_is_the_template_s_own(token
         *(pytest.param(name, marks=pytest.mark.slow_fault) for name in ("one word", "words", "blanks")),
     ],
 )
-def test_a_prompt_of_a_million_characters(tokenizer: Any, name: str) -> None:
+def test_a_prompt_of_a_million_characters_is_dropped_or_refused(tokenizer: Any, name: str) -> None:
     rows = [{"prompt": [{"role": "user", "content": one}]} for one in (LONG[name], "short")]
     started = time.process_time()
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=64)
@@ -97,13 +97,13 @@ def test_a_prompt_of_a_million_characters(tokenizer: Any, name: str) -> None:
     ids=["text", "turn", "nested", "integer"],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_text_that_is_none_is_refused_with_its_place(line: bytes, sign: str, name: str, tmp_path: Path) -> None:
+def test_invalid_text_is_refused_with_its_position(line: bytes, sign: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(line + b"\n" if name == "a.jsonl" else b"[" + line + b"]")
     with pytest.raises(DataError, match=rf"a\.jsonl?.*{sign}"):
         load_rows(SourceConfig(path=str(tmp_path / name)), seed=0)
 
 
-def test_surrogates_in_python_rows_are_refused_too() -> None:
+def test_surrogates_in_python_rows_are_refused() -> None:
     with pytest.raises(DataError, match="row 1: column 'completion' holds half a surrogate pair"):
         as_rows([{"prompt": "a", "completion": "é"}, {"prompt": "a", "completion": "\ud800"}])
 
@@ -117,7 +117,7 @@ def test_control_characters_are_text(tokenizer: Any) -> None:
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Create a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -136,7 +136,7 @@ def arm(folder: Path, name: str, marker: Path) -> None:
         pickle.dump({"weight": Bomb(marker)}, file)
 
 
-def test_the_bomb_would_go_off(tmp_path: Path, marker: Path) -> None:
+def test_the_test_pickle_runs_code_when_loaded(tmp_path: Path, marker: Path) -> None:
     arm(tmp_path, "bomb.pkl", marker)
     pickle.loads((tmp_path / "bomb.pkl").read_bytes())
     assert marker.exists()
@@ -162,7 +162,7 @@ def test_pickled_weights_are_refused(name: str, tiny_model_path: Path, tmp_path:
 
 
 @pytest.mark.fault("a malicious pickle beside safetensors in a model folder", "left alone")
-def test_pickles_beside_safetensors_are_left_alone(tiny_model_path: Path, tmp_path: Path, marker: Path) -> None:
+def test_pickles_next_to_safetensors_are_not_read(tiny_model_path: Path, tmp_path: Path, marker: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_path, folder)
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -237,12 +237,12 @@ def test_a_chat_template_is_sandboxed(tokenizer: Any) -> None:
         )
 
 
-def test_asking_for_pickle_is_refused() -> None:
+def test_requesting_pickle_is_refused() -> None:
     with pytest.raises(ModelError, match="use_safetensors: false"):
         pinned("owner/model", {"use_safetensors": False})
 
 
-def test_revisions_in_names(tmp_path: Path) -> None:
+def test_revisions_are_split_from_names(tmp_path: Path) -> None:
     assert split_revision("owner/model@abc123") == ("owner/model", "abc123")
     assert split_revision("owner/model") == ("owner/model", None)
     (tmp_path / "run@home").mkdir()

@@ -1,4 +1,4 @@
-"""Ranks under the launcher of `--nproc-per-node`: one that dies ends the others, and its error is shown first."""
+"""Inject faults into ranks of `--nproc-per-node`: if one rank dies, the others end and its error is shown first."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ def test_a_rank_that_is_killed_ends_the_others(capfd):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("SIGKILL of the launcher of ranks", "the ranks end: no orphans")
-def test_ranks_do_not_outlive_their_launcher(tmp_path):
+def test_ranks_end_with_their_launcher(tmp_path):
     child = (
         "import os, sys, time; from rlqwen.runs.supervisor import end_with_supervisor; end_with_supervisor();"
         "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(1000)"

@@ -1,7 +1,7 @@
-"""Faults in numbers: what is not finite, logprobs that are not their tokens', completions without anything to learn.
+"""Inject faults into numbers: values that are not finite, wrong logprobs, and completions with nothing to learn.
 
-Real trainers on a tiny model. Where a fault lies in completions, those of the transformers engine are altered on their
-way to the trainer (`alter`); the pool of vLLM workers hands on the same type.
+The tests run real trainers on a tiny model. Faults in completions are injected between the transformers engine and the
+trainer (`alter`); the pool of vLLM workers returns the same type.
 """
 
 import itertools
@@ -63,7 +63,7 @@ def same(before, after):
 
 
 def follow_weights(trainer, inject=lambda update: None):
-    """The weights after every update, the state before the first at 0; `inject(n)` is called before update n."""
+    """Collect the weights after every update, with the initial weights at 0; call `inject(n)` before update n."""
     seen = [weights(trainer)]
     step_once = trainer.update
 
@@ -91,11 +91,11 @@ def alter(trainer, change):
     engine.generate = altered
 
 
-# What is not finite
+# Values that are not finite
 
 
 def nan_logits(trainer, forwards):
-    """Make one hidden state before the head NaN in those forwards, counted from 0, that are trained on."""
+    """Make one hidden state before the head NaN in these training forwards, counted from 0."""
     count = itertools.count()
 
     def hook(module, inputs, output):
@@ -146,7 +146,7 @@ def test_nan_in_a_gradient(tiny_model_path, tmp_path):
     "noticed before it reaches a weight: weights bit-unchanged, batches saved, stop after K with the moments named",
 )
 @pytest.mark.parametrize(("moment", "bad"), [("exp_avg", math.nan), ("exp_avg_sq", math.nan), ("exp_avg_sq", math.inf)])
-def test_a_poisoned_moment(tiny_model_path, tmp_path, moment, bad):
+def test_a_nan_in_an_optimizer_moment(tiny_model_path, tmp_path, moment, bad):
     trainer = make_sft(tiny_model_path, tmp_path, max_steps=6, max_nonfinite_steps=2)
 
     def inject(update):
@@ -175,11 +175,11 @@ def test_nan_in_every_step(tiny_model_path, tmp_path):
     assert len(list((tmp_path / "nonfinite").iterdir())) == 3
 
 
-# Logprobs that are not their tokens'
+# Wrong logprobs
 
 
 def sharpen(trainer):
-    """Make the tiny model's distribution uneven, as a trained one's is: a random one's is nearly uniform."""
+    """Make the tiny model's distribution uneven like a trained model's, because a random one is nearly uniform."""
     with torch.no_grad():
         trainer.policy.base_model.model.norm.weight.mul_(6.0)
 
@@ -216,7 +216,7 @@ def test_missing_logprobs(tiny_model_path, tmp_path, make, change):
 )
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
 def test_shifted_logprobs(tiny_model_path, tmp_path, make):
-    """The same run with logprobs in their place says nothing."""
+    """Compare with the same run with correct logprobs, which gives no alert."""
     for name, change in (("right", lambda completion, number: completion), ("shifted", shifted_logprobs)):
         trainer = make(tiny_model_path, tmp_path / name, max_steps=1)
         sharpen(trainer)
@@ -249,7 +249,7 @@ def emptied(completion, number):
 
 @pytest.mark.fault("one completion is empty", "it counts as a completion of no tokens; every figure stays finite")
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_an_empty_completion(tiny_model_path, tmp_path, loss_type):
+def test_training_handles_one_empty_completion(tiny_model_path, tmp_path, loss_type):
     trainer = make_grpo(tiny_model_path, tmp_path, max_steps=1, beta=0.1, loss_type=loss_type)
     alter(trainer, lambda completion, number: emptied(completion, number) if number == 1 else completion)
     seen = follow_weights(trainer)

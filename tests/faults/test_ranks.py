@@ -1,4 +1,4 @@
-"""Ranks that die: the others never wait for them."""
+"""Inject dying ranks: the other ranks never wait for them."""
 
 import pytest
 
@@ -36,8 +36,8 @@ def test_a_rank_that_is_killed_ends_the_others(case, dead, tiny_model_path, tmp_
 @pytest.mark.fault(
     "SIGKILL of the main rank's rollout workers, which may not be started again", "one error, and the other rank leaves"
 )
-def test_workers_that_die_end_all_ranks(tiny_model_path, tmp_path):
-    """Until then the main rank has synced its weights to vLLM, and trained as the other did."""
+def test_dead_rollout_workers_end_all_ranks(tiny_model_path, tmp_path):
+    """Check also that, before the fault, the main rank synced its weights to vLLM and trained like the other rank."""
     main, other = run_on_two_ranks(["vllm", "kill_the_workers"], tiny_model_path, tmp_path)
     gaps = [entry["sync/canary_gap"] for entry in main["vllm"]["history"] if "sync/canary_gap" in entry]
     assert len(gaps) == 3
@@ -63,6 +63,8 @@ def test_the_monitor_acts_on_both_ranks(tiny_model_path, tmp_path):
     assert find_fault(checkpoint) is None
     main, other = (rank["blown_up"] for rank in ranks)
     assert main["digest"] == other["digest"]
-    assert main["position"] == other["position"] == 9 * 6  # of nine steps two were undone, their rows not seen again
+    assert (
+        main["position"] == other["position"] == 9 * 6
+    )  # two of nine steps were rolled back, and their rows are not used again
     (undone,) = [line for line in read_metrics(tmp_path / "blown_up") if line.get("watch/action") == "rolled back"]
     assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)

@@ -1,4 +1,4 @@
-"""Faults of rewards that tests/test_scoring*.py and tests/test_rewards_*.py do not inject."""
+"""Inject faults of rewards that tests/rewards does not inject."""
 
 import time
 
@@ -36,7 +36,7 @@ HOSTILE = {
     "hostile math answers: towers of powers, deep braces, 100,000 boxes, a million digits, Unicode tricks",
     "each graded, or missing, before its deadline; the right answer beside it gets 1",
 )
-def test_hostile_math_answers_cost_no_more_than_their_deadline() -> None:
+def test_hostile_math_answers_end_at_their_deadline() -> None:
     groups = []
     for number, text in enumerate(HOSTILE.values()):
         completions = [Completion([1], [0.0], "stop", one) for one in (text, r"\boxed{72}")]

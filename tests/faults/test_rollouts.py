@@ -1,4 +1,4 @@
-"""Faults of draws ahead of their step: given up in the middle, or drawn from weights that were taken back."""
+"""Inject faults into prefetching: discarded while sampling, or sampled from weights that were rolled back."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from tests.ranked import SUMS, prefers_even
 
 
 class SlowToLeave:
-    """An engine that samples until it is cancelled, and notices a little later."""
+    """Sample until cancelled, and react to the cancel with a short delay."""
 
     def __init__(self):
         self.begun, self.cancelled, self.is_sampling = threading.Event(), threading.Event(), False
@@ -37,7 +37,7 @@ class SlowToLeave:
 @pytest.mark.fault(
     "draws ahead are given up while one is sampled", "no thread samples beside the sync and the draw that come next"
 )
-def test_nothing_is_sampled_once_draws_are_given_up():
+def test_sampling_stops_when_prefetches_are_discarded():
     engine = SlowToLeave()
     ahead = Prefetcher(engine)
     with Scorer([], ScoringConfig()) as scorer:
@@ -58,7 +58,7 @@ ROLLBACK = {"mismatch": {"action": "rollback", "threshold": 2.0}}
     "weights blown up in a run that draws ahead (rollout.max_staleness)",
     "rolled back; what was drawn from those weights is given up; no row trained twice or left out",
 )
-def test_a_rollback_gives_up_what_was_drawn_ahead(tiny_model_path, tmp_path):
+def test_a_rollback_discards_prefetched_groups(tiny_model_path, tmp_path):
     config = GRPOConfig(
         output_dir=str(tmp_path), max_steps=7, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=6, learning_rate=1e-4, save_strategy="steps", save_steps=2, watch=ROLLBACK,
@@ -88,7 +88,7 @@ def test_a_rollback_gives_up_what_was_drawn_ahead(tiny_model_path, tmp_path):
     order = RowStream(trainer.train_rows, seed=config.seed, shuffle=config.shuffle_dataset).take(9 * 2)
     assert [group.prompt for groups, _, _ in trained for group in groups] == order
     assert [staleness for _, staleness, _ in trained] == [0, 1, 1, 1, 1, 1, 0, 1, 1]
-    blown_up = trained[5][2]  # the version at the step that tripped
+    blown_up = trained[5][2]  # the version at the step with the alert
     assert all(group.policy_version > blown_up for groups, _, _ in trained[6:] for group in groups)
     (undone,) = [line for line in read_metrics(tmp_path) if line.get("watch/action") == "rolled back"]
     assert (undone["watch/from_step"], undone["watch/to_step"]) == (6, 4)

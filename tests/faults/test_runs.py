@@ -1,6 +1,6 @@
-"""Faults of whole runs: real `rlqwen run` processes that are interrupted at one moment or another, or lack room.
+"""Inject faults into whole runs: interrupt real `rlqwen run` processes at chosen moments, or let resources run out.
 
-A moment is recognized by what the run does (a file that appears, a process that starts), never by the clock alone.
+A moment is recognized by an action of the run (a file appears, a process starts), never only by time.
 """
 
 import os
@@ -49,17 +49,17 @@ def score(completions, **kwargs):
     return [float(len(str(completion)) % 7) for completion in completions]
 """
 DEADLINE_S = PATIENCE_S
-"""For a run to come to the moment; an engine's cold start is most of it."""
+"""Time limit for a run to reach the moment; most of it is the start of an engine."""
 END_S = PATIENCE_S
-"""For an interrupted run to be gone."""
+"""Time limit for an interrupted run to end."""
 
 INTERRUPTED = "rlqwen: (interrupted|Ctrl-C: saved after update)"
-"""What Ctrl-C ends with: it leaves at once where no update would be lost."""
+"""Message after Ctrl-C; a run ends at once if no update would be lost."""
 
 
 @dataclass
 class Run:
-    """A run, and the family of processes that it starts, which inherit a mark."""
+    """Hold a run and the processes that it starts, which inherit a value in the environment."""
 
     process: subprocess.Popen[bytes]
     mark: str
@@ -80,7 +80,7 @@ class Run:
         return any(name in " ".join(_command_of(process)) for process in self.family())
 
     def expect(self, code: int, message: str, seconds: float = END_S) -> None:
-        """It ends with `code` and one message, and nothing of it is left: no process, no broken checkpoint."""
+        """Assert that the run ends with `code` and one message, and leaves no process and no broken checkpoint."""
         started = time.monotonic()
         assert self.process.wait(seconds) == code, self.log.read_text()
         while left := self.family():
@@ -109,7 +109,7 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path, tiny_model_path) -> Iterator:
-    """Starts `rlqwen run` on a recipe; what is left of it at the end is killed."""
+    """Return a function that starts `rlqwen run` on a recipe; kill remaining processes at the end."""
     started = []
 
     def start_run(recipe: str, *words: str, steps: int = 1000, pause: float = 0.0, **environment: str) -> Run:
@@ -140,7 +140,7 @@ def start(tmp_path, tiny_model_path) -> Iterator:
 
 
 def is_saving(run: Run) -> bool:
-    """A third save is under way: its partial folder is there, and something in it."""
+    """Return whether the third save is in progress: its partial folder exists and is not empty."""
     return any(
         path.is_dir() and any(path.iterdir()) for path in (run.folder / "run/checkpoints").glob(".step-*.partial")
     )
@@ -155,7 +155,7 @@ def is_scoring(run: Run) -> bool:
 
 
 MOMENTS = {
-    # Libraries turn an interrupt in the middle of an import into errors of their own.
+    # Libraries convert an interrupt during an import to their own errors.
     "begins to import": lambda run: time.sleep(0.8) is None,
     "imports": lambda run: time.sleep(2.0) is None,
     "has imported": lambda run: time.sleep(4.0) is None,
@@ -186,7 +186,7 @@ def test_ctrl_c(start, moment):
 
 SHORT = ("train.per_device_train_batch_size=16", "train.max_completion_length=32")
 ROLLOUT_MOMENTS = [
-    # A terminal interrupts the whole group, `kill` and most schedulers the process alone.
+    # A terminal interrupts the whole process group; `kill` and most schedulers interrupt only the process.
     ("starts Ray", "group", lambda run: run.has_started("gcs_server"), 0.0, ()),
     ("starts the engine", "group", lambda run: run.has_started("ray::"), 0.0, ()),
     ("starts the engine", "process", lambda run: run.has_started("ray::"), 0.0, ()),
@@ -250,7 +250,7 @@ def test_sigterm_and_resume(start):
 @pytest.mark.fault(
     "Ctrl-C in training, then the command that it printed", "exit code 130 with all saved; the run goes on to its end"
 )
-def test_ctrl_c_saves_and_the_printed_command_goes_on(start, words):
+def test_ctrl_c_saves_and_the_printed_command_resumes(start, words):
     run = start(SFT, *words, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     os.killpg(run.process.pid, signal.SIGINT)
@@ -346,8 +346,8 @@ ray.shutdown()
     "Ray's object store is full, and the disk that it spills to", "a ResourceError that says so, and what to do"
 )
 def test_a_full_object_store():
-    """A real Ray with a store of 80 MB, told that its disk is full; the weights go in by the pool's own way."""
-    folder = Path("/tmp") / f"rlq-{uuid.uuid4().hex[:6]}"  # Ray's sockets want a short path
+    """Start a real Ray with a store of 80 MB and a simulated full disk; weights are stored as the pool does it."""
+    folder = Path("/tmp") / f"rlq-{uuid.uuid4().hex[:6]}"  # Ray's sockets need a short path
     output = subprocess.run(
         [sys.executable, "-c", FULL_STORE, str(folder)],
         env=os.environ | {"RAY_local_fs_capacity_threshold": "0.0001"},

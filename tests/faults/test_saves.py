@@ -1,4 +1,4 @@
-"""Faults of a save: the run folder holds the old or the new checkpoint, whole, and the run goes on from it."""
+"""Inject faults into saving: the run folder always holds the complete old or new checkpoint, and the run resumes."""
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ def make(model, folder, **options):
 
 @pytest.fixture(scope="module")
 def run(tiny_model_path, tmp_path_factory):
-    """A trainer after its fourth update, whose folder holds the checkpoint of the second: about to save."""
+    """Return a trainer after its fourth update, whose folder holds the checkpoint of the second."""
     folder = tmp_path_factory.mktemp("saves") / "run"
     trainer = make(tiny_model_path, folder, max_steps=3, lr_scheduler_type="constant")
     trainer.close = lambda: None
@@ -58,7 +58,7 @@ def copy_of(run, folder: Path) -> Path:
 
 
 def resume(model, folder, **options):
-    """Go on to the fourth update, and return where from."""
+    """Resume to the fourth update, and return the checkpoint from which the run resumed."""
     trainer = make(model, folder, max_steps=4, lr_scheduler_type="constant", resume_allow_changes=True, **options)
     trainer.train(resume_from_checkpoint=True)
     assert (folder / "final" / "model.safetensors").is_file()
@@ -66,7 +66,7 @@ def resume(model, folder, **options):
 
 
 def kill_at(operation: int) -> list[str]:
-    """From here on, SIGKILL this process before its file operation of that number (-1: never); returns their names."""
+    """Kill this process before its file operation with this number (-1: never); return the names of operations."""
     names: list[str] = []
 
     def happens(name: str) -> None:
@@ -84,12 +84,12 @@ def kill_at(operation: int) -> list[str]:
     safetensors.torch.serialize_file = lambda *given, **named: (happens("serialize_file"), serialize(*given, **named))[
         1
     ]
-    sys.addaudithook(audit)  # it sees what Python does; safetensors writes from Rust
+    sys.addaudithook(audit)  # sees only operations of Python; safetensors writes from Rust
     return names
 
 
 def save_in(run, folder: Path, operation: int, log: Path) -> int:
-    """Save the trainer's present state in `folder`, killed at an operation; the exit code."""
+    """Save the trainer's current state in `folder`, killed at an operation; return the exit code."""
 
     def child() -> None:
         run.checkpointer.output_dir, run.checkpointer.saved_step = folder, -1
@@ -113,7 +113,7 @@ def test_killed_at_each_file_operation_of_a_save(run, tiny_model_path, tmp_path,
     operations = log.read_text().splitlines()
     assert {"fsync", "serialize_file"} <= set(operations)
     assert len(operations) > 40
-    # The last two: to its place, and the older one out of it.
+    # The last two operations: rename the new checkpoint, and remove the older one.
     renames = [number for number, name in enumerate(operations) if name.startswith("os.rename")][-2:]
     found = []
     for number in sorted({*range(0, len(operations), every), *renames, renames[0] + 1}):
@@ -141,7 +141,7 @@ def test_a_left_over_partial_checkpoint(run, tiny_model_path, tmp_path):
 
 
 def two_checkpoints(run, folder: Path) -> tuple[Path, Path]:
-    """Of updates 2 and 3, as siblings."""
+    """Return the checkpoints of updates 2 and 3 in one folder."""
     older = copy_of(run, folder) / "checkpoints" / "step-000002"
     newer = older.with_name("step-000003")
     shutil.copytree(older, newer)
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint(run, tiny_model_path, tmp_path, name):
 
 
 def mounted(folder: Path, options: str):
-    """A small file system of its own; skips where this user may not mount one."""
+    """Mount a small file system; skip the test if this user may not mount."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
@@ -275,7 +275,7 @@ def test_a_read_only_folder(tiny_model_path, tmp_path):
 
 
 class Wait(TrainerCallback):
-    """Writes a file once training has begun, and stays."""
+    """Write a file once training has started, and keep running."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -316,7 +316,7 @@ def test_two_runs_in_one_folder(tiny_model_path, tmp_path, options):
 
 
 class Trap:
-    """Touches a file when it is unpickled."""
+    """Touch a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

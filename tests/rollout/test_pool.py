@@ -1,4 +1,4 @@
-"""The pool with real Ray and real vLLM workers: sampling, weight sync, death, and what is said when it goes wrong."""
+"""Test the rollout pool with real Ray and vLLM workers: sampling, weight sync, dead workers and error messages."""
 
 import os
 import signal
@@ -128,7 +128,7 @@ def canary(model: PreTrainedModel, offset: float = 0.0) -> Canary:
 
 
 def assert_drawn_from(groups: list[Group], model: PreTrainedModel) -> None:
-    """The sampler's logprobs are those of transformers' model, after temperature."""
+    """Assert that the sampler's logprobs equal those of the transformers model after temperature."""
     for group in groups[:4]:
         for completion in group.completions:
             tokens = group.prompt.token_ids + completion.token_ids
@@ -152,22 +152,24 @@ def test_a_sync_reaches_every_worker(pool: RolloutPool, model: PreTrainedModel) 
 
 
 @pytest.mark.parametrize("options", SHAPED, ids=str)
-def test_logprobs_are_of_what_was_drawn_from(
+def test_logprobs_are_those_of_the_sampling_distribution(
     pool: RolloutPool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict
 ) -> None:
-    """The same, to the logprob, as the transformers engine draws from."""
+    """Check that logprobs are those of the distribution from which the transformers engine samples."""
     pool.load_weights(pool.version + 1, model.state_dict().items(), canary(model))
     sampling = sampling_by(options, tokenizer)
     assert_shaped(list(pool.generate(asked(sampling))), model, tokenizer, sampling)
 
 
-def test_a_text_ends_a_completion(pool: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_stop_string_ends_a_completion(pool: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> None:
     stop = text_of_two(list(pool.generate(asked(Sampling(10)))), tokenizer)
     assert_stopped(list(pool.generate(asked(Sampling(10, stop=("never written", stop))))), tokenizer, stop)
 
 
 @pytest.mark.fault("many groups, dealt to two workers", "each comes exactly once")
-def test_groups_come_once_with_text_and_reason(pool: RolloutPool, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_group_arrives_once_with_text_and_finish_reason(
+    pool: RolloutPool, tokenizer: PreTrainedTokenizerBase
+) -> None:
     stop = tuple(range(60))
     asked = requests(stop_token_ids=stop)
     groups = list(pool.generate(asked))
@@ -186,8 +188,8 @@ def test_groups_come_once_with_text_and_reason(pool: RolloutPool, tokenizer: Pre
     assert reasons == {"stop", "length"}
 
 
-def test_truncation_shows_in_the_logprobs(pool: RolloutPool) -> None:
-    """With top_k=1 the one token left has probability 1: logprobs are those of the distribution drawn from."""
+def test_logprobs_are_those_of_the_truncated_distribution(pool: RolloutPool) -> None:
+    """With top_k=1 the only remaining token has probability 1, so its logprob is 0."""
     groups = list(pool.generate(requests(count=2, top_k=1)))
     assert all(logp == 0.0 for group in groups for completion in group.completions for logp in completion.logprobs)
     assert all(len({tuple(completion.token_ids) for completion in group.completions}) == 1 for group in groups)
@@ -196,8 +198,10 @@ def test_truncation_shows_in_the_logprobs(pool: RolloutPool) -> None:
 @pytest.mark.fault(
     "SIGKILL of a rollout worker in the middle of sampling", "replaced, its groups drawn again from the same seeds"
 )
-def test_a_killed_worker_is_replaced_and_its_groups_drawn_again(pool: RolloutPool, model: PreTrainedModel) -> None:
-    """While the other is away, one worker draws what two drew before, from the same seeds."""
+def test_a_killed_worker_is_replaced_and_its_groups_are_sampled_again(
+    pool: RolloutPool, model: PreTrainedModel
+) -> None:
+    """With the other worker dead, one worker samples the same completions as two did, from the same seeds."""
     pool.load_weights(201, perturbed(model, 201).items(), canary(model))
     two_workers = list(pool.generate(requests()))
     victim = pool.process_ids()[0]
@@ -215,7 +219,7 @@ def test_a_killed_worker_is_replaced_and_its_groups_drawn_again(pool: RolloutPoo
     again = list(pool.generate(requests()))
     assert {group.policy_version for group in again} == {201}
     assert_drawn_from(again, model)
-    # Batches differ from run to run, so sums are taken in another order; a near tie could then fall otherwise.
+    # Batches differ between runs, so the order of sums differs, which could change the result of a near tie.
     assert share_identical(two_workers, again) >= 0.99
 
 
@@ -237,16 +241,18 @@ def wait_for_end(pid: int) -> None:
 
 
 @pytest.mark.fault("the same groups drawn twice, dealt to two workers as they come free", "equal to the bit")
-def test_the_same_seeds_give_the_same_bits(pool: RolloutPool, model: PreTrainedModel) -> None:
-    """What exact resume rests on: neither who draws a group nor what else is in the batch changes a rounding."""
+def test_the_same_seeds_give_bit_identical_completions(pool: RolloutPool, model: PreTrainedModel) -> None:
+    """Exact resume needs this: neither the worker nor the other requests of a batch may change any bit of a group."""
     pool.load_weights(150, perturbed(model, 150).items(), canary(model))
     draws = [sorted(pool.generate(requests()), key=lambda group: group.prompt.index) for _ in range(2)]
     first, again = ([(c.token_ids, c.logprobs) for group in draw for c in group.completions] for draw in draws)
     assert first == again
 
 
-def test_fixed_shares(pool: RolloutPool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dealt out by place, a block at a time; what a dead worker leaves is drawn again, when all are there."""
+def test_groups_are_assigned_to_workers_in_fixed_blocks(
+    pool: RolloutPool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups are assigned by index in blocks; groups of a dead worker are sampled again after it is replaced."""
     monkeypatch.setattr(pool.config, "deterministic", True)
     monkeypatch.setattr("rlqwen.rollout.pool.MAX_SHARE", 12)
     pool.load_weights(155, perturbed(model, 155).items(), canary(model))
@@ -275,14 +281,14 @@ def test_a_sync_empties_the_prefix_cache(pool: RolloutPool, model: PreTrainedMod
     request = GroupRequest(long, (1, 2), Sampling(8, temperature=TEMPERATURE))
     for version in (160, 161):
         pool.load_weights(version, perturbed(model, version).items(), canary(model))
-        for _ in range(3):  # so that both workers have it cached
+        for _ in range(3):  # until both workers have cached it
             assert_drawn_from(list(pool.generate([request, request])), model)
 
 
 @pytest.mark.fault("SIGKILL of a worker in the middle of a weight sync", "replaced, sent the new weights, never mixed")
 def test_a_worker_killed_during_a_sync_is_replaced(pool: RolloutPool, model: PreTrainedModel) -> None:
     victim, restarts = pool.process_ids()[0], pool.num_restarts
-    os.kill(victim, signal.SIGSTOP)  # it has the weights to load, and cannot
+    os.kill(victim, signal.SIGSTOP)  # it has received the weights but cannot load them
     killer = threading.Timer(0.5, os.kill, (victim, signal.SIGKILL))
     killer.start()
     pool.load_weights(170, perturbed(model, 170).items(), canary(model))
@@ -297,7 +303,7 @@ def test_a_worker_killed_during_a_sync_is_replaced(pool: RolloutPool, model: Pre
 def test_sampling_in_another_thread_can_be_cancelled(pool: RolloutPool) -> None:
     with ThreadPoolExecutor(1) as thread:
         drawing = thread.submit(lambda: list(pool.generate(requests(max_tokens=30) * 20)))
-        while not drawing.done():  # a cancel that comes before the draw begins is for nothing
+        while not drawing.done():  # a cancel before sampling starts has no effect
             time.sleep(0.2)
             pool.cancel()
         with pytest.raises(RolloutError, match="dropped"):
@@ -306,7 +312,7 @@ def test_sampling_in_another_thread_can_be_cancelled(pool: RolloutPool) -> None:
 
 
 @pytest.mark.fault("groups that come late, after their draw was given up", "none of them; those of the next, once each")
-def test_a_dropped_iterator_leaves_nothing_behind(pool: RolloutPool) -> None:
+def test_dropping_the_iterator_cancels_its_requests(pool: RolloutPool) -> None:
     abandoned = pool.generate(requests())
     next(abandoned)
     groups = list(pool.generate(requests(count=3)))
@@ -316,7 +322,7 @@ def test_a_dropped_iterator_leaves_nothing_behind(pool: RolloutPool) -> None:
 
 
 @pytest.mark.fault("a tensor of a sync missing, misshapen or misnamed", "refused by name before a worker sees it")
-def test_wrong_weights_are_refused_by_name(pool: RolloutPool, model: PreTrainedModel) -> None:
+def test_wrong_weights_raise_an_error_with_their_names(pool: RolloutPool, model: PreTrainedModel) -> None:
     pool.load_weights(301, model.state_dict().items(), canary(model))
     weights = model.state_dict()
     name = "model.layers.1.mlp.up_proj.weight"
@@ -332,7 +338,7 @@ def test_wrong_weights_are_refused_by_name(pool: RolloutPool, model: PreTrainedM
 
 
 @pytest.mark.fault("weights that give a worker other logprobs than the trainer's", "the canary stops all sampling")
-def test_a_canary_that_is_off_stops_all_sampling(pool: RolloutPool, model: PreTrainedModel) -> None:
+def test_a_failed_weight_sync_check_stops_all_sampling(pool: RolloutPool, model: PreTrainedModel) -> None:
     pool.load_weights(401, model.state_dict().items(), canary(model))
     with pytest.raises(WeightSyncError, match=r"rollout worker \d .*version 402.* by 0\.05.*tolerance 0\.001"):
         pool.load_weights(402, model.state_dict().items(), canary(model, offset=0.05))
@@ -345,7 +351,7 @@ def test_a_canary_that_is_off_stops_all_sampling(pool: RolloutPool, model: PreTr
     assert_drawn_from(list(pool.generate(requests(count=4))), model)
 
 
-def test_untied_head(tmp_path: Path) -> None:
+def test_an_untied_head_is_synced(tmp_path: Path) -> None:
     folder = build_tiny_qwen3(tmp_path / "untied", tie_word_embeddings=False, initializer_range=0.15, **SMALL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pool = start(folder)
@@ -358,20 +364,20 @@ def test_untied_head(tmp_path: Path) -> None:
         pool.close()
 
 
-def test_prompt_that_fills_the_context(pool: RolloutPool) -> None:
+def test_a_prompt_that_fills_the_context_is_refused(pool: RolloutPool) -> None:
     prompt = Prompt(7, [5] * 64, "")
     with pytest.raises(ConfigError, match=r"prompt 7 has 64 tokens.*context of 64"):
         list(pool.generate([GroupRequest(prompt, (1,), Sampling(4))]))
 
 
-def test_more_than_ray_has_left(pool: RolloutPool, folder: Path) -> None:
+def test_requesting_more_than_ray_has_is_refused(pool: RolloutPool, folder: Path) -> None:
     with pytest.raises(ResourceError, match=r"workers x 0.5 CPUs = [\d.]+ CPUs, but there are"):
         start(folder, num_workers=1000)
     pool.process_ids()
 
 
 @pytest.mark.fault("all rollout workers die again and again", "one error after max_restarts")
-def test_too_many_deaths_end_the_run(pool: RolloutPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_dead_workers_stop_the_run(pool: RolloutPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool.config, "max_restarts", pool.num_restarts)
     stream = pool.generate(requests())
     next(stream)

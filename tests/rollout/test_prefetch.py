@@ -1,4 +1,4 @@
-"""Off-policy by a bounded lag: which weights draw which step, what is dropped, kept over a resume, and given up."""
+"""Test off-policy training with a bounded lag: weights of each step, dropped groups, resume and discarded prefetches."""
 
 import json
 import os
@@ -25,12 +25,12 @@ ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range
 
 
 class SnapshotEngine(TransformersEngine):
-    """Samples from weights of its own, as workers do, so that the policy may train meanwhile."""
+    """Sample from a copy of the weights, as workers do, so that the policy can train at the same time."""
 
     def __init__(self, folder, tokenizer, length):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.threads = []
-        """The name of the thread of each `generate`."""
+        """Name of the thread of each `generate` call."""
         self._busy = threading.Lock()
         super().__init__(self, tokenizer, max_model_length=length, max_num_seqs=64)
 
@@ -57,14 +57,14 @@ class SnapshotEngine(TransformersEngine):
 
 @pytest.fixture(autouse=True)
 def _engine(monkeypatch):
-    """A pool of vLLM workers is slow to start, and has tests of its own."""
+    """Replace the pool of vLLM workers, which is slow to start and has its own tests."""
 
     def build(config, *, model_path, tokenizer, max_model_length, **rest):
         return SnapshotEngine(model_path, tokenizer, max_model_length)
 
     monkeypatch.setattr(rollouts, "build_engine", build)
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a forked child, so that sums are taken in the same order
+    torch.set_num_threads(1)  # as in a forked child, for the same order of sums
     yield
     torch.set_num_threads(before)
 
@@ -85,7 +85,7 @@ def make(model, folder, *, algorithm="grpo", lag=1, **options):
 
 
 def versions(folder, kind="step"):
-    """The weights that each file of completions was drawn from."""
+    """Return the weight version from which each file of completions was sampled."""
     found = []
     for path in sorted((folder / "completions").glob(f"{kind}-*.jsonl")):
         [version] = {json.loads(line)["policy_version"] for line in path.read_text().splitlines()}
@@ -101,7 +101,7 @@ def figures(trainer, key):
 @pytest.mark.parametrize(
     ("lag", "expected"), [(0, [1, 2, 3, 4, 5, 6]), (1, [1, 1, 2, 3, 4, 5]), (2, [1, 1, 1, 2, 3, 4])]
 )
-def test_which_weights_draw_which_step(tiny_model_path, tmp_path, algorithm, lag, expected):
+def test_each_step_is_sampled_with_the_expected_weights(tiny_model_path, tmp_path, algorithm, lag, expected):
     trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag)
     engines = []
     trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.sampler.engine)))
@@ -124,7 +124,7 @@ class Watch(TrainerCallback):
         self.then()
 
 
-def test_what_is_too_stale_is_dropped_and_drawn_again(tiny_model_path, tmp_path):
+def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path, tmp_path):
     trainer = make(tiny_model_path, tmp_path, max_steps=4)
     trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.weights_changed()))
     trainer.train()
@@ -133,7 +133,7 @@ def test_what_is_too_stale_is_dropped_and_drawn_again(tiny_model_path, tmp_path)
     assert versions(tmp_path) == [1, 1, 4, 4]
 
 
-def test_evaluation_in_between_is_of_the_present_weights_and_changes_nothing(tiny_model_path, tmp_path):
+def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model_path, tmp_path):
     make(tiny_model_path, tmp_path / "without").train()
     make(tiny_model_path, tmp_path / "with", eval_strategy="steps", eval_steps=2).train()
     assert versions(tmp_path / "with", "eval") == [3, 5, 7]
@@ -146,9 +146,9 @@ def test_evaluation_in_between_is_of_the_present_weights_and_changes_nothing(tin
     "SIGKILL of the trainer while groups are drawn ahead", "groups are in the checkpoint: the run goes on to the bit"
 )
 @pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 1), ("grpo", 2), ("ppo", 1)])
-def test_groups_drawn_ahead_survive(tiny_model_path, tmp_path, algorithm, lag):
+def test_prefetched_groups_survive_a_resume(tiny_model_path, tmp_path, algorithm, lag):
     options = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
-    # All in forks: one of a process that has computed with several threads may wait for them for ever.
+    # All runs are in forks, because a fork of a process that has used several threads may wait for them forever.
     assert run_forked(lambda: make(tiny_model_path, tmp_path / "straight", **options).train()) == 0
 
     def train_and_die():
@@ -165,7 +165,7 @@ def test_groups_drawn_ahead_survive(tiny_model_path, tmp_path, algorithm, lag):
 
 
 @pytest.mark.fault("rollout workers die for good while they draw ahead", "the run ends with that error")
-def test_an_error_of_a_draw_ahead_ends_the_run(tiny_model_path, tmp_path, monkeypatch):
+def test_an_error_in_prefetching_ends_the_run(tiny_model_path, tmp_path, monkeypatch):
     def die(self, batch):
         if threading.current_thread().name.startswith("rollout-prefetch"):
             raise WorkerDied("rollout workers failed 4 times")
@@ -180,7 +180,7 @@ def test_an_error_of_a_draw_ahead_ends_the_run(tiny_model_path, tmp_path, monkey
 
 
 class SlowEngine:
-    """Takes a while to notice that it was cancelled, as a pool does."""
+    """React to a cancel with a delay, as a pool does."""
 
     def __init__(self):
         self.begun = threading.Event()
@@ -211,8 +211,8 @@ class SlowDraw:
         engine.run()
 
 
-def test_draws_that_are_given_up_have_ended():
-    """Else a draw of the trainer's own thread would meet them in the pool."""
+def test_discarded_prefetches_have_ended():
+    """Otherwise they would run in the pool at the same time as sampling of the trainer's own thread."""
     engine = SlowEngine()
     ahead = Prefetcher(engine)
     for name in ("first", "second", "third"):
@@ -226,7 +226,7 @@ def test_draws_that_are_given_up_have_ended():
     ahead.close()
 
 
-def test_what_a_lag_asks_for():
+def test_max_staleness_sets_the_correction_mode_and_checks_options():
     lag = {"rollout": {"max_staleness": 1}}
     assert GRPOConfig().vllm_importance_sampling_mode == "sequence_mask"
     assert GRPOConfig(**lag).vllm_importance_sampling_mode == "token_truncate"

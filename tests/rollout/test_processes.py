@@ -1,4 +1,4 @@
-"""However the trainer ends, no process of Ray or vLLM outlives it. (A plain end: see test_rollout_pool.)"""
+"""Test that no process of Ray or vLLM outlives the trainer, however it ends (test_pool.py tests a normal end)."""
 
 import os
 import signal
@@ -50,13 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Trainer:
     process: subprocess.Popen[str]
     mark: str
-    """What its whole family inherits in the environment."""
+    """Value in the environment that all descendants of the trainer inherit."""
     log: Path
 
 
 @pytest.fixture(scope="module")
 def trainers(folder: Path) -> Iterator[dict[str, Trainer]]:
-    """One trainer for each ending, started side by side; what is left of their families at the end is killed."""
+    """Start one trainer per kind of ending, at the same time; kill remaining descendants at the end."""
     started = {ending: start(folder, ending) for ending in ENDINGS}
     yield started
     for trainer in started.values():
@@ -81,7 +81,7 @@ def start(folder: Path, ending: str) -> Trainer:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """Environment of a process; empty if it is gone."""
+    """Return the environment of a process; empty if the process has ended."""
     try:
         return psutil.Process(pid).environ()
     except psutil.Error:
@@ -89,7 +89,7 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def family(mark: str) -> list[int]:
-    """Living processes whose environment carries `mark`."""
+    """Return the running processes whose environment contains `mark`."""
     return [pid for pid in psutil.pids() if environment(pid).get(MARK) == mark]
 
 
@@ -101,7 +101,7 @@ def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: s
     (folder,) = {value for pid in family(trainer.mark) if (value := environment(pid).get(guard.MARK))}
     assert Path(folder).is_dir()
     if ending == "kill":
-        # The trainer, Ray's two servers and a worker at the least.
+        # At least the trainer, Ray's two servers and a worker.
         assert len(family(trainer.mark)) >= 4
         trainer.process.kill()
     elif ending == "interrupt":
@@ -113,5 +113,5 @@ def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: s
     log = trainer.log.read_text()
     if ending == "interrupt":
         assert "KeyboardInterrupt" in log
-    # Neither vLLM's progress nor Ray's reaches the terminal.
+    # Progress output of vLLM and Ray does not reach the terminal.
     assert [line for line in log.splitlines() if "INFO" in line or "(raylet)" in line] == []

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster that somebody else runs: two nodes on this machine, a tensor-parallel engine, too much asked."""
+"""Test workers on an existing Ray cluster: two nodes on this machine, a tensor-parallel engine, too large a request."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from rlqwen.models.tiny import build_tiny_qwen3
 from tests.patience import PATIENCE_S
 
-# In a process of its own, since a process can be connected to one Ray at a time.
+# Runs in its own process, because a process can be connected to only one Ray cluster at a time.
 SCRIPT = """
 import sys, torch
 from ray.cluster_utils import Cluster
@@ -50,7 +50,7 @@ cluster.shutdown()
 """
 
 
-def test_a_cluster_of_two_nodes(tmp_path: Path) -> None:
+def test_workers_run_on_a_cluster_of_two_nodes(tmp_path: Path) -> None:
     folder = build_tiny_qwen3(
         tmp_path / "model", hidden_size=64, num_layers=2, intermediate_size=128, num_heads=2, num_kv_heads=2
     )

@@ -1,4 +1,4 @@
-"""What workers ask of Ray, and the arithmetic that is said when it isn't there."""
+"""Test the resources that workers request from Ray, and the messages if they are missing."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from rlqwen.rollout.weight_sync import sent_bytes
         ({"num_workers": 3, "num_cpus_per_worker": 2}, [(4, 0), (3, 0)], 2, 0),
     ],
 )
-def test_resources_of_a_worker(config: dict, nodes: list, cpus: float, gpus: float) -> None:
+def test_resources_of_a_worker_are_computed(config: dict, nodes: list, cpus: float, gpus: float) -> None:
     planned = plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=100)
     assert (planned.num_cpus, planned.num_gpus) == (cpus, gpus)
 
@@ -32,7 +32,7 @@ def test_resources_of_a_worker(config: dict, nodes: list, cpus: float, gpus: flo
     ("config", "nodes", "message"),
     [
         ({"num_workers": 3, "num_cpus_per_worker": 1}, [(2, 0)], "3 workers x 1 CPUs = 3 CPUs, but there are 2 on 1"),
-        # Four CPUs in all, but no machine has the room for a second worker of two.
+        # Four CPUs in total, but no machine has room for a second worker with two CPUs.
         ({"num_workers": 2, "num_cpus_per_worker": 2}, [(3, 0), (1, 0)], "but there are 4 on 2 machine.*room for 1 "),
         ({"num_workers": 3, "tensor_parallel_size": 2}, [(64, 4)], "3 workers x 2 GPUs = 6 GPUs, but there are 4"),
         (
@@ -42,14 +42,14 @@ def test_resources_of_a_worker(config: dict, nodes: list, cpus: float, gpus: flo
         ),
     ],
 )
-def test_more_than_there_is(config: dict, nodes: list, message: str) -> None:
+def test_requesting_more_resources_than_there_are_is_refused(config: dict, nodes: list, message: str) -> None:
     with pytest.raises(ResourceError, match=message):
         plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=16.0)
 
 
 GB = 10**9
 DOCKER = 64 * 1024**2
-"""What /dev/shm has in a container that was not told otherwise."""
+"""Default size of /dev/shm in a container."""
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ DOCKER = 64 * 1024**2
         (0.1 * GB, DOCKER, 0.234 * GB, True),
     ],
 )
-def test_the_object_store_has_the_size_of_what_is_sent(
+def test_the_object_store_has_the_size_of_the_sent_weights(
     sent: float, shared: float, num_bytes: float, on_disk: bool
 ) -> None:
     store = plan_object_store(int(sent), Path("/tmp"), shared_bytes=int(shared), disk_bytes=100 * GB)
@@ -68,7 +68,7 @@ def test_the_object_store_has_the_size_of_what_is_sent(
     assert store.on_disk is on_disk
 
 
-def test_less_shared_memory_than_a_version_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory_for_the_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ALLOW_DISK, raising=False)
     with pytest.raises(
         ResourceError,
@@ -82,7 +82,7 @@ def test_less_shared_memory_than_a_version_takes_is_refused(monkeypatch: pytest.
         plan_object_store(int(3.44 * GB), Path("/tmp"), shared_bytes=DOCKER, disk_bytes=GB)
 
 
-def test_of_an_adapter_alone_the_adapter_is_counted(tmp_path: Path) -> None:
+def test_only_the_adapter_is_counted_if_it_is_sent_alone(tmp_path: Path) -> None:
     shapes = {"model.embed_tokens.weight": (100, 8), "model.layers.0.q_proj.weight": (16, 8), "model.norm.weight": (8,)}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({}))

@@ -1,4 +1,4 @@
-"""Sampling in the trainer's process: seeds, logprobs, stopping, and the choice of an engine."""
+"""Test sampling in the trainer's process: seeds, logprobs, stopping, and the choice of the engine."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from rlqwen.types import Group, GroupRequest, Prompt, Sampling
 
 
 class ModelHolder:
-    """Stands in for the policy, of which the engine asks only this."""
+    """Replace the policy with the only attribute that the engine uses."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -57,14 +57,14 @@ def by_prompt(groups: list[Group]) -> dict[int, list[list[int]]]:
     return {group.prompt.index: [completion.token_ids for completion in group.completions] for group in groups}
 
 
-def test_a_completion_depends_on_its_seed_alone(model: PreTrainedModel, tiny_model_path: Path) -> None:
+def test_a_completion_depends_only_on_its_seed(model: PreTrainedModel, tiny_model_path: Path) -> None:
     together = by_prompt(list(start(model, tiny_model_path).generate(requests())))
     one_by_one = by_prompt(list(start(model, tiny_model_path, max_num_seqs=1).generate(requests())))
     assert together == one_by_one
     assert len({tuple(ids) for group in together.values() for ids in group}) == 20
 
 
-def test_logprobs_are_the_processed_distributions(model: PreTrainedModel, tiny_model_path: Path) -> None:
+def test_logprobs_are_those_of_the_processed_distribution(model: PreTrainedModel, tiny_model_path: Path) -> None:
     groups = list(start(model, tiny_model_path).generate(requests(temperature=0.5, top_k=3)))
     for group in groups:
         for completion in group.completions:
@@ -78,8 +78,8 @@ def test_logprobs_are_the_processed_distributions(model: PreTrainedModel, tiny_m
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_draws_follow_the_distribution(model: PreTrainedModel, tiny_model_path: Path) -> None:
-    """First tokens of 4,000 completions of one prompt, against the model's own probabilities."""
+def test_samples_follow_the_distribution(model: PreTrainedModel, tiny_model_path: Path) -> None:
+    """Compare the first tokens of 4,000 completions of one prompt with the model's probabilities."""
     count = 4000
     request = GroupRequest(Prompt(0, [5, 6, 7], ""), tuple(range(count)), Sampling(1, temperature=0.5))
     (group,) = start(model, tiny_model_path).generate([request])
@@ -89,14 +89,14 @@ def test_draws_follow_the_distribution(model: PreTrainedModel, tiny_model_path: 
     share_V = drawn.bincount(minlength=len(p_V)) / count
     likely = p_V > 0.01
     assert likely.sum() > 3
-    # Five standard errors of a binomial share.
+    # Five standard errors of a binomial proportion.
     assert ((share_V - p_V).abs() < 5 * (p_V * (1 - p_V) / count).sqrt())[likely].all()
 
 
 def test_stop_tokens_end_a_completion_and_belong_to_it(model: PreTrainedModel, tiny_model_path: Path) -> None:
     stop = set(range(60))
     reasons = set()
-    # The model's own generation defaults have no say.
+    # The generation defaults of the model are ignored.
     model.generation_config.repetition_penalty = 50.0
     model.generation_config.eos_token_id = list(range(60, 200))
     groups = list(start(model, tiny_model_path).generate(requests(stop_token_ids=tuple(stop))))
@@ -110,13 +110,13 @@ def test_stop_tokens_end_a_completion_and_belong_to_it(model: PreTrainedModel, t
     assert reasons == {"stop", "length"}
 
 
-def test_versions_are_stamped(model: PreTrainedModel, tiny_model_path: Path) -> None:
+def test_completions_have_the_weight_version(model: PreTrainedModel, tiny_model_path: Path) -> None:
     sampler = start(model, tiny_model_path)
     sampler.load_weights(7, [], None)
     assert [group.policy_version for group in sampler.generate(requests(1))] == [7]
 
 
-def test_prompt_that_fills_the_context(model: PreTrainedModel, tiny_model_path: Path) -> None:
+def test_a_prompt_that_fills_the_context_is_refused(model: PreTrainedModel, tiny_model_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompt 3 has 64 tokens"):
         list(start(model, tiny_model_path).generate([GroupRequest(Prompt(3, [5] * 64, ""), (1,), Sampling(4))]))
 
@@ -133,7 +133,7 @@ def build(config: RolloutConfig, model: PreTrainedModel, folder: Path) -> object
     )
 
 
-def test_without_vllm_transformers_is_taken_with_a_warning(
+def test_without_vllm_the_transformers_engine_is_used_with_a_warning(
     model: PreTrainedModel, tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm, "find_spec", lambda name: None if name == "vllm" else object())

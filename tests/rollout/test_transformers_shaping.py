@@ -1,4 +1,4 @@
-"""What shapes a completion beyond temperature, by the transformers engine; test_rollout_pool.py has vLLM do the same."""
+"""Test sampling options other than temperature with the transformers engine; test_pool.py tests them with vLLM."""
 
 import itertools
 from pathlib import Path
@@ -23,11 +23,11 @@ SHAPED: list[dict[str, object]] = [
     {"bad_words": ("a", "b")},
     {"min_tokens": 4},
 ]
-"""Of each, what the sampler says of its distribution must be what `Shaping` makes of the model's logits."""
+"""Sampling options; for each, the sampler's distribution must equal `Shaping` applied to the model's logits."""
 
 
 def sampling_by(options: dict[str, object], tokenizer: PreTrainedTokenizerBase, max_tokens: int = 10) -> Sampling:
-    """With many stop tokens, and as in a run those that the model's folder names, which vLLM bars before `min_tokens`."""
+    """Return sampling options with many stop tokens for `min_tokens`, before which vLLM forbids all stop tokens."""
     ends = stop_token_ids(tokenizer, load_generation_config(tokenizer.name_or_path), None)
     stop = (*ends, *range(150)) if "min_tokens" in options else ()
     return Sampling(max_tokens, temperature=0.7, stop_token_ids=stop, **options)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def sampling_by(options: dict[str, object], tokenizer: PreTrainedTokenizerBase, 
 def shaped_logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], sampling: Sampling
 ) -> torch.Tensor:
-    """Logprobs of a completion, token by token, from the model's own logits."""
+    """Compute the logprob of each token of a completion from the model's logits."""
     logits_TV = model(torch.tensor([prompt + ids])).logits[0].float()
     shaping = Shaping(sampling, len(prompt), tokenizer)
     logprobs = []
@@ -83,7 +83,7 @@ def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("options", SHAPED, ids=str)
-def test_logprobs_are_of_what_was_drawn_from(
+def test_logprobs_are_those_of_the_sampling_distribution(
     model: PreTrainedModel, tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase, options: dict
 ) -> None:
     sampling = sampling_by(options, tokenizer)
@@ -92,7 +92,7 @@ def test_logprobs_are_of_what_was_drawn_from(
 
 
 def text_of_two(groups: list[Group], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that the end of some token and the beginning of the next one make together."""
+    """Return a text that consists of the end of one token and the beginning of the next."""
     for group in groups:
         for completion in group.completions:
             pieces = [tokenizer.decode([token]) for token in completion.token_ids]
@@ -103,7 +103,7 @@ def text_of_two(groups: list[Group], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def assert_stopped(groups: list[Group], tokenizer: PreTrainedTokenizerBase, stop: str) -> None:
-    """Each completion ends with the token that completes the text, which is in what rewards read, or is cut off."""
+    """Assert that each completion ends with the token that completes the stop string, or is truncated."""
     reasons = set()
     for group in groups:
         for completion in group.completions:
@@ -116,7 +116,7 @@ def assert_stopped(groups: list[Group], tokenizer: PreTrainedTokenizerBase, stop
     assert reasons == {"stop", "length"}
 
 
-def test_a_text_ends_a_completion(
+def test_a_stop_string_ends_a_completion(
     model: PreTrainedModel, tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     engine = start(model, tiny_model_path)
@@ -126,7 +126,7 @@ def test_a_text_ends_a_completion(
     assert {completion.finish_reason for group in late for completion in group.completions} == {"length"}
 
 
-def test_bad_words_are_read_as_by_vllm(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_bad_words_are_tokenized_as_in_vllm(tokenizer: PreTrainedTokenizerBase) -> None:
     params = pytest.importorskip("vllm.sampling_params").SamplingParams(bad_words=["yes", " no", "12"])
     tokenizer.max_token_id = len(tokenizer) - 1
     params.update_from_tokenizer(tokenizer)

@@ -1,4 +1,4 @@
-"""Models with gated delta-net layers through real vLLM workers: the text of full folders, in bfloat16 on CPU."""
+"""Test models with gated delta-net layers in real vLLM workers: the text part of full models, in bfloat16 on CPU."""
 
 import json
 import warnings
@@ -25,8 +25,7 @@ from tests.rollout.test_pool import TEMPERATURE, logprobs, requests
 ARGS = TrainerConfig(output_dir="unused", use_cpu=True, bf16=False)
 NAMES = ("tiny-qwen3.5", "tiny-qwen3.5-moe", "tiny-qwen3-next")
 TOLERANCE = 0.02
-"""Mean gap of logprobs between bfloat16 and float32; single ones differ more where rounding sends a token to other
-experts."""
+"""Allowed mean gap between logprobs in bfloat16 and float32; single gaps are larger if rounding changes the experts."""
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -61,7 +60,7 @@ def canary(model: PreTrainedModel) -> Canary:
 
 
 def gap(groups: list[Group], model: PreTrainedModel) -> float:
-    """Mean difference between the samplers' logprobs and the model's."""
+    """Return the mean difference between the sampler's and the model's logprobs."""
     gaps: list[float] = []
     for group in groups:
         for completion in group.completions[:2]:
@@ -71,8 +70,8 @@ def gap(groups: list[Group], model: PreTrainedModel) -> float:
     return sum(gaps) / len(gaps)
 
 
-def test_every_kind_of_weight_reaches_the_workers(pool: RolloutPool, policy: Policy) -> None:
-    """Each kind is changed alone; a second draw, whose prompts are in the prefix cache, is as good as the first."""
+def test_every_kind_of_weight_is_synced_to_the_workers(pool: RolloutPool, policy: Policy) -> None:
+    """Change one kind of weight at a time; sampling again, with cached prefixes, must be as accurate."""
     kinds: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in policy.base_model.named_parameters():
         kinds.setdefault(name.partition(".layers.")[2].partition(".")[2] or name, []).append(parameter)
@@ -93,7 +92,7 @@ def test_every_kind_of_weight_reaches_the_workers(pool: RolloutPool, policy: Pol
             assert gap(groups, model) < TOLERANCE
 
 
-def test_the_same_seeds_draw_the_same(pool: RolloutPool) -> None:
+def test_the_same_seeds_give_the_same_completions(pool: RolloutPool) -> None:
     def draw() -> list[list[int]]:
         groups = sorted(pool.generate(requests(count=4)), key=lambda group: group.prompt.index)
         return [completion.token_ids for group in groups for completion in group.completions]
@@ -102,7 +101,7 @@ def test_the_same_seeds_draw_the_same(pool: RolloutPool) -> None:
     assert sum(ours == theirs for ours, theirs in zip(first, second, strict=True)) > 0.8 * len(first)
 
 
-def test_bfloat16_is_chosen_on_cpu_and_said(folder: Path) -> None:
+def test_bfloat16_is_chosen_on_cpu_and_logged(folder: Path) -> None:
     config = RolloutConfig(engine="vllm", num_gpus_per_worker=0)
     dtype, note = Vllm.choose_dtype(config, str(folder), "float32")
     assert dtype == "bfloat16"
@@ -122,21 +121,21 @@ def test_heads_without_a_kernel_are_refused(tmp_path: Path) -> None:
         Vllm.choose_dtype(RolloutConfig(engine="vllm", num_gpus_per_worker=0), str(tmp_path), "float32")
 
 
-def test_text_view(folder: Path, tmp_path: Path) -> None:
+def test_the_text_view_of_a_full_folder_has_only_the_text_model(folder: Path, tmp_path: Path) -> None:
     view = text_view(folder, tmp_path / "view")
     config = json.loads((view / "config.json").read_text("utf-8"))
     assert "vision_config" not in config
     assert (view / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
 
 
-def test_text_view_is_tied_where_the_whole_is(tmp_path: Path) -> None:
+def test_the_text_view_ties_the_head_if_the_full_model_does(tmp_path: Path) -> None:
     config = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": {"model_type": "qwen3_5_text"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert json.loads((text_view(tmp_path, tmp_path / "view") / "config.json").read_text())["tie_word_embeddings"]
 
 
-def test_text_view_of_quantized_weights_says_how_they_are(tmp_path: Path) -> None:
-    """Else vLLM finds scales among the weights, and no place for them."""
+def test_the_text_view_of_quantized_weights_keeps_the_quantization_config(tmp_path: Path) -> None:
+    """Without the config, vLLM cannot assign the scales among the weights."""
     quantization = {"quant_method": "compressed-tensors"}
     config = {"model_type": "qwen3_5", "text_config": {}, "quantization_config": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Adapters on their way to the workers: what is chosen, what travels, and that workers sample from the adapted policy."""
+"""Test sending adapters to workers: what is sent, and that workers sample from the adapted policy."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def adapted(folder: Path, seed: int = 0, **options: object) -> Policy:
 
 
 def test_workers_sample_from_the_adapted_policy(pool: RolloutPool, folder: Path) -> None:
-    """A first adapter, a second in its place, and a replaced worker that gets the second."""
+    """Check a first adapter, a second one that replaces it, and a restarted worker that gets the second."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = list(pool.generate(requests()))
     assert_drawn_from(before, base)
@@ -73,7 +73,7 @@ def test_workers_sample_from_the_adapted_policy(pool: RolloutPool, folder: Path)
 
 
 def gap(groups: list, model: torch.nn.Module) -> float:
-    """Largest difference between the samplers' logprobs and `model`'s."""
+    """Return the largest difference between the sampler's logprobs and those of `model`."""
     gaps = []
     for group in groups[:4]:
         for completion in group.completions:
@@ -95,7 +95,7 @@ def gap(groups: list, model: torch.nn.Module) -> float:
         ({"bias": "all"}, "biases are trained"),
     ],
 )
-def test_the_adapter_alone_is_sent_where_vllm_can_apply_it(folder: Path, options: dict, reason: str | None) -> None:
+def test_only_the_adapter_is_sent_if_vllm_can_apply_it(folder: Path, options: dict, reason: str | None) -> None:
     untied = AutoModelForCausalLM.from_pretrained(folder)
     untied.config.tie_word_embeddings = False
     policy = Policy(untied, SFTConfig(), peft_config=LoraConfig(**{"target_modules": "all-linear"} | options))
@@ -130,7 +130,7 @@ def test_without_an_adapter_and_for_experts_weights_are_sent(folder: Path) -> No
     assert "mixture of experts" in choose_sync(policy, RolloutConfig())[1]
 
 
-def test_a_base_that_is_not_the_folder_s_is_seen(folder: Path) -> None:
+def test_a_base_model_that_differs_from_the_folder_is_detected(folder: Path) -> None:
     assert adapted(folder).has_base_of(str(folder))
     assert not adapted(folder, init_lora_weights="pissa", target_modules=["q_proj"]).has_base_of(str(folder))
     rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What is put into the object store, and what is refused; no Ray here, `put` keeps the chunk itself."""
+"""Test which weights are put into the object store and which are refused; without Ray, `put` returns the chunk."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def sent(expected: ExpectedWeights, names: tuple[str, ...], dtype: str = "float3
 
 
 @pytest.mark.parametrize("names", [(EMBEDDING, NORM), (EMBEDDING, NORM, HEAD)])
-def test_a_tied_head_is_sent_once_and_named(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_a_tied_head_is_sent_once(tmp_path: Path, names: tuple[str, ...]) -> None:
     bundle = sent(checkpoint(tmp_path, tied=True), names)
     assert bundle.aliases == {HEAD: EMBEDDING}
     assert [entry[0] for chunk in bundle.chunks for entry in chunk] == [EMBEDDING, NORM]
     assert bundle.num_bytes == 4 * (12 + 2)
 
 
-def test_an_untied_head_must_come(tmp_path: Path) -> None:
+def test_a_missing_untied_head_is_refused(tmp_path: Path) -> None:
     expected = checkpoint(tmp_path, tied=False, names=(EMBEDDING, NORM, HEAD))
     with pytest.raises(WeightSyncError, match=r"missing: lm_head\.weight"):
         sent(expected, (EMBEDDING, NORM))
@@ -48,7 +48,7 @@ def test_without_a_checkpoint_the_first_sync_sets_the_names(tmp_path: Path) -> N
         sent(expected, (EMBEDDING,))
 
 
-def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
+def test_bfloat16_is_sent_as_bits(tmp_path: Path) -> None:
     bundle = sent(checkpoint(tmp_path, tied=True), (EMBEDDING, NORM), dtype="bfloat16")
     name, array, dtype = bundle.chunks[0][1]
     assert (name, array.dtype, dtype) == (NORM, "int16", "torch.bfloat16")
@@ -57,13 +57,13 @@ def test_bfloat16_travels_as_bits(tmp_path: Path) -> None:
     assert bundle.num_bytes == 2 * (12 + 2)
 
 
-def test_weights_are_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_split_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "CHUNK_BYTES", 40)
     bundle = sent(checkpoint(tmp_path, tied=True), (EMBEDDING, NORM))
     assert [[entry[0] for entry in chunk] for chunk in bundle.chunks] == [[EMBEDDING], [NORM]]
 
 
 @pytest.mark.parametrize(("gap", "accepted"), [(0.1, True), (0.11, False), (float("nan"), False), (None, True)])
-def test_which_gap_is_accepted(gap: float | None, accepted: bool) -> None:
+def test_the_weight_sync_check_accepts_small_gaps_only(gap: float | None, accepted: bool) -> None:
     bundle = WeightBundle(1, (), {}, Canary((1, 2), (-0.5,), tolerance=0.1), 0)
     assert bundle.accepts(gap) is accepted

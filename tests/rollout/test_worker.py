@@ -1,4 +1,4 @@
-"""The thread that owns an engine: when it begins the groups that it is given, and where it cannot start."""
+"""Test the thread that owns an engine: when it starts its groups, and how it reports that it cannot start."""
 
 import threading
 import weakref
@@ -18,7 +18,7 @@ from tests.patience import PATIENCE_S, wait_until
 
 
 class RecordingEngine:
-    """Keeps what it is asked for."""
+    """Record the calls of the thread."""
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
@@ -35,7 +35,7 @@ class RecordingEngine:
 
 @pytest.fixture
 def thread() -> EngineThread:
-    """Not started: its work is done by hand."""
+    """Return a thread that is not started; tests run its work themselves."""
     thread = EngineThread(SimpleNamespace(model_path=""))  # type: ignore[arg-type]
     thread._engine = RecordingEngine()  # type: ignore[assignment]
     return thread
@@ -45,8 +45,8 @@ def job(token: int, share: Share | None = None, place: int = 0) -> GroupJob:
     return GroupJob([token], (10 * token, 10 * token + 1), Sampling(4), share, place)
 
 
-def test_a_share_begins_when_it_is_complete_in_its_own_order(thread: EngineThread) -> None:
-    """Calls come in the order that the network gives them."""
+def test_a_share_starts_when_it_is_complete_and_in_order(thread: EngineThread) -> None:
+    """Calls may arrive in any order."""
     share = Share(1, 3)
     for token, place in ((7, 2), (5, 0)):
         thread.add_group(job(token, share, place), Future())
@@ -55,13 +55,13 @@ def test_a_share_begins_when_it_is_complete_in_its_own_order(thread: EngineThrea
     assert thread._engine.asked == ["forget", (5, 50), (5, 51), (6, 60), (6, 61), (7, 70), (7, 71)]
 
 
-def test_a_group_without_a_share_begins_at_once(thread: EngineThread) -> None:
+def test_a_group_outside_a_share_starts_at_once(thread: EngineThread) -> None:
     thread.add_group(job(3), Future())
     assert thread._engine.asked == [(3, 30), (3, 31)]
 
 
 @pytest.mark.fault("groups of a draw that was given up come late", "they begin with no later draw")
-def test_late_groups_of_an_aborted_share(thread: EngineThread) -> None:
+def test_late_groups_of_an_aborted_share_are_ignored(thread: EngineThread) -> None:
     given_up: Future[Any] = Future()
     thread.add_group(job(1, Share(1, 2), 0), given_up)
     thread.abort_groups()
@@ -75,15 +75,15 @@ def test_late_groups_of_an_aborted_share(thread: EngineThread) -> None:
 @pytest.mark.fault(
     "a machine of the Ray cluster that lacks the model's folder", "refused, with folder, machine and why"
 )
-def test_a_machine_without_the_model(tmp_path: Path) -> None:
+def test_a_machine_without_the_model_reports_an_error(tmp_path: Path) -> None:
     thread = EngineThread(SimpleNamespace(model_path=str(tmp_path / "gone")))  # type: ignore[arg-type]
     thread.start()
     with pytest.raises(RolloutError, match=r"gone holds no model on .*must lie where all of them see them"):
         thread.started.result(timeout=PATIENCE_S)
 
 
-def test_weights_that_were_loaded_are_let_go(thread: EngineThread) -> None:
-    """While the thread waits for more work: else the object store would hold the old version beside the new one."""
+def test_loaded_weights_are_released(thread: EngineThread) -> None:
+    """Otherwise the object store would hold two versions while the thread waits for work."""
     thread._engine.load = lambda bundle: None  # type: ignore[method-assign,assignment]
     bundle = WeightBundle(1, (), {}, None, 0)
     alive, done = weakref.ref(bundle), Future[Any]()
