@@ -313,7 +313,7 @@ def run_case(name: str, model: str, folder: Path) -> dict:
 
 
 def follow_memory(trainer) -> list[list]:
-    """Before each update: the scale of the loss, and a digest of this rank's weights and of what the updater remembers."""
+    """Before each update: the scale of the loss, and a digest of this rank's weights and optimizer state."""
     from rlqwen.models.reference_cache import digest_weights
 
     memories, update = [], trainer.update

@@ -1,4 +1,4 @@
-"""What the main rank does alone: the others make the same common calls in the same order, and leave when it fails."""
+"""Test work on the main rank: other ranks make the same collective calls in the same order, and stop if it fails."""
 
 import contextlib
 import pickle
@@ -17,22 +17,22 @@ BATCH = pack([Tree([1], [Branch([2, 3])])])
 
 
 class Rank:
-    """One of two ranks that are threads of this process; the main one's values go through a queue."""
+    """Stand in for one of two ranks, each a thread of this process; values of the main rank go through a queue."""
 
     world_size = 2
 
-    def __init__(self, rank: int, line: "queue.Queue[bytes]") -> None:
-        self.rank, self.is_main, self._line = rank, rank == 0, line
+    def __init__(self, rank: int, values: "queue.Queue[bytes]") -> None:
+        self.rank, self.is_main, self._values = rank, rank == 0, values
 
     def from_main(self, value, *, patient=False):
         if self.is_main:
-            self._line.put(pickle.dumps(value))
+            self._values.put(pickle.dumps(value))
             return value
-        return pickle.loads(self._line.get(timeout=PATIENCE_S))
+        return pickle.loads(self._values.get(timeout=PATIENCE_S))
 
 
 class Recorder:
-    """A policy that writes down what is asked of it."""
+    """Stand in for a policy, and record the calls."""
 
     device = torch.device("cpu")
 
@@ -59,18 +59,18 @@ class Recorder:
         self.calls.append("leave")
 
 
-def lead_two(work):
-    """Run `work(policy)` on the main rank; what each rank got or raised, and the calls of each."""
-    line: queue.Queue[bytes] = queue.Queue()
+def run_on_both(work):
+    """Run `work(policy)` on the main rank; return the result or error of each rank, and the calls of each."""
+    values: queue.Queue[bytes] = queue.Queue()
     policies = [Recorder(), Recorder()]
-    leads = [MainRank(Rank(number, line), policy) for number, policy in enumerate(policies)]
-    got: list[object] = [None, None]
+    main_ranks = [MainRank(Rank(number, values), policy) for number, policy in enumerate(policies)]
+    results: list[object] = [None, None]
 
     def run(number):
         try:
-            got[number] = leads[number].run(lambda: work(leads[number].policy))
+            results[number] = main_ranks[number].run(lambda: work(main_ranks[number].policy))
         except Exception as error:  # noqa: BLE001
-            got[number] = error
+            results[number] = error
 
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(2)]
     for thread in threads:
@@ -78,16 +78,16 @@ def lead_two(work):
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-    return got, [policy.calls for policy in policies]
+    return results, [policy.calls for policy in policies]
 
 
-def test_alone_it_is_the_work_itself():
-    lead = MainRank(SimpleNamespace(world_size=1), "policy")
-    assert lead.policy == "policy"
-    assert lead.run(lambda: 3) == 3
+def test_on_one_rank_the_work_simply_runs():
+    main_rank = MainRank(SimpleNamespace(world_size=1), "policy")
+    assert main_rank.policy == "policy"
+    assert main_rank.run(lambda: 3) == 3
 
 
-def test_common_calls_are_made_by_all_and_the_result_is_given_to_all():
+def test_all_ranks_make_the_collective_calls_and_get_the_result():
     def work(policy):
         assert policy.logprobs(BATCH) == "logp"
         names = [name for name, _ in policy.export_weights()]
@@ -95,37 +95,37 @@ def test_common_calls_are_made_by_all_and_the_result_is_given_to_all():
             names.append(model)
         return names
 
-    got, calls = lead_two(work)
-    assert got == [["a", "b", "c", "model"]] * 2
+    results, calls = run_on_both(work)
+    assert results == [["a", "b", "c", "model"]] * 2
     assert calls == [["logprobs of 2", "a", "b", "c", "enter", "leave"]] * 2
 
 
-def test_weights_that_nobody_reads_are_not_announced():
-    got, calls = lead_two(lambda policy: str(policy.export_weights() is not None))
-    assert got == ["True", "True"]
+def test_an_export_that_is_never_read_makes_no_collective_call():
+    results, calls = run_on_both(lambda policy: str(policy.export_weights() is not None))
+    assert results == ["True", "True"]
     assert calls == [[], []]
 
 
-def test_a_reader_that_leaves_off_does_not_leave_the_others_behind():
+def test_a_failure_during_an_export_ends_the_other_ranks():
     def work(policy):
         for name, _ in policy.export_weights():
             if name == "b":
-                raise ConfigError("the store is full:\nmore of it")
+                raise ConfigError("the store is full:\nmore details")
 
-    got, calls = lead_two(work)
-    assert isinstance(got[0], ConfigError)
-    assert isinstance(got[1], MainRankFailed)
-    assert str(got[1]) == "rank 1 stops, because the main rank failed: ConfigError: the store is full:"
-    assert got[1].exit_code == ConfigError.exit_code
+    results, calls = run_on_both(work)
+    assert isinstance(results[0], ConfigError)
+    assert isinstance(results[1], MainRankFailed)
+    assert str(results[1]) == "rank 1 stops, because the main rank failed: ConfigError: the store is full:"
+    assert results[1].exit_code == ConfigError.exit_code
     assert calls == [["a", "b", "c"]] * 2
 
 
-def test_a_failure_while_generating_lets_the_others_go():
+def test_a_failure_during_generation_ends_the_other_ranks():
     def work(policy):
         with policy.generation_model():
             raise MemoryError("no room")
 
-    got, calls = lead_two(work)
-    assert isinstance(got[0], MemoryError)
-    assert str(got[1]).endswith("MemoryError: no room")
+    results, calls = run_on_both(work)
+    assert isinstance(results[0], MemoryError)
+    assert str(results[1]).endswith("MemoryError: no room")
     assert calls[1] == ["enter", "leave"]

@@ -8,27 +8,27 @@ from rlqwen.distributed.optimizer_step import moments_are_finite
 from rlqwen.errors import ConfigError, NonFiniteError
 
 
-def make_updater(**options):
+def make_optimizer_step(**options):
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))]
     args = SFTConfig(learning_rate=0.1, **options)
     return OptimizerStep([ParameterGroup("policy", parameters, args.learning_rate)], args, total_updates=10), parameters
 
 
-def test_parts_have_rates_and_norms_of_their_own_and_one_of_them_may_rest():
+def test_parameter_groups_have_their_own_learning_rates_and_norms():
     policy, critic = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     args = SFTConfig(learning_rate=0.1, max_grad_norm=1.0, lr_scheduler_type="constant")
-    updater = OptimizerStep(
+    optimizer_step = OptimizerStep(
         [ParameterGroup("policy", [policy], 0.1), ParameterGroup("critic", [critic], 0.3)], args, total_updates=10
     )
-    updater.backward(policy.sum() * 3 + critic.sum() * 0.1)
-    result = updater.step()
+    optimizer_step.backward(policy.sum() * 3 + critic.sum() * 0.1)
+    result = optimizer_step.step()
     assert result.grad_norms == pytest.approx({"policy": 6.0, "critic": 0.2})
     assert result.grad_norm == pytest.approx(6.0)
     torch.testing.assert_close(policy, torch.full((2, 2), 0.9))  # Adam's first step is the rate itself
     torch.testing.assert_close(critic, torch.full((2, 2), 0.7))
-    updater.backward(critic.sum())
-    updater.step()
+    optimizer_step.backward(critic.sum())
+    optimizer_step.step()
     torch.testing.assert_close(policy, torch.full((2, 2), 0.9))
     assert critic.max() < 0.7
 
@@ -36,10 +36,10 @@ def test_parts_have_rates_and_norms_of_their_own_and_one_of_them_may_rest():
 def test_gradients_of_micro_batches_add_up():
     results = []
     for split in (1, 2):
-        updater, (weight, _) = make_updater(max_grad_norm=0)
+        optimizer_step, (weight, _) = make_optimizer_step(max_grad_norm=0)
         for _ in range(split):
-            updater.backward((weight**2).sum() / split)
-        norm = updater.step().grad_norm
+            optimizer_step.backward((weight**2).sum() / split)
+        norm = optimizer_step.step().grad_norm
         results.append((norm, weight.detach().clone()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1])
@@ -47,76 +47,76 @@ def test_gradients_of_micro_batches_add_up():
 
 @pytest.mark.fault("NaN or infinity in a loss", "the update is skipped: weights and moments bit-unchanged")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_update_leaves_every_bit_as_it_was(bad):
-    updater, parameters = make_updater()
-    updater.backward((parameters[0] ** 2).sum())
-    updater.step()
+def test_a_non_finite_update_changes_no_weight_and_no_moment(bad):
+    optimizer_step, parameters = make_optimizer_step()
+    optimizer_step.backward((parameters[0] ** 2).sum())
+    optimizer_step.step()
     before = [p.detach().clone() for p in parameters]
-    moments = [value.clone() for state in updater.optimizers[0].state.values() for value in state.values()]
-    updater.backward(parameters[0].sum() * bad)
-    assert updater.step().skipped
+    moments = [value.clone() for state in optimizer_step.optimizers[0].state.values() for value in state.values()]
+    optimizer_step.backward(parameters[0].sum() * bad)
+    assert optimizer_step.step().skipped
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
-    after = [value for state in updater.optimizers[0].state.values() for value in state.values()]
+    after = [value for state in optimizer_step.optimizers[0].state.values() for value in state.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
-def test_moments_are_judged_one_by_one_where_their_sum_overflows():
-    updater, (weight, _) = make_updater()
-    updater.backward((weight**2).sum())
-    updater.step()
-    moment = updater.optimizers[0].state[weight]["exp_avg_sq"]
-    assert moments_are_finite(updater.optimizers[0])
+def test_finite_moments_whose_sum_overflows_count_as_finite():
+    optimizer_step, (weight, _) = make_optimizer_step()
+    optimizer_step.backward((weight**2).sum())
+    optimizer_step.step()
+    moment = optimizer_step.optimizers[0].state[weight]["exp_avg_sq"]
+    assert moments_are_finite(optimizer_step.optimizers[0])
     moment.fill_(3e38)
-    assert moments_are_finite(updater.optimizers[0])
+    assert moments_are_finite(optimizer_step.optimizers[0])
     moment[0, 0], moment[0, 1] = float("inf"), float("-inf")
-    assert not moments_are_finite(updater.optimizers[0])
+    assert not moments_are_finite(optimizer_step.optimizers[0])
 
 
 @pytest.mark.fault("a non-finite loss, update after update", "the run stops after max_nonfinite_steps of them")
 def test_too_many_non_finite_updates_in_a_row_stop_the_run():
-    updater, (weight, _) = make_updater(max_nonfinite_steps=2)
-    updater.backward(weight.sum() * float("nan"))
-    updater.step()
-    updater.backward(weight.sum())
-    assert not updater.step().skipped
-    updater.backward(weight.sum() * float("nan"))
-    updater.step()
-    updater.backward(weight.sum() * float("nan"))
+    optimizer_step, (weight, _) = make_optimizer_step(max_nonfinite_steps=2)
+    optimizer_step.backward(weight.sum() * float("nan"))
+    optimizer_step.step()
+    optimizer_step.backward(weight.sum())
+    assert not optimizer_step.step().skipped
+    optimizer_step.backward(weight.sum() * float("nan"))
+    optimizer_step.step()
+    optimizer_step.backward(weight.sum() * float("nan"))
     with pytest.raises(NonFiniteError, match="2 updates in a row"):
-        updater.step()
+        optimizer_step.step()
 
 
 def test_an_update_without_gradient_still_moves_by_momentum():
-    updater, (weight, _) = make_updater()
-    updater.backward((weight**2).sum())
-    updater.step()
+    optimizer_step, (weight, _) = make_optimizer_step()
+    optimizer_step.backward((weight**2).sum())
+    optimizer_step.step()
     before = weight.detach().clone()
-    assert updater.step().grad_norm == 0
+    assert optimizer_step.step().grad_norm == 0
     assert not torch.equal(before, weight)
 
 
-def test_norm_is_clipped_and_reported_unclipped():
-    updater, (weight, _) = make_updater(max_grad_norm=1e-3)
-    updater.backward((weight * 100).sum())
-    assert updater.step().grad_norm == pytest.approx(300)
+def test_the_reported_norm_is_that_before_clipping():
+    optimizer_step, (weight, _) = make_optimizer_step(max_grad_norm=1e-3)
+    optimizer_step.backward((weight * 100).sum())
+    assert optimizer_step.step().grad_norm == pytest.approx(300)
 
 
-def test_weight_decay_spares_vectors():
-    updater, _ = make_updater(weight_decay=0.1)
-    assert [group["weight_decay"] for group in updater.optimizers[0].param_groups] == [0.1, 0.0]
+def test_vectors_get_no_weight_decay():
+    optimizer_step, _ = make_optimizer_step(weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer_step.optimizers[0].param_groups] == [0.1, 0.0]
 
 
-def test_schedule_warms_up_and_falls_to_zero():
-    updater, (weight, _) = make_updater(warmup_steps=2)
+def test_the_schedule_warms_up_and_decays_to_zero():
+    optimizer_step, (weight, _) = make_optimizer_step(warmup_steps=2)
     rates = []
     for _ in range(10):
-        updater.backward(weight.sum())
-        rates.append(updater.step().lr)
+        optimizer_step.backward(weight.sum())
+        rates.append(optimizer_step.step().lr)
     assert rates[:3] == pytest.approx([0, 0.05, 0.1])
     assert rates[-1] == pytest.approx(0.1 / 8)
 
 
-def test_warmup_is_a_count_or_a_share():
+def test_warmup_is_a_count_or_a_fraction():
     assert warmup_updates(SFTConfig(warmup_steps=7), 100) == 7
     assert warmup_updates(SFTConfig(warmup_steps=0.1), 100) == 10
     assert warmup_updates(SFTConfig(warmup_ratio=0.05), 100) == 5
@@ -126,4 +126,4 @@ def test_a_frozen_model_and_an_unknown_schedule_are_refused():
     with pytest.raises(ConfigError, match="nothing to train"):
         OptimizerStep([ParameterGroup("policy", [], 0.1)], SFTConfig(), total_updates=1)
     with pytest.raises(ConfigError, match="lr_scheduler_type='sinus'"):
-        make_updater(lr_scheduler_type="sinus")
+        make_optimizer_step(lr_scheduler_type="sinus")

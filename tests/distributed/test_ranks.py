@@ -1,4 +1,4 @@
-"""Two ranks do what one does: every trainer, on the same batches, against a run of one process."""
+"""Compare runs of two ranks with runs of one process on the same batches, for every trainer."""
 
 import json
 
@@ -11,18 +11,18 @@ from tests.ranked import CASES, run_case, run_on_two_ranks
 OTHERS = ("fail", "kill", "vllm", "stopped", "blown_up", "sft_on", "sft_plain")
 NAMES = [name for name in CASES if not name.startswith(OTHERS)]
 UNLIKE = ("time/", "/time", "seconds", "tokens/trained")
-"""Figures that may differ: seconds, and tokens, because a prompt whose completions are on two ranks is on both."""
+"""Metrics that may differ: times, and tokens, because two ranks may both hold a prompt and share its completions."""
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_path, tmp_path_factory):
-    """Folder of the two ranks' runs, and what each rank found, by rank and case."""
+    """Return the folder of the runs of two ranks, and the results by rank and case."""
     folder = tmp_path_factory.mktemp("ranks")
     return folder, run_on_two_ranks([*NAMES, "fails"], tiny_model_path, folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_train_as_one(name, runs, tiny_model_path, tmp_path, monkeypatch):
+def test_two_ranks_train_like_one(name, runs, tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     folder, by_rank = runs
     alone = run_case(name, str(tiny_model_path), tmp_path)
@@ -35,7 +35,7 @@ def test_two_ranks_train_as_one(name, runs, tiny_model_path, tmp_path, monkeypat
         assert ours.keys() == theirs.keys()
         for key in ours:
             if key.endswith("accuracies") and abs(theirs[key.replace("accuracies", "margins")]) < 1e-5:
-                continue  # rounding ranks answers that are as likely as under the reference
+                continue  # both answers are as likely as under the reference, so rounding decides
             if not any(part in key for part in UNLIKE):
                 assert ours[key] == pytest.approx(theirs[key], rel=2e-4, abs=2e-5, nan_ok=True), key
     load = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
@@ -52,7 +52,7 @@ def test_two_ranks_train_as_one(name, runs, tiny_model_path, tmp_path, monkeypat
     assert len(ours) == len(theirs) >= len(alone["history"])
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_in_one(runs, tiny_model_path, tmp_path):
+def test_one_process_resumes_a_checkpoint_of_two_ranks(runs, tiny_model_path, tmp_path):
     folder, by_rank = runs
     checkpoints = sorted((folder / "grpo_best" / "checkpoints").glob("step-*"))
     history = by_rank[0]["grpo_best"]["history"]
@@ -66,12 +66,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one(runs, tiny_model_path, tmp_pat
     assert found == pytest.approx(expected, rel=2e-4, abs=2e-5)
 
 
-@pytest.mark.fault("a reward fails on the main rank of two", "the other leaves at once, in one line; exit codes agree")
-def test_an_error_of_the_main_rank_ends_the_others_with_a_short_word(runs):
+@pytest.mark.fault(
+    "a reward fails on the main rank of two", "the other stops at once, with a message of one line; exit codes agree"
+)
+def test_an_error_of_the_main_rank_ends_the_other_with_a_short_message(runs):
     main, other = (results["fails"] for results in runs[1])
     assert main["error"] == "RewardFailure"
     assert "this reward fails" in main["message"]
     assert other["error"] == "MainRankFailed"
     assert other["message"].startswith("rank 1 stops, because the main rank failed: RewardFailure: ")
     assert len(other["message"].splitlines()) == 1
-    assert other["seconds"] < PATIENCE_S  # its own would be parallel.timeout
+    assert other["seconds"] < PATIENCE_S  # without the message it would wait for parallel.timeout

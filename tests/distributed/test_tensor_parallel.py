@@ -1,4 +1,4 @@
-"""AutoTP on real ranks: layers in shards give what whole ones do, and come out whole."""
+"""Test DeepSpeed's AutoTP on real ranks: sharded layers train like whole ones, and are exported whole."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> dic
     trainer.train()
     keys = ("loss", "grad_norm", "tokens/trained", "eval/loss")
     return {
-        "figures": [entry[key] for entry in trainer.state.log_history for key in keys if key in entry],
+        "metrics": [entry[key] for entry in trainer.state.log_history for key in keys if key in entry],
         "shards": sum(map(is_shard, trainer.policy.trained_parameters)),
         "exported": dict(checkpoint_weights(trainer.policy.base_model)),
     }
@@ -44,11 +44,11 @@ def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> dic
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("algorithm", [*RUNS])
-def test_two_sharded_models_train_as_one_whole_model_does(algorithm, tmp_path):
+def test_tensor_parallel_training_equals_training_on_one_rank(algorithm, tmp_path):
     one = train(algorithm, tmp_path / "one", 8)
     assert one["shards"] == 0
     for found in run_ranks(lambda: train(algorithm, tmp_path / "four", 4, autotp_size=2), world_size=4):
-        assert found["figures"] == pytest.approx(one["figures"], rel=1e-4)
+        assert found["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
         assert found["shards"] == 2 * 7
         assert found["exported"].keys() == one["exported"].keys()
         for name, weight in one["exported"].items():
@@ -66,12 +66,12 @@ def test_two_sharded_models_train_as_one_whole_model_does(algorithm, tmp_path):
         ("qwen3_moe", 2, "no plan for fused experts"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_with_the_arithmetic(kind, size, message):
+def test_models_that_cannot_be_sharded_are_refused_with_the_numbers(kind, size, message):
     with pytest.raises(ModelError, match=message):
         check_shardable(make_model(kind), size)
 
 
-def test_an_adapter_is_refused():
+def test_a_model_with_an_adapter_is_not_sharded():
     policy = Policy(make_model(), SFTConfig(), peft_config=LoraConfig(r=2))
     with pytest.raises(ModelError, match="leave the adapter out"):
         check_shardable(policy.model, 2)

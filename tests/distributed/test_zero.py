@@ -1,7 +1,7 @@
-"""Two ranks that share out optimizer state, gradients or weights do what one does.
+"""Compare ZeRO on two ranks, which shard optimizer state, gradients or weights, with one process.
 
-In float16 whatever this machine's processor can do: DeepSpeed's question for the capability is answered by us, once with
-yes, so that its engines compute in float16, and once (`+emulated`) with no.
+Tests of float16 do not depend on the processor: they replace DeepSpeed's check for float16 support by yes, so that its
+engines compute in float16, or by no (`+emulated`).
 """
 
 import json
@@ -49,12 +49,12 @@ def check(name, by_rank, model, alone, rel):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_shares_change_only_rounding(name, runs, tiny_model_path, tmp_path):
+def test_sharding_changes_only_rounding(name, runs, tiny_model_path, tmp_path):
     check(name, runs[1], tiny_model_path, tmp_path, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_low_precision_follows_float32(name, runs, tiny_model_path, tmp_path):
+def test_low_precision_stays_close_to_float32(name, runs, tiny_model_path, tmp_path):
     check(name, runs[1], tiny_model_path, tmp_path, rel=2e-2)
 
 
@@ -64,7 +64,7 @@ def updates(result, key):
 
 @pytest.fixture(scope="module")
 def skipping(tiny_model_path, tmp_path_factory):
-    """A float32 run on one rank, by the updates that it skips."""
+    """Return a function that runs one rank in float32 and skips the given updates; each run is made once."""
     results = {}
 
     def run(skipped):
@@ -89,10 +89,10 @@ def skipping(tiny_model_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OVERFLOW)
-def test_an_overflow_changes_nothing_but_the_scale(name, runs, skipping):
-    """Neither weights nor moments, to the bit, on any rank; the rest is a float32 run that skipped the same updates.
+def test_an_overflow_changes_only_the_loss_scale(name, runs, skipping):
+    """Compare bits of weights and moments on each rank, and the metrics with a float32 run that skips the same updates.
 
-    Which updates overflow is left to the processor's rounding: the first does, by far, and some do not.
+    Which updates overflow depends on the processor's rounding: the first one always does, and some do not.
     """
     for result in (by_rank[name] for by_rank in runs[1]):
         skipped, memories = tuple(updates(result, "updates/skipped")), result["memories"]
@@ -111,8 +111,8 @@ def test_an_overflow_changes_nothing_but_the_scale(name, runs, skipping):
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)
-def test_a_run_of_overflows_leaves_the_model_as_it_was(name, runs, tiny_model_path):
-    """Although the engine computes with weights that it has rounded to float16."""
+def test_a_run_in_which_every_update_overflows_keeps_the_weights(name, runs, tiny_model_path):
+    """Cover engines that compute with weights rounded to float16."""
     folder, by_rank = runs
     assert updates(by_rank[0][name], "updates/skipped") == [1.0] * 2
     ours = load_file(folder / name / "final" / "model.safetensors")
@@ -121,7 +121,7 @@ def test_a_run_of_overflows_leaves_the_model_as_it_was(name, runs, tiny_model_pa
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_one_process_goes_on_from_the_checkpoint_of_two(name, runs, tiny_model_path, tmp_path, monkeypatch):
+def test_one_process_resumes_a_sharded_checkpoint_of_two_ranks(name, runs, tiny_model_path, tmp_path, monkeypatch):
     folder, by_rank = runs
     monkeypatch.setitem(COMMON, "resume_allow_changes", True)
     trainer = _sft(str(tiny_model_path), tmp_path / "on", eval_generation={"metrics": ["exact_match"], "max_tokens": 4})
@@ -134,8 +134,8 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name, runs, tiny_model_p
 
 
 @pytest.mark.parametrize("name", ON)
-def test_an_engine_that_rounds_goes_on_from_exact_weights(name, runs):
-    """A float32 checkpoint, no update more (after which there is no curve to draw), and the same bits in final/."""
+def test_an_engine_in_bf16_keeps_the_exact_weights_of_a_checkpoint(name, runs):
+    """Resume a float32 checkpoint after the last update: final/ has the same bits, and a missing curve is no error."""
     assert not any("error" in results[name] for results in runs[1])
     ours, saved = (load_file(runs[0] / part / "model.safetensors") for part in (f"{name}/final", CHECKPOINT))
     assert all(ours[key].equal(saved[key]) for key in saved)
@@ -143,8 +143,10 @@ def test_an_engine_that_rounds_goes_on_from_exact_weights(name, runs):
 
 
 @pytest.mark.slow_fault
-@pytest.mark.fault("unequal work for two ranks at ZeRO 1, 2 and 3, every trainer", "no hang; the curve of one rank")
-def test_every_trainer_at_every_stage(tiny_model_path, tmp_path):
+@pytest.mark.fault(
+    "unequal work for two ranks at ZeRO 1, 2 and 3, every trainer", "no hang; the same curve as on one rank"
+)
+def test_every_trainer_at_every_zero_stage(tiny_model_path, tmp_path):
     (tmp_path / "two").mkdir()
     by_rank = run_on_two_ranks(LONG, tiny_model_path, tmp_path / "two")
     for name in LONG:
@@ -163,7 +165,7 @@ def test_shards_reach_vllm_exactly(tiny_model_path, tmp_path):
 
 
 class WatchedEngine:
-    """No engine: it keeps what an updater asks of one on three ranks."""
+    """Stand in for an engine on three ranks, and record its arguments."""
 
     averages_over, after_backward = 3, staticmethod(lambda: None)
 
@@ -174,11 +176,11 @@ class WatchedEngine:
         self.loss = loss.item()
 
 
-def test_the_loss_is_scaled_no_further_for_more_ranks():
-    """A float16 gradient would overflow the sooner; that DeepSpeed takes a mean is made up for in float32."""
-    updater = object.__new__(ZeroStep)
-    updater.engines, updater.scale = [WatchedEngine()], LossScale(True, {"initial_scale_power": 4})
-    updater._backward(torch.tensor(2.0, requires_grad=True))
-    (engine,) = updater.engines
+def test_the_loss_scale_does_not_depend_on_the_number_of_ranks():
+    """Correct DeepSpeed's mean over ranks in float32, because a larger loss scale would overflow float16 earlier."""
+    optimizer_step = object.__new__(ZeroStep)
+    optimizer_step.engines, optimizer_step.scale = [WatchedEngine()], LossScale(True, {"initial_scale_power": 4})
+    optimizer_step._backward(torch.tensor(2.0, requires_grad=True))
+    (engine,) = optimizer_step.engines
     assert engine.loss == 2.0 * 16
     assert engine.divided_by == 16 / 3

@@ -1,4 +1,4 @@
-"""Adapters of every kind: what is packed, exported and saved is PEFT's own forward, and the base is never touched."""
+"""Compare packed, exported and saved adapters of every kind with PEFT's own forward; the base must not change."""
 
 import copy
 import warnings
@@ -42,7 +42,7 @@ ADAPTERS = {
 
 
 def adapted(kind: str, *, tied: bool = False, model_kind: str = "qwen3", **options) -> Policy:
-    """A policy whose adapter is not zero, and whose fully trained modules have moved."""
+    """Return a policy with a nonzero adapter and changed fully trained modules."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | ADAPTERS[kind] | options)
     policy = Policy(make_model(model_kind, tie_word_embeddings=tied), SFTConfig(), peft_config=config, reference=True)
     shake(policy)
@@ -57,13 +57,13 @@ def shake(policy: Policy) -> None:
 
 
 def plain_logprobs(policy: Policy) -> Tensor:
-    """(N,) by PEFT's own forward, padded, with ordinary attention."""
+    """Return (N,) logprobs of PEFT's own forward on padded rows with ordinary attention."""
     with policy.generation_model() as model:
         return padded_logprobs(model, skewed_trees())
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_packed_and_merged_are_peft_s_forward(kind):
+def test_packed_and_merged_logprobs_equal_those_of_peft(kind):
     policy = adapted(kind)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     expected = plain_logprobs(policy)
@@ -85,7 +85,7 @@ def test_packed_and_merged_are_peft_s_forward(kind):
         ("rows of both ends", False),
     ],
 )  # fmt: skip
-def test_gradients_are_peft_s(kind, tied):
+def test_gradients_equal_those_of_peft(kind, tied):
     policy = adapted(kind, tied=tied)
     weights = torch.randn(pack(skewed_trees()).num_targets)
     (policy.logprobs(pack(skewed_trees()))[0] @ weights).backward()
@@ -99,7 +99,7 @@ def test_gradients_are_peft_s(kind, tied):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_saved_merged_and_alone(tmp_path, kind):
+def test_saved_models_and_adapters_load_with_the_same_logprobs(tmp_path, kind):
     policy = adapted(kind)
     expected = plain_logprobs(policy)
     policy.save(tmp_path / "merged")
@@ -155,7 +155,7 @@ def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path, trained):
     torch.testing.assert_close(plain_logprobs(policy), expected)
 
 
-def test_adapters_on_fused_experts(tmp_path):
+def test_adapters_on_fused_experts_are_trained_and_merged(tmp_path):
     config = LoraConfig(
         r=2, target_modules=["q_proj"], init_lora_weights=False,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -170,7 +170,7 @@ def test_adapters_on_fused_experts(tmp_path):
 
 
 def test_a_merged_weight_is_rounded_once():
-    """In float32, base plus delta; in the base's own dtype, that sum rounded."""
+    """Add base and delta in float32, and round only the sum to the dtype of the base."""
     policy = Policy(
         make_model().to(torch.bfloat16),
         SFTConfig(bf16=False),
@@ -183,7 +183,7 @@ def test_a_merged_weight_is_rounded_once():
     assert not torch.equal(expected, expected.bfloat16().float())
 
 
-def test_a_model_is_written_in_shards_that_load(tmp_path):
+def test_a_model_written_in_several_files_loads(tmp_path):
     policy = adapted("lora")
     weights = checkpoint_weights(policy.base_model, dtype=torch.bfloat16)
     num_bytes = write_model(tmp_path, policy.base_model, weights, max_shard_bytes=40_000)
@@ -199,7 +199,7 @@ def test_a_model_is_written_in_shards_that_load(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
-def test_what_cannot_be_trained_or_merged_is_refused():
+def test_adapters_that_cannot_be_trained_or_merged_are_refused():
     with pytest.raises(ModelError, match="put embed_tokens into modules_to_save"):
         adapted("lora on embedding and head", tied=True)
     with pytest.raises(ModelError, match=r"q_proj: .*lora_bias has no merged weights"):
@@ -219,8 +219,8 @@ def test_what_cannot_be_trained_or_merged_is_refused():
         Policy(untied, SFTConfig(), peft_config=LoraConfig())
 
 
-class Unheard(AuxiliaryTrainingWrapper):
-    """A wrapper that PEFT may come to have."""
+class UnknownWrapper(AuxiliaryTrainingWrapper):
+    """Stand in for a wrapper that a later PEFT may add."""
 
     def init_modules(self, adapter_name, **kwargs):
         self.inner = self.original_module
@@ -232,13 +232,13 @@ class Unheard(AuxiliaryTrainingWrapper):
         return self.inner(x, *args, **kwargs)
 
 
-def test_an_unknown_wrapper_is_refused_before_training_and_at_the_save(tmp_path):
+def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path):
     model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
-    model.base_model.model.lm_head = Unheard(make_model().lm_head, "default")
-    with pytest.raises(ModelError, match="lm_head is wrapped in PEFT's Unheard"):
+    model.base_model.model.lm_head = UnknownWrapper(make_model().lm_head, "default")
+    with pytest.raises(ModelError, match="lm_head is wrapped in PEFT's UnknownWrapper"):
         Policy(model, SFTConfig())
     policy = adapted("lora")
-    policy.base_model.model.norm = Unheard(policy.base_model.model.norm, "default")
+    policy.base_model.model.norm = UnknownWrapper(policy.base_model.model.norm, "default")
     with pytest.raises(ModelError, match=r"'model\.norm\..*' is to be saved, and Qwen3ForCausalLM has no such weight"):
         policy.save(tmp_path / "inner")
     assert not list((tmp_path / "inner").glob("*.json"))
@@ -259,14 +259,14 @@ def test_every_save_checks_names_and_shapes(tmp_path, change, message):
         write_model(tmp_path, model, weights)
 
 
-def test_rows_that_one_of_two_tied_ends_would_have_are_refused():
+def test_token_rows_trained_on_only_one_side_of_a_tied_embedding_are_refused():
     with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
         adapted("lora", tied=True, trainable_token_indices={"lm_head": [3]})
     with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
         adapted("lora", tied=True, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]})
 
 
-def test_pissa_is_merged_with_what_it_left_of_the_base():
+def test_pissa_is_merged_with_the_residual_base_weights():
     start = make_model()
     policy = Policy(
         copy.deepcopy(start), SFTConfig(), peft_config=LoraConfig(target_modules=ALL, init_lora_weights="pissa")
@@ -278,7 +278,7 @@ def test_pissa_is_merged_with_what_it_left_of_the_base():
         torch.testing.assert_close(tensor, start.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_recipe_s_adapter_is_peft_s():
+def test_lora_settings_of_a_recipe_become_pefts_config():
     settings = LoraSettings(
         r=8, use_dora=True, use_rslora=True, target_modules=["q_proj"], layers_to_transform=[0], modules_to_save=["x"],
         exclude_modules=["lm_head"], rank_pattern={"q_proj": 2}, init_lora_weights="gaussian",

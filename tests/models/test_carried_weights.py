@@ -1,4 +1,4 @@
-"""A Qwen3.5 checkpoint's vision tower and prediction weights, kept byte for byte in every folder that is written."""
+"""Test that every saved folder keeps each byte of a Qwen3.5 checkpoint's vision tower and prediction weights."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def is_carried(name: str) -> bool:
 
 
 def assert_kept(folder: Path, source: Path) -> None:
-    """The same names, and what is carried with the same bits."""
+    """Check that both folders have the same names, and carried weights the same bits."""
     before, after = stored(source), stored(folder)
     assert set(before) - {"lm_head.weight"} == set(after) - {"lm_head.weight"}
     carried = [name for name in before if is_carried(name)]
@@ -68,7 +68,7 @@ def assert_kept(folder: Path, source: Path) -> None:
 
 
 def changed(policy: Any) -> Any:
-    """Stand in for an update: every trained weight moves."""
+    """Change every trained weight, in place of an update."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.trained_parameters:
@@ -88,7 +88,9 @@ def own_logits(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
-def test_saved_folder_is_of_the_whole_class(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_saved_folder_loads_as_the_class_with_the_vision_tower(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
     policy = changed(Policy(load_model(str(sources[name]), ARGS), ARGS))
     policy.save(tmp_path)
     assert_kept(tmp_path, sources[name])
@@ -106,7 +108,7 @@ def test_saved_folder_is_of_the_whole_class(name: str, sources: dict[str, Path],
         assert torch.equal(kept, original), key
 
 
-def test_config_and_processor_files_are_those_of_the_source(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_config_and_processor_files_are_copied_from_the_source(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["tiny-qwen3.5"]
     Policy(load_model(str(source), ARGS), ARGS).save(tmp_path)
     before, after = (json.loads((folder / "config.json").read_text("utf-8")) for folder in (source, tmp_path))
@@ -118,7 +120,7 @@ def test_config_and_processor_files_are_those_of_the_source(sources: dict[str, P
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-def test_prediction_weights_of_qwen3_next(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_multi_token_prediction_weights_of_qwen3_next_are_kept(sources: dict[str, Path], tmp_path: Path) -> None:
     policy = changed(Policy(load_model(str(sources["tiny-qwen3-next"]), ARGS), ARGS))
     policy.save(tmp_path)
     assert_kept(tmp_path, sources["tiny-qwen3-next"])
@@ -127,7 +129,7 @@ def test_prediction_weights_of_qwen3_next(sources: dict[str, Path], tmp_path: Pa
     )
 
 
-def test_bits_do_not_follow_the_dtype_that_is_trained(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_carried_weights_keep_their_dtype_if_another_is_trained(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["tiny-qwen3.5"]
     args = ARGS.model_copy(update={"model_init_kwargs": {"dtype": "bfloat16"}})
     policy = Policy(load_model(str(source), args), args)
@@ -139,7 +141,9 @@ def test_bits_do_not_follow_the_dtype_that_is_trained(sources: dict[str, Path], 
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
-def test_merged_adapter(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_merged_adapter_is_saved_with_the_carried_weights(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
     policy = Policy(
         load_model(str(sources[name]), ARGS), ARGS, peft_config=LoraConfig(r=4, target_modules="all-linear")
     )
@@ -151,9 +155,7 @@ def test_merged_adapter(name: str, sources: dict[str, Path], tmp_path: Path) -> 
     )
 
 
-def test_a_checkpoint_is_restored_and_a_stage_goes_on_from_a_folder_of_ours(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_restored_and_also_loads_as_a_model(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["tiny-qwen3.5"]
     policy = changed(Policy(load_model(str(source), ARGS), ARGS))
     policy.save_checkpoint(tmp_path / "one")
@@ -165,10 +167,12 @@ def test_a_checkpoint_is_restored_and_a_stage_goes_on_from_a_folder_of_ours(
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
-def test_model_given_as_an_object_of_the_whole_class(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_object_with_a_vision_tower_is_saved_with_its_own_tower(
+    name: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
     whole = CLASSES[name].from_pretrained(sources[name])
     with torch.no_grad():
-        next(whole.model.visual.parameters()).add_(1.0)  # the user's own change must not be lost
+        next(whole.model.visual.parameters()).add_(1.0)  # a change by the user must be kept
     policy = changed(Policy(whole, ARGS))
     assert "vision tower" in (policy.kept_note or "")
     assert not any(parameter.requires_grad for parameter in whole.model.visual.parameters())
@@ -179,7 +183,7 @@ def test_model_given_as_an_object_of_the_whole_class(name: str, sources: dict[st
     torch.testing.assert_close(logits(saved), own_logits(policy), atol=1e-5, rtol=0)
 
 
-def test_the_note_counts_what_is_kept(sources: dict[str, Path]) -> None:
+def test_counts_of_carried_parameters_are_exact(sources: dict[str, Path]) -> None:
     policy = Policy(load_model(str(sources["tiny-qwen3.5"]), ARGS), ARGS)
     carried = carried_by(policy.base_model)
     assert carried is not None
@@ -195,7 +199,9 @@ def test_a_text_only_folder_carries_only_what_it_has(sources: dict[str, Path], t
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["architectures"] == ["Qwen3_5ForCausalLM"]
 
 
-def test_source_deleted_or_overwritten_after_loading(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_deleted_source_is_still_read_and_an_overwritten_one_is_refused(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     for number in (1, 2):
         shutil.copytree(sources["tiny-qwen3.5"], tmp_path / f"base{number}")
     gone, spoiled = (Policy(load_model(str(tmp_path / f"base{number}"), ARGS), ARGS) for number in (1, 2))
@@ -209,7 +215,7 @@ def test_source_deleted_or_overwritten_after_loading(sources: dict[str, Path], t
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
-def test_scalar_models(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_reward_models_keep_the_carried_weights(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     model, has_head = load_scalar_model(str(sources[name]), ARGS)
     assert not has_head
     reward = changed(ScalarModel(model, ARGS))
@@ -225,7 +231,7 @@ def test_scalar_models(name: str, sources: dict[str, Path], tmp_path: Path) -> N
         assert not report["missing_keys"]
 
 
-def test_rollout_workers_are_sent_the_text_model_alone(sources: dict[str, Path]) -> None:
+def test_only_the_text_model_is_sent_to_rollout_workers(sources: dict[str, Path]) -> None:
     source = sources["tiny-qwen3.5"]
     policy = Policy(load_model(str(source), ARGS), ARGS)
     shapes = {name: tuple(tensor.shape) for name, tensor in policy.export_weights()}
@@ -246,7 +252,7 @@ def test_missing_weights_are_refused(sources: dict[str, Path], tmp_path: Path) -
         load_model(str(folder), ARGS)
 
 
-def test_export_casts_and_quantizes_the_text_model_alone(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_export_casts_and_quantizes_only_the_text_model(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["tiny-qwen3.5"]
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     export_model(ExportOptions(str(source), str(tmp_path / "cast"), dtype="bfloat16"))
@@ -262,8 +268,8 @@ def test_export_casts_and_quantizes_the_text_model_alone(sources: dict[str, Path
     assert all(torch.equal(model.model.visual.state_dict()[name], weight) for name, weight in visual.items())
 
 
-def test_a_model_from_the_hub_is_kept_with_its_commit_and_its_processor(sources, tmp_path, monkeypatch):
-    """Loading a model alone leaves no files of its processor in the hub's cache: they are fetched, of that commit."""
+def test_the_processor_of_a_hub_model_is_fetched_at_the_same_commit(sources, tmp_path, monkeypatch):
+    """Fetch these files, because loading a model alone does not put them into the hub's cache."""
     commit, repository = "c" * 40, tmp_path / "models--owner--tiny"
     snapshot = repository / "snapshots" / commit
     shutil.copytree(sources["tiny-qwen3.5"], snapshot)
@@ -292,7 +298,7 @@ def test_a_model_from_the_hub_is_kept_with_its_commit_and_its_processor(sources,
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_a_quantized_model_of_the_whole_is_kept_from_its_plain_files(bits, sources, tmp_path):
+def test_carried_weights_of_a_quantized_model_come_from_its_files(bits, sources, tmp_path):
     source = sources["tiny-qwen3.5"]
     model = Qwen3_5ForConditionalGeneration.from_pretrained(
         source, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
@@ -303,7 +309,7 @@ def test_a_quantized_model_of_the_whole_is_kept_from_its_plain_files(bits, sourc
     assert_kept(tmp_path, source)
 
 
-def test_an_adapter_on_the_whole_is_saved_as_one_that_the_text_only_class_loads(sources, tmp_path):
+def test_an_adapter_on_the_class_with_a_tower_is_saved_for_the_text_only_class(sources, tmp_path):
     source = sources["tiny-qwen3.5"]
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
     model = get_peft_model(Qwen3_5ForConditionalGeneration.from_pretrained(source), config)

@@ -1,4 +1,4 @@
-"""The reward model and the critics: their numbers are transformers' own, and what they save comes back."""
+"""Compare reward models and critics with transformers, and test saving and loading."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SEQUENCES = [[5, 6, 7, 8, 9], [5, 6, 7, 10, 11, 12, 13], [14, 15, 16]]
 
 @pytest.fixture(scope="module")
 def scalar_path(tiny_model_path, tmp_path_factory):
-    """A sequence-classification model with a head that is not 0."""
+    """Return a folder of a sequence-classification model with a nonzero head."""
     torch.manual_seed(0)
     model, has_head = load_scalar_model(str(tiny_model_path), RewardConfig())
     assert not has_head
@@ -32,7 +32,7 @@ def load(path, **options):
     return ScalarModel(load_scalar_model(str(path), RewardConfig())[0], RewardConfig(), **options)
 
 
-def test_scores_are_those_of_transformers(scalar_path):
+def test_scores_equal_those_of_transformers(scalar_path):
     model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
     with torch.no_grad():
         plain = torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
@@ -40,16 +40,18 @@ def test_scores_are_those_of_transformers(scalar_path):
     torch.testing.assert_close(packed, plain, atol=1e-6, rtol=0)
 
 
-def test_values_are_of_what_stands_before_each_token(scalar_path):
+def test_the_value_of_a_token_is_read_from_the_token_before_it(scalar_path):
     model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
     with torch.no_grad():
         hidden = model.model(torch.tensor([SEQUENCES[1]])).last_hidden_state
-        plain = model.score(hidden)[0, 2:-1, 0]  # after the prompt's last token, and after each but the last of its own
+        plain = model.score(hidden)[
+            0, 2:-1, 0
+        ]  # at the prompt's last token and at each token of the completion except the last
         values = load(scalar_path).values(pack(TREES), None)
     torch.testing.assert_close(values[2:6], plain, atol=1e-6, rtol=0)
 
 
-def test_a_head_that_is_there_is_kept_and_a_new_one_can_begin_at_0(scalar_path, tiny_model_path):
+def test_an_existing_head_is_kept_and_a_new_one_can_start_at_zero(scalar_path, tiny_model_path):
     _, has_head = load_scalar_model(str(scalar_path), RewardConfig())
     assert has_head
     critic = load(tiny_model_path)
@@ -60,13 +62,13 @@ def test_a_head_that_is_there_is_kept_and_a_new_one_can_begin_at_0(scalar_path, 
     assert critic.base_model.score.weight.grad.abs().sum() > 0
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="scalar head"):
         load_scalar_model(str(tmp_path), RewardConfig())
 
 
-def test_saving_and_restoring(scalar_path, tmp_path):
+def test_a_saved_model_is_restored_and_loads_in_transformers(scalar_path, tmp_path):
     model = load(scalar_path)
     with torch.no_grad():
         before = model.scores(pack(TREES))
@@ -80,7 +82,7 @@ def test_saving_and_restoring(scalar_path, tmp_path):
     assert reloaded.config.num_labels == 1
 
 
-def test_an_adapter_trains_the_head_whole_and_is_merged_on_saving(scalar_path, tmp_path):
+def test_an_adapter_trains_the_full_head_and_is_merged_on_saving(scalar_path, tmp_path):
     torch.manual_seed(0)
     model = load(scalar_path, peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     names = [name for name, parameter in model.model.named_parameters() if parameter.requires_grad]
@@ -95,7 +97,7 @@ def test_an_adapter_trains_the_head_whole_and_is_merged_on_saving(scalar_path, t
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=0)
 
 
-def test_the_adapter_of_a_policy_is_left_as_it_is():
+def test_the_adapter_config_of_the_policy_is_not_changed():
     given = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM")
     made = scalar_peft_config(given)
     assert made.task_type == "SEQ_CLS"

@@ -1,4 +1,4 @@
-"""Experts of a mixture: their products in the forward's precision, whatever the dtype of the weights."""
+"""Test that experts multiply in the precision of the forward, for any dtype of the weights."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
 @pytest.fixture
 def operands(monkeypatch):
-    """Dtypes of the operands of every grouped product."""
+    """Record the dtypes of the operands of every grouped product."""
     seen = []
     real = torch.nn.functional.grouped_mm
 
@@ -47,7 +47,7 @@ def test_experts_multiply_in_the_compute_dtype(kind, lora, precision, operands):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-def test_other_implementations_stay_and_autocast_covers_them(implementation):
+def test_other_implementations_of_experts_are_kept_and_run_under_autocast(implementation):
     model = make_model("qwen3_moe")
     model.set_experts_implementation(implementation)
     policy = Policy(model, SFTConfig(bf16=True))
@@ -64,11 +64,13 @@ def test_other_implementations_stay_and_autocast_covers_them(implementation):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_bf16_are_those_of_float32_but_for_rounding(checkpointing):
+def test_gradients_in_bf16_equal_those_of_float32_up_to_rounding(checkpointing):
     trees, weights = skewed_trees(), torch.randn(pack(skewed_trees()).num_targets)
     gradients = []
     for bf16 in (False, True):
-        model = make_model("qwen3_moe", num_experts=2)  # all experts of each token, so that none changes
+        model = make_model(
+            "qwen3_moe", num_experts=2
+        )  # each token uses all experts, so rounding cannot change the choice
         policy = Policy(model, SFTConfig(bf16=bf16, gradient_checkpointing=checkpointing))
         (policy.logprobs(pack(trees))[0] @ weights).backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if ".experts." in name})
@@ -76,16 +78,16 @@ def test_gradients_in_bf16_are_those_of_float32_but_for_rounding(checkpointing):
         assert (gradients[1][name] - exact).norm() < 0.02 * exact.norm(), name
 
 
-def test_decoding_reads_the_chosen_experts_alone(operands):
+def test_decoding_computes_only_the_chosen_experts(operands):
     policy = Policy(make_model("qwen3_moe"), SFTConfig(bf16=True))
     with policy.generation_model() as model:
         batch = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
     assert batch.shape == (1, 7)
-    assert len(operands) == 2 * 2  # the prompt, two products in each of two layers
+    assert len(operands) == 2 * 2  # for the prompt: two products in each of two layers
     assert set(operands) == {(torch.bfloat16, torch.bfloat16)}
 
 
-def test_the_choice_is_not_written_to_the_folder(tmp_path):
+def test_the_implementation_of_experts_is_not_saved(tmp_path):
     policy = Policy(make_model("qwen3_moe"), SFTConfig())
     policy.save(tmp_path)
     assert GROUPED_EXPERTS not in (tmp_path / "config.json").read_text()

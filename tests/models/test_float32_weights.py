@@ -1,4 +1,4 @@
-"""A checkpoint of half precision that holds some weights in float32, as delta-net layers' decay rates are."""
+"""Test half-precision checkpoints with some float32 weights, such as the decay rates of delta-net layers."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ ROWS = [{"prompt": f"{i}:", "completion": f" {i}"} for i in range(4)]
 
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_next"])
 def mixed(request, tmp_path_factory):
-    """A bfloat16 folder with two float32 weights, which bfloat16 would round."""
+    """Return a bfloat16 folder with two float32 weights that bfloat16 would round."""
     experts = {"num_experts": 2, "moe_intermediate_size": 32} if request.param == "qwen3_next" else {}
     folder = build_tiny_qwen3(tmp_path_factory.mktemp("mixed") / "model", model_type=request.param, **SHAPE, **experts)
     weights = load_file(folder / "model.safetensors")
@@ -49,8 +49,8 @@ def assert_same_weights(ours, theirs):
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules="all-linear")])
-def test_they_stay_float32_in_what_is_written(mixed, tmp_path, peft_config):
-    """Of a run that changes nothing, to the bit."""
+def test_float32_weights_are_saved_unchanged(mixed, tmp_path, peft_config):
+    """Compare every bit after a run with a learning rate of 0."""
     options = {"learning_rate": 0.0, "max_steps": 1, "bf16": True, "save_strategy": "steps", "save_steps": 1}
     args = SFTConfig(output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, **options)
     SFTTrainer(str(mixed), args, ROWS, peft_config=peft_config).train()
@@ -62,7 +62,7 @@ def test_they_stay_float32_in_what_is_written(mixed, tmp_path, peft_config):
     assert_same_weights(load_file(tmp_path / "exported" / "model.safetensors"), before)
 
 
-def test_they_are_trained_and_sent_as_float32(mixed):
+def test_float32_weights_are_trained_and_sent_as_float32(mixed):
     args = SFTConfig(bf16=True)
     policy = Policy(load_model(str(mixed), args), args, reference=True)
     exact = [name for name in policy.trained_names if name.endswith(EXACT)]
@@ -85,7 +85,7 @@ def _expected(folder):
     return expected
 
 
-def test_a_float32_checkpoint_is_rounded_where_that_is_asked_for(mixed, tmp_path):
+def test_a_float32_checkpoint_is_rounded_on_request(mixed, tmp_path):
     shutil.copytree(mixed, tmp_path / "wide")
     config = json.loads((mixed / "config.json").read_text())
     for part in (config, config.get("text_config", {})):
@@ -95,10 +95,10 @@ def test_a_float32_checkpoint_is_rounded_where_that_is_asked_for(mixed, tmp_path
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_frozen_ones_stay_exact_beside_an_engine_that_rounds(mixed, tmp_path):
+def test_frozen_float32_weights_stay_exact_under_a_bf16_engine(mixed, tmp_path):
     def train():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DeepSpeed's import has many
+            warnings.simplefilter("ignore")  # importing DeepSpeed causes many
             options = {"learning_rate": 0.0, "max_steps": 1, "bf16": True, "parallel": {"zero_stage": 2}}
             args = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **options)
             SFTTrainer(str(mixed), args, ROWS, peft_config=LoraConfig(r=2, target_modules=["out_proj"])).train()

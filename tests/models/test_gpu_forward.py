@@ -1,4 +1,4 @@
-"""Compare norms as one kernel with those of transformers."""
+"""Compare norms that run as one kernel with those of transformers."""
 
 import copy
 
@@ -51,7 +51,7 @@ def test_a_replaced_norm_computes_as_before_on_a_cpu_and_can_be_copied() -> None
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_kernel_gives_what_the_norm_gives_up_to_rounding(dtype: torch.dtype) -> None:
+def test_the_kernel_equals_the_norm_up_to_rounding(dtype: torch.dtype) -> None:
     norm = Qwen3RMSNorm(128).cuda()
     nn.init.uniform_(norm.weight)
     fused = copy.deepcopy(norm)

@@ -1,4 +1,4 @@
-"""Names of LoRA targets on mixtures of experts, delta-net layers and beside a vision tower."""
+"""Test names of LoRA targets on mixtures of experts, delta-net layers and models with a vision tower."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def moe(kind: str):
 
 
 def targets_of(model) -> set[str]:
-    """What adapters are on: the last two parts of each name, and of the parameter where that is no linear layer's."""
+    """Return what has adapters: the last two parts of each name, with the parameter's name if it is not `weight`."""
     found = set()
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
@@ -66,7 +66,7 @@ def adapted(kind, targets, **options) -> tuple[set[str], list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_names_reach_experts_shared_experts_and_routers(kind):
+def test_target_names_match_experts_shared_experts_and_routers(kind):
     shared = set() if kind == "qwen3_moe" else SHARED
     assert adapted(kind, ["gate_proj", "up_proj", "down_proj"]) == (EXPERTS | shared, [])
     assert adapted(kind, "experts") == (EXPERTS, [])
@@ -83,7 +83,7 @@ def test_names_reach_experts_shared_experts_and_routers(kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_all_linear_leaves_out_experts_and_says_so(kind):
+def test_all_linear_leaves_out_experts_with_a_note(kind):
     linear = ATTENTION | DELTA.get(kind, set())
     linear |= set() if kind == "qwen3_moe" else SHARED | {"mlp.shared_expert_gate"}
     found, notes = adapted(kind, "all-linear")
@@ -94,7 +94,7 @@ def test_all_linear_leaves_out_experts_and_says_so(kind):
     assert adapted(kind, "all-linear", target_parameters=["experts.down_proj"])[0] == linear | {"experts.down_proj"}
 
 
-def test_no_adapter_on_a_vision_tower():
+def test_a_vision_tower_gets_no_adapter():
     for targets in ("all-linear", ["qkv", "q_proj"], ["all-linear", "experts"]):
         if "qkv" in targets:
             with pytest.raises(ModelError, match="'qkv' is part of the vision tower"):
@@ -107,7 +107,7 @@ def test_no_adapter_on_a_vision_tower():
         assert any(".experts." in name for name in names) == (targets != "all-linear")
 
 
-def test_layers_and_exclusions_count_for_experts_too():
+def test_layers_and_exclusions_apply_to_experts_too():
     model, _ = add_adapter(moe("qwen3_moe"), LoraConfig(r=2, target_modules=["experts"], layers_to_transform=[1]))
     assert {name.split("layers.")[1][0] for name, weight in model.named_parameters() if weight.requires_grad} == {"1"}
     found, _ = adapted("qwen3_5_moe", ["down_proj", "q_proj"], exclude_modules=["experts"])
@@ -123,13 +123,13 @@ def test_layers_and_exclusions_count_for_experts_too():
         ("qwen3_5_moe", ["in_proj_qkvz"], "did you mean in_proj_qkv"),
     ],
 )
-def test_a_name_that_matches_nothing_is_refused_with_the_nearest(kind, targets, nearest):
+def test_a_name_that_matches_nothing_is_refused_with_suggestions(kind, targets, nearest):
     with pytest.raises(ModelError, match=nearest):
         adapted(kind, targets)
 
 
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_what_fused_weights_cannot_have_is_refused(option):
+def test_options_that_fused_weights_do_not_support_are_refused(option):
     name = next(iter(option))
     with pytest.raises(ModelError, match=f"{name}=.*experts.down_proj, experts.gate_up_proj"):
         adapted("qwen3_moe", ["experts"], **option)
@@ -137,7 +137,7 @@ def test_what_fused_weights_cannot_have_is_refused(option):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_merged_and_loaded_by_peft_it_is_the_same_model(kind, tmp_path):
+def test_the_merged_model_equals_the_adapter_loaded_by_peft(kind, tmp_path):
     lora = LoraConfig(r=2, target_modules=["all-linear", "experts", "gate"], init_lora_weights=False)
     policy = Policy(moe(kind), SFTConfig(), peft_config=lora)
     expected, _ = policy.logprobs(pack(skewed_trees()))
@@ -158,7 +158,7 @@ def test_a_merged_expert_is_rounded_once():
     layer = experts if experts.parameter_name == "down_proj" else experts.base_layer
     base = layer.get_base_layer().down_proj
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    for expert in range(4):  # PEFT: A has the experts' rows one block after another, B their columns interleaved
+    for expert in range(4):  # in PEFT, A holds one block of rows per expert, and B interleaves their columns
         delta = up[:, expert::4] @ down[2 * expert : 2 * expert + 2] * layer.scaling["default"]
         torch.testing.assert_close(adapted_weight(layer)[expert], base[expert].float() + delta, atol=1e-6, rtol=1e-6)
 
@@ -166,9 +166,9 @@ def test_a_merged_expert_is_rounded_once():
 @pytest.mark.parametrize(
     "options", [{"target_modules": ["out_proj", "conv1d"]}, {"target_parameters": ["conv1d.weight"]}]
 )
-def test_the_convolution_of_a_delta_net_gets_no_adapter(options):
-    """Its weight is read, not called, so that the adapter would never get a gradient, and its merged weight would be
-    another than the forward's."""
+def test_an_adapter_on_the_convolution_of_a_delta_net_is_refused(options):
+    """Refuse it because the layer reads the weight and does not call the module: the adapter would get no gradient, and
+    the merged weight would differ from the one in the forward."""
     config = LoraConfig(**{"target_modules": ["out_proj"]} | options)
     with pytest.raises(ModelError, match=r"linear_attn\.conv1d: .* would have no effect; leave conv1d out"):
         Policy(make_model("qwen3_next"), SFTConfig(), peft_config=config)

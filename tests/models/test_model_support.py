@@ -1,4 +1,4 @@
-"""Decoder families other than Qwen's: what runs packed, what runs in sequence, and what is refused by name."""
+"""Test other decoder families: some run packed, some one sequence at a time, and others are refused by name."""
 
 import copy
 import json
@@ -69,10 +69,10 @@ REFUSED = {
     "Granite": ("granite", {"logits_scaling": 8.0}, r"granite scales or caps its logits \(logits_scaling=8.0\)"),
     "MiniCPM3": ("minicpm3", MLA | {"dim_model_base": 16}, "minicpm3 scales or caps its logits"),
     "Phi": ("phi", {}, "phi has a language-model head with a bias"),
-    "StableLM, arguments that get lost": ("stablelm", {}, "stablelm cannot forward packed rows"),
+    "StableLM, which drops arguments": ("stablelm", {}, "stablelm cannot forward packed rows"),
     "BLOOM, positions in a mask": ("bloom", {"n_head": 4}, r"bloom: .* differs from the model's own by 0\.\d+"),
     "Doge, a mask that it computes with": ("doge", {}, "doge cannot forward packed rows"),
-    "Qwen3 to look ahead": (
+    "Qwen3, bidirectional": (
         "qwen3",
         {"is_causal": False},
         "qwen3 masks its attention with bidirectional_mask_function",
@@ -82,7 +82,7 @@ REFUSED = {
 
 
 def make(model_type: str, *, auto=AutoModelForCausalLM, **options):
-    """A random model whose logits are far from equal, so that a wrong forward shows."""
+    """Return a random model whose logits differ widely, so that a wrong forward is noticed."""
     torch.manual_seed(0)
     known = transformers.CONFIG_MAPPING[model_type]()
     shape = {key: value for key, value in (SHAPE | SPECIAL).items() if hasattr(known, key)}
@@ -109,22 +109,22 @@ def assert_same_as_alone(model, policy_model):
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_packed_row_is_what_the_model_itself_computes(family):
+def test_a_packed_row_equals_the_models_own_forward(family):
     model_type, options = PACKED[family]
     model = make(model_type, **options)
     assert packs_prefixes(model.config)
     assert_same_as_alone(model, copy.deepcopy(model))
 
 
-def test_a_window_changes_what_is_computed():
-    """Otherwise the families with windows would prove nothing."""
+def test_a_sliding_window_changes_the_logprobs():
+    """Make sure that the comparisons of families with windows can fail."""
     with_window, without = make("mistral", **WINDOW), make("mistral", sliding_window=None)
     trees = skewed_trees()
     assert (padded_logprobs(with_window, trees) - padded_logprobs(without, trees)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", SEQUENTIAL)
-def test_what_cannot_share_a_prefix_runs_one_sequence_after_another(family):
+def test_families_that_cannot_share_prefixes_run_one_sequence_at_a_time(family):
     model_type, options = SEQUENTIAL[family]
     model = make(model_type, **options)
     assert not packs_prefixes(model.config)
@@ -137,13 +137,13 @@ def test_what_cannot_share_a_prefix_runs_one_sequence_after_another(family):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_what_is_not_understood_is_refused_by_name(family):
+def test_unsupported_families_are_refused_by_name(family):
     model_type, options, message = REFUSED[family]
     with pytest.raises(ModelError, match=message):
         Policy(make(model_type, **options), SFTConfig())
 
 
-def test_a_reference_and_a_reward_model_are_held_to_the_same():
+def test_references_and_reward_models_are_checked_like_policies():
     with pytest.raises(ModelError, match="logits_scaling"):
         Policy(make("llama"), SFTConfig(), reference=make("granite", logits_scaling=8.0))
     model = make("mistral", auto=AutoModelForSequenceClassification, num_labels=1, **WINDOW, pad_token_id=None)
@@ -168,7 +168,7 @@ def test_a_reference_and_a_reward_model_are_held_to_the_same():
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, r"attends with a mask of its own \(Tensor\)"),
     ],
 )
-def test_an_argument_that_changes_attention_is_not_swallowed(arguments, message):
+def test_an_argument_that_changes_attention_is_refused(arguments, message):
     states = torch.randn(1, 2, 4, 8)
     call = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
     harmless = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
@@ -179,7 +179,7 @@ def test_an_argument_that_changes_attention_is_not_swallowed(arguments, message)
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def folder(request, tiny_model_path, tmp_path_factory):
-    """A model of another family with the tiny tokenizer."""
+    """Return a folder with a model of another family and the tiny tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     path = tmp_path_factory.mktemp(request.param)
@@ -197,7 +197,9 @@ def test_sft_and_grpo_train_other_families(folder, tmp_path, lora):
     assert last < first
     grpo = make_grpo(folder, tmp_path / "grpo", max_steps=2, peft_config=peft_config)
     grpo.train()
-    assert max(steps(grpo, "sampling/logp_gap")) < 1e-4  # sampled by the model's own attention, trained by ours
+    assert (
+        max(steps(grpo, "sampling/logp_gap")) < 1e-4
+    )  # the model's own attention samples, and packed attention trains
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "grpo" / "final")
     torch.testing.assert_close(
         Policy(plain, SFTConfig()).logprobs(pack(skewed_trees()))[0],
@@ -207,7 +209,7 @@ def test_sft_and_grpo_train_other_families(folder, tmp_path, lora):
     )
 
 
-def test_vllm_samples_windows_as_the_trainer_computes_them(tiny_model_path, tmp_path):
+def test_vllm_and_the_trainer_agree_on_sliding_windows(tiny_model_path, tmp_path):
     pytest.importorskip("vllm")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "head_dim": 32, "eos_token_id": tokenizer.eos_token_id}
@@ -219,7 +221,7 @@ def test_vllm_samples_windows_as_the_trainer_computes_them(tiny_model_path, tmp_
     assert max(steps(trainer, "sync/canary_gap") + steps(trainer, "sampling/logp_gap")) < 1e-5
 
 
-def test_check_refuses_a_family_by_its_config_alone(tiny_model_path, tmp_path):
+def test_check_refuses_a_family_without_loading_weights(tiny_model_path, tmp_path):
     for file in tiny_model_path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the routers' loss on packed rows, and that every trainer adds it."""
+"""Test the load-balancing loss of routers on packed rows, and that every trainer adds it."""
 
 import json
 
@@ -29,8 +29,8 @@ from tests.models.test_policy import make_model, skewed_trees
 TINY_MOE = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
 
 
-def test_an_even_load_costs_k_and_a_collapsed_one_e():
-    even = torch.eye(4).repeat(3, 1) * 50  # each expert is some tokens' only choice
+def test_the_loss_is_k_for_an_even_load_and_e_for_a_collapsed_one():
+    even = torch.eye(4).repeat(3, 1) * 50  # every expert is the only choice of some tokens
     loss, counts = load_balancing_loss([even], 1)
     assert loss.item() == pytest.approx(1.0)
     assert counts.tolist() == [[3.0] * 4]
@@ -43,7 +43,7 @@ def test_an_even_load_costs_k_and_a_collapsed_one_e():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_the_loss_on_a_packed_row_is_transformers_own_on_each_token_once(kind, checkpointing):
+def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind, checkpointing):
     model = moe(kind)
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing, router_aux_loss_coef=0.5))
     trees = skewed_trees()
@@ -70,7 +70,7 @@ def test_the_loss_on_a_packed_row_is_transformers_own_on_each_token_once(kind, c
             assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 
 
-def test_the_forward_that_is_not_trained_on_does_not_count():
+def test_forwards_without_gradients_add_no_router_loss():
     policy = Policy(make_model("qwen3_moe"), SFTConfig(), reference=True)
     assert policy.routers.coefficient == 0.001  # transformers' default
     batch = pack(skewed_trees())
@@ -80,21 +80,21 @@ def test_the_forward_that_is_not_trained_on_does_not_count():
     policy.logprobs(batch)
     policy.reference_logprobs(batch)
     assert policy.router_loss(1.0) > 0
-    assert policy.router_loss(1.0) == 0  # once a forward
+    assert policy.router_loss(1.0) == 0  # counted once per forward
 
 
-def test_figures_say_how_even_the_load_is():
+def test_metrics_measure_the_balance_of_the_load():
     policy = Policy(make_model("qwen3_moe"), SFTConfig())
     policy.logprobs(pack(skewed_trees()))
     policy.router_loss(0.5)
-    figures = policy.routers.metrics(lambda value: [value, (0.0, 0.0, None)])  # another rank had nothing to do
-    assert 2.0 <= figures["router/aux_loss"] < 4.0
-    assert 0.25 < figures["router/max_load"] <= 0.5  # two of four experts a token
+    metrics = policy.routers.metrics(lambda value: [value, (0.0, 0.0, None)])  # the other rank had no micro-batch
+    assert 2.0 <= metrics["router/aux_loss"] < 4.0
+    assert 0.25 < metrics["router/max_load"] <= 0.5  # two of four experts per token
     assert policy.routers.metrics(lambda value: [value]) == {}
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_frozen_routers_bear_no_loss_unless_it_is_asked_for(kind):
+def test_frozen_routers_get_no_loss_by_default(kind):
     def routers(coefficient, **lora):
         config = LoraConfig(r=2, **lora)
         args = SFTConfig(router_aux_loss_coef=coefficient)
@@ -114,7 +114,7 @@ def test_frozen_routers_bear_no_loss_unless_it_is_asked_for(kind):
     assert saved.coefficient == 0.001
 
 
-def test_a_dense_model_has_none():
+def test_a_dense_model_has_no_router_loss():
     assert Policy(make_model(), SFTConfig()).routers.coefficient == 0
     assert Policy(make_model(), SFTConfig(router_aux_loss_coef=0.0)).routers.coefficient == 0
     with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0.1 is for mixtures of experts"):
@@ -146,7 +146,7 @@ RUNS = {
 
 @pytest.mark.parametrize("algorithm", list(RUNS))
 @pytest.mark.filterwarnings("ignore:.*engine.*:UserWarning")
-def test_every_trainer_balances_the_load(algorithm, tmp_path):
+def test_every_trainer_adds_the_router_loss(algorithm, tmp_path):
     trainer_class, config_class, options, rows = RUNS[algorithm]
     losses = {}
     for coefficient in (0.0, 10.0):
@@ -160,15 +160,15 @@ def test_every_trainer_balances_the_load(algorithm, tmp_path):
         lines = (tmp_path / str(coefficient) / "metrics.jsonl").read_text().splitlines()
         logged = next(entry for entry in map(json.loads, lines) if "loss" in entry)
         losses[coefficient] = logged["loss"]
-    assert logged["router/aux_loss"] >= 2.0  # two experts a token
+    assert logged["router/aux_loss"] >= 2.0  # two experts per token
     added = losses[10.0] - losses[0.0] - 10 * logged["router/aux_loss"]
     if algorithm == "ppo":
-        assert 20 <= added < 40  # the critic, a model of its own, has routers too
+        assert 20 <= added < 40  # the critic is a separate model with routers too
     else:
         assert added == pytest.approx(0, abs=0.01)
 
 
-def test_micro_batches_count_by_their_tokens(tmp_path):
+def test_micro_batches_are_weighted_by_their_tokens(tmp_path):
     trees = [Tree([], [Branch(list(range(1, length)))]) for length in (5, 40)]
     policy = Policy(make_model("qwen3_moe"), SFTConfig(router_aux_loss_coef=1.0))
     alone = []
@@ -187,5 +187,5 @@ def test_micro_batches_count_by_their_tokens(tmp_path):
     for batch, share in zip(batches, shares, strict=True):
         policy.logprobs(batch)
         policy.router_loss(share)
-    figures = policy.routers.metrics(lambda value: [value])
-    assert figures["router/aux_loss"] == pytest.approx((4 * alone[0] + 39 * alone[1]) / 43)
+    metrics = policy.routers.metrics(lambda value: [value])
+    assert metrics["router/aux_loss"] == pytest.approx((4 * alone[0] + 39 * alone[1]) / 43)

@@ -49,7 +49,7 @@ def make_model(kind: str = "qwen3", **options):
 
 
 def with_memory(model):
-    """Have delta-net layers forget slowly: at random they forget within a token, and no state would be seen to matter."""
+    """Make delta-net layers forget slowly: with random decay rates they forget in one token, and no test covers the state."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("A_log"):
@@ -58,7 +58,7 @@ def with_memory(model):
 
 
 def skewed_trees(seed: int = 0) -> list[Tree]:
-    """Prompts and completions of many lengths, an empty completion and a plain sequence among them."""
+    """Return prompts and completions of many lengths, with an empty completion and a sequence without prompt."""
     rng = random.Random(seed)
 
     def tokens(count: int) -> list[int]:
@@ -70,7 +70,7 @@ def skewed_trees(seed: int = 0) -> list[Tree]:
 
 
 def padded_logprobs(model, trees: list[Tree], temperature: float = 1.0) -> torch.Tensor:
-    """(N,) the same targets, each sequence with its own copy of the prefix, right-padded into one batch."""
+    """Return (N,) logprobs of the same targets from a right-padded batch in which each sequence has its own prefix."""
     rows = [(tree.prefix, branch) for tree in trees for branch in tree.branches if branch.token_ids]
     width = max(len(prefix) + len(branch.token_ids) for prefix, branch in rows)
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
@@ -134,11 +134,11 @@ def test_packed_equals_padded_with_lora(modules_to_save):
             assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-6, name
 
 
-def test_lora_reference_is_the_model_without_adapter_and_merging_leaves_no_trace():
+def test_the_lora_reference_is_the_model_without_adapter_and_export_changes_no_weight():
     model = make_model()
     start = copy.deepcopy(model)
     lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"], init_lora_weights=False)
-    # PEFT warns that saving tied embeddings unties them; the export below is what matters here.
+    # PEFT warns that saving unties tied embeddings; this test checks only the export.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         policy = Policy(model, SFTConfig(), peft_config=lora, reference=True)
@@ -156,7 +156,7 @@ def test_lora_reference_is_the_model_without_adapter_and_merging_leaves_no_trace
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
 
 
-def test_reference_copy_stays_while_the_policy_moves():
+def test_the_reference_does_not_change_with_the_policy():
     policy = Policy(make_model(), SFTConfig(), reference=True)
     batch = pack(skewed_trees())
     before = policy.reference_logprobs(batch)
@@ -170,9 +170,9 @@ def test_reference_copy_stays_while_the_policy_moves():
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_next"])
-def test_a_reference_in_half_precision_rounds_only_what_autocast_does(kind):
-    """Its rotary embedding, rounded, would see far tokens elsewhere than the policy does, and its states would decay
-    at another rate."""
+def test_a_reference_in_half_precision_rounds_only_what_autocast_rounds(kind):
+    """Rounding the rotary embedding would shift the positions of far tokens, and rounding decay rates would change how
+    states decay."""
     policy = Policy(make_model(kind), SFTConfig(bf16=True), reference=True)
     reference = policy._reference
     assert all(ours.equal(theirs) for ours, theirs in zip(policy.model.buffers(), reference.buffers(), strict=True))
@@ -184,12 +184,12 @@ def test_a_reference_in_half_precision_rounds_only_what_autocast_does(kind):
     assert gap.abs().max() < 0.05
 
 
-def test_export_holds_the_tied_head():
+def test_a_tied_head_is_exported_too():
     exported = dict(Policy(make_model(tie_word_embeddings=True), SFTConfig()).export_weights())
     assert torch.equal(exported["lm_head.weight"], exported["model.embed_tokens.weight"])
 
 
-def test_moe_is_exported_under_checkpoint_names():
+def test_experts_are_exported_under_checkpoint_names():
     names = {name for name, _ in Policy(make_model("qwen3_moe"), SFTConfig()).export_weights()}
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in names
     assert not any("gate_up_proj" in name for name in names)
@@ -206,7 +206,7 @@ def test_trained_weights_are_float32_and_frozen_ones_keep_their_dtype():
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_saved_folder_loads_and_restores(tmp_path, adapter):
+def test_a_saved_folder_loads_and_is_restored(tmp_path, adapter):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if adapter else None
     policy = Policy(make_model(), SFTConfig(), peft_config=lora)
     batch = pack(skewed_trees())

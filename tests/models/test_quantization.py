@@ -1,4 +1,4 @@
-"""4- and 8-bit base weights on CPU: what is trained, and that what is exported is what they compute."""
+"""Test 4- and 8-bit base weights on CPU: training of adapters, and export of equal plain weights."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def quantized(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_weights_compute_what_the_policy_does(folder, tmp_path, kind):
+def test_exported_weights_give_the_logprobs_of_the_policy(folder, tmp_path, kind):
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, **lora)
     assert policy.quantized_bits == settings.bits
@@ -65,7 +65,7 @@ def test_exported_weights_compute_what_the_policy_does(folder, tmp_path, kind):
     exported = dict(policy.export_weights())
     assert exported.keys() == plain.state_dict().keys()
     plain.load_state_dict(exported)
-    # The products are of dequantized weights, so only float32's rounding is left.
+    # Both multiply dequantized weights, so they differ only by float32 rounding.
     torch.testing.assert_close(padded_logprobs(plain, skewed_trees()), logp, atol=5e-5, rtol=1e-4)
     assert all(torch.equal(before[name], policy.model.state_dict()[name]) for name in before)
     with policy.inference():
@@ -80,15 +80,15 @@ def test_exported_weights_compute_what_the_policy_does(folder, tmp_path, kind):
     reference = policy.reference_logprobs(batch)
     torch.testing.assert_close(padded_logprobs(base, skewed_trees()), reference, atol=5e-5, rtol=1e-4)
     assert (reference - logp).abs().max() > 0.01
-    # The base did lose something: 8 bits less than 4.
+    # Quantization changes the base, with 8 bits less than with 4.
     start = padded_logprobs(AutoModelForCausalLM.from_pretrained(folder), skewed_trees())
     assert 1e-4 < (reference - start).abs().mean() < (0.05 if settings.bits == 8 else 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_the_adapter_alone(folder, kind, checkpointing):
-    """And are those of the same adapter on the plain weights that the quantized ones stand for."""
+def test_only_the_adapter_gets_gradients(folder, kind, checkpointing):
+    """Compare them with the gradients of the same adapter on the dequantized weights."""
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, checkpointing=checkpointing, **lora)
     assert not any("base_layer" in name for name, p in policy.model.named_parameters() if p.requires_grad)
@@ -109,7 +109,7 @@ def test_gradients_reach_the_adapter_alone(folder, kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "8 bits"])
-def test_in_bfloat16_the_gap_is_rounding(folder, kind):
+def test_logprobs_in_bfloat16_differ_only_by_rounding(folder, kind):
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, bf16=True, **lora)
     dtypes = {parameter.dtype for parameter in policy.model.parameters()}
@@ -122,7 +122,7 @@ def test_in_bfloat16_the_gap_is_rounding(folder, kind):
     assert gap.mean() < 0.05
 
 
-def test_a_model_that_is_quantized_already(folder, tmp_path):
+def test_a_model_saved_quantized_is_loaded_and_exported(folder, tmp_path):
     args = SFTConfig(model_init_kwargs={"quantization_config": bitsandbytes_config(NF4), "dtype": "float32"})
     model = load_model(str(folder), args)
     expected = padded_logprobs(model, skewed_trees())
@@ -135,8 +135,8 @@ def test_a_model_that_is_quantized_already(folder, tmp_path):
     torch.testing.assert_close(padded_logprobs(plain, skewed_trees()), expected, atol=5e-5, rtol=1e-4)
 
 
-def test_a_trainer_takes_trl_s_arguments(tmp_path):
-    """SFT on 4 bits from Python: the loss falls, and what is saved loads without bitsandbytes."""
+def test_a_trainer_takes_the_quantization_arguments_of_trl(tmp_path):
+    """Train SFT on 4 bits: the loss falls, and the saved model loads without bitsandbytes."""
     model = build_tiny_qwen3(
         tmp_path / "model", hidden_size=64, num_layers=2, intermediate_size=128, num_heads=2, num_kv_heads=1
     )
@@ -158,7 +158,7 @@ def test_a_trainer_takes_trl_s_arguments(tmp_path):
     trainer.policy.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter")
 
 
-def test_the_recipe_s_section():
+def test_the_quantization_section_of_a_recipe_is_read():
     model = {"path": "x", "lora": {"r": 4}, "quantization": {"bits": 4, "type": "fp4", "compute_dtype": "bfloat16"}}
     config = model_arguments(ModelConfig.parse(model))["quantization_config"]
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "fp4", True)
@@ -169,7 +169,7 @@ def test_the_recipe_s_section():
         ModelConfig.parse(model | {"quantization": {"bits": 3}})
 
 
-def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
+def test_missing_packages_and_unsupported_quantization_are_named(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="PEFT cannot train DoRA on 8-bit weights on CPU"):
         quantized(folder, QuantizationSettings(bits=8), use_dora=True)
     model = make_model()

@@ -1,4 +1,4 @@
-"""The built-in tiny models: its tokenizer, its files, and that building it disturbs nothing."""
+"""Test the built-in tiny models: tokenizer, files, and that building one has no side effects."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_qwen3(tmp_path_factory.mktemp("tiny") / "model", seed=3)
 
 
-def test_it_loads_as_a_qwen3_of_about_a_million_parameters(folder):
+def test_tiny_qwen3_loads_with_about_a_million_parameters(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "qwen3"
@@ -30,7 +30,7 @@ def test_it_loads_as_a_qwen3_of_about_a_million_parameters(folder):
     assert tokenizer.eos_token_id == end_of_turn == model.config.eos_token_id
 
 
-def test_a_sum_takes_few_tokens_and_any_text_survives(folder):
+def test_arithmetic_takes_few_tokens_and_any_text_round_trips(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "12 + 34 = ?"}, {"role": "assistant", "content": "\\boxed{46}"}]
     text = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
@@ -45,14 +45,14 @@ def test_a_sum_takes_few_tokens_and_any_text_survives(folder):
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 
 
-def test_think_tags_are_tokens_that_decoding_keeps(folder):
+def test_think_tags_are_kept_by_decoding(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("<think>1</think><|im_end|>")["input_ids"]
     assert len(ids) == 4
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>1</think>"
 
 
-def test_the_same_seed_gives_the_same_bytes_and_leaves_the_random_state_alone(folder, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_keeps_the_rng_state(folder, tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -78,7 +78,7 @@ def shapes_on_disk(folder: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-TODAYS = [name for name in BUILTIN_MODELS if "3.5" in name or "next" in name]
+RECENT = [name for name in BUILTIN_MODELS if "3.5" in name or "next" in name]
 MTP = [
     *(f"mtp.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mtp.{name}.weight" for name in ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")),
@@ -86,8 +86,8 @@ MTP = [
 ]
 
 
-@pytest.mark.parametrize("name", TODAYS)
-def test_todays_models_have_the_structure_of_real_checkpoints(name, tmp_path):
+@pytest.mark.parametrize("name", RECENT)
+def test_recent_families_have_the_structure_of_real_checkpoints(name, tmp_path):
     folder = Path(resolve_model_path(f"builtin:{name}", tmp_path))
     shapes = shapes_on_disk(folder)
     has_vision, has_experts = "3.5" in name and "text" not in name, "moe" in name or "next" in name
@@ -110,7 +110,7 @@ def test_todays_models_have_the_structure_of_real_checkpoints(name, tmp_path):
     assert config.layer_types == ["linear_attention"] * 3 + ["full_attention"]
     assert config.rope_parameters["partial_rotary_factor"] == 0.25
     attention = model.model.layers[3].self_attn
-    assert attention.q_proj.out_features == 2 * attention.o_proj.in_features, "a gate beside the queries"
+    assert attention.q_proj.out_features == 2 * attention.o_proj.in_features, "q_proj holds queries and gates"
     assert config.linear_num_value_heads > config.linear_num_key_heads > 1
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == read_trl_template("qwen3_5_think" if "3.5" in name else "qwen3_instruct_2507")
@@ -123,7 +123,7 @@ def test_todays_models_have_the_structure_of_real_checkpoints(name, tmp_path):
         assert (token, whole.config.text_config.mtp_num_hidden_layers) == ("<|image_pad|>", 1)
 
 
-def test_a_whole_checkpoint_has_the_same_bytes_again(tmp_path):
+def test_building_a_checkpoint_twice_gives_the_same_bytes(tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -137,7 +137,7 @@ def test_a_whole_checkpoint_has_the_same_bytes_again(tmp_path):
     assert kinds == ["linear_attention", "full_attention"]
 
 
-def test_any_of_qwens_templates_may_be_chosen(tmp_path):
+def test_any_chat_template_of_qwen_can_be_chosen(tmp_path):
     build_tiny_qwen3(tmp_path, num_layers=1, chat_template="qwen3_8")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == read_trl_template("qwen3_8")
 

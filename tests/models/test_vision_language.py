@@ -1,4 +1,4 @@
-"""Models for images and text that have no text-only class: their text is trained, their vision tower stays bit for bit."""
+"""Test vision-language models without a text-only class: their text model is trained, and the tower does not change."""
 
 import json
 
@@ -67,7 +67,7 @@ def tower(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_rows_are_packed_exactly_and_the_tower_is_frozen(model_type, tmp_path):
+def test_packed_rows_are_exact_and_the_tower_is_frozen(model_type, tmp_path):
     make(model_type).save_pretrained(tmp_path)
     own, model = make(model_type), load_model(str(tmp_path), SFTConfig())
     policy = Policy(model, SFTConfig())
@@ -81,7 +81,7 @@ def test_rows_are_packed_exactly_and_the_tower_is_frozen(model_type, tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "lora"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
-def test_trainers_keep_the_tower_bit_for_bit(model_type, lora, tiny_model_path, tmp_path):
+def test_trainers_keep_every_bit_of_the_tower(model_type, lora, tiny_model_path, tmp_path):
     folder = write(model_type, tiny_model_path, tmp_path / "base")
     peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
     sft = make_sft(folder, tmp_path / "sft", max_steps=2, learning_rate=1e-2, peft_config=peft_config)
@@ -104,7 +104,7 @@ def test_trainers_keep_the_tower_bit_for_bit(model_type, lora, tiny_model_path, 
     assert saved["architectures"] == [type(before).__name__]
 
 
-def test_a_scalar_head_is_refused_in_short(tiny_model_path, tmp_path):
+def test_a_scalar_head_is_refused_with_a_short_message(tiny_model_path, tmp_path):
     folder = write("qwen3_vl", tiny_model_path, tmp_path)
     with pytest.raises(ModelError, match="no class with a scalar head for qwen3_vl") as fault:
         load_scalar_model(str(folder), SFTConfig())
