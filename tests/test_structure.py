@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "rlqwen"
 MODULES = sorted(ROOT.rglob("*.py"))
 MODULE_LINES, FUNCTION_LINES = 350, 65
-LONG_MODULES = {"trainers/base.py": 480}
+LONG_MODULES = {"trainers/base.py": 380}
 """Modules that are longer, and by how much at most: lower the number when one is cut."""
 SHARED_NAMES = {
     # One file per algorithm in each of its layers.

@@ -1,8 +1,8 @@
 """Train a model: the loop that every algorithm shares, and the parts that it is made of.
 
 An algorithm supplies `step` (one batch of rows to one or more updates), `compute_evaluation` and `prepare_rows`. The
-parts are the logger, the evaluator, the checkpointer, the health monitor, the schedule and the callbacks, each in a file
-of its own.
+parts are the logger, the evaluator, the checkpointer, the health monitor, the schedule, the updates of a step and the
+callbacks, each in its own file.
 """
 
 import time

@@ -33,18 +33,18 @@ from rlqwen.trainers.micro_batching import add_up, count_tokens, micro_batches, 
 from rlqwen.trainers.run_logger import Metrics
 
 
-class EvalBins(View[PackedRow]):
-    """An evaluation set, and the evaluation of what the policy writes for it."""
+class EvalRows(View[PackedRow]):
+    """Hold an evaluation set, and the evaluation of the text that the policy generates for it."""
 
-    def __init__(self, bins: Sequence[PackedRow], generation: GenerationEvaluation) -> None:
-        self.bins, self.generation = bins, generation
-        self.digest: str | None = getattr(bins, "digest", None)
+    def __init__(self, rows: Sequence[PackedRow], generation: GenerationEvaluation) -> None:
+        self.rows, self.generation = rows, generation
+        self.digest: str | None = getattr(rows, "digest", None)
 
     def __len__(self) -> int:
-        return len(self.bins)
+        return len(self.rows)
 
     def item(self, place: int) -> PackedRow:
-        return self.bins[place]
+        return self.rows[place]
 
 
 class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
@@ -91,7 +91,7 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         )
         self.load_data(train_dataset, eval_dataset)
         if self.eval_rows is not None:
-            written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalBins) else []
+            written = self.eval_rows.generation.keys if isinstance(self.eval_rows, EvalRows) else []
             self.evaluator.best.find_key([f"eval/{key}" for key in ("loss", "perplexity", "tokens", "time", *written)])
         elif self.args.eval_generation is not None:
             raise ConfigError("eval_generation needs rows to write for: give eval_dataset, or data.eval in a recipe")
@@ -100,10 +100,10 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         rows = as_rows(dataset)
         tokenized, report = tokenize_sft(rows, self.processing_class, self.args)
         self.reports["eval" if evaluation else "train"] = report
-        bins = pack_rows(tokenized, self.args.max_length if self.args.packing else None)
+        packed = pack_rows(tokenized, self.args.max_length if self.args.packing else None)
         if not evaluation or self.args.eval_generation is None:
-            return bins
-        return EvalBins(bins, GenerationEvaluation(rows, self.main_rank.policy, self.processing_class, self.args))
+            return packed
+        return EvalRows(packed, GenerationEvaluation(rows, self.main_rank.policy, self.processing_class, self.args))
 
     def prepare_stream(self, rows: StreamedRows) -> Callable[[], ItemStream[PackedRow]]:
         job, capacity = SFTJob(self.processing_class, self.args), self.args.max_length if self.args.packing else None
@@ -152,7 +152,7 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
             tokens=sum(self.ranks.gather_shares(own.tokens)),
         )
         metrics = {"loss": likelihood.loss, "perplexity": likelihood.perplexity, "tokens": float(likelihood.tokens)}
-        if isinstance(rows, EvalBins):
+        if isinstance(rows, EvalRows):
             groups = self.main_rank.run(rows.generation.sample)
             if self.ranks.is_main:
                 CompletionLog(self.output_dir).write(self.state.global_step, groups, evaluation=True)
@@ -171,5 +171,5 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         return pack_share([Mapped(Batches(share, size), _trees) for share in self.ranks.shares(rows)], self.ranks)
 
 
-def _trees(bins: Sequence[PackedRow]) -> list[Tree]:
-    return [sequence_tree(row) for sequences in bins for row in sequences]
+def _trees(rows: Sequence[PackedRow]) -> list[Tree]:
+    return [sequence_tree(sequence) for row in rows for sequence in row]
