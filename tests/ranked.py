@@ -10,10 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+
+from rlqwen import DPOTrainer, RewardTrainer, SFTTrainer
+from rlqwen.distributed import UpdateResult
+from rlqwen.packing.batch import PackedBatch
+from rlqwen.rewards.registry import Reward
+from rlqwen.types import Prompt
 
 DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "300"))
 NUM_RANKS = 2
@@ -34,17 +44,17 @@ LABELLED = [
 ]
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def by_prompt(prompts, completion_ids, **kwargs):
+def by_prompt(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     """Groups of one prompt in three carry a signal."""
     signal = [int(prompt[0]["content"].split()[0]) % 3 == 0 for prompt in prompts]
     return [s * float(sum(ids) % 3) for s, ids in zip(signal, completion_ids, strict=True)]
 
 
-def first_only(prompts, completion_ids, **kwargs):
+def first_only(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """At most one group of a rollout carries a signal, and often none."""
     return [
         float(sum(ids) % 2) if prompt[0]["content"].startswith("7 ") else 0.0
@@ -52,16 +62,18 @@ def first_only(prompts, completion_ids, **kwargs):
     ]
 
 
-def kills_the_main_rank(completion_ids, **kwargs):
+def kills_the_main_rank(completion_ids: list[list[int]], **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_the_workers(model, folder):
+def kill_the_workers(model: PreTrainedModel, folder: Path) -> Any:
     """Those of the rollouts, before the second step."""
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             if trainer.rollouts.sampler is not None and state.global_step == 1:
                 for process in trainer.rollouts.sampler.engine.process_ids():
                     os.kill(process, signal.SIGKILL)
@@ -71,17 +83,19 @@ def kill_the_workers(model, folder):
     return trainer
 
 
-def _vllm(model, folder, **rollout):
+def _vllm(model: PreTrainedModel, folder: Path, **rollout: Any) -> Any:
     rollout = {"engine": "vllm", "num_workers": 1, "max_num_seqs": 16, **rollout}
     return _online("GRPO", model, folder, max_steps=3, rollout=rollout, eval_strategy="no", eval_on_start=False)
 
 
-def kill_the_other_rank(model, folder):
+def kill_the_other_rank(model: PreTrainedModel, folder: Path) -> Any:
     """In its second step, while the main rank samples for it."""
     from transformers import TrainerCallback
 
     class Kill(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             if os.environ["RANK"] == "1" and state.global_step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -90,14 +104,16 @@ def kill_the_other_rank(model, folder):
     return trainer
 
 
-def blown_up(model, folder):
+def blown_up(model: PreTrainedModel, folder: Path) -> Any:
     """Weights that are far off after five updates, on both ranks, once; a symptom that asks to go back."""
     from transformers import TrainerCallback
 
     class BlowUp(TrainerCallback):
         num_left = 1
 
-        def on_step_begin(self, args, state, control, **kwargs):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
             if state.global_step == 5 and self.num_left:
                 self.num_left = 0
                 trainer.policy.base_model.model.norm.weight.data.mul_(1000.0)
@@ -109,11 +125,13 @@ def blown_up(model, folder):
     return trainer
 
 
-def fails(completion_ids, **kwargs):
+def fails(completion_ids: list[list[int]], **kwargs: Any) -> None:
     raise ValueError("this reward fails")
 
 
-def _dpo(model, folder, rows=PAIRS, peft=False, **options):
+def _dpo(
+    model: PreTrainedModel, folder: Path, rows: list[dict[str, bool | str]] = PAIRS, peft: bool = False, **options: Any
+) -> DPOTrainer:
     from peft import LoraConfig
 
     from rlqwen import DPOConfig, DPOTrainer
@@ -133,7 +151,7 @@ def _dpo(model, folder, rows=PAIRS, peft=False, **options):
     )
 
 
-def _sft(model, folder, **options):
+def _sft(model: str, folder: Path, **options: Any) -> SFTTrainer:
     from rlqwen import SFTConfig, SFTTrainer
 
     size = options.pop("size", 6) // launched()
@@ -143,20 +161,20 @@ def _sft(model, folder, **options):
     return SFTTrainer(model, SFTConfig(**defaults | options), rows[:12], rows[8:], peft_config=peft_config)
 
 
-def _lora():
+def _lora() -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
 
 
-def _reward(model, folder, **options):
+def _reward(model: PreTrainedModel, folder: Path, **options: Any) -> RewardTrainer:
     from rlqwen import RewardConfig, RewardTrainer
 
     defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": 6 // launched(), "max_steps": 3}
     return RewardTrainer(model, RewardConfig(**defaults | options), PAIRS[:12], PAIRS[8:])
 
 
-def _online(algorithm, model, folder, reward=prefers_even, **options):
+def _online(algorithm: str, model: PreTrainedModel, folder: Path, reward: Reward = prefers_even, **options: Any) -> Any:
     import rlqwen
 
     size = options.pop("size", 8) // launched()
@@ -283,7 +301,7 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def run_case(name: str, model: str, folder: Path) -> dict:
+def run_case(name: str, model: str, folder: Path) -> dict[str, Any]:
     """What a case leaves on this rank: its history, and digests and sums of its weights; or its error."""
     from rlqwen.errors import RlqwenError
     from rlqwen.models.reference_cache import digest_weights
@@ -312,13 +330,13 @@ def run_case(name: str, model: str, folder: Path) -> dict:
     }
 
 
-def follow_memory(trainer) -> list[list]:
+def follow_memory(trainer: Any) -> list[list]:
     """Before each update: the scale of the loss, and a digest of this rank's weights and optimizer state."""
     from rlqwen.models.reference_cache import digest_weights
 
     memories, update = [], trainer.update
 
-    def followed(micro_batches):
+    def followed(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         weights = {
             name: getattr(weight, "ds_tensor", weight) for name, weight in trainer.policy.model.named_parameters()
         }

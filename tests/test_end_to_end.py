@@ -19,7 +19,7 @@ def evens(completion_ids, **kwargs):
 
 
 @pytest.fixture
-def site(tmp_path) -> Path:
+def site(tmp_path: Path) -> Path:
     """Where the plugin is installed, as `pip install` would."""
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -28,7 +28,7 @@ def site(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_grpo_through_ray_and_vllm_raises_its_reward(tiny_model_path, tmp_path, site):
+def test_grpo_through_ray_and_vllm_raises_its_reward(tiny_model_path: Path, tmp_path: Path, site: Path) -> None:
     (tmp_path / "evens.py").write_text(REWARD_FILE)
     sums = {"generator": "arithmetic", "args": {"kind": "prompts", "size": 64}}
     recipe = {

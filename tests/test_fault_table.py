@@ -25,25 +25,25 @@ def test_no_fault(): assert False
 
 
 @pytest.fixture
-def suite(pytester):
+def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     """A suite of its own, with the plugin that this one has."""
     pytester.makeini("[pytest]\nmarkers =\n  fault: a row\n  slow_fault: a long one\n")
     pytester.makepyfile(test_marked=MARKED)
     return pytester
 
 
-def run(suite, *arguments):
+def run(suite: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return suite.runpytest_inprocess("-p", "tests.fault_table", "-p", "no:cacheprovider", *arguments)
 
 
-def test_a_plain_run_leaves_the_slow_ones_out_and_writes_nothing(suite):
+def test_a_plain_run_leaves_the_slow_ones_out_and_writes_nothing(suite: pytest.Pytester) -> None:
     outcome = run(suite)
     outcome.assert_outcomes(passed=2, xfailed=1, skipped=1, failed=1, deselected=1)
     outcome.stdout.fnmatch_lines(["FAILED *test_no_fault*"])
     assert not list(suite.path.glob("*.md"))
 
 
-def test_the_faults_alone_are_published_with_their_outcomes(suite):
+def test_the_faults_alone_are_published_with_their_outcomes(suite: pytest.Pytester) -> None:
     run(suite, "-m", "fault", "--fault-table", "FAULTS.md").assert_outcomes(
         passed=2, xfailed=1, skipped=1, failed=1, deselected=1
     )
@@ -56,11 +56,11 @@ def test_the_faults_alone_are_published_with_their_outcomes(suite):
     assert "| no device | said | not run here: no GPU here |" in table
 
 
-def test_a_slow_fault_asked_for_by_name_runs(suite):
+def test_a_slow_fault_asked_for_by_name_runs(suite: pytest.Pytester) -> None:
     run(suite, "test_marked.py::test_disk").assert_outcomes(failed=1)
 
 
 @pytest.mark.parametrize("marks", ["slow_fault", "fault('only one text')"])
-def test_a_fault_without_a_row_is_refused(suite, marks):
+def test_a_fault_without_a_row_is_refused(suite: pytest.Pytester, marks: str) -> None:
     suite.makepyfile(test_marked=f"import pytest\n\n@pytest.mark.{marks}\ndef test_it(): pass\n")
     assert run(suite).ret == pytest.ExitCode.USAGE_ERROR

@@ -51,7 +51,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
+def test_imports_point_down(path: Path) -> None:
     own = top_name(path)
     assert own in RANK, f"give {own} a place in LAYERS"
     modules = imported_modules(ast.parse(path.read_text(encoding="utf-8")))
@@ -64,7 +64,7 @@ def test_imports_point_down(path):
             assert own == "rollout", f"{own} imports {parts[0]}"
 
 
-def test_the_built_in_rewards_take_no_private_path():
+def test_the_built_in_rewards_take_no_private_path() -> None:
     assert not [path for path in MODULES if "rlqwen_rewards" in path.read_text(encoding="utf-8")]
     rewards = ROOT.parent / "rewards"
     for path in rewards.rglob("*.py"):
@@ -73,6 +73,6 @@ def test_the_built_in_rewards_take_no_private_path():
 
 
 @pytest.mark.parametrize("name", sorted(NO_TORCH))
-def test_light_modules_import_no_torch(name):
+def test_light_modules_import_no_torch(name: str) -> None:
     code = f"import sys, rlqwen.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

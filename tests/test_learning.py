@@ -6,7 +6,11 @@ the same at full length, through vLLM; here the transformers engine samples, in 
 that wait actively are many times slower where another process has a core.
 """
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from transformers import PreTrainedModel
 
 from rlqwen import (
     DistillationConfig,
@@ -41,11 +45,11 @@ PPO = {"num_ppo_epochs": 2, "lam": 1.0, "vf_coef": 0.5, "critic": {"learning_rat
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("learning")
 
 
-def taught_sums(folder, **options):
+def taught_sums(folder: Path, **options: Any) -> str:
     """The quickstart's SFT model, of fewer sums and steps."""
     rows = generate(
         "arithmetic", SUMS | {"kind": "sft", "style": "think", "slip_in": "answer", "size": 8000, "seed": 1}
@@ -59,12 +63,12 @@ def taught_sums(folder, **options):
 
 
 @pytest.fixture(scope="module")
-def sums_model(folder):
+def sums_model(folder: Path) -> Any:
     return taught_sums(folder / "sft")
 
 
 @pytest.fixture(scope="module")
-def grpo(sums_model, folder):
+def grpo(sums_model: Any, folder: Path) -> GRPOTrainer:
     """A trainer that has trained the sums model by GRPO."""
     config = GRPOConfig(output_dir=str(folder / "grpo"), max_steps=12, learning_rate=2e-4, **ONLINE)
     trainer = GRPOTrainer(sums_model, "accuracy", config, train_dataset=PROMPTS, eval_dataset=HELD_OUT)
@@ -72,25 +76,27 @@ def grpo(sums_model, folder):
     return trainer
 
 
-def pairs_of(model, split, seed, **options):
+def pairs_of(model: PreTrainedModel, split: str, seed: int, **options: Any) -> list[dict[str, Any]]:
     prompts = {"generator": "arithmetic", "args": SUMS | {"split": split, "seed": seed}}
     config = {"prompts": prompts, "rewards": ["accuracy"], "max_tokens": 32, "rollout": ENGINE, **options}
     return draw_pairs(model, SampledPairsConfig.parse(config))[0]
 
 
 @pytest.fixture(scope="module")
-def pairs(sums_model):
+def pairs(sums_model: Any) -> Any:
     """Pairs of the model's own right and wrong answers."""
     return pairs_of(sums_model, "train", 3, num_samples=4, pairs_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
-def held_out_pairs(sums_model):
+def held_out_pairs(sums_model: Any) -> Any:
     return pairs_of(sums_model, "eval", 2, num_samples=4, pairs_per_prompt=2)
 
 
 @pytest.fixture(scope="module")
-def reward_model(sums_model, pairs, held_out_pairs, folder):
+def reward_model(
+    sums_model: Any, pairs: SampledPairsConfig, held_out_pairs: Any, folder: Path
+) -> tuple[str, dict[str, float]]:
     """A reward model of those pairs, and its last evaluation."""
     config = RewardConfig(
         output_dir=str(folder / "reward"), learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=20,
@@ -102,11 +108,11 @@ def reward_model(sums_model, pairs, held_out_pairs, folder):
     return str(folder / "reward" / "final"), trainer.evaluate()
 
 
-def accuracies(trainer):
+def accuracies(trainer: Any) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if (key := "eval/reward/accuracy/mean") in entry]
 
 
-def test_ppo_reaches_what_grpo_reaches(sums_model, grpo, folder):
+def test_ppo_reaches_what_grpo_reaches(sums_model: Any, grpo: GRPOTrainer, folder: Path) -> None:
     config = PPOConfig(output_dir=str(folder / "ppo"), max_steps=26, learning_rate=2e-4, kl_coef=0.0, **ONLINE | PPO)
     ppo = PPOTrainer(sums_model, "accuracy", config, train_dataset=PROMPTS, eval_dataset=HELD_OUT)
     ppo.train()
@@ -116,7 +122,7 @@ def test_ppo_reaches_what_grpo_reaches(sums_model, grpo, folder):
     assert accuracies(ppo)[-1] - before > (bar - before) / 2  # 0.90 measured
 
 
-def test_a_student_of_half_the_layers_reaches_its_teacher(grpo, folder):
+def test_a_student_of_half_the_layers_reaches_its_teacher(grpo: GRPOTrainer, folder: Path) -> None:
     """From SFT of a third of the steps, on samples of its own, with the GRPO model as the teacher."""
     start = taught_sums(folder / "student", model_init_kwargs={"num_layers": 2}, max_steps=250)
     config = DistillationConfig(
@@ -134,7 +140,9 @@ def test_a_student_of_half_the_layers_reaches_its_teacher(grpo, folder):
     assert after > teacher - 0.05  # 0.57 to 0.91 measured, with a teacher of 0.88
 
 
-def test_dpo_on_its_own_answers_raises_margin_and_accuracy(sums_model, pairs, held_out_pairs, folder):
+def test_dpo_on_its_own_answers_raises_margin_and_accuracy(
+    sums_model: Any, pairs: SampledPairsConfig, held_out_pairs: Any, folder: Path
+) -> None:
     config = DPOConfig(
         output_dir=str(folder / "dpo"), loss_type=["sigmoid", "sft"], learning_rate=1e-4, per_device_train_batch_size=32, max_steps=40,
         lr_scheduler_type="constant_with_warmup", warmup_steps=5, save_strategy="no", eval_on_start=True,
@@ -152,7 +160,7 @@ def test_dpo_on_its_own_answers_raises_margin_and_accuracy(sums_model, pairs, he
     assert share_right(str(folder / "dpo" / "final")) > share_right(sums_model) + 0.1  # 0.60 to 0.91 after 60
 
 
-def share_right(model):
+def share_right(model: str) -> float | None:
     """Of one answer to each held-out sum."""
     from rlqwen.evaluation import evaluate_model
     from rlqwen.evaluation.eval_config import EvalConfig
@@ -167,12 +175,14 @@ def share_right(model):
     return evaluate_model(config).rewards["accuracy"].mean
 
 
-def test_a_reward_model_ranks_held_out_pairs(reward_model):
+def test_a_reward_model_ranks_held_out_pairs(reward_model: tuple[str, dict[str, float]]) -> None:
     # Measured of 98 pairs: 0.54, 0.66, 0.84, 0.94, 0.98 after 50, 100, 150, 200, 250 updates.
     assert reward_model[1]["eval/rewards/accuracies"] > 0.85
 
 
-def test_ppo_on_the_reward_model_alone_raises_true_accuracy(sums_model, reward_model, folder):
+def test_ppo_on_the_reward_model_alone_raises_true_accuracy(
+    sums_model: Any, reward_model: tuple[str, dict[str, float]], folder: Path
+) -> None:
     """Accuracy is watched with weight 0. The KL holds the policy near answers that the reward model has learned to judge:
     with a tenth of it, accuracy rose to 0.82 in nine rollouts and fell back to 0.6, the reward model as content as before."""
     config = PPOConfig(

@@ -65,7 +65,7 @@ def recipes(model: Path, teacher: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, tiny_model_path) -> tuple[Path, str]:
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tuple[Path, str]:
     """Run every recipe with the package installed beside rlqwen; return the folder, and what was printed."""
     from rlqwen.models.tiny import build_tiny_qwen3
 
@@ -94,7 +94,7 @@ def logged(folder: Path, name: str) -> list[dict]:
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_loss_and_an_estimator_train_on_what_a_scripted_engine_says(ran):
+def test_a_loss_and_an_estimator_train_on_what_a_scripted_engine_says(ran: tuple[Path, str]) -> None:
     folder, _ = ran
     metrics = logged(folder, "loss_and_advantage")
     assert all(line["example/ratio_max"] >= line["example/ratio"] > 0 for line in metrics)
@@ -104,12 +104,12 @@ def test_a_loss_and_an_estimator_train_on_what_a_scripted_engine_says(ran):
     assert {row["completion"] for row in rows} <= {str([token + shift for token in (40, 41, 42)]) for shift in range(5)}
 
 
-def test_an_engine_runs_in_ray_workers(ran):
+def test_an_engine_runs_in_ray_workers(ran: tuple[Path, str]) -> None:
     folder, _ = ran
     assert len(logged(folder, "worker")) == 2
 
 
-def test_a_trainer_with_a_section_of_its_own_learns(ran):
+def test_a_trainer_with_a_section_of_its_own_learns(ran: tuple[Path, str]) -> None:
     folder, _ = ran
     gaps = [line["teacher/gap"] for line in logged(folder, "trainer")]
     assert gaps[0] < 0
@@ -118,13 +118,13 @@ def test_a_trainer_with_a_section_of_its_own_learns(ran):
     assert resolved["teacher"]["strength"] == 0.5
 
 
-def test_a_loss_of_pairs_trains(ran):
+def test_a_loss_of_pairs_trains(ran: tuple[Path, str]) -> None:
     folder, _ = ran
     assert logged(folder, "pairs")[0]["loss"] == pytest.approx(0.25, abs=1e-4)  # margins of 0, a target of 0.5
 
 
 @pytest.mark.parametrize("name", ["soft_clip", "nearer", "rank", "sampled_distillation", "scripted_worker"])
-def test_the_package_is_listed_with_its_origin(ran, name):
+def test_the_package_is_listed_with_its_origin(ran: tuple[Path, str], name: str) -> None:
     _, printed = ran
     (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
     assert "rlqwen-example-algorithms 0.3.0" in line

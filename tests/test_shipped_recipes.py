@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ json.dump(found, open("found.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of each recipe: exit code and what was printed."""
     folder = tmp_path_factory.mktemp("machine")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
@@ -96,19 +97,19 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return found
 
 
-def test_every_recipe_is_right_and_each_algorithm_trains_offline(found):
+def test_every_recipe_is_right_and_each_algorithm_trains_offline(found: dict[str, Any]) -> None:
     assert {name.split()[1].partition("_")[0] for name in found if name.startswith("run ")} == set(WORDS)
     assert len(found) >= 21 + len(WORDS)
     wrong = {name: said[-1500:] for name, (code, said) in found.items() if code}
     assert not wrong
 
 
-def test_no_recipe_joins_question_and_answer_without_the_chat_template(found):
+def test_no_recipe_joins_question_and_answer_without_the_chat_template(found: dict[str, Any]) -> None:
     assert not [name for name, (_, said) in found.items() if "are plain text" in " ".join(said.split())]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_names_nothing_but_the_hub_and_what_comes_with_rlqwen(path):
+def test_a_recipe_names_nothing_but_the_hub_and_what_comes_with_rlqwen(path: Path) -> None:
     text = path.read_text("utf-8")
     assert "../" not in text
     for name in re.findall(r"^ +(?:path|- \{name): ([^\s,}]+)", text, re.MULTILINE):

@@ -2,6 +2,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rlqwen_rewards import accuracy, accuracy_reward, reasoning_accuracy_reward
@@ -65,24 +66,24 @@ BETTER_THAN_TRL = [  # text, solution, ours, TRL's
 ]
 
 
-def conversation(text):
+def conversation(text: str) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": text}]
 
 
 @pytest.mark.parametrize(("text", "solution", "reward"), SAME_AS_TRL)
-def test_accuracy_equals_trl_if_trl_is_correct(text, solution, reward):
+def test_accuracy_equals_trl_if_trl_is_correct(text: str, solution: str, reward: float | None) -> None:
     assert trl_rewards.accuracy_reward([conversation(text)], [solution]) == [reward]
     assert accuracy_reward([conversation(text)], [solution]) == [reward]
     assert Accuracy()([text], answer=[solution]) == [reward]
 
 
 @pytest.mark.parametrize(("text", "solution", "ours", "theirs"), BETTER_THAN_TRL)
-def test_accuracy_corrects_errors_of_trl(text, solution, ours, theirs):
+def test_accuracy_corrects_errors_of_trl(text: str, solution: str, ours: float, theirs: float | None) -> None:
     assert accuracy_reward([conversation(text)], [solution]) == [ours]
     assert trl_rewards.accuracy_reward([conversation(text)], [solution]) == [theirs]
 
 
-def test_accuracy_is_the_same_off_the_main_thread():
+def test_accuracy_is_the_same_off_the_main_thread() -> None:
     cases = [(text, solution) for text, solution, _ in SAME_AS_TRL]
     result = []
     thread = threading.Thread(target=lambda: result.extend(grade(text, solution) for text, solution in cases))
@@ -96,14 +97,14 @@ def test_accuracy_is_the_same_off_the_main_thread():
     [r"\( " * 12_000, r"\boxed{" + "(" * 2000 + ")" * 2000 + "}", "the answer is $" * 3000, r"\boxed{" * 10_000],
     ids=["open formulas", "nested", "anchors", "open boxes"],
 )
-def test_degenerate_completions_are_wrong_in_little_time(text):
+def test_degenerate_completions_are_wrong_in_little_time(text: str) -> None:
     start = time.process_time()
     assert grade(text, "72.5") == 0.0
     assert grade(text, "72.5", plain=True) == 0.0
     assert time.process_time() - start < 10
 
 
-def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch):
+def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     golds = ("0", "-0", "7", "-7", "1,000", "1000", "007", "#### 7")
     answers = ("0", "7", "-7", "1000", "1,000", "07", r"\$7", "1{,}000", "7 ")
     cases = [(rf"\boxed{{{answer}}}", gold) for gold in golds for answer in answers]
@@ -113,7 +114,7 @@ def test_integers_get_the_same_grade_with_and_without_math_verify(monkeypatch):
     assert 1.0 in quick
 
 
-def test_plain_accepts_the_last_number_or_formula():
+def test_plain_accepts_the_last_number_or_formula() -> None:
     assert grade("So she needs 5 more.", "5") == 0.0
     assert grade("So she needs 5 more.", "5", plain=True) == 1.0
     assert grade("First $3$, then $5$", "5", plain=True) == 1.0
@@ -134,17 +135,17 @@ def test_plain_accepts_the_last_number_or_formula():
         ("The answer is 71. Wait, that is wrong. The answer is 72.", "72", 1.0),
     ],
 )
-def test_plain_accepts_the_text_after_the_answer_is(text, solution, expected):
+def test_plain_accepts_the_text_after_the_answer_is(text: str, solution: str, expected: float) -> None:
     assert grade(text, solution, plain=True) == expected
 
 
-def test_any_of_several_solutions_is_accepted():
+def test_any_of_several_solutions_is_accepted() -> None:
     assert grade(r"\boxed{2}", ["1", "2"]) == 1.0
     assert grade(r"\boxed{3}", ["1", "2"]) == 0.0
     assert grade(r"\boxed{3}", [""]) is None
 
 
-def test_only_the_answer_after_the_reasoning_counts():
+def test_only_the_answer_after_the_reasoning_counts() -> None:
     texts = [
         r"<think>\boxed{5}</think> \boxed{7}",
         r"<think>\boxed{7}</think> \boxed{5}",
@@ -155,7 +156,7 @@ def test_only_the_answer_after_the_reasoning_counts():
     assert accuracy_reward(texts, ["7"] * 4) == [1.0, 0.0, 1.0, 1.0]
 
 
-def test_reasoning_accuracy_equals_trl():
+def test_reasoning_accuracy_equals_trl() -> None:
     texts = [r"<think>x</think> \boxed{7}", r"\boxed{7}", r"<think>\boxed{7}</think> no", r"x</r> \boxed{7}"]
     completions = [conversation(text) for text in texts]
     for delimiters in (None, ["</r>"], ["</r>", "</think>"]):
@@ -163,13 +164,13 @@ def test_reasoning_accuracy_equals_trl():
         assert reasoning_accuracy_reward(completions, ["7"] * 4, delimiters) == theirs
 
 
-def test_accuracy_prefers_column_solution_and_needs_one():
+def test_accuracy_prefers_column_solution_and_needs_one() -> None:
     assert Accuracy()([r"\boxed{1}"], solution=["1"], answer=["2"]) == [1.0]
     with pytest.raises(ValueError, match="'solution' or 'answer'"):
         Accuracy()([r"\boxed{1}"])
 
 
-def test_exact_match():
+def test_exact_match() -> None:
     gold = ["#### 72", "The  Eiffel Tower", "no"]
     texts = ["<think>5</think>72\n", "the eiffel tower!", "<think>no"]
     assert ExactMatch()(texts, solution=gold) == [1.0, 0.0, 0.0]
@@ -178,7 +179,7 @@ def test_exact_match():
     assert ExactMatch()([r"so \boxed{72}"], solution=[["71", 72]]) == [1.0]
 
 
-def test_correct_answers_to_word_problems_get_1_and_wrong_ones_0():
+def test_correct_answers_to_word_problems_get_1_and_wrong_ones_0() -> None:
     with WORD_PROBLEMS.open(encoding="utf-8") as lines:
         rationales = [json.loads(line)["answer"] for line in lines]
     finals = [rationale.split("####")[1].strip() for rationale in rationales]

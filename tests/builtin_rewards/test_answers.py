@@ -3,6 +3,8 @@ import time
 import pytest
 from rlqwen_rewards.answers import boxed_answer, final_text, hashed_answer, marked_answer, text_of
 
+from rlqwen.types import Completion
+
 
 @pytest.mark.parametrize(
     ("completion", "text"),
@@ -15,7 +17,7 @@ from rlqwen_rewards.answers import boxed_answer, final_text, hashed_answer, mark
         ([], ""),
     ],
 )
-def test_text_of_reads_every_form_of_completion(completion, text):
+def test_text_of_reads_every_form_of_completion(completion: Completion, text: str) -> None:
     assert text_of(completion) == text
 
 
@@ -39,7 +41,7 @@ def test_text_of_reads_every_form_of_completion(completion, text):
         ("57", None),
     ],
 )
-def test_boxed_answer(text, answer):
+def test_boxed_answer(text: str, answer: str | None) -> None:
     assert boxed_answer(text) == answer
 
 
@@ -47,11 +49,11 @@ def test_boxed_answer(text, answer):
     ("text", "answer"),
     [("#### 1\nno\n#### 72 \nbye", "72"), ("####72", "72"), ("####", None), ("### 72", None)],
 )
-def test_hashed_answer_is_the_rest_of_the_line_after_the_last_hashes(text, answer):
+def test_hashed_answer_is_the_rest_of_the_line_after_the_last_hashes(text: str, answer: str | None) -> None:
     assert hashed_answer(text) == answer
 
 
-def test_a_box_precedes_hashes_and_an_empty_box_is_no_answer():
+def test_a_box_precedes_hashes_and_an_empty_box_is_no_answer() -> None:
     assert marked_answer("\\boxed{5}\n#### 6") == "5"
     assert marked_answer("\\boxed{}\n#### 6") == "6"
     assert marked_answer(r"\boxed{}") is None
@@ -69,24 +71,24 @@ def test_a_box_precedes_hashes_and_an_empty_box_is_no_answer():
         ("72</answer>", None),
     ],
 )
-def test_an_answer_may_be_in_tags(text, answer):
+def test_an_answer_may_be_in_tags(text: str, answer: str | None) -> None:
     assert marked_answer(text) == answer
 
 
-def test_many_unclosed_tags_take_linear_time():
+def test_many_unclosed_tags_take_linear_time() -> None:
     start = time.process_time()
     assert marked_answer("<answer>" * 50_000) is None
     assert marked_answer("<answer>5</answer>" + "<answer>" * 50_000) == "5"
     assert time.process_time() - start < 10  # quadratic time would take minutes
 
 
-def test_final_text_needs_closed_reasoning():
+def test_final_text_needs_closed_reasoning() -> None:
     assert final_text("<think>1</think>2</think>3") == "3"
     assert final_text("<think>never closed") is None
     assert final_text("no reasoning") == "no reasoning"
 
 
-def test_many_unclosed_boxes_take_linear_time():
+def test_many_unclosed_boxes_take_linear_time() -> None:
     start = time.process_time()
     assert boxed_answer(r"\boxed{" * 50_000) is None
     assert boxed_answer(r"\boxed{" * 50_000 + "5}") == "5"

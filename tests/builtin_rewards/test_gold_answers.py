@@ -1,11 +1,15 @@
 r"""Test that `\boxed{G}` is correct for every gold answer G, and no part of G is, except as the policy says."""
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from rlqwen_rewards import accuracy
 from rlqwen_rewards.accuracy import Accuracy, grade
+
+from rlqwen.rewards.registry import Reward
 
 GOLDS = r"""
 72
@@ -798,16 +802,16 @@ y = 2x+3 -> y=2x+4
 """
 
 
-def pairs(table):
+def pairs(table: str) -> list[tuple[Any, ...]]:
     return [tuple(cell.strip() for cell in line.split(" -> ")) for line in table.strip().splitlines()]
 
 
-def boxed(answer):
+def boxed(answer: str) -> str:
     return rf"\boxed{{{answer}}}"
 
 
 @pytest.mark.parametrize("gold", GOLDS)
-def test_a_gold_answer_is_correct_and_its_parts_are_not(gold):
+def test_a_gold_answer_is_correct_and_its_parts_are_not(gold: Any) -> None:
     gold = gold.replace(r"\n#", "\n#")
     assert grade(boxed(gold), gold) == 1.0
     parts = {part for part in _PART.findall(gold) if part != gold and not SAME_TEXT.search(gold)}
@@ -816,17 +820,17 @@ def test_a_gold_answer_is_correct_and_its_parts_are_not(gold):
 
 
 @pytest.mark.parametrize(("gold", "part"), pairs(BY_POLICY))
-def test_some_parts_are_correct_by_the_policy(gold, part):
+def test_some_parts_are_correct_by_the_policy(gold: Any, part: str) -> None:
     assert grade(boxed(part), gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "part"), pairs(MORE_PARTS))
-def test_larger_parts_are_wrong(gold, part):
+def test_larger_parts_are_wrong(gold: Any, part: str) -> None:
     assert grade(boxed(gold), gold) == 1.0
     assert grade(boxed(part), gold) != 1.0
 
 
-def policy_examples():
+def policy_examples() -> Iterator[Any]:
     for line in accuracy.__doc__.splitlines():
         if line.startswith("| `"):
             gold, right, wrong = (re.findall("`([^`]*)`", cell) for cell in line.strip("|").split(" | "))
@@ -835,17 +839,17 @@ def policy_examples():
 
 
 @pytest.mark.parametrize(("gold", "answer", "reward"), list(policy_examples()))
-def test_the_examples_of_the_policy_hold(gold, answer, reward):
+def test_the_examples_of_the_policy_hold(gold: Any, answer: str, reward: Reward) -> None:
     assert grade(boxed(answer), gold) == reward
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SAME))
-def test_equal_answers_in_other_notation_are_correct(gold, answer):
+def test_equal_answers_in_other_notation_are_correct(gold: Any, answer: str) -> None:
     assert grade(boxed(answer), gold) == 1.0
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT))
-def test_different_answers_are_wrong(gold, answer):
+def test_different_answers_are_wrong(gold: Any, answer: str) -> None:
     assert grade(boxed(answer), gold) == 0.0
 
 
@@ -857,16 +861,16 @@ def test_different_answers_are_wrong(gold, answer):
         (Fraction(1, 3), "1/3", 1.0),
     ],
 )  # fmt: skip
-def test_gold_answers_may_be_numbers(gold, answer, reward):
+def test_gold_answers_may_be_numbers(gold: Any, answer: str, reward: float) -> None:
     assert grade(boxed(answer), gold) == reward
 
 
 @pytest.mark.parametrize("gold", [None, float("nan"), "", "  ", "nan", [], [None], "I do not know", r"\frac{1}{"])
-def test_a_missing_or_unreadable_gold_answer_gives_none(gold):
+def test_a_missing_or_unreadable_gold_answer_gives_none(gold: Any) -> None:
     texts = [r"\boxed{2}", r"\boxed{None}", r"\boxed{nan}", "no answer", "<think>never closed"]
     assert Accuracy()(texts, solution=[gold] * 5) == [None] * 5
 
 
-def test_a_missing_gold_answer_among_several_is_ignored():
+def test_a_missing_gold_answer_among_several_is_ignored() -> None:
     assert grade(r"\boxed{2}", [None, "2"]) == 1.0
     assert grade(r"\boxed{3}", [None, "2"]) == 0.0

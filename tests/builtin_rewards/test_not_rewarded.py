@@ -33,7 +33,7 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize(("prompt", "solution", "answer"), QUESTIONS)
-def test_the_question_is_not_rewarded_as_an_answer(prompt, solution, answer):
+def test_the_question_is_not_rewarded_as_an_answer(prompt: str, solution: str, answer: str) -> None:
     text = rf"\boxed{{{answer}}}"
     assert Accuracy()([text], solution=[solution], prompts=[prompt]) == [0.0]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt}]
@@ -55,7 +55,7 @@ def test_the_question_is_not_rewarded_as_an_answer(prompt, solution, answer):
         (r"Expand $(x+1)^2$.", "x^2+2x+1", "1 + 2x + x^2"),
     ],
 )
-def test_a_computed_answer_that_is_in_the_prompt_is_rewarded(prompt, solution, answer):
+def test_a_computed_answer_that_is_in_the_prompt_is_rewarded(prompt: str, solution: str, answer: str) -> None:
     assert Accuracy()([rf"\boxed{{{answer}}}"], solution=[solution], prompts=[prompt]) == [1.0]
 
 
@@ -105,7 +105,7 @@ HEDGES = [
 
 
 @pytest.mark.parametrize("text", HEDGES)
-def test_several_answers_instead_of_one_are_not_rewarded(text):
+def test_several_answers_instead_of_one_are_not_rewarded(text: str) -> None:
     assert Accuracy()([text], solution=["72"]) == [0.0]
 
 
@@ -126,7 +126,7 @@ def test_several_answers_instead_of_one_are_not_rewarded(text):
         "答案是 $72$。",
     ],
 )
-def test_one_final_answer_is_rewarded(text):
+def test_one_final_answer_is_rewarded(text: str) -> None:
     assert Accuracy()([text], solution=["72"]) == [1.0]
 
 
@@ -143,11 +143,11 @@ def test_one_final_answer_is_rewarded(text):
         r"\boxed{71} <think>wait</think> \boxed{72}",
     ],
 )
-def test_an_answer_inside_or_before_reasoning_is_not_rewarded(text):
+def test_an_answer_inside_or_before_reasoning_is_not_rewarded(text: str) -> None:
     assert Accuracy()([text], solution=["72"]) == [0.0]
 
 
-def test_an_answer_after_several_blocks_of_reasoning_is_rewarded():
+def test_an_answer_after_several_blocks_of_reasoning_is_rewarded() -> None:
     assert Accuracy()([r"<think>a</think> <think>b</think> \boxed{72}"], solution=["72"]) == [1.0]
 
 
@@ -155,7 +155,7 @@ OPEN_PROMPTS = ["<|im_start|>assistant\n<think>\n", [{"role": "assistant", "cont
 
 
 @pytest.mark.parametrize("prompt", OPEN_PROMPTS)
-def test_reasoning_opened_by_the_prompt_must_be_closed(prompt):
+def test_reasoning_opened_by_the_prompt_must_be_closed(prompt: str | list[dict[str, str]]) -> None:
     texts = [r"maybe \boxed{4}, but wait", r"maybe \boxed{4}</think> no", r"2+2</think> \boxed{4}"]
     many = {"solution": ["4"] * 3, "prompts": [prompt] * 3}
     assert Accuracy()(texts, **many) == [0.0, 0.0, 1.0]
@@ -165,7 +165,7 @@ def test_reasoning_opened_by_the_prompt_must_be_closed(prompt):
     assert right == [False, False, True]
 
 
-def test_reasoning_opened_by_the_template_must_be_closed():
+def test_reasoning_opened_by_the_template_must_be_closed() -> None:
     texts, prompts = [r"maybe \boxed{4}"] * 2, [[{"role": "user", "content": "2+2?"}]] * 2
     assert Accuracy()(texts, solution=["4"] * 2, prompts=prompts) == [1.0, 1.0]
     rewards = Accuracy()(texts, solution=["4"] * 2, prompts=prompts, prompt_opens_reasoning=[True, False])
@@ -180,14 +180,14 @@ def test_reasoning_opened_by_the_template_must_be_closed():
         r"\sum_{i=1}^{1000000} i", r"\prod_{i=1}^{100000} i", "(1+x)" * 60, "x+" * 300 + "1", "(" * 400 + "x" + ")" * 400,
     ],
 )  # fmt: skip
-def test_hostile_formulas_are_wrong_in_time_on_the_main_thread(answer, monkeypatch):
+def test_hostile_formulas_are_wrong_in_time_on_the_main_thread(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     start = time.process_time()
     assert [grade(rf"\boxed{{{answer}}}", gold) for gold in ("72", "x^2+1")] == [0.0] * 2
     assert time.process_time() - start < 30  # one second per formula
 
 
-def test_a_completion_whose_comparison_times_out_is_wrong(monkeypatch):
+def test_a_completion_whose_comparison_times_out_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     monkeypatch.setattr(accuracy, "same", lambda *_: time.sleep(20))
     assert grade(r"\boxed{x+x}", "2x") == 0.0
@@ -195,12 +195,12 @@ def test_a_completion_whose_comparison_times_out_is_wrong(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_alarm_that_a_destructor_swallows_is_repeated(monkeypatch):
+def test_an_alarm_that_a_destructor_swallows_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
-        def __del__(self):
+        def __del__(self) -> None:
             time.sleep(20)
 
-    def check(*_):
+    def check(*_: object) -> None:
         Slow()
         time.sleep(20)
 
@@ -211,13 +211,13 @@ def test_an_alarm_that_a_destructor_swallows_is_repeated(monkeypatch):
     assert time.monotonic() - start < 15
 
 
-def test_a_gold_answer_whose_check_times_out_gives_none(monkeypatch):
+def test_a_gold_answer_whose_check_times_out_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "_TIMEOUT", 1)
     monkeypatch.setattr(accuracy, "is_meaningful", lambda *_: time.sleep(20))
     assert grade(r"\boxed{x+x}", "3x + 987654") is None
 
 
-def test_power_towers_are_wrong_off_the_main_thread():
+def test_power_towers_are_wrong_off_the_main_thread() -> None:
     found = []
     thread = threading.Thread(target=lambda: found.append(grade(r"\boxed{9^{9^{9^{9}}}}", "x^2+2")), daemon=True)
     thread.start()

@@ -5,12 +5,14 @@ import json
 import os
 import random
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.checkpoint import Retention, get_rng_state, read_state, set_rng_state, write_state
@@ -24,6 +26,7 @@ from rlqwen.checkpoint.fingerprint import (
 )
 from rlqwen.config import GRPOConfig, Recipe
 from rlqwen.data import TokenizedRow
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
 from rlqwen.rewards.registry import resolve
@@ -37,13 +40,13 @@ ROWS = [
 ]
 
 
-def make(model, folder, rows=ROWS, **options):
+def make(model: Path, folder: Path, rows: Sequence[Row] = ROWS, **options: Any) -> SFTTrainer:
     defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "output_dir": str(folder)}
     return SFTTrainer(str(model), SFTConfig(**defaults | options), rows, options.pop("eval_dataset", None))
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[Any]:
     """Use one thread, as in a forked child, so that sums are computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -58,7 +61,7 @@ def names(folder: Path) -> list[str]:
 # The parts
 
 
-def test_state_files_restore_values_and_tensors(tmp_path):
+def test_state_files_restore_values_and_tensors(tmp_path: Path) -> None:
     values = {"a": [1, 2.5, None, {"b": torch.arange(3)}], "c": torch.tensor(0.1), "d": {}, "e": float("nan")}
     write_state(tmp_path, "v", values)
     back = read_state(tmp_path, "v")
@@ -69,7 +72,7 @@ def test_state_files_restore_values_and_tensors(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
-def test_rng_states_are_restored(tmp_path):
+def test_rng_states_are_restored(tmp_path: Path) -> None:
     write_state(tmp_path, "random", get_rng_state())
     drawn = [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)]
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
@@ -77,7 +80,7 @@ def test_rng_states_are_restored(tmp_path):
     assert [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)] == drawn
 
 
-def test_a_folder_is_complete_or_absent(tmp_path):
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "a").write_text("x")
         raise KeyError("not a storage error")
@@ -95,7 +98,7 @@ def test_a_folder_is_complete_or_absent(tmp_path):
     assert "outside" in find_fault(tmp_path / "f")
 
 
-def test_which_checkpoints_are_kept(tmp_path):
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12):
         (tmp_path / f"step-{step:06d}").mkdir()
     Retention(limit=None, keep_every=None).drop_old(tmp_path, best=None)
@@ -106,14 +109,14 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert sorted(int(path.name[5:]) for path in tmp_path.iterdir()) == [2, 4, 8, 10, 12]
 
 
-def test_a_setting_that_is_off_and_unknown_to_the_other_version_is_no_difference():
+def test_a_setting_that_is_off_and_unknown_to_the_other_version_is_no_difference() -> None:
     off = {"train.rollout.routing_replay": False, "train.other": None}
     assert diff_fingerprints({}, off) == diff_fingerprints(off, {}) == []
     on = {"train.rollout.routing_replay": True, "train.rank": 0, "rewards.0.strict": False}
     assert len(diff_fingerprints({}, on)) == 3
 
 
-def test_differences_are_listed_by_name():
+def test_differences_are_listed_by_name() -> None:
     was = flatten({"lr": 1e-5, "lora": {"r": 8, "targets": {"b", "a"}}, "rewards": [{"name": "x"}]}, "train")
     assert was == {
         "train.lr": 1e-5, "train.lora.r": 8, "train.lora.targets": ["a", "b"], "train.rewards.0.name": "x"
@@ -127,7 +130,7 @@ def test_differences_are_listed_by_name():
     ]
 
 
-def test_settings_without_effect_on_the_result_are_not_in_the_fingerprint():
+def test_settings_without_effect_on_the_result_are_not_in_the_fingerprint() -> None:
     was = config_fingerprint(GRPOConfig())
     changed = GRPOConfig(save_steps=5, watch="off", scoring={"timeout": 9}, rollout={"max_restarts": 9})
     assert config_fingerprint(changed) == was
@@ -138,7 +141,7 @@ def test_settings_without_effect_on_the_result_are_not_in_the_fingerprint():
     ]
 
 
-def test_fields_marked_as_without_effect_are_those_that_only_steer_the_run():
+def test_fields_marked_as_without_effect_are_those_that_only_steer_the_run() -> None:
     kept = {name.removeprefix("train.").partition(".")[0] for name in config_fingerprint(GRPOConfig())}
     assert set(GRPOConfig.model_fields) - kept == {
         *("output_dir", "overwrite_output_dir", "run_name", "report_to", "disable_tqdm", "logging_steps"),
@@ -148,11 +151,11 @@ def test_fields_marked_as_without_effect_are_those_that_only_steer_the_run():
     }
 
 
-def test_the_fingerprint_changes_with_the_source_of_a_reward():
-    def first(completions, **kwargs):
+def test_the_fingerprint_changes_with_the_source_of_a_reward() -> None:
+    def first(completions: list[str], **kwargs: Any) -> list[float]:
         return [1.0] * len(completions)
 
-    def other(completions, **kwargs):
+    def other(completions: list[str], **kwargs: Any) -> list[float]:
         return [2.0] * len(completions)
 
     ours, theirs = resolve(first), resolve(other)
@@ -161,7 +164,7 @@ def test_the_fingerprint_changes_with_the_source_of_a_reward():
     assert reward_fingerprint([resolve("accuracy")])["reward.accuracy.origin"].startswith("rlqwen ")
 
 
-def test_digests_depend_on_every_token_and_on_the_order():
+def test_digests_depend_on_every_token_and_on_the_order() -> None:
     rows = [TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])]
     assert digest_rows(rows) == digest_rows([TokenizedRow([1, 2, 3], [False, True, True]), TokenizedRow([4], [True])])
     assert digest_rows(rows) != digest_rows(rows[::-1])
@@ -172,7 +175,7 @@ def test_digests_depend_on_every_token_and_on_the_order():
 # Runs
 
 
-def test_a_checkpoint_loads_with_transformers_and_holds_a_fingerprint(tiny_model_path, tmp_path):
+def test_a_checkpoint_loads_with_transformers_and_holds_a_fingerprint(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path, save_keep_every=3, save_steps=1, save_total_limit=1)
     trainer.train()
     assert names(tmp_path) == ["step-000003", "step-000004"]
@@ -187,7 +190,7 @@ def test_a_checkpoint_loads_with_transformers_and_holds_a_fingerprint(tiny_model
     assert "train.output_dir" not in fingerprint
 
 
-def test_save_only_model_writes_no_optimizer_and_cannot_be_resumed(tiny_model_path, tmp_path):
+def test_save_only_model_writes_no_optimizer_and_cannot_be_resumed(tiny_model_path: Path, tmp_path: Path) -> None:
     make(tiny_model_path, tmp_path, save_only_model=True).train()
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     assert not list(checkpoint.glob("optimizer*"))
@@ -196,7 +199,7 @@ def test_save_only_model_writes_no_optimizer_and_cannot_be_resumed(tiny_model_pa
         make(tiny_model_path, tmp_path, resume_from_checkpoint=str(checkpoint)).train()
 
 
-def test_save_minutes_saves_after_that_time(tiny_model_path, tmp_path):
+def test_save_minutes_saves_after_that_time(tiny_model_path: Path, tmp_path: Path) -> None:
     make(tiny_model_path, tmp_path / "often", save_strategy="no", save_minutes=1e-9).train()
     assert names(tmp_path / "often") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
     make(tiny_model_path, tmp_path / "seldom", save_strategy="no", save_minutes=60.0).train()
@@ -211,7 +214,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("line", CHANGES)
-def test_changed_settings_are_refused_unless_allowed(tiny_model_path, tmp_path, line):
+def test_changed_settings_are_refused_unless_allowed(tiny_model_path: Path, tmp_path: Path, line: str) -> None:
     make(tiny_model_path, tmp_path).train()
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=line) as caught:
@@ -224,7 +227,7 @@ def test_changed_settings_are_refused_unless_allowed(tiny_model_path, tmp_path, 
     assert json.loads((tmp_path / "summary.json").read_text())["resumed"][0]["step"] == 2
 
 
-def test_another_model_tokenizer_world_size_and_version_are_refused(tiny_model_path, tmp_path):
+def test_another_model_tokenizer_world_size_and_version_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     make(tiny_model_path, tmp_path / "run").train()
     other = make(tiny_model_path, tmp_path / "run", resume_from_checkpoint=True)
     with torch.no_grad():
@@ -240,7 +243,7 @@ def test_another_model_tokenizer_world_size_and_version_are_refused(tiny_model_p
     assert str(caught.value).count(": was ") == 4
 
 
-def test_checkpoints_after_the_resumed_one_are_archived(tiny_model_path, tmp_path):
+def test_checkpoints_after_the_resumed_one_are_archived(tiny_model_path: Path, tmp_path: Path) -> None:
     make(tiny_model_path, tmp_path / "straight").train()
     make(tiny_model_path, tmp_path / "run").train()
     trainer = make(tiny_model_path, tmp_path / "run")
@@ -250,7 +253,7 @@ def test_checkpoints_after_the_resumed_one_are_archived(tiny_model_path, tmp_pat
     assert comparison.is_exact, str(comparison)
 
 
-def test_resume_auto_starts_a_new_run_if_there_is_no_checkpoint(tiny_model_path, tmp_path):
+def test_resume_auto_starts_a_new_run_if_there_is_no_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         make(tiny_model_path, tmp_path, resume_from_checkpoint=True).train()
     # Left by a run that was killed before its first checkpoint.
@@ -268,14 +271,16 @@ class SendOnce(TrainerCallback):
     def __init__(self, *signals: int) -> None:
         self.signals = signals
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.global_step == 2:
             for number in self.signals:
                 os.kill(os.getpid(), number)
 
 
 @pytest.fixture
-def ctrl_c(request):
+def ctrl_c(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Install Python's SIGINT handler, which is absent if a shell runs the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -291,7 +296,9 @@ def ctrl_c(request):
         (signal.SIGINT, "Ctrl-C", 130),
     ],
 )
-def test_a_signal_saves_and_ends_with_the_exit_code_for_a_retry(tiny_model_path, tmp_path, ctrl_c, number, name, code):
+def test_a_signal_saves_and_ends_with_the_exit_code_for_a_retry(
+    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any, number: int, name: str, code: int
+) -> None:
     before = signal.getsignal(number)
     make(tiny_model_path, tmp_path / "straight", save_steps=100).train()
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
@@ -306,7 +313,7 @@ def test_a_signal_saves_and_ends_with_the_exit_code_for_a_retry(tiny_model_path,
     assert comparison.is_exact, str(comparison)
 
 
-def test_a_second_sigterm_ends_the_process_at_once(tiny_model_path, tmp_path):
+def test_a_second_sigterm_ends_the_process_at_once(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path / "run")
     trainer.callbacks.append(SendOnce(signal.SIGTERM, signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
@@ -316,7 +323,9 @@ def test_a_second_sigterm_ends_the_process_at_once(tiny_model_path, tmp_path):
 
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
-def test_a_second_ctrl_c_ends_training_at_once(tiny_model_path, tmp_path, ctrl_c, first, second):
+def test_a_second_ctrl_c_ends_training_at_once(
+    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any, first: str, second: str | None
+) -> None:
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(first, second))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -325,7 +334,9 @@ def test_a_second_ctrl_c_ends_training_at_once(tiny_model_path, tmp_path, ctrl_c
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_ctrl_c_right_after_a_checkpoint_ends_training_at_once(tiny_model_path, tmp_path, ctrl_c):
+def test_ctrl_c_right_after_a_checkpoint_ends_training_at_once(
+    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any
+) -> None:
     trainer = make(tiny_model_path, tmp_path / "run")  # it saves after update 2, and the signal comes right then
     trainer.callbacks.append(SendOnce(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -334,7 +345,7 @@ def test_ctrl_c_right_after_a_checkpoint_ends_training_at_once(tiny_model_path, 
     assert names(tmp_path / "run") == ["step-000002"]
 
 
-def test_the_same_trainer_resumes_after_ctrl_c(tiny_model_path, tmp_path, ctrl_c):
+def test_the_same_trainer_resumes_after_ctrl_c(tiny_model_path: Path, tmp_path: Path, ctrl_c: Any) -> None:
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
@@ -342,7 +353,7 @@ def test_the_same_trainer_resumes_after_ctrl_c(tiny_model_path, tmp_path, ctrl_c
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
 
 
-def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
+def test_a_signal_before_training_is_not_forgotten(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.preemption.listen()  # as an evaluation that starts Ray does
     os.kill(os.getpid(), signal.SIGTERM)
@@ -351,14 +362,14 @@ def test_a_signal_before_training_is_not_forgotten(tiny_model_path, tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
 
 
-def test_sighup_twice_still_saves(tiny_model_path, tmp_path):
+def test_sighup_twice_still_saves(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path / "run")
     trainer.callbacks.append(SendOnce(signal.SIGHUP, signal.SIGHUP))
     with pytest.raises(Preempted, match="SIGHUP: saved after update 3"):
         trainer.train()
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tiny_model_path, tmp_path):
+def test_a_signal_that_is_ignored_stays_ignored(tiny_model_path: Path, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         trainer = make(tiny_model_path, tmp_path / "run")
@@ -371,7 +382,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tiny_model_path, tmp_path):
 # Pipelines
 
 
-def recipe(folder: Path, **more) -> Recipe:
+def recipe(folder: Path, **more: Any) -> Recipe:
     return Recipe.parse(
         {
             "algorithm": "sft",
@@ -383,7 +394,7 @@ def recipe(folder: Path, **more) -> Recipe:
     )
 
 
-def test_resuming_a_pipeline_skips_finished_stages(tmp_path):
+def test_resuming_a_pipeline_skips_finished_stages(tmp_path: Path) -> None:
     recipes = [recipe(tmp_path / name) for name in ("first", "second", "third")]
     with pytest.raises(ConfigError, match="no checkpoint to go on from"):
         plan_stages(recipes, resume=True)
@@ -401,7 +412,7 @@ def test_resuming_a_pipeline_skips_finished_stages(tmp_path):
     assert not any(stage.finished for stage in plan_stages(recipes))
 
 
-def test_resume_auto_in_a_recipe_reuses_its_folder(tmp_path):
+def test_resume_auto_in_a_recipe_reuses_its_folder(tmp_path: Path) -> None:
     (stage,) = plan_stages([recipe(tmp_path / "run", resume="auto")])
     assert stage.recipe.train.resume_from_checkpoint == "auto"
     assert stage.recipe.reuses_folder
@@ -410,8 +421,8 @@ def test_resume_auto_in_a_recipe_reuses_its_folder(tmp_path):
     assert not plan_stages([recipe(tmp_path / "run", resume="auto")])[0].finished
 
 
-def test_the_fingerprint_holds_the_arguments_of_rewards(tiny_model_path, tmp_path):
-    def fingerprint(budget: int) -> dict:
+def test_the_fingerprint_holds_the_arguments_of_rewards(tiny_model_path: Path, tmp_path: Path) -> None:
+    def fingerprint(budget: int) -> dict[str, Any]:
         trainer = build_trainer(
             Recipe.parse(
                 {

@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlqwen import (
     DPOConfig,
@@ -25,6 +27,8 @@ from rlqwen import (
     SFTTrainer,
 )
 from rlqwen.cli import main
+from rlqwen.config import Recipe
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
 from rlqwen.runs.verification import Comparison, Difference, compare_runs
@@ -57,35 +61,35 @@ ONLINE = {
 }
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def lora(**options):
+def lora(**options: Any) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.1, **options)
 
 
-def sft(model, folder, *, peft_config=None, train=CHATS, **options):
+def sft(model: Path, folder: Path, *, peft_config: Any | None = None, train: Any = CHATS, **options: Any) -> SFTTrainer:
     args = SFTConfig(**SHARED | {"output_dir": str(folder)} | options)
     return SFTTrainer(str(model), args, train, CHATS[:4], peft_config=peft_config)
 
 
-def dpo(model, folder, *, peft_config=None, **options):
+def dpo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> DPOTrainer:
     args = DPOConfig(**SHARED | {"output_dir": str(folder)} | options)
     return DPOTrainer(str(model), None, args, PAIRS, PAIRS[:3], peft_config=peft_config)
 
 
-def reward(model, folder, *, peft_config=None, **options):
+def reward(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> RewardTrainer:
     args = RewardConfig(**SHARED | {"output_dir": str(folder)} | options)
     return RewardTrainer(str(model), args, PAIRS, PAIRS[:3], peft_config=peft_config)
 
 
-def grpo(model, folder, *, peft_config=None, **options):
+def grpo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> GRPOTrainer:
     args = GRPOConfig(**SHARED | ONLINE | {"output_dir": str(folder), "num_generations": 4} | options)
     return GRPOTrainer(str(model), prefers_even, args, PROMPTS, PROMPTS[:3], peft_config=peft_config)
 
 
-def ppo(model, folder, *, peft_config=None, **options):
+def ppo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> PPOTrainer:
     args = PPOConfig(**SHARED | ONLINE | {"output_dir": str(folder)} | options)
     return PPOTrainer(str(model), prefers_even, args, PROMPTS, PROMPTS[:3], peft_config=peft_config)
 
@@ -123,7 +127,7 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[Any]:
     """Use one thread, as in the forked child, so that sums are computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -137,19 +141,19 @@ class KillAfter(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= self.step and "loss" in kwargs["logs"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_and_die(make, step):
+def train_and_die(make: Any, step: int) -> None:
     trainer = make()
     trainer.callbacks.append(KillAfter(step))
     trainer.train()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_and_resumed_run_is_bitwise_equal(tiny_model_path, tmp_path, name):
+def test_a_killed_and_resumed_run_is_bitwise_equal(tiny_model_path: Path, tmp_path: Path, name: str) -> None:
     kind, options = CASES[name]
     straight = kind(tiny_model_path, tmp_path / "straight", **options)
     straight.train()
@@ -173,13 +177,15 @@ def test_a_killed_and_resumed_run_is_bitwise_equal(tiny_model_path, tmp_path, na
 class SignalAtTheEnd(TrainerCallback):
     """Send SIGTERM to rank 1 alone, after the last update."""
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model_path, tmp_path):
-    def train():
+def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model_path: Path, tmp_path: Path) -> None:
+    def train() -> tuple[str, bool]:
         trainer = sft(tiny_model_path, tmp_path, per_device_train_batch_size=2, max_steps=1)
         trainer.callbacks.append(SignalAtTheEnd())
         with pytest.raises(Preempted) as caught:
@@ -190,10 +196,10 @@ def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model
     assert run_ranks(train) == [(f"stopped: {ended}", True), (f"SIGTERM: {ended}", True)]
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(tiny_model_path, tmp_path):
+def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(tiny_model_path: Path, tmp_path: Path) -> None:
     options = {"per_device_train_batch_size": 2, "peft_config": lora()}
 
-    def train(folder, **more):
+    def train(folder: Path, **more: Any) -> None:
         sft(tiny_model_path, folder, **options, **more).train()
 
     run_ranks(lambda: train(tmp_path / "straight"))
@@ -239,7 +245,7 @@ def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKIL
         if kill_at is not None:
             step = DPOTrainer.step
 
-            def step_and_kill(self, rows):
+            def step_and_kill(self: Any, rows: Sequence[Row]) -> dict[str, float]:
                 if self.state.global_step == kill_at:
                     os.kill(os.getpid(), number)
                 return step(self, rows)
@@ -250,7 +256,9 @@ def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKIL
     return run_forked(child)
 
 
-def test_a_pipeline_resumes_where_it_was_interrupted(tiny_model_path, tmp_path, capfd):
+def test_a_pipeline_resumes_where_it_was_interrupted(
+    tiny_model_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
     straight = cli_recipes(tmp_path / "straight", tiny_model_path)
@@ -277,7 +285,7 @@ def test_a_pipeline_resumes_where_it_was_interrupted(tiny_model_path, tmp_path, 
     assert "finished already" in capfd.readouterr().out
 
 
-def test_compare_runs_lists_differences(tiny_model_path, tmp_path):
+def test_compare_runs_lists_differences(tiny_model_path: Path, tmp_path: Path) -> None:
     sft(tiny_model_path, tmp_path / "one").train()
     sft(tiny_model_path, tmp_path / "other", learning_rate=2.9e-3).train()
     comparison = compare_runs(tmp_path / "one", tmp_path / "other")
@@ -291,9 +299,15 @@ def test_compare_runs_lists_differences(tiny_model_path, tmp_path):
 
 @pytest.mark.parametrize(("size", "code", "verdict"), [(None, 0, "exact: "), (0.5, 1, "not exact: 1 differences")])
 def test_verify_resume_prints_the_verdict_and_sets_the_exit_code(
-    tiny_model_path, tmp_path, monkeypatch, capsys, size, code, verdict
-):
-    def verify(recipe, *, steps, announce):
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    size: float | None,
+    code: int,
+    verdict: str,
+) -> None:
+    def verify(recipe: Recipe, *, steps: int, announce: Callable[[str], None]) -> Comparison:
         assert (recipe.algorithm, steps) == ("sft", 6)
         found = [] if size is None else [Difference("loss (1.0 and 1.5)", 3, size)]
         return Comparison(found, num_metrics=10, num_weights=1000)

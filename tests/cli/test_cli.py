@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlqwen import __version__
 from rlqwen.cli import main, session
-from rlqwen.config import RewardSpec
+from rlqwen.config import Recipe, RewardSpec
 from rlqwen.config.recipe_yaml import load_recipe, load_recipes
 from rlqwen.errors import ConfigError, Interrupted, Preempted, RewardFailure, RewardSpecError
 from rlqwen.evaluation import EvalConfig, evaluation_config
@@ -43,7 +44,7 @@ output_dir: runs/grpo
 
 
 @pytest.fixture
-def recipes(tiny_model_path, tmp_path, monkeypatch) -> Path:
+def recipes(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a working directory with sft.yaml and grpo.yaml on a tiny model."""
     monkeypatch.chdir(tmp_path)
     # The command line's own SIGTERM handler and environment must not outlive a test.
@@ -58,12 +59,12 @@ def recipes(tiny_model_path, tmp_path, monkeypatch) -> Path:
 class FakeTrainer:
     """Replace a trainer to test what happens around one; log two steps and write a summary."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
 
-    def train(self):
+    def train(self) -> None:
         with MetricLogger(self.output_dir, total_steps=2, algorithm=self.recipe.algorithm) as logger:
             for step in (1, 2):
                 logger.log(step, {"loss": 1.0 / step})
@@ -79,7 +80,7 @@ class FakeTrainer:
 
 
 @pytest.fixture
-def fake_trainers(monkeypatch):
+def fake_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlqwen.trainers.factory.build_trainer", FakeTrainer)
 
 
@@ -87,12 +88,12 @@ def fake_trainers(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "-h"], ["eval", "--help"], ["recipes", "copy", "--help"]])
-def test_help_everywhere(words, capsys):
+def test_help_everywhere(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     assert "Usage: rlqwen" in capsys.readouterr().out
 
 
-def test_help_answers_within_a_second_and_without_torch():
+def test_help_answers_within_a_second_and_without_torch() -> None:
     command = "import sys; from rlqwen.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     seconds = []  # of processor time, which other work does not lengthen
     for _ in range(3):
@@ -103,12 +104,12 @@ def test_help_answers_within_a_second_and_without_torch():
     assert min(seconds) < 1.0  # 0.2 measured
 
 
-def test_version(capsys):
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rlqwen {__version__}\n"
 
 
-def test_rewards_are_listed_with_origin_and_doc(capsys):
+def test_rewards_are_listed_with_origin_and_doc(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rewards"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy"))
     assert f"rlqwen {__version__}" in line
@@ -124,7 +125,9 @@ def test_rewards_are_listed_with_origin_and_doc(capsys):
         ("advantages", "rloo", ""),
     ],
 )
-def test_plugins_of_each_kind_are_listed_with_origin_and_doc(capsys, command, name, about):
+def test_plugins_of_each_kind_are_listed_with_origin_and_doc(
+    capsys: pytest.CaptureFixture[str], command: str, name: str, about: str
+) -> None:
     assert main([command]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert f"rlqwen {__version__}" in line
@@ -132,13 +135,15 @@ def test_plugins_of_each_kind_are_listed_with_origin_and_doc(capsys, command, na
     assert len(line.split(__version__)[1].strip()) > 20  # the first line of its docstring
 
 
-def test_an_empty_list_is_a_plain_sentence(capsys, monkeypatch):
+def test_an_empty_list_is_a_plain_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlqwen.plugins.kinds.ENGINES.discover", dict)
     assert main(["engines"]) == 0
     assert capsys.readouterr().out.startswith("No rollout engines are registered: ")
 
 
-def test_a_reward_that_two_packages_register_is_listed_as_unusable(capsys, monkeypatch):
+def test_a_reward_that_two_packages_register_is_listed_as_unusable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rlqwen.plugins.registry import PluginEntry
 
     entry = PluginEntry("accuracy", "a:b", "alpha", "1", conflict="registered by more than one package: alpha, beta")
@@ -147,7 +152,7 @@ def test_a_reward_that_two_packages_register_is_listed_as_unusable(capsys, monke
     assert "unusable: registered by more than one package: alpha, beta" in capsys.readouterr().out
 
 
-def test_recipes_are_listed_and_copied(capsys, tmp_path):
+def test_recipes_are_listed_and_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["recipes"]) == 0
     assert "quickstart_grpo" in capsys.readouterr().out
     assert main(["recipes", "copy", "quickstart_sft", str(tmp_path)]) == 0
@@ -177,14 +182,18 @@ def test_recipes_are_listed_and_copied(capsys, tmp_path):
         (["frobnicate"], "No such command"),
     ],
 )
-def test_bad_input_ends_with_2_and_one_message(recipes, capsys, words, message):
+def test_bad_input_ends_with_2_and_one_message(
+    recipes: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
 
 
-def test_check_prints_what_it_found_and_ends_with_2_if_anything_is_wrong(recipes, capsys):
+def test_check_prints_what_it_found_and_ends_with_2_if_anything_is_wrong(
+    recipes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check", "sft.yaml", "grpo.yaml"]) == 0
     printed = capsys.readouterr().out
     assert "runs/sft (sft)  ok" in printed
@@ -199,7 +208,7 @@ def test_check_prints_what_it_found_and_ends_with_2_if_anything_is_wrong(recipes
 # Run
 
 
-def test_run_trains_and_shows_metrics_and_files(recipes, capsys):
+def test_run_trains_and_shows_metrics_and_files(recipes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "sft.yaml", "train.disable_tqdm=true"]) == 0
     printed = capsys.readouterr().out
     for part in ("8 sequences per update", "step 1/2", "step 2/2", "perplexity", "runs/sft/final/", "rlqwen run GRPO"):
@@ -210,7 +219,9 @@ def test_run_trains_and_shows_metrics_and_files(recipes, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_a_pipeline_leaves_a_summary_of_all_stages_in_the_shared_parent(recipes, fake_trainers, capsys):
+def test_a_pipeline_leaves_a_summary_of_all_stages_in_the_shared_parent(
+    recipes: Path, fake_trainers: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["run", "sft.yaml", "grpo.yaml"]) == 0
     summary = read_summary("runs")
     assert summary["algorithm"] == "sft+grpo"
@@ -221,12 +232,14 @@ def test_a_pipeline_leaves_a_summary_of_all_stages_in_the_shared_parent(recipes,
     assert "+0.500" in printed
 
 
-def test_one_run_leaves_nothing_in_the_parent(recipes, fake_trainers):
+def test_one_run_leaves_nothing_in_the_parent(recipes: Path, fake_trainers: list[Any]) -> None:
     assert main(["run", "grpo.yaml"]) == 0
     assert [path.name for path in Path("runs").iterdir()] == ["grpo"]
 
 
-def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_the_first_stage(recipes, fake_trainers):
+def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_the_first_stage(
+    recipes: Path, fake_trainers: list[Any]
+) -> None:
     Path("runs/grpo/final").mkdir(parents=True)
     with pytest.raises(ConfigError, match="'runs/grpo' holds a run already"):
         pipeline.run_pipeline(load_recipes(["sft.yaml", "grpo.yaml"]), print)
@@ -245,8 +258,17 @@ def test_a_used_folder_of_a_later_stage_stops_the_pipeline_before_the_first_stag
     ],
     ids=["ours", "a bug", "input", "ctrl-c", "ctrl-c that saved", "sigterm"],
 )
-def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, capsys, error, code, printed, logged):
-    def fail(trainer):
+def test_exit_codes_of_a_run_that_fails(
+    recipes: Path,
+    fake_trainers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    printed: str,
+    logged: bool,
+) -> None:
+    def fail(trainer: Any) -> None:
         raise error
 
     monkeypatch.setattr(FakeTrainer, "train", fail)
@@ -260,12 +282,16 @@ def test_exit_codes_of_a_run_that_fails(recipes, fake_trainers, monkeypatch, cap
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_a_stopped_run_does_not_offer_to_resume_the_run_it_was_to_replace(
-    recipes, fake_trainers, monkeypatch, capsys, moved
-):
+    recipes: Path,
+    fake_trainers: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moved: bool,
+) -> None:
     folder = Path("runs/sft")
     leave_a_run(folder)
 
-    def stop(trainer):
+    def stop(trainer: Any) -> None:
         if moved:
             move_run_aside(folder)
             (folder / "checkpoints" / "step-000001").mkdir(parents=True)
@@ -284,9 +310,9 @@ def leave_a_run(folder: Path) -> None:
 
 
 def test_a_stopped_run_prints_its_resume_command_with_the_users_own_arguments(
-    recipes, fake_trainers, monkeypatch, capsys
-):
-    def stop(trainer):
+    recipes: Path, fake_trainers: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(trainer: Any) -> None:
         (trainer.output_dir / "checkpoints" / "step-000003").mkdir(parents=True)
         raise Interrupted("Ctrl-C: saved after update 3")
 
@@ -298,7 +324,7 @@ def test_a_stopped_run_prints_its_resume_command_with_the_users_own_arguments(
     )
 
 
-def test_run_says_what_it_loads_before_torch_is_imported(recipes):
+def test_run_says_what_it_loads_before_torch_is_imported(recipes: Path) -> None:
     """The first line comes from a process that has not imported torch yet, before the import takes its seconds."""
     program = (
         "import sys\n"
@@ -315,7 +341,7 @@ def test_run_says_what_it_loads_before_torch_is_imported(recipes):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
-def test_a_signal_ends_the_run_through_its_cleanup(recipes, number, code):
+def test_a_signal_ends_the_run_through_its_cleanup(recipes: Path, number: int, code: int) -> None:
     """A fake trainer waits in a process of its own; its `finally` must run."""
     program = (
         "import signal, sys, time, types, pathlib\n"
@@ -346,7 +372,7 @@ def test_a_signal_ends_the_run_through_its_cleanup(recipes, number, code):
 # Eval
 
 
-def test_eval_takes_from_a_recipe_what_the_options_leave_open(recipes, tiny_model_path):
+def test_eval_takes_from_a_recipe_what_the_options_leave_open(recipes: Path, tiny_model_path: Path) -> None:
     config = evaluation_config("m", "grpo.yaml", num_samples=4, temperature=None, max_tokens=None)
     assert (config.temperature, config.max_tokens, config.num_samples) == (0.7, 8, 4)
     assert config.rewards == [RewardSpec(name="accuracy"), RewardSpec(name="format", args={"require": "boxed"})]
@@ -359,7 +385,7 @@ def test_eval_takes_from_a_recipe_what_the_options_leave_open(recipes, tiny_mode
         evaluation_config("m", "grpo.yaml", source={"split": "test", "system_prompt": None})
 
 
-def test_eval_reads_a_data_file_by_column_map():
+def test_eval_reads_a_data_file_by_column_map() -> None:
     config = evaluation_config(
         "m", "rows.jsonl", reward_names="accuracy", columns=["prompt=question"], source={"system_prompt": "Be brief."}
     )
@@ -368,7 +394,9 @@ def test_eval_reads_a_data_file_by_column_map():
     assert config.data.system_prompt == "Be brief."
 
 
-def test_eval_prints_one_json_object_and_nothing_else(recipes, tiny_model_path, capsys):
+def test_eval_prints_one_json_object_and_nothing_else(
+    recipes: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["eval", str(tiny_model_path), "--data", "grpo.yaml", "-k", "2", "--limit", "3", "--json"]
     assert main(words) == 0
     result = json.loads(capsys.readouterr().out)
@@ -383,8 +411,10 @@ def test_eval_prints_one_json_object_and_nothing_else(recipes, tiny_model_path, 
 
 
 @pytest.mark.fault("Ctrl-C in the middle of an import, which makes another error of it", "exit code 130 and one line")
-def test_an_interrupt_that_surfaces_as_another_error_is_reported_as_an_interrupt(recipes, monkeypatch, capsys):
-    def import_something(words):
+def test_an_interrupt_that_surfaces_as_another_error_is_reported_as_an_interrupt(
+    recipes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def import_something(words: tuple[str, ...]) -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -401,7 +431,7 @@ def test_an_interrupt_that_surfaces_as_another_error_is_reported_as_an_interrupt
     assert capsys.readouterr().err == "rlqwen: interrupted\n"
 
 
-def test_warnings_of_rlqwen_are_printed_without_file_and_code():
+def test_warnings_of_rlqwen_are_printed_without_file_and_code() -> None:
     format_warning = session._one_line(lambda message, category, filename, *rest: f"{filename}: {message}\n")
     own = str(Path(session.__file__).parents[1] / "rollout" / "engine.py")
     assert format_warning(UserWarning("workers compute in bfloat16"), UserWarning, own, 1, None) == (

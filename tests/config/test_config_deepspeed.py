@@ -1,7 +1,9 @@
 """Test a user's ds_config: it is adopted, completed, and refused if it contradicts the config."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +32,11 @@ GIVEN = {
 }
 
 
-def schedule(kind, **params):
+def schedule(kind: str, **params: Any) -> dict[str, dict[str, Any]]:
     return {"scheduler": {"type": kind, "params": params}}
 
 
-def test_auto_values_are_filled_in_from_the_config():
+def test_auto_values_are_filled_in_from_the_config() -> None:
     args = SFTConfig(deepspeed=AUTO, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     assert args.bf16
     assert (args.parallel.zero_stage, args.parallel.offload_optimizer) == (2, True)
@@ -45,7 +47,7 @@ def test_auto_values_are_filled_in_from_the_config():
     assert config["bf16"]["enabled"]
 
 
-def test_values_of_a_ds_config_file_are_adopted(tmp_path):
+def test_values_of_a_ds_config_file_are_adopted(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(GIVEN))
     args = GRPOConfig(parallel={"deepspeed": str(tmp_path / "ds.json")}, num_generations=8)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 4)
@@ -80,12 +82,12 @@ def test_values_of_a_ds_config_file_are_adopted(tmp_path):
         ({}, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "do not divide"),
     ],
 )
-def test_contradictions_name_both_keys(ours, theirs, named):
+def test_contradictions_name_both_keys(ours: dict[str, Any], theirs: Path, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         SFTConfig(deepspeed=theirs, **ours)
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_and_a_stray_auto_are_refused():
+def test_a_batch_that_does_not_divide_by_the_ranks_and_a_stray_auto_are_refused() -> None:
     args = SFTConfig(deepspeed={"train_batch_size": 8}, per_device_train_batch_size=2)
     with pytest.raises(ConfigError, match="train_batch_size of the ds_config is 8, but the batch is 16"):
         complete_ds_config(args, data_size=2, hidden_size=8, dtype="fp32")
@@ -94,14 +96,14 @@ def test_a_batch_that_does_not_divide_by_the_ranks_and_a_stray_auto_are_refused(
         complete_ds_config(args, data_size=1, hidden_size=8, dtype="fp32")
 
 
-def test_offloading_needs_a_stage_that_shards_it():
+def test_offloading_needs_a_stage_that_shards_it() -> None:
     with pytest.raises(ConfigError, match="needs zero_stage 1, 2 or 3"):
         SFTConfig(parallel={"offload_optimizer": True})
     with pytest.raises(ConfigError, match="needs zero_stage 3"):
         SFTConfig(parallel={"zero_stage": 2, "offload_parameters": True})
 
 
-def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window():
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window() -> None:
     scale = LossScale(True, {"initial_scale_power": 3, "loss_scale_window": 2})
     scale.update(overflow=True)
     assert scale.value == 4
@@ -115,7 +117,7 @@ def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window():
     assert LossScale(True, {"loss_scale": 128}).value == 128
 
 
-def test_hysteresis_delays_the_halving_of_the_loss_scale():
+def test_hysteresis_delays_the_halving_of_the_loss_scale() -> None:
     """DeepSpeed's `hysteresis` is counted again after a doubling, or after every update with
     `consecutive_hysteresis`."""
     for consecutive, values in ((False, [8, 8, 4]), (True, [8, 8, 8])):
@@ -143,7 +145,7 @@ def test_hysteresis_delays_the_halving_of_the_loss_scale():
         ),
     ],
 )
-def test_learning_rates_equal_those_of_deepspeeds_scheduler(kind, params):
+def test_learning_rates_equal_those_of_deepspeeds_scheduler(kind: str, params: dict[str, Any]) -> None:
     """Compare with DeepSpeed's own class; the rates of a second parameter group keep their ratio to the first's."""
     args = SFTConfig(deepspeed=schedule(kind, **params), **{} if "warmup_max_lr" in params else {"learning_rate": 1e-3})
     theirs = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
@@ -159,7 +161,7 @@ def test_learning_rates_equal_those_of_deepspeeds_scheduler(kind, params):
         ours_schedule.step()
 
 
-def test_auto_values_of_a_scheduler_come_from_the_run():
+def test_auto_values_of_a_scheduler_come_from_the_run() -> None:
     auto = schedule("WarmupDecayLR", warmup_min_lr="auto", warmup_max_lr="auto", warmup_num_steps="auto",
                     total_num_steps="auto")  # fmt: skip
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -172,7 +174,7 @@ def test_auto_values_of_a_scheduler_come_from_the_run():
     assert rates == pytest.approx([0.0, 1.0, 1.0, 0.5, 0.0])
 
 
-def test_every_key_has_an_effect_or_is_named():
+def test_every_key_has_an_effect_or_is_named() -> None:
     given = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1,
                                                   "fused": True, "torch_adam": True}},
@@ -197,7 +199,7 @@ def test_every_key_has_an_effect_or_is_named():
     assert SFTConfig().parallel.unused_note() is None
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_without_an_engine_too():
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_without_an_engine_too() -> None:
     args = SFTConfig(deepspeed={"train_batch_size": 8}, per_device_train_batch_size=2)
     part = ParameterGroup("policy", [torch.nn.Parameter(torch.zeros(1))], 1.0)
     two = SimpleNamespace(data_size=2)  # ranks that the config was not made for
@@ -205,7 +207,9 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_without_an_engine_
         build_optimizer_step([part], args, total_updates=1, ranks=two)
 
 
-def test_check_and_run_name_unused_ds_config_keys(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_check_and_run_name_unused_ds_config_keys(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     recipe = {

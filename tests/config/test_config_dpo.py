@@ -1,4 +1,4 @@
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from trl import DPOConfig as TRLConfig
@@ -8,7 +8,7 @@ from rlqwen.config.dpo import LossName
 from rlqwen.errors import ConfigError
 
 
-def test_defaults_of_dpo_equal_trls():
+def test_defaults_of_dpo_equal_trls() -> None:
     theirs = TRLConfig.__dataclass_fields__
     ours = DPOConfig()
     shared = [
@@ -20,13 +20,13 @@ def test_defaults_of_dpo_equal_trls():
     assert ours.loss_type == theirs["loss_type"].default_factory()
 
 
-def test_loss_type_takes_one_loss_or_several():
+def test_loss_type_takes_one_loss_or_several() -> None:
     assert DPOConfig(loss_type="ipo").loss_type == ["ipo"]
     assert DPOConfig(loss_type=["ipo", "sft"], loss_weights=[1, 2]).weighted_losses == [("ipo", 1), ("sft", 2)]
     assert DPOConfig(loss_type=["ipo", "sft"]).weighted_losses == [("ipo", 1), ("sft", 1)]
 
 
-def test_losses_say_whether_they_need_a_reference_or_pairs():
+def test_losses_say_whether_they_need_a_reference_or_pairs() -> None:
     every = get_args(LossName)
     configs = {name: DPOConfig(loss_type=name, label_smoothing=0.1 if name == "exo_pair" else 0) for name in every}
     assert {name for name, config in configs.items() if not config.needs_reference} == {"sft", "simpo", "cpo", "orpo"}
@@ -60,6 +60,6 @@ def test_losses_say_whether_they_need_a_reference_or_pairs():
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
-def test_wrong_combinations_are_refused_with_the_reason(options, message):
+def test_wrong_combinations_are_refused_with_the_reason(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DPOConfig(**options)

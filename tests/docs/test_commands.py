@@ -158,14 +158,14 @@ def commands() -> list[str]:
     return [line for line in dict.fromkeys(bare) if COMMAND.fullmatch(line)]
 
 
-def test_every_command_of_the_pages_has_a_small_form():
+def test_every_command_of_the_pages_has_a_small_form() -> None:
     found = [line for line in commands() if not line.startswith("make ")]
     assert sorted(set(found) - set(SMALL)) == [], "give them a small form in SMALL"
     assert sorted(set(SMALL) - set(found)) == [], "no page names them any more"
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
-def test_make_knows_the_target(line):
+def test_make_knows_the_target(line: str) -> None:
     done = subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -250,7 +250,9 @@ def prepare(line: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line, how in SMALL.items() if isinstance(how, list)])
-def test_the_command_runs(line, files, monkeypatch, capfd):
+def test_the_command_runs(
+    line: str, files: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(files)
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     prepare(line)
@@ -267,7 +269,7 @@ def test_the_command_runs(line, files, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_the_script_of_the_readme_trains(files, monkeypatch):
+def test_the_script_of_the_readme_trains(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own text; the model, the data set and the size of the run are others."""
     import datasets
 
@@ -290,7 +292,7 @@ def test_the_script_of_the_readme_trains(files, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_package_of_the_guide_is_listed_as_a_reward(tmp_path):
+def test_the_package_of_the_guide_is_listed_as_a_reward(tmp_path: Path) -> None:
     (project,) = blocks("docs/rewards.md", "toml")
     (module,) = [block for block in blocks("docs/rewards.md", "python") if block.startswith("# my_reward.py")]
     (tmp_path / "package").mkdir()

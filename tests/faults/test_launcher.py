@@ -32,7 +32,7 @@ time.sleep(1000)
 DEADLINE_S = PATIENCE_S
 
 
-def run(fault, capfd, num_ranks=2):
+def run(fault: str, capfd: pytest.CaptureFixture[str], num_ranks: int = 2) -> tuple[int, str]:
     started = time.monotonic()
     code = launch([sys.executable, "-c", PROGRAM.format(fault=fault)], num_ranks)
     assert time.monotonic() - started < DEADLINE_S
@@ -41,7 +41,7 @@ def run(fault, capfd, num_ranks=2):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("a rank raises", "the others end soon; its error alone is shown")
-def test_a_rank_that_raises_ends_the_others(capfd):
+def test_a_rank_that_raises_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     code, shown = run("sys.exit('rank 1 has found a fault') or None", capfd)
     assert code == 1
     assert shown.index("rank 1 has found a fault") >= 0
@@ -51,7 +51,7 @@ def test_a_rank_that_raises_ends_the_others(capfd):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("SIGKILL of a rank", "the others end soon; the signal is named")
-def test_a_rank_that_is_killed_ends_the_others(capfd):
+def test_a_rank_that_is_killed_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     code, shown = run("os.kill(os.getpid(), signal.SIGKILL)", capfd)
     assert code == 128 + signal.SIGKILL
     assert "rank 1 of 2 ended first: killed by SIGKILL" in shown
@@ -60,7 +60,7 @@ def test_a_rank_that_is_killed_ends_the_others(capfd):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("SIGKILL of the launcher of ranks", "the ranks end: no orphans")
-def test_ranks_end_with_their_launcher(tmp_path):
+def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
     child = (
         "import os, sys, time; from rlqwen.runs.supervisor import end_with_supervisor; end_with_supervisor();"
         "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid())); time.sleep(1000)"
@@ -79,7 +79,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
             time.sleep(0.05)
 
 
-def alive(pid):
+def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,5 +1,7 @@
 """Inject dying ranks: the other ranks never wait for them."""
 
+from pathlib import Path
+
 import pytest
 
 from rlqwen.checkpoint.atomic_folder import find_fault
@@ -25,7 +27,7 @@ from tests.ranked import launch, run_on_two_ranks
         ),
     ],
 )
-def test_a_rank_that_is_killed_ends_the_others(case, dead, tiny_model_path, tmp_path):
+def test_a_rank_that_is_killed_ends_the_others(case: str, dead: int, tiny_model_path: Path, tmp_path: Path) -> None:
     done = launch([case], tiny_model_path, tmp_path)
     assert done.returncode != 0
     assert f"rank      : {dead} (local_rank: {dead})" in done.stderr.partition("Root Cause")[2]
@@ -36,7 +38,7 @@ def test_a_rank_that_is_killed_ends_the_others(case, dead, tiny_model_path, tmp_
 @pytest.mark.fault(
     "SIGKILL of the main rank's rollout workers, which may not be started again", "one error, and the other rank leaves"
 )
-def test_dead_rollout_workers_end_all_ranks(tiny_model_path, tmp_path):
+def test_dead_rollout_workers_end_all_ranks(tiny_model_path: Path, tmp_path: Path) -> None:
     """Check also that, before the fault, the main rank synced its weights to vLLM and trained like the other rank."""
     main, other = run_on_two_ranks(["vllm", "kill_the_workers"], tiny_model_path, tmp_path)
     gaps = [entry["sync/canary_gap"] for entry in main["vllm"]["history"] if "sync/canary_gap" in entry]
@@ -53,7 +55,7 @@ def test_dead_rollout_workers_end_all_ranks(tiny_model_path, tmp_path):
     "a symptom that stops a run, one that rolls it back, on two ranks",
     "both stop after one whole checkpoint; both go back, and end with equal weights",
 )
-def test_the_monitor_acts_on_both_ranks(tiny_model_path, tmp_path):
+def test_the_monitor_acts_on_both_ranks(tiny_model_path: Path, tmp_path: Path) -> None:
     ranks = run_on_two_ranks(["stopped", "blown_up"], tiny_model_path, tmp_path)
     for rank in ranks:
         assert rank["stopped"]["error"] == "WatchStop"

@@ -2,16 +2,21 @@
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlqwen import GRPOConfig, GRPOTrainer
 from rlqwen.config import ScoringConfig
+from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import read_metrics
 from rlqwen.rewards import Scorer
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.trainers.data_stream import RowStream
+from rlqwen.types import GroupRequest, Prompt
 from tests.patience import PATIENCE_S
 from tests.ranked import SUMS, prefers_even
 
@@ -19,10 +24,10 @@ from tests.ranked import SUMS, prefers_even
 class SlowToLeave:
     """Sample until cancelled, and react to the cancel with a short delay."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begun, self.cancelled, self.is_sampling = threading.Event(), threading.Event(), False
 
-    def generate(self, requests):
+    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Any]:
         self.is_sampling = True
         self.begun.set()
         assert self.cancelled.wait(PATIENCE_S)
@@ -30,14 +35,14 @@ class SlowToLeave:
         self.is_sampling = False
         yield from ()
 
-    def cancel(self):
+    def cancel(self) -> None:
         self.cancelled.set()
 
 
 @pytest.mark.fault(
     "draws ahead are given up while one is sampled", "no thread samples beside the sync and the draw that come next"
 )
-def test_sampling_stops_when_prefetches_are_discarded():
+def test_sampling_stops_when_prefetches_are_discarded() -> None:
     engine = SlowToLeave()
     ahead = Prefetcher(engine)
     with Scorer([], ScoringConfig()) as scorer:
@@ -58,7 +63,7 @@ ROLLBACK = {"mismatch": {"action": "rollback", "threshold": 2.0}}
     "weights blown up in a run that draws ahead (rollout.max_staleness)",
     "rolled back; what was drawn from those weights is given up; no row trained twice or left out",
 )
-def test_a_rollback_discards_prefetched_groups(tiny_model_path, tmp_path):
+def test_a_rollback_discards_prefetched_groups(tiny_model_path: Path, tmp_path: Path) -> None:
     config = GRPOConfig(
         output_dir=str(tmp_path), max_steps=7, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=6, learning_rate=1e-4, save_strategy="steps", save_steps=2, watch=ROLLBACK,
@@ -69,7 +74,7 @@ def test_a_rollback_discards_prefetched_groups(tiny_model_path, tmp_path):
     steps, trained = [], []
     update, next_groups = trainer.update, trainer.next_groups
 
-    def poisoned(micro_batches):
+    def poisoned(micro_batches: Sequence[PackedBatch]) -> Any:
         result = update(micro_batches)
         steps.append(trainer.state.global_step)
         if len(steps) == 5:
@@ -77,7 +82,7 @@ def test_a_rollback_discards_prefetched_groups(tiny_model_path, tmp_path):
                 trainer.policy.base_model.model.norm.weight.mul_(1000.0)
         return result
 
-    def noted(prompts_P):
+    def noted(prompts_P: Sequence[Prompt]) -> Any:
         groups, metrics = next_groups(prompts_P)
         trained.append((groups, metrics["groups/staleness"], trainer.rollouts.sampler.version))
         return groups, metrics

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -69,7 +70,7 @@ class Run:
     def family(self) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _mark_of(process) == self.mark]
 
-    def wait_for(self, moment) -> None:
+    def wait_for(self, moment: Any) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not moment(self):
             assert self.process.poll() is None, self.log.read_text()
@@ -108,7 +109,7 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture
-def start(tmp_path, tiny_model_path) -> Iterator:
+def start(tmp_path: Path, tiny_model_path: Path) -> Iterator:
     """Return a function that starts `rlqwen run` on a recipe; kill remaining processes at the end."""
     started = []
 
@@ -177,7 +178,7 @@ MOMENTS = {
         for moment in MOMENTS
     ],
 )
-def test_ctrl_c(start, moment):
+def test_ctrl_c(start: Iterator, moment: Any) -> None:
     run = start(SFT)
     run.wait_for(MOMENTS[moment])
     os.killpg(run.process.pid, signal.SIGINT)
@@ -215,7 +216,7 @@ ROLLOUT_MOMENTS = [
         for moment, *case in ROLLOUT_MOMENTS
     ],
 )
-def test_ctrl_c_with_rollouts(start, to, reached, pause, words):
+def test_ctrl_c_with_rollouts(start: Iterator, to: Any, reached: Any, pause: float, words: tuple[str, ...]) -> None:
     run = start(GRPO, *words, pause=pause)
     run.wait_for(reached)
     if to == "group":
@@ -229,7 +230,7 @@ def test_ctrl_c_with_rollouts(start, to, reached, pause, words):
 @pytest.mark.fault(
     "SIGTERM in training, then --resume", "exit code 75 with all saved; the run goes on from there to its end"
 )
-def test_sigterm_and_resume(start):
+def test_sigterm_and_resume(start: Iterator) -> None:
     run = start(SFT, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     run.process.send_signal(signal.SIGTERM)
@@ -250,7 +251,7 @@ def test_sigterm_and_resume(start):
 @pytest.mark.fault(
     "Ctrl-C in training, then the command that it printed", "exit code 130 with all saved; the run goes on to its end"
 )
-def test_ctrl_c_saves_and_the_printed_command_resumes(start, words):
+def test_ctrl_c_saves_and_the_printed_command_resumes(start: Iterator, words: tuple[str, ...]) -> None:
     run = start(SFT, *words, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     os.killpg(run.process.pid, signal.SIGINT)
@@ -268,7 +269,7 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(start, words):
     "Ctrl-C, or a terminal that is closed, in a run with rollouts",
     "the update in progress is finished by the workers, which get the signal too, and saved",
 )
-def test_a_signal_to_all_processes_of_a_run_with_rollouts(start, number, code):
+def test_a_signal_to_all_processes_of_a_run_with_rollouts(start: Iterator, number: int, code: int) -> None:
     run = start(GRPO, *SHORT, "train.save_steps=500")
     run.wait_for(has_logged)
     os.killpg(run.process.pid, number)
@@ -279,7 +280,7 @@ def test_a_signal_to_all_processes_of_a_run_with_rollouts(start, number, code):
 @pytest.mark.fault(
     "SIGKILL of a supervised run (--max-restarts)", "started again from its last checkpoint, done, exit code 0, noted"
 )
-def test_a_supervised_run_survives_a_kill(start):
+def test_a_supervised_run_survives_a_kill(start: Iterator) -> None:
     run = start(SFT, "--max-restarts", "2", "train.save_steps=5", steps=60)
     run.wait_for(lambda run: has_logged(run, 12))
     (child,) = (process for process in run.family() if process.ppid() == run.process.pid)
@@ -295,7 +296,7 @@ def test_a_supervised_run_survives_a_kill(start):
 @pytest.mark.fault(
     "SIGKILL of one of two ranks of a supervised run", "both end, both start again, done, exit code 0, noted"
 )
-def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start):
+def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start: Iterator) -> None:
     run = start(SFT, "--nproc-per-node", "2", "--max-restarts", "1", "train.save_steps=5", steps=40)
     run.wait_for(lambda run: has_logged(run, 12))
     (rank,) = (process for process in run.family() if process.environ().get("RANK") == "1")
@@ -306,7 +307,7 @@ def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("Ctrl-C of a supervised run", "passed on once: exit code 130, no restart, no process left")
-def test_ctrl_c_of_a_supervised_run(start):
+def test_ctrl_c_of_a_supervised_run(start: Iterator) -> None:
     run = start(SFT, "--max-restarts", "2")
     run.wait_for(has_logged)
     os.killpg(run.process.pid, signal.SIGINT)
@@ -318,7 +319,7 @@ def test_ctrl_c_of_a_supervised_run(start):
 @pytest.mark.fault(
     "an output folder that cannot be written to", "exit code 2 before a model is loaded, with the folder's name"
 )
-def test_an_output_folder_that_cannot_be_written_to(start):
+def test_an_output_folder_that_cannot_be_written_to(start: Iterator) -> None:
     run = start(SFT, "output_dir=/proc/rlqwen")  # root may write everywhere else
     run.expect(2, "'/proc/rlqwen' cannot be written to")
 
@@ -345,7 +346,7 @@ ray.shutdown()
 @pytest.mark.fault(
     "Ray's object store is full, and the disk that it spills to", "a ResourceError that says so, and what to do"
 )
-def test_a_full_object_store():
+def test_a_full_object_store() -> None:
     """Start a real Ray with a store of 80 MB and a simulated full disk; weights are stored as the pool does it."""
     folder = Path("/tmp") / f"rlq-{uuid.uuid4().hex[:6]}"  # Ray's sockets need a short path
     output = subprocess.run(

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -34,13 +36,13 @@ ROWS = [
 _CHANGING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def make(model, folder, **options):
+def make(model: Path, folder: Path, **options: Any) -> SFTTrainer:
     defaults = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "save_total_limit": 1}
     return SFTTrainer(str(model), SFTConfig(output_dir=str(folder), **defaults | options), ROWS)
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model_path, tmp_path_factory):
+def run(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a trainer after its fourth update, whose folder holds the checkpoint of the second."""
     folder = tmp_path_factory.mktemp("saves") / "run"
     trainer = make(tiny_model_path, folder, max_steps=3, lr_scheduler_type="constant")
@@ -52,12 +54,12 @@ def run(tiny_model_path, tmp_path_factory):
     return trainer
 
 
-def copy_of(run, folder: Path) -> Path:
+def copy_of(run: Path, folder: Path) -> Path:
     shutil.copytree(run.output_dir, folder)
     return folder
 
 
-def resume(model, folder, **options):
+def resume(model: Path, folder: Path, **options: Any) -> Any:
     """Resume to the fourth update, and return the checkpoint from which the run resumed."""
     trainer = make(model, folder, max_steps=4, lr_scheduler_type="constant", resume_allow_changes=True, **options)
     trainer.train(resume_from_checkpoint=True)
@@ -74,7 +76,7 @@ def kill_at(operation: int) -> list[str]:
             os.kill(os.getpid(), signal.SIGKILL)
         names.append(name)
 
-    def audit(event, arguments):
+    def audit(event: str, arguments: Any) -> None:
         writes = event == "open" and (set(str(arguments[1])) & set("wax+") or arguments[2] & os.O_CREAT)
         if writes or event in _CHANGING:
             happens(f"{event} {arguments[0]}")
@@ -88,7 +90,7 @@ def kill_at(operation: int) -> list[str]:
     return names
 
 
-def save_in(run, folder: Path, operation: int, log: Path) -> int:
+def save_in(run: Path, folder: Path, operation: int, log: Path) -> int:
     """Save the trainer's current state in `folder`, killed at an operation; return the exit code."""
 
     def child() -> None:
@@ -107,7 +109,7 @@ def save_in(run, folder: Path, operation: int, log: Path) -> int:
 @pytest.mark.parametrize(
     "every", [pytest.param(1, marks=pytest.mark.slow_fault, id="each"), pytest.param(9, id="some")]
 )
-def test_killed_at_each_file_operation_of_a_save(run, tiny_model_path, tmp_path, every):
+def test_killed_at_each_file_operation_of_a_save(run: Path, tiny_model_path: Path, tmp_path: Path, every: int) -> None:
     log = tmp_path / "operations"
     assert save_in(run, copy_of(run, tmp_path / "whole"), -1, log) == 0
     operations = log.read_text().splitlines()
@@ -131,7 +133,7 @@ def test_killed_at_each_file_operation_of_a_save(run, tiny_model_path, tmp_path,
 
 
 @pytest.mark.fault("a partial checkpoint that a killed save left behind", "it is not used, and deleted on going on")
-def test_a_left_over_partial_checkpoint(run, tiny_model_path, tmp_path):
+def test_a_left_over_partial_checkpoint(run: Path, tiny_model_path: Path, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
     partial = folder / "checkpoints" / ".step-000009.partial"
     shutil.copytree(folder / "checkpoints" / "step-000002", partial)
@@ -140,7 +142,7 @@ def test_a_left_over_partial_checkpoint(run, tiny_model_path, tmp_path):
     assert not partial.exists()
 
 
-def two_checkpoints(run, folder: Path) -> tuple[Path, Path]:
+def two_checkpoints(run: Path, folder: Path) -> tuple[Path, Path]:
     """Return the checkpoints of updates 2 and 3 in one folder."""
     older = copy_of(run, folder) / "checkpoints" / "step-000002"
     newer = older.with_name("step-000003")
@@ -172,7 +174,7 @@ DAMAGES = {
     "a note names the file, and the next older complete checkpoint is used; refused where it was named",
 )
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint(run, tiny_model_path, tmp_path, name):
+def test_a_damaged_checkpoint(run: Path, tiny_model_path: Path, tmp_path: Path, name: str) -> None:
     older, newer = two_checkpoints(run, tmp_path / "run")
     DAMAGES[name](newer / name)
     notes: list[str] = []
@@ -186,7 +188,7 @@ def test_a_damaged_checkpoint(run, tiny_model_path, tmp_path, name):
         assert not newer.exists() or find_fault(newer) is None
 
 
-def mounted(folder: Path, options: str):
+def mounted(folder: Path, options: str) -> Any:
     """Mount a small file system; skip the test if this user may not mount."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
@@ -204,7 +206,7 @@ class _Mount:
 
 
 @pytest.mark.fault("disk full during a save (a small file system)", "exit code 1, the part removed, the last one kept")
-def test_a_full_disk(run, tmp_path):
+def test_a_full_disk(run: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=4m"):
         folder = copy_of(run, tmp_path / "disk" / "run")
         filler = tmp_path / "disk" / "filler"
@@ -216,7 +218,7 @@ def test_a_full_disk(run, tmp_path):
     "a limit on file sizes during a save (RLIMIT_FSIZE, in place of a full disk)",
     "exit code 1, the part removed, the last one kept",
 )
-def test_a_file_size_limit(run, tmp_path):
+def test_a_file_size_limit(run: Path, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
 
     def child() -> None:
@@ -227,7 +229,7 @@ def test_a_file_size_limit(run, tmp_path):
     assert run_forked(child) == 0
 
 
-def check_failed_save(run, folder: Path) -> None:
+def check_failed_save(run: Path, folder: Path) -> None:
     checkpointer, output_dir = run.checkpointer, run.checkpointer.output_dir
     checkpointer.output_dir, checkpointer.saved_step = folder, -1
     try:
@@ -243,9 +245,9 @@ def check_failed_save(run, folder: Path) -> None:
 @pytest.mark.fault(
     "ENOSPC while metrics are written (injected at the write)", "a message and exit code 1, no traceback"
 )
-def test_metrics_that_cannot_be_written(tiny_model_path, tmp_path):
+def test_metrics_that_cannot_be_written(tiny_model_path: Path, tmp_path: Path) -> None:
     class Full(TrainerCallback):
-        def on_log(self, *args, **kwargs):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer = make(tiny_model_path, tmp_path / "run")
@@ -255,7 +257,7 @@ def test_metrics_that_cannot_be_written(tiny_model_path, tmp_path):
 
 
 @pytest.mark.fault("a read-only output folder", "refused with a message before anything is loaded: exit code 2")
-def test_a_read_only_folder(tiny_model_path, tmp_path):
+def test_a_read_only_folder(tiny_model_path: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir(mode=0o555)
     for parent in (tmp_path, *tmp_path.parents):
@@ -280,7 +282,7 @@ class Wait(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_step_begin(self, *args, **kwargs):
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.file.write_text(str(os.getpid()))
         time.sleep(600)
 
@@ -289,7 +291,7 @@ class Wait(TrainerCallback):
     "two runs in one output folder", "the second is refused, naming process and host; nothing overwritten"
 )
 @pytest.mark.parametrize("options", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": True}])
-def test_two_runs_in_one_folder(tiny_model_path, tmp_path, options):
+def test_two_runs_in_one_folder(tiny_model_path: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     folder, begun = tmp_path / "run", tmp_path / "begun"
 
     def child() -> None:
@@ -321,14 +323,14 @@ class Trap:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[Path, int, bool], None], tuple[Path]]:
         return (Path.touch, (self.path,))
 
 
 @pytest.mark.fault(
     "malicious pickles in a checkpoint folder", "never executed; refused where they stand in for weights"
 )
-def test_pickles_in_a_checkpoint_are_never_read(run, tiny_model_path, tmp_path):
+def test_pickles_in_a_checkpoint_are_never_read(run: Path, tiny_model_path: Path, tmp_path: Path) -> None:
     folder, sprung = copy_of(run, tmp_path / "run"), tmp_path / "sprung"
     checkpoint = folder / "checkpoints" / "step-000002"
     trap = pickle.dumps(Trap(sprung))
@@ -347,11 +349,11 @@ def test_pickles_in_a_checkpoint_are_never_read(run, tiny_model_path, tmp_path):
     assert not sprung.exists()
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def make_grpo(model, folder):
+def make_grpo(model: Path, folder: Path) -> GRPOTrainer:
     args = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=4, max_steps=12,
         save_steps=1, save_total_limit=2, learning_rate=3e-3, rollout={"engine": "transformers"},
@@ -366,7 +368,7 @@ def make_grpo(model, folder):
     "metrics, completions and final weights are those of a run without a break, to the bit",
 )
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow_fault)])
-def test_killed_at_random_moments(tiny_model_path, tmp_path, kills):
+def test_killed_at_random_moments(tiny_model_path: Path, tmp_path: Path, kills: int) -> None:
     assert run_forked(lambda: make_grpo(tiny_model_path, tmp_path / "straight").train()) == 0
     draw = random.Random(kills)
     outcomes = [
@@ -386,7 +388,7 @@ def test_killed_at_random_moments(tiny_model_path, tmp_path, kills):
 )
 @pytest.mark.slow_fault
 @pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 0), ("ppo", 0), ("grpo", 1)])
-def test_killed_with_vllm_rollouts(tiny_model_path, tmp_path, algorithm, lag):
+def test_killed_with_vllm_rollouts(tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int) -> None:
     pytest.importorskip("vllm")
     recipe = Recipe.parse(
         {

@@ -3,15 +3,20 @@
 import json
 import math
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from rlqwen.distributed import UpdateResult
 from rlqwen.errors import ConfigError, WatchStop
 from rlqwen.monitoring import Monitor, Webhook, worst_action
+from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import MetricLogger, read_metrics, read_summary
 from rlqwen.reporting.curves import _series
 from rlqwen.reporting.end_of_run import alert_lines
@@ -58,7 +63,7 @@ SICK = {
 }
 
 
-def monitor_after(steps, args=None, **watch):
+def monitor_after(steps: int, args: GRPOConfig | PPOConfig | None = None, **watch: Any) -> Monitor:
     """Return a monitor that has seen `steps` healthy steps."""
     monitor = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
     for step in range(steps):
@@ -67,7 +72,7 @@ def monitor_after(steps, args=None, **watch):
 
 
 @pytest.mark.parametrize("symptom", SICK)
-def test_each_symptom_raises_one_alert_with_cause_and_advice(symptom):
+def test_each_symptom_raises_one_alert_with_cause_and_advice(symptom: str) -> None:
     monitor = monitor_after(20)
     for step in range(20, 26):
         alerts = monitor.observe(step, HEALTHY | SICK[symptom])
@@ -84,18 +89,18 @@ def test_each_symptom_raises_one_alert_with_cause_and_advice(symptom):
 
 
 @pytest.mark.parametrize("symptom", SICK)
-def test_each_symptom_can_be_switched_off(symptom):
+def test_each_symptom_can_be_switched_off(symptom: str) -> None:
     monitor = monitor_after(20, **{symptom: "off"})
     assert not [alert for step in range(20, 30) for alert in monitor.observe(step, HEALTHY | SICK[symptom])]
 
 
-def test_the_monitor_can_be_switched_off():
+def test_the_monitor_can_be_switched_off() -> None:
     monitor = Monitor(GRPOConfig(watch=False))
     sick = {key: value for part in SICK.values() for key, value in part.items()}
     assert not [alert for step in range(10) for alert in monitor.observe(step, sick)]
 
 
-def test_the_advice_quotes_the_present_value():
+def test_the_advice_quotes_the_present_value() -> None:
     args = GRPOConfig(learning_rate=3e-4, beta=0.0)
     monitor = monitor_after(10, args)
     alerts = [alert for step in range(3) for alert in monitor.observe(step, HEALTHY | {"entropy": 0.0005})]
@@ -110,7 +115,7 @@ def test_the_advice_quotes_the_present_value():
     assert "train.kl_coef: 0.05 -> try 0.1" in alert.diagnosis.advice
 
 
-def test_a_symptom_raises_an_alert_again_only_after_clear_steps_without_it():
+def test_a_symptom_raises_an_alert_again_only_after_clear_steps_without_it() -> None:
     monitor = monitor_after(0, clear_steps=3)
     sick = HEALTHY | SICK["mismatch"]
     seen = [sick, sick, HEALTHY, HEALTHY, sick, HEALTHY, HEALTHY, HEALTHY, sick]
@@ -119,7 +124,7 @@ def test_a_symptom_raises_an_alert_again_only_after_clear_steps_without_it():
     assert len(monitor.alerts) == 2
 
 
-def test_an_alert_needs_steps_in_a_row():
+def test_an_alert_needs_steps_in_a_row() -> None:
     monitor = monitor_after(0, mismatch={"steps": 3})
     sick = HEALTHY | SICK["mismatch"]
     raised = [
@@ -128,20 +133,20 @@ def test_an_alert_needs_steps_in_a_row():
     assert raised == [False] * 5 + [True]
 
 
-def test_thresholds_come_from_the_recipe():
+def test_thresholds_come_from_the_recipe() -> None:
     assert monitor_after(0, mismatch=1.0).observe(0, HEALTHY | SICK["mismatch"]) == []
     assert monitor_after(0, mismatch=1e-8).observe(0, HEALTHY)[0].diagnosis.threshold == 1e-8
     assert monitor_after(20, grad_norm=1000).observe(20, HEALTHY | SICK["grad_norm"]) == []
 
 
-def test_worst_action_is_the_most_severe():
+def test_worst_action_is_the_most_severe() -> None:
     monitor = monitor_after(0, mismatch={"action": "rollback"}, action="warn")
     assert worst_action(monitor.observe(0, HEALTHY | SICK["mismatch"] | SICK["skipped"])) == "rollback"
     assert worst_action(monitor.observe(1, HEALTHY | SICK["nonfinite"])) == "stop"
     assert worst_action([]) is None
 
 
-def test_entropy_alerts_below_the_threshold_or_below_a_share_of_its_start():
+def test_entropy_alerts_below_the_threshold_or_below_a_share_of_its_start() -> None:
     """The quickstart's entropy falls from 0.066 to 0.007 while its accuracy rises, which is healthy."""
     monitor = monitor_after(5)
     assert not [t for step in range(10) for t in monitor.observe(step, HEALTHY | {"entropy": 0.0068})]
@@ -152,14 +157,14 @@ def test_entropy_alerts_below_the_threshold_or_below_a_share_of_its_start():
     assert [t.diagnosis.threshold for t in alerts] == pytest.approx([0.06])
 
 
-def test_warm_up_and_a_frozen_policy_are_not_idle():
+def test_warm_up_and_a_frozen_policy_are_not_idle() -> None:
     monitor = monitor_after(0)
     assert monitor.observe(0, HEALTHY | {"learning_rate": 0.0}) == []
     critic_only = HEALTHY | {"grad_norm": 0.0, "critic/grad_norm": 0.4}
     assert not [t for step in range(10) for t in Monitor(PPOConfig()).observe(step, critic_only)]
 
 
-def test_offline_runs_have_no_symptoms_of_online_runs():
+def test_offline_runs_have_no_symptoms_of_online_runs() -> None:
     """KTO logs a `kl` that is not the KL from the reference in nats per token."""
     dpo = Monitor(DPOConfig())
     assert not [
@@ -169,7 +174,7 @@ def test_offline_runs_have_no_symptoms_of_online_runs():
     assert alert.symptom == "masked"
 
 
-def test_a_monitor_is_restored_from_its_state():
+def test_a_monitor_is_restored_from_its_state() -> None:
     watched = monitor_after(20)
     watched.observe(20, HEALTHY | SICK["kl"])
     resumed = Monitor(GRPOConfig(beta=0.04))
@@ -190,7 +195,7 @@ def test_a_monitor_is_restored_from_its_state():
         ({"webhook": "ftp://host/topsecret"}, "watch.webhook: must be a URL"),
     ],
 )
-def test_an_invalid_watch_section_is_refused_with_its_key(watch, message):
+def test_an_invalid_watch_section_is_refused_with_its_key(watch: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         GRPOConfig(watch=watch)
     assert "topsecret" not in str(caught.value)
@@ -202,26 +207,26 @@ def test_an_invalid_watch_section_is_refused_with_its_key(watch, message):
 class Server(HTTPServer):
     """Record what is posted. Answer with `status` once `may_answer` is set, which it is at first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.posted, self.status, self.may_answer = [], 200, threading.Event()
         self.may_answer.set()
         super().__init__(("127.0.0.1", 0), Handler)
 
 
 class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.may_answer.wait(PATIENCE_S)
         self.server.posted.append(json.loads(body))
         self.send_response(self.server.status)
         self.end_headers()
 
-    def log_message(self, *arguments):
+    def log_message(self, *arguments: Any) -> None:
         pass
 
 
 @pytest.fixture
-def server():
+def server() -> Iterator[Server]:
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -232,11 +237,11 @@ def server():
     server.server_close()
 
 
-def address(server):
+def address(server: ThreadingHTTPServer) -> str:
     return f"http://127.0.0.1:{server.server_port}/services/topsecret"
 
 
-def test_a_webhook_receives_json(server, monkeypatch):
+def test_a_webhook_receives_json(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLQWEN_TEST_HOOK", address(server))
     hook = Webhook("$RLQWEN_TEST_HOOK", 5.0)
     hook.post({"run": "a", "value": math.nan, "advice": ["x -> y"]})
@@ -245,7 +250,7 @@ def test_a_webhook_receives_json(server, monkeypatch):
     assert hook.problems() == []
 
 
-def test_a_failing_webhook_is_reported_without_its_url(server):
+def test_a_failing_webhook_is_reported_without_its_url(server: Server) -> None:
     server.status = 403
     hook = Webhook(address(server), 5.0)
     hook.post({})
@@ -257,7 +262,7 @@ def test_a_failing_webhook_is_reported_without_its_url(server):
     assert gone.problems() == ["watch.webhook could not be reached: URLError"]
 
 
-def test_a_slow_webhook_does_not_delay_the_run(server):
+def test_a_slow_webhook_does_not_delay_the_run(server: Server) -> None:
     server.may_answer.clear()
     hook = Webhook(address(server), 0.2)
     hook.post({})
@@ -266,18 +271,18 @@ def test_a_slow_webhook_does_not_delay_the_run(server):
     server.may_answer.set()
 
 
-def test_an_unset_webhook_variable_is_refused_before_the_run(monkeypatch):
+def test_an_unset_webhook_variable_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLQWEN_TEST_HOOK", raising=False)
     with pytest.raises(ConfigError, match=r"watch\.webhook: the environment variable RLQWEN_TEST_HOOK is not set"):
         Webhook("$RLQWEN_TEST_HOOK", 5.0)
 
 
-def test_a_literal_webhook_url_is_not_saved():
+def test_a_literal_webhook_url_is_not_saved() -> None:
     assert SFTConfig(watch={"webhook": "https://host/topsecret"}).model_dump()["watch"]["webhook"] is None
     assert SFTConfig(watch={"webhook": "$HOOK"}).model_dump()["watch"]["webhook"] == "$HOOK"
 
 
-def test_curves_show_the_last_value_of_a_step_that_was_rolled_back():
+def test_curves_show_the_last_value_of_a_step_that_was_rolled_back() -> None:
     lines = [
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 9.0},
@@ -292,12 +297,18 @@ def test_curves_show_the_last_value_of_a_step_that_was_rolled_back():
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(8)]
 
 
-def make_trainer(model, folder, **options):
+def make_trainer(model: Path, folder: Path, **options: Any) -> SFTTrainer:
     args = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no", "output_dir": str(folder)}
     return SFTTrainer(str(model), SFTConfig(**(args | options)), train_dataset=ROWS)
 
 
-def test_an_alert_is_logged_displayed_summarized_and_sent(tiny_model_path, tmp_path, server, capsys, monkeypatch):
+def test_an_alert_is_logged_displayed_summarized_and_sent(
+    tiny_model_path: Path,
+    tmp_path: Path,
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     watch = {"idle": {"steps": 2}, "webhook": address(server)}
     make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch).train()
@@ -319,7 +330,9 @@ def test_an_alert_is_logged_displayed_summarized_and_sent(tiny_model_path, tmp_p
     assert "topsecret" not in written + shown
 
 
-def test_the_action_stop_saves_a_checkpoint_and_names_the_cause(tiny_model_path, tmp_path, server):
+def test_the_action_stop_saves_a_checkpoint_and_names_the_cause(
+    tiny_model_path: Path, tmp_path: Path, server: Server
+) -> None:
     watch = {"idle": {"steps": 2, "action": "stop"}, "webhook": address(server)}
     trainer = make_trainer(tiny_model_path, tmp_path, learning_rate=0.0, watch=watch)
     with pytest.raises(WatchStop, match="idle at step 2") as caught:
@@ -330,7 +343,9 @@ def test_the_action_stop_saves_a_checkpoint_and_names_the_cause(tiny_model_path,
     assert [call["event"] for call in server.posted] == ["trip", "failed"]
 
 
-def test_an_unreachable_webhook_does_not_stop_the_run(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_an_unreachable_webhook_does_not_stop_the_run(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     watch = {"webhook": "http://127.0.0.1:9/topsecret", "webhook_timeout": 1.0}
     make_trainer(tiny_model_path, tmp_path, watch=watch).train()
@@ -340,7 +355,7 @@ def test_an_unreachable_webhook_does_not_stop_the_run(tiny_model_path, tmp_path,
     assert read_summary(tmp_path)["watch"] == []
 
 
-def test_an_event_with_text_is_logged_beside_a_tensorboard_sink(tmp_path):
+def test_an_event_with_text_is_logged_beside_a_tensorboard_sink(tmp_path: Path) -> None:
     torch_tensorboard = pytest.importorskip("tensorboard")
     assert torch_tensorboard
     with MetricLogger(tmp_path, report_to="tensorboard", display=False, total_steps=1, algorithm="sft") as logger:
@@ -350,7 +365,7 @@ def test_an_event_with_text_is_logged_beside_a_tensorboard_sink(tmp_path):
     ]
 
 
-def poison(trainer, updates):
+def poison(trainer: Any, updates: set[int]) -> list[int]:
     """Multiply a weight by 1000 after these updates, counted over the whole run, so that the next gradient explodes.
 
     Return the list that every finished step is appended to.
@@ -358,7 +373,7 @@ def poison(trainer, updates):
     done = []
     update = trainer.update
 
-    def poisoned(micro_batches):
+    def poisoned(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         result = update(micro_batches)
         done.append(trainer.state.global_step)
         if len(done) in updates:
@@ -376,12 +391,14 @@ ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "th
 @pytest.mark.fault(
     "weights exploded between two checkpoints", "rolled back to the last checkpoint; continues with the next rows"
 )
-def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(tiny_model_path, tmp_path):
+def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
     done = poison(trainer, {5})
     rows, step, restored = [], trainer.step, {}
 
-    def keep_restored_weight():
+    def keep_restored_weight() -> None:
         restored[trainer.state.global_step] = trainer.policy.base_model.model.norm.weight.detach().clone()
 
     trainer.step = lambda batch: step(rows.append(batch) or batch)
@@ -405,7 +422,7 @@ def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(tin
 @pytest.mark.fault(
     "weights exploded again and again", "rolled back max_rollbacks times, then stopped with the state saved"
 )
-def test_the_run_stops_after_max_rollbacks(tiny_model_path, tmp_path):
+def test_the_run_stops_after_max_rollbacks(tiny_model_path: Path, tmp_path: Path) -> None:
     watch = ROLLBACK | {"max_rollbacks": 1}
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, save_strategy="steps", save_steps=2, watch=watch)
     poison(trainer, {5, 7})
@@ -415,7 +432,7 @@ def test_the_run_stops_after_max_rollbacks(tiny_model_path, tmp_path):
     assert (tmp_path / "checkpoints" / "step-000006").is_dir()
 
 
-def test_a_rollback_without_a_checkpoint_stops_the_run(tiny_model_path, tmp_path):
+def test_a_rollback_without_a_checkpoint_stops_the_run(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=9, watch=ROLLBACK)
     poison(trainer, {4})
     with pytest.raises(WatchStop, match="there is no checkpoint to roll back to"):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ class MixedConfig(SFTConfig):
 """
 
 
-def write_recipe(folder: Path, algorithm: str, *, model: object = "builtin:tiny-qwen3", **keys: object) -> Path:
+def write_recipe(folder: Path, algorithm: str, *, model: object = "builtin:tiny-qwen3", **keys: Any) -> Path:
     data = {"train": {"generator": "arithmetic", "args": {"kind": "sft", "size": 8}}}
     train = {"max_steps": 1, "save_strategy": "no"} | dict(keys.pop("train", {}))
     recipe = {
@@ -62,7 +63,7 @@ def register(folder: Path, package: str, **algorithms: str) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a working directory and import path that holds the plugin's modules."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -80,14 +81,14 @@ def message_of(path: Path, *overrides: str) -> str:
 # Running
 
 
-def test_a_trainer_in_a_file_runs_from_a_recipe(folder, tiny_model_path):
+def test_a_trainer_in_a_file_runs_from_a_recipe(folder: Path, tiny_model_path: Path) -> None:
     recipe = write_recipe(folder, "quiet_trainer.py:QuietTrainer", model=tiny_model_path)
     assert main(["run", str(recipe)]) == 0
     assert read_summary("runs/x")["algorithm"] == "quiet"
     assert load_recipe("runs/x/recipe.yaml").algorithm == "quiet_trainer.py:QuietTrainer"
 
 
-def test_a_registered_config_runs_its_trainer(folder, tiny_model_path):
+def test_a_registered_config_runs_its_trainer(folder: Path, tiny_model_path: Path) -> None:
     register(folder, "mixed", mixed="mixed_config:MixedConfig")
     recipe = write_recipe(folder, "mixed", model=tiny_model_path)
     assert main(["run", str(recipe), "mixer.share=0.25"]) == 0
@@ -95,14 +96,18 @@ def test_a_registered_config_runs_its_trainer(folder, tiny_model_path):
     assert load_recipe("runs/x/recipe.yaml").train.mixer.share == 0.25
 
 
-def test_check_and_data_check_know_the_rows_of_a_plugin_by_its_config(folder, tiny_model_path, capsys):
+def test_check_and_data_check_know_the_rows_of_a_plugin_by_its_config(
+    folder: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(folder, "mixed_config:MixedConfig", model=tiny_model_path)
     assert main(["check", str(recipe)]) == 0
     assert main(["data", "check", str(recipe)]) == 0
     assert "8 rows" in capsys.readouterr().out
 
 
-def test_check_says_so_if_it_does_not_know_an_algorithms_rows(folder, tiny_model_path, capsys):
+def test_check_says_so_if_it_does_not_know_an_algorithms_rows(
+    folder: Path, tiny_model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "own.py").write_text("from rlqwen.config import TrainerConfig\nclass OwnConfig(TrainerConfig): pass\n")
     recipe = write_recipe(folder, "own.py:OwnConfig", model=tiny_model_path)
     assert main(["check", str(recipe)]) == 0
@@ -115,32 +120,32 @@ def test_check_says_so_if_it_does_not_know_an_algorithms_rows(folder, tiny_model
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "reward", "dpo", "ppo", "grpo", "distillation"])
-def test_a_built_in_algorithm_names_its_trainer_and_the_trainer_its_config(algorithm):
+def test_a_built_in_algorithm_names_its_trainer_and_the_trainer_its_config(algorithm: str) -> None:
     assert trainer_class(algorithm).config_class is config_class(algorithm)
     assert trainer_class(algorithm).algorithm == algorithm
 
 
-def test_a_trainer_and_its_config_may_share_a_file(folder):
+def test_a_trainer_and_its_config_may_share_a_file(folder: Path) -> None:
     (folder / "both.py").write_text(TRAINER + CONFIG.replace("quiet_trainer:QuietTrainer", "QuietTrainer"))
     assert trainer_class("both.py:MixedConfig").__name__ == "QuietTrainer"
     assert config_class("both.py:QuietTrainer") is SFTConfig
     assert config_class("both.py:MixedConfig") is config_class("both.py:MixedConfig")
 
 
-def test_an_edited_file_is_imported_again(folder):
+def test_an_edited_file_is_imported_again(folder: Path) -> None:
     assert "mixer" in config_class("mixed_config.py:MixedConfig").model_fields
     (folder / "mixed_config.py").write_text(CONFIG.replace("mixer:", "blender_settings:"))
     assert "blender_settings" in config_class("mixed_config.py:MixedConfig").model_fields
 
 
-def test_an_unknown_algorithm_suggests_the_nearest(folder):
+def test_an_unknown_algorithm_suggests_the_nearest(folder: Path) -> None:
     path = write_recipe(folder, "gropo")
     assert message_of(path).startswith(
         f"{path}: algorithm: unknown algorithm 'gropo'; did you mean 'grpo'? Registered: "
     )
 
 
-def test_a_name_that_two_packages_register_is_refused(folder):
+def test_a_name_that_two_packages_register_is_refused(folder: Path) -> None:
     register(folder, "one", mixed="mixed_config:MixedConfig")
     register(folder, "two", mixed="quiet_trainer:QuietTrainer")
     message = message_of(write_recipe(folder, "mixed"))
@@ -149,7 +154,7 @@ def test_a_name_that_two_packages_register_is_refused(folder):
     assert "two 1.0 (quiet_trainer:QuietTrainer)" in message
 
 
-def test_what_is_neither_a_config_nor_a_trainer_is_refused(folder):
+def test_what_is_neither_a_config_nor_a_trainer_is_refused(folder: Path) -> None:
     (folder / "other.py").write_text("class Trainer: pass\n")
     assert "'other.py:Trainer' (other.py) is neither a subclass of rlqwen.config.TrainerConfig" in message_of(
         write_recipe(folder, "other.py:Trainer")
@@ -157,7 +162,7 @@ def test_what_is_neither_a_config_nor_a_trainer_is_refused(folder):
     assert "algorithm: must be a name, such as distillation, dpo, grpo" in message_of(write_recipe(folder, 3))
 
 
-def test_a_config_without_a_trainer_says_so(folder):
+def test_a_config_without_a_trainer_says_so(folder: Path) -> None:
     (folder / "bare.py").write_text("from rlqwen.config import TrainerConfig\nclass BareConfig(TrainerConfig): pass\n")
     with pytest.raises(ConfigError, match="BareConfig names no trainer"):
         trainer_class("bare.py:BareConfig")
@@ -166,7 +171,7 @@ def test_a_config_without_a_trainer_says_so(folder):
 # Sections
 
 
-def test_a_plugins_section_is_read_at_the_top_and_written_back(folder):
+def test_a_plugins_section_is_read_at_the_top_and_written_back(folder: Path) -> None:
     recipe = load_recipe(write_recipe(folder, "mixed_config:MixedConfig", mixer={"share": 0.1}))
     assert recipe.train.mixer.share == 0.1
     write_resolved(recipe, "resolved.yaml")
@@ -176,13 +181,13 @@ def test_a_plugins_section_is_read_at_the_top_and_written_back(folder):
     assert load_recipe("resolved.yaml") == recipe
 
 
-def test_a_section_named_like_a_key_of_the_recipe_stands_under_train(folder):
+def test_a_section_named_like_a_key_of_the_recipe_stands_under_train(folder: Path) -> None:
     recipe = load_recipe(write_recipe(folder, "mixed_config:MixedConfig", train={"model": {"share": 0.2}}))
     write_resolved(recipe, "resolved.yaml")
     assert load_recipe("resolved.yaml").train.model.share == 0.2
 
 
-def test_a_section_may_also_stand_under_train_but_not_in_both_places(folder):
+def test_a_section_may_also_stand_under_train_but_not_in_both_places(folder: Path) -> None:
     recipe = write_recipe(folder, "mixed_config:MixedConfig", train={"mixer": {"share": 0.1}})
     assert load_recipe(recipe).train.mixer.share == 0.1
     assert load_recipe(recipe, ["mixer.share=0.3"]).train.mixer.share == 0.3
@@ -190,26 +195,26 @@ def test_a_section_may_also_stand_under_train_but_not_in_both_places(folder):
     assert "mixer stands at the top of the recipe and under train" in message_of(both)
 
 
-def test_an_override_finds_a_section_at_the_top_under_either_name(folder):
+def test_an_override_finds_a_section_at_the_top_under_either_name(folder: Path) -> None:
     recipe = write_recipe(folder, "mixed_config:MixedConfig", mixer={"share": 0.1})
     assert load_recipe(recipe, ["train.mixer.share=0.4"]).train.mixer.share == 0.4
 
 
 @pytest.mark.parametrize("place", ["top", "train"])
-def test_a_fault_in_a_section_is_named_by_where_it_stands(folder, place):
+def test_a_fault_in_a_section_is_named_by_where_it_stands(folder: Path, place: str) -> None:
     keys = {"mixer": {"share": "much"}}
     path = write_recipe(folder, "mixed_config:MixedConfig", **(keys if place == "top" else {"train": keys}))
     expected = "mixer.share: " if place == "top" else "train.mixer.share: "
     assert message_of(path).startswith(f"{path}: {expected}")
 
 
-def test_a_misspelled_section_suggests_the_nearest(folder):
+def test_a_misspelled_section_suggests_the_nearest(folder: Path) -> None:
     assert "unknown key 'mixr'; did you mean 'mixer'?" in message_of(
         write_recipe(folder, "mixed_config:MixedConfig", mixr={})
     )
 
 
-def test_a_section_of_other_algorithms_is_named_with_them(folder):
+def test_a_section_of_other_algorithms_is_named_with_them(folder: Path) -> None:
     message = message_of(write_recipe(folder, "sft", rollout={}))
     assert "'rollout' has no meaning for algorithm 'sft': it is a section of distillation, grpo, ppo" in message
 
@@ -217,13 +222,13 @@ def test_a_section_of_other_algorithms_is_named_with_them(folder):
 # Overrides and rewards
 
 
-def test_overrides_begin_with_the_name_of_a_plugin_algorithm(folder):
+def test_overrides_begin_with_the_name_of_a_plugin_algorithm(folder: Path) -> None:
     register(folder, "mixed", mixed="mixed_config:MixedConfig")
     one = load_recipe(write_recipe(folder, "mixed"), ["mixed.train.max_steps=7", "mixed.mixer.share=0.6"])
     assert (one.train.max_steps, one.train.mixer.share) == (7, 0.6)
 
 
-def test_overrides_begin_with_the_class_of_an_algorithm_in_a_file(folder):
+def test_overrides_begin_with_the_class_of_an_algorithm_in_a_file(folder: Path) -> None:
     first = write_recipe(folder, "quiet_trainer.py:QuietTrainer")
     second = write_recipe(folder, "mixed_config:MixedConfig", output_dir="runs/y").rename("second.yaml")
     first = write_recipe(folder, "quiet_trainer.py:QuietTrainer")
@@ -232,7 +237,7 @@ def test_overrides_begin_with_the_class_of_an_algorithm_in_a_file(folder):
     assert short_name("my_file.py:Mine") == "Mine"
 
 
-def test_an_algorithm_that_samples_may_do_without_rewards(folder):
+def test_an_algorithm_that_samples_may_do_without_rewards(folder: Path) -> None:
     assert GRPOConfig.rewards == "required"
     (folder / "distill.py").write_text(
         dedent("""\

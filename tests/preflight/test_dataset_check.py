@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make a working directory; the command line's SIGTERM handler and environment must not outlive a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -58,7 +59,7 @@ BLOCK = "<think>\n\n</think>\n\n"
 # Check
 
 
-def test_messages_tokens_and_lengths_of_conversations_are_counted(capsys):
+def test_messages_tokens_and_lengths_of_conversations_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     found = check(capsys, write("rows.jsonl", [chat("1", "2"), chat("3", "44")]))
     (part,) = found["parts"]
     assert (found["kind"], found["model"], found["num_faults"]) == ("sft", "builtin:tiny-qwen3", 0)
@@ -71,7 +72,7 @@ def test_messages_tokens_and_lengths_of_conversations_are_counted(capsys):
     assert "almost one a byte: give --model" in found["warnings"][0]
 
 
-def test_truncated_dropped_and_unended_rows_are_counted_and_named(capsys):
+def test_truncated_dropped_and_unended_rows_are_counted_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [chat("1", "2"), chat("1", "2" * 9), {"messages": [{"role": "user", "content": "1"}]}, chat("1" * 20, "2")]
     found = check(capsys, write("rows.jsonl", rows), "--max-length", "18")
     (part,) = found["parts"]
@@ -85,14 +86,14 @@ def test_truncated_dropped_and_unended_rows_are_counted_and_named(capsys):
     assert "'<|im_end|>' at the end of 50.0% of what is learned" in text
 
 
-def test_rows_that_never_end_are_a_fault(capsys):
+def test_rows_that_never_end_are_a_fault(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [chat("1", "2" * 9)])
     text = printed(capsys, "check", "rows.jsonl", "--max-length", "18", code=2)
     assert "1 wrong" in text
     assert "no row has its end token '<|im_end|>' in the loss" in text
 
 
-def test_all_faulty_pairs_are_named_and_the_others_are_still_checked(capsys):
+def test_all_faulty_pairs_are_named_and_the_others_are_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
     odd = {"chosen": chat("a", "1")["messages"], "rejected": chat("b", "2")["messages"]}
     rows = [pair("q", "1", "2"), pair("q", "1", "1"), odd, {"prompt": "q", "chosen": "1"}, pair("q", "1", "<|im_end|>")]
     found = check(capsys, write("rows.jsonl", rows), code=2)
@@ -108,7 +109,7 @@ def test_all_faulty_pairs_are_named_and_the_others_are_still_checked(capsys):
     assert "dropped pairs with equal answers, which teach nothing: line 2" in text
 
 
-def test_a_broken_line_is_a_fault_and_mapped_columns_are_read(capsys):
+def test_a_broken_line_is_a_fault_and_mapped_columns_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [{"q": "a", "good": "1", "bad": "2"}])
     with Path("rows.jsonl").open("a") as file:
         file.write("{broken\n")
@@ -121,7 +122,7 @@ def test_a_broken_line_is_a_fault_and_mapped_columns_are_read(capsys):
     assert "a row must be a JSON object" in capsys.readouterr().err
 
 
-def test_exact_and_near_duplicates_are_grouped(capsys):
+def test_exact_and_near_duplicates_are_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     near = LONG.replace("river", "lake")
     rows = [chat(LONG, "1"), chat("x", "1"), chat(LONG, "1"), chat(near, "1"), chat("x", "2")]
     found = check(capsys, write("rows.jsonl", rows))
@@ -134,7 +135,7 @@ def test_exact_and_near_duplicates_are_grouped(capsys):
     assert "near" not in printed(capsys, "check", "rows.jsonl", "--near", "0")
 
 
-def test_overlap_compares_prompts_whatever_the_answers(capsys):
+def test_overlap_compares_prompts_whatever_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
     train = write("train.jsonl", [chat("a", "1"), chat(LONG, "2"), chat("b", "3")])
     held_out = write("eval.jsonl", [chat("new", "4"), chat("b", "other"), chat(LONG.replace("river", "lake"), "5")])
     found = check(capsys, train, "--eval", held_out)
@@ -156,12 +157,14 @@ def test_overlap_compares_prompts_whatever_the_answers(capsys):
         ({"chosen": "1 2", "rejected": "1 3"}, "preference", {"text": 3}),
     ],
 )
-def test_the_kind_is_guessed_from_the_rows(capsys, row, kind, turns):
+def test_the_kind_is_guessed_from_the_rows(
+    capsys: pytest.CaptureFixture[str], row: dict[str, Any], kind: str, turns: dict[str, int]
+) -> None:
     found = check(capsys, write("rows.jsonl", [row]))
     assert (found["kind"], found["parts"][0]["turns"]) == (kind, turns)
 
 
-def test_a_given_kind_overrides_the_guess(capsys):
+def test_a_given_kind_overrides_the_guess(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [pair("q", "1", "2")])
     assert check(capsys, "rows.jsonl", "--kind", "labelled")["parts"][0]["tokens"]["num_kept"] == 1
     found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
@@ -171,7 +174,9 @@ def test_a_given_kind_overrides_the_guess(capsys):
 GSM8K = [{"question": f"What is {i} + {i}?", "answer": f"It is #### {2 * i}"} for i in range(40)]
 
 
-def test_unmapped_columns_are_reported_with_the_map_to_paste_and_nothing_else_is_checked(capsys):
+def test_unmapped_columns_are_reported_with_the_map_to_paste_and_nothing_else_is_checked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
     found = check(capsys, *files, code=2)
     assert (found["kind"], found["num_faults"], found["exact_overlap"]) == ("unmapped", 2, [])
@@ -195,7 +200,9 @@ def test_unmapped_columns_are_reported_with_the_map_to_paste_and_nothing_else_is
         (["prompt=question", "solution=answer"], "prompts", {"text": 30}),
     ],
 )
-def test_the_suggested_column_map_works(capsys, columns, kind, turns):
+def test_the_suggested_column_map_works(
+    capsys: pytest.CaptureFixture[str], columns: list[str], kind: str, turns: dict[str, int]
+) -> None:
     files = write("train.jsonl", GSM8K[:30]), "--eval", write("test.jsonl", GSM8K[30:])
     found = check(capsys, *files, *(word for column in columns for word in ("--column", column)))
     assert (found["kind"], found["parts"][0]["turns"], found["num_faults"]) == (kind, turns, 0)
@@ -221,11 +228,11 @@ def test_the_suggested_column_map_works(capsys, columns, kind, turns):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
 )
-def test_a_column_map_is_suggested_for_well_known_data(row, mapping):
+def test_a_column_map_is_suggested_for_well_known_data(row: dict[str, Any], mapping: str) -> None:
     assert mapping in suggest_mapping(row)
 
 
-def test_rows_with_the_same_fault_are_one_line_and_not_duplicates(capsys):
+def test_rows_with_the_same_fault_are_one_line_and_not_duplicates(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [{"prompt": f"{i}"} for i in range(30)] + [{"prompt": "1", "completion": "2"}] * 9)
     found = check(capsys, "rows.jsonl", "--kind", "sft", code=2)
     (part,) = found["parts"]
@@ -235,14 +242,14 @@ def test_rows_with_the_same_fault_are_one_line_and_not_duplicates(capsys):
     assert "line 31 = line 32 = line 33 = line 34 = line 35 and 4 more" in text
 
 
-def test_files_of_a_folder_are_named_so_that_they_differ(capsys):
+def test_files_of_a_folder_are_named_so_that_they_differ(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a/train.jsonl", "b/train.jsonl"):
         Path(name).parent.mkdir()
         write(name, [{"prompt": "1"}])
     assert check(capsys, ".")["parts"][0]["exact_duplicates"] == [["a/train.jsonl, line 1", "b/train.jsonl, line 1"]]
 
 
-def test_a_folder_with_only_a_tokenizer_is_enough_for_data_check(capsys):
+def test_a_folder_with_only_a_tokenizer_is_enough_for_data_check(capsys: pytest.CaptureFixture[str]) -> None:
     from rlqwen.models.tiny import build_tokenizer
 
     build_tokenizer().save_pretrained("tokenizer")
@@ -259,7 +266,7 @@ output_dir: runs/x
 """
 
 
-def test_a_recipe_sets_model_masks_and_lengths_and_its_cleaning_runs_first(capsys):
+def test_a_recipe_sets_model_masks_and_lengths_and_its_cleaning_runs_first(capsys: pytest.CaptureFixture[str]) -> None:
     write("train.jsonl", [chat("1", "2" * 9), chat("1", "3"), chat("1", "3")])
     write("eval.jsonl", [chat("1", "4")])
     Path("x.yaml").write_text(RECIPE.format(algorithm="sft", model="builtin:tiny-qwen3", cleaning=""))
@@ -277,7 +284,9 @@ def test_a_recipe_sets_model_masks_and_lengths_and_its_cleaning_runs_first(capsy
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "reward"])
-def test_preference_recipes_are_checked_with_their_own_truncation(capsys, algorithm):
+def test_preference_recipes_are_checked_with_their_own_truncation(
+    capsys: pytest.CaptureFixture[str], algorithm: str
+) -> None:
     write("train.jsonl", [pair("1", "2", "3"), pair("1", "2", "3" * 20)])
     write("eval.jsonl", [pair("2", "2", "3")])
     recipe = RECIPE.format(algorithm=algorithm, model="builtin:tiny-qwen3", cleaning="")
@@ -289,7 +298,7 @@ def test_preference_recipes_are_checked_with_their_own_truncation(capsys, algori
     assert found["parts"][0]["fates"] == fate[algorithm]
 
 
-def test_a_packaged_recipe_of_prompts_is_checked(capsys):
+def test_a_packaged_recipe_of_prompts_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     found = check(capsys, "quickstart_grpo", "--near", "0")
     assert (found["kind"], found["exact_overlap"]) == ("prompts", [])
     assert found["parts"][1]["turns"] == {"user": found["parts"][1]["num_rows"]}
@@ -308,7 +317,9 @@ def test_a_packaged_recipe_of_prompts_is_checked(capsys):
         (["show", "rows.jsonl", "--kind", "dpo"], "Invalid value for '--kind'"),
     ],
 )
-def test_wrong_arguments_end_with_exit_code_2_and_one_message(capsys, words, message):
+def test_wrong_arguments_end_with_exit_code_2_and_one_message(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     write("rows.jsonl", [chat("1", "2")])
     assert main(["data", *words]) == 2
     error = capsys.readouterr().err
@@ -316,7 +327,7 @@ def test_wrong_arguments_end_with_exit_code_2_and_one_message(capsys, words, mes
     assert "Traceback" not in error
 
 
-def test_pairs_of_whole_conversations_are_checked(capsys):
+def test_pairs_of_whole_conversations_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     (part,) = check(capsys, str(SAMPLES / "pairs.json"))["parts"]
     assert part["turns"] == {"assistant": 30, "user": 17, "system": 2}
     assert (part["num_rows"], part["tokens"]["num_kept"], part["tokens"]["eos_in_loss"]) == (13, 13, 1.0)
@@ -326,7 +337,9 @@ def test_pairs_of_whole_conversations_are_checked(capsys):
 # Show
 
 
-def test_show_marks_tokens_in_the_loss_with_brackets_and_keeps_special_tokens(capsys):
+def test_show_marks_tokens_in_the_loss_with_brackets_and_keeps_special_tokens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     write("rows.jsonl", [chat("hé 世界", "é"), chat("1", "2")])
     text = printed(capsys, "show", "rows.jsonl", "-n", "1")
     assert text == (
@@ -337,7 +350,7 @@ def test_show_marks_tokens_in_the_loss_with_brackets_and_keeps_special_tokens(ca
     assert "row 1, sft  rows.jsonl, line 2" in printed(capsys, "show", "rows.jsonl", "--row", "1")
 
 
-def test_color_replaces_brackets():
+def test_color_replaces_brackets() -> None:
     write("rows.jsonl", [chat("1", "2")])
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", _environ={})
@@ -348,7 +361,7 @@ def test_color_replaces_brackets():
     assert "⟦" not in text
 
 
-def test_show_splits_pairs_prompts_and_labeled_rows_into_segments(capsys):
+def test_show_splits_pairs_prompts_and_labeled_rows_into_segments(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "show", write("rows.jsonl", [pair("q", "1", "2"), pair("q", "1", "1")]))
     prompt = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     sides = ("chosen", "1"), ("rejected", "2")
@@ -363,14 +376,14 @@ def test_show_splits_pairs_prompts_and_labeled_rows_into_segments(capsys):
     assert text.endswith(f"-- prompt: 9 tokens\n{prompt}\n\n")
 
 
-def test_show_prints_the_fault_of_a_faulty_row(capsys):
+def test_show_prints_the_fault_of_a_faulty_row(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [pair("q", "1", "2"), {"prompt": "q", "chosen": "1", "rejected": 3}, {"prompt": "q"}])
     text = printed(capsys, "show", "rows.jsonl", code=2)
     assert "wrong  rows.jsonl, line 2: column 'rejected' must be a list of messages, not 3" in text
     assert "row 2, preference  rows.jsonl, line 3\nwrong  no 'chosen' answer" in text
 
 
-def test_show_prints_what_is_left_of_a_truncated_row(capsys):
+def test_show_prints_what_is_left_of_a_truncated_row(capsys: pytest.CaptureFixture[str]) -> None:
     write("rows.jsonl", [chat("1", "2" * 9)])
     text = printed(capsys, "show", "rows.jsonl", "--max-length", "15")
     assert text.startswith("row 0, sft, cut to length")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -55,7 +56,7 @@ ACTIVE = {"A3B": (3.3e9, 3.9e9), "A10B": (9.7e9, 10.5e9), "A17B": (16.5e9, 17.5e
           "A95B": (93e9, 97e9)}  # fmt: skip
 
 
-def config_of(name: str):
+def config_of(name: str) -> Any:
     return AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
 
 
@@ -81,12 +82,12 @@ def tiny_tokenizer(kind: str) -> Path:
     return folder
 
 
-def test_every_config_has_a_published_parameter_count():
+def test_every_config_has_a_published_parameter_count() -> None:
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_equal_those_of_published_weights(name):
+def test_parameter_counts_equal_those_of_published_weights(name: str) -> None:
     config = config_of(name)
     counts = count_parameters(config, meta_model(config))
     assert counts.total + sum(counts.carried.values()) == PUBLISHED[name]
@@ -97,7 +98,7 @@ def test_parameter_counts_equal_those_of_published_weights(name):
 
 
 @pytest.mark.parametrize("kind", ["qwen3.5", "qwen3.5-moe", "qwen3-next", "qwen3-moe"])
-def test_parameter_counts_equal_those_of_the_weight_files(kind, tmp_path):
+def test_parameter_counts_equal_those_of_the_weight_files(kind: str, tmp_path: Path) -> None:
     folder = Path(resolve_model_path(f"builtin:tiny-{kind}", tmp_path))
     stored = 0
     for file in folder.glob("*.safetensors"):
@@ -110,7 +111,7 @@ def test_parameter_counts_equal_those_of_the_weight_files(kind, tmp_path):
         assert count_parameters(config, meta_model(config)) == counts
 
 
-def test_the_text_part_of_a_vision_model_is_counted_separately():
+def test_the_text_part_of_a_vision_model_is_counted_separately() -> None:
     config = Qwen3VLConfig(text_config={"num_hidden_layers": 2}, vision_config={"depth": 2})
     model = meta_model(config)
     counts = count_parameters(config, model)
@@ -119,14 +120,14 @@ def test_the_text_part_of_a_vision_model_is_counted_separately():
     assert set(counts.parts) == {"embedding", "attention", "MLP", "norms", "head"}
 
 
-def test_a_scalar_head_counts_as_one_row():
+def test_a_scalar_head_counts_as_one_row() -> None:
     config = config_of("Qwen3.5-9B")
     counts = count_parameters(config, meta_model(config, scalar=True))
     assert counts.parts["head"] == 4096
     assert counts.carried == count_parameters(config, meta_model(config)).carried
 
 
-def test_trained_parameters_are_reported_per_target():
+def test_trained_parameters_are_reported_per_target() -> None:
     model = meta_model(config_of("Qwen3.6-35B-A3B"))
     targets = ["q_proj", "in_proj_qkv", "out_proj", "experts", "shared_expert.down_proj"]
     trained, notes = trained_parameters(model, LoraSettings(r=8, target_modules=targets))
@@ -146,7 +147,7 @@ def test_trained_parameters_are_reported_per_target():
 # Whole recipes against a folder without weights
 
 
-def sft_recipe(path: Path, folder: Path, **changes: object) -> Recipe:
+def sft_recipe(path: Path, folder: Path, **changes: Any) -> Recipe:
     values = {
         "algorithm": "sft",
         "model": {"path": str(path)},
@@ -157,7 +158,7 @@ def sft_recipe(path: Path, folder: Path, **changes: object) -> Recipe:
     return Recipe.parse(values | changes)
 
 
-def test_a_folder_without_weights_can_be_checked_but_not_run(tmp_path):
+def test_a_folder_without_weights_can_be_checked_but_not_run(tmp_path: Path) -> None:
     recipe = sft_recipe(folder_of("Qwen3.5-397B-A17B", tmp_path / "model"), tmp_path)
     report = check_recipe(recipe)
     assert report.faults == []
@@ -175,7 +176,7 @@ def test_a_folder_without_weights_can_be_checked_but_not_run(tmp_path):
         check_before_run([recipe])
 
 
-def test_a_config_alone_is_checked_as_far_as_possible(tmp_path):
+def test_a_config_alone_is_checked_as_far_as_possible(tmp_path: Path) -> None:
     model = folder_of("Qwen3-Next-80B-A3B", tmp_path / "model", tokenizer=False)
     report = check_recipe(sft_recipe(model, tmp_path))
     assert report.faults == []
@@ -188,7 +189,7 @@ def test_a_config_alone_is_checked_as_far_as_possible(tmp_path):
     assert "lacks a tokenizer (tokenizer.json), model-1.safetensors" in str(fault)
 
 
-def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path):
+def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path: Path) -> None:
     model = folder_of("Qwen3.5-27B", tmp_path / "model")
     lora = {"path": str(model), "dtype": "bfloat16", "lora": {"r": 16, "target_modules": ["q_proj", "experts"]}}
     (fault,) = check_recipe(sft_recipe(model, tmp_path, model=lora)).faults
@@ -199,7 +200,7 @@ def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path):
     assert facts["memory"].startswith("54.1 GB: frozen weights in bfloat16 53.8 GB, adapters")
 
 
-def test_thinking_is_reported_as_the_template_sets_it(tmp_path):
+def test_thinking_is_reported_as_the_template_sets_it(tmp_path: Path) -> None:
     told = {}
     for name, options in (("Qwen3.5-4B", {}), ("Qwen3.5-9B", {"enable_thinking": False}), ("Qwen3-8B", {})):
         recipe = Recipe.parse(
@@ -231,7 +232,9 @@ SHIPPED = [recipe for recipe in list_recipes() if not recipe.name.startswith("qu
 
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
-def test_every_shipped_recipe_fits_the_config_of_its_model(recipe, tmp_path, monkeypatch):
+def test_every_shipped_recipe_fits_the_config_of_its_model(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load_recipe(recipe.name)
     size = loaded.model.path.removeprefix("Qwen/").removesuffix("-Base").removesuffix("-Instruct")
     loaded.model.path = str(folder_of(size, tmp_path / "model"))
@@ -247,7 +250,9 @@ def test_every_shipped_recipe_fits_the_config_of_its_model(recipe, tmp_path, mon
     assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]
 
 
-def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(tmp_path, monkeypatch):
+def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlqwen.preflight.recipe_check.require_bitsandbytes", lambda key: None)
     model = folder_of("Qwen2.5-7B", tmp_path / "model")
     online = {
@@ -272,7 +277,7 @@ def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(tmp_p
     assert f"frozen weights in 4 bits {(0.5 * linear + 2 * (whole - linear)) / 1e9:,.1f} GB" in memory
 
 
-def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_path):
+def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_path: Path) -> None:
     online = {
         "algorithm": "grpo",
         "data": {"train": {"path": "builtin:questions", "columns": {"prompt": "question", "solution": "answer"}}},
@@ -298,7 +303,9 @@ def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_pa
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_the_dtype_that_vllm_needs_for_delta_net_layers_is_reported(tmp_path, monkeypatch):
+def test_the_dtype_that_vllm_needs_for_delta_net_layers_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlqwen.rollout.resources._count_gpus", lambda: 0.0)
     online = {
         "algorithm": "grpo",

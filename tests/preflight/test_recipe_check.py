@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from rlqwen.preflight import (
     plan_batch,
     prompt_room,
 )
+from rlqwen.preflight.check_report import CheckReport
 
 STAND_INS = {
     "openai/gsm8k": "builtin:questions",
@@ -30,7 +32,7 @@ STAND_INS = {
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def recipe_of(model: Path | str, rows: list[dict], folder: Path, **changes: object) -> Recipe:
+def recipe_of(model: Path | str, rows: list[dict], folder: Path, **changes: Any) -> Recipe:
     """Make a recipe over rows that are written to a file; `changes` replace its top-level sections."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,7 +51,7 @@ SUM = {"prompt": "1 + 1 = ?", "solution": "2"}
 CHAT = {"messages": [{"role": "user", "content": "1 + 1 = ?"}, {"role": "assistant", "content": "2"}]}
 
 
-def the_fault(report) -> Exception:
+def the_fault(report: CheckReport) -> Exception:
     assert len(report.faults) == 1, report.faults
     return report.faults[0]
 
@@ -57,7 +59,7 @@ def the_fault(report) -> Exception:
 # Arithmetic
 
 
-def test_the_grpo_batch_plan_is_one_line_from_prompts_to_updates():
+def test_the_grpo_batch_plan_is_one_line_from_prompts_to_updates() -> None:
     plan = plan_batch(
         GRPOConfig(
             per_device_train_batch_size=16, gradient_accumulation_steps=2, generation_batch_size=64, num_iterations=2
@@ -72,7 +74,7 @@ def test_the_grpo_batch_plan_is_one_line_from_prompts_to_updates():
     )
 
 
-def test_ranks_multiply_the_update():
+def test_ranks_multiply_the_update() -> None:
     plan = plan_batch(GRPOConfig(per_device_train_batch_size=8, num_iterations=2, max_steps=4), 20, num_ranks=3)
     assert (plan.rows_per_step, plan.updates_per_step, plan.completions_per_update) == (3, 2, 24)
     assert plan.text.startswith(
@@ -85,7 +87,7 @@ def test_ranks_multiply_the_update():
     assert plan.text.startswith("8 sequences per update = 4 per micro-batch x 1 accumulated x 2 ranks")
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(monkeypatch):
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GRPOConfig(per_device_train_batch_size=8, generation_batch_size=16)
     with pytest.raises(ConfigError, match=r"16 completions per rollout do not divide into updates of 24 .* x 3 ranks"):
         plan_batch(config, 20, num_ranks=3)
@@ -95,7 +97,7 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(monkeypatch):
     assert GRPOConfig(per_device_train_batch_size=4).completions_per_rollout(2) == 8
 
 
-def test_the_sft_batch_plan_counts_sequences_and_applies_max_steps():
+def test_the_sft_batch_plan_counts_sequences_and_applies_max_steps() -> None:
     plan = plan_batch(SFTConfig(per_device_train_batch_size=4, max_steps=5), num_rows=10)
     assert (plan.rows_per_step, plan.updates_per_step, plan.total_updates) == (4, 1, 5)
     assert plan.text == (
@@ -104,7 +106,7 @@ def test_the_sft_batch_plan_counts_sequences_and_applies_max_steps():
     assert plan_batch(SFTConfig(per_device_train_batch_size=4), num_rows=10).total_updates == 8  # ceil(3 x 10 / 4)
 
 
-def test_prompt_and_completion_must_fit_the_context():
+def test_prompt_and_completion_must_fit_the_context() -> None:
     assert prompt_room(100, GRPOConfig(max_completion_length=60)) == 40
     assert prompt_room(100, GRPOConfig(max_completion_length=60, max_prompt_length=30)) == 30
     with pytest.raises(ConfigError, match="leaves no room for a prompt: the model's context is 100 tokens"):
@@ -116,7 +118,7 @@ def test_prompt_and_completion_must_fit_the_context():
 # Model
 
 
-def test_a_complete_folder_a_builtin_and_a_hub_id_pass(tiny_model_path):
+def test_a_complete_folder_a_builtin_and_a_hub_id_pass(tiny_model_path: Path) -> None:
     for path in (str(tiny_model_path), "builtin:tiny-qwen3", "Qwen/Qwen3-0.6B", "gpt2"):
         check_model_path(path)
 
@@ -129,7 +131,9 @@ def test_a_complete_folder_a_builtin_and_a_hub_id_pass(tiny_model_path):
         ("tokenizer.json", "a tokenizer (tokenizer.json)"),
     ],
 )
-def test_a_folder_that_lacks_something_says_what(tiny_model_path, tmp_path, removed, named):
+def test_a_folder_that_lacks_something_says_what(
+    tiny_model_path: Path, tmp_path: Path, removed: str, named: str
+) -> None:
     for file in tiny_model_path.iterdir():
         if file.name != removed:
             (tmp_path / file.name).symlink_to(file)
@@ -138,7 +142,7 @@ def test_a_folder_that_lacks_something_says_what(tiny_model_path, tmp_path, remo
     assert f"lacks {named}; it holds" in str(caught.value)
 
 
-def test_a_missing_shard_an_adapter_alone_and_a_file_are_named(tiny_model_path, tmp_path):
+def test_a_missing_shard_an_adapter_alone_and_a_file_are_named(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(ModelError, match="holds an adapter without its base model"):
         check_model_path(str(tmp_path))
@@ -153,7 +157,7 @@ def test_a_missing_shard_an_adapter_alone_and_a_file_are_named(tiny_model_path, 
         check_model_path(str(tmp_path / "config.json"))
 
 
-def test_a_mistyped_path_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
+def test_a_mistyped_path_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "runs" / "final").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"no such folder; did you mean 'runs/final'\?"):
@@ -162,7 +166,9 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
         check_model_path("nowhere/near/final")
 
 
-def test_an_unknown_hub_id_is_refused_but_only_warned_about_if_the_hub_is_unreachable(tmp_path, monkeypatch):
+def test_an_unknown_hub_id_is_refused_but_only_warned_about_if_the_hub_is_unreachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of("nobody/nothing-of-that-name", [CHAT], tmp_path)
     report = check_recipe(recipe)
     assert report.faults == []
@@ -181,7 +187,7 @@ def test_an_unknown_hub_id_is_refused_but_only_warned_about_if_the_hub_is_unreac
 
 
 @needs_vllm
-def test_more_cpus_or_gpus_than_the_machine_has_are_refused_with_the_numbers():
+def test_more_cpus_or_gpus_than_the_machine_has_are_refused_with_the_numbers() -> None:
     with pytest.raises(ResourceError, match=r"3 workers x 5000 CPUs = 15000 CPUs, but there are"):
         check_resources(RolloutConfig(num_workers=3, num_cpus_per_worker=5000))
     with pytest.raises(ResourceError, match=r"2 workers x 500 GPUs = 1000 GPUs, but there are"):
@@ -189,20 +195,20 @@ def test_more_cpus_or_gpus_than_the_machine_has_are_refused_with_the_numbers():
 
 
 @needs_vllm
-def test_resources_that_fit_are_reported_in_one_line():
+def test_resources_that_fit_are_reported_in_one_line() -> None:
     small = RolloutConfig(num_cpus_per_worker=0.5, num_gpus_per_worker=0)
     assert check_resources(small) == "1 vLLM worker x 0.5 CPUs, 1 GiB of KV cache"
     assert "cluster at ray://x" in check_resources(RolloutConfig(num_workers=99, ray_address="ray://x"))
 
 
-def test_the_transformers_engine_asks_for_nothing():
+def test_the_transformers_engine_asks_for_nothing() -> None:
     assert check_resources(RolloutConfig(engine="transformers", num_workers=99)).startswith("transformers")
 
 
 # Whole recipes
 
 
-def test_a_correct_sft_recipe_reports_model_data_template_and_batch(tiny_model_path, tmp_path):
+def test_a_correct_sft_recipe_reports_model_data_template_and_batch(tiny_model_path: Path, tmp_path: Path) -> None:
     report = check_recipe(recipe_of(tiny_model_path, [CHAT] * 3, tmp_path))
     assert report.faults == []
     facts = dict(report.facts)
@@ -215,7 +221,7 @@ def test_a_correct_sft_recipe_reports_model_data_template_and_batch(tiny_model_p
     assert "5 updates in all" in facts["batch"]  # ceil(3 epochs x 3 rows / 2)
 
 
-def test_a_correct_grpo_recipe_reports_rewards_with_their_origin(tiny_model_path, tmp_path):
+def test_a_correct_grpo_recipe_reports_rewards_with_their_origin(tiny_model_path: Path, tmp_path: Path) -> None:
     report = check_recipe(recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO))
     assert report.faults == []
     facts = dict(report.facts)
@@ -226,14 +232,16 @@ def test_a_correct_grpo_recipe_reports_rewards_with_their_origin(tiny_model_path
     }  # fmt: skip
 
 
-def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path, tmp_path):
+def test_routing_replay_in_a_dense_model_is_a_fault(tiny_model_path: Path, tmp_path: Path) -> None:
     for model, is_dense in ((tiny_model_path, True), ("builtin:tiny-qwen3-moe", False)):
         recipe = recipe_of(model, [SUM] * 4, tmp_path, **GRPO, rollout={"routing_replay": True})
         faults = [str(fault) for fault in check_recipe(recipe).faults if "routing_replay" in str(fault)]
         assert bool(faults) == is_dense, faults
 
 
-def test_a_reward_that_needs_isolation_on_a_machine_without_it_is_a_fault(tiny_model_path, tmp_path, monkeypatch):
+def test_a_reward_that_needs_isolation_on_a_machine_without_it_is_a_fault(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rlqwen.preflight.reward_check.unavailable_reason", lambda: "no Landlock")
     for isolation, num_faults in (("required", 1), ("off", 0)):
         scoring = {"isolated": ["accuracy"], "isolation": isolation}
@@ -241,14 +249,14 @@ def test_a_reward_that_needs_isolation_on_a_machine_without_it_is_a_fault(tiny_m
         assert ["'accuracy' must run isolated" in str(fault) for fault in report.faults] == [True] * num_faults
 
 
-def test_all_faults_are_collected_at_once(tmp_path):
+def test_all_faults_are_collected_at_once(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, [{"prompt": "hi"}], tmp_path, **GRPO | {"rewards": ["accuracy", "acuracy"]})
     report = check_recipe(recipe)
     assert [type(fault) for fault in report.faults] == [ModelError, RewardSpecError]
     assert "did you mean 'accuracy'?" in str(report.faults[1])
 
 
-def test_a_column_that_a_reward_needs_must_be_in_some_row(tiny_model_path, tmp_path):
+def test_a_column_that_a_reward_needs_must_be_in_some_row(tiny_model_path: Path, tmp_path: Path) -> None:
     report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}] * 2, tmp_path, **GRPO))
     assert "needs a column 'solution' or 'answer', which data.train lacks" in str(the_fault(report))
     report = check_recipe(recipe_of(tiny_model_path, [{"prompt": "2 + 2 = ?"}, SUM, SUM], tmp_path, **GRPO))
@@ -257,12 +265,12 @@ def test_a_column_that_a_reward_needs_must_be_in_some_row(tiny_model_path, tmp_p
     assert "reward 'accuracy' is given None in 1 of 3 rows of data.train, which have no 'solution' and no" in line
 
 
-def test_empty_loss_masks_are_a_fault(tiny_model_path, tmp_path):
+def test_empty_loss_masks_are_a_fault(tiny_model_path: Path, tmp_path: Path) -> None:
     report = check_recipe(recipe_of(tiny_model_path, [{"messages": CHAT["messages"][:1]}] * 2, tmp_path))
     assert "no token in the loss" in str(the_fault(report))
 
 
-def test_an_end_of_turn_that_is_always_cut_off_is_a_fault(tiny_model_path, tmp_path):
+def test_an_end_of_turn_that_is_always_cut_off_is_a_fault(tiny_model_path: Path, tmp_path: Path) -> None:
     long = {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "2 " * 50}]}
     recipe = recipe_of(tiny_model_path, [long], tmp_path, train={"max_length": 30})
     fault = the_fault(check_recipe(recipe))
@@ -270,7 +278,7 @@ def test_an_end_of_turn_that_is_always_cut_off_is_a_fault(tiny_model_path, tmp_p
     assert "would never learn to stop; 1 of 1 rows are cut at train.max_length=30" in str(fault)
 
 
-def test_data_faults_name_file_and_line(tiny_model_path, tmp_path):
+def test_data_faults_name_file_and_line(tiny_model_path: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model_path, [CHAT], tmp_path)
     (tmp_path / "rows.jsonl").write_text(json.dumps(CHAT) + "\n{broken\n")
     assert "line 2" in str(the_fault(check_recipe(recipe)))
@@ -278,23 +286,25 @@ def test_data_faults_name_file_and_line(tiny_model_path, tmp_path):
     assert "holds no rows" in str(the_fault(check_recipe(recipe)))
 
 
-def test_evaluation_without_data_is_a_fault(tiny_model_path, tmp_path):
+def test_evaluation_without_data_is_a_fault(tiny_model_path: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tiny_model_path, [CHAT], tmp_path, train={"eval_strategy": "epoch"})
     assert "there is no data.eval" in str(the_fault(check_recipe(recipe)))
 
 
-def test_a_step_larger_than_the_data_is_a_warning(tiny_model_path, tmp_path):
+def test_a_step_larger_than_the_data_is_a_warning(tiny_model_path: Path, tmp_path: Path) -> None:
     report = check_recipe(recipe_of(tiny_model_path, [CHAT], tmp_path))
     assert report.warnings == ["one step takes 2 rows and there are 1: rows repeat within it"]
 
 
-def test_a_used_run_folder_is_a_fault(tiny_model_path, tmp_path):
+def test_a_used_run_folder_is_a_fault(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "final").mkdir(parents=True)
     (report,) = check_pipeline([recipe_of(tiny_model_path, [CHAT], tmp_path)])
     assert "holds a run already" in str(the_fault(report))
 
 
-def test_a_later_stage_is_checked_with_the_model_that_it_will_continue_from(tiny_model_path, tmp_path):
+def test_a_later_stage_is_checked_with_the_model_that_it_will_continue_from(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     first = recipe_of(tiny_model_path, [CHAT], tmp_path, output_dir=str(tmp_path / "a"))
     second = recipe_of(tmp_path / "a" / "final", [CHAT], tmp_path, output_dir=str(tmp_path / "b"))
     reports = check_pipeline([first, second])
@@ -303,7 +313,7 @@ def test_a_later_stage_is_checked_with_the_model_that_it_will_continue_from(tiny
     assert isinstance(the_fault(check_pipeline([second])[0]), ModelError)
 
 
-def test_faults_of_a_later_stage_are_found_before_the_first_is_trained(tiny_model_path, tmp_path):
+def test_faults_of_a_later_stage_are_found_before_the_first_is_trained(tiny_model_path: Path, tmp_path: Path) -> None:
     first = recipe_of(tiny_model_path, [CHAT], tmp_path, output_dir=str(tmp_path / "a"))
     second = recipe_of(tiny_model_path, [{"prompt": "hi"}], tmp_path, **GRPO)
     with pytest.raises(RewardSpecError, match="needs a column 'solution'"):
@@ -324,7 +334,7 @@ BEFORE = dict.fromkeys(
 
 
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
-def test_every_shipped_recipe_passes(recipe, tmp_path, monkeypatch):
+def test_every_shipped_recipe_passes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_recipe(recipe.name)
     source = loaded.data.train
     if source.path is not None:

@@ -5,7 +5,9 @@ import json
 import math
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ STEP = {
 
 
 @pytest.fixture(autouse=True)
-def silent(monkeypatch):
+def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "off")
 
 
@@ -100,7 +102,7 @@ def finished_run(folder: Path, algorithm: str, groups: list[Group] | None = None
 # Sinks
 
 
-def test_jsonl_is_flushed_per_step_and_has_null_for_nonfinite_values(tmp_path):
+def test_jsonl_is_flushed_per_step_and_has_null_for_nonfinite_values(tmp_path: Path) -> None:
     logger = MetricLogger(tmp_path, total_steps=2, algorithm="sft")
     logger.log(1, {"loss": torch.tensor(0.5), "grad_norm": math.inf, "kl": math.nan})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -110,13 +112,15 @@ def test_jsonl_is_flushed_per_step_and_has_null_for_nonfinite_values(tmp_path):
     ]
 
 
-def test_an_incomplete_last_line_is_not_read(tmp_path):
+def test_an_incomplete_last_line_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
     assert read_metrics(tmp_path / "nothing") == []
 
 
-def test_unknown_and_uninstalled_sinks_are_refused_with_a_remedy(tmp_path, monkeypatch):
+def test_unknown_and_uninstalled_sinks_are_refused_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="unknown metric sink 'mlflow'; known: tensorboard, wandb, trackio, none"):
         MetricLogger(tmp_path, report_to="mlflow", total_steps=1, algorithm="sft")
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -124,7 +128,7 @@ def test_unknown_and_uninstalled_sinks_are_refused_with_a_remedy(tmp_path, monke
         MetricLogger(tmp_path, report_to=["wandb"], total_steps=1, algorithm="sft")
 
 
-def test_tensorboard_gets_the_values(tmp_path):
+def test_tensorboard_gets_the_values(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with MetricLogger(tmp_path, report_to="tensorboard", total_steps=2, algorithm="sft") as logger:
@@ -136,19 +140,19 @@ def test_tensorboard_gets_the_values(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_hosted_sinks_get_run_name_steps_and_finish(tmp_path, monkeypatch, name):
+def test_hosted_sinks_get_run_name_steps_and_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A fake module that records calls replaces the service's package."""
     calls: list[tuple] = []
 
     class Service(types.ModuleType):
-        def init(self, **arguments):
+        def init(self, **arguments: Any) -> Any:
             calls.append(("init", arguments["name"]))
             return self
 
-        def log(self, metrics, step):
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
             calls.append(("log", metrics, step))
 
-        def finish(self):
+        def finish(self) -> None:
             calls.append(("finish",))
 
     monkeypatch.setitem(sys.modules, name, Service(name))
@@ -157,7 +161,7 @@ def test_hosted_sinks_get_run_name_steps_and_finish(tmp_path, monkeypatch, name)
     assert calls == [("init", "r"), ("log", {"loss": 0.5}, 1), ("finish",)]
 
 
-def test_display_variable_is_checked(tmp_path, monkeypatch):
+def test_display_variable_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "loud")
     with pytest.raises(ConfigError, match="RLQWEN_DISPLAY='loud'"):
         MetricLogger(tmp_path, total_steps=1, algorithm="sft")
@@ -166,7 +170,7 @@ def test_display_variable_is_checked(tmp_path, monkeypatch):
 # Completions
 
 
-def test_completions_hold_prompt_rewards_advantage_and_failed_calls(tmp_path, groups):
+def test_completions_hold_prompt_rewards_advantage_and_failed_calls(tmp_path: Path, groups: list[Group]) -> None:
     path = CompletionLog(tmp_path).write(12, groups)
     assert path == tmp_path / "completions" / "step-000012.jsonl"
     rows = read_completions(tmp_path)
@@ -186,7 +190,7 @@ def test_completions_hold_prompt_rewards_advantage_and_failed_calls(tmp_path, gr
     assert (rows[1]["finish_reason"], rows[3]["completion"], rows[3]["reward"]) == ("length", "五", None)
 
 
-def test_completions_are_read_from_the_last_evaluation_if_there_is_one(tmp_path, groups):
+def test_completions_are_read_from_the_last_evaluation_if_there_is_one(tmp_path: Path, groups: list[Group]) -> None:
     log = CompletionLog(tmp_path)
     log.write(9, groups)
     log.write(1, groups[:1], evaluation=True)
@@ -197,7 +201,7 @@ def test_completions_are_read_from_the_last_evaluation_if_there_is_one(tmp_path,
 # Display
 
 
-def test_plain_lines_respect_the_interval_except_first_last_and_evaluations():
+def test_plain_lines_respect_the_interval_except_first_last_and_evaluations() -> None:
     lines: list[str] = []
     now = [0.0]
     display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: now[0])
@@ -216,7 +220,7 @@ def test_plain_lines_respect_the_interval_except_first_last_and_evaluations():
     assert lines[0] == "step  0/10  eval  accuracy 0.5"
 
 
-def test_plain_display_prints_the_last_step_on_close():
+def test_plain_display_prints_the_last_step_on_close() -> None:
     lines: list[str] = []
     display = PlainDisplay(10, interval=5.0, write=lines.append, clock=lambda: 0.0)
     display.show(1, STEP)
@@ -225,7 +229,7 @@ def test_plain_display_prints_the_last_step_on_close():
     assert [line[:10] for line in lines] == ["step  1/10", "step  2/10"]
 
 
-def test_a_line_shows_reward_lengths_kl_entropy_speed_and_shares_of_time():
+def test_a_line_shows_reward_lengths_kl_entropy_speed_and_shares_of_time() -> None:
     assert headline(STEP) == ["reward 0.500", "accuracy 0.400", "format 1.000"]
     assert headline({"loss": 0.12345}) == ["loss 0.1235"]
     assert details(STEP) == ["len 6.2", "cut off 25%", "kl 0.001", "entropy 0.500"]
@@ -242,7 +246,7 @@ def test_a_line_shows_reward_lengths_kl_entropy_speed_and_shares_of_time():
     assert format_evaluation(evaluation) == "eval  reward 0.5  format 0.25  format/error 2  cut off 0"
 
 
-def test_remaining_time_excludes_start_up():
+def test_remaining_time_excludes_start_up() -> None:
     now = [0.0]
     progress = Progress(11, lambda: now[0])
     assert progress.remaining() is None
@@ -257,13 +261,13 @@ def test_remaining_time_excludes_start_up():
     assert (format_duration(16.0), format_duration(3723.0), format_duration(None)) == ("0:16", "1:02:03", "-")
 
 
-def test_sparkline_spans_the_range_and_skips_nan():
+def test_sparkline_spans_the_range_and_skips_nan() -> None:
     assert sparkline([0.0, math.nan, 1.0]) == "▁█"
     assert sparkline([0.5, 0.5]) == "▁▁"
     assert len(sparkline([float(n) for n in range(1000)])) == 32
 
 
-def test_live_display_keeps_prints_whole_and_restores_the_terminal(capsys):
+def test_live_display_keeps_prints_whole_and_restores_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     display = LiveDisplay(10, "grpo · run", console)
@@ -283,7 +287,7 @@ def test_live_display_keeps_prints_whole_and_restores_the_terminal(capsys):
 # Curves
 
 
-def test_panels_depend_on_the_logged_metrics():
+def test_panels_depend_on_the_logged_metrics() -> None:
     sft = choose_panels([{"step": 1, "loss": 1.0}, {"step": 1, "eval/loss": 2.0}])
     assert [(panel.title, panel.train_keys, panel.eval_keys) for panel in sft] == [("loss", ("loss",), ("eval/loss",))]
     grpo = choose_panels([{"step": 1, **STEP}, {"step": 1, "eval/reward/mean": 1.0, "eval/accuracy": 0.5}])
@@ -294,7 +298,7 @@ def test_panels_depend_on_the_logged_metrics():
     ]
 
 
-def test_curves_are_drawn_for_one_run_and_for_a_pipeline(tmp_path):
+def test_curves_are_drawn_for_one_run_and_for_a_pipeline(tmp_path: Path) -> None:
     sft = finished_run(tmp_path / "sft", "sft")
     grpo = finished_run(tmp_path / "grpo", "grpo", before=0.5, after=0.9)
     for path in (sft / "curves.png", plot_pipeline(tmp_path, [sft, grpo])):
@@ -302,7 +306,7 @@ def test_curves_are_drawn_for_one_run_and_for_a_pipeline(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > (sft / "curves.png").stat().st_size
 
 
-def test_curves_of_a_run_that_logged_nothing_are_refused(tmp_path):
+def test_curves_of_a_run_that_logged_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no metrics were logged"):
         plot_curves(tmp_path)
 
@@ -310,7 +314,7 @@ def test_curves_of_a_run_that_logged_nothing_are_refused(tmp_path):
 # Summary and report
 
 
-def test_summary_holds_metrics_and_versions(tmp_path):
+def test_summary_holds_metrics_and_versions(tmp_path: Path) -> None:
     write_summary(
         tmp_path,
         algorithm="sft",
@@ -333,7 +337,7 @@ def test_summary_holds_metrics_and_versions(tmp_path):
     }
 
 
-def test_pipeline_summary_has_the_evaluations_of_the_last_stage_at_the_top(tmp_path):
+def test_pipeline_summary_has_the_evaluations_of_the_last_stage_at_the_top(tmp_path: Path) -> None:
     sft = finished_run(tmp_path / "sft", "sft")
     grpo = finished_run(tmp_path / "grpo", "grpo", before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
@@ -343,7 +347,7 @@ def test_pipeline_summary_has_the_evaluations_of_the_last_stage_at_the_top(tmp_p
     assert [stage["algorithm"] for stage in summary["stages"]] == ["sft", "grpo"]
 
 
-def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path, groups):
+def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path: Path, groups: list[Group]) -> None:
     sft = finished_run(tmp_path / "sft", "sft")
     grpo = finished_run(tmp_path / "grpo", "grpo", groups, before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
@@ -366,7 +370,7 @@ def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path, g
     assert "time" not in text.split("Sample")[0].split("accuracy")[1]
 
 
-def test_the_report_names_the_class_that_loads_a_model(tmp_path):
+def test_the_report_names_the_class_that_loads_a_model(tmp_path: Path) -> None:
     assert auto_class(tmp_path) == "AutoModelForCausalLM"
     for architecture, expected in (
         ("Qwen3_5ForConditionalGeneration", "AutoModelForCausalLM"),
@@ -376,7 +380,7 @@ def test_the_report_names_the_class_that_loads_a_model(tmp_path):
         assert auto_class(tmp_path) == expected
 
 
-def test_samples_are_spread_over_prompts(groups):
+def test_samples_are_spread_over_prompts(groups: list[Group]) -> None:
     rows = [{"prompt_index": index, "n": n} for index in range(10) for n in range(2)]
     assert pick_samples(rows, 3) == [{"prompt_index": index, "n": 0} for index in (0, 3, 6)]
     assert pick_samples([], 3) == []
@@ -393,11 +397,11 @@ def test_samples_are_spread_over_prompts(groups):
         ),
     ],
 )
-def test_a_config_names_the_next_command(config, command):
+def test_a_config_names_the_next_command(config: Any, command: str) -> None:
     assert config.next_command.format(final="F", recipe="R") == command
 
 
-def test_a_used_run_folder_is_refused_unless_it_may_be_overwritten(tmp_path):
+def test_a_used_run_folder_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -> None:
     refuse_used_folder(tmp_path, overwrite=False)
     finished_run(tmp_path / "run", "sft")
     with pytest.raises(ConfigError, match=r"holds a run already \(found metrics.jsonl, final, summary.json\)"):

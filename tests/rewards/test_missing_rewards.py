@@ -1,12 +1,16 @@
 """Test the effect of missing rewards on totals, advantages, the loss and evaluation metrics."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards import Scorer, build_rewards
+from rlqwen.rewards.registry import Reward
 from rlqwen.types import Completion, Group, Prompt
 from tests.losses import grpo_loss
 from tests.trainers.test_grpo import ROWS
@@ -17,21 +21,25 @@ FAILING = 13
 """Token id on which a reward fails."""
 
 
-def fails_on_13(completion_ids, **_):
+def fails_on_13(completion_ids: list[list[int]], **_: object) -> list[float]:
     if any(FAILING in ids for ids in completion_ids):
         raise ValueError("thirteen")
     return [float(ids[0] % 3) for ids in completion_ids]
 
 
-def rises(completion_ids, **_):
+def rises(completion_ids: list[list[int]], **_: object) -> list[Any]:
     return [0.25 * ids[0] for ids in completion_ids]
 
 
-def not_for_single_tokens(completion_ids, **_):
+def not_for_single_tokens(completion_ids: list[list[int]], **_: object) -> list[float | None]:
     return [None if len(ids) == 1 else 1.0 for ids in completion_ids]
 
 
-def scored(*token_ids, rewards=(fails_on_13, rises), weights=None):
+def scored(
+    *token_ids: list[int],
+    rewards: Sequence[Reward] = (fails_on_13, rises),
+    weights: tuple[float, float] | tuple[float] | None = None,
+) -> Group:
     """Return a group of these completions, scored in this process."""
     completions = [Completion(ids, [-1.0] * len(ids), "stop", "") for ids in token_ids]
     group = Group(Prompt(0, [5, 6, 7], "x"), completions, policy_version=1)
@@ -41,7 +49,7 @@ def scored(*token_ids, rewards=(fails_on_13, rises), weights=None):
     return group
 
 
-def test_a_failed_call_makes_the_total_missing_and_none_is_left_out():
+def test_a_failed_call_makes_the_total_missing_and_none_is_left_out() -> None:
     group = scored([3, 4], [FAILING, 4], [8], rewards=(fails_on_13, rises, not_for_single_tokens))
     assert group.call_statuses["fails_on_13"] == ["ok", "error", "ok"]
     assert group.rewards["rises"] == [0.75, 3.25, 2.0]
@@ -66,7 +74,9 @@ def test_a_failed_call_makes_the_total_missing_and_none_is_left_out():
     ],
     ids=str,
 )
-def test_grpo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_path, options):
+def test_grpo_ignores_completions_with_a_missing_reward(
+    tiny_model_path: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
     trainer = make_grpo(tiny_model_path, tmp_path, **options)
     results = []
     for missing in ([[FAILING, 8, 9]], []):
@@ -89,7 +99,7 @@ def test_grpo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_pat
     assert loss == pytest.approx(expected_loss)
 
 
-def test_ppo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_path):
+def test_ppo_ignores_completions_with_a_missing_reward(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_ppo(tiny_model_path, tmp_path)
     results = []
     for missing in ([[FAILING, 8, 9]], []):
@@ -114,8 +124,10 @@ def test_ppo_ignores_completions_with_a_missing_reward(tiny_model_path, tmp_path
 
 
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
-def test_evaluation_counts_missing_rewards_and_averages_the_others(tiny_model_path, tmp_path, make):
-    def fails_once(prompts, **_):
+def test_evaluation_counts_missing_rewards_and_averages_the_others(
+    tiny_model_path: Path, tmp_path: Path, make: Any
+) -> None:
+    def fails_once(prompts: Sequence[Prompt], **_: object) -> list[float]:
         if "3 + 1" in str(prompts):
             raise ValueError("three")
         return [1.0] * len(prompts)
@@ -133,15 +145,15 @@ def test_evaluation_counts_missing_rewards_and_averages_the_others(tiny_model_pa
     assert metrics["eval/reward/mean"] == pytest.approx(sum(sum(one.values()) for one in kept) / 3)
 
 
-def test_rewards_get_none_for_columns_that_a_row_lacks(tiny_model_path, tmp_path):
+def test_rewards_get_none_for_columns_that_a_row_lacks(tiny_model_path: Path, tmp_path: Path) -> None:
     """As in TRL's documentation of several tasks, columns are the union over the rows, whichever comes first."""
     seen = []
 
-    def maths(completions, task, solution, **columns):
+    def maths(completions: list[str], task: Any, solution: list[str], **columns: Any) -> list[float | None]:
         seen.append((task[0], solution[0], columns["tests"][0]))
         return [1.0 if one == "maths" else None for one in task]
 
-    def code(completions, task, tests):
+    def code(completions: list[str], task: Any, tests: Any) -> list[float | None]:
         seen.append((task[0], tests[0]))
         return [1.0 if one == "code" else None for one in task]
 

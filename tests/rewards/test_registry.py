@@ -6,7 +6,9 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,7 @@ BUILT_IN = {
 }
 
 
-def good(completions, solution, bonus=0.0, **columns):
+def good(completions: list[str], solution: list[str], bonus: float = 0.0, **columns: Any) -> list[int]:
     """Say how long."""
     return [len(one) + bonus for one in completions]
 
@@ -55,20 +57,20 @@ def install(plugin: str, target: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits_package(tmp_path_factory):
+def digits_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site")
     install("rlqwen-reward-digits", target)
     return target
 
 
 @pytest.fixture(scope="module")
-def rival_package(tmp_path_factory):
+def rival_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("rival")
     install("rlqwen-reward-digits-rival", target)
     return target
 
 
-def test_built_in_rewards_have_an_origin_and_a_line_of_documentation():
+def test_built_in_rewards_have_an_origin_and_a_line_of_documentation() -> None:
     entries = REWARDS.discover()
     assert set(entries) >= BUILT_IN
     version = importlib.metadata.version("rlqwen")
@@ -79,7 +81,7 @@ def test_built_in_rewards_have_an_origin_and_a_line_of_documentation():
         assert callable(REWARDS.load(name))
 
 
-def test_discover_imports_neither_rewards_nor_torch():
+def test_discover_imports_neither_rewards_nor_torch() -> None:
     code = """
 import sys
 from rlqwen.rewards.registry import REWARDS
@@ -90,7 +92,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "sympy", "
     assert run_python(code).strip() == "[]"
 
 
-def test_loading_one_reward_imports_no_other():
+def test_loading_one_reward_imports_no_other() -> None:
     code = """
 import sys
 from rlqwen.rewards.registry import REWARDS
@@ -100,7 +102,7 @@ print(sorted(name for name in sys.modules if name.startswith("rlqwen_rewards") o
     assert run_python(code).strip() == "['rlqwen_rewards', 'rlqwen_rewards.answers', 'rlqwen_rewards.length']"
 
 
-def test_a_reward_of_another_package_is_found_by_name(digits_package):
+def test_a_reward_of_another_package_is_found_by_name(digits_package: Path) -> None:
     code = """
 import json
 from rlqwen.rewards.registry import call_arguments, check_columns, REWARDS, resolve
@@ -118,7 +120,7 @@ print(json.dumps([entry.origin, entry.doc, reward.name, reward.origin, reward.fu
     assert rewards == [2.0, 1.0, 0.0]
 
 
-def test_a_name_claimed_by_two_packages_is_an_error_that_names_both(digits_package, rival_package):
+def test_a_name_claimed_by_two_packages_is_an_error_that_names_both(digits_package: Path, rival_package: Path) -> None:
     code = """
 from rlqwen.errors import RewardSpecError
 from rlqwen.rewards.registry import REWARDS, resolve
@@ -154,12 +156,12 @@ assert resolve("rlqwen_reward_digits_rival:num_digits").function(["a1b2"]) == [2
         ("math:sqrt", "parameter 'x' is positional-only"),
     ],
 )
-def test_an_unknown_reward_is_refused_with_a_hint(spec, message):
+def test_an_unknown_reward_is_refused_with_a_hint(spec: str | int, message: str) -> None:
     with pytest.raises(RewardSpecError, match=message):
         resolve(spec)
 
 
-def test_a_function_is_loaded_from_a_file(tmp_path):
+def test_a_function_is_loaded_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         "from dataclasses import dataclass\n"
@@ -177,7 +179,7 @@ def test_a_function_is_loaded_from_a_file(tmp_path):
         resolve(f"{file}:rewad")
 
 
-def test_a_file_that_fails_to_import_names_the_cause(tmp_path):
+def test_a_file_that_fails_to_import_names_the_cause(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("raise RuntimeError('no license')\n")
     before = set(sys.modules)
@@ -187,9 +189,9 @@ def test_a_file_that_fails_to_import_names_the_cause(tmp_path):
     assert not [name for name in set(sys.modules) - before if name.startswith("broken_")]
 
 
-def test_every_kind_of_callable_has_a_name():
+def test_every_kind_of_callable_has_a_name() -> None:
     class Judge:
-        def __call__(self, completions):
+        def __call__(self, completions: list[str]) -> list[float]:
             return [0.0] * len(completions)
 
     assert resolve(good).name == "good"
@@ -199,7 +201,7 @@ def test_every_kind_of_callable_has_a_name():
     assert unique_names(["a", "a", "a_2", "b", "a"]) == ["a", "a_3", "a_2", "b", "a_4"]
 
 
-def test_the_signature_determines_the_parameters_of_a_reward():
+def test_the_signature_determines_the_parameters_of_a_reward() -> None:
     reward = resolve(good)
     assert reward.parameters == ("completions", "solution", "bonus")
     assert reward.required == ("completions", "solution")
@@ -209,12 +211,12 @@ def test_the_signature_determines_the_parameters_of_a_reward():
     assert not resolve(lambda completion_ids: []).accepts_any_column
 
 
-def test_coroutine_functions_are_recognized():
-    async def judge(completions, k=1):
+def test_coroutine_functions_are_recognized() -> None:
+    async def judge(completions: list[str], k: int = 1) -> list[float]:
         return [float(k)] * len(completions)
 
     class Judge:
-        async def __call__(self, completions):
+        async def __call__(self, completions: list[str]) -> list[float]:
             return [0.0] * len(completions)
 
     bound = resolve(judge, {"k": 2})
@@ -223,7 +225,7 @@ def test_coroutine_functions_are_recognized():
     assert resolve(Judge()).is_async
 
 
-def test_args_are_bound_to_a_function_and_hide_columns_of_that_name():
+def test_args_are_bound_to_a_function_and_hide_columns_of_that_name() -> None:
     reward = resolve(good, {"bonus": 0.5})
     assert reward.function(completions=["ab"], solution=["x"]) == [2.5]
     arguments = call_arguments(reward, ["p"], ["ab"], [[1]], {"solution": ["x"], "bonus": ["a column"], "other": [0]})
@@ -240,8 +242,8 @@ def test_args_are_bound_to_a_function_and_hide_columns_of_that_name():
         resolve(good, {"completions": 1})
 
 
-def test_args_are_passed_to_a_factory():
-    def factory(k, flavoring="plain"):
+def test_args_are_passed_to_a_factory() -> None:
+    def factory(k: int, flavoring: str = "plain") -> Callable[[Any], list[float]]:
         if k < 0:
             raise ValueError(f"k must not be negative, not {k}")
         return lambda completions: [float(k)] * len(completions)
@@ -259,14 +261,14 @@ def test_args_are_passed_to_a_factory():
         resolve(factory)
 
 
-def test_a_factory_must_return_a_reward_function():
+def test_a_factory_must_return_a_reward_function() -> None:
     with pytest.raises(RewardSpecError, match="what it returns is not a reward function: 3"):
         resolve(lambda k: k, {"k": 3})
     with pytest.raises(RewardSpecError, match="what it returns is not a reward function: <function"):
         resolve(lambda k: lambda text: 0.0, {"k": 3})
 
 
-def test_built_in_rewards_refuse_invalid_args():
+def test_built_in_rewards_refuse_invalid_args() -> None:
     assert resolve("format", {"require": ["boxed"]}).function(completions=[r"\boxed{1}"]) == [1.0]
     with pytest.raises(RewardSpecError, match="reward 'length' needs args: budget"):
         resolve("length")
@@ -274,7 +276,7 @@ def test_built_in_rewards_refuse_invalid_args():
         resolve("format", {"require": "box"})
 
 
-def test_a_missing_required_column_is_refused():
+def test_a_missing_required_column_is_refused() -> None:
     check_columns(resolve(good), ["prompt", "solution"], "train.jsonl")
     with pytest.raises(RewardSpecError) as caught:
         check_columns(resolve(good), ["question", "answer"], "train.jsonl")
@@ -284,13 +286,13 @@ def test_a_missing_required_column_is_refused():
     )
 
 
-def test_arguments_that_only_trl_passes_need_a_default():
+def test_arguments_that_only_trl_passes_need_a_default() -> None:
     check_columns(resolve(lambda completions, trainer_state=None, log_extra=None, log_metric=None: []), [], "d")
     with pytest.raises(RewardSpecError, match="requires 'log_metric', which TRL's trainer passes"):
         check_columns(resolve(lambda completions, log_metric: []), [], "d")
 
 
-def test_one_of_several_columns_is_required():
+def test_one_of_several_columns_is_required() -> None:
     check_columns(resolve("accuracy"), ["answer"], "d")
     check_columns(resolve("accuracy"), ["solution"], "d")
     with pytest.raises(RewardSpecError, match="needs a column 'solution' or 'answer', which d lacks; columns there: x"):
@@ -300,7 +302,7 @@ def test_one_of_several_columns_is_required():
         check_columns(resolve("length", {"budget": 9, "only_correct": True}), [], "d")
 
 
-def test_only_named_arguments_are_passed():
+def test_only_named_arguments_are_passed() -> None:
     columns = {"solution": ["1"], "level": [3]}
     named = call_arguments(resolve(lambda completions, level=None: []), ["p"], ["c"], [[1]], columns)
     assert named == {"completions": ["c"], "level": [3]}
@@ -308,15 +310,15 @@ def test_only_named_arguments_are_passed():
     assert everything == {"prompts": ["p"], "completions": ["c"], "completion_ids": [[1]], **columns}
 
 
-def test_entries_and_rewards_can_be_pickled():
+def test_entries_and_rewards_can_be_pickled() -> None:
     assert pickle.loads(pickle.dumps(REWARDS.discover()["accuracy"])) == REWARDS.discover()["accuracy"]
     assert pickle.loads(pickle.dumps(resolve("accuracy"))) == resolve("accuracy")
 
 
 @pytest.mark.parametrize("value", ["no_such_module_at_all:fn", "json.no_such:fn", "math:sqrt"])
-def test_doc_without_a_source_is_empty(value):
+def test_doc_without_a_source_is_empty(value: str) -> None:
     assert PluginEntry("x", value, "d", "1").doc == ""
 
 
-def test_doc_of_an_unknown_attribute_is_that_of_the_module():
+def test_doc_of_an_unknown_attribute_is_that_of_the_module() -> None:
     assert PluginEntry("x", "json:no_such_function", "d", "1").doc.startswith("JSON (JavaScript Object Notation)")

@@ -5,19 +5,24 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from rlqwen.errors import ConfigError, RolloutError, WorkerDied
+from rlqwen.packing.batch import PackedBatch
 from rlqwen.rollout import sampler as rollouts
 from rlqwen.rollout.engines.transformers import TransformersEngine
 from rlqwen.rollout.prefetch import Prefetcher
 from rlqwen.runs.verification import compare_runs
+from rlqwen.types import Canary, GroupRequest
 from tests.forked import run_forked
 from tests.patience import PATIENCE_S
 
@@ -27,7 +32,7 @@ ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range
 class SnapshotEngine(TransformersEngine):
     """Sample from a copy of the weights, as workers do, so that the policy can train at the same time."""
 
-    def __init__(self, folder, tokenizer, length):
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.threads = []
         """Name of the thread of each `generate` call."""
@@ -35,10 +40,10 @@ class SnapshotEngine(TransformersEngine):
         super().__init__(self, tokenizer, max_model_length=length, max_num_seqs=64)
 
     @contextmanager
-    def generation_model(self):
+    def generation_model(self) -> Iterator[Any]:
         yield self.model
 
-    def generate(self, requests):
+    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Any]:
         self.threads.append(threading.current_thread().name)
         assert self._busy.acquire(blocking=False), "two draws at once"
         try:
@@ -46,7 +51,9 @@ class SnapshotEngine(TransformersEngine):
         finally:
             self._busy.release()
 
-    def load_weights(self, version, weights, canary):
+    def load_weights(
+        self, version: int, weights: "Iterable[tuple[str, torch.Tensor]]", canary: Canary | None
+    ) -> dict[str, float]:
         assert self._busy.acquire(blocking=False), "other weights in the middle of a draw"
         try:
             self.model.load_state_dict({name: tensor.clone() for name, tensor in weights})
@@ -56,10 +63,12 @@ class SnapshotEngine(TransformersEngine):
 
 
 @pytest.fixture(autouse=True)
-def _engine(monkeypatch):
+def _engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Replace the pool of vLLM workers, which is slow to start and has its own tests."""
 
-    def build(config, *, model_path, tokenizer, max_model_length, **rest):
+    def build(
+        config: Any, *, model_path: str, tokenizer: PreTrainedTokenizerBase, max_model_length: int, **rest: Any
+    ) -> SnapshotEngine:
         return SnapshotEngine(model_path, tokenizer, max_model_length)
 
     monkeypatch.setattr(rollouts, "build_engine", build)
@@ -69,11 +78,13 @@ def _engine(monkeypatch):
     torch.set_num_threads(before)
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def make(model, folder, *, algorithm="grpo", lag=1, **options):
+def make(
+    model: Path, folder: Path, *, algorithm: str = "grpo", lag: int = 1, **options: Any
+) -> PPOTrainer | GRPOTrainer:
     defaults = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "max_completion_length": 6, "max_steps": 6,
         "learning_rate": 3e-3, "save_strategy": "no", "rollout": {"engine": "vllm", "max_staleness": lag},
@@ -84,7 +95,7 @@ def make(model, folder, *, algorithm="grpo", lag=1, **options):
     return GRPOTrainer(str(model), prefers_even, GRPOConfig(num_generations=4, **defaults), ROWS, ROWS[:3])
 
 
-def versions(folder, kind="step"):
+def versions(folder: Path, kind: str = "step") -> list[Any]:
     """Return the weight version from which each file of completions was sampled."""
     found = []
     for path in sorted((folder / "completions").glob(f"{kind}-*.jsonl")):
@@ -93,7 +104,7 @@ def versions(folder, kind="step"):
     return found
 
 
-def figures(trainer, key):
+def figures(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -101,7 +112,9 @@ def figures(trainer, key):
 @pytest.mark.parametrize(
     ("lag", "expected"), [(0, [1, 2, 3, 4, 5, 6]), (1, [1, 1, 2, 3, 4, 5]), (2, [1, 1, 1, 2, 3, 4])]
 )
-def test_each_step_is_sampled_with_the_expected_weights(tiny_model_path, tmp_path, algorithm, lag, expected):
+def test_each_step_is_sampled_with_the_expected_weights(
+    tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int, expected: list[int]
+) -> None:
     trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag)
     engines = []
     trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.sampler.engine)))
@@ -117,14 +130,14 @@ def test_each_step_is_sampled_with_the_expected_weights(tiny_model_path, tmp_pat
 
 
 class Watch(TrainerCallback):
-    def __init__(self, then):
+    def __init__(self, then: Callable[[], None] | Callable[[], Any] | Callable[[], Any | None]) -> None:
         self.then = then
 
-    def on_step_end(self, *args, **kwargs):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.then()
 
 
-def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path, tmp_path):
+def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path, max_steps=4)
     trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.weights_changed()))
     trainer.train()
@@ -133,7 +146,7 @@ def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path, tmp_pat
     assert versions(tmp_path) == [1, 1, 4, 4]
 
 
-def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model_path, tmp_path):
+def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model_path: Path, tmp_path: Path) -> None:
     make(tiny_model_path, tmp_path / "without").train()
     make(tiny_model_path, tmp_path / "with", eval_strategy="steps", eval_steps=2).train()
     assert versions(tmp_path / "with", "eval") == [3, 5, 7]
@@ -146,12 +159,12 @@ def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model
     "SIGKILL of the trainer while groups are drawn ahead", "groups are in the checkpoint: the run goes on to the bit"
 )
 @pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 1), ("grpo", 2), ("ppo", 1)])
-def test_prefetched_groups_survive_a_resume(tiny_model_path, tmp_path, algorithm, lag):
+def test_prefetched_groups_survive_a_resume(tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int) -> None:
     options = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
     # All runs are in forks, because a fork of a process that has used several threads may wait for them forever.
     assert run_forked(lambda: make(tiny_model_path, tmp_path / "straight", **options).train()) == 0
 
-    def train_and_die():
+    def train_and_die() -> None:
         trainer = make(tiny_model_path, tmp_path / "killed", **options)
         trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 4 and os.kill(os.getpid(), signal.SIGKILL)))
         trainer.train()
@@ -165,8 +178,10 @@ def test_prefetched_groups_survive_a_resume(tiny_model_path, tmp_path, algorithm
 
 
 @pytest.mark.fault("rollout workers die for good while they draw ahead", "the run ends with that error")
-def test_an_error_in_prefetching_ends_the_run(tiny_model_path, tmp_path, monkeypatch):
-    def die(self, batch):
+def test_an_error_in_prefetching_ends_the_run(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Any, batch: PackedBatch) -> Any:
         if threading.current_thread().name.startswith("rollout-prefetch"):
             raise WorkerDied("rollout workers failed 4 times")
         return sample(self, batch)
@@ -182,13 +197,13 @@ def test_an_error_in_prefetching_ends_the_run(tiny_model_path, tmp_path, monkeyp
 class SlowEngine:
     """React to a cancel with a delay, as a pool does."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begun = threading.Event()
         self.num_begun = 0
         self.is_running = False
         self._cancelled = False
 
-    def run(self):
+    def run(self) -> None:
         self.num_begun += 1
         self.is_running, self._cancelled = True, False
         self.begun.set()
@@ -199,19 +214,19 @@ class SlowEngine:
         self.is_running = False
         raise RolloutError("dropped")
 
-    def cancel(self):
+    def cancel(self) -> None:
         self._cancelled = True
 
 
 class SlowDraw:
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         self.name = name
 
-    def sample(self, engine):
+    def sample(self, engine: str) -> None:
         engine.run()
 
 
-def test_discarded_prefetches_have_ended():
+def test_discarded_prefetches_have_ended() -> None:
     """Otherwise they would run in the pool at the same time as sampling of the trainer's own thread."""
     engine = SlowEngine()
     ahead = Prefetcher(engine)
@@ -226,7 +241,7 @@ def test_discarded_prefetches_have_ended():
     ahead.close()
 
 
-def test_max_staleness_sets_the_correction_mode_and_checks_options():
+def test_max_staleness_sets_the_correction_mode_and_checks_options() -> None:
     lag = {"rollout": {"max_staleness": 1}}
     assert GRPOConfig().vllm_importance_sampling_mode == "sequence_mask"
     assert GRPOConfig(**lag).vllm_importance_sampling_mode == "token_truncate"

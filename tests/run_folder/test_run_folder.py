@@ -1,6 +1,7 @@
 """Test what `overwrite_output_dir` moves aside and what it refuses."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from rlqwen.runs.pipeline import run_recipe
 from rlqwen.trainers.sft import SFTTrainer
 
 
-def recipe(start: str | Path, folder: str | Path, **more) -> Recipe:
+def recipe(start: str | Path, folder: str | Path, **more: Any) -> Recipe:
     return Recipe.parse(
         {
             "algorithm": "sft",
@@ -33,7 +34,9 @@ def make_used_folder(folder: Path) -> Path:
     return folder
 
 
-def test_only_files_of_the_run_are_moved_aside(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_only_files_of_the_run_are_moved_aside(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     folder = tmp_path / "run"
     for seed in (1, 2):
@@ -50,7 +53,7 @@ def test_only_files_of_the_run_are_moved_aside(tiny_model_path, tmp_path, capsys
     assert not (folder / "previous-2").exists()
 
 
-def test_a_folder_that_no_run_wrote_is_refused(tiny_model_path, tmp_path):
+def test_a_folder_that_no_run_wrote_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     """The folder holds a model in `final`, but no marker of a run."""
     (make_used_folder(tmp_path / "theirs") / RUN_MARKER).unlink()
     with pytest.raises(ConfigError, match=r"holds final, but no run of rlqwen wrote that"):
@@ -78,7 +81,9 @@ def test_a_folder_that_no_run_wrote_is_refused(tiny_model_path, tmp_path):
         ("rewards.0.name", {"algorithm": "grpo", "train": {"overwrite_output_dir": True}, "rewards": ["run/r.py:f"]}),
     ],
 )
-def test_a_run_may_not_need_files_in_the_folder_that_it_clears(tiny_model_path, tmp_path, monkeypatch, key, more):
+def test_a_run_may_not_need_files_in_the_folder_that_it_clears(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, more: dict[str, Any]
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_used_folder(Path("run"))
     Path("run/rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
@@ -91,7 +96,9 @@ def test_a_run_may_not_need_files_in_the_folder_that_it_clears(tiny_model_path, 
     assert Path("run/final/config.json").is_file()
 
 
-def test_a_later_recipe_may_start_from_the_final_model_of_an_earlier_one_only(tiny_model_path, tmp_path):
+def test_a_later_recipe_may_start_from_the_final_model_of_an_earlier_one_only(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     first = recipe(tiny_model_path, make_used_folder(tmp_path / "first"))
     check_before_run([first, recipe(tmp_path / "first" / "final", tmp_path / "second")])
     (tmp_path / "first" / "checkpoints" / "step-000001").mkdir(parents=True)
@@ -99,7 +106,7 @@ def test_a_later_recipe_may_start_from_the_final_model_of_an_earlier_one_only(ti
         check_before_run([first, recipe(tmp_path / "first" / "checkpoints" / "step-000001", tmp_path / "second")])
 
 
-def test_a_script_may_not_overwrite_the_model_that_it_loads(tmp_path):
+def test_a_script_may_not_overwrite_the_model_that_it_loads(tmp_path: Path) -> None:
     folder = make_used_folder(tmp_path / "run")
     args = SFTConfig(output_dir=str(folder), overwrite_output_dir=True)
     with pytest.raises(ConfigError, match=r"model '.*final' lies in output_dir"):

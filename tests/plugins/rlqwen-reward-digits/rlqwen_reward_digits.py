@@ -1,21 +1,24 @@
 """Reward sums that are nearly right with partial credit, from a package of its own."""
 
 import re
+from typing import Any
+
+from rlqwen.types import Completion
 
 _NUMBER = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
 
 
-def digits(completions, solution, scale=1.0, **columns):
+def digits(completions: list[str], solution: list[str], scale: float = 1.0, **columns: Any) -> list[Any]:
     """Score the share of the solution's digits that the boxed number has in their places, times `scale`; 0 if none is
     boxed."""
     return [scale * _share(_text(one), str(gold)) for one, gold in zip(completions, solution, strict=True)]
 
 
-def _text(completion):
+def _text(completion: Completion) -> Any:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _share(text, gold):
+def _share(text: str, gold: str) -> float:
     found = _NUMBER.findall(text)
     if not found or not gold:
         return 0.0

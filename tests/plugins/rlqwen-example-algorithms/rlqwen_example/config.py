@@ -23,5 +23,5 @@ class SampledDistillationConfig(OnlineConfig):
 
     teacher: TeacherConfig
 
-    def other_models(self):
+    def other_models(self) -> dict[str, str]:
         return {"teacher.path": self.teacher.path}

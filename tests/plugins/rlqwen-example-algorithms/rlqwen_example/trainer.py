@@ -4,13 +4,19 @@ Minimizes the reverse KL divergence on the student's own samples, by the teacher
 """
 
 import time
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from rlqwen.algorithms.loss_metrics import token_mean
 from rlqwen.algorithms.losses import Totals
+from rlqwen.config import TrainerConfig
 from rlqwen.models.loading import load_reference
 from rlqwen.packing.batch import Branch, Tree
 from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, Update
+from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update
+from rlqwen.types import Group, Prompt
 
 
 class SampledDistillationTrainer(OnlineTrainer):
@@ -18,7 +24,15 @@ class SampledDistillationTrainer(OnlineTrainer):
 
     algorithm = "sampled_distillation"
 
-    def __init__(self, model, reward_funcs=(), args=None, train_dataset=None, eval_dataset=None, peft_config=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
+        args: TrainerConfig | None = None,
+        train_dataset: Any | None = None,
+        eval_dataset: Any | None = None,
+        peft_config: Any | None = None,
+    ) -> None:
         super().__init__(
             model,
             reward_funcs,
@@ -32,7 +46,7 @@ class SampledDistillationTrainer(OnlineTrainer):
             reference=load_reference(args.teacher.path, model, args),
         )
 
-    def step(self, prompts_P):
+    def step(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
         groups_P, metrics = self.next_groups(prompts_P)
         started = time.monotonic()
         update = self._pack(groups_P)
@@ -49,7 +63,7 @@ class SampledDistillationTrainer(OnlineTrainer):
         trained = self.summarize([update], 1) | {"time/train": time.monotonic() - started}
         return metrics | describe_groups(groups_P) | trained
 
-    def _pack(self, groups_P):
+    def _pack(self, groups_P: list[Group]) -> Update:
         trees = [
             Tree(group.prompt.token_ids, [Branch(one.token_ids) for one in group.completions if one.token_ids])
             for group in groups_P
