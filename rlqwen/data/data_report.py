@@ -15,7 +15,7 @@ RowIssue = DropReason | Literal["truncated", "no_end", "empty_answer"]
 """A drop reason, or an issue of a kept row. `no_end`: the token that ends generation is not in the loss of all answers.
 `empty_answer`: the loss of an answer covers only that token."""
 
-NAMED = 5
+MAX_EXAMPLES = 5
 """Largest number of rows that a message lists."""
 
 
@@ -127,8 +127,8 @@ class DataReport:
 def format_examples(items: Sequence[str], count: int | None = None) -> str:
     """Join the first few items, and say how many more there are of `count` (default: `len(items)`)."""
     count = len(items) if count is None else count
-    more = f" and {count - NAMED} more" if count > NAMED else ""
-    return ", ".join(items[:NAMED]) + more
+    more = f" and {count - MAX_EXAMPLES} more" if count > MAX_EXAMPLES else ""
+    return ", ".join(items[:MAX_EXAMPLES]) + more
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:

@@ -41,19 +41,22 @@ class FormatCounts:
     """Learned turns whose thoughts the template drops."""
 
     def count_text(self) -> None:
+        """Count a row of plain text."""
         self.num_rows += 1
         self.num_text += 1
 
     def count_conversation(self, chat: ChatFormat, messages: list[Message], tools: Any) -> None:
+        """Count a whole conversation."""
         self.num_rows += 1
         self.num_conversations += 1
         self._count(chat, chat.conversation(messages, "row", tools=tools), messages)
 
     def count_answers(self, chat: ChatFormat, prompt: list[Message], answers: list[list[Message]], tools: Any) -> None:
+        """Count a prompt with one or more answers."""
         self.num_rows += 1
         for answer in answers:
-            asked, answered = chat.exchange(prompt, answer, "row", tools=tools)
-            self._count(chat, [*asked, *answered], answer)
+            prompt_segments, answer_segments = chat.exchange(prompt, answer, "row", tools=tools)
+            self._count(chat, [*prompt_segments, *answer_segments], answer)
 
     def _count(self, chat: ChatFormat, segments: list[TemplateSegment], messages: list[Message]) -> None:
         found: Counter[str] = Counter()
@@ -71,63 +74,63 @@ class FormatCounts:
 
 def count_formats(rows: Sequence[Row], count: Callable[[FormatCounts, Row], None]) -> FormatCounts:
     """Count the formats of a sample of rows. `count` adds one row; rows for which it raises DataError are skipped."""
-    form = FormatCounts()
+    counts = FormatCounts()
     for row in _sample(rows):
         try:
-            count(form, row)
+            count(counts, row)
         except DataError:
             continue
-    return form
+    return counts
 
 
-def count_row(form: FormatCounts, row: Row, answers: list[Row], chat: Callable[[], ChatFormat]) -> None:
+def count_row(counts: FormatCounts, row: Row, answers: list[Row], chat: Callable[[], ChatFormat]) -> None:
     """Count the `prompt` and `completion` of each answer of a row; `chat` is called only if there are messages."""
     prompt, completions = answers[0]["prompt"], [one["completion"] for one in answers]
     if all(isinstance(text, str) for text in (prompt, *completions)):
-        form.count_text()
+        counts.count_text()
     else:
-        turns = [to_messages(completion, "assistant") for completion in completions]
-        form.count_answers(chat(), to_messages(prompt, "user"), turns, row.get("tools"))
+        messages = [to_messages(completion, "assistant") for completion in completions]
+        counts.count_answers(chat(), to_messages(prompt, "user"), messages, row.get("tools"))
 
 
 def describe(
-    report: DataReport, form: FormatCounts, *, preserves: bool | None, hint: str, unlike_trl: list[str]
+    report: DataReport, counts: FormatCounts, *, preserves: bool | None, hint: str, unlike_trl: list[str]
 ) -> None:
     """Add to the report what the rows train. `hint`: how to make messages of plain text."""
-    report.form += _thinking(form) + [f"unlike TRL: {line}" for line in unlike_trl]
-    if form.num_text:
-        count = "all" if form.num_text == form.num_rows else f"{form.num_text} of {form.num_rows}"
+    report.form += _thinking(counts) + [f"unlike TRL: {line}" for line in unlike_trl]
+    if counts.num_text:
+        count = "all" if counts.num_text == counts.num_rows else f"{counts.num_text} of {counts.num_rows}"
         report.warnings.append(
             f"{count} sampled rows are plain text: they are rendered WITHOUT the chat template; {hint}"
         )
-    if form.num_lost_thoughts and preserves is None:
+    if counts.num_lost_thoughts and preserves is None:
         report.warnings.append(
-            f"the chat template drops the thoughts of {form.num_lost_thoughts} earlier turns (in {form.num_rows} sampled "
+            f"the chat template drops the thoughts of {counts.num_lost_thoughts} earlier turns (in {counts.num_rows} sampled "
             "rows), and these turns are learned without them; preserve_thinking: true learns all turns with their thoughts"
         )
 
 
-def unlike_trl(form: FormatCounts, *, apart: bool, assistant_only: bool | None) -> list[str]:
+def unlike_trl(counts: FormatCounts, *, apart: bool, assistant_only: bool | None) -> list[str]:
     """Describe what is intentionally learned differently from TRL; `apart`: rows have a prompt and a completion."""
     lines = []
-    if apart and form.num_text:
+    if apart and counts.num_text:
         lines.append("prompt and answer are tokenized separately, as in generation")
-    if form.num_conversations and assistant_only is None:
+    if counts.num_conversations and assistant_only is None:
         lines.append(
             f"only assistant turns of messages are learned (assistant_only_loss: false learns all); {_LINE_BREAK}"
         )
-    elif form.num_conversations and assistant_only:
+    elif counts.num_conversations and assistant_only:
         blocks = "; earlier turns are as the template writes them (preserve_thinking: true gives each a think block)"
-        lines.append(_LINE_BREAK + (blocks if form.turns else ""))
-    elif apart and form.num_rows > form.num_text:
+        lines.append(_LINE_BREAK + (blocks if counts.turns else ""))
+    elif apart and counts.num_rows > counts.num_text:
         lines.append(_LINE_BREAK)
     return lines
 
 
-def _thinking(form: FormatCounts) -> list[str]:
+def _thinking(counts: FormatCounts) -> list[str]:
     """Return which mode of a thinking model the rows train, if some answers have no thoughts."""
-    total = form.turns.total()
-    if form.turns["thinks"] == total:
+    total = counts.turns.total()
+    if counts.turns["thinks"] == total:
         return []
     modes = {
         "learned_block": "with an empty think block, which is learned because the prompt asks for thoughts "
@@ -136,8 +139,8 @@ def _thinking(form: FormatCounts) -> list[str]:
         "no_block": "without a think block after a prompt that asks for thoughts, as the template writes earlier turns "
         "(preserve_thinking: true renders each as if it were the last)",
     }
-    details = "; ".join(f"{form.turns[mode]} {how}" for mode, how in modes.items() if form.turns[mode])
-    return [f"{total - form.turns['thinks']} of {total} sampled answers have no thoughts and are learned: {details}"]
+    details = "; ".join(f"{counts.turns[mode]} {how}" for mode, how in modes.items() if counts.turns[mode])
+    return [f"{total - counts.turns['thinks']} of {total} sampled answers have no thoughts and are learned: {details}"]
 
 
 def _kind(opening: str, text: str) -> str:

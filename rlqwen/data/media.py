@@ -50,9 +50,9 @@ def refuse_message_media(message: Mapping[str, Any], where: str) -> None:
     for part in content if isinstance(content, list | tuple) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         kinds = [kind] if kind is not None else [key for key, value in _items(part) if value is not None]
-        named = next((one for one in kinds if any(medium in str(one) for medium in _MEDIA_PARTS)), None)
-        if named is not None:
-            raise DataError(f"{where} has a part of type {named!r}, {media_advice()}")
+        media_type = next((one for one in kinds if any(medium in str(one) for medium in _MEDIA_PARTS)), None)
+        if media_type is not None:
+            raise DataError(f"{where} has a part of type {media_type!r}, {media_advice()}")
 
 
 def _items(part: Any) -> Iterable[tuple[Any, Any]]:

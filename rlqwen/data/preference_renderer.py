@@ -29,7 +29,7 @@ class AnswersRenderer(Protocol):
 
     unused: UnusedColumns
 
-    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
+    def record_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None: ...
 
     def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str
@@ -38,7 +38,7 @@ class AnswersRenderer(Protocol):
     @property
     def format(self) -> ChatFormat: ...
 
-    def describe(self, report: DataReport, form: FormatCounts) -> None: ...
+    def describe(self, report: DataReport, counts: FormatCounts) -> None: ...
 
     def warnings(self) -> list[str]: ...
 
@@ -46,11 +46,11 @@ class AnswersRenderer(Protocol):
 class PreferenceRenderer(Renderer):
     """Render a prompt and its answers as SFT renders a prompt and a completion."""
 
-    def describe(self, report: DataReport, form: FormatCounts) -> None:
+    def describe(self, report: DataReport, counts: FormatCounts) -> None:
         """Add to the report how the rows are rendered."""
         hint = "for a chat model use messages, or set a system_prompt for the data source, which makes messages of text"
-        other = unlike_trl(form, apart=True, assistant_only=None)
-        describe(report, form, preserves=True, hint=hint, unlike_trl=other)
+        other = unlike_trl(counts, apart=True, assistant_only=None)
+        describe(report, counts, preserves=True, hint=hint, unlike_trl=other)
 
     def segments(
         self, prompt: str | list[Message], completions: list[str | list[Message]], tools: Any, where: str

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reward import RewardConfig
 from rlqwen.data.control_tokens import TemplateSegment
-from rlqwen.data.data_report import NAMED, DataReport, DropReason, RowIssue, format_examples, percentiles
+from rlqwen.data.data_report import MAX_EXAMPLES, DataReport, DropReason, RowIssue, format_examples, percentiles
 from rlqwen.data.encoding import TokenizedRow, refuse, tokenize_rows, trim
 from rlqwen.data.format_counts import FormatCounts, count_formats, count_row
 from rlqwen.data.formats import normalize_row
@@ -76,6 +76,7 @@ class _Answers:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens of the prompt and all answers."""
         return len(self.prompt_ids) + sum(len(answer.token_ids) for answer in self.answers)
 
 
@@ -112,7 +113,7 @@ class AnswersJob(TokenizingJob[Item]):
             where = f"row {number}"
             row = normalize_row(row, where)
             answers = found[number] = self.split(row, where)
-            return self._pieces(row, answers, where)
+            return self._segments(row, answers, where)
 
         kept: list[_Answers] = []
         for number, (prompt, *sequences) in tokenize_rows(start, rows, self.tokenizer, render, faults):
@@ -146,24 +147,24 @@ class AnswersJob(TokenizingJob[Item]):
             ("empty_answer", "empty answers, which teach the model to end its turn at once"),
         ):
             if numbers := report.rows.get(cast(RowIssue, issue)):
-                named = [f"row {number}" for number in numbers[:NAMED]]
-                report.warnings.append(f"{text}: {format_examples(named, len(numbers))}")
+                examples = [f"row {number}" for number in numbers[:MAX_EXAMPLES]]
+                report.warnings.append(f"{text}: {format_examples(examples, len(numbers))}")
         if not report.num_kept and not faults:
             refuse(DataError(self._nothing_left(report)), faults)
         return report
 
-    def _pieces(self, row: Row, answers: list[Row], where: str) -> list[list[TemplateSegment]]:
+    def _segments(self, row: Row, answers: list[Row], where: str) -> list[list[TemplateSegment]]:
         first, completions = answers[0], [one["completion"] for one in answers]
         segments = self.renderer.segments(first["prompt"], completions, first.get("tools"), where)
         has_messages = any(not isinstance(one, str) for one in (first["prompt"], *completions))
         whole = [[*to_messages(first["prompt"], "user"), *to_messages(one, "assistant")] for one in completions]
         read = read_columns(row, has_messages=has_messages, margin=isinstance(self.config, RewardConfig))
-        self.renderer.note_unused(row, read, whole if has_messages else [])
+        self.renderer.record_unused(row, read, whole if has_messages else [])
         return segments
 
-    def _count_format(self, form: FormatCounts, row: Row) -> None:
+    def _count_format(self, counts: FormatCounts, row: Row) -> None:
         row = normalize_row(row, "row")
-        count_row(form, row, self.split(row, "row"), lambda: self.renderer.format)
+        count_row(counts, row, self.split(row, "row"), lambda: self.renderer.format)
 
     def _drop_reason(self, row: _Answers) -> DropReason | None:
         if self.config.max_length is not None and row.length > self.config.max_length:

@@ -159,9 +159,9 @@ class PromptJob(TokenizingJob[Prompt]):
         return report
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
-        def count(formats: FormatCounts, row: Row) -> None:
-            formats.num_rows += 1
-            formats.num_text += isinstance(to_prompt_row(normalize_row(row, "row"), "row")["prompt"], str)
+        def count(counts: FormatCounts, row: Row) -> None:
+            counts.num_rows += 1
+            counts.num_text += isinstance(to_prompt_row(normalize_row(row, "row"), "row")["prompt"], str)
 
         hint = "for a chat model make messages of them, for example with a system_prompt for the data source"
         describe(report, count_formats(rows, count), preserves=True, hint=hint, unlike_trl=[])

@@ -34,7 +34,7 @@ def load_recipe_data(data: DataConfig) -> RecipeData:
 
 
 def first_rows(data: DataConfig) -> list[Row]:
-    """Return the first training rows of a stream, to check their form."""
+    """Return the first training rows of a stream, to check their format."""
     assert isinstance(data.train, SourceConfig)
     return stream_rows(data.train).first(_FIRST)
 

@@ -38,6 +38,7 @@ class Renderer:
 
     @cached_property
     def format(self) -> ChatFormat:
+        """Return the chat format, which is created at first use."""
         return ChatFormat(
             self._tokenizer,
             chat_template=load_chat_template(self._template_path) if self._template_path else None,
@@ -52,9 +53,10 @@ class Renderer:
 
     @property
     def stop_ids(self) -> list[int]:
+        """Return the ids of EOS and of the end token."""
         return [self._vocab[token] for token in (self._eos, self.end_token)]
 
-    def note_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
+    def record_unused(self, row: Row, read: Collection[str], conversations: Iterable[list[Message]]) -> None:
         """Count columns of a rendered row outside `read`, and message keys that the template does not read."""
         self.unused.record(
             row, read, conversations, self.format.template.render_raw if "format" in vars(self) else None
@@ -91,6 +93,7 @@ class Renderer:
         return found
 
     def with_eos(self, text: str) -> str:
+        """Append EOS unless the text ends in it."""
         return text if text.endswith(self._eos) else text + self._eos
 
 
@@ -108,7 +111,7 @@ def eos_warnings(tokenizer: "PreTrainedTokenizerBase", end_token: str | None) ->
     return [
         (
             f"the chat template ends turns with {end_token!r}, but the tokenizer's EOS token is {tokenizer.eos_token!r}: "
-            f"rollouts and generation_config.json of final/ stop at both; set eos_token: {end_token!r} for the tokenizer "
-            "to name it too"
+            f"rollouts and generation_config.json of final/ stop at both; set eos_token: {end_token!r} to make it the EOS "
+            "token of the saved tokenizer too"
         )
     ]

@@ -63,15 +63,15 @@ def reward_model_segments(
         partial(_render, tokenizer, where="chat template")
     ):
         answer = [thoughts_in_field(turn) for turn in answer]
-    turns = without_loss_marks([*to_messages(prompt, "user"), *answer])
-    (turns, tools), escaped = escaper.escape((turns, tools))
-    rendered = _render(tokenizer, turns, tools, where=where)
+    messages = without_loss_marks([*to_messages(prompt, "user"), *answer])
+    (messages, tools), escaped = escaper.escape((messages, tools))
+    rendered = _render(tokenizer, messages, tools, where=where)
     return escaped.segments(rendered, in_loss=True)
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], tools: Any = None, *, where: str) -> str:
-    with refusals(turns, where):
-        return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], tools: Any = None, *, where: str) -> str:
+    with refusals(messages, where):
+        return str(tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False))
 
 
 def tokenize_reward_rows(
@@ -128,10 +128,10 @@ class _RewardModelRenderer(Renderer):
             *(reward_model_segments(self._tokenizer, prompt, one, tools, where=where) for one in completions),
         ]
 
-    def describe(self, report: DataReport, form: FormatCounts) -> None:
+    def describe(self, report: DataReport, counts: FormatCounts) -> None:
         """Add to the report only which rows are plain text, because a conversation is read in full."""
         hint = "for a chat model use messages, or set a system_prompt for the data source, which makes messages of text"
-        text = FormatCounts(num_rows=form.num_rows, num_text=form.num_text)
+        text = FormatCounts(num_rows=counts.num_rows, num_text=counts.num_text)
         describe(report, text, preserves=True, hint=hint, unlike_trl=[])
 
     def warnings(self) -> list[str]:

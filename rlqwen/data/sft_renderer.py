@@ -33,29 +33,29 @@ class SFTRenderer(Renderer):
         """Return the segments of the one sequence of row `number`; raise DataError if it has nothing to learn."""
         where = f"row {number}"
         row = normalize_row(row, where)
-        segments = self._pieces(row, where)
-        self._note_unused(row)
+        segments = self._segments(row, where)
+        self._record_unused(row)
         return [segments]
 
     def describe(self, report: DataReport, rows: Sequence[Row]) -> None:
         """Add to the report how the rows are rendered and learned."""
         config = self._config
-        form = count_formats(rows, self._count_format)
+        counts = count_formats(rows, self._count_format)
         hint = "for a chat model make messages of them: columns: {instruction: question column, output: answer column}"
-        other = unlike_trl(form, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
-        describe(report, form, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
+        other = unlike_trl(counts, apart=self._has_pairs, assistant_only=config.assistant_only_loss)
+        describe(report, counts, preserves=config.preserve_thinking, hint=hint, unlike_trl=other)
 
-    def _count_format(self, form: FormatCounts, row: Row) -> None:
+    def _count_format(self, counts: FormatCounts, row: Row) -> None:
         row = normalize_row(row, "row")
         if "messages" in row:
-            form.count_conversation(self.format, row["messages"], row.get("tools"))
+            counts.count_conversation(self.format, row["messages"], row.get("tools"))
         elif "prompt" in row and "completion" in row:
             self._has_pairs = self._config.completion_only_loss is not False
-            count_row(form, row, [row], lambda: self.format)
+            count_row(counts, row, [row], lambda: self.format)
         else:
-            form.count_text()
+            counts.count_text()
 
-    def _pieces(self, row: Row, where: str) -> list[TemplateSegment]:
+    def _segments(self, row: Row, where: str) -> list[TemplateSegment]:
         text_field = self._config.dataset_text_field
         if "messages" in row:
             return self._conversation(row, where)
@@ -70,7 +70,7 @@ class SFTRenderer(Renderer):
             f"'instruction' and 'output', or {text_field!r}. This one has {', '.join(map(str, row))}: {hint}"
         )
 
-    def _note_unused(self, row: Row) -> None:
+    def _record_unused(self, row: Row) -> None:
         conversations = []
         if "messages" in row:
             read, conversations = {"messages", "tools"}, [row["messages"]]
@@ -83,7 +83,7 @@ class SFTRenderer(Renderer):
             read = {self._config.dataset_text_field}
         if self._config.eval_generation is not None:
             read.update([self._config.eval_generation.reference or "solution", "answer"])
-        self.note_unused(row, read, conversations)
+        self.record_unused(row, read, conversations)
 
     def _conversation(self, row: Row, where: str) -> list[TemplateSegment]:
         self._refuse_masks("completion_only_loss", None, where, "a whole conversation")
@@ -103,11 +103,11 @@ class SFTRenderer(Renderer):
         before, after = to_messages(prompt, "user"), to_messages(completion, "assistant")
         if not completion_only and self._config.assistant_only_loss:
             return self.format.conversation([*before, *after], where, tools=row.get("tools"))
-        asked, answered = self.format.exchange(before, after, where, tools=row.get("tools"))
+        prompt_segments, answer_segments = self.format.exchange(before, after, where, tools=row.get("tools"))
         if completion_only:
-            return [*asked, *answered]
+            return [*prompt_segments, *answer_segments]
         _refuse_excluded_messages([*before, *after], where, "completion_only_loss")
-        return with_all_in_loss([*asked, *answered])
+        return with_all_in_loss([*prompt_segments, *answer_segments])
 
     def _refuse_masks(self, first: str, second: str | None, where: str, what: str) -> None:
         for key in (first, second):

@@ -31,7 +31,7 @@ class StreamedRows:
         return (self._prepare(number, row) for number, row in enumerate(rows, start))
 
     def first(self, count: int) -> list[Row]:
-        """Return the first rows, to check their form; raise DataError if there are none."""
+        """Return the first rows, to check their format; raise DataError if there are none."""
         rows = list(islice(self.read(0), count))
         if not rows:
             raise DataError(f"{self.name} holds no rows")

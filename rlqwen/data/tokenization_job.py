@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.data.arrow_file import ArrowRows, Codec
-from rlqwen.data.data_report import NAMED, DataReport, format_examples
+from rlqwen.data.data_report import MAX_EXAMPLES, DataReport, format_examples
 from rlqwen.data.template_source import load_chat_template
 from rlqwen.errors import DataError
 
@@ -52,13 +52,13 @@ class TokenizationStats:
         self.counts.update(other.counts)
         for kind, texts in other.examples.items():
             mine = self.examples.setdefault(kind, [])
-            mine += texts[: max(NAMED - len(mine), 0)]
+            mine += texts[: max(MAX_EXAMPLES - len(mine), 0)]
         self.end_tokens += [end for end in other.end_tokens if end not in self.end_tokens]
 
     def add_example(self, kind: str, text: str) -> None:
         """Count a row of a kind, and keep `text` if it is one of the first of this kind."""
         self.counts[kind] += 1
-        if self.counts[kind] <= NAMED:
+        if self.counts[kind] <= MAX_EXAMPLES:
             self.examples.setdefault(kind, []).append(text)
 
     def format_examples(self, kind: str) -> str:

@@ -45,8 +45,8 @@ class UnusedColumns:
         for messages in conversations:
             found = {(message["role"], key) for message in messages for key in _keys(message)}
             if not self._is_read.keys() >= found:
-                asked = _keys_read(messages, render) if render else set()
-                self._is_read |= {one: one in asked for one in found - self._is_read.keys()}
+                read_keys = _keys_read(messages, render) if render else set()
+                self._is_read |= {one: one in read_keys for one in found - self._is_read.keys()}
             unread.update(key for role, key in found if not self._is_read[role, key])
         self.keys.update(unread)
 
@@ -94,49 +94,52 @@ def _keys_read(messages: list[Message], render: Render) -> set[tuple[str, str]]:
     """Return (role, key) for every message key that a rendering reads; keys of LOSS_KEYS are left out."""
     from jinja2 import TemplateError
 
-    asked: set[tuple[str, str]] = set()
-    watched: list[Row] = []
+    read_keys: set[tuple[str, str]] = set()
+    recorded: list[Row] = []
     for message in messages:
         turn = {key: value for key, value in message.items() if key not in LOSS_KEYS}
         if turn.get("tool_calls"):
             role = message["role"]
             turn["tool_calls"] = [
                 _RecordingDict(
-                    call | {"function": _RecordingDict(call["function"], role, _FUNCTION, asked)}, role, _CALL, asked
+                    call | {"function": _RecordingDict(call["function"], role, _FUNCTION, read_keys)},
+                    role,
+                    _CALL,
+                    read_keys,
                 )
                 for call in turn["tool_calls"]
             ]
-        watched.append(_RecordingDict(turn, message["role"], "", asked))
+        recorded.append(_RecordingDict(turn, message["role"], "", read_keys))
     with suppress(TemplateError, TypeError, ValueError):  # errors of the row are raised when it is rendered itself
-        render(watched)
-    return asked
+        render(recorded)
+    return read_keys
 
 
 class _RecordingDict(dict[str, Any]):
     """Record which keys of a dict are read."""
 
-    def __init__(self, values: Row, role: str, prefix: str, asked: set[tuple[str, str]]) -> None:
+    def __init__(self, values: Row, role: str, prefix: str, read_keys: set[tuple[str, str]]) -> None:
         super().__init__(values)
-        self._note: Callable[[object], None] = lambda key: asked.add((role, prefix + str(key)))
+        self._record: Callable[[object], None] = lambda key: read_keys.add((role, prefix + str(key)))
 
     def __getitem__(self, key: str) -> Any:
-        self._note(key)
+        self._record(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self._note(key)
+        self._record(key)
         return super().__contains__(key)
 
     def __iter__(self) -> Iterator[str]:
         for key in super().__iter__():
-            self._note(key)
+            self._record(key)
             yield key
 
     def get(self, key: str, default: Any = None) -> Any:
-        self._note(key)
+        self._record(key)
         return super().get(key, default)
 
     def items(self) -> Any:
         for key in super().__iter__():
-            self._note(key)
+            self._record(key)
         return super().items()
