@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlqwen.errors import ModelError
-from rlqwen.models.vision_language import exclusion
+from rlqwen.models.vision_language import exclusion, towers
 
 ALL_LINEAR = "all-linear"
 _FUSED = {
@@ -33,50 +33,50 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
     """Rewrite the targets of a LoraConfig in place in a form that PEFT takes literally, and return notes for the user.
 
+    Modules outside the text model, such as a vision tower, are excluded.
+
     Raises ModelError that names a target that matches nothing, with the nearest, and what fused weights cannot have.
     """
+    outside = towers(model)
+    if outside:
+        config.exclude_modules = exclusion(outside, config.exclude_modules)
     if config.target_modules is None:
         return []
-    parts = _Parts(model, config)
+    layers = _Layers(model, config, outside)
     given = config.target_modules
     names = [given] if isinstance(given, str) else sorted(given)
     is_pattern = isinstance(given, str) and given != ALL_LINEAR and not re.fullmatch(r"[\w.]+", given)
     modules: set[str] = set()
     parameters: set[str] = set()
     for name in names:
-        matched, fused = parts.all_linear() if name == ALL_LINEAR else parts.find(name, is_pattern)
+        matched, fused = layers.all_linear() if name == ALL_LINEAR else layers.find(name, is_pattern)
         if not matched and not fused:
-            raise ModelError(f"target_modules: {parts.unknown(name)}")
+            raise ModelError(f"target_modules: {layers.unknown(name)}")
         modules |= matched
         parameters |= fused
-    parameters |= parts.given_parameters(config.target_parameters or ())
-    parts.check_effect(modules | {name.removesuffix(".weight") for name in parameters})
-    if parts.tower:
-        config.exclude_modules = exclusion(parts.tower, config.exclude_modules)
-    elif parts.is_plain and (given == ALL_LINEAR or ALL_LINEAR not in names):
+    parameters |= layers.given_parameters(config.target_parameters or ())
+    layers.check_effect(modules | {name.removesuffix(".weight") for name in parameters})
+    if layers.is_plain and (given == ALL_LINEAR or ALL_LINEAR not in names):
         config.target_modules = given if is_pattern or not isinstance(given, str) or given == ALL_LINEAR else names
         return []
-    parameters |= {parts.weight_of(name) for name in modules if parts.is_remapped(name)}
-    modules = {name for name in modules if not parts.is_remapped(name)}
+    parameters |= {layers.weight_of(name) for name in modules if layers.is_remapped(name)}
+    modules = {name for name in modules if not layers.is_remapped(name)}
     _check_fused(config, parameters)
-    config.target_modules = _shortest(modules, parts.module_names)
-    config.target_parameters = _shortest(parameters, parts.parameter_names) or None
-    return parts.notes(names, parameters)
+    config.target_modules = _shortest(modules, layers.module_names)
+    config.target_parameters = _shortest(parameters, layers.parameter_names) or None
+    return layers.notes(names, parameters)
 
 
-class _Parts:
-    """The layers of one model that adapters can be put on, by full name."""
+class _Layers:
+    """Hold the layers of one model that adapters can be put on, by full name."""
 
-    def __init__(self, model: PreTrainedModel, config: Any) -> None:
+    def __init__(self, model: PreTrainedModel, config: Any, outside: Iterable[str]) -> None:
+        """Take the names of modules outside the text model in `outside`."""
         self._model = model
         self._config = config
-        vision = getattr(model.config, "vision_config", None)
         named = dict(model.named_modules())
-        self.tower = sorted(
-            name for name, module in named.items() if vision is not None and getattr(module, "config", None) is vision
-        )
-        towers = tuple(f"{name}." for name in self.tower)
-        self._in_tower = {name for name in named if name in self.tower or name.startswith(towers)} if towers else set()
+        prefixes = tuple(f"{name}." for name in outside)
+        self._in_tower = {name for name in named if f"{name}.".startswith(prefixes)}
         self.experts = {name for name, module in named.items() if _is_experts(module)} - self._in_tower
         self.routers = set(_routers(model)) - self._in_tower
         self._modules = {
@@ -85,13 +85,13 @@ class _Parts:
             if name and name not in self._in_tower | self.experts | self.routers
         }
         self.module_names = [*self._modules]
-        self.parameter_names = [name for name, _ in model.named_parameters() if not name.startswith(towers or " ")]
+        self.parameter_names = [name for name, _ in model.named_parameters() if not name.startswith(prefixes)]
         self._remapped = _REMAPPED.get(model.config.get_text_config().model_type, frozenset())
 
     @property
     def is_plain(self) -> bool:
         """Return whether PEFT reads the names correctly by itself."""
-        return not (self.experts or self.routers or self.tower)
+        return not (self.experts or self.routers or self._in_tower)
 
     def find(self, name: str, is_pattern: bool) -> tuple[set[str], set[str]]:
         """Return the modules and the parameters that a name, the end of one, or a regular expression means."""

@@ -30,7 +30,7 @@ from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.models.text_only import text_only
-from rlqwen.models.vision_language import towers, without_towers
+from rlqwen.models.vision_language import towers
 from rlqwen.models.weight_files import write_model
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.delta_net import kernel_note
@@ -105,7 +105,7 @@ class PackedModel:
         self.notes: list[str] = []
         """Notes for the user on how the arguments were understood."""
         if peft_config is not None:
-            model, self.notes = add_adapter(model, without_towers(peft_config, model))
+            model, self.notes = add_adapter(model, peft_config)
         if obstacle := packing_obstacle(model.config):
             self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
         if note := kernel_note(model.config.get_text_config(decoder=True), self.device.type):

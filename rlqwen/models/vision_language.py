@@ -5,7 +5,6 @@ class is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 an
 the weights under other names; they are trained, and written, as the class that holds everything.
 """
 
-import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -46,16 +45,6 @@ def towers(model: Any) -> dict[str, nn.Module]:
         return {}
     prefix = model.base_model_prefix
     return {f"{prefix}.{name}": child for name, child in inner.named_children() if name != _TEXT_PART}
-
-
-def without_towers(peft_config: Any, model: Any) -> Any:
-    """Return an adapter's config that leaves the towers out; the same config if there are none, or if it excludes some."""
-    names = towers(model)
-    if not names or getattr(peft_config, "exclude_modules", None):
-        return peft_config
-    config = copy.deepcopy(peft_config)
-    config.exclude_modules = exclusion(names)
-    return config
 
 
 def exclusion(towers: Iterable[str], excluded: str | Iterable[str] | None = None) -> str:

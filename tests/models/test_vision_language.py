@@ -104,6 +104,14 @@ def test_trainers_keep_every_bit_of_the_tower(model_type, lora, tiny_model_path,
     assert saved["architectures"] == [type(before).__name__]
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_adapters_stay_off_the_tower_when_the_user_excludes_modules_too(model_type):
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["o_proj"])
+    names = Policy(make(model_type), SFTConfig(), peft_config=config).trained_names
+    assert any("q_proj" in name for name in names)
+    assert not any(part in name.split(".") for name in names for part in (*TOWERS, "o_proj"))
+
+
 def test_a_scalar_head_is_refused_with_a_short_message(tiny_model_path, tmp_path):
     folder = write("qwen3_vl", tiny_model_path, tmp_path)
     with pytest.raises(ModelError, match="no class with a scalar head for qwen3_vl") as fault:
