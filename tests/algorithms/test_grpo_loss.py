@@ -4,19 +4,31 @@ import math
 import warnings
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlqwen.algorithms.losses import Totals, kl_divergence, rollout_correction
 from rlqwen.config import GRPOConfig
-from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.losses import grpo_loss, sft_loss
 
 LENGTHS = (5, 1, 3, 4)
 
 
-def make_batch(lengths=LENGTHS, advantages=(1.0, -1.0, 0.5, -0.7), *, seed=0):
+def make_batch(
+    lengths: tuple[int] | tuple[int, int] = LENGTHS,
+    advantages: tuple[float, float, float, float] | tuple[float] | tuple[float, float] | tuple[Any] = (
+        1.0,
+        -1.0,
+        0.5,
+        -0.7,
+    ),
+    *,
+    seed: int = 0,
+) -> tuple[PackedBatch, Tensor]:
     """Return a batch with logprobs of old policy, reference and sampler, and the policy's logprobs."""
     generator = torch.Generator().manual_seed(seed)
     branches = [
@@ -31,15 +43,15 @@ def make_batch(lengths=LENGTHS, advantages=(1.0, -1.0, 0.5, -0.7), *, seed=0):
     return batch, logp.requires_grad_()
 
 
-def totals_of(batch):
+def totals_of(batch: PackedBatch) -> Totals:
     return Totals(tokens=batch.num_targets, sequences=batch.num_sequences)
 
 
-def plain(**options):
+def plain(**options: Any) -> GRPOConfig:
     return GRPOConfig(vllm_importance_sampling_correction=False, **options)
 
 
-def test_sft_loss_is_the_mean_negative_log_likelihood():
+def test_sft_loss_is_the_mean_negative_log_likelihood() -> None:
     loss, _ = sft_loss(torch.tensor([-1.0, -2.0, -6.0]), Totals(tokens=3, sequences=1))
     assert loss.item() == 3
 
@@ -54,14 +66,14 @@ def test_sft_loss_is_the_mean_negative_log_likelihood():
         ("dr_grpo", (-5 + 1 - 1.5 + 2.8) / (4 * 10)),
     ],
 )
-def test_normalizers_match_a_hand_calculation(loss_type, expected):
+def test_normalizers_match_a_hand_calculation(loss_type: str, expected: list[int]) -> None:
     batch, logp = make_batch()
     batch.per_token.pop("old_logp", None)
     loss, _ = grpo_loss(logp, None, batch, plain(loss_type=loss_type, max_completion_length=10), totals_of(batch))
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-def one_token(ratio, advantage, **options):
+def one_token(ratio: float, advantage: float, **options: Any) -> tuple[Any, int | float | Any]:
     """Return loss and gradient of one token that is `ratio` times as likely under the policy as under the old policy."""
     batch, _ = make_batch((1,), (advantage,))
     batch.per_token["old_logp"] = torch.tensor([-1.0])
@@ -84,13 +96,13 @@ def one_token(ratio, advantage, **options):
         (3.0, 2.0, {"loss_type": "cispo", "epsilon_high": 2.0}, -2 * 2 * (-1 + math.log(3)), -4.0),
     ],
 )
-def test_clipping_by_hand(ratio, advantage, options, loss, grad):
+def test_clipping_by_hand(ratio: float, advantage: float, options: dict[str, Any], loss: Tensor, grad: float) -> None:
     got_loss, got_grad = one_token(ratio, advantage, **options)
     assert got_loss == pytest.approx(loss, rel=1e-5)
     assert got_grad == pytest.approx(grad, rel=1e-5, abs=1e-9)
 
 
-def test_gspo_has_one_ratio_per_sequence():
+def test_gspo_has_one_ratio_per_sequence() -> None:
     batch, _ = make_batch((2,), (1.0,))
     batch.per_token["old_logp"] = torch.zeros(2)
     logp = torch.tensor([0.3, -0.1], requires_grad=True)
@@ -102,7 +114,7 @@ def test_gspo_has_one_ratio_per_sequence():
     assert logp.grad.tolist() == pytest.approx([-ratio / 2] * 2)
 
 
-def test_kl_estimators_by_hand():
+def test_kl_estimators_by_hand() -> None:
     logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
     assert kl_divergence(logp, ref, "k1").item() == pytest.approx(0.5)
     assert kl_divergence(logp, ref, "k2").item() == pytest.approx(0.125)
@@ -110,7 +122,7 @@ def test_kl_estimators_by_hand():
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_kl_term_pulls_towards_the_reference(estimator):
+def test_kl_term_pulls_towards_the_reference(estimator: str) -> None:
     batch, _ = make_batch((1,), (0.0,))
     batch.per_token["ref_logp"] = torch.tensor([-2.0])
     logp = torch.tensor([-1.0], requires_grad=True)
@@ -119,7 +131,7 @@ def test_kl_term_pulls_towards_the_reference(estimator):
     assert logp.grad.item() > 0
 
 
-def test_entropy_bonus_raises_entropy():
+def test_entropy_bonus_raises_entropy() -> None:
     batch, logp = make_batch()
     entropy = torch.ones(13, requires_grad=True)
     loss, metrics = grpo_loss(logp, entropy, batch, plain(entropy_coef=0.5), totals_of(batch))
@@ -138,7 +150,7 @@ def test_entropy_bonus_raises_entropy():
         ("sequence_mask", [0.0, 0.0, 0.0]),
     ],
 )
-def test_rollout_correction_by_hand(mode, expected):
+def test_rollout_correction_by_hand(mode: str, expected: list[float]) -> None:
     batch, _ = make_batch((2, 1), (1.0, 1.0))
     batch.per_token["sampler_logp"] = -torch.tensor([2.0, 5.0, 0.1]).log()
     config = GRPOConfig(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=0.5)
@@ -160,7 +172,7 @@ VARIANTS = [
 ]
 
 
-def trl_loss(logp, entropy, batch, config):
+def trl_loss(logp: Tensor, entropy: Tensor, batch: PackedBatch, config: GRPOConfig) -> Any:
     """Return the loss of TRL's GRPOTrainer._compute_loss for the same numbers, padded as it expects."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's import warns about the version of vLLM
@@ -169,7 +181,7 @@ def trl_loss(logp, entropy, batch, config):
     width = int(batch.lengths_S.max())
     mask = torch.arange(width) < batch.lengths_S[:, None]
 
-    def pad(values):
+    def pad(values: Tensor) -> Tensor:
         return torch.zeros(mask.shape).masked_scatter(mask, values)
 
     correction = rollout_correction(batch.per_token["old_logp"], batch, config)
@@ -201,7 +213,7 @@ def trl_loss(logp, entropy, batch, config):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
-def test_equals_trl(options):
+def test_equals_trl(options: Any) -> None:
     config = GRPOConfig(max_completion_length=10, **options)
     results = []
     for function in (lambda *a: grpo_loss(*a, totals_of(a[2]))[0], trl_loss):
@@ -217,7 +229,7 @@ def test_equals_trl(options):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
-def test_every_split_into_micro_batches_gives_the_same_loss_and_gradient(options):
+def test_every_split_into_micro_batches_gives_the_same_loss_and_gradient(options: Any) -> None:
     config = GRPOConfig(max_completion_length=10, **options)
     batch, logp = make_batch()
     entropy = torch.linspace(0.1, 2.0, 13)

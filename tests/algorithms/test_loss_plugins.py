@@ -1,5 +1,8 @@
 """Test losses, normalizers and advantage estimators that a config names, and their metrics."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from rlqwen.algorithms.loss_metrics import MetricSums, maximum, sequence_mean, t
 from rlqwen.algorithms.losses import GRPOLoss, LossCall, Totals
 from rlqwen.config import DPOConfig, GRPOConfig, SFTConfig
 from rlqwen.errors import ConfigError
-from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.trainers.test_grpo import make_trainer, steps
 from tests.trainers.test_sft import make_trainer as make_sft
 
@@ -39,13 +42,13 @@ def half(sequence, num_tokens):
 
 
 @pytest.fixture
-def plugin(tmp_path):
+def plugin(tmp_path: Path) -> Path:
     file = tmp_path / "plugin.py"
     file.write_text(SOFT_CLIP)
     return file
 
 
-def batch_of(lengths, advantages):
+def batch_of(lengths: tuple[int, int], advantages: tuple[float, float]) -> PackedBatch:
     branches = [
         Branch([7] * length, per_token={"sampler_logp": [-1.0] * length}, per_sequence={"advantage": advantage})
         for length, advantage in zip(lengths, advantages, strict=True)
@@ -53,7 +56,7 @@ def batch_of(lengths, advantages):
     return pack([Tree([1, 2], branches)])
 
 
-def test_cispo_with_the_normalizer_of_dr_grpo_by_hand():
+def test_cispo_with_the_normalizer_of_dr_grpo_by_hand() -> None:
     """Cap the ratios 1 and e at 2: -(1 * 1 * -1 + 2 * -0.5 * 0) over 2 completions of at most 4 tokens."""
     config = GRPOConfig(
         loss_type="cispo",
@@ -83,13 +86,15 @@ def test_cispo_with_the_normalizer_of_dr_grpo_by_hand():
         ("clipped", "clipped", "token_mean"),
     ],
 )
-def test_names_of_trl_are_presets(loss_type, surrogate, normalizer):
+def test_names_of_trl_are_presets(loss_type: str, surrogate: str, normalizer: str) -> None:
     config = GRPOConfig(loss_type=loss_type)
     assert (config.surrogate, config.normalizer) == (surrogate, normalizer)
     assert GRPOConfig(loss_type=loss_type, loss_normalizer="sequence_mean").normalizer == "sequence_mean"
 
 
-def test_a_loss_a_normalizer_and_an_estimator_from_a_file_train(tiny_model_path, tmp_path, plugin):
+def test_a_loss_a_normalizer_and_an_estimator_from_a_file_train(
+    tiny_model_path: Path, tmp_path: Path, plugin: Path
+) -> None:
     trainer = make_trainer(
         tiny_model_path,
         tmp_path / "run",
@@ -106,7 +111,7 @@ def test_a_loss_a_normalizer_and_an_estimator_from_a_file_train(tiny_model_path,
     assert any(steps(trainer))
 
 
-def test_a_token_loss_from_a_file_trains_with_sft(tiny_model_path, tmp_path):
+def test_a_token_loss_from_a_file_trains_with_sft(tiny_model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "focal.py"
     file.write_text("def focal(logp, gamma=2.0):\n    return -(1 - logp.detach().exp()) ** gamma * logp\n")
     plain = make_sft(tiny_model_path, tmp_path / "plain", max_steps=1)
@@ -118,12 +123,14 @@ def test_a_token_loss_from_a_file_trains_with_sft(tiny_model_path, tmp_path):
     assert 0 < focal.state.log_history[0]["loss"] < plain.state.log_history[0]["loss"]
 
 
-def test_a_missing_input_is_refused_when_the_trainer_is_built(tiny_model_path, tmp_path, plugin):
+def test_a_missing_input_is_refused_when_the_trainer_is_built(
+    tiny_model_path: Path, tmp_path: Path, plugin: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"loss 'needs_values' .* needs 'value'.* \(logp, old_logp, log_ratio, ratio"):
         make_trainer(tiny_model_path, tmp_path / "run", loss_type=f"{plugin}:needs_values")
 
 
-def test_an_argument_that_the_loss_does_not_take_is_refused(plugin):
+def test_an_argument_that_the_loss_does_not_take_is_refused(plugin: Path) -> None:
     with pytest.raises(ConfigError, match=r"no argument 'sharpnes'; did you mean 'sharpness'"):
         LossCall(
             f"{plugin}:soft_clip",
@@ -143,12 +150,12 @@ def test_an_argument_that_the_loss_does_not_take_is_refused(plugin):
         (DPOConfig, {"loss_args": {"ipo": {}}}, "loss_args: 'ipo' is not among loss_type sigmoid"),
     ],
 )
-def test_unknown_names_are_refused_with_the_nearest(config, options, text):
+def test_unknown_names_are_refused_with_the_nearest(config: Any, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         config(**options)
 
 
-def test_metrics_follow_their_reduction_over_micro_batches_and_ranks():
+def test_metrics_follow_their_reduction_over_micro_batches_and_ranks() -> None:
     collected = MetricSums()
     for values in (torch.tensor([1.0, 2.0]), torch.tensor([3.0])):
         collected.add({"a": token_mean(values), "b": sequence_mean(values), "c": total(values), "d": maximum(values)})
@@ -158,7 +165,7 @@ def test_metrics_follow_their_reduction_over_micro_batches_and_ranks():
     assert reduced == {"a": 3.0, "b": 2.0, "c": 6.0, "d": 9.0, "e": 2.0}
 
 
-def test_the_maximum_of_no_values_is_ignored():
+def test_the_maximum_of_no_values_is_ignored() -> None:
     collected = MetricSums()
     collected.add({"d": maximum(torch.tensor([]))})
     collected.add({"d": maximum(torch.tensor([-2.0]))})

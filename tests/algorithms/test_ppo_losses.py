@@ -1,22 +1,25 @@
 """Test PPO's two losses by hand and against the formulas of TRL 1.9's trainer on padded rows."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from rlqwen.algorithms.losses import Totals
 from rlqwen.config import PPOConfig
-from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.losses import ppo_policy_loss, ppo_value_loss
 
 LENGTHS = (3, 5, 1, 4)
 
 
-def make_batch(lengths=LENGTHS, seed=0):
+def make_batch(lengths: int = LENGTHS, seed: int = 0) -> tuple[PackedBatch, Tensor, Tensor]:
     """Return a batch with the estimates of a rollout, and logprobs and values of a policy that has changed since."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(lengths)
 
-    def draw(scale=1.0):
+    def draw(scale: float = 1.0) -> Tensor:
         return torch.randn(count, generator=generator) * scale
 
     sampler = [(-torch.rand(length, generator=generator)).tolist() for length in lengths]
@@ -30,7 +33,7 @@ def make_batch(lengths=LENGTHS, seed=0):
     return batch, logp, values
 
 
-def test_policy_loss_by_hand():
+def test_policy_loss_by_hand() -> None:
     """Use the ratios e^0.1, e^0.5 (clipped to 1.2) and e^-0.5 (not clipped, because the advantage is positive)."""
     batch = pack([Tree([1], [Branch([7, 7, 7])])])
     batch.per_token["old_logp"] = torch.tensor([-1.0, -1.0, -1.0])
@@ -46,7 +49,7 @@ def test_policy_loss_by_hand():
     assert logp.grad[2] < 0
 
 
-def test_value_loss_by_hand():
+def test_value_loss_by_hand() -> None:
     """Use value 1.0, old value 0.5, clip range 0.2 and return 0: clipped to 0.7 the error is smaller, so 1.0 counts."""
     batch = pack([Tree([1], [Branch([7, 7])])])
     batch.per_token["old_value"], batch.per_token["return"] = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
@@ -59,7 +62,7 @@ def test_value_loss_by_hand():
     assert unclipped.item() == pytest.approx(0.5 * (1.0 + 0.01) / 2)
 
 
-def test_equals_the_formulas_of_trl():
+def test_equals_the_formulas_of_trl() -> None:
     """Compare with masked means of the clipped losses over padded rows.
 
     The formulas are in trl 1.9.0, trl/experimental/ppo/ppo_trainer.py, after `for micro_batch_start in`.
@@ -68,10 +71,10 @@ def test_equals_the_formulas_of_trl():
     config = PPOConfig(vf_coef=0.1, vllm_importance_sampling_correction=False)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
-    def pad(flat):
+    def pad(flat: Any) -> Tensor:
         return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
-    def masked_mean(padded):
+    def masked_mean(padded: Tensor) -> Tensor:
         return (padded * mask).sum() / mask.sum()
 
     value, old = pad(values), pad(batch.per_token["old_value"])
@@ -96,7 +99,7 @@ def test_equals_the_formulas_of_trl():
         torch.testing.assert_close(our_grad, their_grad, atol=1e-6, rtol=0)
 
 
-def test_every_split_into_micro_batches_gives_the_same_loss():
+def test_every_split_into_micro_batches_gives_the_same_loss() -> None:
     config = PPOConfig(kl_penalty="loss", kl_estimator="k3", entropy_coef=0.1)
     batch, logp, values = make_batch()
     entropy = torch.rand(sum(LENGTHS))
@@ -117,7 +120,7 @@ def test_every_split_into_micro_batches_gives_the_same_loss():
     assert parts.item() == pytest.approx(whole.item(), abs=1e-6)
 
 
-def test_kl_in_the_loss_pulls_towards_the_reference():
+def test_kl_in_the_loss_pulls_towards_the_reference() -> None:
     batch, _, _ = make_batch()
     batch.per_token["advantage"] = torch.zeros(sum(LENGTHS))
     logp = batch.per_token["old_logp"].clone().requires_grad_()
@@ -128,7 +131,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference():
     assert torch.equal(torch.sign(logp.grad), torch.sign(logp.detach() - batch.per_token["ref_logp"]))
 
 
-def test_an_entropy_bonus_lowers_the_loss():
+def test_an_entropy_bonus_lowers_the_loss() -> None:
     batch, logp, _ = make_batch()
     totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
     entropy = torch.full((sum(LENGTHS),), 2.0)

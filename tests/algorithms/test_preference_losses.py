@@ -3,16 +3,18 @@
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlqwen.algorithms.losses.preference import Answers, AnswerTotals, answer_logps, kto_kl, read_answers
 from rlqwen.config import DPOConfig
 from rlqwen.config.dpo import LossName
-from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.losses import preference_loss
 
 with warnings.catch_warnings():
@@ -26,7 +28,12 @@ LENGTHS = (5, 3, 1, 4, 6, 6, 2, 7)
 PROMPT = 2
 
 
-def make_batch(lengths=LENGTHS, *, seed=0, labels=None):
+def make_batch(
+    lengths: tuple[int, int] | tuple[int, int, int] | tuple[int, ...] = LENGTHS,
+    *,
+    seed: int = 0,
+    labels: list[bool] | None = None,
+) -> tuple[PackedBatch, Tensor, Tensor, Tensor]:
     """Return pairs, and per token the logprobs of policy and reference and the log of the sum of p^2."""
     generator = torch.Generator().manual_seed(seed)
     if labels is None:
@@ -41,7 +48,9 @@ def make_batch(lengths=LENGTHS, *, seed=0, labels=None):
     return batch, logp.requires_grad_(), ref, log_sum_sq_probs
 
 
-def our_loss(batch, logp, ref, log_sum_sq_probs, config, **options):
+def our_loss(
+    batch: PackedBatch, logp: Tensor, ref: Tensor, log_sum_sq_probs: None, config: DPOConfig, **options: Any
+) -> Any:
     ref_logp_S = answer_logps(ref, batch, config.ld_alpha) if config.needs_reference else None
     answers = read_answers(
         logp,
@@ -53,7 +62,7 @@ def our_loss(batch, logp, ref, log_sum_sq_probs, config, **options):
     return preference_loss(answers, config, AnswerTotals.of([batch], paired=True), **options)
 
 
-def padded(values, batch):
+def padded(values: Any, batch: PackedBatch) -> tuple[Tensor, Any]:
     """Return (S, longest) values, zero after the end of a sequence, and the mask of tokens."""
     mask = torch.arange(max(LENGTHS)) < batch.lengths_S[:, None]
     return torch.zeros(mask.shape).masked_scatter(mask, values), mask
@@ -64,11 +73,11 @@ class FakeModel(torch.nn.Module):
 
     is_gradient_checkpointing = False
 
-    def __init__(self, log_probs, log_sum_sq_probs=None):
+    def __init__(self, log_probs: Tensor, log_sum_sq_probs: Any = None) -> None:
         super().__init__()
         self.log_probs, self.log_sum_sq_probs = log_probs, log_sum_sq_probs
 
-    def forward(self, **inputs):
+    def forward(self, **inputs: Any) -> SimpleNamespace:
         zeros = torch.zeros_like(self.log_probs)
         return SimpleNamespace(
             log_probs=self.log_probs, log_sum_sq_probs=self.log_sum_sq_probs, entropy=zeros, mean_logits=zeros,
@@ -76,7 +85,7 @@ class FakeModel(torch.nn.Module):
         )  # fmt: skip
 
 
-def trl_inputs(batch, *rows_of_values):
+def trl_inputs(batch: PackedBatch, *rows_of_values: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Return TRL's padded batch, with all chosen answers before all rejected ones, and the values in this layout."""
     order = [*range(0, batch.num_sequences, 2), *range(1, batch.num_sequences, 2)]
     before = torch.zeros(batch.num_sequences, PROMPT - 1)
@@ -92,7 +101,9 @@ ACCELERATOR = SimpleNamespace(
 )
 
 
-def trl_loss(batch, logp, ref, log_sum_sq_probs, config):
+def trl_loss(
+    batch: PackedBatch, logp: Tensor, ref: Any, log_sum_sq_probs: Any, config: Any
+) -> tuple[Any, defaultdict[Any, list[Any]]]:
     """Return (loss, metrics) of TRL's DPOTrainer._compute_loss."""
     inputs, (logps, refs, log_sums) = trl_inputs(batch, logp, ref, log_sum_sq_probs)
     model = FakeModel(logps, log_sums)
@@ -133,12 +144,12 @@ VARIANTS = [
 ]
 
 
-def name_of(options):
+def name_of(options: dict[Any, Any]) -> str:
     return "-".join(str(value) for value in options.values())
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=name_of)
-def test_equals_trl(options):
+def test_equals_trl(options: Any) -> None:
     config = DPOConfig(**options)
     results = []
     for function in (our_loss, trl_loss):
@@ -156,7 +167,7 @@ def test_equals_trl(options):
         assert metrics[key].item() == pytest.approx(their_metrics[key][0], rel=1e-5)
 
 
-def trl_cpo_loss(batch, logp, config, trl_type):
+def trl_cpo_loss(batch: PackedBatch, logp: Tensor, config: DPOConfig, trl_type: str) -> Any:
     """Return (loss, metrics) of TRL's CPOTrainer.get_batch_loss_metrics."""
     answers = read_answers(logp, batch)
     sums = answers.mean_logp_S if trl_type == "simpo" else answers.logp_S
@@ -183,7 +194,7 @@ def trl_cpo_loss(batch, logp, config, trl_type):
     ],
     ids=lambda value: name_of(value) if isinstance(value, dict) else value,
 )
-def test_simpo_and_cpo_equal_trl(options, trl_type):
+def test_simpo_and_cpo_equal_trl(options: dict[str, Any], trl_type: str) -> None:
     config = DPOConfig(**options)
     results = []
     for ours in (True, False):
@@ -199,7 +210,7 @@ def test_simpo_and_cpo_equal_trl(options, trl_type):
     assert [float(value) for value in results[0][2:]] == pytest.approx(results[1][2:], abs=1e-5)
 
 
-def test_orpo_equals_trl():
+def test_orpo_equals_trl() -> None:
     """Add the likelihood term here: TRL's covers prompt and answer, ours only the answer, as in the paper."""
     config = DPOConfig(loss_type="orpo", beta=0.3)
     batch, logp, ref, log_sum_sq_probs = make_batch()
@@ -212,20 +223,24 @@ def test_orpo_equals_trl():
     torch.testing.assert_close(*(torch.autograd.grad(value, logp)[0] for value in (loss, expected)))
 
 
-def kto_numbers(labels):
+def kto_numbers(labels: Sequence[str]) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Return labeled answers, and KL answers with a mean log-ratio above 0, so that it is not clamped."""
     batch, logp, ref, _ = make_batch(labels=labels)
     kl_batch, kl_logp, kl_ref, _ = make_batch(seed=3)
     return batch, logp, ref, kl_batch, kl_logp, answer_logps(kl_ref, kl_batch, None) - kl_batch.lengths_S
 
 
-def our_kto_loss(config, batch, logp, ref, kl_batch, kl_logp, kl_ref_logp_S):
+def our_kto_loss(
+    config: Any, batch: PackedBatch, logp: Tensor, ref: Any, kl_batch: Any, kl_logp: Any, kl_ref_logp_S: Any
+) -> Any:
     kl = kto_kl(read_answers(kl_logp, kl_batch, ref_logp_S=kl_ref_logp_S))
     answers = read_answers(logp, batch, ref_logp_S=answer_logps(ref, batch, None))
     return preference_loss(answers, config, AnswerTotals.of([batch], paired=False), kl=kl)
 
 
-def trl_kto_loss(config, batch, logp, ref, kl_batch, kl_logp, kl_ref_logp_S):
+def trl_kto_loss(
+    config: Any, batch: PackedBatch, logp: Tensor, ref: Any, kl_batch: Any, kl_logp: Any, kl_ref_logp_S: Any
+) -> tuple[Any, dict[Any, Tensor]]:
     """Return (loss, metrics) of TRL's KTOTrainer._compute_loss."""
     logps, mask = padded(logp, batch)
     refs, _ = padded(ref, batch)
@@ -248,7 +263,7 @@ def trl_kto_loss(config, batch, logp, ref, kl_batch, kl_logp, kl_ref_logp_S):
 
 
 @pytest.mark.parametrize("labels", [[True, False] * 4, [True] * 6 + [False] * 2])
-def test_kto_equals_trl(labels):
+def test_kto_equals_trl(labels: Sequence[str]) -> None:
     config = DPOConfig(loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7)
     results = []
     for function in (our_kto_loss, trl_kto_loss):
@@ -261,7 +276,7 @@ def test_kto_equals_trl(labels):
         torch.testing.assert_close(results[0][2][key], results[1][2][key], check_dtype=False)
 
 
-def one_pair(chosen, rejected, **options):
+def one_pair(chosen: float, rejected: float, **options: Any) -> tuple[Any, list[Any] | Any]:
     """Return loss and gradients of a pair of one-token answers with these log-ratios."""
     batch, _, _, _ = make_batch((1, 1))
     logp = torch.tensor([chosen - 2.0, rejected - 2.0], requires_grad=True)
@@ -270,7 +285,7 @@ def one_pair(chosen, rejected, **options):
     return loss.item(), logp.grad.tolist()
 
 
-def log_sigmoid(x):
+def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
@@ -291,23 +306,23 @@ def log_sigmoid(x):
     ],
     ids=lambda value: name_of(value) if isinstance(value, dict) else "",
 )
-def test_losses_match_a_hand_calculation(options, expected):
+def test_losses_match_a_hand_calculation(options: dict[str, Any], expected: list[int]) -> None:
     assert one_pair(0.5, -0.3, beta=1.0, **options)[0] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(get_args(LossName)) - {"kto", "sft", "apo_down"}))
-def test_gradients_raise_the_chosen_and_lower_the_rejected_answer(name):
+def test_gradients_raise_the_chosen_and_lower_the_rejected_answer(name: str) -> None:
     _, (chosen, rejected) = one_pair(-3.0, 0.0, beta=1.0, loss_type=name, **SMOOTHING.get(name, {}))
     assert chosen < 0 < rejected
 
 
-def test_apo_down_lowers_both_answers_once_they_are_apart():
+def test_apo_down_lowers_both_answers_once_they_are_apart() -> None:
     _, (chosen, rejected) = one_pair(0.0, -2.0, loss_type="apo_down", beta=1.0)
     assert chosen > 0
     assert rejected > 0
 
 
-def test_kto_raises_good_answers_and_lowers_bad_ones_whatever_their_number():
+def test_kto_raises_good_answers_and_lowers_bad_ones_whatever_their_number() -> None:
     batch, logp, ref, _ = make_batch((2, 3, 4), labels=[True, False, False])
     answers = read_answers(logp, batch, ref_logp_S=answer_logps(ref, batch, None))
     totals = AnswerTotals.of([batch], paired=False)
@@ -318,19 +333,19 @@ def test_kto_raises_good_answers_and_lowers_bad_ones_whatever_their_number():
     assert "rewards/accuracies" not in metrics
 
 
-def test_label_smoothing_limits_the_margin_of_a_pair():
+def test_label_smoothing_limits_the_margin_of_a_pair() -> None:
     _, (plain, _) = one_pair(9.0, -9.0, beta=1.0)
     _, (smoothed, _) = one_pair(9.0, -9.0, beta=1.0, label_smoothing=0.1)
     assert plain < 0 < smoothed
 
 
-def test_discopop_stays_finite_for_a_pair_in_extremely_wrong_order():
+def test_discopop_stays_finite_for_a_pair_in_extremely_wrong_order() -> None:
     loss, gradients = one_pair(-2000.0, 0.0, loss_type="discopop")
     assert loss == pytest.approx(200.0)
     assert all(map(math.isfinite, gradients))
 
 
-def test_orpo_stays_finite_for_an_answer_of_probability_one():
+def test_orpo_stays_finite_for_an_answer_of_probability_one() -> None:
     loss, gradients = one_pair(2.0, 0.0, loss_type="orpo")
     assert math.isfinite(loss)
     assert all(map(math.isfinite, gradients))
@@ -344,7 +359,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize("options", SPLIT, ids=name_of)
-def test_every_split_into_micro_batches_gives_the_same_loss(options):
+def test_every_split_into_micro_batches_gives_the_same_loss(options: Any) -> None:
     """Split the batch, and join the answers again for losses that rank all pairs of the update."""
     config = DPOConfig(**options)
     kl = torch.tensor(0.3)
@@ -378,7 +393,7 @@ def test_every_split_into_micro_batches_gives_the_same_loss(options):
         assert sum(metrics[key].item() for _, metrics in results) == pytest.approx(value.item(), abs=1e-5), key
 
 
-def test_ld_dpo_weights_surplus_tokens_down():
+def test_ld_dpo_weights_surplus_tokens_down() -> None:
     batch, logp, _, _ = make_batch((3, 1))
     sums = answer_logps(logp, batch, 0.5)
     assert sums.tolist() == pytest.approx([(logp[0] + 0.5 * logp[1] + 0.5 * logp[2]).item(), logp[3].item()])

@@ -12,7 +12,7 @@ import pytest
 from rlqwen.config import CleaningConfig, DataConfig, Recipe, SourceConfig
 from rlqwen.config.recipe_yaml import load_recipe
 from rlqwen.data import clean_rows, load_recipe_data, load_rows
-from rlqwen.data.cleaning import steps
+from rlqwen.data.cleaning import CleanedRows, steps
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.preflight import check_recipe
 
@@ -38,7 +38,7 @@ def sum_row(left: int, right: int) -> Row:
     return {"prompt": f"{left} + {right} = ?", "solution": str(left + right)}
 
 
-def clean(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any):
+def clean(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any) -> CleanedRows:
     return clean_rows(rows, CleaningConfig.parse(config), eval_rows)
 
 
@@ -58,7 +58,7 @@ STORY = (
 # Filters
 
 
-def test_length_bounds_apply_to_the_row_the_prompt_or_the_answer():
+def test_length_bounds_apply_to_the_row_the_prompt_or_the_answer() -> None:
     rows = [chat("abc", "de"), {"prompt": "abcdef", "completion": "g"}, {"text": "abc"}, {"prompt": "ab"}]
     assert dropped(rows, min_chars=5) == [(2, "min_chars", None), (3, "min_chars", None)]
     assert dropped(rows, max_chars=5) == [(1, "max_chars", None)]
@@ -69,7 +69,7 @@ def test_length_bounds_apply_to_the_row_the_prompt_or_the_answer():
     assert dropped([chat("a", "b", system="cdef")], min_prompt_chars=5, max_prompt_chars=5) == []
 
 
-def test_both_answers_of_a_pair_must_be_within_the_bounds():
+def test_both_answers_of_a_pair_must_be_within_the_bounds() -> None:
     pair = {"prompt": [{"role": "user", "content": "q"}], "chosen": "abcd", "rejected": "e"}
     as_turns = pair | {"rejected": [{"role": "assistant", "content": "e"}]}
     for row in (pair, as_turns):
@@ -78,13 +78,13 @@ def test_both_answers_of_a_pair_must_be_within_the_bounds():
         assert dropped([row, {**row, "chosen": "abc"}], max_answer_chars=3) == [(0, "max_answer_chars", None)]
 
 
-def test_only_the_last_assistant_turn_is_the_answer():
+def test_only_the_last_assistant_turn_is_the_answer() -> None:
     row = {"messages": chat("q", "a long first answer")["messages"] + chat("r", "ok")["messages"]}
     assert dropped([row, chat("q", "three words here")], min_answer_chars=3) == [(0, "min_answer_chars", None)]
     assert dropped([row, chat("q", "x")], max_prompt_chars=19) == [(0, "max_prompt_chars", None)]
 
 
-def test_patterns_drop_and_keep_by_name_and_part():
+def test_patterns_drop_and_keep_by_name_and_part() -> None:
     rows = [chat("As an AI?", "Yes."), chat("Who?", "As an AI model, no."), chat("What?", "Click http://x")]
     refusal = {"name": "refusal", "pattern": r"(?i)\bas an ai\b"}
     link = {"name": "link", "pattern": "https?://", "part": "answer"}
@@ -114,29 +114,29 @@ def test_patterns_drop_and_keep_by_name_and_part():
         ({"exact_dups": True}, "unknown key 'exact_dups'; did you mean 'exact_duplicates'"),
     ],
 )
-def test_an_invalid_config_raises_an_error_with_its_key(config, message):
+def test_an_invalid_config_raises_an_error_with_its_key(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CleaningConfig.parse(config)
 
 
-def test_overlap_without_eval_data_is_refused():
+def test_overlap_without_eval_data_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"drop_eval_overlap: there is no data\.eval"):
         DataConfig.parse({"train": {"path": "x.jsonl"}, "cleaning": {"drop_eval_overlap": True}})
 
 
-def test_near_duplicates_can_be_switched():
+def test_near_duplicates_can_be_switched() -> None:
     assert CleaningConfig(near_duplicates=True).near_duplicates.threshold == 0.8
     assert CleaningConfig(near_duplicates=False).near_duplicates is None
 
 
-def test_a_filter_that_applies_to_no_row_is_refused():
+def test_a_filter_that_applies_to_no_row_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"min_answer_chars looks at the answer, but none of the 1 rows has one"):
         clean([{"text": "abc"}], min_answer_chars=1)
     with pytest.raises(ConfigError, match=r"keep_patterns \(maths\) looks at the prompt"):
         clean([{"text": "abc"}], keep_patterns=[{"name": "maths", "pattern": "x", "part": "prompt"}])
 
 
-def test_dropping_all_rows_raises_an_error_with_the_reasons():
+def test_dropping_all_rows_raises_an_error_with_the_reasons() -> None:
     with pytest.raises(
         DataError, match=r"left none of 2 training rows: 1 by min_chars, 1 by drop_patterns\.b"
     ) as caught:
@@ -148,7 +148,7 @@ def test_dropping_all_rows_raises_an_error_with_the_reasons():
 # Duplicates
 
 
-def test_exact_duplicates_equal_an_earlier_row_in_all_trained_columns():
+def test_exact_duplicates_equal_an_earlier_row_in_all_trained_columns() -> None:
     rows = [
         sum_row(1, 2) | {"id": 1},
         sum_row(1, 2) | {"id": 2},  # only the id differs
@@ -163,7 +163,7 @@ def test_exact_duplicates_equal_an_earlier_row_in_all_trained_columns():
     assert dropped(with_system, exact_duplicates=True) == []
 
 
-def test_near_duplicates_are_reported_with_the_row_they_resemble():
+def test_near_duplicates_are_reported_with_the_row_they_resemble() -> None:
     near = STORY.replace("old", "aged")
     rows = [{"text": "Something else entirely, of about the same length as the others are, with no part shared."}]
     rows += [{"text": STORY}, {"text": near}, {"text": STORY.upper() + " "}, {"text": STORY[:80]}]
@@ -171,7 +171,7 @@ def test_near_duplicates_are_reported_with_the_row_they_resemble():
     assert dropped(rows, near_duplicates={"threshold": 1.0}) == [(3, "near_duplicates", 1)]
 
 
-def test_system_prompts_do_not_affect_near_duplicates():
+def test_system_prompts_do_not_affect_near_duplicates() -> None:
     system = STORY * 5
     rows = [chat("Name a colour.", "Green, I think.", system), chat("Sing a song!", "La la la.", system)]
     assert dropped(rows, near_duplicates=True) == []
@@ -180,7 +180,7 @@ def test_system_prompts_do_not_affect_near_duplicates():
     ]
 
 
-def test_sums_that_differ_by_a_digit_are_not_near_duplicates():
+def test_sums_that_differ_by_a_digit_are_not_near_duplicates() -> None:
     rows = [
         {"prompt": f"{STORY} The mill grinds {n} sacks a day. How many in a week?", "solution": str(7 * n)}
         for n in (10, 11, 12)
@@ -190,7 +190,7 @@ def test_sums_that_differ_by_a_digit_are_not_near_duplicates():
     assert dropped(alike, near_duplicates=True) == [(1, "near_duplicates", 0), (2, "near_duplicates", 0)]
 
 
-def test_eval_overlap_compares_questions_and_near_matches_are_optional():
+def test_eval_overlap_compares_questions_and_near_matches_are_optional() -> None:
     train = [chat(STORY, "yes"), chat("q", "a"), {"text": "plain"}, chat("left", "over")]
     almost = chat(STORY.replace("old", "aged"), "An answer that is long enough to set this row apart from the first.")
     held_out = [chat("q", "another answer", system="s"), {"prompt": STORY, "solution": "x"}, {"text": "plain"}]
@@ -200,7 +200,7 @@ def test_eval_overlap_compares_questions_and_near_matches_are_optional():
     assert dropped([*train, almost], held_out, **near) == [*exact, (4, "drop_eval_overlap", 1)]
 
 
-def test_steps_run_in_order_and_each_row_is_dropped_once():
+def test_steps_run_in_order_and_each_row_is_dropped_once() -> None:
     rows = [
         {"text": "a@b.com " + STORY},
         {"text": "c@d.com " + STORY},  # equal to the first as soon as both are masked
@@ -227,7 +227,7 @@ def test_steps_run_in_order_and_each_row_is_dropped_once():
     assert cleaned.report.warnings == ["cleaning dropped 83% of the training rows, most by min_chars"]
 
 
-def test_eval_rows_are_masked_and_never_dropped():
+def test_eval_rows_are_masked_and_never_dropped() -> None:
     held_out = [{"text": "a@b.com"}, {"text": "a@b.com"}]
     cleaned = clean([{"text": "long enough"}], held_out, mask=["email"], exact_duplicates=True, min_chars=8)
     assert cleaned.eval == [{"text": "[EMAIL]"}] * 2
@@ -245,7 +245,7 @@ def outcome_files(cache: Path) -> list[Path]:
     return sorted(cache.rglob("outcome.jsonl.gz"))
 
 
-def test_a_second_run_reads_the_cache_and_runs_no_step(cache, monkeypatch):
+def test_a_second_run_reads_the_cache_and_runs_no_step(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = clean(ROWS, ROWS[:1], **CONFIG)
     (file,) = outcome_files(cache)
     content = file.read_bytes()
@@ -259,7 +259,9 @@ def test_a_second_run_reads_the_cache_and_runs_no_step(cache, monkeypatch):
     assert [path.name for path in file.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_rows_eval_rows_settings_and_code_are_part_of_the_cache_key(cache, monkeypatch):
+def test_rows_eval_rows_settings_and_code_are_part_of_the_cache_key(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clean(ROWS, **CONFIG)
     for rows, held_out, config in (
         (ROWS[:5], None, CONFIG),
@@ -276,7 +278,9 @@ def test_rows_eval_rows_settings_and_code_are_part_of_the_cache_key(cache, monke
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "no gzip", "other entry", "edited"])
-def test_a_damaged_cache_entry_is_detected_and_replaced(cache, damage, caplog):
+def test_a_damaged_cache_entry_is_detected_and_replaced(
+    cache: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     first = clean(ROWS, **CONFIG)
     (file,) = outcome_files(cache)
     good = file.read_bytes()
@@ -303,7 +307,7 @@ def test_a_damaged_cache_entry_is_detected_and_replaced(cache, damage, caplog):
     assert file.read_bytes() == good
 
 
-def test_an_unwritable_cache_does_not_fail_cleaning(tmp_path, caplog):
+def test_an_unwritable_cache_does_not_fail_cleaning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     cleaned = clean(ROWS, **CONFIG, cache_dir=str(tmp_path / "file"))
     assert len(cleaned.train) == 3
@@ -311,13 +315,13 @@ def test_an_unwritable_cache_does_not_fail_cleaning(tmp_path, caplog):
     assert "cannot be cached" in caplog.text
 
 
-def test_the_cache_folder_of_the_config_overrides_the_environment(cache, tmp_path):
+def test_the_cache_folder_of_the_config_overrides_the_environment(cache: Path, tmp_path: Path) -> None:
     clean(ROWS, **CONFIG, cache_dir=str(tmp_path))
     assert outcome_files(cache) == []
     assert len(outcome_files(tmp_path)) == 1
 
 
-def test_values_that_json_lacks_are_cached_without_change():
+def test_values_that_json_lacks_are_cached_without_change() -> None:
     import datetime
 
     rows = [{"text": "a@b.com", "seen": datetime.date(2026, 1, 2), "raw": b"\xff"}]
@@ -327,7 +331,7 @@ def test_values_that_json_lacks_are_cached_without_change():
     assert cleaned.report.from_cache
 
 
-def test_the_list_of_dropped_rows_is_masked_and_limited(tmp_path):
+def test_the_list_of_dropped_rows_is_masked_and_limited(tmp_path: Path) -> None:
     rows = [{"text": "a@b.com " + "x" * 1000}] * 1200
     report = clean(rows, **CONFIG).report
     report.write(tmp_path)
@@ -391,7 +395,7 @@ def random_rows(rng: random.Random) -> list[Row]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_clean_rows_are_not_changed(seed):
+def test_clean_rows_are_not_changed(seed: int) -> None:
     rng = random.Random(seed)
     rows, held_out = random_rows(rng), random_rows(rng)[:10]
     config = {
@@ -414,7 +418,7 @@ def test_clean_rows_are_not_changed(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_first_duplicate_is_kept_and_the_order_is_unchanged(seed):
+def test_the_first_duplicate_is_kept_and_the_order_is_unchanged(seed: int) -> None:
     rows = random_rows(random.Random(seed))
     cleaned = clean(rows, exact_duplicates=True, near_duplicates=True)
     numbers = [rows.index(row) for row in cleaned.train]
@@ -453,7 +457,7 @@ output_dir: {folder}/run
     return load_recipe(folder / "recipe.yaml")
 
 
-def test_check_and_run_use_the_same_cleaned_rows(tiny_model_path, tmp_path, cache):
+def test_check_and_run_use_the_same_cleaned_rows(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
     from rlqwen.runs.pipeline import run_recipe
     from rlqwen.trainers.factory import build_trainer
 
@@ -479,7 +483,7 @@ def test_check_and_run_use_the_same_cleaned_rows(tiny_model_path, tmp_path, cach
     assert len(outcome_files(cache)) == 1
 
 
-def test_overrides_reach_cleaning_keys_and_errors_have_their_path():
+def test_overrides_reach_cleaning_keys_and_errors_have_their_path() -> None:
     overrides = ["data.cleaning.mask=[email]", "data.cleaning.near_duplicates=true", "data.cleaning.max_chars=90"]
     cleaning = load_recipe("quickstart_sft", overrides).data.cleaning
     assert cleaning == CleaningConfig(mask=["email"], near_duplicates={"threshold": 0.8}, max_chars=90)
@@ -491,7 +495,7 @@ def test_overrides_reach_cleaning_keys_and_errors_have_their_path():
 
 
 @pytest.mark.parametrize(("name", "count"), [("instructions_zh.json", 2), ("pairs.json", 1)])
-def test_repeated_rows_of_a_file_are_found(name, count):
+def test_repeated_rows_of_a_file_are_found(name: str, count: int) -> None:
     raw = json.loads((SAMPLES / name).read_text("utf-8"))
     assert len(raw) - len({json.dumps(row) for row in raw}) == count
     rows = load_rows(SourceConfig(path=str(SAMPLES / name)), seed=0)
@@ -499,14 +503,14 @@ def test_repeated_rows_of_a_file_are_found(name, count):
     assert cleaned.report.dropped == {"exact_duplicates": count, "drop_eval_overlap": 3}
 
 
-def test_without_a_cleaning_section_rows_are_not_changed(tiny_model_path, tmp_path, cache):
+def test_without_a_cleaning_section_rows_are_not_changed(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
     recipe = recipe_over(tmp_path, tiny_model_path)
     data = load_recipe_data(recipe.data.model_copy(update={"cleaning": None}))
     assert (len(data.train), len(data.eval), data.cleaning) == (25, 3, None)
     assert not cache.exists()
 
 
-def test_check_reports_a_cleaning_error_once(tiny_model_path, tmp_path):
+def test_check_reports_a_cleaning_error_once(tiny_model_path: Path, tmp_path: Path) -> None:
     recipe = recipe_over(tmp_path, tiny_model_path)
     recipe.data.cleaning.min_chars = 10_000
     report = check_recipe(recipe)

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def masked(text: str) -> str:
         (f"before\n{PEM}\nafter", "before\n[KEY]\nafter"),
     ],
 )
-def test_personal_data_and_secrets_are_masked(text, expected):
+def test_personal_data_and_secrets_are_masked(text: str, expected: str) -> None:
     assert masked(text) == expected
     assert masked(expected) == expected
 
@@ -78,7 +79,7 @@ def test_personal_data_and_secrets_are_masked(text, expected):
         "(1) 2345 - 6789 and f(100) 200-3000",
     ],
 )
-def test_numbers_versions_and_code_are_not_masked(text):
+def test_numbers_versions_and_code_are_not_masked(text: str) -> None:
     assert masked(text) == text
 
 
@@ -89,7 +90,7 @@ def id_card(first17: str) -> str:
     return first17 + "10X98765432"[total % 11]
 
 
-def test_an_id_card_number_needs_the_right_check_digit_and_a_real_date():
+def test_an_id_card_number_needs_the_right_check_digit_and_a_real_date() -> None:
     assert id_card("11010519491231002") == "11010519491231002X"  # the example of GB 11643-1999
     assert masked("身份证11010519491231002X。") == "身份证[ID_CARD]。"
     assert masked("11010519491231002x") == "[ID_CARD]"
@@ -100,19 +101,19 @@ def test_an_id_card_number_needs_the_right_check_digit_and_a_real_date():
     assert masked("1" + id_card("44030019920229123")) == "1" + id_card("44030019920229123")
 
 
-def test_few_random_18_digit_numbers_are_masked_as_id_cards():
+def test_few_random_18_digit_numbers_are_masked_as_id_cards() -> None:
     rng = random.Random(0)
     numbers = [str(rng.randrange(10**17, 10**18)) for _ in range(20_000)]
     assert sum(mask_text(number, ["id_card"])[1].total() for number in numbers) <= 2
 
 
-def test_only_configured_kinds_are_masked_and_counted():
+def test_only_configured_kinds_are_masked_and_counted() -> None:
     text = "a@b.com c@d.com 13812345678"
     assert mask_text(text, ["email"]) == ("[EMAIL] [EMAIL] 13812345678", {"email": 2})
     assert mask_text(text, []) == (text, {})
 
 
-def test_masking_covers_tool_calls_and_answers_but_not_other_columns():
+def test_masking_covers_tool_calls_and_answers_but_not_other_columns() -> None:
     row = {
         "messages": [
             {"role": "user", "content": "mail a@b.com"},
@@ -135,7 +136,7 @@ def test_masking_covers_tool_calls_and_answers_but_not_other_columns():
     assert "source" not in found.columns
 
 
-def test_any_text_can_be_masked_and_masking_is_idempotent():
+def test_any_text_can_be_masked_and_masking_is_idempotent() -> None:
     rng = random.Random(0)
     parts = [
         "+",
@@ -160,7 +161,7 @@ def test_any_text_can_be_masked_and_masking_is_idempotent():
         assert masked(once) == once
 
 
-def test_masking_time_of_hostile_text_is_linear():
+def test_masking_time_of_hostile_text_is_linear() -> None:
     """Check that no pattern backtracks without limit; each of these texts would then take minutes."""
     for text in ("1" * 20_000, "+44" + " 1" * 10_000, "a." * 10_000, "a@" + "b." * 10_000, "0:" * 10_000, "sk-" * 7000):
         masked(text)
@@ -175,7 +176,7 @@ def test_masking_time_of_hostile_text_is_linear():
         ("tools.json", {}, {"email": 4}),
     ],
 )
-def test_numbers_in_ordinary_text_are_not_masked(name, columns, counts):
+def test_numbers_in_ordinary_text_are_not_masked(name: str, columns: dict[str, Any], counts: dict[str, Any]) -> None:
     """Check that sums, dates, versions and amounts are not masked."""
     rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns), seed=0)
     outcome = find_outcome(rows, None, CleaningConfig(mask=list(KINDS)))

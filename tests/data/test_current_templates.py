@@ -32,6 +32,7 @@ from rlqwen.data import (
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer
 from rlqwen.rollout.engines.transformers import TransformersEngine
+from rlqwen.types import Message
 
 Turn = dict[str, Any]
 THINKING = ("qwen3_5_think", "qwen3_6", "qwen3_8")
@@ -93,7 +94,7 @@ def learned(tokenizer: Any, row: Any) -> str:
 # Thoughts
 
 
-def test_a_turn_with_thoughts_and_a_tool_call_has_the_tokens_of_the_template(thinking):
+def test_a_turn_with_thoughts_and_a_tool_call_has_the_tokens_of_the_template(thinking: Any) -> None:
     forms = [
         answer("", reasoning_content="use add"),
         answer("<think>\nuse add\n</think>\n\n"),
@@ -118,7 +119,7 @@ def test_a_turn_with_thoughts_and_a_tool_call_has_the_tokens_of_the_template(thi
 
 
 @pytest.mark.fault("thoughts in think tags, for a template that reads only reasoning_content", "moved there, and said")
-def test_thoughts_in_tags_are_moved_to_the_key_that_the_template_reads():
+def test_thoughts_in_tags_are_moved_to_the_key_that_the_template_reads() -> None:
     tokenizer = tokenizer_of("qwen3_8")
     turns = [user(), THOUGHT, user("sure?"), answer("Yes. <think>\nhm\n</think>\n\n2")]
     rows = [{"messages": turns}, {"prompt": turns[:3], "completion": turns[3:]}]
@@ -136,7 +137,7 @@ def test_thoughts_in_tags_are_moved_to_the_key_that_the_template_reads():
         assert tokenize_sft([row], tokenizer_of(name), SFTConfig(max_length=None))[1].warnings == []
 
 
-def test_a_reward_model_reads_thoughts_from_the_key_of_its_template():
+def test_a_reward_model_reads_thoughts_from_the_key_of_its_template() -> None:
     tokenizer = tokenizer_of("qwen3_8")
     expected = text_of(tokenizer, [user(), answer("2", reasoning_content="hm")]) + "\n"
     pair = {"prompt": [user()], "chosen": [THOUGHT], "rejected": [answer("3")]}
@@ -149,7 +150,7 @@ def test_a_reward_model_reads_thoughts_from_the_key_of_its_template():
 
 
 @pytest.mark.parametrize("name", ["qwen3", *NAMES[:-1]])
-def test_thoughts_in_a_tool_loop_are_refused_if_thinking_is_disabled(name):
+def test_thoughts_in_a_tool_loop_are_refused_if_thinking_is_disabled(name: str) -> None:
     tokenizer = tokenizer_of(name)
     options = {"chat_template_kwargs": NO_THINKING}
     loop = [user(), answer("", reasoning_content="hm", tool_calls=[call(a=1)]), RESULT, answer()]
@@ -170,7 +171,7 @@ def test_thoughts_in_a_tool_loop_are_refused_if_thinking_is_disabled(name):
     assert sft(tokenizer, {"messages": [user(), loop[1] | {"reasoning_content": ""}, *loop[2:]]}, **options)
 
 
-def test_interleaved_thoughts_are_kept_until_the_next_question(thinking):
+def test_interleaved_thoughts_are_kept_until_the_next_question(thinking: Any) -> None:
     loop = [user(), answer("", reasoning_content="first", tool_calls=[call(a=1)]), RESULT]
     turns = [*loop, answer("2", reasoning_content="then"), user("sure?"), answer("2", reasoning_content="last")]
     row = sft(thinking, {"messages": turns})
@@ -190,7 +191,7 @@ def test_interleaved_thoughts_are_kept_until_the_next_question(thinking):
         assert "first" in learned(thinking, sft(thinking, {"messages": messages}, preserve_thinking=preserve))
 
 
-def test_dropped_thoughts_of_earlier_turns_give_a_warning(thinking):
+def test_dropped_thoughts_of_earlier_turns_give_a_warning(thinking: Any) -> None:
     row = {
         "messages": [user(), answer("2", reasoning_content="hm"), user("sure?"), answer("2", reasoning_content="hm")]
     }
@@ -202,7 +203,7 @@ def test_dropped_thoughts_of_earlier_turns_give_a_warning(thinking):
         assert any("1 without a think block after a prompt" in line for line in report.form) is is_warned
 
 
-def test_a_truncated_thought_gets_no_empty_think_block_before_it(thinking):
+def test_a_truncated_thought_gets_no_empty_think_block_before_it(thinking: Any) -> None:
     cut = answer("<think>\nhm")
     for completion in ([cut], [cut, RESULT, cut]):
         row = sft(thinking, {"prompt": [user()], "completion": completion})
@@ -210,7 +211,7 @@ def test_a_truncated_thought_gets_no_empty_think_block_before_it(thinking):
 
 
 @pytest.mark.parametrize("content", [THOUGHT["content"], "hm\n</think>\n\n2", "\n<think>\nhm\n</think>\n\n2"])
-def test_thoughts_without_an_opening_tag_are_read_as_thoughts(thinking, content):
+def test_thoughts_without_an_opening_tag_are_read_as_thoughts(thinking: Any, content: Any) -> None:
     messages = [user(), answer("2", reasoning_content="hm")]
     ids, _ = tokenize_conversation(thinking, [user(), answer(content)])
     assert ids[:-1] == ids_of(thinking, messages)
@@ -222,7 +223,7 @@ def test_thoughts_without_an_opening_tag_are_read_as_thoughts(thinking, content)
 
 
 @pytest.mark.parametrize("kwargs", [{}, NO_THINKING, {"reasoning_effort": "low"}], ids=str)
-def test_history_in_a_prompt_is_rendered_as_in_serving(tokenizer, kwargs):
+def test_history_in_a_prompt_is_rendered_as_in_serving(tokenizer: Any, kwargs: Any) -> None:
     for said in ([THOUGHT], [answer()], [answer("", reasoning_content="hm", tool_calls=[call(a=1)]), RESULT, answer()]):
         prompt = [user(), *said, user("and 2+2?")]
         expected = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
@@ -235,7 +236,7 @@ def test_history_in_a_prompt_is_rendered_as_in_serving(tokenizer, kwargs):
         assert sampled.token_ids == both.prompt_ids == one.token_ids[: one.loss_mask.index(True)] == expected
 
 
-def test_a_system_column_is_the_first_message_in_every_format(tokenizer):
+def test_a_system_column_is_the_first_message_in_every_format(tokenizer: Any) -> None:
     column = {"system": "You are terse."}
     turns, shared = [user(), answer()], [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
     system = {"role": "system", "content": "You are terse."}
@@ -253,7 +254,7 @@ def test_a_system_column_is_the_first_message_in_every_format(tokenizer):
     assert tokenizer.decode(both.prompt_ids).rstrip() == tokenizer.decode(sampled.token_ids).rstrip() == prompt
 
 
-def test_reasoning_effort_is_passed_to_the_template_and_invalid_values_are_refused():
+def test_reasoning_effort_is_passed_to_the_template_and_invalid_values_are_refused() -> None:
     tokenizer = tokenizer_of("qwen3_8")
     empty = [{"role": "system", "content": ""}, user()]
     for kwargs in ({"reasoning_effort": "medium"}, NO_THINKING):
@@ -265,7 +266,7 @@ def test_reasoning_effort_is_passed_to_the_template_and_invalid_values_are_refus
         sft(tokenizer, {"messages": [user(), answer()]}, chat_template_kwargs={"reasoning_effort": "high"})
 
 
-def test_unread_template_arguments_are_reported():
+def test_unread_template_arguments_are_reported() -> None:
     kwargs = {"reasoning_effort": "low", "enable_thinking": True}
     row = {"messages": [user(), answer()]}
     for name, unread in (("qwen3_8", ""), ("qwen3_6", "reasoning_effort"), ("qwen2_5", ", ".join(kwargs))):
@@ -286,7 +287,9 @@ def test_unread_template_arguments_are_reported():
         ([user(), answer(), {"role": "system", "content": "s"}], "System message must be at the beginning"),
     ],
 )
-def test_template_errors_are_raised_with_row_and_reason(thinking, prompt, reason):
+def test_template_errors_are_raised_with_row_and_reason(
+    thinking: Any, prompt: str | list[Message], reason: str
+) -> None:
     pair = {"prompt": prompt, "chosen": [answer()], "rejected": [answer("3")]}
     for refuse in (
         lambda: sft(thinking, {"messages": [*prompt, answer()]}),
@@ -302,7 +305,7 @@ def test_template_errors_are_raised_with_row_and_reason(thinking, prompt, reason
 # Rows of every form
 
 
-def test_openai_messages_in_a_conversations_column_are_read_like_messages(tokenizer):
+def test_openai_messages_in_a_conversations_column_are_read_like_messages(tokenizer: Any) -> None:
     calls = [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
     opens = "enable_thinking" in tokenizer.chat_template
     options = {"chat_template_kwargs": {"enable_thinking": True}}
@@ -320,7 +323,7 @@ def test_openai_messages_in_a_conversations_column_are_read_like_messages(tokeni
 
 
 @pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
-def test_messages_excluded_from_the_loss_stay_in_the_context(tokenizer, key):
+def test_messages_excluded_from_the_loss_stay_in_the_context(tokenizer: Any, key: str) -> None:
     turns = [user(), answer("WRONG", **{key: 0}), user("sure?"), answer("2", **{key: 1})]
     whole = sft(tokenizer, {"messages": turns})
     assert whole.token_ids == ids_of(tokenizer, [{k: v for k, v in turn.items() if k != key} for turn in turns])
@@ -328,7 +331,7 @@ def test_messages_excluded_from_the_loss_stay_in_the_context(tokenizer, key):
     assert learned(tokenizer, whole).endswith("2<|im_end|>")
 
 
-def test_pandas_rows_and_messages_as_json_text_are_read(tokenizer):
+def test_pandas_rows_and_messages_as_json_text_are_read(tokenizer: Any) -> None:
     table = pandas.read_csv(io.StringIO("instruction,input,output\nAdd,1 and 1,2\nSay hi,,hi\n"))
     rows, _ = tokenize_sft(as_rows(table.to_dict("records")), tokenizer, SFTConfig())
     expected = [ids_of(tokenizer, [user(q), answer(a)]) for q, a in (("Add\n1 and 1", "2"), ("Say hi", "hi"))]
@@ -339,7 +342,7 @@ def test_pandas_rows_and_messages_as_json_text_are_read(tokenizer):
     )
 
 
-def test_added_special_tokens_are_learned_and_passed_to_rewards(thinking):
+def test_added_special_tokens_are_learned_and_passed_to_rewards(thinking: Any) -> None:
     tokenizer = build_tokenizer(template="qwen3_5_think", is_qwen3_5=True)
     tokenizer.chat_template = thinking.chat_template
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
@@ -356,7 +359,7 @@ def test_added_special_tokens_are_learned_and_passed_to_rewards(thinking):
 # Tools
 
 
-def test_tool_arguments_of_every_type_are_rendered_as_the_template_does(thinking):
+def test_tool_arguments_of_every_type_are_rendered_as_the_template_does(thinking: Any) -> None:
     arguments = {"s": "a\nb", "n": 1.5, "yes": True, "none": None, "list": [1, None], "object": {"k": "<|im_end|>"}}
     own = [user(), answer("", tool_calls=[call(**arguments)]), RESULT, answer(reasoning_content="hm")]
     text = [user(), answer("", tool_calls=[call()]), *own[2:]]
@@ -372,7 +375,7 @@ def test_tool_arguments_of_every_type_are_rendered_as_the_template_does(thinking
     )
 
 
-def test_calls_and_tools_keep_only_their_own_arguments_in_every_table_format(tokenizer, tmp_path):
+def test_calls_and_tools_keep_only_their_own_arguments_in_every_table_format(tokenizer: Any, tmp_path: Path) -> None:
     def tool(name: str, **properties: Any) -> Turn:
         parameters = {"type": "object", "properties": properties}
         return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
@@ -396,7 +399,7 @@ def test_calls_and_tools_keep_only_their_own_arguments_in_every_table_format(tok
 # Rewards
 
 
-def test_rewards_know_that_the_prompt_opened_a_think_block(thinking):
+def test_rewards_know_that_the_prompt_opened_a_think_block(thinking: Any) -> None:
     texts = ["1+1\n</think>\n\n\\boxed{2}", "<think>\n1+1\n</think>\n\n\\boxed{2}", "maybe \\boxed{2}, but"]
     for kwargs, expected in (({}, [1.0, 0.0, 0.0]), (NO_THINKING, [0.0, 1.0, 0.0])):
         (prompt,), _ = tokenize_prompts(

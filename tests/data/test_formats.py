@@ -7,13 +7,15 @@ import numpy
 import pytest
 
 from rlqwen.data import as_rows
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.formats import normalize_row, to_prompt_row
 from rlqwen.errors import DataError
+from rlqwen.types import Message
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def test_sharegpt_roles_become_template_roles():
+def test_sharegpt_roles_become_template_roles() -> None:
     row = {
         "conversations": [
             {"from": "human", "value": "q"},
@@ -82,13 +84,13 @@ def test_sharegpt_roles_become_template_roles():
         ),
     ],
 )
-def test_malformed_rows_raise_an_error_with_their_place(row, message):
+def test_malformed_rows_raise_an_error_with_their_place(row: Row, message: Message) -> None:
     with pytest.raises(DataError, match=message) as caught:
         normalize_row(row, "row 3")
     assert str(caught.value).startswith("row 3: ")
 
 
-def test_alpaca_rows_become_messages():
+def test_alpaca_rows_become_messages() -> None:
     row = {"instruction": "Add.", "input": "1, 2", "output": "3", "history": [["h", "i"]], "system": "s", "id": 1}
     assert normalize_row(row, "row 0") == {
         "id": 1,
@@ -104,19 +106,19 @@ def test_alpaca_rows_become_messages():
     assert bare["messages"][0]["content"] == "Add."
 
 
-def test_text_parts_are_joined_and_missing_values_removed():
+def test_text_parts_are_joined_and_missing_values_removed() -> None:
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
     assert normalize_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
     call = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
     assert normalize_row({"messages": [call]}, "row 0")["messages"] == [{"role": "assistant", "content": ""}]
 
 
-def test_normalizing_twice_changes_nothing():
+def test_normalizing_twice_changes_nothing() -> None:
     once = normalize_row({"conversations": [{"from": "human", "value": "q"}], "tools": "[]"}, "row 0")
     assert normalize_row(once, "row 0") == once
 
 
-def test_the_prompt_ends_before_the_last_answer_which_becomes_the_solution():
+def test_the_prompt_ends_before_the_last_answer_which_becomes_the_solution() -> None:
     expected = {"prompt": TURNS[:1], "solution": "a"}
     assert to_prompt_row({"messages": TURNS}, "row 0") == expected
     assert to_prompt_row({"prompt": TURNS[:1], "completion": TURNS[1:]}, "row 0") == expected
@@ -128,7 +130,7 @@ def test_the_prompt_ends_before_the_last_answer_which_becomes_the_solution():
     assert to_prompt_row({"messages": TURNS, "solution": "own"}, "row 0")["solution"] == "own"
 
 
-def test_a_row_without_a_prompt_is_refused():
+def test_a_row_without_a_prompt_is_refused() -> None:
     with pytest.raises(DataError, match=r"row 2: no prompt; .*columns question, answer: map one"):
         to_prompt_row({"question": "q", "answer": "a"}, "row 2")
     with pytest.raises(DataError, match="holds only an answer"):
@@ -157,7 +159,7 @@ def said(row: dict[str, Any]) -> Any:
     ],
     ids="+".join,
 )
-def test_a_system_column_becomes_the_first_message_in_every_format(row, column):
+def test_a_system_column_becomes_the_first_message_in_every_format(row: dict[str, Any], column: str) -> None:
     prompt = to_prompt_row(said(row | {column: "s"}), "row 0")
     assert prompt == {"prompt": [{"role": "system", "content": "s"}, *TURNS[:1]]} | {
         key: prompt[key] for key in ("solution",) if key in prompt
@@ -165,7 +167,7 @@ def test_a_system_column_becomes_the_first_message_in_every_format(row, column):
     assert to_prompt_row(said(row | {column: " "}), "row 0") == to_prompt_row(said(row), "row 0")
 
 
-def test_a_system_column_that_contradicts_the_messages_is_kept_as_unused():
+def test_a_system_column_that_contradicts_the_messages_is_kept_as_unused() -> None:
     own = [{"role": "system", "content": "own"}, *TURNS]
     assert said({"messages": own, "system": "own"}) == {"messages": own}
     assert said({"messages": own, "system": "other"}) == {"messages": own, "system": "other"}
@@ -175,7 +177,7 @@ def test_a_system_column_that_contradicts_the_messages_is_kept_as_unused():
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
-def test_thoughts_are_always_named_reasoning_content(key):
+def test_thoughts_are_always_named_reasoning_content(key: str) -> None:
     turn = {"role": "assistant", "content": "a", key: "easy"}
     (got,) = said({"messages": [turn]})["messages"]
     assert got == {"role": "assistant", "content": "a", "reasoning_content": "easy"}
@@ -183,7 +185,7 @@ def test_thoughts_are_always_named_reasoning_content(key):
 
 @pytest.mark.parametrize("key", ["loss", "loss_scale", "weight", "train", "training"])
 @pytest.mark.parametrize("no", [False, 0, 0.0, "false"])
-def test_a_message_excluded_from_the_loss_is_marked_in_every_format(key, no):
+def test_a_message_excluded_from_the_loss_is_marked_in_every_format(key: str, no: bool | float | str) -> None:
     marked = {**TURNS[1], "in_loss": False}
     mark = {key: no}
     row = {"messages": [TURNS[0], TURNS[1] | mark, TURNS[0], TURNS[1] | {key: True}]}
@@ -201,7 +203,7 @@ def test_a_message_excluded_from_the_loss_is_marked_in_every_format(key, no):
     }
 
 
-def test_a_loss_key_without_effect_is_kept_as_unused():
+def test_a_loss_key_without_effect_is_kept_as_unused() -> None:
     user = TURNS[0] | {"train": True}
     assert said({"messages": [user, TURNS[1]]})["messages"][0] == user
 
@@ -209,7 +211,7 @@ def test_a_loss_key_without_effect_is_kept_as_unused():
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def test_openai_messages_in_conversations_keep_calls_and_thoughts():
+def test_openai_messages_in_conversations_keep_calls_and_thoughts() -> None:
     turns = [
         TURNS[0],
         {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "1"}], "reasoning_content": "add"},
@@ -220,7 +222,7 @@ def test_openai_messages_in_conversations_keep_calls_and_thoughts():
     assert said({"conversation": turns}) == said({"messages": turns})
 
 
-def test_calls_as_separate_messages_are_merged_into_the_message_before():
+def test_calls_as_separate_messages_are_merged_into_the_message_before() -> None:
     call = json.dumps({"name": "add", "arguments": {"a": 1}})
     row = {
         "messages": [
@@ -241,7 +243,7 @@ def test_calls_as_separate_messages_are_merged_into_the_message_before():
 
 
 @pytest.mark.parametrize("missing", [float("nan"), numpy.float64("nan"), numpy.datetime64("NaT"), None], ids=repr)
-def test_missing_table_values_are_removed(missing):
+def test_missing_table_values_are_removed(missing: list[str]) -> None:
     alpaca = {"instruction": "q", "input": missing, "output": "a", "history": missing, "system": missing}
     assert said(alpaca) == {"messages": TURNS}
     assert said({"messages": TURNS, "tools": missing, "note": missing, "of": [missing, {"a": missing}]}) == {
@@ -253,7 +255,7 @@ def test_missing_table_values_are_removed(missing):
         to_prompt_row(said({"prompt": missing, "solution": "1"}), "row 0")
 
 
-def test_missing_values_and_arrays_of_pandas_become_plain_values():
+def test_missing_values_and_arrays_of_pandas_become_plain_values() -> None:
     pandas = pytest.importorskip("pandas")
     assert said({"prompt": "q", "a": pandas.NA, "b": pandas.NaT}) == {"prompt": "q", "a": None, "b": None}
     filled = numpy.array([{**TURNS[0], "tool_calls": None}, {**TURNS[1], "tool_calls": numpy.array([CALL])}])
@@ -264,7 +266,7 @@ def test_missing_values_and_arrays_of_pandas_become_plain_values():
 
 
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
-def test_messages_may_be_json_text(write):
+def test_messages_may_be_json_text(write: bool) -> None:
     assert said({"messages": write(TURNS)}) == {"messages": TURNS}
     assert said({"conversations": write([{"from": "human", "value": "q"}])}) == {"messages": TURNS[:1]}
     assert said({"prompt": write(TURNS[:1]), "completion": write(TURNS[1])}) == {
@@ -288,7 +290,7 @@ def test_messages_may_be_json_text(write):
         "[]",
     ],
 )
-def test_json_that_is_not_a_conversation_stays_text(text):
+def test_json_that_is_not_a_conversation_stays_text(text: str) -> None:
     assert said({"prompt": text, "completion": text}) == {"prompt": text, "completion": text}
     pair = {"prompt": "q", "chosen": text, "rejected": "no"}
     assert said(pair) == pair
@@ -307,13 +309,13 @@ def test_json_that_is_not_a_conversation_stays_text(text):
         ({"id": 1, "title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "{prompt: question}"),
     ],
 )
-def test_an_unmapped_prompt_is_refused_with_a_suggested_column_map(row, mapping):
+def test_an_unmapped_prompt_is_refused_with_a_suggested_column_map(row: dict[str, Any], mapping: str) -> None:
     with pytest.raises(DataError, match="no prompt; ") as caught:
         to_prompt_row(said(row), "row 0")
     assert f"columns: {mapping} (--column prompt=" in str(caught.value)
 
 
-def test_a_pandas_table_is_refused_with_what_to_pass_instead():
+def test_a_pandas_table_is_refused_with_what_to_pass_instead() -> None:
     pandas = pytest.importorskip("pandas")
     table = pandas.DataFrame({"instruction": ["q", "q"], "input": ["x", None], "output": ["a", "a"]})
     with pytest.raises(DataError, match=r"a pandas table was given; pass datasets\.Dataset\.from_pandas"):

@@ -38,7 +38,7 @@ def learned(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, s
 
 
 @pytest.mark.parametrize("mark", MARKS, ids=str)
-def test_an_excluded_message_is_not_learned_in_any_format(tokenizer, mark):
+def test_an_excluded_message_is_not_learned_in_any_format(tokenizer: Any, mark: str) -> None:
     turns = [USER, WRONG | mark, USER, RIGHT]
     plain = learned(tokenizer, {"messages": [USER, WRONG, USER, RIGHT]})[0]
     named = {"user": "human", "assistant": "gpt"}
@@ -61,7 +61,7 @@ def test_an_excluded_message_is_not_learned_in_any_format(tokenizer, mark):
             assert text == plain
 
 
-def test_an_excluded_message_is_not_learned_if_all_others_are(tokenizer):
+def test_an_excluded_message_is_not_learned_if_all_others_are(tokenizer: Any) -> None:
     text, in_loss = learned(
         tokenizer, {"messages": [USER, WRONG | {"weight": 0}, USER, RIGHT]}, assistant_only_loss=False
     )
@@ -74,13 +74,13 @@ def test_an_excluded_message_is_not_learned_if_all_others_are(tokenizer):
         learned(tokenizer, {"messages": [USER | {"train": False}, RIGHT]}, assistant_only_loss=False)
 
 
-def test_a_row_with_only_excluded_messages_is_dropped_and_counted(tokenizer):
+def test_a_row_with_only_excluded_messages_is_dropped_and_counted(tokenizer: Any) -> None:
     rows = [{"messages": [USER, WRONG | {"weight": 0}]}, {"messages": [USER, RIGHT]}]
     kept, report = tokenize_sft(as_rows(rows), tokenizer, SFTConfig())
     assert (len(kept), report.rows["empty_mask"]) == (1, [0])
 
 
-def test_loss_keys_are_not_passed_to_templates_of_pairs_and_prompts(tokenizer):
+def test_loss_keys_are_not_passed_to_templates_of_pairs_and_prompts(tokenizer: Any) -> None:
     asked = [USER, WRONG | {"weight": 0}, USER]
     pair = {"chosen": [*asked, RIGHT], "rejected": [*asked, WRONG | {"loss": True}]}
     for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_reward_rows, RewardConfig())):

@@ -1,6 +1,8 @@
 """Test that rows with images or videos are refused with a one-line error wherever they are loaded."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from rlqwen import (
     SFTTrainer,
 )
 from rlqwen.config import SourceConfig
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.formats import normalize_row
 from rlqwen.data.sources import as_rows, load_rows
 from rlqwen.errors import DataError
@@ -60,7 +63,7 @@ GRPO = {"num_generations": 2, "per_device_train_batch_size": 2, "rollout": {"eng
         ({"prompt": [PARTS], "chosen": [ANSWER], "rejected": [ANSWER]}, "message 0 of 'prompt' has a part of type 'image'"),
     ],
 )  # fmt: skip
-def test_a_row_with_media_is_refused_with_advice(row, message):
+def test_a_row_with_media_is_refused_with_advice(row: Row, message: str) -> None:
     with pytest.raises(DataError, match=message) as fault:
         normalize_row(row, "row 3")
     assert "or train with TRL" in str(fault.value)
@@ -72,7 +75,7 @@ def test_a_row_with_media_is_refused_with_advice(row, message):
     [{"images": []}, {"images": "[]"}, {"images": None}, {"image": ""}, {"image": {"bytes": None, "path": None}}, {"image": float("nan")},
      {"image": 7}, {"image": "ghcr.io/org/sandbox:3"}, {"videos": np.array([])}, {"points": np.zeros(3)}],
 )  # fmt: skip
-def test_a_row_without_media_passes(column):
+def test_a_row_without_media_passes(column: dict[str, Any]) -> None:
     assert normalize_row(TEXT | column, "row")["messages"] == TEXT["messages"]
 
 
@@ -86,7 +89,7 @@ TRAINERS = {
 SMALL = {"per_device_train_batch_size": 2}
 
 
-def len_of(completions, **kwargs):
+def len_of(completions: list[str], **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
@@ -98,7 +101,9 @@ def rows_for(algorithm: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("algorithm", TRAINERS)
-def test_every_trainer_refuses_media(algorithm, tiny_model_path, tmp_path, monkeypatch):
+def test_every_trainer_refuses_media(
+    algorithm: str, tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Check a `datasets` table whose images are not decoded, plain rows, and eval rows."""
     monkeypatch.chdir(tmp_path)
     rows = rows_for(algorithm)
@@ -109,7 +114,7 @@ def test_every_trainer_refuses_media(algorithm, tiny_model_path, tmp_path, monke
             TRAINERS[algorithm](str(tiny_model_path), train, held).train()
 
 
-def test_files_and_tables_on_disk_with_media_are_refused(tmp_path):
+def test_files_and_tables_on_disk_with_media_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (TEXT, TEXT | {"image": "a.png"})))
     with pytest.raises(DataError, match=r"rows.jsonl, line 2: column 'image' holds 'a.png'"):
         load_rows(SourceConfig(path=str(tmp_path / "rows.jsonl")), seed=0)
@@ -121,7 +126,7 @@ def test_files_and_tables_on_disk_with_media_are_refused(tmp_path):
     assert len(as_rows(table.remove_columns("images"))) == 2
 
 
-def test_check_and_data_check_report_the_row_with_media(tiny_model_path, tmp_path):
+def test_check_and_data_check_report_the_row_with_media(tiny_model_path: Path, tmp_path: Path) -> None:
     rows = [TEXT, TEXT | {"image": "a.png"}]
     fault = the_fault(check_recipe(recipe_of(tiny_model_path, rows, tmp_path)))
     assert "line 2: column 'image' holds 'a.png'" in str(fault)
@@ -129,7 +134,7 @@ def test_check_and_data_check_report_the_row_with_media(tiny_model_path, tmp_pat
     assert "line 2: column 'image' holds 'a.png'" in str(found.parts)
 
 
-def test_a_processor_is_replaced_by_its_tokenizer(tiny_model_path, tmp_path):
+def test_a_processor_is_replaced_by_its_tokenizer(tiny_model_path: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
 
     class Qwen3VLProcessor:

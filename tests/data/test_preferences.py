@@ -8,10 +8,12 @@ import pytest
 
 from rlqwen.config import DPOConfig, RewardConfig, SFTConfig, SourceConfig
 from rlqwen.data import load_rows, tokenize_labelled, tokenize_preferences, tokenize_reward_rows, tokenize_sft
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.formats import add_system_prompt, normalize_row
 from rlqwen.data.preference_tokenization import PairJob
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
+from rlqwen.types import Message
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 USER = {"role": "user", "content": "q"}
@@ -87,7 +89,7 @@ def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str, 
     ],
     ids=lambda row: "+".join(row),
 )
-def test_every_preference_format_becomes_a_prompt_and_two_answers(row):
+def test_every_preference_format_becomes_a_prompt_and_two_answers(row: Row) -> None:
     before = json.dumps(row)
     once = normalize_row(row, "row 0")
     assert once == PAIR
@@ -95,7 +97,7 @@ def test_every_preference_format_becomes_a_prompt_and_two_answers(row):
     assert json.dumps(row) == before
 
 
-def test_extra_columns_of_a_format_are_kept():
+def test_extra_columns_of_a_format_are_kept() -> None:
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s"}
     assert normalize_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
     for row in (PAIR, {"chosen": say("q", "1"), "rejected": say("q", "2")}, TEXT_PAIR):
@@ -108,7 +110,7 @@ def test_extra_columns_of_a_format_are_kept():
     assert normalize_row(ultra, "row 0") == PAIR | {"messages": say("q", "1")}
 
 
-def test_an_explicit_prompt_may_lack_the_system_message_or_be_the_only_one_with_it():
+def test_an_explicit_prompt_may_lack_the_system_message_or_be_the_only_one_with_it() -> None:
     whole = {"chosen": [SYSTEM, *say("q", "1")], "rejected": [SYSTEM, *say("q", "2")]}
     expected = PAIR | {"prompt": [SYSTEM, USER]}
     assert normalize_row({"prompt": " q\n", **whole}, "row 0") == expected
@@ -116,7 +118,7 @@ def test_an_explicit_prompt_may_lack_the_system_message_or_be_the_only_one_with_
     assert normalize_row({"prompt": [SYSTEM, USER], **bare}, "row 0") == expected
 
 
-def test_an_implicit_prompt_ends_at_the_first_message_that_differs():
+def test_an_implicit_prompt_ends_at_the_first_message_that_differs() -> None:
     row = {"chosen": say("q", "1", "r", "2"), "rejected": say("q", "1", "r", "3")}
     assert normalize_row(row, "row 0") == {
         "prompt": say("q", "1", "r"),
@@ -144,7 +146,7 @@ def test_an_implicit_prompt_ends_at_the_first_message_that_differs():
         ("2\n3", "2\n4", "2"),
     ],
 )
-def test_texts_without_a_prompt_use_their_common_words_as_prompt(chosen, rejected, prompt):
+def test_texts_without_a_prompt_use_their_common_words_as_prompt(chosen: str, rejected: str, prompt: str) -> None:
     row = normalize_row({"chosen": chosen, "rejected": rejected}, "row 0")
     assert row["prompt"] == prompt
     assert (prompt + row["chosen"], prompt + row["rejected"]) == (chosen, rejected)
@@ -152,7 +154,7 @@ def test_texts_without_a_prompt_use_their_common_words_as_prompt(chosen, rejecte
         assert normalize_row({"question": prompt, "chosen": chosen, "rejected": rejected}, "row 0")["prompt"] == prompt
 
 
-def test_the_margin_is_given_or_computed_from_scores():
+def test_the_margin_is_given_or_computed_from_scores() -> None:
     assert normalize_row(PAIR | {"margin": "0.5"}, "row 0")["margin"] == 0.5
     scored = {"score_chosen": 8.5, "score_rejected": 6}
     assert normalize_row(PAIR | scored, "row 0")["margin"] == 2.5
@@ -162,7 +164,7 @@ def test_the_margin_is_given_or_computed_from_scores():
         normalize_row(PAIR | scored | {"score_chosen": "high"}, "row 0")
 
 
-def test_a_system_prompt_and_a_column_map_work_for_pairs(tmp_path):
+def test_a_system_prompt_and_a_column_map_work_for_pairs(tmp_path: Path) -> None:
     expected = PAIR | {"prompt": [SYSTEM, USER]}
     assert add_system_prompt(PAIR, "s", "row 0") == expected
     path = tmp_path / "pairs.jsonl"
@@ -212,7 +214,7 @@ def test_a_system_prompt_and_a_column_map_work_for_pairs(tmp_path):
         ),
     ],
 )
-def test_malformed_pairs_raise_an_error_with_their_place(tokenizer, row, message):
+def test_malformed_pairs_raise_an_error_with_their_place(tokenizer: Any, row: Row, message: Message) -> None:
     with pytest.raises(DataError, match=message) as caught:
         tokenize_preferences([PAIR, row], tokenizer, DPOConfig())
     assert str(caught.value).startswith("row 1: ")
@@ -221,7 +223,7 @@ def test_malformed_pairs_raise_an_error_with_their_place(tokenizer, row, message
 # Tokens
 
 
-def test_text_is_not_changed_and_each_answer_ends_in_eos(tokenizer):
+def test_text_is_not_changed_and_each_answer_ends_in_eos(tokenizer: Any) -> None:
     (pair,), report = tokenize_preferences([TEXTS | {"margin": 2}], tokenizer, DPOConfig())
     assert tokenizer.convert_ids_to_tokens(pair.prompt_ids) == ["1", "Ġ+"]
     assert tokenizer.convert_ids_to_tokens(pair.chosen.token_ids) == ["Ġ", "1", "Ġ=", "Ġ", "2", "<|im_end|>"]
@@ -233,11 +235,11 @@ def test_text_is_not_changed_and_each_answer_ends_in_eos(tokenizer):
     assert one(tokenizer, TEXTS, eos_token="<|endoftext|>")[1] == " 1 = 2<|endoftext|>"
 
 
-def test_texts_without_a_common_prefix_have_no_prompt_and_no_loss_on_the_first_token(tokenizer):
+def test_texts_without_a_common_prefix_have_no_prompt_and_no_loss_on_the_first_token(tokenizer: Any) -> None:
     assert one(tokenizer, {"chosen": "13", "rejected": "4"}) == ("", "(1)3<|im_end|>", "(4)<|im_end|>")
 
 
-def test_a_conversation_is_split_after_the_generation_prompt(tokenizer):
+def test_a_conversation_is_split_after_the_generation_prompt(tokenizer: Any) -> None:
     (pair,), _ = tokenize_preferences([PAIR], tokenizer, DPOConfig())
     special = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     user, assistant, line, q, digit = (tokenizer.convert_tokens_to_ids(t) for t in ("user", "assistant", "Ċ", "q", "1"))
@@ -249,7 +251,7 @@ def test_a_conversation_is_split_after_the_generation_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink"])
-def test_prompt_and_answer_equal_those_of_sft(tokenizer, tmp_path, template):
+def test_prompt_and_answer_equal_those_of_sft(tokenizer: Any, tmp_path: Path, template: str) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
     options = {"chat_template_path": str(path), "chat_template_kwargs": {"enable_thinking": True}}
@@ -266,7 +268,7 @@ def test_prompt_and_answer_equal_those_of_sft(tokenizer, tmp_path, template):
         assert made.loss_mask[0]
 
 
-def test_user_messages_inside_an_answer_are_not_in_the_loss(tokenizer):
+def test_user_messages_inside_an_answer_are_not_in_the_loss(tokenizer: Any) -> None:
     row = {"prompt": [USER], "chosen": answer("1", "r", "2"), "rejected": answer("3", "r")}
     prompt, chosen, rejected = one(tokenizer, row)
     between = "(\n<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n)"
@@ -275,7 +277,9 @@ def test_user_messages_inside_an_answer_are_not_in_the_loss(tokenizer):
     assert rejected == f"{BLOCK}3<|im_end|>"
 
 
-def test_the_prompt_equals_serving_even_if_the_template_renders_it_by_its_answer(tokenizer, tmp_path):
+def test_the_prompt_equals_serving_even_if_the_template_renders_it_by_its_answer(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'user' and messages|length > 3 %}*{% endif %}"
@@ -291,7 +295,7 @@ def test_the_prompt_equals_serving_even_if_the_template_renders_it_by_its_answer
 # Cuts and counts
 
 
-def test_keep_start_truncates_the_end_of_the_answers(tokenizer):
+def test_keep_start_truncates_the_end_of_the_answers(tokenizer: Any) -> None:
     row = TEXTS | {"rejected": " 13"}
     assert one(tokenizer, row, max_length=5) == ("1 +", " 1 =", " 13")
     _, report = tokenize_preferences([row, TEXTS], tokenizer, DPOConfig(max_length=7))
@@ -300,7 +304,7 @@ def test_keep_start_truncates_the_end_of_the_answers(tokenizer):
         tokenize_preferences([row], tokenizer, DPOConfig(max_length=2))
 
 
-def test_keep_end_truncates_the_beginning_of_the_shared_prompt(tokenizer):
+def test_keep_end_truncates_the_beginning_of_the_shared_prompt(tokenizer: Any) -> None:
     row = {"prompt": "123456", "chosen": "7", "rejected": "890"}
     options = {"truncation_mode": "keep_end"}
     assert one(tokenizer, row, max_length=7, **options) == ("456", "7<|im_end|>", "890<|im_end|>")
@@ -309,7 +313,7 @@ def test_keep_end_truncates_the_beginning_of_the_shared_prompt(tokenizer):
         tokenize_preferences([row], tokenizer, DPOConfig(max_length=4, **options))
 
 
-def test_drop_removes_long_pairs_and_is_the_default_of_reward_models(tokenizer):
+def test_drop_removes_long_pairs_and_is_the_default_of_reward_models(tokenizer: Any) -> None:
     rows = [TEXTS, TEXTS | {"rejected": " 1 = 333"}]
     for config in (DPOConfig(max_length=8, truncation_mode="drop"), RewardConfig(max_length=8)):
         pairs, report = tokenize_preferences(rows, tokenizer, config)
@@ -317,7 +321,7 @@ def test_drop_removes_long_pairs_and_is_the_default_of_reward_models(tokenizer):
         assert (report.num_overlong, report.num_truncated, report.lengths["max"]) == (1, 0, 10)
 
 
-def test_a_long_prompt_is_truncated_at_its_beginning(tokenizer):
+def test_a_long_prompt_is_truncated_at_its_beginning(tokenizer: Any) -> None:
     row = {"prompt": "123456", "chosen": "7", "rejected": "890"}
     assert one(tokenizer, row, max_prompt_length=2) == ("56", "7<|im_end|>", "890<|im_end|>")
     assert one(tokenizer, row, max_prompt_length=2, max_length=6, truncation_mode="drop")[0] == "56"
@@ -325,7 +329,7 @@ def test_a_long_prompt_is_truncated_at_its_beginning(tokenizer):
     assert tokenize_preferences([row], tokenizer, DPOConfig(max_prompt_length=6))[1].num_truncated == 0
 
 
-def test_pairs_with_equal_answers_are_dropped_and_reported(tokenizer):
+def test_pairs_with_equal_answers_are_dropped_and_reported(tokenizer: Any) -> None:
     equal = PAIR | {"rejected": PAIR["chosen"]}
     pairs, report = tokenize_preferences([equal, PAIR, equal], tokenizer, DPOConfig())
     assert [pair.index for pair in pairs] == [1]
@@ -339,7 +343,7 @@ def test_pairs_with_equal_answers_are_dropped_and_reported(tokenizer):
         tokenize_preferences([equal], tokenizer, DPOConfig())
 
 
-def test_a_reward_model_uses_the_configured_template(tokenizer, tmp_path):
+def test_a_reward_model_uses_the_configured_template(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(tokenizer.chat_template)
     bare = build_tokenizer()
@@ -349,14 +353,14 @@ def test_a_reward_model_uses_the_configured_template(tokenizer, tmp_path):
     assert bare.chat_template is None
 
 
-def test_empty_answers_are_found_after_plain_text_rows(tokenizer):
+def test_empty_answers_are_found_after_plain_text_rows(tokenizer: Any) -> None:
     job = PairJob(tokenizer, DPOConfig())
     job.run(0, [TEXTS], None)
     _, stats = job.run(1, [PAIR | {"rejected": answer("")}], None)
     assert stats.report.rows["empty_answer"] == [1]
 
 
-def test_empty_answers_and_negative_margins_are_kept_with_a_warning(tokenizer):
+def test_empty_answers_and_negative_margins_are_kept_with_a_warning(tokenizer: Any) -> None:
     rows = [PAIR | {"rejected": answer("")}, TEXTS | {"chosen": "", "margin": -1}]
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig())
     assert [tokenizer.decode(row.token_ids) for row in (pairs[0].rejected, pairs[1].chosen)] == [
@@ -369,7 +373,7 @@ def test_empty_answers_and_negative_margins_are_kept_with_a_warning(tokenizer):
     ]
 
 
-def test_an_empty_dataset_is_refused(tokenizer):
+def test_an_empty_dataset_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the dataset is empty"):
         tokenize_preferences([], tokenizer, DPOConfig())
 
@@ -391,7 +395,7 @@ def test_an_empty_dataset_is_refused(tokenizer):
     ],
     ids=lambda row: "+".join(row),
 )
-def test_labelled_answers_of_every_format_are_read(tokenizer, row):
+def test_labelled_answers_of_every_format_are_read(tokenizer: Any, row: dict[str, Any]) -> None:
     bad = {"prompt": [USER], "completion": answer("2"), "label": False}
     (good, other), report = tokenize_labelled([row, bad], tokenizer, DPOConfig())
     (pair,), _ = tokenize_preferences([PAIR], tokenizer, DPOConfig())
@@ -400,7 +404,7 @@ def test_labelled_answers_of_every_format_are_read(tokenizer, row):
     assert report.warnings == []
 
 
-def test_a_pair_gives_two_labelled_answers(tokenizer):
+def test_a_pair_gives_two_labelled_answers(tokenizer: Any) -> None:
     labelled, report = tokenize_labelled([PAIR, TEXTS], tokenizer, DPOConfig())
     assert [(row.index, row.label) for row in labelled] == [(0, True), (0, False), (1, True), (1, False)]
     assert tokenizer.decode(labelled[3].completion.token_ids) == " 1 = 3<|im_end|>"
@@ -416,12 +420,14 @@ def test_a_pair_gives_two_labelled_answers(tokenizer):
         ({"prompt": "q", "label": True}, "row 0: no answer to label"),
     ],
 )
-def test_malformed_labelled_rows_raise_an_error_with_their_place(tokenizer, row, message):
+def test_malformed_labelled_rows_raise_an_error_with_their_place(
+    tokenizer: Any, row: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         tokenize_labelled([row], tokenizer, DPOConfig())
 
 
-def test_equal_labels_give_a_warning(tokenizer):
+def test_equal_labels_give_a_warning(tokenizer: Any) -> None:
     row = {"prompt": "q", "completion": "1", "label": False}
     assert tokenize_labelled([row], tokenizer, DPOConfig())[1].warnings[1:] == [
         "all labels are false: good and bad answers cannot be told apart"
@@ -431,7 +437,7 @@ def test_equal_labels_give_a_warning(tokenizer):
 # Whole conversations
 
 
-def test_pairs_of_whole_conversations_are_learned_completely(tokenizer):
+def test_pairs_of_whole_conversations_are_learned_completely(tokenizer: Any) -> None:
     path = SAMPLES / "pairs.json"
     rows = load_rows(SourceConfig(path=str(path)), seed=0)
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig(max_length=None))

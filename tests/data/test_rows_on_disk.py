@@ -11,11 +11,12 @@ import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlqwen.checkpoint.fingerprint import digest_rows
 from rlqwen.config import DataConfig, DPOConfig, RewardConfig, SFTConfig, TrainerConfig
@@ -48,7 +49,7 @@ from rlqwen.errors import ConfigError, DataError, ResourceError
 
 
 @pytest.fixture(autouse=True)
-def small_limits(tmp_path, monkeypatch):
+def small_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower the row limits, so that a few rows are stored on disk, in a cache folder of this test."""
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(storage, "STORED_FROM", 4)
@@ -56,19 +57,19 @@ def small_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "BATCH", 3)
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
 
 
-def rows_of(count):
+def rows_of(count: int) -> list[dict[str, Any]]:
     return [
         {"prompt": f"Was ist {n}?", "completion": "二" * n, "n": n, "f": n / 3, "list": [None, {"a": n}]}
         for n in range(count)
     ]
 
 
-def test_views_behave_like_lists():
+def test_views_behave_like_lists() -> None:
     rows = list(range(10))
     view = Selected(rows, [3, 1, 4, 1, 5])
     assert view == [3, 1, 4, 1, 5]
@@ -84,7 +85,7 @@ def test_views_behave_like_lists():
         view[5]
 
 
-def test_many_rows_are_stored_in_a_file_and_read_back_equal(tmp_path):
+def test_many_rows_are_stored_in_a_file_and_read_back_equal(tmp_path: Path) -> None:
     rows = rows_of(10)
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     loaded = load_rows(SourceConfig(path=str(path)), seed=0)
@@ -104,7 +105,7 @@ def test_many_rows_are_stored_in_a_file_and_read_back_equal(tmp_path):
     assert not [one for one in folder_of(loaded).iterdir() if one.name.startswith(".writing")]
 
 
-def test_values_that_json_lacks_are_read_back_unchanged():
+def test_values_that_json_lacks_are_read_back_unchanged() -> None:
     row = {
         "b": b"\x00\xff",
         "d": datetime.date(2026, 1, 2),
@@ -122,7 +123,7 @@ def test_values_that_json_lacks_are_read_back_unchanged():
         store_rows(iter([*rows_of(8), {"a": {1}}]))
 
 
-def test_an_unwritable_cache_raises_an_error_with_its_path(tmp_path):
+def test_an_unwritable_cache_raises_an_error_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = write_jsonl(tmp_path / "rows.jsonl", rows_of(5))
     with pytest.raises(ConfigError, match=r"data cache .*file.*set data\.cache_dir"):
@@ -131,7 +132,7 @@ def test_an_unwritable_cache_raises_an_error_with_its_path(tmp_path):
     assert folder_of(data.train) == tmp_path / "own"
 
 
-def test_errors_of_a_source_are_not_reported_as_cache_errors(tmp_path):
+def test_errors_of_a_source_are_not_reported_as_cache_errors(tmp_path: Path) -> None:
     root = tmp_path / "cache" / "data"
     for error in (
         ConnectionError("the hub is away"),
@@ -153,7 +154,7 @@ def test_errors_of_a_source_are_not_reported_as_cache_errors(tmp_path):
             raise error
 
 
-def test_digests_distinguish_long_arrays_and_accept_any_keys():
+def test_digests_distinguish_long_arrays_and_accept_any_keys() -> None:
     arrays = [np.arange(2000), np.arange(2000)]
     arrays[1][1000] = 0
     assert len({content_digest([{"prompt": "1", "x": array}]) for array in arrays}) == 2
@@ -161,7 +162,7 @@ def test_digests_distinguish_long_arrays_and_accept_any_keys():
     assert len({content_digest([row]) for row in keys}) == 2
 
 
-def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path, monkeypatch):
+def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = [
         SourceConfig(path=str(write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(size)])))
         for name, size in (("a", 12), ("b", 3), ("c", 7))
@@ -176,7 +177,7 @@ def test_a_mixture_is_the_same_on_disk_as_in_memory(tmp_path, monkeypatch):
     assert len({content_digest(rows) for rows in [*stored, stored[0][::-1]]}) == 3
 
 
-def test_cleaned_rows_stay_on_disk(tmp_path):
+def test_cleaned_rows_stay_on_disk(tmp_path: Path) -> None:
     rows = [{"text": f"write to me{n}@example.com, please"} for n in range(9)] + [{"text": "write to me0@example.com"}]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[4]])
     cleaning = CleaningConfig(mask=["email"], exact_duplicates=True)
@@ -187,7 +188,7 @@ def test_cleaned_rows_stay_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_scripts_dataset_is_read_without_a_copy(shuffled):
+def test_a_scripts_dataset_is_read_without_a_copy(shuffled: bool) -> None:
     rows = [
         {"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "x"}]} for n in range(11)
     ]
@@ -212,7 +213,7 @@ def test_a_scripts_dataset_is_read_without_a_copy(shuffled):
 
 
 @pytest.mark.parametrize("count", [2, 9])
-def test_rows_of_a_dataset_transform_are_trained(tokenizer, count):
+def test_rows_of_a_dataset_transform_are_trained(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
     table = Dataset.from_list([{"question": f"{n}", "text": "as stored"} for n in range(count)])
     made = table.with_transform(lambda batch: {"text": [f"Q: {question}" for question in batch["question"]]})
     assert as_rows(made) == [{"text": f"Q: {n}"} for n in range(count)]
@@ -222,7 +223,7 @@ def test_rows_of_a_dataset_transform_are_trained(tokenizer, count):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model_path):
+def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_model_path)
 
 
@@ -257,7 +258,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_token_ids_on_disk_equal_those_in_memory(tokenizer, case, monkeypatch, tmp_path, caplog):
+def test_token_ids_on_disk_equal_those_in_memory(
+    tokenizer: PreTrainedTokenizerBase,
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rows, tokenize = CASES[case]
     stored, report = tokenize(rows, tokenizer)
     assert not isinstance(stored, list)
@@ -284,7 +291,9 @@ def test_token_ids_on_disk_equal_those_in_memory(tokenizer, case, monkeypatch, t
     assert "is damaged (its digest does not match): the rows are tokenized again" in caplog.text
 
 
-def test_the_cache_key_depends_on_rows_tokenizer_and_settings(tokenizer, tmp_path):
+def test_the_cache_key_depends_on_rows_tokenizer_and_settings(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     keys = {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig()))}
     assert keys == {digest_of_job(TURNS, SFTJob(tokenizer, SFTConfig(learning_rate=1, packing=True, seed=1)))}
     keys.add(digest_of_job(TURNS[:-1], SFTJob(tokenizer, SFTConfig())))
@@ -304,7 +313,9 @@ def test_the_cache_key_depends_on_rows_tokenizer_and_settings(tokenizer, tmp_pat
     assert len(keys) == 9
 
 
-def test_a_column_that_evaluation_reads_is_not_reported_as_unused(tokenizer):
+def test_a_column_that_evaluation_reads_is_not_reported_as_unused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     rows = [row | {"gold": "2"} for row in TURNS]
     evaluation = EvalGenerationConfig(metrics=["exact_match"], reference="gold")
     _, report = tokenize_sft(rows, tokenizer, SFTConfig())
@@ -313,7 +324,7 @@ def test_a_column_that_evaluation_reads_is_not_reported_as_unused(tokenizer):
     assert not report.notes, "the rows are the same, and were tokenized before"
 
 
-def test_every_setting_that_tokenization_reads_is_in_the_cache_key():
+def test_every_setting_that_tokenization_reads_is_in_the_cache_key() -> None:
     """Check that no code reads keys that all trainers have, which are not in the cache key."""
     common = set(TrainerConfig.model_fields) - {"dataset_num_proc", "trust_remote_code"}
     for path in Path(tokenization.__file__).parent.glob("*.py"):
@@ -321,7 +332,9 @@ def test_every_setting_that_tokenization_reads_is_in_the_cache_key():
         assert not read & common, f"{path.name} reads keys that rlqwen.data.tokenization_job.data_settings leaves out"
 
 
-def test_a_bad_row_among_many_raises_an_error_and_nothing_is_cached(tokenizer, tmp_path):
+def test_a_bad_row_among_many_raises_an_error_and_nothing_is_cached(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [*TURNS[:7], {"prompt": "no answer"}, *TURNS[7:], {"nothing": 1}]
     with pytest.raises(DataError, match="row 7: nothing to learn"):
         tokenize_sft(rows, tokenizer, SFTConfig())
@@ -336,7 +349,7 @@ def test_a_bad_row_among_many_raises_an_error_and_nothing_is_cached(tokenizer, t
     assert not list(tmp_path.glob("cache/data/.writing*"))
 
 
-def test_packed_rows_on_disk_equal_best_fit_in_memory(tokenizer):
+def test_packed_rows_on_disk_equal_best_fit_in_memory(tokenizer: PreTrainedTokenizerBase) -> None:
     config = SFTConfig(max_length=40)
     rows, _ = tokenize_sft([*TURNS, *TURNS[3:], *TURNS[1:]], tokenizer, config)
     bins = pack_best_fit(rows, 40)
@@ -352,7 +365,7 @@ def test_packed_rows_on_disk_equal_best_fit_in_memory(tokenizer):
     assert digest_rows(bins) != digest_rows(pack_best_fit(rows, 50))
 
 
-def test_prompts_are_found_by_row_number(tokenizer):
+def test_prompts_are_found_by_row_number(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts, _ = tokenize_prompts(PROMPTS, tokenizer, max_prompt_length=5)
     assert [find_prompt(prompts, prompt.index) for prompt in prompts] == prompts
     assert longest_prompt(prompts) == longest_prompt(list(prompts)) == 5
@@ -363,7 +376,9 @@ def test_prompts_are_found_by_row_number(tokenizer):
 # In several processes
 
 
-def test_several_processes_give_the_result_of_one(tokenizer, monkeypatch, tmp_path):
+def test_several_processes_give_the_result_of_one(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     rows = [*TURNS, {"nothing": 1}, *TEXTS, *TURNS, {"nothing": 2}]
     faults, same_faults = [], []
     alone, expected = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=1), faults=faults)
@@ -374,7 +389,7 @@ def test_several_processes_give_the_result_of_one(tokenizer, monkeypatch, tmp_pa
     assert [str(fault) for fault in same_faults] == [str(fault) for fault in faults] != []
 
 
-def test_the_worker_pool_keeps_the_order_and_raises_the_first_error():
+def test_the_worker_pool_keeps_the_order_and_raises_the_first_error() -> None:
     parts = [(number, 1009) for number in (20, 3, 11, 0, 2)]
     with closing(worker_pool.WorkerPool(2, pow, 7)) as pool:
         assert list(pool.map(iter(parts))) == [pow(7, start, modulus) for start, modulus in parts]
@@ -382,14 +397,18 @@ def test_the_worker_pool_keeps_the_order_and_raises_the_first_error():
             list(pool.map(iter([*parts, (1, 0), (1, 1009)])))
 
 
-def test_all_workers_start_at_once_for_a_large_job(monkeypatch):
+def test_all_workers_start_at_once_for_a_large_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the start with a job that is larger than a socket's buffer, which blocks until the worker reads it."""
     monkeypatch.setattr(worker_pool, "_BOOTSTRAP", "import time; time.sleep(20)")
     with closing(worker_pool.WorkerPool(2, os.path.join, "x" * 2**24)):
         pass
 
 
-def test_a_dead_worker_raises_an_error_and_an_unpicklable_job_runs_in_process(tokenizer, monkeypatch, caplog):
+def test_a_dead_worker_raises_an_error_and_an_unpicklable_job_runs_in_process(
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with closing(worker_pool.WorkerPool(1, os.path.join, "job")) as pool:
         pool._workers[0]._process.kill()
         with pytest.raises(ResourceError, match="dataset_num_proc"):
@@ -401,7 +420,7 @@ def test_a_dead_worker_raises_an_error_and_an_unpicklable_job_runs_in_process(to
     assert "in one process, because this tokenizer cannot be pickled" in caplog.text
 
 
-def test_the_number_of_processes_depends_on_rows_and_cpus(monkeypatch):
+def test_the_number_of_processes_depends_on_rows_and_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert [count_processes(None, rows) for rows in (100, 9_999, 10_000)] == [1, 1, 8]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # one rank tokenizes while the others wait
@@ -409,7 +428,7 @@ def test_the_number_of_processes_depends_on_rows_and_cpus(monkeypatch):
     assert count_processes(3, 10) == 3
 
 
-def test_the_scratch_folder_of_a_killed_process_is_removed_after_a_day(tmp_path):
+def test_the_scratch_folder_of_a_killed_process_is_removed_after_a_day(tmp_path: Path) -> None:
     old, new = tmp_path / ".writing-old", tmp_path / ".writing-new"
     for folder in (old, new):
         (folder / "data").mkdir(parents=True)

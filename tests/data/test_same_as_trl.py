@@ -61,7 +61,7 @@ def ours(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[tup
     ]
 
 
-def test_whole_conversations_have_the_tokens_and_labels_of_trl(model, tokenizer, tmp_path):
+def test_whole_conversations_have_the_tokens_and_labels_of_trl(model: str, tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"messages": turns} for turns in CONVERSATIONS]
     expected = theirs(model, rows, tmp_path)
     for (ids, labels), (own_ids, own_labels) in zip(
@@ -75,7 +75,9 @@ def test_whole_conversations_have_the_tokens_and_labels_of_trl(model, tokenizer,
         assert {label for label in own_labels if label >= 0} < set(ids)
 
 
-def test_turns_with_think_blocks_have_the_assistant_only_loss_of_trl(model, tokenizer, tmp_path):
+def test_turns_with_think_blocks_have_the_assistant_only_loss_of_trl(
+    model: str, tokenizer: Any, tmp_path: Path
+) -> None:
     rows = [{"messages": turns} for turns in CONVERSATIONS]
     end, line = tokenizer.convert_tokens_to_ids(["<|im_end|>", "Ċ"])
     expected = theirs(model, rows, tmp_path, assistant_only_loss=True)
@@ -90,8 +92,8 @@ def test_turns_with_think_blocks_have_the_assistant_only_loss_of_trl(model, toke
 
 
 def test_prompts_and_completions_have_the_tokens_and_labels_of_trl_except_the_last_line_break(
-    model, tokenizer, tmp_path
-):
+    model: str, tokenizer: Any, tmp_path: Path
+) -> None:
     rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in CONVERSATIONS]
     for (ids, labels), (own_ids, own_labels) in zip(theirs(model, rows, tmp_path), ours(tokenizer, rows), strict=True):
         assert tokenizer.decode(ids[-1:]) == "\n"
@@ -99,7 +101,7 @@ def test_prompts_and_completions_have_the_tokens_and_labels_of_trl_except_the_la
         assert own_labels == labels[:-1]
 
 
-def test_pairs_have_the_tokens_of_trl_except_the_last_line_break(model, tokenizer, tmp_path):
+def test_pairs_have_the_tokens_of_trl_except_the_last_line_break(model: str, tokenizer: Any, tmp_path: Path) -> None:
     from trl import DPOConfig as TheirConfig
     from trl import DPOTrainer as TheirTrainer
 

@@ -116,7 +116,9 @@ def written(tokenizer: Any, messages: list[Turn], template: str, **kwargs: Any) 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_thinking": False}], ids=["default", "no thinking"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_algorithm_uses_the_prompt_that_serving_sends(tokenizer, template_files, name, kwargs):
+def test_every_algorithm_uses_the_prompt_that_serving_sends(
+    tokenizer: Any, template_files: dict[str, str], name: str, kwargs: dict[str, Any]
+) -> None:
     template = Path(template_files[name]).read_text()
     options = {"chat_template_path": template_files[name], "max_length": None}
     sampled = {"max_prompt_length": None, "chat_template": template, "chat_template_kwargs": kwargs}
@@ -141,7 +143,7 @@ def test_every_algorithm_uses_the_prompt_that_serving_sends(tokenizer, template_
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_whole_row_equals_the_rendered_template(tokenizer, template_files, name):
+def test_a_whole_row_equals_the_rendered_template(tokenizer: Any, template_files: dict[str, str], name: str) -> None:
     template = Path(template_files[name]).read_text()
     kwargs = {"enable_thinking": True} if name == "qwen3_5_nothink" else {}
     config = SFTConfig(chat_template_path=template_files[name], max_length=None, chat_template_kwargs=kwargs)
@@ -168,7 +170,9 @@ def test_a_whole_row_equals_the_rendered_template(tokenizer, template_files, nam
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507"])
-def test_learned_thoughts_reach_a_template_without_reasoning_content(tokenizer, template_files, name):
+def test_learned_thoughts_reach_a_template_without_reasoning_content(
+    tokenizer: Any, template_files: dict[str, str], name: str
+) -> None:
     config = SFTConfig(chat_template_path=template_files[name])
     for field in ("reasoning_content", "reasoning", "thinking"):
         turn = {"role": "assistant", "content": "2", field: "hm"}
@@ -183,7 +187,7 @@ def test_learned_thoughts_reach_a_template_without_reasoning_content(tokenizer, 
         assert tokenizer.decode(pair.chosen.token_ids) == "<think>\nhm\n</think>\n\n2<|im_end|>\n"
 
 
-def test_thoughts_that_the_template_drops_follow_the_think_block_it_opens(tokenizer, tmp_path):
+def test_thoughts_that_the_template_drops_follow_the_think_block_it_opens(tokenizer: Any, tmp_path: Path) -> None:
     # Like DeepSeek-R1-Distill-Qwen's template: only answers are written, and the generation prompt opens a think block.
     path = tmp_path / "template.jinja"
     path.write_text(
@@ -199,14 +203,14 @@ def test_thoughts_that_the_template_drops_follow_the_think_block_it_opens(tokeni
         assert tokenizer.decode(out.token_ids).count("hm") == learned.count("hm")
 
 
-def test_a_completion_of_several_turns_begins_after_the_generation_prompt(tokenizer):
+def test_a_completion_of_several_turns_begins_after_the_generation_prompt(tokenizer: Any) -> None:
     completion = [THINKS, user("sure?"), PLAIN]
     (row,), _ = tokenize_sft([{"prompt": [user("q")], "completion": completion}], tokenizer, SFTConfig())
     learned = tokenizer.decode([token for token, is_in in zip(row.token_ids, row.loss_mask, strict=True) if is_in])
     assert learned == f"{THINKS['content']}<|im_end|><think>\n\n</think>\n\n2<|im_end|>"
 
 
-def test_preserve_thinking_keeps_or_removes_earlier_thoughts(tokenizer, template_files):
+def test_preserve_thinking_keeps_or_removes_earlier_thoughts(tokenizer: Any, template_files: dict[str, str]) -> None:
     turns = [user("q"), THINKS, user("r"), PLAIN, user("s"), THINKS]
     tool_loop = [user("q"), *called(tool_calls=[CALL], content=THINKS["content"]), THINKS]
 
@@ -225,21 +229,21 @@ def test_preserve_thinking_keeps_or_removes_earlier_thoughts(tokenizer, template
     assert learned(tool_loop, "qwen2_5", False).count("hm") == learned(tool_loop, "qwen3", None).count("hm") == 2
 
 
-def test_truncated_thoughts_get_no_think_block_before_them(tokenizer):
+def test_truncated_thoughts_get_no_think_block_before_them(tokenizer: Any) -> None:
     cut = {"role": "assistant", "content": "<think>\nhm"}
     row = {"prompt": [user("q")], "chosen": [PLAIN], "rejected": [cut]}
     (pair,), _ = tokenize_preferences([row], tokenizer, DPOConfig())
     assert tokenizer.decode(pair.rejected.token_ids) == "<think>\nhm<|im_end|>"
 
 
-def test_an_answer_with_thoughts_is_refused_if_the_prompt_disables_thinking(tokenizer):
+def test_an_answer_with_thoughts_is_refused_if_the_prompt_disables_thinking(tokenizer: Any) -> None:
     config = SFTConfig(chat_template_kwargs={"enable_thinking": False})
     for answer in (ANSWERS["thinks"], ANSWERS["thinks in a field"], ANSWERS["closes only"]):
         with pytest.raises(DataError, match="set enable_thinking: true"):
             tokenize_sft([{"prompt": [user("q")], "completion": [answer]}], tokenizer, config)
 
 
-def test_added_special_tokens_act_in_messages_and_control_tokens_do_not():
+def test_added_special_tokens_act_in_messages_and_control_tokens_do_not() -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     first, last, end = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>", "<|im_end|>"])
@@ -265,7 +269,7 @@ def report(tokenizer: Any, row: dict[str, Any], **options: Any) -> Any:
     return tokenize_sft([row], tokenizer, SFTConfig(**options))[1]
 
 
-def test_the_report_says_which_thinking_mode_rows_without_thoughts_train(tokenizer):
+def test_the_report_says_which_thinking_mode_rows_without_thoughts_train(tokenizer: Any) -> None:
     row = {"prompt": [user("q")], "completion": [PLAIN]}
     (line, other) = report(tokenizer, row).form
     assert line.startswith("1 of 1 sampled answers have no thoughts")
@@ -282,7 +286,7 @@ def test_the_report_says_which_thinking_mode_rows_without_thoughts_train(tokeniz
     assert len(report(tokenizer, {"messages": [user("q"), THINKS]}).form) == 1
 
 
-def test_dropped_thoughts_of_learned_turns_give_a_warning(tokenizer):
+def test_dropped_thoughts_of_learned_turns_give_a_warning(tokenizer: Any) -> None:
     row = {"messages": [user("q"), THINKS, user("r"), THINKS]}
     (warning,) = report(tokenizer, row).warnings
     assert "drops the thoughts of 1 earlier turns" in warning
@@ -291,7 +295,7 @@ def test_dropped_thoughts_of_learned_turns_give_a_warning(tokenizer):
     assert report(tokenizer, unlearned).warnings == []
 
 
-def test_plain_text_without_the_chat_template_gives_a_warning(tokenizer):
+def test_plain_text_without_the_chat_template_gives_a_warning(tokenizer: Any) -> None:
     text = {"prompt": "q", "completion": "a"}
     for found in (
         report(tokenizer, text),

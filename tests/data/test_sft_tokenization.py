@@ -7,6 +7,7 @@ import pytest
 
 from rlqwen.config import SFTConfig, SourceConfig
 from rlqwen.data import load_rows, tokenize_prompts, tokenize_sft
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
 
@@ -30,13 +31,13 @@ def sft(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, str]:
     return tokenizer.decode(out.token_ids), tokenizer.decode(learned)
 
 
-def test_conversations_learn_only_the_answer_by_default(tokenizer):
+def test_conversations_learn_only_the_answer_by_default(tokenizer: Any) -> None:
     assert sft(tokenizer, CHAT) == (HEAD + BLOCK + "\\boxed{46}<|im_end|>", BLOCK + "\\boxed{46}<|im_end|>")
     whole = HEAD + BLOCK + "\\boxed{46}<|im_end|>\n"
     assert sft(tokenizer, CHAT, assistant_only_loss=False) == (whole, whole.removeprefix("<|im_start|>"))
 
 
-def test_text_prompts_and_completions_are_not_changed_and_end_in_eos(tokenizer):
+def test_text_prompts_and_completions_are_not_changed_and_end_in_eos(tokenizer: Any) -> None:
     row = {"prompt": "<|im_start|>1 +", "completion": " 1 = 2"}
     assert sft(tokenizer, row) == ("<|im_start|>1 + 1 = 2<|im_end|>", " 1 = 2<|im_end|>")
     assert sft(tokenizer, row, completion_only_loss=False)[1] == "1 + 1 = 2<|im_end|>"
@@ -44,13 +45,13 @@ def test_text_prompts_and_completions_are_not_changed_and_end_in_eos(tokenizer):
     assert sft(tokenizer, row | {"completion": "2<|im_end|>"})[1] == "2<|im_end|>"
 
 
-def test_prompt_and_completion_are_tokenized_separately_as_in_generation(tokenizer):
+def test_prompt_and_completion_are_tokenized_separately_as_in_generation(tokenizer: Any) -> None:
     (out,), _ = tokenize_sft([{"prompt": "1\n", "completion": "\n2"}], tokenizer, SFTConfig())
     assert tokenizer.convert_ids_to_tokens(out.token_ids) == ["1", "Ċ", "Ċ", "2", "<|im_end|>"]
     assert tokenizer.tokenize("1\n\n2") == ["1", "ĊĊ", "2"]
 
 
-def test_completions_of_messages_learn_only_their_own_turns(tokenizer):
+def test_completions_of_messages_learn_only_their_own_turns(tokenizer: Any) -> None:
     earlier = [USER, {"role": "assistant", "content": "7"}]
     row = {"prompt": [*earlier, USER], "completion": [ANSWER]}
     assert sft(tokenizer, row)[1] == BLOCK + "\\boxed{46}<|im_end|>"
@@ -63,14 +64,14 @@ def test_completions_of_messages_learn_only_their_own_turns(tokenizer):
     assert learned == whole.removeprefix("<|im_start|>")
 
 
-def test_a_completion_that_begins_with_the_user_is_learned_from_its_first_assistant_turn(tokenizer):
+def test_a_completion_that_begins_with_the_user_is_learned_from_its_first_assistant_turn(tokenizer: Any) -> None:
     row = {"prompt": [USER, {"role": "assistant", "content": "7"}], "completion": [USER, ANSWER]}
     text, learned = sft(tokenizer, row)
     assert text == f"{HEAD}7<|im_end|>\n{HEAD}{BLOCK}\\boxed{{46}}<|im_end|>"
     assert learned == BLOCK + "\\boxed{46}<|im_end|>"
 
 
-def test_plain_text_of_the_configured_column_is_learned_completely(tokenizer):
+def test_plain_text_of_the_configured_column_is_learned_completely(tokenizer: Any) -> None:
     assert sft(tokenizer, {"text": "1 + 1"})[1] == " + 1<|im_end|>"
     assert sft(tokenizer, {"body": "1 + 1"}, dataset_text_field="body")[0] == "1 + 1<|im_end|>"
 
@@ -103,19 +104,21 @@ def test_plain_text_of_the_configured_column_is_learned_completely(tokenizer):
         (CHAT, {"max_length": 10, "truncation_mode": "drop"}, "1 are longer than max_length=10 and were dropped"),
     ],
 )
-def test_rows_with_nothing_to_learn_are_refused(tokenizer, row, options, message):
+def test_rows_with_nothing_to_learn_are_refused(
+    tokenizer: Any, row: Row, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         tokenize_sft([row], tokenizer, SFTConfig(**options))
 
 
-def test_no_rows_and_unknown_eos_are_refused(tokenizer):
+def test_no_rows_and_unknown_eos_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the dataset is empty"):
         tokenize_sft([], tokenizer, SFTConfig())
     with pytest.raises(ConfigError, match="'<eos>' is not in the tokenizer's vocabulary"):
         tokenize_sft([CHAT], tokenizer, SFTConfig(eos_token="<eos>"))
 
 
-def test_a_missing_template_raises_an_error_and_can_be_configured(tmp_path):
+def test_a_missing_template_raises_an_error_and_can_be_configured(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="set chat_template_path"):
@@ -126,13 +129,13 @@ def test_a_missing_template_raises_an_error_and_can_be_configured(tmp_path):
     assert sft(tokenizer, CHAT, chat_template_path=str(path))[0] == HEAD + BLOCK + "\\boxed{46}<|im_end|>"
 
 
-def test_template_arguments_reach_the_template(tokenizer):
+def test_template_arguments_reach_the_template(tokenizer: Any) -> None:
     text, learned = sft(tokenizer, CHAT, chat_template_kwargs={"enable_thinking": False})
     assert text == HEAD + BLOCK + "\\boxed{46}<|im_end|>"
     assert learned == "\\boxed{46}<|im_end|>"
 
 
-def test_the_report_counts_truncated_and_dropped_rows(tokenizer):
+def test_the_report_counts_truncated_and_dropped_rows(tokenizer: Any) -> None:
     long = {"messages": [USER, {"role": "assistant", "content": "1" * 30}]}
     rows = [CHAT, long, {"messages": [USER]}, CHAT]
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=28))
@@ -148,7 +151,7 @@ def test_the_report_counts_truncated_and_dropped_rows(tokenizer):
     assert "1 over-long and dropped" in report.summary()
 
 
-def test_keeping_the_end_keeps_the_last_tokens(tokenizer):
+def test_keeping_the_end_keeps_the_last_tokens(tokenizer: Any) -> None:
     whole = tokenize_sft([CHAT], tokenizer, SFTConfig(assistant_only_loss=False))[0][0].token_ids
     (row,), report = tokenize_sft([CHAT], tokenizer, SFTConfig(max_length=4, truncation_mode="keep_end"))
     assert whole[-4:] == [*row.token_ids, tokenizer.convert_tokens_to_ids("Ċ")]
@@ -156,7 +159,7 @@ def test_keeping_the_end_keeps_the_last_tokens(tokenizer):
     assert report.num_truncated == 1
 
 
-def test_an_eos_other_than_the_templates_end_token_gives_a_warning():
+def test_an_eos_other_than_the_templates_end_token_gives_a_warning() -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     _, report = tokenize_sft([CHAT], tokenizer, SFTConfig())
@@ -165,7 +168,7 @@ def test_an_eos_other_than_the_templates_end_token_gives_a_warning():
     assert tokenize_sft([CHAT], tokenizer, SFTConfig(eos_token="<|im_end|>"))[1].warnings == []
 
 
-def test_prompts_carry_content_and_columns(tokenizer):
+def test_prompts_carry_content_and_columns(tokenizer: Any) -> None:
     rows = [{"prompt": [USER], "solution": "46", "level": 1}, {"prompt": "1 + 1 =", "solution": "2"}]
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=None)
     assert [prompt.index for prompt in prompts] == [0, 1]
@@ -178,7 +181,7 @@ def test_prompts_carry_content_and_columns(tokenizer):
     assert rows[0] == {"prompt": [USER], "solution": "46", "level": 1}
 
 
-def test_overlong_prompts_are_dropped_or_refused(tokenizer):
+def test_overlong_prompts_are_dropped_or_refused(tokenizer: Any) -> None:
     rows = [{"prompt": "1" * length} for length in (3, 5, 4, 9)]
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=4)
     assert [prompt.index for prompt in prompts] == [0, 2]
@@ -191,7 +194,7 @@ def test_overlong_prompts_are_dropped_or_refused(tokenizer):
         tokenize_prompts(rows, tokenizer, max_prompt_length=2)
 
 
-def test_prompts_with_nothing_to_generate_are_refused(tokenizer):
+def test_prompts_with_nothing_to_generate_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"row 0: the prompt ends in an assistant message"):
         tokenize_prompts([{"prompt": [USER, ANSWER]}], tokenizer, max_prompt_length=None)
     with pytest.raises(DataError, match=r"row 1: the prompt is empty"):
@@ -200,7 +203,7 @@ def test_prompts_with_nothing_to_generate_are_refused(tokenizer):
         tokenize_prompts([], tokenizer, max_prompt_length=None)
 
 
-def test_many_rows_keep_their_order(tokenizer):
+def test_many_rows_keep_their_order(tokenizer: Any) -> None:
     rows = load_rows(SourceConfig(generator="arithmetic", args={"kind": "sft", "size": 1300}), seed=0)
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig())
     assert report.num_kept == 1300
@@ -210,7 +213,7 @@ def test_many_rows_keep_their_order(tokenizer):
         )
 
 
-def test_files_in_formats_of_public_data_sets_are_learned(tokenizer):
+def test_files_in_formats_of_public_data_sets_are_learned(tokenizer: Any) -> None:
     for name, count in (("instructions_zh.json", 22), ("tools.json", 10)):
         rows = load_rows(SourceConfig(path=str(SAMPLES / name)), seed=0)
         kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=None))

@@ -13,6 +13,7 @@ from rlqwen.data import as_rows, load_rows
 from rlqwen.data import row_files as files
 from rlqwen.data.sources import read_source
 from rlqwen.errors import ConfigError, DataError
+from rlqwen.types import Message
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -42,7 +43,7 @@ def write_all_formats(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def test_every_file_format_gives_the_same_rows_and_a_folder_gives_all_files(tmp_path):
+def test_every_file_format_gives_the_same_rows_and_a_folder_gives_all_files(tmp_path: Path) -> None:
     files = write_all_formats(tmp_path)
     assert len(files) == 6
     for file in files:
@@ -51,7 +52,7 @@ def test_every_file_format_gives_the_same_rows_and_a_folder_gives_all_files(tmp_
     assert load(tmp_path, limit=5) == ROWS + ROWS[:1]
 
 
-def test_csv_values_stay_text_and_may_have_quoted_line_breaks(tmp_path):
+def test_csv_values_stay_text_and_may_have_quoted_line_breaks(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('prompt,solution\n"a, b\nc",007\n')
     assert load(tmp_path / "a.csv") == [{"prompt": "a, b\nc", "solution": "007"}]
     (tmp_path / "b.csv").write_text("prompt,solution\n1,2\n1,2,3\n")
@@ -59,7 +60,7 @@ def test_csv_values_stay_text_and_may_have_quoted_line_breaks(tmp_path):
         load(tmp_path / "b.csv")
 
 
-def test_a_dataset_saved_to_disk_loads(tmp_path):
+def test_a_dataset_saved_to_disk_loads(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
@@ -95,13 +96,17 @@ def test_a_dataset_saved_to_disk_loads(tmp_path):
         ("a.txt", b"hello", r"can't read files of type '\.txt'; known types: \.csv, \.json"),
     ],
 )
-def test_a_broken_file_raises_an_error_with_the_position(tmp_path, name, content, message):
+def test_a_broken_file_raises_an_error_with_the_position(
+    tmp_path: Path, name: str, content: Any, message: Message
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / name)
 
 
-def test_a_missing_path_raises_an_error_with_the_folder_content(tmp_path, monkeypatch):
+def test_a_missing_path_raises_an_error_with_the_folder_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(DataError, match=r"no file or folder .*trian\.jsonl; did you mean 'train\.jsonl'\? .*it holds"):
         load(tmp_path / "trian.jsonl")
@@ -113,7 +118,7 @@ def test_a_missing_path_raises_an_error_with_the_folder_content(tmp_path, monkey
         load(tmp_path / "empty")
 
 
-def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
+def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the hub, to test only the arguments that we pass to it."""
     import datasets
 
@@ -132,7 +137,7 @@ def test_a_hub_id_is_loaded_from_the_hub_with_its_arguments(monkeypatch):
         load("no/where", split="test")
 
 
-def test_hub_keys_for_files_and_args_without_a_generator_are_refused(tmp_path):
+def test_hub_keys_for_files_and_args_without_a_generator_are_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(DataError, match=r"is a local path: 'split' is for hub datasets"):
         load(path, split="train")
@@ -140,7 +145,7 @@ def test_hub_keys_for_files_and_args_without_a_generator_are_refused(tmp_path):
         load(path, args={"size": 3})
 
 
-def test_columns_are_renamed_and_a_missing_column_raises_an_error_with_its_row(tmp_path):
+def test_columns_are_renamed_and_a_missing_column_raises_an_error_with_its_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a", "id": 1}, {"question": "q", "id": 2}])
     assert load(path, limit=1, columns={"prompt": "question", "solution": "answer", "completion": "answer"}) == [
         {"id": 1, "prompt": "q", "solution": "a", "completion": "a"}
@@ -151,7 +156,7 @@ def test_columns_are_renamed_and_a_missing_column_raises_an_error_with_its_row(t
         load(path, columns={"prompt": "questoin"})
 
 
-def test_a_system_prompt_turns_prompts_into_conversations(tmp_path):
+def test_a_system_prompt_turns_prompts_into_conversations(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "c"}])
     assert load(path, system_prompt="Be brief.") == [
         {
@@ -185,7 +190,7 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
         [tool("f", a={"const": None}), tool("g", a={"type": "string"})],
     ],
 )
-def test_tools_are_the_same_from_an_arrow_table_as_from_json(tmp_path, tools):
+def test_tools_are_the_same_from_an_arrow_table_as_from_json(tmp_path: Path, tools: Any) -> None:
     from datasets import Dataset
 
     turns = [USER, {"role": "assistant", "content": "a"}]
@@ -206,7 +211,7 @@ def mixture(tmp_path: Path, sizes: list[int], weights: list[float | None], seed:
     return [row["text"] for row in load_rows(sources, seed=seed)]
 
 
-def test_sources_without_weights_are_joined_and_interleaved(tmp_path):
+def test_sources_without_weights_are_joined_and_interleaved(tmp_path: Path) -> None:
     rows = mixture(tmp_path, [30, 10], [None, None])
     assert len(set(rows)) == 40
     for name in "ab":
@@ -226,20 +231,22 @@ def test_sources_without_weights_are_joined_and_interleaved(tmp_path):
         ([100, 3], [None, 0.1], [30, 3]),
     ],
 )
-def test_weights_are_proportions_and_no_row_repeats(tmp_path, sizes, weights, counts):
+def test_weights_are_proportions_and_no_row_repeats(
+    tmp_path: Path, sizes: list[int], weights: list[float | None], counts: list[int]
+) -> None:
     rows = mixture(tmp_path, sizes, weights)
     assert [sum(row[0] == name for row in rows) for name in "abc"[: len(sizes)]] == counts
     assert len(set(rows)) == len(rows)
 
 
-def test_a_generator_is_a_source():
+def test_a_generator_is_a_source() -> None:
     rows = load_rows(SourceConfig(generator="arithmetic", args={"size": 3}), seed=0)
     assert [set(row) for row in rows] == [{"prompt", "solution"}] * 3
     with pytest.raises(ConfigError, match="did you mean 'size'"):
         load_rows(SourceConfig(generator="arithmetic", args={"sizes": 3}), seed=0)
 
 
-def test_python_datasets_are_accepted_and_streams_are_not():
+def test_python_datasets_are_accepted_and_streams_are_not() -> None:
     from datasets import Dataset, DatasetDict, IterableDataset
 
     dataset = Dataset.from_list(ROWS)
@@ -268,7 +275,9 @@ def test_python_datasets_are_accepted_and_streams_are_not():
         ("pairs.json", {}, 13, {"prompt", "chosen", "rejected"}),
     ],
 )
-def test_files_in_formats_of_public_data_sets_load(name, columns, count, expected):
+def test_files_in_formats_of_public_data_sets_load(
+    name: str, columns: dict[str, Any], count: int, expected: set[str]
+) -> None:
     rows = load(SAMPLES / name, columns=columns)
     assert len(rows) == count
     assert all(set(row) == expected for row in rows)
@@ -282,7 +291,7 @@ def test_files_in_formats_of_public_data_sets_load(name, columns, count, expecte
         ("pairs", {"chosen", "rejected"}),
     ],
 )
-def test_built_in_rows_load(name, columns):
+def test_built_in_rows_load(name: str, columns: set[str]) -> None:
     rows = [row for _, row in read_source(SourceConfig(path=f"builtin:{name}", name="main", split="train"))]
     assert len(rows) >= 24
     assert all(set(row) == columns for row in rows)
@@ -293,7 +302,9 @@ def test_built_in_rows_load(name, columns):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_large_json_file_is_read_in_parts(tmp_path, monkeypatch, indent):
+def test_a_large_json_file_is_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indent: int | None
+) -> None:
     rows = [{"text": f"[{number}], 中{'}' * (number % 5)}", "list": [[], {"a": [number]}]} for number in range(40)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8")
@@ -306,7 +317,9 @@ def test_a_large_json_file_is_read_in_parts(tmp_path, monkeypatch, indent):
     assert load(path) == rows
 
 
-def test_a_large_json_file_of_one_line_is_never_in_memory_completely(tmp_path, monkeypatch):
+def test_a_large_json_file_of_one_line_is_never_in_memory_completely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     path.write_text(" " + json.dumps([{"text": "中" * 2000} for _ in range(600)], ensure_ascii=False), "utf-8-sig")
     monkeypatch.setattr(files, "WHOLE_BYTES", 0)
@@ -314,13 +327,13 @@ def test_a_large_json_file_of_one_line_is_never_in_memory_completely(tmp_path, m
     assert peak_of_reading(path) < path.stat().st_size / 10
 
 
-def test_only_some_parquet_rows_are_python_objects_at_a_time(tmp_path):
+def test_only_some_parquet_rows_are_python_objects_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     Dataset.from_list([{"text": f"{number}" * 400} for number in range(8000)]).to_parquet(path)
     assert peak_of_reading(path) < 8000 * 400 / 2
 
 
-def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path):
+def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     Dataset.from_list([{"text": f"{number}" * 9} for number in range(3000)]).to_parquet(path)
     content = bytearray(path.read_bytes())
@@ -330,7 +343,7 @@ def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path):
         load(path)
 
 
-def peak_of_reading(path):
+def peak_of_reading(path: Path) -> int:
     """Return the peak number of bytes of Python objects while all rows are read one after the other."""
     tracemalloc.start()
     try:
@@ -340,7 +353,9 @@ def peak_of_reading(path):
         tracemalloc.stop()
 
 
-def test_a_large_broken_json_file_gives_the_error_of_a_small_one(tmp_path, monkeypatch):
+def test_a_large_broken_json_file_gives_the_error_of_a_small_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "WHOLE_BYTES", 0)
     for text, words in (
         ('[\n{"prompt": "1"},\n{"prompt": }\n]', r"a\.json, line 3: not valid JSON"),

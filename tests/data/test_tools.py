@@ -53,7 +53,7 @@ def learned(tokenizer: Any, row: Any) -> str:
         {"role": "assistant", "function_call": {"name": "add", "arguments": json.dumps(ARGUMENTS)}},
     ],
 )
-def test_calls_of_every_format_have_their_arguments_as_an_object(turn):
+def test_calls_of_every_format_have_their_arguments_as_an_object(turn: dict[str, Any]) -> None:
     expected = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     for column in ("messages", "prompt", "completion"):
         assert normalize_row({column: [USER, turn]}, "row 0")[column] == [USER, expected]
@@ -61,7 +61,7 @@ def test_calls_of_every_format_have_their_arguments_as_an_object(turn):
     assert (pair["prompt"], pair["chosen"]) == ([USER], [expected])
 
 
-def test_sharegpt_calls_are_read_in_conversations_and_in_answers():
+def test_sharegpt_calls_are_read_in_conversations_and_in_answers() -> None:
     call = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": json.dumps(ARGUMENTS)})}
     row = {"conversations": [{"from": "human", "value": "q"}], "chosen": call, "rejected": {"from": "gpt", "value": ""}}
     assert normalize_row(row, "row 0")["chosen"] == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
@@ -70,7 +70,7 @@ def test_sharegpt_calls_are_read_in_conversations_and_in_answers():
     assert turns == [{"role": "assistant", "content": "", "tool_calls": [CALL] * 2}, {"role": "tool", "content": "1"}]
 
 
-def test_call_ids_function_results_and_calls_without_arguments_are_read():
+def test_call_ids_function_results_and_calls_without_arguments_are_read() -> None:
     turns = [
         {"role": "assistant", "tool_calls": [{"id": "7", "function": {"name": "now", "arguments": ""}}]},
         {"role": "function", "name": "now", "content": "1"},
@@ -86,11 +86,11 @@ def test_call_ids_function_results_and_calls_without_arguments_are_read():
 
 
 @pytest.mark.parametrize("tools", [[TOOL], TOOL, [TOOL["function"]], json.dumps([TOOL["function"]])])
-def test_tools_have_the_format_that_serving_gives_to_the_template(tools):
+def test_tools_have_the_format_that_serving_gives_to_the_template(tools: Any) -> None:
     assert normalize_row({"messages": [USER], "tools": tools}, "row 0")["tools"] == [TOOL]
 
 
-def test_nulls_added_by_arrow_are_removed_and_nulls_of_the_data_are_kept():
+def test_nulls_added_by_arrow_are_removed_and_nulls_of_the_data_are_kept() -> None:
     other = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
     rows = [{"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [one]}]} for one in (CALL, other)]
     tables = as_rows(Dataset.from_list([{"messages": [row["messages"][1]]} for row in rows]))
@@ -112,7 +112,7 @@ def test_nulls_added_by_arrow_are_removed_and_nulls_of_the_data_are_kept():
         ({"name": "add", "arguments": [1]}, r"arguments of 'add' must be an object: \[1\]"),
     ],
 )
-def test_malformed_calls_raise_an_error_with_their_place(call, message):
+def test_malformed_calls_raise_an_error_with_their_place(call: str | dict[str, Any], message: str) -> None:
     calls = call if isinstance(call, str) else [call]
     with pytest.raises(DataError, match=message):
         normalize_row({"messages": [{"role": "assistant", "tool_calls": calls}]}, "row 0")
@@ -122,7 +122,7 @@ def test_malformed_calls_raise_an_error_with_their_place(call, message):
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
-def test_calls_are_learned_and_grouped_tool_results_are_not(tokenizer, tmp_path, template):
+def test_calls_are_learned_and_grouped_tool_results_are_not(tokenizer: Any, tmp_path: Path, template: str) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
     row = {"messages": TOOL_TURNS, "tools": [TOOL]}
@@ -135,7 +135,7 @@ def test_calls_are_learned_and_grouped_tool_results_are_not(tokenizer, tmp_path,
     assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in text
 
 
-def test_pairs_and_prompts_have_tools_too(tokenizer):
+def test_pairs_and_prompts_have_tools_too(tokenizer: Any) -> None:
     pair = {
         "prompt": [USER],
         "chosen": TOOL_TURNS[1:],
@@ -159,7 +159,7 @@ def test_pairs_and_prompts_have_tools_too(tokenizer):
     assert row.prompt_ids == expected
 
 
-def test_a_template_that_drops_tools_is_refused(tokenizer, tmp_path):
+def test_a_template_that_drops_tools_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}<|im_end|>{{ '\\n' }}{% endfor %}"
@@ -173,7 +173,9 @@ def test_a_template_that_drops_tools_is_refused(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
-def test_whole_tool_conversations_are_rendered_as_the_template_does(tokenizer, tmp_path, template):
+def test_whole_tool_conversations_are_rendered_as_the_template_does(
+    tokenizer: Any, tmp_path: Path, template: str
+) -> None:
     path = tmp_path / "template.jinja"
     path.write_text(read_trl_template(template))
     file = SAMPLES / "tools.json"

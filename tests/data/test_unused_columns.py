@@ -2,15 +2,18 @@
 
 import copy
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlqwen.config import DPOConfig, Recipe, RewardConfig, SFTConfig
 from rlqwen.data import as_rows, tokenize_preference_examples, tokenize_prompts, tokenize_reward_rows, tokenize_sft
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.models.tiny import build_tokenizer
 from rlqwen.preflight import check_recipe
-from rlqwen.rewards.registry import resolve, taken_columns
+from rlqwen.rewards.registry import Reward, resolve, taken_columns
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = ANSWER | {"content": "b"}
@@ -50,12 +53,14 @@ def tokenizer() -> Any:
         ({"text": "q", "source": "s"}, "columns not used: source"),
     ],
 )
-def test_unused_columns_and_keys_of_sft_rows_are_reported(tokenizer, row, note):
+def test_unused_columns_and_keys_of_sft_rows_are_reported(
+    tokenizer: Any, row: dict[str, Any], note: str | None
+) -> None:
     report = tokenize_sft(as_rows([row]), tokenizer, SFTConfig())[1]
     assert report.notes == ([note] if note else [])
 
 
-def test_a_key_that_the_template_reads_is_not_reported(tokenizer):
+def test_a_key_that_the_template_reads_is_not_reported(tokenizer: Any) -> None:
     own = copy.deepcopy(tokenizer)
     row = {"messages": [USER | {"name": "Ann", "at": 1}, ANSWER]}
     own.chat_template = own.chat_template.replace("{{- '<|im_start|>' +", "{{- message.name }}{{- '<|im_start|>' +")
@@ -63,7 +68,7 @@ def test_a_key_that_the_template_reads_is_not_reported(tokenizer):
     assert tokenize_sft([row], own, SFTConfig())[1].notes == ["message keys not used: at"]
 
 
-def test_a_reference_column_of_evaluation_is_not_reported(tokenizer):
+def test_a_reference_column_of_evaluation_is_not_reported(tokenizer: Any) -> None:
     row = {"messages": [USER, ANSWER], "gold": "a"}
     config = SFTConfig(eval_generation={"metrics": ["exact_match"], "reference": "gold"})
     assert tokenize_sft(as_rows([row]), tokenizer, config)[1].notes == []
@@ -101,7 +106,7 @@ SCORES = {"score_chosen": 2.0, "score_rejected": 1.0}
         ),
     ],
 )
-def test_unused_columns_of_pairs_are_reported(tokenizer, row, dpo, reward):
+def test_unused_columns_of_pairs_are_reported(tokenizer: Any, row: Row, dpo: Any, reward: Reward) -> None:
     for report, note in (
         (tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig())[1], dpo),
         (tokenize_reward_rows(as_rows([row]), tokenizer, RewardConfig())[1], reward),
@@ -109,7 +114,7 @@ def test_unused_columns_of_pairs_are_reported(tokenizer, row, dpo, reward):
         assert report.notes == ([note] if note else [])
 
 
-def test_unused_columns_of_labelled_answers_are_reported(tokenizer):
+def test_unused_columns_of_labelled_answers_are_reported(tokenizer: Any) -> None:
     row = {"prompt": "q", "completion": "a", "label": True, "id": 1}
     report = tokenize_preference_examples(as_rows([row]), tokenizer, DPOConfig(loss_type="kto"))[1]
     assert report.notes == ["columns not used: id"]
@@ -139,13 +144,15 @@ def takes_all(completions: list[str], **columns: Any) -> list[float]:
         ({"prompt": "q", "messages": [USER], "solution": "1"}, [takes_solution], "columns not used: messages"),
     ],
 )
-def test_columns_of_prompts_that_rewards_read_are_not_reported(tokenizer, row, rewards, note):
+def test_columns_of_prompts_that_rewards_read_are_not_reported(
+    tokenizer: Any, row: dict[str, Any], rewards: Sequence[Reward], note: str | None
+) -> None:
     report = tokenize_prompts(as_rows([row]), tokenizer, max_prompt_length=None)[1]
     report.name_unused(taken_columns(map(resolve, rewards)))
     assert report.notes == ([note] if note else [])
 
 
-def test_check_reports_unused_columns_for_sft_and_rewards(tiny_model_path, tmp_path):
+def test_check_reports_unused_columns_for_sft_and_rewards(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "sft.jsonl").write_text(json.dumps({"messages": [USER, ANSWER | {"at": 1}], "id": 1}))
     (tmp_path / "rl.jsonl").write_text(json.dumps({"prompt": "1 + 1", "solution": "2", "id": 1}))
     base = {"model": {"path": str(tiny_model_path)}, "output_dir": str(tmp_path / "run")}

@@ -4,13 +4,17 @@ import contextlib
 import pickle
 import queue
 import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlqwen.distributed import MainRank
 from rlqwen.errors import ConfigError, MainRankFailed
-from rlqwen.packing.batch import Branch, Tree, pack
+from rlqwen.models.policy import Policy
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.patience import PATIENCE_S
 
 BATCH = pack([Tree([1], [Branch([2, 3])])])
@@ -24,7 +28,7 @@ class Rank:
     def __init__(self, rank: int, values: "queue.Queue[bytes]") -> None:
         self.rank, self.is_main, self._values = rank, rank == 0, values
 
-    def from_main(self, value, *, patient=False):
+    def from_main(self, value: Any, *, patient: bool = False) -> Any:
         if self.is_main:
             self._values.put(pickle.dumps(value))
             return value
@@ -39,34 +43,34 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def export_weights(self):
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name in ("a", "b", "c"):
             self.calls.append(name)
             yield name, torch.zeros(1)
 
-    def logprobs(self, batch, **options):
+    def logprobs(self, batch: PackedBatch, **options: Any) -> str:
         self.calls.append(f"logprobs of {batch.num_targets}")
         return "logp"
 
     @contextlib.contextmanager
-    def inference(self):
+    def inference(self) -> Iterator[Any]:
         yield
 
     @contextlib.contextmanager
-    def generation_model(self):
+    def generation_model(self) -> Iterator[str]:
         self.calls.append("enter")
         yield "model"
         self.calls.append("leave")
 
 
-def run_on_both(work):
+def run_on_both(work: Callable[..., Any]) -> Any:
     """Run `work(policy)` on the main rank; return the result or error of each rank, and the calls of each."""
     values: queue.Queue[bytes] = queue.Queue()
     policies = [Recorder(), Recorder()]
     main_ranks = [MainRank(Rank(number, values), policy) for number, policy in enumerate(policies)]
     results: list[object] = [None, None]
 
-    def run(number):
+    def run(number: int) -> None:
         try:
             results[number] = main_ranks[number].run(lambda: work(main_ranks[number].policy))
         except Exception as error:  # noqa: BLE001
@@ -81,14 +85,14 @@ def run_on_both(work):
     return results, [policy.calls for policy in policies]
 
 
-def test_on_one_rank_the_work_simply_runs():
+def test_on_one_rank_the_work_simply_runs() -> None:
     main_rank = MainRank(SimpleNamespace(world_size=1), "policy")
     assert main_rank.policy == "policy"
     assert main_rank.run(lambda: 3) == 3
 
 
-def test_all_ranks_make_the_collective_calls_and_get_the_result():
-    def work(policy):
+def test_all_ranks_make_the_collective_calls_and_get_the_result() -> None:
+    def work(policy: Policy) -> Any:
         assert policy.logprobs(BATCH) == "logp"
         names = [name for name, _ in policy.export_weights()]
         with policy.generation_model() as model:
@@ -100,14 +104,14 @@ def test_all_ranks_make_the_collective_calls_and_get_the_result():
     assert calls == [["logprobs of 2", "a", "b", "c", "enter", "leave"]] * 2
 
 
-def test_an_export_that_is_never_read_makes_no_collective_call():
+def test_an_export_that_is_never_read_makes_no_collective_call() -> None:
     results, calls = run_on_both(lambda policy: str(policy.export_weights() is not None))
     assert results == ["True", "True"]
     assert calls == [[], []]
 
 
-def test_a_failure_during_an_export_ends_the_other_ranks():
-    def work(policy):
+def test_a_failure_during_an_export_ends_the_other_ranks() -> None:
+    def work(policy: Policy) -> None:
         for name, _ in policy.export_weights():
             if name == "b":
                 raise ConfigError("the store is full:\nmore details")
@@ -120,8 +124,8 @@ def test_a_failure_during_an_export_ends_the_other_ranks():
     assert calls == [["a", "b", "c"]] * 2
 
 
-def test_a_failure_during_generation_ends_the_other_ranks():
-    def work(policy):
+def test_a_failure_during_generation_ends_the_other_ranks() -> None:
+    def work(policy: Policy) -> None:
         with policy.generation_model():
             raise MemoryError("no room")
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,14 +10,14 @@ from rlqwen.distributed.optimizer_step import moments_are_finite
 from rlqwen.errors import ConfigError, NonFiniteError
 
 
-def make_optimizer_step(**options):
+def make_optimizer_step(**options: Any) -> Any:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3))]
     args = SFTConfig(learning_rate=0.1, **options)
     return OptimizerStep([ParameterGroup("policy", parameters, args.learning_rate)], args, total_updates=10), parameters
 
 
-def test_parameter_groups_have_their_own_learning_rates_and_norms():
+def test_parameter_groups_have_their_own_learning_rates_and_norms() -> None:
     policy, critic = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     args = SFTConfig(learning_rate=0.1, max_grad_norm=1.0, lr_scheduler_type="constant")
     optimizer_step = OptimizerStep(
@@ -33,7 +35,7 @@ def test_parameter_groups_have_their_own_learning_rates_and_norms():
     assert critic.max() < 0.7
 
 
-def test_gradients_of_micro_batches_add_up():
+def test_gradients_of_micro_batches_add_up() -> None:
     results = []
     for split in (1, 2):
         optimizer_step, (weight, _) = make_optimizer_step(max_grad_norm=0)
@@ -47,7 +49,7 @@ def test_gradients_of_micro_batches_add_up():
 
 @pytest.mark.fault("NaN or infinity in a loss", "the update is skipped: weights and moments bit-unchanged")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_update_changes_no_weight_and_no_moment(bad):
+def test_a_non_finite_update_changes_no_weight_and_no_moment(bad: float) -> None:
     optimizer_step, parameters = make_optimizer_step()
     optimizer_step.backward((parameters[0] ** 2).sum())
     optimizer_step.step()
@@ -60,7 +62,7 @@ def test_a_non_finite_update_changes_no_weight_and_no_moment(bad):
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
-def test_finite_moments_whose_sum_overflows_count_as_finite():
+def test_finite_moments_whose_sum_overflows_count_as_finite() -> None:
     optimizer_step, (weight, _) = make_optimizer_step()
     optimizer_step.backward((weight**2).sum())
     optimizer_step.step()
@@ -73,7 +75,7 @@ def test_finite_moments_whose_sum_overflows_count_as_finite():
 
 
 @pytest.mark.fault("a non-finite loss, update after update", "the run stops after max_nonfinite_steps of them")
-def test_too_many_non_finite_updates_in_a_row_stop_the_run():
+def test_too_many_non_finite_updates_in_a_row_stop_the_run() -> None:
     optimizer_step, (weight, _) = make_optimizer_step(max_nonfinite_steps=2)
     optimizer_step.backward(weight.sum() * float("nan"))
     optimizer_step.step()
@@ -86,7 +88,7 @@ def test_too_many_non_finite_updates_in_a_row_stop_the_run():
         optimizer_step.step()
 
 
-def test_an_update_without_gradient_still_moves_by_momentum():
+def test_an_update_without_gradient_still_moves_by_momentum() -> None:
     optimizer_step, (weight, _) = make_optimizer_step()
     optimizer_step.backward((weight**2).sum())
     optimizer_step.step()
@@ -95,18 +97,18 @@ def test_an_update_without_gradient_still_moves_by_momentum():
     assert not torch.equal(before, weight)
 
 
-def test_the_reported_norm_is_that_before_clipping():
+def test_the_reported_norm_is_that_before_clipping() -> None:
     optimizer_step, (weight, _) = make_optimizer_step(max_grad_norm=1e-3)
     optimizer_step.backward((weight * 100).sum())
     assert optimizer_step.step().grad_norm == pytest.approx(300)
 
 
-def test_vectors_get_no_weight_decay():
+def test_vectors_get_no_weight_decay() -> None:
     optimizer_step, _ = make_optimizer_step(weight_decay=0.1)
     assert [group["weight_decay"] for group in optimizer_step.optimizers[0].param_groups] == [0.1, 0.0]
 
 
-def test_the_schedule_warms_up_and_decays_to_zero():
+def test_the_schedule_warms_up_and_decays_to_zero() -> None:
     optimizer_step, (weight, _) = make_optimizer_step(warmup_steps=2)
     rates = []
     for _ in range(10):
@@ -116,13 +118,13 @@ def test_the_schedule_warms_up_and_decays_to_zero():
     assert rates[-1] == pytest.approx(0.1 / 8)
 
 
-def test_warmup_is_a_count_or_a_fraction():
+def test_warmup_is_a_count_or_a_fraction() -> None:
     assert warmup_updates(SFTConfig(warmup_steps=7), 100) == 7
     assert warmup_updates(SFTConfig(warmup_steps=0.1), 100) == 10
     assert warmup_updates(SFTConfig(warmup_ratio=0.05), 100) == 5
 
 
-def test_a_frozen_model_and_an_unknown_schedule_are_refused():
+def test_a_frozen_model_and_an_unknown_schedule_are_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to train"):
         OptimizerStep([ParameterGroup("policy", [], 0.1)], SFTConfig(), total_updates=1)
     with pytest.raises(ConfigError, match="lr_scheduler_type='sinus'"):

@@ -1,6 +1,8 @@
 """Compare runs of two ranks with runs of one process on the same batches, for every trainer."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -15,14 +17,20 @@ UNLIKE = ("time/", "/time", "seconds", "tokens/trained")
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_path, tmp_path_factory):
+def runs(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, Any]]]:
     """Return the folder of the runs of two ranks, and the results by rank and case."""
     folder = tmp_path_factory.mktemp("ranks")
     return folder, run_on_two_ranks([*NAMES, "fails"], tiny_model_path, folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_train_like_one(name, runs, tiny_model_path, tmp_path, monkeypatch):
+def test_two_ranks_train_like_one(
+    name: str,
+    runs: tuple[Path, list[dict[Any, Any]]],
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RLQWEN_CACHE", str(tmp_path / "cache"))
     folder, by_rank = runs
     alone = run_case(name, str(tiny_model_path), tmp_path)
@@ -52,7 +60,9 @@ def test_two_ranks_train_like_one(name, runs, tiny_model_path, tmp_path, monkeyp
     assert len(ours) == len(theirs) >= len(alone["history"])
 
 
-def test_one_process_resumes_a_checkpoint_of_two_ranks(runs, tiny_model_path, tmp_path):
+def test_one_process_resumes_a_checkpoint_of_two_ranks(
+    runs: tuple[Path, list[dict[Any, Any]]], tiny_model_path: Path, tmp_path: Path
+) -> None:
     folder, by_rank = runs
     checkpoints = sorted((folder / "grpo_best" / "checkpoints").glob("step-*"))
     history = by_rank[0]["grpo_best"]["history"]
@@ -69,7 +79,7 @@ def test_one_process_resumes_a_checkpoint_of_two_ranks(runs, tiny_model_path, tm
 @pytest.mark.fault(
     "a reward fails on the main rank of two", "the other stops at once, with a message of one line; exit codes agree"
 )
-def test_an_error_of_the_main_rank_ends_the_other_with_a_short_message(runs):
+def test_an_error_of_the_main_rank_ends_the_other_with_a_short_message(runs: tuple[Path, list[dict[Any, Any]]]) -> None:
     main, other = (results["fails"] for results in runs[1])
     assert main["error"] == "RewardFailure"
     assert "this reward fails" in main["message"]

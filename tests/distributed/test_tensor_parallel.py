@@ -1,6 +1,7 @@
 """Test DeepSpeed's AutoTP on real ranks: sharded layers train like whole ones, and are exported whole."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ RUNS = {
 }
 
 
-def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> dict:
+def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> dict[str, Any]:
     trainer_class, config_class, rows = RUNS[algorithm]
     args = config_class(
         output_dir=str(folder), max_steps=3, learning_rate=0.1, adam_epsilon=1.0, optim="adamw_torch",
@@ -44,7 +45,7 @@ def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> dic
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("algorithm", [*RUNS])
-def test_tensor_parallel_training_equals_training_on_one_rank(algorithm, tmp_path):
+def test_tensor_parallel_training_equals_training_on_one_rank(algorithm: str, tmp_path: Path) -> None:
     one = train(algorithm, tmp_path / "one", 8)
     assert one["shards"] == 0
     for found in run_ranks(lambda: train(algorithm, tmp_path / "four", 4, autotp_size=2), world_size=4):
@@ -66,12 +67,12 @@ def test_tensor_parallel_training_equals_training_on_one_rank(algorithm, tmp_pat
         ("qwen3_moe", 2, "no plan for fused experts"),
     ],
 )
-def test_models_that_cannot_be_sharded_are_refused_with_the_numbers(kind, size, message):
+def test_models_that_cannot_be_sharded_are_refused_with_the_numbers(kind: str, size: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         check_shardable(make_model(kind), size)
 
 
-def test_a_model_with_an_adapter_is_not_sharded():
+def test_a_model_with_an_adapter_is_not_sharded() -> None:
     policy = Policy(make_model(), SFTConfig(), peft_config=LoraConfig(r=2))
     with pytest.raises(ModelError, match="leave the adapter out"):
         check_shardable(policy.model, 2)
@@ -83,18 +84,18 @@ def test_a_model_with_an_adapter_is_not_sharded():
     "the weights are gathered whole, and vLLM's logprobs of the canary are the trainer's",
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_shards_reach_vllm_exactly(tmp_path):
+def test_shards_reach_vllm_exactly(tmp_path: Path) -> None:
     metrics = run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3", TINY, tmp_path, autotp_size=2), deadline_s=150)
     check_syncs(metrics[0])
 
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("a mixture of experts is trained; rollouts by vLLM", "every sync is exact, without a new engine")
-def test_experts_reach_vllm_exactly(tmp_path):
+def test_experts_reach_vllm_exactly(tmp_path: Path) -> None:
     check_syncs(run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3-moe", TINY_MOE, tmp_path), world_size=1)[0])
 
 
-def sample_with_vllm(model: str, shape: dict, folder: Path, **parallel: int) -> list[dict]:
+def sample_with_vllm(model: str, shape: dict[str, Any], folder: Path, **parallel: int) -> list[dict]:
     args = GRPOConfig(
         output_dir=str(folder), max_steps=2, save_strategy="no", learning_rate=1e-2, parallel=parallel,
         per_device_train_batch_size=8, num_generations=4, max_completion_length=8, model_init_kwargs=shape,
@@ -107,7 +108,7 @@ def sample_with_vllm(model: str, shape: dict, folder: Path, **parallel: int) -> 
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def check_syncs(history: list[dict]) -> None:
+def check_syncs(history: list[dict[str, Any]]) -> None:
     assert len(history) == 2
     for entry in history:
         assert entry["sync/canary_gap"] < 1e-4

@@ -6,13 +6,19 @@ engines compute in float16, or by no (`+emulated`).
 
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.zero_step import ZeroStep
+from rlqwen.evaluation.result import EvalResult
+from rlqwen.packing.batch import PackedBatch
 from tests.ranked import COMMON, OVERFLOW_UPDATES, STAGES, _sft, run_case, run_on_two_ranks
 
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
@@ -28,12 +34,12 @@ SHOWN = ("loss", "grad_norm", "eval/loss", "eval/reward/mean", "critic/grad_norm
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model_path, tmp_path_factory):
+def runs(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[Any, Any]]]:
     folder = tmp_path_factory.mktemp("sharded")
     return folder, run_on_two_ranks([*EXACT, *ROUNDED, *OVERFLOW, *OVERFLOWS, *SAVED, *ON], tiny_model_path, folder)
 
 
-def check(name, by_rank, model, alone, rel):
+def check(name: str, by_rank: list[dict[Any, Any]], model: Path, alone: Path, rel: float) -> None:
     main, other = (results[name] for results in by_rank)
     theirs = run_case(name.partition("@")[0], str(model), alone)
     assert main["digest"] == other["digest"]
@@ -49,25 +55,29 @@ def check(name, by_rank, model, alone, rel):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_sharding_changes_only_rounding(name, runs, tiny_model_path, tmp_path):
+def test_sharding_changes_only_rounding(
+    name: str, runs: tuple[Path, list[dict[Any, Any]]], tiny_model_path: Path, tmp_path: Path
+) -> None:
     check(name, runs[1], tiny_model_path, tmp_path, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_low_precision_stays_close_to_float32(name, runs, tiny_model_path, tmp_path):
+def test_low_precision_stays_close_to_float32(
+    name: str, runs: tuple[Path, list[dict[Any, Any]]], tiny_model_path: Path, tmp_path: Path
+) -> None:
     check(name, runs[1], tiny_model_path, tmp_path, rel=2e-2)
 
 
-def updates(result, key):
+def updates(result: EvalResult, key: str) -> list[Any]:
     return [line[key] for line in result["history"] if "loss" in line]
 
 
 @pytest.fixture(scope="module")
-def skipping(tiny_model_path, tmp_path_factory):
+def skipping(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that runs one rank in float32 and skips the given updates; each run is made once."""
     results = {}
 
-    def run(skipped):
+    def run(skipped: Any) -> dict[str, Any]:
         if skipped not in results:
             trainer = _sft(
                 str(tiny_model_path), tmp_path_factory.mktemp("skipping") / "run", max_steps=OVERFLOW_UPDATES,
@@ -75,7 +85,7 @@ def skipping(tiny_model_path, tmp_path_factory):
             )  # fmt: skip
             skip, update = iter(skipped), trainer.update
 
-            def skipping_update(micro_batches):
+            def skipping_update(micro_batches: Sequence[PackedBatch]) -> Any:
                 if next(skip):
                     trainer.policy.trained_parameters[0].grad.view(-1)[0] = math.nan
                 return update(micro_batches)
@@ -89,7 +99,9 @@ def skipping(tiny_model_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OVERFLOW)
-def test_an_overflow_changes_only_the_loss_scale(name, runs, skipping):
+def test_an_overflow_changes_only_the_loss_scale(
+    name: str, runs: tuple[Path, list[dict[Any, Any]]], skipping: Any
+) -> None:
     """Compare bits of weights and moments on each rank, and the metrics with a float32 run that skips the same updates.
 
     Which updates overflow depends on the processor's rounding: the first one always does, and some do not.
@@ -111,7 +123,9 @@ def test_an_overflow_changes_only_the_loss_scale(name, runs, skipping):
 
 
 @pytest.mark.parametrize("name", OVERFLOWS)
-def test_a_run_in_which_every_update_overflows_keeps_the_weights(name, runs, tiny_model_path):
+def test_a_run_in_which_every_update_overflows_keeps_the_weights(
+    name: str, runs: tuple[Path, list[dict[Any, Any]]], tiny_model_path: Path
+) -> None:
     """Cover engines that compute with weights rounded to float16."""
     folder, by_rank = runs
     assert updates(by_rank[0][name], "updates/skipped") == [1.0] * 2
@@ -121,7 +135,13 @@ def test_a_run_in_which_every_update_overflows_keeps_the_weights(name, runs, tin
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_one_process_resumes_a_sharded_checkpoint_of_two_ranks(name, runs, tiny_model_path, tmp_path, monkeypatch):
+def test_one_process_resumes_a_sharded_checkpoint_of_two_ranks(
+    name: str,
+    runs: tuple[Path, list[dict[Any, Any]]],
+    tiny_model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder, by_rank = runs
     monkeypatch.setitem(COMMON, "resume_allow_changes", True)
     trainer = _sft(str(tiny_model_path), tmp_path / "on", eval_generation={"metrics": ["exact_match"], "max_tokens": 4})
@@ -134,7 +154,9 @@ def test_one_process_resumes_a_sharded_checkpoint_of_two_ranks(name, runs, tiny_
 
 
 @pytest.mark.parametrize("name", ON)
-def test_an_engine_in_bf16_keeps_the_exact_weights_of_a_checkpoint(name, runs):
+def test_an_engine_in_bf16_keeps_the_exact_weights_of_a_checkpoint(
+    name: str, runs: tuple[Path, list[dict[Any, Any]]]
+) -> None:
     """Resume a float32 checkpoint after the last update: final/ has the same bits, and a missing curve is no error."""
     assert not any("error" in results[name] for results in runs[1])
     ours, saved = (load_file(runs[0] / part / "model.safetensors") for part in (f"{name}/final", CHECKPOINT))
@@ -146,7 +168,7 @@ def test_an_engine_in_bf16_keeps_the_exact_weights_of_a_checkpoint(name, runs):
 @pytest.mark.fault(
     "unequal work for two ranks at ZeRO 1, 2 and 3, every trainer", "no hang; the same curve as on one rank"
 )
-def test_every_trainer_at_every_zero_stage(tiny_model_path, tmp_path):
+def test_every_trainer_at_every_zero_stage(tiny_model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     by_rank = run_on_two_ranks(LONG, tiny_model_path, tmp_path / "two")
     for name in LONG:
@@ -155,7 +177,7 @@ def test_every_trainer_at_every_zero_stage(tiny_model_path, tmp_path):
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("weights in ZeRO-3 shards on their way to vLLM", "whole and exact: the canary agrees at every sync")
-def test_shards_reach_vllm_exactly(tiny_model_path, tmp_path):
+def test_shards_reach_vllm_exactly(tiny_model_path: Path, tmp_path: Path) -> None:
     main, other = run_on_two_ranks(["vllm@zero3"], tiny_model_path, tmp_path)
     history = main["vllm@zero3"]["history"]
     gaps = [entry["sync/canary_gap"] for entry in history if "sync/canary_gap" in entry]
@@ -169,14 +191,14 @@ class WatchedEngine:
 
     averages_over, after_backward = 3, staticmethod(lambda: None)
 
-    def scale_loss(self, scale):
+    def scale_loss(self, scale: float) -> None:
         self.divided_by = scale
 
-    def before_backward(self, loss):
+    def before_backward(self, loss: Tensor) -> None:
         self.loss = loss.item()
 
 
-def test_the_loss_scale_does_not_depend_on_the_number_of_ranks():
+def test_the_loss_scale_does_not_depend_on_the_number_of_ranks() -> None:
     """Correct DeepSpeed's mean over ranks in float32, because a larger loss scale would overflow float16 earlier."""
     optimizer_step = object.__new__(ZeroStep)
     optimizer_step.engines, optimizer_step.scale = [WatchedEngine()], LossScale(True, {"initial_scale_power": 4})

@@ -4,11 +4,18 @@ import io
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.cli import main
@@ -26,7 +33,7 @@ ROWS = [
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch) -> str:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make a working directory with rows.jsonl and a reward function."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
@@ -37,7 +44,7 @@ def data(tmp_path, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def other_model_path(tmp_path_factory) -> str:
+def other_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "other"
     # Larger weights than usual, because near-uniform random models with one seed sample the same text.
     options = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "initializer_range": 0.5}
@@ -45,7 +52,7 @@ def other_model_path(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def reward_model_path(tiny_model_path, tmp_path_factory) -> str:
+def reward_model_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Make a random sequence-classification model with its head."""
     folder = tmp_path_factory.mktemp("models") / "judge"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
@@ -56,14 +63,14 @@ def reward_model_path(tiny_model_path, tmp_path_factory) -> str:
     return str(folder)
 
 
-def plain_nats(model, ids: list[int], mask: list[bool]) -> float:
+def plain_nats(model: PreTrainedModel, ids: list[int], mask: list[bool]) -> float:
     """Return the negative log-likelihood of the masked tokens by a plain forward pass over one sequence."""
     with torch.no_grad():
         logp = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
     return -sum(logp[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i])
 
 
-def test_perplexity_equals_that_of_a_plain_forward_pass(tiny_model_path, data):
+def test_perplexity_equals_that_of_a_plain_forward_pass(tiny_model_path: Path, data: str) -> None:
     result = evaluate_model(evaluation_config(str(tiny_model_path), data, metric_names="perplexity"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
@@ -87,7 +94,7 @@ def test_perplexity_equals_that_of_a_plain_forward_pass(tiny_model_path, data):
         {"text": "plain text, all of it"},
     ],
 )
-def test_perplexity_of_conversations_and_of_plain_text(tiny_model_path, data, row):
+def test_perplexity_of_conversations_and_of_plain_text(tiny_model_path: Path, data: str, row: dict[str, Any]) -> None:
     Path("rows.jsonl").write_text(json.dumps(row), "utf-8")
     result = evaluate_model(evaluation_config(str(tiny_model_path), data, metric_names="perplexity"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
@@ -100,7 +107,7 @@ def test_perplexity_of_conversations_and_of_plain_text(tiny_model_path, data, ro
     assert result.metrics["nats_per_token"] * result.metrics["tokens"] == pytest.approx(nats, rel=1e-5)
 
 
-def test_perplexity_with_an_sft_recipe_equals_the_trainers(tiny_model_path, data, tmp_path):
+def test_perplexity_with_an_sft_recipe_equals_the_trainers(tiny_model_path: Path, data: str, tmp_path: Path) -> None:
     Path("sft.yaml").write_text(
         f"algorithm: sft\nmodel: {{path: {tiny_model_path}}}\noutput_dir: run\n"
         "data:\n  train: {generator: arithmetic, args: {kind: sft, size: 8}}\n"
@@ -121,7 +128,9 @@ def test_perplexity_with_an_sft_recipe_equals_the_trainers(tiny_model_path, data
     assert found["tokens"] == expected["eval/tokens"]
 
 
-def test_the_command_line_compares_two_models(tiny_model_path, other_model_path, reward_model_path, data, capsys):
+def test_the_command_line_compares_two_models(
+    tiny_model_path: Path, other_model_path: str, reward_model_path: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         "eval",
         str(tiny_model_path),
@@ -165,7 +174,7 @@ def test_the_command_line_compares_two_models(tiny_model_path, other_model_path,
         assert part in printed
 
 
-def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path, data):
+def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path: Path, data: str) -> None:
     options = {"reward_names": "exact_match", "engine": "transformers", "max_tokens": 4, "num_samples": 2}
     itself = evaluate_model(evaluation_config(str(tiny_model_path), data, against=str(tiny_model_path), **options))
     rate = itself.win_rates["exact_match"]
@@ -182,7 +191,9 @@ def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path, 
     )
 
 
-def test_completions_are_kept_if_a_reward_fails(tiny_model_path, data, capsys):
+def test_completions_are_kept_if_a_reward_fails(
+    tiny_model_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("broken.py").write_text("def broken(completions):\n    raise ZeroDivisionError('oh')\n")
     words = ["eval", str(tiny_model_path), "--data", data, "--rewards", "broken.py:broken", "--engine", "transformers"]
     assert main([*words, "--max-tokens", "4", "--output", "found"]) == 1
@@ -214,7 +225,9 @@ def test_completions_are_kept_if_a_reward_fails(tiny_model_path, data, capsys):
         ),
     ],
 )
-def test_bad_input_exits_with_2_before_sampling(tiny_model_path, data, capsys, words, message):
+def test_bad_input_exits_with_2_before_sampling(
+    tiny_model_path: Path, data: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     Path("bare.jsonl").write_text('{"prompt": "q"}\n')
     words = [str(tiny_model_path) if word == "TINY" else word for word in words]
     assert main(["eval", str(tiny_model_path), "--data", data, "--engine", "transformers", *words]) == 2
@@ -223,7 +236,7 @@ def test_bad_input_exits_with_2_before_sampling(tiny_model_path, data, capsys, w
     assert "Traceback" not in error
 
 
-def test_rewards_of_a_recipe_are_computed_only_if_needed(data):
+def test_rewards_of_a_recipe_are_computed_only_if_needed(data: str) -> None:
     Path("grpo.yaml").write_text(
         "algorithm: grpo\nmodel: {path: m}\noutput_dir: run\ndata: {train: {generator: arithmetic}}\nrewards: [accuracy]\n"
     )
@@ -235,7 +248,7 @@ def test_rewards_of_a_recipe_are_computed_only_if_needed(data):
         EvalConfig(model="m", data={"path": "rows.jsonl"})
 
 
-def test_sampling_outside_a_terminal_prints_progress_lines(monkeypatch):
+def test_sampling_outside_a_terminal_prints_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
     screen = io.StringIO()
     assert list(sampling._with_progress(iter("ab"), 2, Console(file=screen))) == ["a", "b"]

@@ -12,14 +12,14 @@ def scored(texts: list[str], values: list[float | None]) -> Group:
     return Group(Prompt(0, [1], "?"), completions, policy_version=0, rewards={"accuracy": values})
 
 
-def test_pass_at_k_is_the_unbiased_estimator():
+def test_pass_at_k_is_the_unbiased_estimator() -> None:
     # 1 - C(3, 2) / C(5, 2) = 1 - 3/10
     assert pass_at_k(num_samples=5, num_right=2, k=2) == pytest.approx(0.7)
     assert pass_at_k(5, 2, 1) == pytest.approx(0.4)
     assert (pass_at_k(5, 0, 3), pass_at_k(5, 3, 3), pass_at_k(5, 5, 5)) == (0.0, 1.0, 1.0)
 
 
-def test_majority_is_the_most_frequent_answer_or_the_first_of_equals():
+def test_majority_is_the_most_frequent_answer_or_the_first_of_equals() -> None:
     assert majority_right(["4", "5", "4"], [1.0, 0.0, 1.0]) == 1.0
     assert majority_right(["5", "4", "5"], [0.0, 1.0, 0.0]) == 0.0
     assert majority_right(["5", "4"], [0.0, 1.0]) == 0.0
@@ -38,11 +38,11 @@ def test_majority_is_the_most_frequent_answer_or_the_first_of_equals():
         ("no number", "no number"),
     ],
 )
-def test_final_answer_normalizes_the_answer_that_votes(text, answer):
+def test_final_answer_normalizes_the_answer_that_votes(text: str, answer: str) -> None:
     assert final_answer(text) == answer
 
 
-def test_metrics_of_a_binary_reward():
+def test_metrics_of_a_binary_reward() -> None:
     groups = [
         scored(["4", "4", "5", "6"], [1.0, 1.0, 0.0, 0.0]),
         scored(["1", "2", "3", "3"], [1.0, 0.0, 0.0, 0.0]),
@@ -54,7 +54,7 @@ def test_metrics_of_a_binary_reward():
     assert sample_counts(6) == [1, 2, 4, 6]
 
 
-def test_missing_rewards_are_left_out_and_do_not_count_as_wrong():
+def test_missing_rewards_are_left_out_and_do_not_count_as_wrong() -> None:
     groups = [scored(["4", "9"], [1.0, None]), scored(["1", "2"], [None, None]), scored(["5", "5"], [0.0, 0.0])]
     metrics = reward_metrics(groups, "accuracy")
     assert (metrics.mean, metrics.missing, metrics.majority) == (1 / 3, 3, 0.5)
@@ -62,7 +62,7 @@ def test_missing_rewards_are_left_out_and_do_not_count_as_wrong():
     assert metrics.pass_at == {1: 0.5, 2: 0.0}
 
 
-def test_a_graded_reward_has_only_a_mean():
+def test_a_graded_reward_has_only_a_mean() -> None:
     metrics = reward_metrics([scored(["a", "b"], [0.25, 0.75])], "accuracy")
     assert (metrics.mean, metrics.pass_at, metrics.majority) == (0.5, None, None)
     empty = reward_metrics([scored(["a"], [None])], "accuracy")

@@ -1,6 +1,8 @@
 """Test evaluation of SFT by generated text, and the best checkpoint by such a metric."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,14 @@ def rows(count: int) -> list[dict]:
     ]
 
 
-def make_trainer(model, folder, *, eval_dataset=None, generation=None, **options):
+def make_trainer(
+    model: Path,
+    folder: Path,
+    *,
+    eval_dataset: Any | None = None,
+    generation: dict[str, Any] | None = None,
+    **options: Any,
+) -> SFTTrainer:
     defaults = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 5e-3, "save_strategy": "no",
         "eval_strategy": "steps", "eval_steps": 4, "eval_on_start": True,
@@ -29,7 +38,7 @@ def make_trainer(model, folder, *, eval_dataset=None, generation=None, **options
     )
 
 
-def test_a_generation_metric_selects_the_best_checkpoint(tiny_model_path, tmp_path):
+def test_a_generation_metric_selects_the_best_checkpoint(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, metric_for_best_model="exact_match", load_best_model_at_end=True, save_total_limit=1
     )
@@ -52,7 +61,7 @@ def test_a_generation_metric_selects_the_best_checkpoint(tiny_model_path, tmp_pa
     assert summary["final_eval"]["eval/exact_match"] == 1
 
 
-def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path, tmp_path):
+def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path / "a", max_steps=4, generation={"temperature": 1.0})
     first, second = trainer.evaluate(), trainer.evaluate()
     assert {**first, "eval/time": 0} == {**second, "eval/time": 0}
@@ -65,14 +74,14 @@ def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path
     assert losses[0] == losses[1]
 
 
-def test_a_configured_eos_token_stops_generation(tiny_model_path, tmp_path):
+def test_a_configured_eos_token_stops_generation(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, eos_token="<|endoftext|>")
     stop_ids = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
     assert stop_ids.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
     assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in stop_ids
 
 
-def test_another_eval_set_uses_its_own_prompts(tiny_model_path, tmp_path):
+def test_another_eval_set_uses_its_own_prompts(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, generation={"metrics": ["label"], "labels": ["yes", "no"]})
     assert trainer.evaluate()["eval/label/unparsable"] == 1
     trainer.evaluate([{"prompt": "other", "completion": "no"}])
@@ -94,12 +103,14 @@ def test_another_eval_set_uses_its_own_prompts(tiny_model_path, tmp_path):
         ({"metric_for_best_model": "bleu"}, ConfigError, "there are: .*eval/exact_match.*eval/rouge_l"),
     ],
 )
-def test_impossible_evaluations_are_refused_before_training(tiny_model_path, tmp_path, options, error, message):
+def test_impossible_evaluations_are_refused_before_training(
+    tiny_model_path: Path, tmp_path: Path, options: dict[str, Any], error: BaseException, message: str
+) -> None:
     with pytest.raises(error, match=message):
         make_trainer(tiny_model_path, tmp_path, **options)
 
 
-def test_generation_without_an_eval_set_is_refused(tiny_model_path, tmp_path):
+def test_generation_without_an_eval_set_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     args = SFTConfig(output_dir=str(tmp_path), eval_generation={"metrics": ["rouge"]})
     with pytest.raises(ConfigError, match="eval_generation needs rows to write for"):
         SFTTrainer(str(tiny_model_path), args, train_dataset=rows(4))

@@ -1,6 +1,7 @@
 """Test metrics that compare texts by hand, in English and Chinese."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from rlqwen.types import Completion, Group, Prompt
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
-def score_text(metric, text, *references):
+def score_text(metric: str, text: str, *references: str) -> Any:
     return text_metrics([metric], [text], [list(references)])
 
 
@@ -28,7 +29,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
-def test_bleu_counts_words_or_chinese_characters_and_says_which(text, reference, tokenizer):
+def test_bleu_counts_words_or_chinese_characters_and_says_which(text: str, reference: str, tokenizer: str) -> None:
     found = score_text("bleu", text, reference)
     assert found.values["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
     assert f"tok:{tokenizer}|" in found.signatures["bleu"]
@@ -43,11 +44,11 @@ def test_bleu_counts_words_or_chinese_characters_and_says_which(text, reference,
         ([["42"], ["7"]], "13a"),
     ],
 )
-def test_the_most_frequent_script_selects_the_tokenizer(references, tokenizer):
+def test_the_most_frequent_script_selects_the_tokenizer(references: list[list[str]], tokenizer: str) -> None:
     assert bleu_tokenizer(references) == tokenizer
 
 
-def test_chrf_averages_over_the_possible_orders():
+def test_chrf_averages_over_the_possible_orders() -> None:
     found = score_text("chrf", "abc", "abd")
     # The texts share 2/3 of characters, 1/2 of bigrams and no trigram; precision and recall are equal.
     assert found.values["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
@@ -56,24 +57,24 @@ def test_chrf_averages_over_the_possible_orders():
 
 
 @pytest.mark.parametrize(("text", "reference", "tokenizer"), PAIRS)
-def test_rouge_counts_words_or_chinese_characters(text, reference, tokenizer):
+def test_rouge_counts_words_or_chinese_characters(text: str, reference: str, tokenizer: str) -> None:
     values = score_text("rouge", text, reference).values
     assert values == pytest.approx({"rouge_1": 5 / 6, "rouge_2": 3 / 5, "rouge_l": 5 / 6})
 
 
-def test_rouge_l_respects_order_and_uses_the_best_reference():
+def test_rouge_l_respects_order_and_uses_the_best_reference() -> None:
     assert score_text("rouge", "a b", "b a").values == pytest.approx({"rouge_1": 1, "rouge_2": 0, "rouge_l": 0.5})
     assert score_text("rouge", "a b", "c d", "a b").values["rouge_l"] == 1
     both = text_metrics(["rouge"], ["a", "b"], [["a"], ["c"]])
     assert both.values["rouge_1"] == 0.5
 
 
-def test_rouge_tokens_of_mixed_text():
+def test_rouge_tokens_of_mixed_text() -> None:
     tokens = RougeTokenizer().tokenize("Qwen3 是一个LLM，Größe 1.5_b! テスト")
     assert tokens == ["qwen3", "是", "一", "个", "llm", "größe", "1", "5", "b", "テ", "ス", "ト"]
 
 
-def test_bleu_accepts_different_numbers_of_references():
+def test_bleu_accepts_different_numbers_of_references() -> None:
     texts, references = ["the cat sat on the mat", "a b c d"], [["x y z u"], ["e f g h", "a b c d"]]
     found = text_metrics(["bleu"], texts, references)
     assert found.values["bleu"] > text_metrics(["bleu"], texts, [["x y z u"], ["e f g h"]]).values["bleu"]
@@ -91,7 +92,7 @@ def test_bleu_accepts_different_numbers_of_references():
         ("a  b\nc", "A b c"),
     ],
 )
-def test_answers_that_differ_only_in_form_are_equal(text, reference):
+def test_answers_that_differ_only_in_form_are_equal(text: str, reference: str) -> None:
     assert same_answer(text, reference)
 
 
@@ -107,17 +108,17 @@ def test_answers_that_differ_only_in_form_are_equal(text, reference):
         ("", "8"),
     ],
 )
-def test_different_answers_are_not_equal(text, reference):
+def test_different_answers_are_not_equal(text: str, reference: str) -> None:
     assert not same_answer(text, reference)
 
 
-def test_exact_match_counts_a_match_with_any_reference():
+def test_exact_match_counts_a_match_with_any_reference() -> None:
     assert text_metrics(["exact_match"], ["a", "b", "x"], [["A"], ["c", "b."], ["y"]]).values == {
         "exact_match": pytest.approx(2 / 3)
     }
 
 
-def test_reasoning_is_not_compared():
+def test_reasoning_is_not_compared() -> None:
     assert after_reasoning("<think>a b</think>\n\nc d") == "c d"
     assert after_reasoning("a b") == "a b"
     assert score_text("rouge", "<think>no</think>a b", "a b").values["rouge_2"] == 1
@@ -142,7 +143,7 @@ def test_reasoning_is_not_compared():
         ("标签：负面。", "负面"),
     ],
 )
-def test_the_label_is_the_answer_or_the_only_one_named(text, label):
+def test_the_label_is_the_answer_or_the_only_one_named(text: str, label: str | None) -> None:
     assert find_label(text, ["positive", "negative", "very positive", "正面", "负面"]) == label
 
 
@@ -157,11 +158,11 @@ def test_the_label_is_the_answer_or_the_only_one_named(text, label):
         ("5 stars", "5"),
     ],
 )
-def test_a_single_letter_is_a_label_in_a_text_only_if_uppercase(text, label):
+def test_a_single_letter_is_a_label_in_a_text_only_if_uppercase(text: str, label: str | None) -> None:
     assert find_label(text, ["a", "b", "5"]) == label
 
 
-def test_label_metrics_by_hand():
+def test_label_metrics_by_hand() -> None:
     found = label_metrics(["a", "a", "b", None], ["a", "b", "b", "b"])
     assert found.accuracy == 1 / 2
     assert found.unparsable == 1 / 4
@@ -170,14 +171,14 @@ def test_label_metrics_by_hand():
     assert found.micro_f1 == pytest.approx(2 * 2 / (3 + 4))
 
 
-def test_micro_f1_equals_the_accuracy_if_every_text_has_a_label():
+def test_micro_f1_equals_the_accuracy_if_every_text_has_a_label() -> None:
     found = label_metrics(["a", "c", "b"], ["a", "b", "b"])
     assert (found.accuracy, found.micro_f1) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
     # c was found once and never expected, so its F1 of 0 counts in the mean.
     assert found.macro_f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
 
 
-def test_invalid_labels_are_refused_with_their_row():
+def test_invalid_labels_are_refused_with_their_row() -> None:
     assert label_set([["Yes"], ["no"], ["yes."]], None) == ["yes", "no"]
     with pytest.raises(DataError, match="row 1: 'maybe' is none of the labels yes, no"):
         label_set([["yes"], ["maybe"]], ["Yes", "No"])
@@ -203,18 +204,20 @@ MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content"
         ({"prompt": "q", "label": 0}, "label", ["0"]),
     ],
 )
-def test_references_come_from_the_columns_of_rewards_or_a_given_column(row, column, expected):
+def test_references_come_from_the_columns_of_rewards_or_a_given_column(
+    row: dict[str, Any], column: str | None, expected: list[str]
+) -> None:
     assert references_of(row, column, "row 0") == expected
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q"}, {"prompt": "q", "solution": " "}, {"prompt": "q", "solution": []}])
-def test_a_row_without_a_correct_answer_is_refused_with_its_number(row):
+def test_a_row_without_a_correct_answer_is_refused_with_its_number(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"row 7: there is no right answer .* the row has prompt"):
         references_of(row, None, "row 7")
     assert own_answer({"prompt": "q"}, "row 7") is None
 
 
-def test_completions_are_compared_with_the_references_of_their_own_row():
+def test_completions_are_compared_with_the_references_of_their_own_row() -> None:
     rows = [{"prompt": f"{i}", "solution": f"{i}"} for i in range(3)]
     measure = TextMeasure(["exact_match", "label", "exact_match"], rows)
     groups = [
@@ -226,7 +229,7 @@ def test_completions_are_compared_with_the_references_of_their_own_row():
     assert measure.keys == list(values)
 
 
-def test_normalizing_never_empties_an_answer():
+def test_normalizing_never_empties_an_answer() -> None:
     assert normalize_answer("...") == "..."
     assert normalize_answer("007.0") == "7"
     assert normalize_answer("100") == "100"
@@ -236,7 +239,7 @@ def test_normalizing_never_empties_an_answer():
     ("name", "columns", "tokenizer"),
     [("instructions_zh.json", {}, "zh"), ("word_problems.jsonl", {"prompt": "question", "solution": "answer"}, "13a")],
 )
-def test_whole_answers_match_themselves_and_not_each_other(name, columns, tokenizer):
+def test_whole_answers_match_themselves_and_not_each_other(name: str, columns: dict[str, Any], tokenizer: str) -> None:
     rows = load_rows(SourceConfig(path=str(SAMPLES / name), columns=columns, limit=20), seed=0)
     references = [references_of(row, None, "row") for row in rows]
     texts = [several[0] for several in references]

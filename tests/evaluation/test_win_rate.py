@@ -15,14 +15,14 @@ def group(index: int, *rewards: float | None, weight: float = 2.0) -> Group:
     return scored
 
 
-def test_the_wilson_interval_equals_its_closed_forms():
+def test_the_wilson_interval_equals_its_closed_forms() -> None:
     assert wilson_interval(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     z2 = 1.959964**2
     assert wilson_interval(0.0, 5) == pytest.approx((0.0, z2 / (5 + z2)), abs=1e-6)
     assert wilson_interval(1.0, 5) == pytest.approx((5 / (5 + z2), 1.0), abs=1e-6)
 
 
-def test_ties_count_half_and_missing_values_do_not_count():
+def test_ties_count_half_and_missing_values_do_not_count() -> None:
     found = win_rate([([1.0, 0.0], [0.0, 0.0]), ([0.0, None], [1.0, 1.0]), ([1.0, 1.0], [0.5, None])])
     assert (found.wins, found.ties, found.losses, found.missing) == (2, 1, 1, 2)
     assert found.win_rate == (2 + 0.5) / 4
@@ -30,18 +30,18 @@ def test_ties_count_half_and_missing_values_do_not_count():
     assert (found.mean, found.against_mean) == (2 / 4, 1.5 / 4)
 
 
-def test_more_samples_per_prompt_do_not_narrow_the_interval():
+def test_more_samples_per_prompt_do_not_narrow_the_interval() -> None:
     few = win_rate([([1.0], [0.0]), ([0.0], [1.0])])
     many = win_rate([([1.0] * 8, [0.0] * 8), ([0.0] * 8, [1.0] * 8)])
     assert few.interval == many.interval
 
 
-def test_nothing_to_compare_gives_no_rate():
+def test_nothing_to_compare_gives_no_rate() -> None:
     found = win_rate([([None], [1.0])])
     assert (found.missing, found.win_rate, found.interval, found.mean) == (1, None, None, None)
 
 
-def test_prompts_are_paired_by_index_and_swapping_models_swaps_the_result():
+def test_prompts_are_paired_by_index_and_swapping_models_swaps_the_result() -> None:
     ours = [group(0, 1.0), group(1, 2.0), group(2, 9.0)]
     theirs = [group(1, 3.0), group(0, 0.0)]
     rates = win_rates(ours, theirs)

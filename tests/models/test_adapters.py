@@ -2,6 +2,9 @@
 
 import copy
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +44,7 @@ ADAPTERS = {
 }  # fmt: skip
 
 
-def adapted(kind: str, *, tied: bool = False, model_kind: str = "qwen3", **options) -> Policy:
+def adapted(kind: str, *, tied: bool = False, model_kind: str = "qwen3", **options: Any) -> Policy:
     """Return a policy with a nonzero adapter and changed fully trained modules."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | ADAPTERS[kind] | options)
     policy = Policy(make_model(model_kind, tie_word_embeddings=tied), SFTConfig(), peft_config=config, reference=True)
@@ -63,7 +66,7 @@ def plain_logprobs(policy: Policy) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_packed_and_merged_logprobs_equal_those_of_peft(kind):
+def test_packed_and_merged_logprobs_equal_those_of_peft(kind: str) -> None:
     policy = adapted(kind)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     expected = plain_logprobs(policy)
@@ -85,7 +88,7 @@ def test_packed_and_merged_logprobs_equal_those_of_peft(kind):
         ("rows of both ends", False),
     ],
 )  # fmt: skip
-def test_gradients_equal_those_of_peft(kind, tied):
+def test_gradients_equal_those_of_peft(kind: str, tied: bool) -> None:
     policy = adapted(kind, tied=tied)
     weights = torch.randn(pack(skewed_trees()).num_targets)
     (policy.logprobs(pack(skewed_trees()))[0] @ weights).backward()
@@ -99,7 +102,7 @@ def test_gradients_equal_those_of_peft(kind, tied):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_saved_models_and_adapters_load_with_the_same_logprobs(tmp_path, kind):
+def test_saved_models_and_adapters_load_with_the_same_logprobs(tmp_path: Path, kind: str) -> None:
     policy = adapted(kind)
     expected = plain_logprobs(policy)
     policy.save(tmp_path / "merged")
@@ -129,7 +132,7 @@ def test_saved_models_and_adapters_load_with_the_same_logprobs(tmp_path, kind):
         {"trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 7]}},
     ],
 )
-def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path, trained):
+def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path: Path, trained: dict[str, Any]) -> None:
     policy = adapted("lora", tied=True, **trained)
     start = make_model(tie_word_embeddings=True)
     assert not torch.equal(dict(policy.export_weights())["lm_head.weight"], start.lm_head.weight)
@@ -155,7 +158,7 @@ def test_a_tied_head_stays_tied_to_a_trained_embedding(tmp_path, trained):
     torch.testing.assert_close(plain_logprobs(policy), expected)
 
 
-def test_adapters_on_fused_experts_are_trained_and_merged(tmp_path):
+def test_adapters_on_fused_experts_are_trained_and_merged(tmp_path: Path) -> None:
     config = LoraConfig(
         r=2, target_modules=["q_proj"], init_lora_weights=False,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -169,7 +172,7 @@ def test_adapters_on_fused_experts_are_trained_and_merged(tmp_path):
     torch.testing.assert_close(padded_logprobs(merged, skewed_trees()), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_a_merged_weight_is_rounded_once():
+def test_a_merged_weight_is_rounded_once() -> None:
     """Add base and delta in float32, and round only the sum to the dtype of the base."""
     policy = Policy(
         make_model().to(torch.bfloat16),
@@ -183,7 +186,7 @@ def test_a_merged_weight_is_rounded_once():
     assert not torch.equal(expected, expected.bfloat16().float())
 
 
-def test_a_model_written_in_several_files_loads(tmp_path):
+def test_a_model_written_in_several_files_loads(tmp_path: Path) -> None:
     policy = adapted("lora")
     weights = checkpoint_weights(policy.base_model, dtype=torch.bfloat16)
     num_bytes = write_model(tmp_path, policy.base_model, weights, max_shard_bytes=40_000)
@@ -199,7 +202,7 @@ def test_a_model_written_in_several_files_loads(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
-def test_adapters_that_cannot_be_trained_or_merged_are_refused():
+def test_adapters_that_cannot_be_trained_or_merged_are_refused() -> None:
     with pytest.raises(ModelError, match="put embed_tokens into modules_to_save"):
         adapted("lora on embedding and head", tied=True)
     with pytest.raises(ModelError, match=r"q_proj: .*lora_bias has no merged weights"):
@@ -222,17 +225,17 @@ def test_adapters_that_cannot_be_trained_or_merged_are_refused():
 class UnknownWrapper(AuxiliaryTrainingWrapper):
     """Stand in for a wrapper that a later PEFT may add."""
 
-    def init_modules(self, adapter_name, **kwargs):
+    def init_modules(self, adapter_name: Any, **kwargs: Any) -> None:
         self.inner = self.original_module
 
-    def _get_available_adapters(self):
+    def _get_available_adapters(self) -> Any:
         return set(self._adapters)
 
-    def _forward_wrapped(self, x, *args, **kwargs):
+    def _forward_wrapped(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.inner(x, *args, **kwargs)
 
 
-def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path):
+def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path: Path) -> None:
     model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
     model.base_model.model.lm_head = UnknownWrapper(make_model().lm_head, "default")
     with pytest.raises(ModelError, match="lm_head is wrapped in PEFT's UnknownWrapper"):
@@ -252,21 +255,21 @@ def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path)
         (lambda name, weight: [(name, weight), (f"{name}.twice", weight)], "has no such weight"),
     ],
 )
-def test_every_save_checks_names_and_shapes(tmp_path, change, message):
+def test_every_save_checks_names_and_shapes(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
     model = make_model("qwen3_moe")
     weights = [entry for named in checkpoint_weights(model) for entry in change(*named)]
     with pytest.raises(ModelError, match=message):
         write_model(tmp_path, model, weights)
 
 
-def test_token_rows_trained_on_only_one_side_of_a_tied_embedding_are_refused():
+def test_token_rows_trained_on_only_one_side_of_a_tied_embedding_are_refused() -> None:
     with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
         adapted("lora", tied=True, trainable_token_indices={"lm_head": [3]})
     with pytest.raises(ModelError, match="trainable_token_indices would make them two"):
         adapted("lora", tied=True, trainable_token_indices={"embed_tokens": [3], "lm_head": [4]})
 
 
-def test_pissa_is_merged_with_the_residual_base_weights():
+def test_pissa_is_merged_with_the_residual_base_weights() -> None:
     start = make_model()
     policy = Policy(
         copy.deepcopy(start), SFTConfig(), peft_config=LoraConfig(target_modules=ALL, init_lora_weights="pissa")
@@ -278,7 +281,7 @@ def test_pissa_is_merged_with_the_residual_base_weights():
         torch.testing.assert_close(tensor, start.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
-def test_lora_settings_of_a_recipe_become_pefts_config():
+def test_lora_settings_of_a_recipe_become_pefts_config() -> None:
     settings = LoraSettings(
         r=8, use_dora=True, use_rslora=True, target_modules=["q_proj"], layers_to_transform=[0], modules_to_save=["x"],
         exclude_modules=["lm_head"], rank_pattern={"q_proj": 2}, init_lora_weights="gaussian",

@@ -268,7 +268,9 @@ def test_export_casts_and_quantizes_only_the_text_model(sources: dict[str, Path]
     assert all(torch.equal(model.model.visual.state_dict()[name], weight) for name, weight in visual.items())
 
 
-def test_the_processor_of_a_hub_model_is_fetched_at_the_same_commit(sources, tmp_path, monkeypatch):
+def test_the_processor_of_a_hub_model_is_fetched_at_the_same_commit(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fetch these files, because loading a model alone does not put them into the hub's cache."""
     commit, repository = "c" * 40, tmp_path / "models--owner--tiny"
     snapshot = repository / "snapshots" / commit
@@ -298,7 +300,9 @@ def test_the_processor_of_a_hub_model_is_fetched_at_the_same_commit(sources, tmp
 
 
 @pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_carried_weights_of_a_quantized_model_come_from_its_files(bits, sources, tmp_path):
+def test_carried_weights_of_a_quantized_model_come_from_its_files(
+    bits: dict[str, bool], sources: dict[str, Path], tmp_path: Path
+) -> None:
     source = sources["tiny-qwen3.5"]
     model = Qwen3_5ForConditionalGeneration.from_pretrained(
         source, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
@@ -309,7 +313,9 @@ def test_carried_weights_of_a_quantized_model_come_from_its_files(bits, sources,
     assert_kept(tmp_path, source)
 
 
-def test_an_adapter_on_the_class_with_a_tower_is_saved_for_the_text_only_class(sources, tmp_path):
+def test_an_adapter_on_the_class_with_a_tower_is_saved_for_the_text_only_class(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
     source = sources["tiny-qwen3.5"]
     config = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
     model = get_peft_model(Qwen3_5ForConditionalGeneration.from_pretrained(source), config)

@@ -1,5 +1,8 @@
 """Compare reward models and critics with transformers, and test saving and loading."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -17,7 +20,7 @@ SEQUENCES = [[5, 6, 7, 8, 9], [5, 6, 7, 10, 11, 12, 13], [14, 15, 16]]
 
 
 @pytest.fixture(scope="module")
-def scalar_path(tiny_model_path, tmp_path_factory):
+def scalar_path(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of a sequence-classification model with a nonzero head."""
     torch.manual_seed(0)
     model, has_head = load_scalar_model(str(tiny_model_path), RewardConfig())
@@ -28,11 +31,11 @@ def scalar_path(tiny_model_path, tmp_path_factory):
     return folder
 
 
-def load(path, **options):
+def load(path: Path, **options: Any) -> ScalarModel:
     return ScalarModel(load_scalar_model(str(path), RewardConfig())[0], RewardConfig(), **options)
 
 
-def test_scores_equal_those_of_transformers(scalar_path):
+def test_scores_equal_those_of_transformers(scalar_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
     with torch.no_grad():
         plain = torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
@@ -40,7 +43,7 @@ def test_scores_equal_those_of_transformers(scalar_path):
     torch.testing.assert_close(packed, plain, atol=1e-6, rtol=0)
 
 
-def test_the_value_of_a_token_is_read_from_the_token_before_it(scalar_path):
+def test_the_value_of_a_token_is_read_from_the_token_before_it(scalar_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(scalar_path, num_labels=1)
     with torch.no_grad():
         hidden = model.model(torch.tensor([SEQUENCES[1]])).last_hidden_state
@@ -51,7 +54,7 @@ def test_the_value_of_a_token_is_read_from_the_token_before_it(scalar_path):
     torch.testing.assert_close(values[2:6], plain, atol=1e-6, rtol=0)
 
 
-def test_an_existing_head_is_kept_and_a_new_one_can_start_at_zero(scalar_path, tiny_model_path):
+def test_an_existing_head_is_kept_and_a_new_one_can_start_at_zero(scalar_path: Path, tiny_model_path: Path) -> None:
     _, has_head = load_scalar_model(str(scalar_path), RewardConfig())
     assert has_head
     critic = load(tiny_model_path)
@@ -62,13 +65,13 @@ def test_an_existing_head_is_kept_and_a_new_one_can_start_at_zero(scalar_path, t
     assert critic.base_model.score.weight.grad.abs().sum() > 0
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="scalar head"):
         load_scalar_model(str(tmp_path), RewardConfig())
 
 
-def test_a_saved_model_is_restored_and_loads_in_transformers(scalar_path, tmp_path):
+def test_a_saved_model_is_restored_and_loads_in_transformers(scalar_path: Path, tmp_path: Path) -> None:
     model = load(scalar_path)
     with torch.no_grad():
         before = model.scores(pack(TREES))
@@ -82,7 +85,7 @@ def test_a_saved_model_is_restored_and_loads_in_transformers(scalar_path, tmp_pa
     assert reloaded.config.num_labels == 1
 
 
-def test_an_adapter_trains_the_full_head_and_is_merged_on_saving(scalar_path, tmp_path):
+def test_an_adapter_trains_the_full_head_and_is_merged_on_saving(scalar_path: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = load(scalar_path, peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     names = [name for name, parameter in model.model.named_parameters() if parameter.requires_grad]
@@ -97,7 +100,7 @@ def test_an_adapter_trains_the_full_head_and_is_merged_on_saving(scalar_path, tm
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=0)
 
 
-def test_the_adapter_config_of_the_policy_is_not_changed():
+def test_the_adapter_config_of_the_policy_is_not_changed() -> None:
     given = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], task_type="CAUSAL_LM")
     made = scalar_peft_config(given)
     assert made.task_type == "SEQ_CLS"
@@ -107,7 +110,7 @@ def test_the_adapter_config_of_the_policy_is_not_changed():
 
 
 @pytest.mark.parametrize("train_trunk", [True, False])
-def test_a_value_head_reads_the_policys_hidden_states(tmp_path, train_trunk):
+def test_a_value_head_reads_the_policys_hidden_states(tmp_path: Path, train_trunk: bool) -> None:
     head = ValueHead(4, train_trunk=train_trunk, device=torch.device("cpu"))
     hidden = torch.randn(3, 4, requires_grad=True)
     assert head.values(None, hidden).tolist() == [0.0, 0.0, 0.0]

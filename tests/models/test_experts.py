@@ -1,8 +1,12 @@
 """Test that experts multiply in the precision of the forward, for any dtype of the weights."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor
 
 from rlqwen import SFTConfig
 from rlqwen.models.experts import GROUPED_EXPERTS
@@ -15,12 +19,12 @@ COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
 
 @pytest.fixture
-def operands(monkeypatch):
+def operands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """Record the dtypes of the operands of every grouped product."""
     seen = []
     real = torch.nn.functional.grouped_mm
 
-    def spy(left, right, **kwargs):
+    def spy(left: int, right: int, **kwargs: Any) -> Tensor:
         seen.append((left.dtype, right.dtype))
         return real(left, right, **kwargs)
 
@@ -34,7 +38,9 @@ def operands(monkeypatch):
     [("qwen3_moe", None), ("qwen3_next", None), ("qwen3_moe", {}), ("qwen3_moe", FUSED)],
     ids=["full", "next", "attention", "experts"],
 )
-def test_experts_multiply_in_the_compute_dtype(kind, lora, precision, operands):
+def test_experts_multiply_in_the_compute_dtype(
+    kind: str, lora: Any, precision: str | None, operands: list[tuple[Any, Any]]
+) -> None:
     peft_config = None if lora is None else LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, **lora)
     policy = Policy(make_model(kind), SFTConfig(**{precision: True} if precision else {}), peft_config=peft_config)
     logp, _ = policy.logprobs(pack(skewed_trees()))
@@ -47,7 +53,7 @@ def test_experts_multiply_in_the_compute_dtype(kind, lora, precision, operands):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-def test_other_implementations_of_experts_are_kept_and_run_under_autocast(implementation):
+def test_other_implementations_of_experts_are_kept_and_run_under_autocast(implementation: str) -> None:
     model = make_model("qwen3_moe")
     model.set_experts_implementation(implementation)
     policy = Policy(model, SFTConfig(bf16=True))
@@ -64,7 +70,7 @@ def test_other_implementations_of_experts_are_kept_and_run_under_autocast(implem
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_bf16_equal_those_of_float32_up_to_rounding(checkpointing):
+def test_gradients_in_bf16_equal_those_of_float32_up_to_rounding(checkpointing: bool) -> None:
     trees, weights = skewed_trees(), torch.randn(pack(skewed_trees()).num_targets)
     gradients = []
     for bf16 in (False, True):
@@ -78,7 +84,7 @@ def test_gradients_in_bf16_equal_those_of_float32_up_to_rounding(checkpointing):
         assert (gradients[1][name] - exact).norm() < 0.02 * exact.norm(), name
 
 
-def test_decoding_computes_only_the_chosen_experts(operands):
+def test_decoding_computes_only_the_chosen_experts(operands: list[tuple[Any, Any]]) -> None:
     policy = Policy(make_model("qwen3_moe"), SFTConfig(bf16=True))
     with policy.generation_model() as model:
         batch = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
@@ -87,7 +93,7 @@ def test_decoding_computes_only_the_chosen_experts(operands):
     assert set(operands) == {(torch.bfloat16, torch.bfloat16)}
 
 
-def test_the_implementation_of_experts_is_not_saved(tmp_path):
+def test_the_implementation_of_experts_is_not_saved(tmp_path: Path) -> None:
     policy = Policy(make_model("qwen3_moe"), SFTConfig())
     policy.save(tmp_path)
     assert GROUPED_EXPERTS not in (tmp_path / "config.json").read_text()

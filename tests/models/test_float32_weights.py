@@ -3,12 +3,15 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.models.loading import load_model
@@ -27,7 +30,7 @@ ROWS = [{"prompt": f"{i}:", "completion": f" {i}"} for i in range(4)]
 
 
 @pytest.fixture(scope="module", params=["qwen3_5", "qwen3_next"])
-def mixed(request, tmp_path_factory):
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bfloat16 folder with two float32 weights that bfloat16 would round."""
     experts = {"num_experts": 2, "moe_intermediate_size": 32} if request.param == "qwen3_next" else {}
     folder = build_tiny_qwen3(tmp_path_factory.mktemp("mixed") / "model", model_type=request.param, **SHAPE, **experts)
@@ -43,13 +46,13 @@ def mixed(request, tmp_path_factory):
     return folder
 
 
-def assert_same_weights(ours, theirs):
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name].dtype != theirs[name].dtype or not ours[name].equal(theirs[name])] == []
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules="all-linear")])
-def test_float32_weights_are_saved_unchanged(mixed, tmp_path, peft_config):
+def test_float32_weights_are_saved_unchanged(mixed: Path, tmp_path: Path, peft_config: Any) -> None:
     """Compare every bit after a run with a learning rate of 0."""
     options = {"learning_rate": 0.0, "max_steps": 1, "bf16": True, "save_strategy": "steps", "save_steps": 1}
     args = SFTConfig(output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, **options)
@@ -62,7 +65,7 @@ def test_float32_weights_are_saved_unchanged(mixed, tmp_path, peft_config):
     assert_same_weights(load_file(tmp_path / "exported" / "model.safetensors"), before)
 
 
-def test_float32_weights_are_trained_and_sent_as_float32(mixed):
+def test_float32_weights_are_trained_and_sent_as_float32(mixed: Path) -> None:
     args = SFTConfig(bf16=True)
     policy = Policy(load_model(str(mixed), args), args, reference=True)
     exact = [name for name in policy.trained_names if name.endswith(EXACT)]
@@ -79,13 +82,13 @@ def test_float32_weights_are_trained_and_sent_as_float32(mixed):
     assert all(np.array_equal(array, stored[name].numpy()) for name, (array, dtype) in sent.items() if "32" in dtype)
 
 
-def _expected(folder):
+def _expected(folder: Path) -> ExpectedWeights:
     expected = ExpectedWeights(str(folder))
     expected.check = lambda shapes: {}
     return expected
 
 
-def test_a_float32_checkpoint_is_rounded_on_request(mixed, tmp_path):
+def test_a_float32_checkpoint_is_rounded_on_request(mixed: Path, tmp_path: Path) -> None:
     shutil.copytree(mixed, tmp_path / "wide")
     config = json.loads((mixed / "config.json").read_text())
     for part in (config, config.get("text_config", {})):
@@ -95,8 +98,8 @@ def test_a_float32_checkpoint_is_rounded_on_request(mixed, tmp_path):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
-def test_frozen_float32_weights_stay_exact_under_a_bf16_engine(mixed, tmp_path):
-    def train():
+def test_frozen_float32_weights_stay_exact_under_a_bf16_engine(mixed: Path, tmp_path: Path) -> None:
+    def train() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing DeepSpeed causes many
             options = {"learning_rate": 0.0, "max_steps": 1, "bf16": True, "parallel": {"zero_stage": 2}}

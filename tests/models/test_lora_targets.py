@@ -1,5 +1,8 @@
 """Test names of LoRA targets on mixtures of experts, delta-net layers and models with a vision tower."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,7 +42,7 @@ DELTA = {
 }  # fmt: skip
 
 
-def moe(kind: str):
+def moe(kind: str) -> Qwen3_5MoeForCausalLM | Qwen3_5MoeForConditionalGeneration:
     torch.manual_seed(0)
     if kind == "qwen3_5_moe":
         return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SHAPE))
@@ -49,7 +52,7 @@ def moe(kind: str):
     return make_model(kind)
 
 
-def targets_of(model) -> set[str]:
+def targets_of(model: PeftModel) -> set[str]:
     """Return what has adapters: the last two parts of each name, with the parameter's name if it is not `weight`."""
     found = set()
     for name, module in model.get_base_model().named_modules():
@@ -60,13 +63,13 @@ def targets_of(model) -> set[str]:
     return found
 
 
-def adapted(kind, targets, **options) -> tuple[set[str], list[str]]:
+def adapted(kind: str, targets: list[str] | str, **options: Any) -> tuple[set[str], list[str]]:
     model, notes = add_adapter(moe(kind), LoraConfig(r=2, target_modules=targets, **options))
     return targets_of(model), notes
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_target_names_match_experts_shared_experts_and_routers(kind):
+def test_target_names_match_experts_shared_experts_and_routers(kind: str) -> None:
     shared = set() if kind == "qwen3_moe" else SHARED
     assert adapted(kind, ["gate_proj", "up_proj", "down_proj"]) == (EXPERTS | shared, [])
     assert adapted(kind, "experts") == (EXPERTS, [])
@@ -83,7 +86,7 @@ def test_target_names_match_experts_shared_experts_and_routers(kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_all_linear_leaves_out_experts_with_a_note(kind):
+def test_all_linear_leaves_out_experts_with_a_note(kind: str) -> None:
     linear = ATTENTION | DELTA.get(kind, set())
     linear |= set() if kind == "qwen3_moe" else SHARED | {"mlp.shared_expert_gate"}
     found, notes = adapted(kind, "all-linear")
@@ -94,7 +97,7 @@ def test_all_linear_leaves_out_experts_with_a_note(kind):
     assert adapted(kind, "all-linear", target_parameters=["experts.down_proj"])[0] == linear | {"experts.down_proj"}
 
 
-def test_a_vision_tower_gets_no_adapter():
+def test_a_vision_tower_gets_no_adapter() -> None:
     for targets in ("all-linear", ["qkv", "q_proj"], ["all-linear", "experts"]):
         if "qkv" in targets:
             with pytest.raises(ModelError, match="'qkv' is part of the vision tower"):
@@ -107,7 +110,7 @@ def test_a_vision_tower_gets_no_adapter():
         assert any(".experts." in name for name in names) == (targets != "all-linear")
 
 
-def test_layers_and_exclusions_apply_to_experts_too():
+def test_layers_and_exclusions_apply_to_experts_too() -> None:
     model, _ = add_adapter(moe("qwen3_moe"), LoraConfig(r=2, target_modules=["experts"], layers_to_transform=[1]))
     assert {name.split("layers.")[1][0] for name, weight in model.named_parameters() if weight.requires_grad} == {"1"}
     found, _ = adapted("qwen3_5_moe", ["down_proj", "q_proj"], exclude_modules=["experts"])
@@ -123,13 +126,13 @@ def test_layers_and_exclusions_apply_to_experts_too():
         ("qwen3_5_moe", ["in_proj_qkvz"], "did you mean in_proj_qkv"),
     ],
 )
-def test_a_name_that_matches_nothing_is_refused_with_suggestions(kind, targets, nearest):
+def test_a_name_that_matches_nothing_is_refused_with_suggestions(kind: str, targets: list[str], nearest: str) -> None:
     with pytest.raises(ModelError, match=nearest):
         adapted(kind, targets)
 
 
 @pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_options_that_fused_weights_do_not_support_are_refused(option):
+def test_options_that_fused_weights_do_not_support_are_refused(option: dict[str, Any]) -> None:
     name = next(iter(option))
     with pytest.raises(ModelError, match=f"{name}=.*experts.down_proj, experts.gate_up_proj"):
         adapted("qwen3_moe", ["experts"], **option)
@@ -137,7 +140,7 @@ def test_options_that_fused_weights_do_not_support_are_refused(option):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_the_merged_model_equals_the_adapter_loaded_by_peft(kind, tmp_path):
+def test_the_merged_model_equals_the_adapter_loaded_by_peft(kind: str, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=["all-linear", "experts", "gate"], init_lora_weights=False)
     policy = Policy(moe(kind), SFTConfig(), peft_config=lora)
     expected, _ = policy.logprobs(pack(skewed_trees()))
@@ -151,7 +154,7 @@ def test_the_merged_model_equals_the_adapter_loaded_by_peft(kind, tmp_path):
             torch.testing.assert_close(padded_logprobs(model, skewed_trees()), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_a_merged_expert_is_rounded_once():
+def test_a_merged_expert_is_rounded_once() -> None:
     lora = LoraConfig(r=2, target_modules=["experts"], init_lora_weights=False)
     policy = Policy(moe("qwen3_moe").to(torch.bfloat16), SFTConfig(bf16=False), peft_config=lora)
     experts = policy.base_model.model.layers[0].mlp.experts
@@ -166,7 +169,7 @@ def test_a_merged_expert_is_rounded_once():
 @pytest.mark.parametrize(
     "options", [{"target_modules": ["out_proj", "conv1d"]}, {"target_parameters": ["conv1d.weight"]}]
 )
-def test_an_adapter_on_the_convolution_of_a_delta_net_is_refused(options):
+def test_an_adapter_on_the_convolution_of_a_delta_net_is_refused(options: dict[str, list[str]]) -> None:
     """Refuse it because the layer reads the weight and does not call the module: the adapter would get no gradient, and
     the merged weight would differ from the one in the forward."""
     config = LoraConfig(**{"target_modules": ["out_proj"]} | options)

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rlqwen import SFTConfig
 from rlqwen.config import ModelConfig
@@ -81,7 +83,9 @@ REFUSED = {
 }
 
 
-def make(model_type: str, *, auto=AutoModelForCausalLM, **options):
+def make(
+    model_type: str, *, auto: type[AutoModelForSequenceClassification] = AutoModelForCausalLM, **options: Any
+) -> Any:
     """Return a random model whose logits differ widely, so that a wrong forward is noticed."""
     torch.manual_seed(0)
     known = transformers.CONFIG_MAPPING[model_type]()
@@ -94,7 +98,7 @@ def make(model_type: str, *, auto=AutoModelForCausalLM, **options):
     return model.eval()
 
 
-def assert_same_as_alone(model, policy_model):
+def assert_same_as_alone(model: PreTrainedModel, policy_model: Any) -> None:
     policy = Policy(policy_model, SFTConfig(disable_dropout=True))
     trees = skewed_trees()  # sequences of up to 100 tokens, so that windows of 12 hide most of a prefix
     weights = torch.randn(pack(trees).num_targets)
@@ -109,14 +113,14 @@ def assert_same_as_alone(model, policy_model):
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_packed_row_equals_the_models_own_forward(family):
+def test_a_packed_row_equals_the_models_own_forward(family: str) -> None:
     model_type, options = PACKED[family]
     model = make(model_type, **options)
     assert packs_prefixes(model.config)
     assert_same_as_alone(model, copy.deepcopy(model))
 
 
-def test_a_sliding_window_changes_the_logprobs():
+def test_a_sliding_window_changes_the_logprobs() -> None:
     """Make sure that the comparisons of families with windows can fail."""
     with_window, without = make("mistral", **WINDOW), make("mistral", sliding_window=None)
     trees = skewed_trees()
@@ -124,7 +128,7 @@ def test_a_sliding_window_changes_the_logprobs():
 
 
 @pytest.mark.parametrize("family", SEQUENTIAL)
-def test_families_that_cannot_share_prefixes_run_one_sequence_at_a_time(family):
+def test_families_that_cannot_share_prefixes_run_one_sequence_at_a_time(family: str) -> None:
     model_type, options = SEQUENTIAL[family]
     model = make(model_type, **options)
     assert not packs_prefixes(model.config)
@@ -137,13 +141,13 @@ def test_families_that_cannot_share_prefixes_run_one_sequence_at_a_time(family):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_unsupported_families_are_refused_by_name(family):
+def test_unsupported_families_are_refused_by_name(family: str) -> None:
     model_type, options, message = REFUSED[family]
     with pytest.raises(ModelError, match=message):
         Policy(make(model_type, **options), SFTConfig())
 
 
-def test_references_and_reward_models_are_checked_like_policies():
+def test_references_and_reward_models_are_checked_like_policies() -> None:
     with pytest.raises(ModelError, match="logits_scaling"):
         Policy(make("llama"), SFTConfig(), reference=make("granite", logits_scaling=8.0))
     model = make("mistral", auto=AutoModelForSequenceClassification, num_labels=1, **WINDOW, pad_token_id=None)
@@ -168,7 +172,7 @@ def test_references_and_reward_models_are_checked_like_policies():
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, r"attends with a mask of its own \(Tensor\)"),
     ],
 )
-def test_an_argument_that_changes_attention_is_refused(arguments, message):
+def test_an_argument_that_changes_attention_is_refused(arguments: dict[str, Any], message: str) -> None:
     states = torch.randn(1, 2, 4, 8)
     call = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
     harmless = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
@@ -178,7 +182,7 @@ def test_an_argument_that_changes_attention_is_refused(arguments, message):
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
-def folder(request, tiny_model_path, tmp_path_factory):
+def folder(request: pytest.FixtureRequest, tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model of another family and the tiny tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
@@ -189,7 +193,7 @@ def folder(request, tiny_model_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_sft_and_grpo_train_other_families(folder, tmp_path, lora):
+def test_sft_and_grpo_train_other_families(folder: Path, tmp_path: Path, lora: bool) -> None:
     peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
     sft = make_sft(folder, tmp_path / "sft", max_steps=2, learning_rate=1e-3, peft_config=peft_config)
     sft.train()
@@ -209,7 +213,7 @@ def test_sft_and_grpo_train_other_families(folder, tmp_path, lora):
     )
 
 
-def test_vllm_and_the_trainer_agree_on_sliding_windows(tiny_model_path, tmp_path):
+def test_vllm_and_the_trainer_agree_on_sliding_windows(tiny_model_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "head_dim": 32, "eos_token_id": tokenizer.eos_token_id}
@@ -221,7 +225,7 @@ def test_vllm_and_the_trainer_agree_on_sliding_windows(tiny_model_path, tmp_path
     assert max(steps(trainer, "sync/canary_gap") + steps(trainer, "sampling/logp_gap")) < 1e-5
 
 
-def test_check_refuses_a_family_without_loading_weights(tiny_model_path, tmp_path):
+def test_check_refuses_a_family_without_loading_weights(tiny_model_path: Path, tmp_path: Path) -> None:
     for file in tiny_model_path.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1,6 +1,8 @@
 """Test the load-balancing loss of routers on packed rows, and that every trainer adds it."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from tests.models.test_policy import make_model, skewed_trees
 TINY_MOE = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
 
 
-def test_the_loss_is_k_for_an_even_load_and_e_for_a_collapsed_one():
+def test_the_loss_is_k_for_an_even_load_and_e_for_a_collapsed_one() -> None:
     even = torch.eye(4).repeat(3, 1) * 50  # every expert is the only choice of some tokens
     loss, counts = load_balancing_loss([even], 1)
     assert loss.item() == pytest.approx(1.0)
@@ -43,7 +45,7 @@ def test_the_loss_is_k_for_an_even_load_and_e_for_a_collapsed_one():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind, checkpointing):
+def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind: str, checkpointing: bool) -> None:
     model = moe(kind)
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing, router_aux_loss_coef=0.5))
     trees = skewed_trees()
@@ -70,7 +72,7 @@ def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind, ch
             assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-7, name
 
 
-def test_forwards_without_gradients_add_no_router_loss():
+def test_forwards_without_gradients_add_no_router_loss() -> None:
     policy = Policy(make_model("qwen3_moe"), SFTConfig(), reference=True)
     assert policy.routers.coefficient == 0.001  # transformers' default
     batch = pack(skewed_trees())
@@ -83,7 +85,7 @@ def test_forwards_without_gradients_add_no_router_loss():
     assert policy.router_loss(1.0) == 0  # counted once per forward
 
 
-def test_metrics_measure_the_balance_of_the_load():
+def test_metrics_measure_the_balance_of_the_load() -> None:
     policy = Policy(make_model("qwen3_moe"), SFTConfig())
     policy.logprobs(pack(skewed_trees()))
     policy.router_loss(0.5)
@@ -94,8 +96,8 @@ def test_metrics_measure_the_balance_of_the_load():
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_next", "qwen3_5_moe"])
-def test_frozen_routers_get_no_loss_by_default(kind):
-    def routers(coefficient, **lora):
+def test_frozen_routers_get_no_loss_by_default(kind: str) -> None:
+    def routers(coefficient: float | None, **lora: Any) -> Any:
         config = LoraConfig(r=2, **lora)
         args = SFTConfig(router_aux_loss_coef=coefficient)
         return Policy(moe(kind), args, peft_config=config).routers
@@ -114,14 +116,14 @@ def test_frozen_routers_get_no_loss_by_default(kind):
     assert saved.coefficient == 0.001
 
 
-def test_a_dense_model_has_no_router_loss():
+def test_a_dense_model_has_no_router_loss() -> None:
     assert Policy(make_model(), SFTConfig()).routers.coefficient == 0
     assert Policy(make_model(), SFTConfig(router_aux_loss_coef=0.0)).routers.coefficient == 0
     with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0.1 is for mixtures of experts"):
         Policy(make_model(), SFTConfig(router_aux_loss_coef=0.1))
 
 
-def length_reward(completions, **kwargs):
+def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
@@ -146,7 +148,7 @@ RUNS = {
 
 @pytest.mark.parametrize("algorithm", list(RUNS))
 @pytest.mark.filterwarnings("ignore:.*engine.*:UserWarning")
-def test_every_trainer_adds_the_router_loss(algorithm, tmp_path):
+def test_every_trainer_adds_the_router_loss(algorithm: str, tmp_path: Path) -> None:
     trainer_class, config_class, options, rows = RUNS[algorithm]
     losses = {}
     for coefficient in (0.0, 10.0):
@@ -168,7 +170,7 @@ def test_every_trainer_adds_the_router_loss(algorithm, tmp_path):
         assert added == pytest.approx(0, abs=0.01)
 
 
-def test_micro_batches_are_weighted_by_their_tokens(tmp_path):
+def test_micro_batches_are_weighted_by_their_tokens(tmp_path: Path) -> None:
     trees = [Tree([], [Branch(list(range(1, length)))]) for length in (5, 40)]
     policy = Policy(make_model("qwen3_moe"), SFTConfig(router_aux_loss_coef=1.0))
     alone = []

@@ -1,14 +1,21 @@
 import copy
 import random
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -31,7 +38,7 @@ SHAPE = {
 QWEN3 = SHAPE | {"head_dim": 32}
 
 
-def make_model(kind: str = "qwen3", **options):
+def make_model(kind: str = "qwen3", **options: Any) -> Qwen2ForCausalLM | Qwen3MoeForCausalLM | Qwen3ForCausalLM:
     torch.manual_seed(0)
     if kind == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**SHAPE | options))
@@ -48,7 +55,13 @@ def make_model(kind: str = "qwen3", **options):
     return Qwen3ForCausalLM(Qwen3Config(**QWEN3 | options))
 
 
-def with_memory(model):
+def with_memory(
+    model: Qwen3NextForCausalLM
+    | Qwen3_5ForCausalLM
+    | Qwen3_5MoeForCausalLM
+    | Qwen3_5ForConditionalGeneration
+    | Qwen3_5MoeForConditionalGeneration,
+) -> Any:
     """Make delta-net layers forget slowly: with random decay rates they forget in one token, and no test covers the state."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,7 +82,7 @@ def skewed_trees(seed: int = 0) -> list[Tree]:
     return [*trees, Tree([], [Branch(tokens(30), loss_mask=[rng.random() < 0.5 for _ in range(30)])])]
 
 
-def padded_logprobs(model, trees: list[Tree], temperature: float = 1.0) -> torch.Tensor:
+def padded_logprobs(model: PreTrainedModel | PeftModel, trees: list[Tree], temperature: float = 1.0) -> torch.Tensor:
     """Return (N,) logprobs of the same targets from a right-padded batch in which each sequence has its own prefix."""
     rows = [(tree.prefix, branch) for tree in trees for branch in tree.branches if branch.token_ids]
     width = max(len(prefix) + len(branch.token_ids) for prefix, branch in rows)
@@ -89,7 +102,7 @@ def padded_logprobs(model, trees: list[Tree], temperature: float = 1.0) -> torch
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe", "qwen3_next"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_equals_padded(kind, checkpointing):
+def test_packed_equals_padded(kind: str, checkpointing: bool) -> None:
     model = make_model(kind)
     plain = copy.deepcopy(model)
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing))
@@ -111,7 +124,7 @@ def test_packed_equals_padded(kind, checkpointing):
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens"], ["lm_head"]])
-def test_packed_equals_padded_with_lora(modules_to_save):
+def test_packed_equals_padded_with_lora(modules_to_save: list[str] | None) -> None:
     model = make_model(tie_word_embeddings=False)
     lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=modules_to_save, init_lora_weights=False)
     policy = Policy(model, SFTConfig(), peft_config=lora, reference=True)
@@ -134,7 +147,7 @@ def test_packed_equals_padded_with_lora(modules_to_save):
             assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-6, name
 
 
-def test_the_lora_reference_is_the_model_without_adapter_and_export_changes_no_weight():
+def test_the_lora_reference_is_the_model_without_adapter_and_export_changes_no_weight() -> None:
     model = make_model()
     start = copy.deepcopy(model)
     lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["embed_tokens"], init_lora_weights=False)
@@ -156,7 +169,7 @@ def test_the_lora_reference_is_the_model_without_adapter_and_export_changes_no_w
     assert all(torch.equal(before[name], tensor) for name, tensor in policy.model.state_dict().items())
 
 
-def test_the_reference_does_not_change_with_the_policy():
+def test_the_reference_does_not_change_with_the_policy() -> None:
     policy = Policy(make_model(), SFTConfig(), reference=True)
     batch = pack(skewed_trees())
     before = policy.reference_logprobs(batch)
@@ -170,7 +183,7 @@ def test_the_reference_does_not_change_with_the_policy():
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_next"])
-def test_a_reference_in_half_precision_rounds_only_what_autocast_rounds(kind):
+def test_a_reference_in_half_precision_rounds_only_what_autocast_rounds(kind: str) -> None:
     """Rounding the rotary embedding would shift the positions of far tokens, and rounding decay rates would change how
     states decay."""
     policy = Policy(make_model(kind), SFTConfig(bf16=True), reference=True)
@@ -184,18 +197,18 @@ def test_a_reference_in_half_precision_rounds_only_what_autocast_rounds(kind):
     assert gap.abs().max() < 0.05
 
 
-def test_a_tied_head_is_exported_too():
+def test_a_tied_head_is_exported_too() -> None:
     exported = dict(Policy(make_model(tie_word_embeddings=True), SFTConfig()).export_weights())
     assert torch.equal(exported["lm_head.weight"], exported["model.embed_tokens.weight"])
 
 
-def test_experts_are_exported_under_checkpoint_names():
+def test_experts_are_exported_under_checkpoint_names() -> None:
     names = {name for name, _ in Policy(make_model("qwen3_moe"), SFTConfig()).export_weights()}
     assert "model.layers.0.mlp.experts.3.down_proj.weight" in names
     assert not any("gate_up_proj" in name for name in names)
 
 
-def test_trained_weights_are_float32_and_frozen_ones_keep_their_dtype():
+def test_trained_weights_are_float32_and_frozen_ones_keep_their_dtype() -> None:
     lora = LoraConfig(r=2, target_modules="all-linear")
     policy = Policy(make_model().to(torch.bfloat16), SFTConfig(bf16=True), peft_config=lora)
     dtypes = {p.requires_grad: p.dtype for p in policy.model.parameters()}
@@ -206,7 +219,7 @@ def test_trained_weights_are_float32_and_frozen_ones_keep_their_dtype():
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_saved_folder_loads_and_is_restored(tmp_path, adapter):
+def test_a_saved_folder_loads_and_is_restored(tmp_path: Path, adapter: bool) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if adapter else None
     policy = Policy(make_model(), SFTConfig(), peft_config=lora)
     batch = pack(skewed_trees())
@@ -223,6 +236,6 @@ def test_a_saved_folder_loads_and_is_restored(tmp_path, adapter):
     torch.testing.assert_close(policy.logprobs(batch)[0], logp)
 
 
-def test_a_folder_without_weights_is_a_model_error(tmp_path):
+def test_a_folder_without_weights_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):
         load_model(str(tmp_path), SFTConfig())

@@ -1,6 +1,7 @@
 """Test 4- and 8-bit base weights on CPU: training of adapters, and export of equal plain weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantized(
-    folder: Path, settings: QuantizationSettings, *, bf16: bool = False, checkpointing=False, **lora
+    folder: Path, settings: QuantizationSettings, *, bf16: bool = False, checkpointing: bool = False, **lora: Any
 ) -> Policy:
     dtype = "bfloat16" if bf16 else "float32"
     config = bitsandbytes_config(settings.model_copy(update={"compute_dtype": dtype}))
@@ -52,7 +53,7 @@ def quantized(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_weights_give_the_logprobs_of_the_policy(folder, tmp_path, kind):
+def test_exported_weights_give_the_logprobs_of_the_policy(folder: Path, tmp_path: Path, kind: str) -> None:
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, **lora)
     assert policy.quantized_bits == settings.bits
@@ -87,7 +88,7 @@ def test_exported_weights_give_the_logprobs_of_the_policy(folder, tmp_path, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_the_adapter_gets_gradients(folder, kind, checkpointing):
+def test_only_the_adapter_gets_gradients(folder: Path, kind: str, checkpointing: bool) -> None:
     """Compare them with the gradients of the same adapter on the dequantized weights."""
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, checkpointing=checkpointing, **lora)
@@ -109,7 +110,7 @@ def test_only_the_adapter_gets_gradients(folder, kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "8 bits"])
-def test_logprobs_in_bfloat16_differ_only_by_rounding(folder, kind):
+def test_logprobs_in_bfloat16_differ_only_by_rounding(folder: Path, kind: str) -> None:
     settings, lora = KINDS[kind]
     policy = quantized(folder, settings, bf16=True, **lora)
     dtypes = {parameter.dtype for parameter in policy.model.parameters()}
@@ -122,7 +123,7 @@ def test_logprobs_in_bfloat16_differ_only_by_rounding(folder, kind):
     assert gap.mean() < 0.05
 
 
-def test_a_model_saved_quantized_is_loaded_and_exported(folder, tmp_path):
+def test_a_model_saved_quantized_is_loaded_and_exported(folder: Path, tmp_path: Path) -> None:
     args = SFTConfig(model_init_kwargs={"quantization_config": bitsandbytes_config(NF4), "dtype": "float32"})
     model = load_model(str(folder), args)
     expected = padded_logprobs(model, skewed_trees())
@@ -135,7 +136,7 @@ def test_a_model_saved_quantized_is_loaded_and_exported(folder, tmp_path):
     torch.testing.assert_close(padded_logprobs(plain, skewed_trees()), expected, atol=5e-5, rtol=1e-4)
 
 
-def test_a_trainer_takes_the_quantization_arguments_of_trl(tmp_path):
+def test_a_trainer_takes_the_quantization_arguments_of_trl(tmp_path: Path) -> None:
     """Train SFT on 4 bits: the loss falls, and the saved model loads without bitsandbytes."""
     model = build_tiny_qwen3(
         tmp_path / "model", hidden_size=64, num_layers=2, intermediate_size=128, num_heads=2, num_kv_heads=1
@@ -158,7 +159,7 @@ def test_a_trainer_takes_the_quantization_arguments_of_trl(tmp_path):
     trainer.policy.load_checkpoint(tmp_path / "run" / "checkpoints" / "step-000008" / "adapter")
 
 
-def test_the_quantization_section_of_a_recipe_is_read():
+def test_the_quantization_section_of_a_recipe_is_read() -> None:
     model = {"path": "x", "lora": {"r": 4}, "quantization": {"bits": 4, "type": "fp4", "compute_dtype": "bfloat16"}}
     config = model_arguments(ModelConfig.parse(model))["quantization_config"]
     assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "fp4", True)
@@ -169,7 +170,9 @@ def test_the_quantization_section_of_a_recipe_is_read():
         ModelConfig.parse(model | {"quantization": {"bits": 3}})
 
 
-def test_missing_packages_and_unsupported_quantization_are_named(folder, tmp_path, monkeypatch):
+def test_missing_packages_and_unsupported_quantization_are_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ModelError, match="PEFT cannot train DoRA on 8-bit weights on CPU"):
         quantized(folder, QuantizationSettings(bits=8), use_dora=True)
     model = make_model()

@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_qwen3(tmp_path_factory.mktemp("tiny") / "model", seed=3)
 
 
-def test_tiny_qwen3_loads_with_about_a_million_parameters(folder):
+def test_tiny_qwen3_loads_with_about_a_million_parameters(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "qwen3"
@@ -30,7 +30,7 @@ def test_tiny_qwen3_loads_with_about_a_million_parameters(folder):
     assert tokenizer.eos_token_id == end_of_turn == model.config.eos_token_id
 
 
-def test_arithmetic_takes_few_tokens_and_any_text_round_trips(folder):
+def test_arithmetic_takes_few_tokens_and_any_text_round_trips(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": "12 + 34 = ?"}, {"role": "assistant", "content": "\\boxed{46}"}]
     text = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
@@ -45,14 +45,14 @@ def test_arithmetic_takes_few_tokens_and_any_text_round_trips(folder):
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 
 
-def test_think_tags_are_kept_by_decoding(folder):
+def test_think_tags_are_kept_by_decoding(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("<think>1</think><|im_end|>")["input_ids"]
     assert len(ids) == 4
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>1</think>"
 
 
-def test_the_same_seed_gives_the_same_bytes_and_keeps_the_rng_state(folder, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_keeps_the_rng_state(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_bytes_and_keeps_the_rng_state(folder, tmp_
     assert (folder / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
 
 
-def test_shape_options_reach_the_model(tmp_path):
+def test_shape_options_reach_the_model(tmp_path: Path) -> None:
     path = build_tiny_qwen3(tmp_path, model_type="qwen2", num_layers=1, tie_word_embeddings=False, max_length=256)
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.config.model_type == "qwen2"
@@ -87,7 +87,7 @@ MTP = [
 
 
 @pytest.mark.parametrize("name", RECENT)
-def test_recent_families_have_the_structure_of_real_checkpoints(name, tmp_path):
+def test_recent_families_have_the_structure_of_real_checkpoints(name: str, tmp_path: Path) -> None:
     folder = Path(resolve_model_path(f"builtin:{name}", tmp_path))
     shapes = shapes_on_disk(folder)
     has_vision, has_experts = "3.5" in name and "text" not in name, "moe" in name or "next" in name
@@ -123,7 +123,7 @@ def test_recent_families_have_the_structure_of_real_checkpoints(name, tmp_path):
         assert (token, whole.config.text_config.mtp_num_hidden_layers) == ("<|image_pad|>", 1)
 
 
-def test_building_a_checkpoint_twice_gives_the_same_bytes(tmp_path):
+def test_building_a_checkpoint_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -137,12 +137,12 @@ def test_building_a_checkpoint_twice_gives_the_same_bytes(tmp_path):
     assert kinds == ["linear_attention", "full_attention"]
 
 
-def test_any_chat_template_of_qwen_can_be_chosen(tmp_path):
+def test_any_chat_template_of_qwen_can_be_chosen(tmp_path: Path) -> None:
     build_tiny_qwen3(tmp_path, num_layers=1, chat_template="qwen3_8")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == read_trl_template("qwen3_8")
 
 
-def test_resolving_builds_once_per_set_of_arguments(tmp_path):
+def test_resolving_builds_once_per_set_of_arguments(tmp_path: Path) -> None:
     first = resolve_model_path("builtin:tiny-qwen3", tmp_path, num_layers=1)
     stamp = (Path(first) / "model.safetensors").stat().st_mtime_ns
     assert resolve_model_path("builtin:tiny-qwen3", tmp_path, num_layers=1) == first
@@ -152,7 +152,7 @@ def test_resolving_builds_once_per_set_of_arguments(tmp_path):
     assert resolve_model_path("Qwen/Qwen3-0.6B", tmp_path) == "Qwen/Qwen3-0.6B"
 
 
-def test_wrong_names_and_options_are_refused(tmp_path):
+def test_wrong_names_and_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"builtin:tiny-gpt.*builtin:tiny-qwen3"):
         resolve_model_path("builtin:tiny-gpt", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):

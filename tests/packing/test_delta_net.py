@@ -5,11 +5,14 @@ import importlib
 import inspect
 import itertools
 import logging
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor
 from transformers import (
+    PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
@@ -21,10 +24,11 @@ from transformers import (
 )
 
 from rlqwen.config import SFTConfig
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ModelError
 from rlqwen.models.policy import Policy
 from rlqwen.packing import delta_net
-from rlqwen.packing.batch import Branch, Tree, idle_batch, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, idle_batch, pack
 from rlqwen.packing.delta_plan import DeltaPlan
 from rlqwen.packing.forward import _sequential, packing_obstacle, packs_prefixes
 from rlqwen.packing.row_layout import sequences_of
@@ -50,7 +54,7 @@ VISION = {
 KINDS = ["qwen3_5", "qwen3_5_moe", "qwen3_next", "full", "full_moe"]
 
 
-def make(kind: str):
+def make(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "qwen3_next":
         return make_model(kind)
@@ -78,13 +82,13 @@ def edge_trees() -> list[Tree]:
     return [*trees, Tree([], [Branch(tokens(n, n)) for n in (1, 2, 45)])]
 
 
-def sequential_logprobs(model, batch) -> torch.Tensor:
+def sequential_logprobs(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Return (N,) logprobs of the targets, one sequence at a time through a model that was never packed."""
     hidden = _sequential(model, batch, batch.source_N, batch.sequence_N, None)
     return model.get_output_embeddings()(hidden).float().log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0]
 
 
-def assert_same_gradients(ours, theirs) -> None:
+def assert_same_gradients(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert any("linear_attn" in name for name in expected)
     for name, parameter in ours.named_parameters():
@@ -95,7 +99,7 @@ def assert_same_gradients(ours, theirs) -> None:
 
 @pytest.mark.parametrize("trees", [skewed_trees, edge_trees])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_equal_one_sequence_at_a_time(kind, trees):
+def test_packed_rows_equal_one_sequence_at_a_time(kind: str, trees: list[Tree]) -> None:
     model = make(kind)
     plain = copy.deepcopy(model)
     policy = Policy(model, SFTConfig(gradient_checkpointing=trees is edge_trees))
@@ -111,7 +115,7 @@ def test_packed_rows_equal_one_sequence_at_a_time(kind, trees):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_next"])
-def test_adapters_on_the_projections_of_delta_nets_are_trained(kind):
+def test_adapters_on_the_projections_of_delta_nets_are_trained(kind: str) -> None:
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     policy = Policy(make(kind), SFTConfig(gradient_checkpointing=True), peft_config=lora, reference=True)
     assert any("linear_attn.in_proj_qkv" in name for name in policy.trained_names)
@@ -129,7 +133,7 @@ def test_adapters_on_the_projections_of_delta_nets_are_trained(kind):
     torch.testing.assert_close(reference, sequential_logprobs(make(kind), batch), atol=1e-5, rtol=1e-5)
 
 
-def test_bf16_is_as_close_to_float32_packed_as_sequentially():
+def test_bf16_is_as_close_to_float32_packed_as_sequentially() -> None:
     model = make("qwen3_5")
     plain = copy.deepcopy(model)
     batch = pack(skewed_trees())
@@ -142,14 +146,14 @@ def test_bf16_is_as_close_to_float32_packed_as_sequentially():
     assert ours.max() <= 2 * usual.max() + 0.01
 
 
-def test_an_idle_row_has_a_gradient_of_zero_for_every_weight():
+def test_an_idle_row_has_a_gradient_of_zero_for_every_weight() -> None:
     policy = Policy(make("qwen3_5"), SFTConfig())
     logp, _ = policy.logprobs(idle_batch(edge_trees()[-2]))
     logp.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in policy.model.parameters())
 
 
-def recurrence(plan: DeltaPlan, query, key, value, g, beta):
+def recurrence(plan: DeltaPlan, query: Tensor, key: str, value: Any, g: Tensor, beta: float) -> Tensor:
     """Compute the rule by its definition, token by token: (T, H, V)."""
     query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
     outputs, ends = {}, {}
@@ -164,19 +168,19 @@ def recurrence(plan: DeltaPlan, query, key, value, g, beta):
     return torch.stack([outputs[t] for t in range(len(outputs))])
 
 
-def random_row(num_tokens: int, decay: float):
+def random_row(num_tokens: int, decay: float) -> list[Tensor]:
     torch.manual_seed(0)
     row = [torch.randn(num_tokens, 2, width, dtype=torch.float64) for width in (8, 8, 4)]
     row += [-decay * torch.rand(num_tokens, 2, dtype=torch.float64), torch.rand(num_tokens, 2, dtype=torch.float64)]
     return [tensor.requires_grad_() for tensor in row]
 
 
-def results(output, row):
+def results(output: Tensor, row: Row) -> list[Any]:
     return [output, *torch.autograd.grad((output * output.detach().cos()).sum(), row)]
 
 
 @pytest.mark.parametrize("decay", [0.05, 5.0])
-def test_the_chunked_rule_equals_its_definition(decay):
+def test_the_chunked_rule_equals_its_definition(decay: float) -> None:
     batch = pack(edge_trees())
     plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, decay)
@@ -185,8 +189,17 @@ def test_the_chunked_rule_equals_its_definition(decay):
 
 
 def varlen_kernel(
-    q, k, v, g, beta, *, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None
-):
+    q: Any,
+    k: int,
+    v: Any,
+    g: Tensor,
+    beta: float,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Any = None,
+) -> tuple[Tensor, Tensor | None]:
     """Emulate flash-linear-attention's chunk_gated_delta_rule with transformers' own function."""
     module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
     rule = inspect.unwrap(module.torch_chunk_gated_delta_rule)
@@ -208,13 +221,13 @@ def varlen_kernel(
 
 
 @pytest.mark.parametrize(("trees", "calls"), [(edge_trees(), 2), (edge_trees()[-1:], 1), ([edge_trees()[4]], 1)])
-def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees, calls):
+def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees: list[Tree], calls: int) -> None:
     batch = pack(trees)
     plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, 0.05)
     seen = []
 
-    def kernel(*args, **kwargs):
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["output_final_state"])
         return varlen_kernel(*args, **kwargs)
 
@@ -223,7 +236,7 @@ def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees, ca
     torch.testing.assert_close(results(output, row), results(recurrence(plan, *row).float(), row), atol=2e-5, rtol=1e-4)
 
 
-def test_a_model_with_that_kernel_equals_one_sequence_at_a_time(monkeypatch):
+def test_a_model_with_that_kernel_equals_one_sequence_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_net, "_kernel", lambda device_type: varlen_kernel)
     model = make("qwen3_5")
     plain = copy.deepcopy(model)
@@ -236,7 +249,7 @@ def test_a_model_with_that_kernel_equals_one_sequence_at_a_time(monkeypatch):
     assert_same_gradients(model, plain)
 
 
-def test_an_unpacked_model_is_unchanged_by_the_replaced_functions():
+def test_an_unpacked_model_is_unchanged_by_the_replaced_functions() -> None:
     model = make("qwen3_5")
     ids = torch.tensor([tokens(50), tokens(50, 5)])
     mask = torch.ones_like(ids)
@@ -252,7 +265,7 @@ def test_an_unpacked_model_is_unchanged_by_the_replaced_functions():
     assert copy.deepcopy(model).config._attn_implementation == model.config._attn_implementation
 
 
-def test_other_versions_of_transformers_are_refused(monkeypatch):
+def test_other_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make("qwen3_5").config
     module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
     monkeypatch.setattr(module, "causal_conv1d_fn", lambda hidden_states, weight: None)
@@ -266,12 +279,19 @@ def test_other_versions_of_transformers_are_refused(monkeypatch):
         Policy(make("qwen3_5"), SFTConfig())
 
 
-def test_functions_that_the_package_kernels_turned_into_modules_are_replaced(monkeypatch):
+def test_functions_that_the_package_kernels_turned_into_modules_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(delta_net.MODULES["qwen3_5_text"])
     function = inspect.unwrap(module.causal_conv1d_fn)
 
     class Function(torch.nn.Module):
-        def forward(self, hidden_states, weight, bias=None, activation=None, **kwargs):
+        def forward(
+            self,
+            hidden_states: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            activation: str | None = None,
+            **kwargs: Any,
+        ) -> Any:
             return function(hidden_states, weight, bias, activation)
 
     monkeypatch.setattr(module, "causal_conv1d_fn", Function())
@@ -281,7 +301,7 @@ def test_functions_that_the_package_kernels_turned_into_modules_are_replaced(mon
     torch.testing.assert_close(logp, sequential_logprobs(make("qwen3_5"), batch), atol=1e-5, rtol=1e-5)
 
 
-def test_a_layer_that_ignores_the_layout_is_refused():
+def test_a_layer_that_ignores_the_layout_is_refused() -> None:
     model = make("qwen3_5")
     policy = Policy(model, SFTConfig())
     layer = model.model.layers[2].linear_attn
@@ -291,7 +311,7 @@ def test_a_layer_that_ignores_the_layout_is_refused():
         policy.logprobs(pack(edge_trees()))
 
 
-def test_only_known_recurrent_layers_share_prefixes():
+def test_only_known_recurrent_layers_share_prefixes() -> None:
     assert packing_obstacle(make("full").config) is None
     other = make("qwen3_5").config
     other.model_type = "qwen9"
@@ -300,7 +320,9 @@ def test_only_known_recurrent_layers_share_prefixes():
     assert packing_obstacle(other) == "qwen9 has layers of type mamba"
 
 
-def test_missing_kernels_are_reported_only_on_devices_that_can_run_them(monkeypatch, caplog):
+def test_missing_kernels_are_reported_only_on_devices_that_can_run_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Filter the advice of transformers to install kernels, which it gives on a CPU too."""
     model = make("qwen3_5")
     Policy(model, SFTConfig()).logprobs(pack(edge_trees()[:1]))

@@ -1,19 +1,22 @@
 """Test logprobs and entropies that are computed in chunks of tokens, and by TRL's kernels."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from rlqwen.packing.logprobs import chunked_logprobs, kernel_logprobs
 
 
-def reference(hidden, head, target, temperature):
+def reference(hidden: Tensor, head: Tensor, target: Tensor, temperature: float) -> tuple[Any, Any]:
     log_probs = (hidden @ head.T / temperature).log_softmax(-1)
     return log_probs.gather(1, target[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
-def test_values_and_gradients_equal_plain_log_softmax(temperature, chunk_size):
+def test_values_and_gradients_equal_plain_log_softmax(temperature: float, chunk_size: int) -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(11, 8, dtype=torch.float64).float(), torch.randn(23, 8)
     target = torch.randint(0, 23, (11,))
@@ -31,7 +34,7 @@ def test_values_and_gradients_equal_plain_log_softmax(temperature, chunk_size):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_head_gets_no_gradient():
+def test_frozen_head_gets_no_gradient() -> None:
     hidden = torch.randn(3, 4, requires_grad=True)
     head = torch.randn(5, 4)
     logp, entropy = chunked_logprobs(hidden, head, torch.tensor([0, 1, 2]))
@@ -41,7 +44,7 @@ def test_frozen_head_gets_no_gradient():
     assert hidden.grad.abs().sum() > 0
 
 
-def test_bfloat16_hidden_gives_float32_logprobs():
+def test_bfloat16_hidden_gives_float32_logprobs() -> None:
     hidden = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
     logp, _ = chunked_logprobs(hidden, torch.randn(5, 4), torch.tensor([0, 1, 2]))
     assert logp.dtype is torch.float32
@@ -51,7 +54,7 @@ def test_bfloat16_hidden_gives_float32_logprobs():
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 11])
-def test_the_kernels_of_trl_give_the_same_logprobs(num_tokens, entropy):
+def test_the_kernels_of_trl_give_the_same_logprobs(num_tokens: int, entropy: bool) -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(num_tokens, 8), torch.randn(23, 8)
     target, weight = torch.randint(0, 23, (num_tokens,)), torch.randn(num_tokens)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from torch import Tensor, nn
 
 from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError
 from rlqwen.models.policy import Policy
-from rlqwen.packing.batch import Tree, pack, split_trees
+from rlqwen.packing.batch import PackedBatch, Tree, pack, split_trees
 from rlqwen.packing.forward import _own_experts
 from rlqwen.packing.routing_replay import routers_of
 from rlqwen.packing.sequence_parallel import SequenceGroup
@@ -50,7 +51,7 @@ def forced(model: Any, experts_TLK: torch.Tensor) -> None:
     """Replace the routers of a reference model by routers that choose the recorded experts of one known row."""
     for layer, router in enumerate(routers_of(model).values()):
 
-        def forward(hidden, router=router, layer=layer):
+        def forward(hidden: Tensor, router: nn.Module = router, layer: Any = layer) -> tuple[Tensor, Tensor, Tensor]:
             hidden = hidden.reshape(-1, router.hidden_dim)
             logits = torch.nn.functional.linear(hidden, router.weight)
             own = logits.topk(router.top_k, dim=-1).indices
@@ -66,7 +67,7 @@ def forced(model: Any, experts_TLK: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replayed_experts_get_the_weights_of_the_router(kind, checkpointing):
+def test_replayed_experts_get_the_weights_of_the_router(kind: str, checkpointing: bool) -> None:
     batch = pack(with_experts(skewed_trees()))
     assert batch.experts_TLK is not None
     model = moe(kind)
@@ -93,7 +94,7 @@ def test_replayed_experts_get_the_weights_of_the_router(kind, checkpointing):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replay_is_the_same_for_one_sequence_at_a_time(kind, monkeypatch):
+def test_replay_is_the_same_for_one_sequence_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack(with_experts(skewed_trees()))
     logprobs = []
     for packs in (True, False):
@@ -108,7 +109,7 @@ def test_replay_is_the_same_for_one_sequence_at_a_time(kind, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("lora", [None, ["q_proj", "experts", "gate"]], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_replaying_its_own_choices_changes_nothing(kind, lora, options):
+def test_replaying_its_own_choices_changes_nothing(kind: str, lora: list[str] | None, options: dict[str, Any]) -> None:
     config = lora and LoraConfig(r=2, target_modules=lora, init_lora_weights=False)
     policy = Policy(moe(kind), SFTConfig(**options), peft_config=config, reference=True)
     chosen: list[torch.Tensor] = []
@@ -137,7 +138,7 @@ def test_replaying_its_own_choices_changes_nothing(kind, lora, options):
         torch.testing.assert_close(policy.reference_logprobs(batch), expected_reference, atol=1e-6, rtol=0)
 
 
-def test_batches_without_records_and_dense_models():
+def test_batches_without_records_and_dense_models() -> None:
     policy = Policy(moe("qwen3_moe"), SFTConfig())
     expected, _ = policy.logprobs(pack(skewed_trees()))
     policy.replay_routing()
@@ -159,7 +160,7 @@ def test_batches_without_records_and_dense_models():
         RolloutConfig.parse({"engine": "transformers", "routing_replay": True})
 
 
-def test_records_follow_their_tokens():
+def test_records_follow_their_tokens() -> None:
     trees = with_experts(skewed_trees())
     whole = pack(trees)
     assert whole.experts_TLK.shape == (whole.num_tokens, 2, 2)
@@ -181,7 +182,7 @@ def test_records_follow_their_tokens():
     )
 
 
-def test_a_rank_of_a_sequence_group_replays_its_slice():
+def test_a_rank_of_a_sequence_group_replays_its_slice() -> None:
     batch = pack(with_experts(skewed_trees()))
     group = SequenceGroup()
     group.size, length = 4, -(-batch.num_tokens // 4)
@@ -199,7 +200,7 @@ def group_with_experts() -> Group:
     return Group(Prompt(0, [7, 8], "p"), completions, 1, total_rewards_G=[1.0, 0.0], prompt_experts=experts[:, :, ::-1])
 
 
-def test_records_reach_other_ranks_and_resumed_runs():
+def test_records_reach_other_ranks_and_resumed_runs() -> None:
     group = group_with_experts()
     (arrived,) = unpack_groups(pack_groups([group]), [group.prompt])
     scorer: Any = SimpleNamespace(open_batch=lambda: None)
@@ -214,11 +215,11 @@ def test_records_reach_other_ranks_and_resumed_runs():
         assert other.completions[1].experts is None
 
 
-def length_reward(completions, **kwargs):
+def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
-def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path):
+def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path: Path) -> None:
     """Compare in float32, where both choose the same experts, also with prefix cache and weight sync."""
     rows = [{"prompt": [{"role": "user", "content": f"{a} + {a} = ?" * 4}]} for a in (3, 3, 4, 3)]
     args = GRPOConfig(
@@ -232,7 +233,7 @@ def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path):
     packed = []
     original = trainer.micro_batches
 
-    def keep(trees):
+    def keep(trees: list[Tree]) -> list[PackedBatch]:
         batches = original(trees)
         packed.extend(batches)
         return batches

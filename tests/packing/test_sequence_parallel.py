@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +51,12 @@ GROUP: SequenceGroup | None = None
 """The sequence group of this rank, if there is one."""
 
 
-def policy_of(kind: str, **options) -> Policy:
+def policy_of(kind: str, **options: Any) -> Policy:
     args = SFTConfig(gradient_checkpointing=options.pop("checkpointing", False), router_aux_loss_coef=None)
     return Policy(make_model(kind, **options), args, reference=True, sequence=GROUP)
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return gradients by name, added up over the ranks."""
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     if GROUP is not None:
@@ -64,7 +65,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def token_loss(policy: Policy, batch: PackedBatch) -> dict:
+def token_loss(policy: Policy, batch: PackedBatch) -> dict[str, Any]:
     """Return values and gradients of a loss of logprobs, entropies, a value head and the routers."""
     head = ValueHead(64, train_trunk=True, device=torch.device("cpu"), sequence=policy.sequence)
     torch.nn.init.ones_(head.head.weight)
@@ -91,7 +92,7 @@ def token_loss(policy: Policy, batch: PackedBatch) -> dict:
     return {"values": [value.detach() for value in values], "gradients": grads}
 
 
-def score_loss(model: ScalarModel, batch: PackedBatch) -> dict:
+def score_loss(model: ScalarModel, batch: PackedBatch) -> dict[str, Any]:
     scores_S, values_N = model.scores(batch), model.values(batch, torch.empty(0))
     ((scores_S**2).sum() + values_N.sum()).backward()
     grads = gradients(model.model)
@@ -121,7 +122,7 @@ def in_a_rank() -> list[dict]:
     return everything()
 
 
-def test_two_slices_give_the_values_and_gradients_of_the_whole_row():
+def test_two_slices_give_the_values_and_gradients_of_the_whole_row() -> None:
     whole = everything()
     for found in run_ranks(in_a_rank):
         assert len(found) == len(whole)
@@ -142,7 +143,7 @@ class ThreeRanks(SequenceGroup):
         self.rank, self.size = rank, 3
 
 
-def test_slices_cover_the_row_and_every_position_has_one_owner():
+def test_slices_cover_the_row_and_every_position_has_one_owner() -> None:
     row = torch.arange(1, 8)[None]
     groups = [ThreeRanks(rank) for rank in range(3)]
     assert torch.cat([group.cut(row) for group in groups], dim=1).tolist() == [[1, 2, 3, 4, 5, 6, 7, 0, 0]]
@@ -154,7 +155,7 @@ def test_slices_cover_the_row_and_every_position_has_one_owner():
     assert [group.num_real(1) for group in groups] == [1, 0, 0]
 
 
-def test_models_that_cannot_be_sliced_are_refused_with_the_reason():
+def test_models_that_cannot_be_sliced_are_refused_with_the_reason() -> None:
     with pytest.raises(
         ModelError, match=r"sequence_parallel_size=3 does not divide the model's 4 attention heads .*2, 4"
     ):
@@ -167,7 +168,7 @@ def test_models_that_cannot_be_sliced_are_refused_with_the_reason():
         Policy(make_model("qwen3_next"), SFTConfig(), sequence=two)
 
 
-def length_reward(completions, **kwargs):
+def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
@@ -211,7 +212,7 @@ def train(algorithm: str, folder: Path, batch_size: int, **parallel: int) -> tup
 
 @pytest.mark.parametrize("algorithm", [*RUNS])
 @pytest.mark.filterwarnings("ignore:.*engine.*:UserWarning")
-def test_sequence_groups_of_two_ranks_train_like_one_rank(algorithm, tmp_path):
+def test_sequence_groups_of_two_ranks_train_like_one_rank(algorithm: str, tmp_path: Path) -> None:
     metrics, weights = train(algorithm, tmp_path / "one", 8)
     found = run_ranks(lambda: train(algorithm, tmp_path / "four", 4, sequence_parallel_size=2), world_size=4)
     for ours, our_weights in found:
@@ -223,14 +224,14 @@ def test_sequence_groups_of_two_ranks_train_like_one_rank(algorithm, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # importing DeepSpeed causes them
 @pytest.mark.parametrize("stage", [2, 3])
-def test_sequence_groups_work_with_sharded_gradients_and_weights(stage, tmp_path):
+def test_sequence_groups_work_with_sharded_gradients_and_weights(stage: int, tmp_path: Path) -> None:
     metrics, _ = train("sft", tmp_path / "one", 8)
     parallel = {"sequence_parallel_size": 2, "zero_stage": stage}
     for ours, _ in run_ranks(lambda: train("sft", tmp_path / "four", 4, **parallel), world_size=4):
         assert ours == pytest.approx(metrics, rel=2e-3)
 
 
-def test_a_group_size_that_does_not_divide_the_ranks_is_refused():
+def test_a_group_size_that_does_not_divide_the_ranks_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"parallel.sequence_parallel_size=2 must divide the number of ranks, which is 1"
     ):

@@ -1,5 +1,7 @@
 """Test top-k, top-p and min-p against transformers, and the logprobs of truncated distributions."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -14,11 +16,11 @@ CASES = [
 ]  # fmt: skip
 
 
-def logits_of(rows=64, vocabulary=300, sharpness=3.0):
+def logits_of(rows: int = 64, vocabulary: int = 300, sharpness: float = 3.0) -> Any:
     return sharpness * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
 
 
-def by_transformers(logits, truncation):
+def by_transformers(logits: Any, truncation: Truncation) -> torch.Tensor:
     warpers = LogitsProcessorList()
     if truncation.min_p:
         warpers.append(MinPLogitsWarper(truncation.min_p))
@@ -30,14 +32,16 @@ def by_transformers(logits, truncation):
 
 
 @pytest.mark.parametrize("truncation", CASES, ids=str)
-def test_truncation_keeps_the_same_tokens_as_transformers(truncation):
+def test_truncation_keeps_the_same_tokens_as_transformers(truncation: Truncation) -> None:
     logits = logits_of()
     assert torch.equal(truncated(logits, truncation).isinf(), by_transformers(logits, truncation).isinf())
 
 
 @pytest.mark.parametrize("likely", [8, 1024])
 @pytest.mark.parametrize("truncation", CASES, ids=str)
-def test_log_kept_is_the_log_of_the_kept_probability(truncation, likely, monkeypatch):
+def test_log_kept_is_the_log_of_the_kept_probability(
+    truncation: Truncation, likely: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Include cases that keep more tokens than are sorted at first."""
     monkeypatch.setattr(module, "LIKELY", likely)
     logits = logits_of()
@@ -47,13 +51,13 @@ def test_log_kept_is_the_log_of_the_kept_probability(truncation, likely, monkeyp
     torch.testing.assert_close(log_kept(logits, target[:, 0], truncation), expected, atol=1e-5, rtol=0)
 
 
-def test_a_target_that_truncation_removes_counts_as_kept():
+def test_a_target_that_truncation_removes_counts_as_kept() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     kept = log_kept(probs.log(), torch.tensor([2]), Truncation(top_k=2))
     assert kept.exp().item() == pytest.approx(0.95)
 
 
-def test_ties_at_the_cutoff_are_cut_to_the_exact_count():
+def test_ties_at_the_cutoff_are_cut_to_the_exact_count() -> None:
     probs = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15]])
     assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_k=3)).exp().item() == pytest.approx(0.7)
     assert log_kept(probs.log(), torch.tensor([0]), Truncation(top_p=0.6)).exp().item() == pytest.approx(0.7)
@@ -64,7 +68,7 @@ def test_ties_at_the_cutoff_are_cut_to_the_exact_count():
 @pytest.mark.parametrize(
     "cut", [{"top_k": 3}, {"top_k": 3, "top_p": 0.6}, {"top_k": 3, "min_p": 0.5}, {"top_k": 9}], ids=str
 )
-def test_ties_can_be_kept_like_vllms_cpu_sampler(cut):
+def test_ties_can_be_kept_like_vllms_cpu_sampler(cut: dict[str, Any]) -> None:
     topk_topp_sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
     logits = torch.tensor([[0.4, 0.15, 0.15, 0.15, 0.15], [0.5, 0.2, 0.15, 0.1, 0.05]]).log()
     truncation = Truncation(**cut, keeps_ties=True)
@@ -77,7 +81,7 @@ def test_ties_can_be_kept_like_vllms_cpu_sampler(cut):
     torch.testing.assert_close(log_kept(logits, torch.tensor([0, 0]), truncation), expected)
 
 
-def test_chunks_do_not_change_the_result():
+def test_chunks_do_not_change_the_result() -> None:
     hidden, head = torch.randn(50, 16), torch.randn(300, 16)
     target = torch.randint(300, (50,))
     whole = log_kept(hidden @ head.T / 0.7, target, CASES[4])

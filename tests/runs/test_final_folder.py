@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig
@@ -27,12 +29,12 @@ CHATS = [{"messages": row["prompt"] + row["chosen"]} for row in PAIRS]
 END, EOS = "<|im_end|>", "<|endoftext|>"
 
 
-def length(completion_ids, **kwargs):
+def length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
-def base(tiny_model_path, tmp_path_factory):
+def base(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a base model like Qwen's: its tokenizer and configs have another end token than its chat template."""
     folder = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(tiny_model_path, folder)
@@ -47,7 +49,7 @@ def base(tiny_model_path, tmp_path_factory):
     return folder
 
 
-def train(algorithm, model, folder, *, peft=False, **options):
+def train(algorithm: str, model: Path, folder: Path, *, peft: bool = False, **options: Any) -> Any:
     """Train one step with `algorithm`, and save a checkpoint."""
     kind, rows = {"sft": ("SFT", CHATS), "dpo": ("DPO", PAIRS), "reward": ("Reward", PAIRS)}.get(
         algorithm, (algorithm.upper(), PROMPTS)
@@ -68,7 +70,7 @@ def train(algorithm, model, folder, *, peft=False, **options):
     return trainer
 
 
-def stops(folder):
+def stops(folder: Path) -> str | list[str]:
     """Return the tokens at which `generate` stops with the model of a folder."""
     ids = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     return AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
@@ -76,7 +78,9 @@ def stops(folder):
 
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "ppo"])
-def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(base, tmp_path, algorithm, peft):
+def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(
+    base: Path, tmp_path: Path, algorithm: str, peft: bool
+) -> None:
     train(algorithm, base, tmp_path / "run", peft=peft)
     for folder in (tmp_path / "run" / "final", *(tmp_path / "run" / "checkpoints").glob("step-*")):
         assert stops(folder) == [EOS, END]
@@ -88,7 +92,7 @@ def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(base, tmp_pat
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo"])
-def test_a_configured_eos_token_is_in_every_saved_config(base, tmp_path, algorithm):
+def test_a_configured_eos_token_is_in_every_saved_config(base: Path, tmp_path: Path, algorithm: str) -> None:
     """Check the tokenizer, the config, and the first stop token of generation, as in TRL 1.16."""
     train(algorithm, base, tmp_path, eos_token=END)
     model, tokenizer = (auto.from_pretrained(tmp_path / "final") for auto in (AutoModelForCausalLM, AutoTokenizer))
@@ -98,7 +102,7 @@ def test_a_configured_eos_token_is_in_every_saved_config(base, tmp_path, algorit
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
 
 
-def test_a_saved_reward_model_has_a_pad_token(base, tmp_path):
+def test_a_saved_reward_model_has_a_pad_token(base: Path, tmp_path: Path) -> None:
     """Check the pad token, because transformers scores the last token that is not padding."""
     train("reward", base, tmp_path, eos_token=END)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
@@ -108,12 +112,12 @@ def test_a_saved_reward_model_has_a_pad_token(base, tmp_path):
     assert not (tmp_path / "final" / "generation_config.json").exists()
 
 
-def test_an_unknown_eos_token_is_refused(base, tmp_path):
+def test_an_unknown_eos_token_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="eos_token: '<end>' is not in the tokenizer's vocabulary"):
         train("sft", base, tmp_path, eos_token="<end>")
 
 
-def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(base, tmp_path):
+def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(base: Path, tmp_path: Path) -> None:
     model, tokenizer = (auto.from_pretrained(base) for auto in (AutoModelForCausalLM, AutoTokenizer))
     model.generation_config = GenerationConfig(eos_token_id=[7, 9], temperature=0.5)
     with pytest.warns(UserWarning, match="do_sample is set to true"):
@@ -125,7 +129,7 @@ def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(b
 
 
 @pytest.fixture
-def short(base, tmp_path):
+def short(base: Path, tmp_path: Path) -> tuple[Path, str]:
     """Make a model whose tokenizer has two tokens more than its embedding has rows."""
     folder = tmp_path / "short"
     shutil.copytree(base, folder)
@@ -140,13 +144,17 @@ def short(base, tmp_path):
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "reward", "grpo", "ppo"])
-def test_trainers_refuse_tokens_without_an_embedding_row(short, tmp_path, algorithm):
+def test_trainers_refuse_tokens_without_an_embedding_row(
+    short: tuple[Path, str], tmp_path: Path, algorithm: str
+) -> None:
     folder, message = short
     with pytest.raises(ModelError, match=message):
         train(algorithm, folder, tmp_path / "run")
 
 
-def test_exports_and_reward_models_refuse_tokens_without_an_embedding_row(short, tmp_path):
+def test_exports_and_reward_models_refuse_tokens_without_an_embedding_row(
+    short: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, message = short
     with pytest.raises(ModelError, match=message):
         export_model(ExportOptions(str(folder), str(tmp_path / "out")))
@@ -155,7 +163,9 @@ def test_exports_and_reward_models_refuse_tokens_without_an_embedding_row(short,
         RewardModel(model, AutoTokenizer.from_pretrained(folder)).load()
 
 
-def test_the_command_line_refuses_tokens_without_an_embedding_row(short, tmp_path, capsys):
+def test_the_command_line_refuses_tokens_without_an_embedding_row(
+    short: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, message = short
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
     recipe = {

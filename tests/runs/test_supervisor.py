@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +19,11 @@ QUICK = {"backoff_s": 0.01}
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path: Path) -> Any:
     """Return a function that makes a command, which appends its arguments to the file `starts` and then runs `body`."""
     run = tmp_path / "run"
 
-    def make(body):
+    def make(body: bytes) -> tuple[list[str], Path]:
         path = tmp_path / "child.py"
         head = f"""
             import json, os, signal, sys, time
@@ -42,11 +45,11 @@ def script(tmp_path):
     return make
 
 
-def starts(run):
+def starts(run: Path) -> list[Any]:
     return [json.loads(line) for line in (run / "starts").read_text().splitlines()]
 
 
-def restarts(run):
+def restarts(run: Path) -> list[Any]:
     path = run / RESTARTS_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -58,7 +61,7 @@ DIE = {"raises": "sys.exit(1)", "is killed": "os.kill(os.getpid(), signal.SIGKIL
     "the run dies twice, each time after more steps", "restarted from its last checkpoint until it is finished"
 )
 @pytest.mark.parametrize("how", DIE)
-def test_a_run_that_dies_is_restarted(script, how):
+def test_a_run_that_dies_is_restarted(script: Any, how: str) -> None:
     command, run = script(f"""
         log(10 * starts + 5)
         save(10 * starts + 4)
@@ -78,7 +81,7 @@ def test_a_run_that_dies_is_restarted(script, how):
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 130])
-def test_finished_refused_and_stopped_runs_are_not_restarted(script, code):
+def test_finished_refused_and_stopped_runs_are_not_restarted(script: Any, code: int) -> None:
     command, run = script(f"sys.exit({code})")
     assert supervise(command, [run], RestartPolicy(3, **QUICK), print) == code
     assert len(starts(run)) == 1
@@ -88,7 +91,7 @@ def test_finished_refused_and_stopped_runs_are_not_restarted(script, code):
 @pytest.mark.fault(
     "the run dies again and again, each time after more steps", "ends after --max-restarts, with the run's exit code"
 )
-def test_restarts_are_bounded(script):
+def test_restarts_are_bounded(script: Any) -> None:
     command, run = script("log(starts)\nsys.exit(1)")
     printed = []
     assert supervise(command, [run], RestartPolicy(4, **QUICK), printed.append) == 1
@@ -100,7 +103,7 @@ def test_restarts_are_bounded(script):
 
 
 @pytest.mark.fault("the run dies at the same step each time", "ends after the third time, even if restarts are left")
-def test_a_run_without_progress_is_given_up(script):
+def test_a_run_without_progress_is_given_up(script: Any) -> None:
     command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
     printed = []
     assert supervise(command, [run], RestartPolicy(50, **QUICK), printed.append) == -signal.SIGSEGV
@@ -108,13 +111,13 @@ def test_a_run_without_progress_is_given_up(script):
     assert "3 times in a row at the same step" in printed[-1]
 
 
-def test_a_run_that_its_monitor_stopped_is_not_restarted(script):
+def test_a_run_that_its_monitor_stopped_is_not_restarted(script: Any) -> None:
     command, run = script('(run / "error.log").write_text("rlqwen.errors.WatchStop: kl")\nsys.exit(1)')
     assert supervise(command, [run], RestartPolicy(3, **QUICK), print) == 1
     assert len(starts(run)) == 1
 
 
-def test_a_restart_is_recorded_in_the_unfinished_run_folder(script, tmp_path):
+def test_a_restart_is_recorded_in_the_unfinished_run_folder(script: Any, tmp_path: Path) -> None:
     command, run = script("""
         if starts == 0:
             sys.exit(1)
@@ -134,7 +137,7 @@ sys.exit(supervise(sys.argv[2:], [sys.argv[1]], RestartPolicy(3, backoff_s=float
 """
 
 
-def start_supervisor(command, run):
+def start_supervisor(command: Sequence[str], run: Path) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", SUPERVISE, str(run), *command],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
@@ -148,7 +151,7 @@ def start_supervisor(command, run):
     "a signal to the supervisor", "forwarded once; it ends with the run's exit code and restarts nothing"
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)])
-def test_signals_are_forwarded_once(script, number, code):
+def test_signals_are_forwarded_once(script: Any, number: int, code: int) -> None:
     command, run = script(f"""
         got = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -168,7 +171,7 @@ def test_signals_are_forwarded_once(script, number, code):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_between_two_attempts_ends_the_supervisor(script, number, code):
+def test_a_signal_between_two_attempts_ends_the_supervisor(script: Any, number: int, code: int) -> None:
     command, run = script("(run / 'ready').touch()\nsys.exit(1)")
     process = start_supervisor(command, run)
     wait_until(lambda: restarts(run), "a restart is noted")
@@ -179,7 +182,7 @@ def test_a_signal_between_two_attempts_ends_the_supervisor(script, number, code)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the Linux kernel signals a child when its parent ends")
 @pytest.mark.fault("SIGKILL of the supervisor", "the run gets SIGTERM, saves and ends")
-def test_no_child_outlives_its_supervisor(script):
+def test_no_child_outlives_its_supervisor(script: Any) -> None:
     command, run = script("""
         sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         from rlqwen.runs.supervisor import end_with_supervisor, is_supervised
@@ -199,7 +202,7 @@ def test_no_child_outlives_its_supervisor(script):
     wait_until((run / "left").exists, "the child leaves")
 
 
-def test_exit_codes_are_described_in_words():
+def test_exit_codes_are_described_in_words() -> None:
     assert describe_exit(-9) == describe_exit(137) == "killed by SIGKILL"
     assert describe_exit(1) == "exit code 1"
     assert os.environ.get("RLQWEN_SUPERVISOR") is None

@@ -2,19 +2,21 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlqwen import DPOConfig, DPOTrainer
 from rlqwen.algorithms.losses.preference import PreferenceLoss
 from rlqwen.cli import main
-from rlqwen.config import QuantizationSettings
+from rlqwen.config import QuantizationSettings, Recipe
 from rlqwen.config.dpo import LossName
 from rlqwen.errors import ConfigError, DataError, ModelError
 from rlqwen.models.quantization import bitsandbytes_config
@@ -27,12 +29,12 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "reference"
 
 
-def pairs(count=12):
+def pairs(count: int = 12) -> list[dict[str, list[dict[str, Any]]]]:
     """Return pairs with prompts of many lengths; good answers end in b, bad ones in a."""
     return [
         {
@@ -44,13 +46,22 @@ def pairs(count=12):
     ]
 
 
-def labeled(count=12):
+def labeled(count: int = 12) -> list[dict[str, bool | str]]:
     return [
         {"prompt": f"say {i}:", "completion": " yes" if i % 3 else " no", "label": bool(i % 3)} for i in range(count)
     ]
 
 
-def make_trainer(model, folder, *, train=None, eval_dataset=None, ref_model=None, peft_config=None, **options):
+def make_trainer(
+    model: Path | PreTrainedModel | PeftModel,
+    folder: Path,
+    *,
+    train: list[dict[str, Any]] | None = None,
+    eval_dataset: Any | None = None,
+    ref_model: PreTrainedModel | None = None,
+    peft_config: LoraConfig | None = None,
+    **options: Any,
+) -> DPOTrainer:
     defaults = {"output_dir": str(folder), "per_device_train_batch_size": 6, "max_steps": 2, "save_strategy": "no"}
     return DPOTrainer(
         str(model) if not isinstance(model, torch.nn.Module) else model,
@@ -63,7 +74,9 @@ def make_trainer(model, folder, *, train=None, eval_dataset=None, ref_model=None
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_a_run_learns_to_rank_held_out_pairs_and_completes_its_folder(tiny_model_path, tmp_path, peft_config):
+def test_a_run_learns_to_rank_held_out_pairs_and_completes_its_folder(
+    tiny_model_path: Path, tmp_path: Path, peft_config: Any
+) -> None:
     rate = 1e-3 if peft_config is None else 2e-2
     trainer = make_trainer(
         tiny_model_path,
@@ -90,7 +103,7 @@ def test_a_run_learns_to_rank_held_out_pairs_and_completes_its_folder(tiny_model
 
 
 @pytest.fixture(scope="module")
-def moved_trainer(tiny_model_path, tmp_path_factory):
+def moved_trainer(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Build a trainer whose policy differs from its reference; its `step` keeps the gradients and makes no update."""
     trainer = make_trainer(tiny_model_path, tmp_path_factory.mktemp("moved"), loss_type=["sigmoid", "kto"])
     torch.manual_seed(1)
@@ -102,7 +115,7 @@ def moved_trainer(tiny_model_path, tmp_path_factory):
     return trainer
 
 
-def gradients(trainer, **options):
+def gradients(trainer: Any, **options: Any) -> tuple[dict[str, float], list[Tensor | Any]]:
     """Return the metrics and gradients of one step on six pairs."""
     trainer.args = DPOConfig(**options)
     trainer.loss = PreferenceLoss(trainer.args)
@@ -119,7 +132,7 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("options", LOSSES, ids=lambda options: "-".join(map(str, options.values())))
-def test_micro_batches_change_only_rounding(moved_trainer, options):
+def test_micro_batches_change_only_rounding(moved_trainer: Any, options: Any) -> None:
     whole, whole_grads = gradients(moved_trainer, per_device_train_batch_size=6, **options)
     assert whole["loss"] != 0
     scale = max(1.0, *(grad.abs().max().item() for grad in whole_grads))
@@ -131,7 +144,7 @@ def test_micro_batches_change_only_rounding(moved_trainer, options):
             torch.testing.assert_close(ours, theirs, atol=2e-6 * scale, rtol=1e-3)
 
 
-def test_a_packed_pair_has_the_logprobs_of_two_separate_sequences(moved_trainer):
+def test_a_packed_pair_has_the_logprobs_of_two_separate_sequences(moved_trainer: Any) -> None:
     model = moved_trainer.model
     moved_trainer.args = DPOConfig()
     row = moved_trainer.train_rows[7].answers
@@ -148,7 +161,7 @@ def test_a_packed_pair_has_the_logprobs_of_two_separate_sequences(moved_trainer)
         model.set_attn_implementation("rlqwen_packed")
 
 
-def test_wpo_weights_use_the_whole_distribution(moved_trainer):
+def test_wpo_weights_use_the_whole_distribution(moved_trainer: Any) -> None:
     """Compute the sum of p^2 from all logits (WPO weights a token by p(token) / sum of p^2)."""
     policy = moved_trainer.policy
     batch = pack([moved_trainer.train_rows[3].answers]).to(policy.device)
@@ -160,7 +173,7 @@ def test_wpo_weights_use_the_whole_distribution(moved_trainer):
     assert not log_sum_sq_probs_N.requires_grad
 
 
-def references(trainer):
+def references(trainer: Any) -> Any:
     """Move the policy away from the reference, and return the reference's log-probability of every answer."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -173,7 +186,7 @@ def references(trainer):
     return answers.ref_logp_S
 
 
-def test_all_kinds_of_reference_agree(tiny_model_path, tmp_path, cache):
+def test_all_kinds_of_reference_agree(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     kinds = {
         "copy": {},
@@ -196,7 +209,7 @@ def test_all_kinds_of_reference_agree(tiny_model_path, tmp_path, cache):
     assert len(list(cache.glob("*.safetensors"))) == 1
 
 
-def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_model_path, tmp_path):
+def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_model_path: Path, tmp_path: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path), LORA)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -210,7 +223,7 @@ def test_the_reference_of_a_model_with_a_trained_adapter_is_that_model(tiny_mode
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_references_of_quantized_weights(tiny_model_path, tmp_path, bits):
+def test_references_of_quantized_weights(tiny_model_path: Path, tmp_path: Path, bits: int) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional extra")
     quantized = {"quantization_config": bitsandbytes_config(QuantizationSettings(bits=bits, compute_dtype="float32"))}
     off = make_trainer(
@@ -225,12 +238,12 @@ def test_references_of_quantized_weights(tiny_model_path, tmp_path, bits):
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
 
 
-def notes(trainer):
+def notes(trainer: Any) -> str:
     return "\n".join(trainer.logger.pending_notes)
 
 
-def test_cached_reference_logprobs_serve_only_equal_runs(tiny_model_path, tmp_path, cache):
-    def run(name, model=tiny_model_path, **options):
+def test_cached_reference_logprobs_serve_only_equal_runs(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
+    def run(name: str, model: Path | PreTrainedModel = tiny_model_path, **options: Any) -> Any:
         return make_trainer(model, tmp_path / name, precompute_ref_log_probs=True, eval_dataset=pairs(3), **options)
 
     first = run("first")
@@ -261,7 +274,9 @@ def test_cached_reference_logprobs_serve_only_equal_runs(tiny_model_path, tmp_pa
     ],
     ids=["changed", "emptied", "missing", "broken manifest", "stale manifest"],
 )
-def test_a_damaged_or_stale_cache_entry_is_replaced(tiny_model_path, tmp_path, cache, damage, note):
+def test_a_damaged_or_stale_cache_entry_is_replaced(
+    tiny_model_path: Path, tmp_path: Path, cache: Path, damage: Any, note: str
+) -> None:
     first = make_trainer(tiny_model_path, tmp_path / "first", precompute_ref_log_probs=True)
     damage(next(cache.glob("*.safetensors")), next(cache.glob("*.json")))
     second = make_trainer(tiny_model_path, tmp_path / "second", precompute_ref_log_probs=True)
@@ -272,7 +287,9 @@ def test_a_damaged_or_stale_cache_entry_is_replaced(tiny_model_path, tmp_path, c
     assert "read from" in notes(third)
 
 
-def test_an_unwritable_cache_only_causes_a_note(tiny_model_path, tmp_path, monkeypatch):
+def test_an_unwritable_cache_only_causes_a_note(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     trainer = make_trainer(tiny_model_path, tmp_path / "run", precompute_ref_log_probs=True)
@@ -280,7 +297,7 @@ def test_an_unwritable_cache_only_causes_a_note(tiny_model_path, tmp_path, monke
     assert references(trainer).isfinite().all()
 
 
-def test_a_precomputed_reference_trains_like_a_copy_and_is_freed(tiny_model_path, tmp_path):
+def test_a_precomputed_reference_trains_like_a_copy_and_is_freed(tiny_model_path: Path, tmp_path: Path) -> None:
     copy = make_trainer(tiny_model_path, tmp_path / "copy", eval_dataset=pairs(4))
     precomputed = make_trainer(
         tiny_model_path, tmp_path / "precomputed", eval_dataset=pairs(4), precompute_ref_log_probs=True
@@ -294,7 +311,9 @@ def test_a_precomputed_reference_trains_like_a_copy_and_is_freed(tiny_model_path
     assert precomputed.evaluate(pairs(4))["eval/loss"] == pytest.approx(copy.evaluate()["eval/loss"], rel=1e-4)
 
 
-def test_another_model_as_reference_is_not_confused_with_the_initial_policy(tiny_model_path, tmp_path):
+def test_another_model_as_reference_is_not_confused_with_the_initial_policy(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
     other = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with torch.no_grad():
         other.model.norm.weight *= 1.1
@@ -308,13 +327,13 @@ def test_another_model_as_reference_is_not_confused_with_the_initial_policy(tiny
         freed.evaluate(pairs(20)[15:])
 
 
-def test_losses_without_a_reference_load_none(tiny_model_path, tmp_path):
+def test_losses_without_a_reference_load_none(tiny_model_path: Path, tmp_path: Path) -> None:
     for name in ("simpo", "cpo", "orpo", "sft"):
         assert not make_trainer(tiny_model_path, tmp_path / name, loss_type=name).policy.has_reference
     assert not make_trainer(tiny_model_path, tmp_path / "free", reference_free=True).policy.has_reference
 
 
-def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path, tmp_path):
+def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path / "run", train=labeled(), eval_dataset=labeled(6), loss_type="kto",
         learning_rate=1e-3, max_steps=8, eval_on_start=True,
@@ -328,7 +347,7 @@ def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path,
     assert trainer.state.log_history[1]["kl"] >= 0
 
 
-def test_kl_answers_belong_to_another_prompt(tiny_model_path, tmp_path):
+def test_kl_answers_belong_to_another_prompt(tiny_model_path: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "a:", "completion": f" {i}", "label": True} for i in range(3)]
     rows += [{"prompt": "b:", "completion": " 9", "label": False}]
     trainer = make_trainer(tiny_model_path, tmp_path / "run", train=rows, loss_type="kto")
@@ -339,7 +358,7 @@ def test_kl_answers_belong_to_another_prompt(tiny_model_path, tmp_path):
         make_trainer(tiny_model_path, tmp_path / "one", train=rows[:3], loss_type="kto")
 
 
-def test_sync_ref_model_updates_the_reference(tiny_model_path, tmp_path):
+def test_sync_ref_model_updates_the_reference(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path / "run", learning_rate=1e-3, sync_ref_model=True, ref_model_sync_steps=2,
         ref_model_mixup_alpha=1.0, max_steps=3,
@@ -352,12 +371,12 @@ def test_sync_ref_model_updates_the_reference(tiny_model_path, tmp_path):
     assert digest_weights(trainer.policy.reference_weights()) != start
 
 
-def test_labeled_answers_are_refused_by_losses_of_pairs(tiny_model_path, tmp_path):
+def test_labeled_answers_are_refused_by_losses_of_pairs(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 0 is a single answer with a label, but loss_type sigmoid"):
         make_trainer(tiny_model_path, tmp_path / "run", train=labeled())
 
 
-def test_unsuitable_references_are_refused(tiny_model_path, tmp_path):
+def test_unsuitable_references_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with pytest.raises(ModelError, match="are one object"):
         make_trainer(model, tmp_path / "same", ref_model=model)
@@ -390,7 +409,7 @@ output_dir: runs/dpo
 
 
 @pytest.fixture
-def recipe(tiny_model_path, tmp_path, monkeypatch):
+def recipe(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Make a working directory with dpo.yaml and its pairs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -401,7 +420,7 @@ def recipe(tiny_model_path, tmp_path, monkeypatch):
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_a_recipe_runs_from_the_command_line(recipe, capsys):
+def test_a_recipe_runs_from_the_command_line(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "dpo.yaml"]) == 0
     assert "4 pairs per update" in capsys.readouterr().out
     assert main(["run", "dpo.yaml"]) == 0
@@ -425,7 +444,9 @@ def test_a_recipe_runs_from_the_command_line(recipe, capsys):
         ("rewards=[accuracy]", "takes no rewards"),
     ],
 )
-def test_a_wrong_recipe_is_refused_with_the_reason(recipe, capsys, override, message):
+def test_a_wrong_recipe_is_refused_with_the_reason(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
     assert main(["run", "dpo.yaml", override]) == 2
     error = capsys.readouterr().err
     assert message in error

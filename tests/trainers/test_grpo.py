@@ -1,6 +1,9 @@
 """Test GRPO: learning, micro-batches, signal in groups, the reference, masks, metrics and refusals."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,22 +11,32 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlqwen import GRPOConfig, GRPOTrainer
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, RewardSpecError
+from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.sampler import describe_groups, sampling_seed
 from rlqwen.types import Completion, Group, Prompt
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def constant(completions, **kwargs):
+def constant(completions: list[str], **kwargs: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
-def make_trainer(model, folder, *, reward=prefers_even, rows=ROWS, peft_config=None, **options):
+def make_trainer(
+    model: Path,
+    folder: Path,
+    *,
+    reward: Reward = prefers_even,
+    rows: Sequence[Row] = ROWS,
+    peft_config: LoraConfig | None = None,
+    **options: Any,
+) -> GRPOTrainer:
     """Build a trainer that samples with the transformers engine in this process, because vLLM has its own tests."""
     defaults = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,
@@ -35,11 +48,11 @@ def make_trainer(model, folder, *, reward=prefers_even, rows=ROWS, peft_config=N
     )
 
 
-def steps(trainer, key="loss"):
+def steps(trainer: Any, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
+def test_reward_rises_and_the_folder_is_complete(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, max_steps=25, per_device_train_batch_size=32, learning_rate=5e-3, eval_on_start=True
     )
@@ -72,7 +85,9 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     ],
 )
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, loss_type):
+def test_micro_batches_change_only_rounding(
+    tiny_model_path: Path, tmp_path: Path, split: dict[str, int], loss_type: str
+) -> None:
     size = split.get("generation_batch_size", 16)
     options = {"loss_type": loss_type, "max_steps": 1, "beta": 0.1, "optim": "adamw_torch", "adam_epsilon": 1.0}
     whole = make_trainer(tiny_model_path, tmp_path / "whole", per_device_train_batch_size=size, **options)
@@ -84,10 +99,12 @@ def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, lo
     assert steps(parts, "tokens/generated") == steps(whole, "tokens/generated")
 
 
-def test_leaving_out_groups_without_signal_does_not_change_the_update(tiny_model_path, tmp_path, monkeypatch):
+def test_leaving_out_groups_without_signal_does_not_change_the_update(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Leave the half of the groups that have equal rewards out of the forward pass."""
 
-    def by_prompt(prompts, completion_ids, **kwargs):
+    def by_prompt(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
         signal = [int(prompt[0]["content"][0]) % 2 for prompt in prompts]
         return [s * (sum(ids) % 3) for s, ids in zip(signal, completion_ids, strict=True)]
 
@@ -104,7 +121,7 @@ def test_leaving_out_groups_without_signal_does_not_change_the_update(tiny_model
     assert steps(dropped) == pytest.approx(steps(kept), abs=1e-7)
 
 
-def test_later_updates_use_the_logprobs_from_before_the_first_update(tiny_model_path, tmp_path):
+def test_later_updates_use_the_logprobs_from_before_the_first_update(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, per_device_train_batch_size=8, generation_batch_size=16, num_iterations=2,
         max_steps=8, learning_rate=2e-2,
@@ -115,7 +132,7 @@ def test_later_updates_use_the_logprobs_from_before_the_first_update(tiny_model_
     assert max(steps(trainer, "clip_ratio")) > 0
 
 
-def test_sync_ref_model_resets_the_kl(tiny_model_path, tmp_path):
+def test_sync_ref_model_resets_the_kl(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, beta=0.1, max_steps=3, learning_rate=1e-2, sync_ref_model=True,
                            ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)  # fmt: skip
     trainer.train()
@@ -125,7 +142,7 @@ def test_sync_ref_model_resets_the_kl(tiny_model_path, tmp_path):
     assert kl[2] < 1e-6
 
 
-def test_lora_samples_from_the_adapted_policy(tiny_model_path, tmp_path):
+def test_lora_samples_from_the_adapted_policy(tiny_model_path: Path, tmp_path: Path) -> None:
     lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
     trainer = make_trainer(tiny_model_path, tmp_path, peft_config=lora, beta=0.05, max_steps=2)
     trainer.train()
@@ -133,8 +150,8 @@ def test_lora_samples_from_the_adapted_policy(tiny_model_path, tmp_path):
     assert steps(trainer, "kl")[0] > 1e-4
 
 
-def test_dynamic_sampling_fills_the_batch_with_groups_that_have_signal(tiny_model_path, tmp_path):
-    def rarely(prompts, completion_ids, **kwargs):
+def test_dynamic_sampling_fills_the_batch_with_groups_that_have_signal(tiny_model_path: Path, tmp_path: Path) -> None:
+    def rarely(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [
             float(sum(ids) % 2) if int(prompt[0]["content"].split()[0]) % 3 == 0 else 0.0
             for prompt, ids in zip(prompts, completion_ids, strict=True)
@@ -150,14 +167,14 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_have_signal(tiny_mode
     assert {row["advantage"] != 0 for row in rows} == {True}
 
 
-def test_the_loss_is_zero_if_no_group_has_signal(tiny_model_path, tmp_path):
+def test_the_loss_is_zero_if_no_group_has_signal(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, reward=constant, max_steps=1)
     trainer.train()
     assert steps(trainer) == [0.0]
     assert steps(trainer, "groups/no_signal") == [1.0]
 
 
-def test_truncated_completions_are_masked_out(tiny_model_path, tmp_path):
+def test_truncated_completions_are_masked_out(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, mask_truncated_completions=True, max_steps=1, beta=0.1)
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "completions" / "step-000001.jsonl").read_text().splitlines()]
@@ -166,7 +183,7 @@ def test_truncated_completions_are_masked_out(tiny_model_path, tmp_path):
     assert steps(trainer, "tokens/trained")[0] <= finished + 2 * 30
 
 
-def test_soft_overlong_penalty_lowers_the_advantage_of_long_completions(tiny_model_path, tmp_path):
+def test_soft_overlong_penalty_lowers_the_advantage_of_long_completions(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, reward=constant, soft_overlong_cache=4, max_completion_length=8)
     prompt = Prompt(0, [1], "x")
     group = Group(prompt, [Completion([1] * n, [0.0] * n, "stop", "") for n in (2, 8)], 1, total_rewards_G=[1.0, 1.0])
@@ -175,10 +192,10 @@ def test_soft_overlong_penalty_lowers_the_advantage_of_long_completions(tiny_mod
     trainer.close()
 
 
-def test_the_example_of_trls_documentation_runs(tiny_model_path, tmp_path):
+def test_the_example_of_trls_documentation_runs(tiny_model_path: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
-    def reward_num_unique_letters(completions, **kwargs):
+    def reward_num_unique_letters(completions: list[str], **kwargs: Any) -> list[float]:
         contents = [completion[0]["content"] for completion in completions]
         return [float(len(set(content))) for content in contents]
 
@@ -195,8 +212,8 @@ def test_the_example_of_trls_documentation_runs(tiny_model_path, tmp_path):
     assert "reward/accuracy/mean" in entry
 
 
-def test_wrong_inputs_are_refused_before_training(tiny_model_path, tmp_path):
-    def needs_unit(completions, unit):
+def test_wrong_inputs_are_refused_before_training(tiny_model_path: Path, tmp_path: Path) -> None:
+    def needs_unit(completions: list[str], unit: Any) -> list[float]:
         return [0.0] * len(completions)
 
     with pytest.raises(RewardSpecError, match="unit"):
@@ -209,7 +226,7 @@ def test_wrong_inputs_are_refused_before_training(tiny_model_path, tmp_path):
         make_trainer(tiny_model_path, tmp_path / "d", sync_ref_model=True)
 
 
-def test_sampling_seeds_depend_on_every_part_and_are_reproducible():
+def test_sampling_seeds_depend_on_every_part_and_are_reproducible() -> None:
     seeds = {
         sampling_seed(*parts)
         for parts in [(0, "a", 0, 0), (1, "a", 0, 0), (0, "b", 0, 0), (0, "a", 1, 0), (0, "a", 0, 1)]
@@ -218,7 +235,7 @@ def test_sampling_seeds_depend_on_every_part_and_are_reproducible():
     assert sampling_seed(42, "train/1", 3, 5) == 6827950987873008809
 
 
-def test_group_metrics_match_a_hand_calculation():
+def test_group_metrics_match_a_hand_calculation() -> None:
     completions = [Completion([1, 2], [0, 0], "stop", ""), Completion([1, 2, 3, 4], [0] * 4, "length", "")]
     group = Group(Prompt(0, [1], "x"), completions, 1, rewards={"a": [1.0, None]}, total_rewards_G=[0.5, None])
     metrics = describe_groups([group])

@@ -1,16 +1,21 @@
 """Test training on a stream: the order of rows, exact resume, and settings that streams do not support."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from rlqwen import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.cli import main
 from rlqwen.config import DataConfig
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import find_prompts, load_recipe_data
+from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.data_report import DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.data.tokenization_job import TokenizationStats
@@ -24,16 +29,16 @@ from rlqwen.types import Completion, Group, Prompt
 
 
 @pytest.fixture(autouse=True)
-def small_windows(monkeypatch):
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(item_stream, "WINDOW", 4)
     monkeypatch.setattr("rlqwen.trainers.prompt_data.WINDOW", 4)
 
 
-def numbers(count, *, drop=()):
+def numbers(count: int, *, drop: set[int] = ()) -> ItemStream[Any]:
     """Return a stream of numbers without those in `drop`."""
     rows = StreamedRows("numbers", lambda epoch: iter([{"n": n, "epoch": epoch} for n in range(count)]))
 
-    def make(start, window):
+    def make(start: int, window: int | None) -> tuple[list[tuple[Any, Any]], TokenizationStats]:
         assert [row["n"] for row in window] == list(range(start, start + len(window)))
         return [(row["epoch"], row["n"]) for row in window if row["n"] not in drop], TokenizationStats(
             DataReport(num_rows=len(window))
@@ -43,7 +48,7 @@ def numbers(count, *, drop=()):
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
-def test_items_keep_their_order_in_every_epoch(count):
+def test_items_keep_their_order_in_every_epoch(count: int) -> None:
     stream = numbers(count)
     assert stream.peek(2, 3) == [divmod(place, count) for place in range(2, 5)]
     assert [stream.take(size) for size in (1, 5, 7)] == [
@@ -52,7 +57,7 @@ def test_items_keep_their_order_in_every_epoch(count):
     assert stream.epoch == 13 // count
 
 
-def test_a_resumed_stream_repeats_and_loses_nothing():
+def test_a_resumed_stream_repeats_and_loses_nothing() -> None:
     whole = numbers(10, drop={0, 1, 2, 3, 7}).take(30)
     for size in range(1, 20):
         before = numbers(10, drop={0, 1, 2, 3, 7})
@@ -63,7 +68,7 @@ def test_a_resumed_stream_repeats_and_loses_nothing():
         assert taken + after.take(30 - size) == whole
 
 
-def test_a_stream_without_usable_rows_is_refused():
+def test_a_stream_without_usable_rows_is_refused() -> None:
     with pytest.raises(DataError, match="numbers: none of its 6 rows has anything to learn from"):
         numbers(6, drop=set(range(6))).take(1)
     with pytest.raises(DataError, match="none of its 0 rows"):
@@ -83,11 +88,11 @@ CHATS = [
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(9)]
 
 
-def stream_of(rows):
+def stream_of(rows: list[dict[str, Any]]) -> Any:
     return Dataset.from_list(rows).to_iterable_dataset()
 
 
-def test_a_shuffling_dataset_has_a_new_order_in_each_epoch():
+def test_a_shuffling_dataset_has_a_new_order_in_each_epoch() -> None:
     stream = as_stream(stream_of([{"n": n} for n in range(20)]).shuffle(seed=1, buffer_size=8))
     passes = [[row["n"] for row in stream.read(epoch)] for epoch in (0, 1, 0)]
     assert passes[0] == passes[2] != passes[1]
@@ -96,16 +101,16 @@ def test_a_shuffling_dataset_has_a_new_order_in_each_epoch():
     assert as_stream(CHATS) is as_stream(Dataset.from_list(CHATS)) is None
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def sft(model, folder, rows, **options):
+def sft(model: Path, folder: Path, rows: list[dict[str, list[dict[str, str]]]], **options: Any) -> SFTTrainer:
     args = SFTConfig(output_dir=str(folder), per_device_train_batch_size=3, save_steps=2, max_steps=6, **options)
     return SFTTrainer(str(model), args, rows)
 
 
-def grpo(model, folder, rows, **options):
+def grpo(model: PreTrainedModel, folder: Path, rows: Sequence[Row], **options: Any) -> GRPOTrainer:
     args = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=6,
@@ -125,7 +130,9 @@ def grpo(model, folder, rows, **options):
     [(sft, CHATS, {}), (sft, CHATS, {"packing": True, "max_length": 64}), (grpo, PROMPTS, {"beta": 0.1})],
     ids=["sft", "packed", "grpo"],
 )
-def test_a_resumed_run_on_a_stream_is_bit_exact(tiny_model_path, tmp_path, kind, rows, options):
+def test_a_resumed_run_on_a_stream_is_bit_exact(
+    tiny_model_path: Path, tmp_path: Path, kind: str, rows: Sequence[Row], options: dict[str, Any]
+) -> None:
     kind(tiny_model_path, tmp_path / "straight", stream_of(rows), **options).train()
     kind(tiny_model_path, tmp_path / "run", stream_of(rows), **options).train()
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
@@ -137,7 +144,9 @@ def test_a_resumed_run_on_a_stream_is_bit_exact(tiny_model_path, tmp_path, kind,
         other.train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_stream_trains_like_unshuffled_rows(tiny_model_path, tmp_path, caplog):
+def test_a_stream_trains_like_unshuffled_rows(
+    tiny_model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [*CHATS, CHATS[0]]  # an epoch is four updates, so no batch crosses its end
     whole = sft(tiny_model_path, tmp_path / "whole", rows, shuffle_dataset=False)
     streamed = sft(tiny_model_path, tmp_path / "streamed", stream_of(rows))
@@ -148,7 +157,7 @@ def test_a_stream_trains_like_unshuffled_rows(tiny_model_path, tmp_path, caplog)
     assert streamed.state.epoch == 1
 
 
-def test_rows_of_different_epochs_are_distinguished_by_position():
+def test_rows_of_different_epochs_are_distinguished_by_position() -> None:
     """Use positions, because rows are numbered from 0 in every epoch, and shuffling gives a number to another row."""
     prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
@@ -166,7 +175,7 @@ def test_rows_of_different_epochs_are_distinguished_by_position():
     assert find_prompts(prompts[:6], [4, 1, 4]) == [prompts[4], prompts[1], prompts[4]]
 
 
-def test_settings_that_streams_do_not_support_are_refused(tiny_model_path, tmp_path):
+def test_settings_that_streams_do_not_support_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     stream = stream_of(CHATS)
     endless = SFTConfig(output_dir=str(tmp_path / "a"))
     with pytest.raises(ConfigError, match="max_steps: the training data is a stream"):
@@ -187,7 +196,9 @@ def test_settings_that_streams_do_not_support_are_refused(tiny_model_path, tmp_p
             DataConfig.parse(wrong)
 
 
-def test_a_recipe_streams_a_file(tiny_model_path, tmp_path, capsys, monkeypatch):
+def test_a_recipe_streams_a_file(
+    tiny_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RLQWEN_DISPLAY", "plain")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"chat": row["messages"]}) + "\n" for row in CHATS), "utf-8")

@@ -1,9 +1,12 @@
 """Test sharding over ranks and micro-batches: equal numbers on every rank, and idle batches that change nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rlqwen.algorithms.losses import Totals
 from rlqwen.algorithms.losses.preference import AnswerTotals, read_answers
@@ -11,14 +14,14 @@ from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
 from rlqwen.models.critic import ScalarModel, ValueHead
 from rlqwen.models.loading import load_model, load_scalar_model
 from rlqwen.models.policy import Policy
-from rlqwen.packing.batch import Branch, Tree, idle_batch, pack
+from rlqwen.packing.batch import Branch, PackedBatch, Tree, idle_batch, pack
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.trainers.micro_batching import count_tokens, micro_batches, pack_share, share_trees
 from rlqwen.types import Completion, Group, Prompt
 from tests.losses import grpo_loss, ppo_policy_loss, ppo_value_loss, preference_loss, reward_loss
 
 
-def tree(prefix: int, *lengths: int, **branch) -> Tree:
+def tree(prefix: int, *lengths: int, **branch: Any) -> Tree:
     return Tree([1] * prefix, [Branch([2] * length, **branch) for length in lengths])
 
 
@@ -30,7 +33,7 @@ def rank(number: int, of: int) -> SimpleNamespace:
     return SimpleNamespace(data_rank=number, data_size=of)
 
 
-def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible():
+def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible() -> None:
     trees = [tree(3, 1, 2), tree(3, 3, 4)]
     assert lengths(share_trees(trees, 1)) == [[[1, 2], [3, 4]]]
     assert lengths(share_trees(trees, 2)) == [[[1, 2]], [[3, 4]]]
@@ -40,7 +43,7 @@ def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible():
     assert share_trees([], 2) == [[], []]
 
 
-def test_sharding_by_tokens_balances_tokens():
+def test_sharding_by_tokens_balances_tokens() -> None:
     # The first tree has 22 of 40 tokens. The middle of its last branch is token 20 + 2 / 2 = 21, so it goes to rank 1.
     trees = [tree(10, 8, 2, 2), tree(10, 8)]
     assert lengths(share_trees(trees, 2, by_tokens=True)) == [[[8, 2]], [[2], [8]]]
@@ -49,7 +52,7 @@ def test_sharding_by_tokens_balances_tokens():
 
 @pytest.mark.parametrize("by_tokens", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
-def test_shards_contain_all_branches_in_order(by_tokens, num_ranks):
+def test_shards_contain_all_branches_in_order(by_tokens: bool, num_ranks: int) -> None:
     trees = [tree(place % 4, *range(1, 1 + place % 6 + 1)) for place in range(9)]
     shares = share_trees(trees, num_ranks, by_tokens=by_tokens)
     assert len(shares) == num_ranks
@@ -61,7 +64,7 @@ def test_shards_contain_all_branches_in_order(by_tokens, num_ranks):
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_every_rank_has_the_same_number_of_micro_batches():
+def test_every_rank_has_the_same_number_of_micro_batches() -> None:
     trees = [tree(2, 30), tree(2, 4), tree(2, 4), tree(2, 4)]
     batches = [list(micro_batches(trees, rank(number, 2), max_tokens=8)) for number in range(2)]
     assert [[batch.num_sequences for batch in own] for own in batches] == [[1, 0, 0], [1, 1, 1]]
@@ -72,19 +75,19 @@ def test_every_rank_has_the_same_number_of_micro_batches():
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model_path):
+def policy(tiny_model_path: Path) -> Policy:
     args = GRPOConfig(use_cpu=True)
     return Policy(load_model(str(tiny_model_path), args), args)
 
 
-def idle(**branch):
+def idle(**branch: Any) -> PackedBatch:
     batch = idle_batch(tree(4, 6, 7, per_token={"sampler_logp": [-1.0] * 7}, **branch))
     assert (batch.num_targets, batch.num_sequences) == (0, 0)
     assert batch.num_tokens == 2
     return batch
 
 
-def assert_nothing(loss, parameters):
+def assert_nothing(loss: Tensor, parameters: list[torch.nn.Parameter]) -> None:
     """Check that the loss is exactly 0, with a gradient of exactly 0 for every weight."""
     assert loss.item() == 0
     gradients = torch.autograd.grad(loss, parameters)
@@ -92,7 +95,7 @@ def assert_nothing(loss, parameters):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo"])
-def test_an_idle_batch_contributes_nothing_to_grpo(policy, loss_type):
+def test_an_idle_batch_contributes_nothing_to_grpo(policy: Policy, loss_type: str) -> None:
     batch, config = idle(per_sequence={"advantage": 0.0}), GRPOConfig(loss_type=loss_type, beta=0.1, entropy_coef=0.1)
     logp_N, entropy_N = policy.logprobs(batch, entropy=True)
     batch.per_token["ref_logp"] = logp_N.detach()
@@ -101,7 +104,7 @@ def test_an_idle_batch_contributes_nothing_to_grpo(policy, loss_type):
     assert_nothing(loss, policy.trained_parameters)
 
 
-def test_an_idle_batch_contributes_nothing_to_ppo(policy):
+def test_an_idle_batch_contributes_nothing_to_ppo(policy: Policy) -> None:
     batch, config = idle(), PPOConfig(kl_penalty="loss", kl_estimator="k3")
     logp_N, entropy_N, hidden_NC = policy.logprobs_and_hidden(batch, entropy=True)
     head = ValueHead(hidden_NC.shape[1], train_trunk=True, device=torch.device("cpu"))
@@ -115,7 +118,7 @@ def test_an_idle_batch_contributes_nothing_to_ppo(policy):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "ipo", "orpo", "kto"])
-def test_an_idle_batch_contributes_nothing_to_dpo(policy, loss_type):
+def test_an_idle_batch_contributes_nothing_to_dpo(policy: Policy, loss_type: str) -> None:
     batch, config = idle(per_sequence={"ref_logp": -3.0, "label": True}), DPOConfig(loss_type=loss_type)
     assert batch.per_sequence["ref_logp"].shape == (0,)
     answers = read_answers(policy.logprobs(batch)[0], batch, ref_logp_S=batch.per_sequence["ref_logp"], ld_alpha=0.5)
@@ -125,7 +128,7 @@ def test_an_idle_batch_contributes_nothing_to_dpo(policy, loss_type):
     assert_nothing(loss, policy.trained_parameters)
 
 
-def test_an_idle_batch_contributes_nothing_to_a_reward_model(tiny_model_path):
+def test_an_idle_batch_contributes_nothing_to_a_reward_model(tiny_model_path: Path) -> None:
     args = RewardConfig(use_cpu=True)
     model = ScalarModel(load_scalar_model(str(tiny_model_path), args)[0], args)
     batch = idle(per_sequence={"margin": 0.0})
@@ -136,7 +139,7 @@ def test_an_idle_batch_contributes_nothing_to_a_reward_model(tiny_model_path):
     assert_nothing(loss, model.trained_parameters)
 
 
-def test_answer_totals_of_trees_equal_those_of_the_packed_batch():
+def test_answer_totals_of_trees_equal_those_of_the_packed_batch() -> None:
     trees = [
         Tree(
             [1, 2],
@@ -151,7 +154,7 @@ def test_answer_totals_of_trees_equal_those_of_the_packed_batch():
     assert AnswerTotals.of_trees(trees, paired=True) == AnswerTotals.of([pack(trees)], paired=True)
 
 
-def test_broadcast_groups_equal_the_originals_except_texts():
+def test_broadcast_groups_equal_the_originals_except_texts() -> None:
     prompts = [Prompt(index, [index], "x") for index in (4, 7)]
     groups = [
         Group(

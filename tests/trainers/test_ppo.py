@@ -3,6 +3,9 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +19,27 @@ from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.critic import ValueHead
 from rlqwen.models.loading import load_scalar_model
 from rlqwen.trainers.ppo import explained_variance
+from rlqwen.types import Prompt
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
 
 
-def prefers_even(completion_ids, **kwargs):
+def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def half_missing(completion_ids, **kwargs):
+def half_missing(completion_ids: list[list[int]], **kwargs: Any) -> list[float | None]:
     return [None if place % 2 else 1.0 for place in range(len(completion_ids))]
 
 
-def make_trainer(model, folder, reward=prefers_even, *, eval_rows=None, **options):
+def make_trainer(
+    model: Path,
+    folder: Path,
+    reward: list[Any] = prefers_even,
+    *,
+    eval_rows: list[dict[str, Sequence[Any]]] | None = None,
+    **options: Any,
+) -> PPOTrainer:
     """Build a trainer that samples with the transformers engine in this process, because vLLM has its own tests."""
     ours = {
         key: options.pop(key) for key in ("peft_config", "reward_model", "value_model", "ref_model") if key in options
@@ -42,11 +53,11 @@ def make_trainer(model, folder, reward=prefers_even, *, eval_rows=None, **option
     return PPOTrainer(model, reward, PPOConfig(**defaults | options), ROWS, eval_rows, **ours)
 
 
-def entries(trainer, key="loss"):
+def entries(trainer: Any, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
+def test_reward_rises_and_the_folder_is_complete(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, max_steps=60, per_device_train_batch_size=32, num_ppo_epochs=2, learning_rate=4e-3,
         kl_coef=0.01, vf_coef=0.5, eval_rows=ROWS[:4], eval_on_start=True, save_strategy="steps", save_steps=60,
@@ -72,10 +83,10 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(critic).config.num_labels == 1
 
 
-def test_the_critic_learns_to_predict_the_return(tiny_model_path, tmp_path):
+def test_the_critic_learns_to_predict_the_return(tiny_model_path: Path, tmp_path: Path) -> None:
     """Keep the policy fixed, so that the critic can learn the value of each prompt."""
 
-    def prompt_value(prompts, **kwargs):
+    def prompt_value(prompts: Sequence[Prompt], **kwargs: Any) -> list[float]:
         return [float(int(prompt[0]["content"].split()[0]) >= 6) for prompt in prompts]
 
     trainer = make_trainer(
@@ -98,7 +109,9 @@ def test_the_critic_learns_to_predict_the_return(tiny_model_path, tmp_path):
     ],
 )
 @pytest.mark.parametrize("critic", ["model", "head"])
-def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, critic):
+def test_micro_batches_change_only_rounding(
+    tiny_model_path: Path, tmp_path: Path, split: dict[str, int], critic: str
+) -> None:
     options = {
         "critic": {"kind": critic}, "num_ppo_epochs": 2, "max_steps": 2, "optim": "adamw_torch", "adam_epsilon": 1.0,
         "entropy_coef": 0.01, "vf_coef": 0.5,
@@ -112,7 +125,7 @@ def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split, cr
     assert entries(parts, "grad_norm") == pytest.approx(entries(whole, "grad_norm"), rel=1e-4)
 
 
-def test_updates_are_mini_batches_times_epochs(tiny_model_path, tmp_path):
+def test_updates_are_mini_batches_times_epochs(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, num_mini_batches=3, num_ppo_epochs=2, max_steps=12, num_generations=4
     )
@@ -124,13 +137,13 @@ def test_updates_are_mini_batches_times_epochs(tiny_model_path, tmp_path):
     assert trainer.rollouts.num_draws == 2
 
 
-def test_total_episodes_count_completions(tiny_model_path, tmp_path):
+def test_total_episodes_count_completions(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=-1, total_episodes=24, num_ppo_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 6  # three rollouts of eight completions, two epochs each
 
 
-def test_a_value_head_trains_with_and_without_its_trunk(tiny_model_path, tmp_path):
+def test_a_value_head_trains_with_and_without_its_trunk(tiny_model_path: Path, tmp_path: Path) -> None:
     gradients = {}
     for train_trunk in (True, False):
         trainer = make_trainer(
@@ -144,7 +157,7 @@ def test_a_value_head_trains_with_and_without_its_trunk(tiny_model_path, tmp_pat
     assert gradients[True] > gradients[False]
 
 
-def test_a_completion_without_a_reward_is_left_out(tiny_model_path, tmp_path):
+def test_a_completion_without_a_reward_is_left_out(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, half_missing, num_generations=4, max_steps=4, scoring={"max_failure_share": 1.0}
     )
@@ -155,7 +168,7 @@ def test_a_completion_without_a_reward_is_left_out(tiny_model_path, tmp_path):
     assert math.isfinite(entries(trainer)[0])
 
 
-def test_missing_eos_penalty_lowers_the_return(tiny_model_path, tmp_path):
+def test_missing_eos_penalty_lowers_the_return(tiny_model_path: Path, tmp_path: Path) -> None:
     """Truncate all completions of a random model at six tokens: the penalty lowers every return by 1."""
     returns = []
     for penalty in (None, 1.0):
@@ -166,7 +179,7 @@ def test_missing_eos_penalty_lowers_the_return(tiny_model_path, tmp_path):
     assert returns[1] < returns[0] - 0.5
 
 
-def test_all_kinds_of_rewards_work_together(tiny_model_path, tmp_path):
+def test_all_kinds_of_rewards_work_together(tiny_model_path: Path, tmp_path: Path) -> None:
     """Combine a registered name, a callable, and a reward model given by TRL's argument."""
     model, _ = load_scalar_model(str(tiny_model_path), RewardConfig())
     model.save_pretrained(tmp_path / "rm")
@@ -183,7 +196,7 @@ def test_all_kinds_of_rewards_work_together(tiny_model_path, tmp_path):
     assert abs(entries(trainer, "critic/value_mean")[0]) > 1e-4  # a given value model keeps its head
 
 
-def test_lora_on_policy_and_critic(tiny_model_path, tmp_path):
+def test_lora_on_policy_and_critic(tiny_model_path: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(tiny_model_path, tmp_path, peft_config=config, max_steps=4, kl_coef=0.1)
     trainer.train()
@@ -194,7 +207,7 @@ def test_lora_on_policy_and_critic(tiny_model_path, tmp_path):
     assert entries(trainer, "kl/completion")[0] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_a_given_reference_is_used_for_the_kl(tiny_model_path, tmp_path):
+def test_a_given_reference_is_used_for_the_kl(tiny_model_path: Path, tmp_path: Path) -> None:
     other = AutoModelForCausalLM.from_pretrained(tiny_model_path)
     with torch.no_grad():
         for weight in other.parameters():
@@ -206,7 +219,7 @@ def test_a_given_reference_is_used_for_the_kl(tiny_model_path, tmp_path):
         make_trainer(tiny_model_path, tmp_path / "2", ref_model=other, kl_coef=0.0)
 
 
-def test_two_runs_with_the_same_seed_are_equal(tiny_model_path, tmp_path):
+def test_two_runs_with_the_same_seed_are_equal(tiny_model_path: Path, tmp_path: Path) -> None:
     options = {"num_mini_batches": 2, "max_steps": 8, "num_ppo_epochs": 2}
     runs = [make_trainer(tiny_model_path, tmp_path / name, **options) for name in ("a", "b")]
     for trainer in runs:
@@ -215,7 +228,7 @@ def test_two_runs_with_the_same_seed_are_equal(tiny_model_path, tmp_path):
     assert entries(runs[0], "reward/mean") == entries(runs[1], "reward/mean")
 
 
-def test_the_kl_coefficient_follows_its_target():
+def test_the_kl_coefficient_follows_its_target() -> None:
     """Clip the error of twice the target to +0.2; after 100 completions of a horizon of 1,000 this is a change of 2%."""
     control = KLController(0.1, target=3.0, horizon=1000)
     control.observe(6.0, 100)
@@ -227,7 +240,7 @@ def test_the_kl_coefficient_follows_its_target():
     assert fixed.coef == 0.1
 
 
-def test_explained_variance():
+def test_explained_variance() -> None:
     returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
     assert explained_variance(returns, returns) == pytest.approx(1.0)
     assert explained_variance(torch.full((4,), 1.5), returns) == pytest.approx(0.0)
@@ -245,18 +258,18 @@ def test_explained_variance():
         ({"cliprang": 0.1}, "did you mean 'cliprange'"),
     ],
 )
-def test_wrong_arguments_are_refused(options, message):
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PPOConfig(**options)
     assert message in str(caught.value)
 
 
-def test_trls_argument_names_are_accepted():
+def test_trls_argument_names_are_accepted() -> None:
     config = PPOConfig(response_length=53, local_rollout_forward_batch_size=8)
     assert config.max_completion_length == 53
 
 
-def test_missing_or_contradictory_models_are_refused(tiny_model_path, tmp_path):
+def test_missing_or_contradictory_models_are_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give reward_funcs, or reward_model"):
         PPOTrainer(str(tiny_model_path), args=PPOConfig(output_dir=str(tmp_path)), train_dataset=ROWS)
     with pytest.raises(ModelError, match="no_such"):

@@ -3,14 +3,18 @@
 import json
 import math
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rlqwen
+from rlqwen.config import SourceConfig
 from rlqwen.errors import ModelError
 from rlqwen.models.loading import load_model
 from rlqwen.models.policy import Policy
@@ -63,12 +67,12 @@ DELTA_NET = {"qwen3_next": {"in_proj_qkvz", "in_proj_ba", "out_proj"}}
 LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="gaussian")
 
 
-def even_share(completion_ids, **kwargs):
+def even_share(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folder of a tiny model of each class."""
     root = tmp_path_factory.mktemp("tiny")
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
@@ -81,7 +85,15 @@ def folders(tmp_path_factory):
     }  # fmt: skip
 
 
-def make(algorithm, model, folder, *, peft_config=None, reward=even_share, **options):
+def make(
+    algorithm: str,
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    peft_config: LoraConfig | None = None,
+    reward: str = even_share,
+    **options: Any,
+) -> Any:
     config = getattr(rlqwen, f"{algorithm}Config")
     trainer = getattr(rlqwen, f"{algorithm}Trainer")
     args = config(**SHARED | OPTIONS[algorithm] | {"output_dir": str(folder)} | options)
@@ -92,16 +104,16 @@ def make(algorithm, model, folder, *, peft_config=None, reward=even_share, **opt
     return trainer(model=str(model), args=args, **given)
 
 
-def final_weights(folder):
+def final_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def check_moved(trainer, before):
+def check_moved(trainer: Any, before: dict[Any, Any]) -> None:
     for name, weight in trainer.policy.model.named_parameters():
         assert weight.requires_grad is not weight.equal(before[name].to(weight.dtype)), name
 
 
-def check_final(folder, source, kind, algorithm):
+def check_final(folder: Path, source: SourceConfig, kind: str, algorithm: str) -> None:
     """Check that the final model has all names of the source, and that untrained weights are unchanged."""
     ours, theirs = final_weights(folder), load_file(source / "model.safetensors")
     assert ours.keys() - theirs.keys() == ({"score.weight"} if algorithm == "Reward" else set())
@@ -123,7 +135,7 @@ def check_final(folder, source, kind, algorithm):
         or algorithm in ("SFT", "PPO")  # these two cover how text-only folders are loaded and saved
     ],
 )
-def test_every_trainer_trains_every_class(algorithm, kind, folders, tmp_path):
+def test_every_trainer_trains_every_class(algorithm: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     options = {"critic": {"kind": "head"}} if algorithm == "PPO" and kind.endswith(("text", "next")) else {}
     trainer = make(algorithm, folders[kind], tmp_path, **options)
     before = {name: weight.detach().clone() for name, weight in trainer.policy.model.named_parameters()}
@@ -145,7 +157,7 @@ def test_every_trainer_trains_every_class(algorithm, kind, folders, tmp_path):
         ("GRPO", "qwen3_5_moe"),
     ],
 )
-def test_adapters_train_on_all_projections(algorithm, kind, folders, tmp_path):
+def test_adapters_train_on_all_projections(algorithm: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = make(algorithm, folders[kind], tmp_path, peft_config=LORA)
     before = {name: weight.detach().clone() for name, weight in trainer.policy.model.named_parameters()}
     delta_net = {
@@ -164,7 +176,7 @@ def test_adapters_train_on_all_projections(algorithm, kind, folders, tmp_path):
         )
 
 
-def logprobs_alone(folder, sequences, start):
+def logprobs_alone(folder: Path, sequences: list[list[Any]], start: int) -> list[Any]:
     """Return the logprobs of the tokens from `start` on, computed by transformers one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
@@ -176,7 +188,9 @@ def logprobs_alone(folder, sequences, start):
 
 
 @pytest.mark.parametrize(("kind", "packing"), [*zip(KINDS, [True, False, False, True, True], strict=True)])
-def test_the_loss_equals_that_of_transformers_and_falls(kind, packing, folders, tmp_path):
+def test_the_loss_equals_that_of_transformers_and_falls(
+    kind: str, packing: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
     rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}" * i} for i in range(1, 5)]
     tokenizer = AutoTokenizer.from_pretrained(folders[kind])
     negative = []
@@ -202,7 +216,9 @@ def test_the_loss_equals_that_of_transformers_and_falls(kind, packing, folders, 
         ("PPO", "qwen3_next", {"peft_config": LORA}),
     ],
 )
-def test_a_resumed_run_is_bit_exact(algorithm, kind, options, folders, tmp_path):
+def test_a_resumed_run_is_bit_exact(
+    algorithm: str, kind: str, options: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     straight = make(algorithm, folders[kind], tmp_path / "straight", **saving, **options)
     straight.train()
@@ -216,14 +232,14 @@ def test_a_resumed_run_is_bit_exact(algorithm, kind, options, folders, tmp_path)
     assert len(found) >= 2
 
 
-def test_a_qwen3_5_reward_model_scores_completions(folders, tmp_path):
+def test_a_qwen3_5_reward_model_scores_completions(folders: dict[str, Path], tmp_path: Path) -> None:
     make("Reward", folders["qwen3_5_moe"], tmp_path / "reward").train()
     trainer = make("GRPO", folders["qwen3_5"], tmp_path / "grpo", reward=str(tmp_path / "reward" / "final"), scoring={})
     trainer.train()
     assert any(line.get("reward/std") for line in trainer.state.log_history)
 
 
-def test_sequence_parallelism_is_refused(folders):
+def test_sequence_parallelism_is_refused(folders: dict[str, Path]) -> None:
     """Refuse to split rows, because a recurrent state passes through the whole row."""
     args, ranks = rlqwen.SFTConfig(), SequenceGroup()
     ranks.size = 2
@@ -240,13 +256,13 @@ RANKED = {
 
 
 @pytest.mark.parametrize("name", RANKED)
-def test_two_ranks_train_like_one(name, folders, tmp_path):
+def test_two_ranks_train_like_one(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Set Adam's epsilon to 1: updates are then proportional to gradients, so rounding of zero gradients stays small."""
     algorithm, kind, options = RANKED[name]
     exact = {"adam_epsilon": 1.0, "learning_rate": 0.1, "optim": "adamw_torch"}
     rows = 4 if "autotp_size" in options["parallel"] else 2
 
-    def train():
+    def train() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # importing DeepSpeed causes many
             make(

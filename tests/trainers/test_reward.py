@@ -3,7 +3,9 @@
 import json
 import warnings
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ with warnings.catch_warnings():
     from trl import RewardTrainer as TrlRewardTrainer
 
 
-def pair(number: int, **columns) -> dict:
+def pair(number: int, **columns: Any) -> dict[str, Any]:
     return {
         "prompt": [{"role": "user", "content": f"{number} + 1 = ?"}],
         "chosen": [{"role": "assistant", "content": f"{number + 1} yes"}],
@@ -33,7 +35,14 @@ def pair(number: int, **columns) -> dict:
 ROWS = [pair(number) for number in range(24)]
 
 
-def make_trainer(model, folder, rows=ROWS, eval_rows=ROWS[:8], peft_config=None, **options):
+def make_trainer(
+    model: Path,
+    folder: Path,
+    rows: list[dict[str, Any]] = ROWS,
+    eval_rows: list[dict[str, str]] | None = ROWS[:8],
+    peft_config: LoraConfig | None = None,
+    **options: Any,
+) -> RewardTrainer:
     defaults = {
         "output_dir": str(folder), "per_device_train_batch_size": 8, "max_steps": 2, "learning_rate": 1e-3,
         "save_strategy": "no",
@@ -44,7 +53,7 @@ def make_trainer(model, folder, rows=ROWS, eval_rows=ROWS[:8], peft_config=None,
 
 @pytest.mark.parametrize("margin", [None, [0.5, -0.2, 0.0]])
 @pytest.mark.parametrize("center", [None, 0.3])
-def test_the_loss_equals_trls(margin, center):
+def test_the_loss_equals_trls(margin: list[float] | None, center: float | None) -> None:
     rewards = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [2.0, -1.0]], requires_grad=True)
     inputs = {"attention_mask": torch.ones(6, 1)} | ({} if margin is None else {"margin": torch.tensor(margin)})
     stub = SimpleNamespace(
@@ -55,7 +64,7 @@ def test_the_loss_equals_trls(margin, center):
         _total_train_tokens=0,
     )
 
-    def model(**kwargs):
+    def model(**kwargs: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=rewards.T.reshape(-1, 1))
 
     theirs = TrlRewardTrainer.compute_loss(stub, model, inputs)
@@ -70,7 +79,7 @@ def test_the_loss_equals_trls(margin, center):
     torch.testing.assert_close(*grads, atol=1e-6, rtol=0)
 
 
-def test_a_saved_reward_model_scores_like_the_trained_one(tiny_model_path, tmp_path):
+def test_a_saved_reward_model_scores_like_the_trained_one(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_model_path, tmp_path, max_steps=12, eval_strategy="steps", eval_steps=6, eval_on_start=True
     )
@@ -91,7 +100,7 @@ def test_a_saved_reward_model_scores_like_the_trained_one(tiny_model_path, tmp_p
     assert margin == pytest.approx(summary["final_eval"]["eval/rewards/margins"], abs=1e-4)
 
 
-def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path, tmp_path):
+def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=1)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     row = trainer.train_rows[0]
@@ -109,7 +118,7 @@ def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path, t
         {"max_tokens_per_micro_batch": 1},
     ],
 )
-def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split):
+def test_micro_batches_change_only_rounding(tiny_model_path: Path, tmp_path: Path, split: dict[str, int]) -> None:
     rows = [pair(number, margin=number / 10) for number in range(8)]
     options = {"max_steps": 1, "shuffle_dataset": False, "center_rewards_coefficient": 0.1}
     whole = make_trainer(tiny_model_path, tmp_path / "whole", rows, None, **options)
@@ -122,7 +131,7 @@ def test_micro_batches_change_only_rounding(tiny_model_path, tmp_path, split):
     assert entries[1]["rewards/margins"] == pytest.approx(entries[0]["rewards/margins"], abs=1e-6)
 
 
-def test_a_margin_in_the_data_raises_the_loss(tiny_model_path, tmp_path):
+def test_a_margin_in_the_data_raises_the_loss(tiny_model_path: Path, tmp_path: Path) -> None:
     losses = []
     for name, margin in (("none", None), ("wide", 3.0)):
         rows = [pair(number, margin=margin) for number in range(8)]
@@ -132,7 +141,7 @@ def test_a_margin_in_the_data_raises_the_loss(tiny_model_path, tmp_path):
     assert losses[1] > losses[0] + 1.0
 
 
-def test_lora_saves_a_merged_model_with_its_head(tiny_model_path, tmp_path):
+def test_lora_saves_a_merged_model_with_its_head(tiny_model_path: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=8, learning_rate=5e-3, peft_config=config)
     trainer.train()
@@ -142,7 +151,7 @@ def test_lora_saves_a_merged_model_with_its_head(tiny_model_path, tmp_path):
     assert trainer.state.log_history[-1]["eval/rewards/accuracies"] == 1.0
 
 
-def test_text_pairs_get_no_chat_template(tiny_model_path, tmp_path):
+def test_text_pairs_get_no_chat_template(tiny_model_path: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} is ", "chosen": "good", "rejected": "bad"} for i in range(8)]
     trainer = make_trainer(tiny_model_path, tmp_path, rows, None)
     tokenizer = trainer.processing_class
@@ -150,7 +159,7 @@ def test_text_pairs_get_no_chat_template(tiny_model_path, tmp_path):
     assert tokenizer.decode(row.prompt_ids + row.chosen.token_ids) == "0 is good"
 
 
-def test_padding_at_the_end_of_an_answer_is_not_scored(tiny_model_path, tmp_path):
+def test_padding_at_the_end_of_an_answer_is_not_scored(tiny_model_path: Path, tmp_path: Path) -> None:
     """Score the last token that is not padding, as transformers does."""
     pad = AutoTokenizer.from_pretrained(tiny_model_path).pad_token
     rows = [{"prompt": f"{i} is ", "chosen": f"good{pad}", "rejected": "bad"} for i in range(8)]
@@ -160,14 +169,14 @@ def test_padding_at_the_end_of_an_answer_is_not_scored(tiny_model_path, tmp_path
     assert trainer.processing_class.decode(rejected.token_ids) == "bad"
 
 
-def test_too_long_pairs_are_left_out(tiny_model_path, tmp_path):
+def test_too_long_pairs_are_left_out(tiny_model_path: Path, tmp_path: Path) -> None:
     rows = [*ROWS, pair(5) | {"chosen": [{"role": "assistant", "content": "x" * 200}]}]
     trainer = make_trainer(tiny_model_path, tmp_path, rows, max_length=60)
     assert len(trainer.train_rows) == len(ROWS)
     assert trainer.reports["train"].num_overlong == 1
 
 
-def test_refusals(tiny_model_path, tmp_path):
+def test_refusals(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 0"):
         make_trainer(tiny_model_path, tmp_path, [{"prompt": "a", "completion": "b"}])
     with pytest.raises(ConfigError, match="chat_template_kwargs"):
