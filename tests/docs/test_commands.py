@@ -287,7 +287,7 @@ def test_the_script_of_the_readme_trains(files: Path, monkeypatch: pytest.Monkey
         return datasets.Dataset.from_list([{"prompt": prompt, "solution": "$1$"}] * 4)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    exec(compile(script, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
+    exec(compile(script, "<README.md>", "exec"), {"__name__": "__main__"})  # noqa: S102
     assert (files / "runs/first/final/model.safetensors").is_file()
 
 
