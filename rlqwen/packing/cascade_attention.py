@@ -18,7 +18,7 @@ width D.
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,38 +90,16 @@ class CascadePlan:
         )
 
 
-class VarlenKernel(Protocol):
-    """Attention over runs of queries and keys, run i of the queries over run i of the keys."""
+class FlashKernel:
+    """FlashAttention over runs of queries and keys, as PyTorch ships it: run i of the queries attends to run i of the keys.
+
+    It is FA2, or FA3 if `torch.nn.attention.activate_flash_attention_impl` chose it.
+    """
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, queries: Runs, keys: Runs, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return the (Q, H, D) output and the (H, Q) float32 log-sum-exp of the scores."""
-
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: Runs,
-        keys: Runs,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, key and value."""
-
-
-class FlashKernel:
-    """FlashAttention as PyTorch ships it: FA2, or FA3 if `torch.nn.attention.activate_flash_attention_impl` chose it."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, queries: Runs, keys: Runs, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output and the log-sum-exp; see VarlenKernel."""
         limits = (queries.ends, keys.ends, queries.longest, keys.longest)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *limits, 0.0, causal, False, scale=scale
@@ -142,7 +120,7 @@ class FlashKernel:
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients; see VarlenKernel."""
+        """Return the gradients of query, key and value."""
         limits = (queries.ends, keys.ends, queries.longest, keys.longest)
         unused = (torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device))
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
@@ -158,7 +136,7 @@ def cascade_attention(
     layout: Layout,
     *,
     scaling: float | None = None,
-    kernel: VarlenKernel | None = None,
+    kernel: FlashKernel | None = None,
 ) -> Tensor:
     """Return (T, H, D): each query's attention over its sequence, its prefix included, up to itself; differentiable.
 
@@ -197,7 +175,7 @@ def _is_ampere(device: torch.device) -> bool:
 class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CascadePlan, scale: float, kernel: VarlenKernel
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CascadePlan, scale: float, kernel: FlashKernel
     ) -> Tensor:
         out, lse = kernel.forward(query, key, value, plan.own, plan.own, causal=True, scale=scale)
         if plan.queries.longest:

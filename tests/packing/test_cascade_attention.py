@@ -13,7 +13,7 @@ from rlqwen.packing.row_layout import Layout, Span
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-class PlainKernel:
+class PlainKernel(FlashKernel):
     """Compute in plain torch what FlashKernel computes, on any device and in any dtype."""
 
     def forward(self, query, key, value, queries, keys, *, causal, scale):
