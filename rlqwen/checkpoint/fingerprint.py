@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import tokenize
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,8 +42,8 @@ def reward_fingerprint(rewards: Iterable[Reward]) -> dict[str, Any]:
         kind = function if inspect.isroutine(function) else type(function)
         try:
             source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-        except (OSError, TypeError):
-            source = None
+        except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+            source = None  # no file, or one whose text is not, or no longer, that of the function
         fingerprint |= {f"reward.{reward.name}.origin": reward.origin, f"reward.{reward.name}.source": source}
     return fingerprint
 

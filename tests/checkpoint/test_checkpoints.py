@@ -175,6 +175,15 @@ def test_digests_depend_on_every_token_and_on_the_order() -> None:
 # Runs
 
 
+def test_a_reward_whose_file_holds_another_text_has_no_source_in_the_fingerprint(tmp_path: Path) -> None:
+    """As one defined in a cell or a script that was edited after it had been read."""
+    file = tmp_path / "edited.md"
+    file.write_text("def reward(completions, **kwargs):\n    return [(0.0\n")
+    space: dict[str, Any] = {}
+    exec(compile("def reward(completions, **kwargs):\n    return [0.0]\n", str(file), "exec"), space)  # noqa: S102
+    assert reward_fingerprint([resolve(space["reward"])])["reward.reward.source"] is None
+
+
 def test_a_checkpoint_loads_with_transformers_and_holds_a_fingerprint(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make(tiny_model_path, tmp_path, save_keep_every=3, save_steps=1, save_total_limit=1)
     trainer.train()
