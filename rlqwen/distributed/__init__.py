@@ -1,4 +1,4 @@
-"""Carry out updates on one process or several: the only package that knows on how many."""
+"""Carry out updates on one process or several; no other package knows the number of processes."""
 
 from rlqwen.distributed.device import pick_device
 from rlqwen.distributed.lr_schedule import warmup_updates

@@ -1,4 +1,4 @@
-"""Make DeepSpeed's config: the user's own, and what follows from ours."""
+"""Make DeepSpeed's config from the user's own and from rlqwen's settings."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,13 @@ from rlqwen.errors import ConfigError
 
 
 def fp16_settings(args: TrainerConfig) -> dict[str, Any]:
-    """Return the settings of a ds_config for the scale of the loss."""
+    """Return the settings of a ds_config for loss scaling."""
     given = read_ds_config(args.parallel.deepspeed or {}).get("fp16", {})
     return {key: value for key, value in given.items() if value != AUTO}
 
 
 def check_batch_size(args: TrainerConfig, data_size: int) -> int:
-    """Return the sequences per update over all ranks; raise ConfigError if a ds_config says another number."""
+    """Return the sequences per update over all ranks; raise ConfigError if the ds_config has another number."""
     given = read_ds_config(args.parallel.deepspeed or {}).get("train_batch_size", AUTO)
     size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     whole = size * accumulation * data_size
@@ -71,9 +71,9 @@ def complete_ds_config(args: TrainerConfig, *, data_size: int, hidden_size: int,
 
 
 def _fill_in_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    """Fill in the sizes of buffers, in elements, as transformers does; but prefetch nothing.
+    """Fill in the sizes of buffers (in elements) as transformers does, except that nothing is prefetched.
 
-    Evaluations and exports read the weights in another order than updates do, and DeepSpeed prefetches by the last order.
+    DeepSpeed prefetches weights in the order of the last forward, and evaluations and exports read them in another one.
     """
     zero.setdefault("stage3_prefetch_bucket_size", 0)
     square = hidden_size * hidden_size

@@ -5,11 +5,11 @@ from typing import Any
 
 
 class LossScale:
-    """Scale that doubles after some updates without overflow and halves on an overflow (arXiv 1710.03740); 1 without fp16.
+    """Double the scale after some updates without overflow, halve it on overflow (arXiv 1710.03740); 1 without fp16.
 
     Keys of `settings` are those of a ds_config's `fp16`: `loss_scale` (0: as above), `initial_scale_power`,
     `loss_scale_window`, `min_loss_scale`, `hysteresis` (overflows until it halves; 1 here, 2 in DeepSpeed),
-    `consecutive_hysteresis` (whether every update without one counts them anew, and not only a doubling).
+    `consecutive_hysteresis` (whether each update without overflow resets that count; if not, only a doubling does).
     """
 
     def __init__(self, enabled: bool, settings: Mapping[str, Any] | None = None) -> None:
@@ -23,7 +23,7 @@ class LossScale:
         self.counts_in_a_row = bool(settings.get("consecutive_hysteresis", False))
         self._since = 0
         self._patience = self.hysteresis
-        """Further overflows until the scale is halved."""
+        """Overflows left until the scale is halved."""
 
     @property
     def can_fall(self) -> bool:

@@ -16,9 +16,9 @@ from rlqwen.errors import ConfigError
 
 
 def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_updates: int) -> list[Any]:
-    """Build a schedule for each optimizer, which scales the learning rates of its groups alike.
+    """Build one schedule per optimizer, which scales the learning rates of all its groups by the same factor.
 
-    Raises ConfigError for arguments that it does not take.
+    Raises ConfigError if the schedule refuses its arguments.
     """
     section = read_ds_config(args.parallel.deepspeed or {}).get("scheduler")
     try:
@@ -54,7 +54,7 @@ def deepspeed_ratio(section: dict[str, Any], args: TrainerConfig, total_updates:
         params.setdefault("total_num_steps", total_updates)
     if (section.get("params") or {}).get("warmup_num_steps") == AUTO:
         params["warmup_num_steps"] = max(warmup_updates(args, total_updates), 1)
-    if kind != "WarmupCosineLR":  # which takes shares already
+    if kind != "WarmupCosineLR":  # that one takes shares already
         params |= {
             "warmup_max_lr": 1.0,
             "warmup_min_lr": params.get("warmup_min_lr", 0.0) / (args.learning_rate or 1.0),
@@ -62,7 +62,7 @@ def deepspeed_ratio(section: dict[str, Any], args: TrainerConfig, total_updates:
     stand_in = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     logger = lr_schedules.logger
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that it has not started yet
+    logger.setLevel(logging.ERROR)  # it would warn that the schedule has not started
     try:
         schedule = getattr(lr_schedules, kind)(stand_in, **params)
     finally:

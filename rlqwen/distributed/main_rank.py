@@ -1,4 +1,4 @@
-"""Work on the main rank alone, such as sampling, with the help of the other ranks where it is needed.
+"""Work on the main rank alone, such as sampling, and let the other ranks help where it needs them.
 
 A model with sharded weights can be forwarded or exported only by all ranks together. So the main rank works with a
 policy that announces such a call before it makes it; the others wait for announcements, make the same calls, and
@@ -90,7 +90,7 @@ class MainRank:
 
 
 class _AnnouncedPolicy:
-    """A policy that announces calls in which all ranks take part."""
+    """Wrap a policy so that it announces calls in which all ranks take part."""
 
     def __init__(self, policy: Any, announce: Callable[..., None]) -> None:
         self._policy = policy

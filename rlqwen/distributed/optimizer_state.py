@@ -1,6 +1,6 @@
 """Save an optimizer's state as safetensors and JSON, by the names of parameters; nothing is pickled.
 
-The files do not depend on ranks and ZeRO stage, so a run may resume with others.
+The files do not depend on the number of ranks and the ZeRO stage, so a run may resume with others.
 """
 
 import json
@@ -50,7 +50,7 @@ def restore_optimizer(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Restore hyperparameters and schedule; return the tensors of each parameter, by key, and the plain values.
 
-    ConfigError if the parameters are not those of `names`.
+    Raises ConfigError if the parameters are not those of `names`.
     """
     plain = json.loads((folder / PLAIN_FILE).read_text("utf-8"))
     found: dict[str, dict[str, Tensor]] = {}

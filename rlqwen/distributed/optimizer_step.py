@@ -27,7 +27,7 @@ from rlqwen.errors import ConfigError, NonFiniteError
 
 @dataclass(slots=True, frozen=True)
 class UpdateResult:
-    """The outcome of one update."""
+    """Hold the result of one update."""
 
     grad_norms: dict[str, float]
     """Gradient norm of each parameter group before clipping."""
@@ -78,7 +78,7 @@ class OptimizerStep:
 
     @contextmanager
     def _determinism(self) -> Iterator[None]:
-        """Take deterministic kernels inside, if asked: only a backward pass has others, among what training runs."""
+        """Use deterministic kernels inside, if asked; in training only the backward pass has other kernels."""
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         if self.full_determinism:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -217,7 +217,7 @@ def build_adamw(groups: Sequence[ParameterGroup], args: TrainerConfig) -> torch.
 
 @torch.no_grad()
 def moments_are_finite(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether no moment is NaN or infinite: one would spoil its weight at the next update, or freeze it for good.
+    """Return whether all moments are finite; NaN or infinity would spoil a weight at the next update, or freeze it.
 
     Reads the moments once, a fraction of the time of an update, and waits for each device once.
     """
@@ -237,7 +237,7 @@ def moments_are_finite(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _sums(moments: list[Tensor]) -> list[Tensor]:
-    """Return a sum over each that is finite if all values are and it does not overflow; on a GPU in few kernels."""
+    """Return a sum per tensor, finite if its values are and the sum does not overflow; takes few kernels on a GPU."""
     if moments[0].is_cuda:
         return list(torch._foreach_norm(moments, 1))
     return [moment.sum(dtype=torch.float32) for moment in moments]

@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(slots=True, frozen=True)
 class ParameterGroup:
-    """Weights that are trained together, such as a policy or a critic; each group's gradient is clipped by itself."""
+    """Hold weights that are trained together, such as a critic's; each group's gradient is clipped separately."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -21,7 +21,7 @@ class ParameterGroup:
     """The module that holds the parameters; forwards go through it, so that sharded weights are gathered."""
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups: matrices decay, vectors do not."""
+        """Return the optimizer's parameter groups: matrices get weight decay, vectors do not."""
         groups = [
             {
                 "params": [p for p in self.parameters if p.ndim >= 2],

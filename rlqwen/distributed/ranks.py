@@ -1,8 +1,8 @@
 """Let the processes that train together communicate.
 
-Every rank holds every row and every group of completions (tokens are small), and takes its share of them by the same
+Every rank holds every row and every group of completions (tokens are small), and all ranks divide them by the same
 rule. So counts over the whole update, by which losses are divided, need no communication, and every rank knows how many
-forwards the others will make: a rank with fewer makes idle ones, and none waits forever.
+forwards the others will make: a rank with fewer makes idle ones, so that none waits forever.
 """
 
 import os
@@ -36,7 +36,7 @@ def is_loss_of_rank(error: BaseException) -> bool:
 
 
 class Ranks:
-    """This process among those of the run; one process needs no launcher and does not communicate.
+    """Connect this process with the others of the run; one process needs no launcher and does not communicate.
 
     Messages between ranks go over gloo, through CPU memory, so that they never mix with the traffic of gradients.
     """
@@ -83,7 +83,7 @@ class Ranks:
         return groups[self.data_rank]
 
     def _counterparts(self) -> Any:
-        """Return the group of the ranks that have the same place among their neighbors as this one."""
+        """Return the group of the ranks that have the same position among their neighbors as this one."""
         groups = [
             dist.new_group(list(range(place, self.world_size, self.ranks_per_row)))
             for place in range(self.ranks_per_row)
@@ -111,7 +111,7 @@ class Ranks:
     def from_main(self, value: T, *, patient: bool = False) -> T:
         """Return on every rank the value of the main rank; it must pickle.
 
-        `patient`: wait as long as the main rank lives, because its work has its own deadlines.
+        `patient`: wait as long as the main rank is alive, because its work has its own deadlines.
         """
         if self.world_size == 1:
             return value
@@ -132,7 +132,7 @@ class Ranks:
         return self.gather(value)[:: self.ranks_per_row]
 
     def concatenate(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all shares, in order, without gradient; their numbers may differ."""
+        """Return the rows of all shares, in order, without gradient; shares may have different sizes."""
         if self.world_size == 1:
             return tensor
         return torch.cat(self.gather_shares(tensor.detach().cpu())).to(tensor.device)

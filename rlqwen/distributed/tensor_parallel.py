@@ -1,7 +1,7 @@
 """Shard a model's layers among ranks, one shard of each matrix per rank: DeepSpeed's AutoTP, in training.
 
 transformers' plan says which matrices are cut by rows and which by columns; embeddings and heads stay whole, because
-logprobs are computed in chunks from the head's weight. `whole_weights` gathers the weights for as long as they are copied.
+logprobs are computed in chunks from the head's weight. `whole_weights` gathers the weights while they are copied.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ _NAME = "parallel.autotp_size"
 
 
 def shard_layers(model: PreTrainedModel, size: int) -> None:
-    """Leave this rank's shard of each layer's matrices in `model`; every rank calls it, with the same weights.
+    """Replace each layer's matrices in `model` by this rank's shards; call it on every rank, with the same weights.
 
-    Each `size` neighboring ranks share a model. Raises ModelError for a model that cannot be sharded so.
+    Groups of `size` neighboring ranks share one model. Raises ModelError for a model that cannot be sharded.
     """
     if size == 1:
         return
@@ -38,7 +38,7 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
 
     # DeepSpeed causes this warning at every forward of a layer whose output it gathers.
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-    # DeepSpeed would compile it at the first start, under a lock that a killed run leaves for the next to wait on.
+    # DeepSpeed would compile it at the first start, under a lock; if that run is killed, the next waits for it forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     groups._init_tp_mesh_device(tensor_model_parallel_size=size)
@@ -62,11 +62,11 @@ def shard_layers(model: PreTrainedModel, size: int) -> None:
     sharding.update_linear_policies()
     sharding._replace_module(model)
     sharding.register_replicated_grad_hooks(model)
-    vars(model)["ds_autotp_parsed"] = True  # deepspeed.initialize then leaves it as it is
+    vars(model)["ds_autotp_parsed"] = True  # so that deepspeed.initialize does not shard it again
 
 
 def check_shardable(model: Any, size: int) -> None:
-    """Raise ModelError, with the arithmetic, if the layers cannot be divided evenly among `size` ranks."""
+    """Raise ModelError, with the numbers, if the layers cannot be divided evenly among `size` ranks."""
     if isinstance(model, PeftModel):
         raise ModelError(f"{_NAME}={size} shards plain weights only: leave the adapter out, or use ZeRO to save memory")
     config = model.config.get_text_config()
@@ -87,7 +87,7 @@ def check_shardable(model: Any, size: int) -> None:
 
 
 def is_shard(parameter: nn.Parameter) -> bool:
-    """Return whether other ranks hold the rest of the matrix."""
+    """Return whether this is a shard, so that other ranks hold the rest of the matrix."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 

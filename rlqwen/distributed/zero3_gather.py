@@ -1,4 +1,4 @@
-"""Gather weights that ranks hold in shards (ZeRO-3), for as long as they are read or written."""
+"""Gather weights that ranks hold in shards (ZeRO-3) while they are read or written."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether each rank holds only a shard of it."""
+    """Return whether each rank holds only a shard of the parameter."""
     return hasattr(parameter, "ds_id")
 
 

@@ -18,7 +18,7 @@ from rlqwen.distributed.parameter_group import ParameterGroup
 
 
 class Engine:
-    """One parameter group under ZeRO stage 1, 2 or 3."""
+    """Hold one parameter group under ZeRO stage 1, 2 or 3."""
 
     def __init__(self, group: ParameterGroup, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> None:
         """Start DeepSpeed's engine; it replaces the group's parameters in `optimizer` by shards."""
@@ -35,7 +35,7 @@ class Engine:
         self.touched = False
         """Whether there was a gradient since the last update."""
         self._came = False
-        """Whether there was one in this backward pass."""
+        """Whether this backward pass gave a gradient."""
         for parameter in group.parameters:
             parameter.register_post_accumulate_grad_hook(self._touch)
         self._scaled_norm = 0.0
@@ -50,7 +50,9 @@ class Engine:
             self._true_norm = self.zero.scaled_global_norm
             self.zero.scaled_global_norm = lambda norm_type=2: torch.tensor(self._scaled_norm)
             self.zero.check_grad_overflow = True
-            self.zero.check_overflow = lambda partition_gradients=True: None  # an infinite norm says it
+            self.zero.check_overflow = lambda partition_gradients=True: (
+                None
+            )  # an infinite norm reports overflow instead
         for parameter in group.parameters if self.keeps_master else ():
             parameter.engine = self  # type: ignore[attr-defined]
         for parameter, value in rounded:
@@ -86,7 +88,7 @@ class Engine:
         self.engine._running_engine_backward = False
 
     def start_over(self) -> None:
-        """Have the next backward replace the gradients of the update before, instead of adding to them.
+        """Have the next backward replace the gradients of the last update, instead of adding to them.
 
         ZeRO-3 keeps them until the first backward reaches each weight.
         """
@@ -95,7 +97,7 @@ class Engine:
             self.zero._epilogue_ran_this_backward = False
 
     def finish_gradient(self) -> float:
-        """Add up the gradients over the ranks, and return their norm, which is not finite if an entry is not."""
+        """Add up the gradients over the ranks, and return their norm, which is not finite if any entry is not."""
         if not self.touched:
             return 0.0
         self.engine._running_engine_step = True
@@ -115,7 +117,7 @@ class Engine:
         self.engine._running_engine_step = False
         self.touched = False
 
-    # What it remembers, by parameter
+    # Optimizer state by parameter
 
     @property
     def keeps_master(self) -> bool:
@@ -207,7 +209,7 @@ def _rounded_by(config: dict[str, Any], parameters: list[nn.Parameter]) -> list[
 
 
 def _quiet_deepspeed() -> Any:
-    """Return the package, set to print nothing and to compile nothing."""
+    """Return DeepSpeed, configured to print nothing and to compile nothing."""
     import deepspeed
     from deepspeed.utils import logger
 

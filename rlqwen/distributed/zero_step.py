@@ -80,7 +80,7 @@ class ZeroStep(OptimizerStep):
 def build_optimizer_step(
     groups: Sequence[ParameterGroup], args: TrainerConfig, *, total_updates: int, ranks: Ranks
 ) -> OptimizerStep:
-    """Return the optimizer step that `args.parallel` asks for; ZeRO stage 0 shards nothing, and is the plain one."""
+    """Return the optimizer step that `args.parallel` asks for: the plain one for ZeRO stage 0, which shards nothing."""
     check_batch_size(args, ranks.data_size)
     kind = ZeroStep if args.parallel.zero_stage else OptimizerStep
     return kind(groups, args, total_updates=total_updates, ranks=ranks)
@@ -101,7 +101,7 @@ def _engine_dtype(groups: Sequence[ParameterGroup], args: TrainerConfig) -> str:
 
 
 def _join_alone() -> None:
-    """Make a process group of one, which DeepSpeed wants even for one process."""
+    """Make a process group of one, which DeepSpeed needs even for one process."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]

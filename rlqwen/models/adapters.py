@@ -35,9 +35,9 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
 
 
 def add_adapter(model: PreTrainedModel, config: Any) -> tuple[PeftModel, list[str]]:
-    """Put an adapter of `config` on `model`; a fully trained embedding stays tied to the head where it was.
+    """Put an adapter of `config` on `model`; a fully trained embedding stays tied to the head if it was.
 
-    Returns the model, and notes for the user on what the targets' names came to (rlqwen.models.lora_targets).
+    Returns the model, and notes for the user on what the targets' names matched (rlqwen.models.lora_targets).
     """
     if isinstance(model, PeftModel):
         raise ModelError("the model has an adapter already: leave out peft_config, or merge the adapter first")
@@ -100,9 +100,9 @@ def check_adapter(model: PeftModel, *, reference: bool) -> None:
 
 
 def check_wrappers(model: PeftModel) -> None:
-    """Refuse PEFT's modules that are merged in no way known here: weights would be saved under their inner names.
+    """Refuse modules of PEFT that rlqwen cannot merge, because their weights would be saved under inner names.
 
-    Raises ModelError that names the kind of adapter, or the module and its class.
+    Raises ModelError with the kind of adapter, or the module and its class.
     """
     for config in model.peft_config.values():
         if not isinstance(config, LoraConfig):

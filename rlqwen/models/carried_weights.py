@@ -1,12 +1,12 @@
 """Keep the weights of a checkpoint that the trained class has no place for, such as a vision tower, unchanged.
 
-A Qwen3.5 folder holds a vision tower and weights for multi-token prediction, and its text-only class, which is what is
-trained, ignores both. They are copied, byte for byte and under their names, from the folder that the model came from
+A Qwen3.5 folder holds a vision tower and weights for multi-token prediction, and the text-only class, which rlqwen
+trains, ignores both. They are copied, byte for byte and under their names, from the folder that the model came from
 into every folder that it is written to, with the config of the whole and the files of the processor.
 
-The files are opened when the model is loaded and read when a folder is written, so that they need no memory. A source
-folder that is moved, deleted or replaced meanwhile does no harm, because the open files stay; one that is overwritten
-in place is noticed.
+The files are opened when the model is loaded and read when a folder is written, so they take no memory. The source
+folder may be moved, deleted or replaced meanwhile, because the open files stay readable; a file that is overwritten in
+place causes an error.
 """
 
 import copy
@@ -43,7 +43,7 @@ _NOT_MERGED = {
 
 @dataclass(eq=False)
 class CarriedWeights:
-    """The weights that a model carries; copies of a model share one."""
+    """Hold the weights that a model carries; copies of a model share one instance."""
 
     source: str
     """The source of the weights, for messages."""
@@ -94,7 +94,7 @@ class CarriedWeights:
         return counts
 
     def summary(self) -> str | None:
-        """Return one line on what is kept; None if nothing is."""
+        """Return one line about the weights that are kept; None if there are none."""
         if not self.weights:
             return None
         largest_first = sorted(self.counts().items(), key=lambda entry: -entry[1])
@@ -105,7 +105,7 @@ class CarriedWeights:
         return kept
 
     def config_of(self, config: PreTrainedConfig, architecture: str, dtype: torch.dtype) -> dict[str, Any]:
-        """Return `whole_config` with what training has changed of its text config; `dtype`: of the trained weights."""
+        """Return `whole_config` with training's changes to its text config; `dtype`: dtype of the trained weights."""
         assert self.whole_config is not None
         whole = copy.deepcopy(self.whole_config)
         text = whole["text_config"]
@@ -127,7 +127,7 @@ class CarriedWeights:
 
 
 def carry(model: Any, source: str | Path, *, revision: str | None = None) -> bool:
-    """Have `model` carry what its class ignores of the checkpoint `source`, a folder or a hub id that is in the cache.
+    """Let `model` carry the weights of the checkpoint `source` that its class ignores; a folder or a cached hub id.
 
     Returns whether the source was found.
     """
@@ -170,12 +170,12 @@ def carried_by(model: Any) -> CarriedWeights | None:
 
 
 def set_carried(model: Any, carried: CarriedWeights) -> None:
-    """Have `model` carry these."""
+    """Let `model` carry these weights."""
     vars(model)[_ATTRIBUTE] = carried
 
 
 def ignored_names(names: Iterable[str], config_class: type[PreTrainedConfig] | None, model: Any = None) -> set[str]:
-    """Return those of a checkpoint's names that are ignored on purpose by the text-only class, or by `model`'s.
+    """Return the names in a checkpoint that the text-only class, or the class of `model`, ignores on purpose.
 
     `config_class`: of the checkpoint, or of its text model; None: one that transformers does not know.
     """
@@ -189,7 +189,7 @@ def ignored_names(names: Iterable[str], config_class: type[PreTrainedConfig] | N
 
 
 def ignored_in_folder(folder: Path, names: Iterable[str]) -> set[str]:
-    """Return those of a folder's names that its text-only class ignores on purpose; no weights are loaded."""
+    """Return the names in a folder that its text-only class ignores on purpose; loads no weights."""
     return ignored_names(names, whole_config_class(read_config(folder)))
 
 
@@ -199,7 +199,7 @@ def processor_files(folder: Path) -> dict[str, bytes]:
 
 
 def _downloaded_processor(source: str, snapshot: Path) -> dict[str, bytes]:
-    """Return the processor's files from the hub, of the same commit: loading a model leaves them there."""
+    """Return the processor's files from the hub, of the same commit, because loading a model does not download them."""
     if not (commit := commit_of(snapshot)):
         return {}
     try:
@@ -212,16 +212,16 @@ def _downloaded_processor(source: str, snapshot: Path) -> dict[str, bytes]:
 def whole_config_class(config: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
     """Return transformers' class of a config.json; None for one that it does not know."""
     try:
-        return CONFIG_MAPPING[config.get("model_type", "")]  # its `get` finds nothing
+        return CONFIG_MAPPING[config.get("model_type", "")]  # a lazy mapping: its `get` finds nothing
     except KeyError:
         return None
 
 
 def _forget_foreign_conversions(model: Any, own: Iterable[str]) -> None:
-    """Drop conversions that transformers noted while loading for weights that the model does not hold.
+    """Drop conversions that transformers recorded while loading for weights that the model does not hold.
 
-    Saving reverses those that are noted: experts that the checkpoint has fused would be saved one by one if those of
-    its multi-token prediction lie there one by one.
+    Saving reverses every recorded conversion: fused experts of the checkpoint would be saved one by one if those of its
+    multi-token prediction are stored one by one.
     """
     conversions = vars(model).get("_weight_conversions")
     if conversions:
@@ -255,7 +255,7 @@ def kind_of(name: str) -> str:
 
 
 def count_text(number: int) -> str:
-    """Return a large number for people: `1.5 B`."""
+    """Return a large number as short text, such as `1.5 B`."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

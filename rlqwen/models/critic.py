@@ -1,7 +1,7 @@
 """Hold models that output one number, the reward model and PPO's critic, on the packed forward of the policy.
 
     reward = ScalarModel(load_scalar_model("models/rm", args), args)
-    scores_S = reward.scores(batch)                  # one a sequence, read off its last token
+    scores_S = reward.scores(batch)                  # one per sequence, from its last token
 
 Shapes: N target tokens, S sequences, C hidden size.
 """
@@ -25,7 +25,7 @@ HEAD_FILE = "value_head.safetensors"
 
 
 class Critic(Protocol):
-    """Estimate at each token of a completion the value of the rest."""
+    """Estimate, at each token of a completion, the value of the tokens that follow."""
 
     @property
     def trained_parameters(self) -> list[nn.Parameter]: ...
@@ -41,7 +41,7 @@ class Critic(Protocol):
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
         """Return (N,) float32 values of the tokens before each target.
 
-        `hidden_NC`: what the policy's `logprobs_and_hidden` gave, which a separate critic does not read.
+        `hidden_NC`: hidden states from the policy's `logprobs_and_hidden`; a separate critic does not read them.
         """
         ...
 
@@ -50,12 +50,12 @@ class Critic(Protocol):
         ...
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Load what `save_checkpoint` wrote."""
+        """Load the weights that `save_checkpoint` wrote."""
         ...
 
 
 class ScalarModel(PackedModel):
-    """A transformers sequence-classification model with one label, or a PeftModel around one."""
+    """Wrap a transformers sequence-classification model with one label, or a PeftModel around one."""
 
     def __init__(self, model: nn.Module, args: TrainerConfig, *, peft_config: Any = None, **options: Any) -> None:
         super().__init__(model, args, peft_config=scalar_peft_config(peft_config), **options)
@@ -93,7 +93,7 @@ class ScalarModel(PackedModel):
 
 
 class ValueHead:
-    """A critic on the policy's hidden states: one matrix, which starts at 0."""
+    """Estimate values from the policy's hidden states with one matrix, which starts at 0."""
 
     def __init__(
         self, hidden_size: int, *, train_trunk: bool, device: torch.device, sequence: SequenceGroup | None = None
@@ -141,7 +141,7 @@ class ValueHead:
 
 
 def scalar_peft_config(peft_config: Any) -> Any:
-    """Return the same adapter for a model with a classification head, which is trained whole: it starts random or at 0."""
+    """Return the same adapter for a model with a classification head, which is trained fully: it starts random or 0."""
     if peft_config is None:
         return None
     config = copy.deepcopy(peft_config)

@@ -23,7 +23,7 @@ _WEIGHTS = frozenset({"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias
 
 
 def use_compute_dtype(model: PreTrainedModel) -> None:
-    """Have experts that transformers runs as grouped products run in autocast's dtype; others are left as they are."""
+    """Run experts that use grouped products in autocast's dtype; leave other implementations unchanged."""
     config: Any = model.config
     text = config.get_text_config()
     if getattr(text, "_experts_implementation", None) == "grouped_mm":
@@ -35,7 +35,7 @@ def grouped_experts(module: Any, hidden_TC: Tensor, experts_TK: Tensor, weights_
     """Return the (T, C) output of experts as `grouped_mm` computes it, with operands in autocast's dtype if it is on.
 
     Gradients reach the weights of `module` in their own dtype, through the casts. Decoding a few tokens goes through
-    `batched_mm`, which reads the chosen experts alone.
+    `batched_mm`, which reads only the chosen experts.
     """
     device = hidden_TC.device.type
     if not torch.is_autocast_enabled(device):
@@ -49,7 +49,7 @@ def grouped_experts(module: Any, hidden_TC: Tensor, experts_TK: Tensor, weights_
 
 
 class _Cast:
-    """The experts' module, its weights in another dtype; adapters on them are part of what is cast."""
+    """Stand in for the experts' module with weights cast to another dtype, adapters included."""
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         self._module = module

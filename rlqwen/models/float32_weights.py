@@ -1,4 +1,4 @@
-"""Keep weights in float32 that a checkpoint of half precision holds so, such as delta-net layers' decay rates (A_log).
+"""Keep the float32 weights of a half-precision checkpoint, such as decay rates (A_log) of delta-net layers, in float32.
 
 transformers rounds them to the checkpoint's dtype when it loads it. Here they are taken from the files again, and stay
 float32 in the forward, in every folder that is written, and on their way to the rollout workers.
@@ -19,7 +19,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def restore_float32(model: Any, folder: Path) -> None:
-    """Give `model`, loaded from `folder` in half precision, the weights that the folder holds in float32 beside others."""
+    """Restore in `model`, loaded from `folder` in half precision, the weights that the folder holds in float32."""
     exact = float32_weights(folder)
     half = {
         name: weight
@@ -37,7 +37,7 @@ def restore_float32(model: Any, folder: Path) -> None:
 
 
 def float32_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Return the float32 weights of a folder by name; none unless its config says that weights are of half precision."""
+    """Return the float32 weights of a folder by name; empty unless its config has a half-precision dtype."""
     if saved_dtype(folder) not in _HALF:
         return {}
     return {name: entry for name, entry in stored_tensors(folder).items() if entry.dtype == "F32"}
@@ -65,5 +65,5 @@ def written_dtype(weight: Tensor, dtype: torch.dtype | None) -> torch.dtype | No
 
 
 def _is_fused(name: str, weight: Tensor) -> bool:
-    """Return whether it is several weights in a checkpoint, such as a layer's experts; a convolution's is one."""
+    """Return whether a checkpoint stores it as several weights, such as a layer's experts; a convolution is one."""
     return weight.ndim == 3 and not name.endswith("conv1d.weight")

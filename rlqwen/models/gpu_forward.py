@@ -1,8 +1,8 @@
 """Run norms in one kernel and residuals in half precision on a GPU, as vLLM does.
 
 Under autocast a model with float32 weights keeps its residual stream in float32, and transformers' RMSNorm is seven
-kernels, each of which reads and writes a whole activation. On an H200 both were a third of an update of Qwen3-0.6B. On a
-CPU, in float32 and in float16, whose range large residuals exceed, nothing changes.
+kernels, each of which reads and writes a whole activation. On an H200 both were a third of an update of Qwen3-0.6B.
+Nothing changes on a CPU, in float32, or in float16, because large residuals would exceed its range.
 """
 
 import functools
@@ -40,7 +40,7 @@ def is_plain_norm(module: nn.Module) -> bool:
 
 
 def use_one_kernel(module: nn.Module) -> None:
-    """Have a plain norm run as one kernel where its input lies on a GPU."""
+    """Run a plain norm as one kernel if its input is on a GPU."""
     module.forward = functools.partial(_norm, module, module.forward)
 
 
@@ -61,7 +61,7 @@ def _eps(module: Any) -> float | None:
 
 
 def _in_compute_dtype(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-    """Embed in autocast's dtype, in which the residual stream then stays."""
+    """Cast embeddings to autocast's dtype, so that the residual stream keeps it."""
     if output.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
         return output.bfloat16()
     return output

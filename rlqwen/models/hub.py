@@ -18,7 +18,7 @@ _commits: dict[str, str] = {}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The place of a tensor in a safetensors file."""
+    """Locate a tensor in a safetensors file."""
 
     path: Path
     dtype: str
@@ -36,7 +36,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Return whether head and embedding are one weight; either entry of a config.json may say so."""
+    """Return whether head and embedding are one weight; config.json may say so at the top or in its text config."""
     return any(part.get("tie_word_embeddings", False) for part in (config, config.get("text_config") or {}))
 
 
@@ -55,7 +55,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that `from_pretrained` reads: a checkpoint's folder has other safetensors files beside them."""
+    """Return the files that `from_pretrained` reads: a checkpoint's folder also has other safetensors files."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
         return [single]
@@ -133,7 +133,7 @@ def commits() -> dict[str, str]:
 def check_vocabulary(tokenizer: Any, config: Any, what: str) -> None:
     """Raise ModelError if the tokenizer has tokens for which the model of `config` has no row in its embedding.
 
-    `what`: names the model in the message. A model may well have more rows than tokens, as Qwen's do.
+    `what`: names the model in the message. A model may have more rows than tokens, as Qwen's do.
     """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_rows = getattr(text_config, "vocab_size", None)  # a user's own model may not have it

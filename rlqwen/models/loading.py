@@ -44,7 +44,7 @@ def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
 def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
     """Return a model that outputs one number, and whether it had a head for it; a causal model gets a new one.
 
-    Raises ModelError, also where the folder has a head of several labels.
+    Raises ModelError, also if the folder has a head with several labels.
     """
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
@@ -53,7 +53,7 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTraine
 def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:
     """Return the model that a policy is compared with: as given, or loaded with the arguments of `model`.
 
-    A built-in one has the shape that its name stands for. Raises ModelError if reference and model are one object.
+    A built-in reference has the default shape of its name. Raises ModelError if reference and model are one object.
     """
     if ref_model is model and isinstance(model, nn.Module):
         raise ModelError("ref_model and model are one object, which training changes: leave ref_model out")
@@ -126,7 +126,7 @@ def align_stop_tokens(
 ) -> None:
     """Write the tokenizer's special tokens, as TRL does, and the end-of-turn token to the model's configs.
 
-    So generation from the saved folder stops where the model was taught to stop. Ids are only added, never removed.
+    Generation from the saved folder then stops where training taught the model to stop. Ids are only added.
     """
     with quiet_loading():
         align_special_tokens(model, tokenizer)
@@ -164,7 +164,7 @@ def text_tokenizer(processing_class: Any) -> Any:
 
 
 def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, with our errors; padding falls back to the end-of-turn token."""
+    """Load a tokenizer; ModelError if that fails. Padding falls back to the end-of-turn token."""
     name_or_path, revision = split_revision(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

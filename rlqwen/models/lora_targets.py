@@ -2,7 +2,7 @@
 
 transformers keeps the experts of a layer in two fused parameters and its router in a class of its own. PEFT reaches
 both by `target_parameters` alone. Its own mapping of names covers some of Qwen's mixtures, loses their shared experts,
-and takes experts and routers into `all-linear`; so names are resolved here, alike for all.
+and takes experts and routers into `all-linear`; so rlqwen resolves names here, by the same rules for all models.
 """
 
 import difflib
@@ -26,7 +26,7 @@ _REMAPPED = {
     model_type: frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
     for model_type in ("qwen2_moe", "qwen3_moe", "qwen3_next")
 }
-"""Model type -> last parts of names that PEFT 0.21 takes for experts and routers, whatever precedes them."""
+"""Model type -> last parts of names that PEFT 0.21 takes for experts and routers, with any prefix."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -35,7 +35,7 @@ def resolve_targets(model: PreTrainedModel, config: Any) -> list[str]:
 
     Modules outside the text model, such as a vision tower, are excluded.
 
-    Raises ModelError that names a target that matches nothing, with the nearest, and what fused weights cannot have.
+    Raises ModelError for a target that matches nothing, with similar names, and for options that fused weights lack.
     """
     outside = towers(model)
     if outside:
@@ -107,7 +107,7 @@ class _Layers:
         return self._kept(modules), self._kept(parameters)
 
     def all_linear(self) -> tuple[set[str], set[str]]:
-        """Return the linear layers but for the head; experts and routers are none."""
+        """Return the linear layers except the head; experts and routers do not count as such."""
         head = self._model.get_output_embeddings()
         linear = {key for key, module in self._modules.items() if isinstance(module, nn.Linear) and module is not head}
         return self._kept(linear), set()
@@ -209,7 +209,7 @@ def _ends_in(key: str, names: Iterable[str]) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Return whether it holds the fused weights of experts."""
+    """Return whether the module holds the fused weights of experts."""
     return all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in _FUSED)
 
 
@@ -234,8 +234,8 @@ def _check_fused(config: Any, parameters: set[str]) -> None:
     for fault, is_there in faults.items():
         if is_there:
             raise ModelError(
-                f"{fault}: PEFT has no such thing for adapters on {where}, which are parameters without a linear layer "
-                "of their own; leave it out, or take them out of the targets"
+                f"{fault}: PEFT does not support this for adapters on {where}, which are parameters without a linear "
+                "layer of their own; leave it out, or take them out of the targets"
             )
 
 

@@ -28,8 +28,8 @@ _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every weight under its checkpoint name: adapters merged, quantized weights plain, a tied head included.
 
-    Mixture-of-experts weights go back from transformers' fused form. `dtype` None keeps each weight's own: what it was
-    quantized from, and the base's for a merged one. Weights that `mark_float32` has marked are float32 in any case.
+    Mixture-of-experts weights go back from transformers' fused form. With `dtype` None each weight keeps its dtype: a
+    quantized weight that of its original, a merged one that of its base. Weights marked by `mark_float32` are float32.
     """
     named = _plain_weights(model, "", dtype)
     for _, group in itertools.groupby(named, key=_layer_of):
@@ -37,7 +37,7 @@ def checkpoint_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = No
 
 
 def _layer_of(entry: tuple[str, Tensor]) -> str:
-    """Return the key of weights that must be converted together: fused experts lie within one decoder layer."""
+    """Return the key of weights that must be converted together: the experts in one weight are of one decoder layer."""
     match = _LAYER.match(entry[0])
     return match[1] if match else ""
 
@@ -45,7 +45,7 @@ def _layer_of(entry: tuple[str, Tensor]) -> str:
 def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of `module` under the names that they had before PEFT and bitsandbytes wrapped them."""
     module = active_module(module)
-    # One layer at a time is put together where weights lie in shards; what is yielded is held by whoever takes it.
+    # Sharded weights are gathered for one layer at a time; only the caller keeps what is yielded.
     wrapped = isinstance(module, (LoraLayer, TrainableTokensWrapper))
     with gathered(module.parameters() if wrapped else module._parameters.values()):
         module, own = _own_weights(module, dtype)
@@ -85,7 +85,7 @@ def adapted_weight(layer: Any) -> Tensor:
     """Return the weight of a layer with its adapters merged; float32, differentiable.
 
     LoRA (arXiv 2106.09685) adds B A scaled. DoRA (arXiv 2402.09353) scales each output's row of that sum to a trained
-    magnitude, with the norm taken as a constant in the gradient. Dropout has no part in it.
+    magnitude, with the norm taken as a constant in the gradient. Dropout is not applied.
     """
     base = _base_weight(layer).float()
     total = base
@@ -119,7 +119,7 @@ def _base_weight(layer: Any) -> Tensor:
 
 
 def _adapted_name(layer: Any) -> str:
-    """Return the name of the parameter that the layer's adapters act on: fused experts have others than `weight`."""
+    """Return the name of the parameter that the layer's adapters act on: `weight`, except for fused experts."""
     return getattr(layer, "parameter_name", "weight")
 
 
@@ -134,7 +134,7 @@ def _dora(layer: Any, adapter: str, base: Tensor, delta: Tensor) -> Tensor:
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
-    """Return the (V, C) weight of the head, with its adapter merged, if it has one; differentiable."""
+    """Return the (V, C) weight of the head, with its adapter merged if it has one; differentiable."""
     head = active_module(model.get_output_embeddings())
     if isinstance(head, TrainableTokensWrapper):
         return _with_trained_rows(head)
@@ -149,7 +149,7 @@ def _with_trained_rows(wrapper: TrainableTokensWrapper) -> Tensor:
 
 
 def active_module(module: Any) -> Any:
-    """Return the module in use, if PEFT holds a trained copy beside the original."""
+    """Return the module in use: PEFT may hold a trained copy of the original."""
     if not isinstance(module, ModulesToSaveWrapper):
         return module
     return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]

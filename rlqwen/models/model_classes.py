@@ -1,7 +1,7 @@
-"""Choose the class that a checkpoint is loaded as: the text-only one, which carries the weights it has no place for.
+"""Choose the class that a checkpoint is loaded as: the text-only one, which carries the weights that it does not use.
 
 A Qwen3.5 folder is one of `Qwen3_5ForConditionalGeneration`; here it is loaded as `Qwen3_5ForCausalLM`, or with a
-scalar head as `Qwen3_5TextForSequenceClassification`. What is saved is a folder of the class for all of it again:
+scalar head as `Qwen3_5TextForSequenceClassification`. Saved folders are of the class with all parts again:
 `Qwen3_5ForConditionalGeneration`, or with a scalar head `Qwen3_5ForSequenceClassification`.
 """
 
@@ -36,13 +36,13 @@ _DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
 class Qwen3_5MoeTextForSequenceClassification(GenericForSequenceClassification, Qwen3_5MoePreTrainedModel):
-    """The class that transformers 5.19 lacks, as its Qwen3_5TextForSequenceClassification is for dense models."""
+    """Add the class that transformers 5.19 lacks; for dense models it has Qwen3_5TextForSequenceClassification."""
 
     config: Qwen3_5MoeTextConfig  # type: ignore[assignment]  # as transformers' own text-only classes have it
 
 
 class Qwen3_5MoeForSequenceClassification(GenericForSequenceClassification, Qwen3_5MoePreTrainedModel):
-    """The same with a vision tower: what a folder of the text-only class above is saved as."""
+    """Add a vision tower to the class above, whose folders are saved as this class."""
 
     config: Qwen3_5MoeConfig
 
@@ -63,7 +63,7 @@ register_checkpoint_conversion_mapping(Qwen3_5MoeTextForSequenceClassification._
 def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> PreTrainedModel:
     """Load a causal language model; of a checkpoint with more parts, the text-only model, which carries the rest.
 
-    `arguments`: of `from_pretrained`. Raises ModelError, also where weights are missing.
+    `arguments`: arguments of `from_pretrained`. Raises ModelError, also if weights are missing.
     """
     try:
         arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
@@ -80,7 +80,7 @@ def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> tuple[PreTrainedModel, bool]:
     """Load a model with a head of one label as `load_causal` does, and return it with whether it had that head.
 
-    A causal model gets a new one. Raises ModelError, also where weights are missing, or the head has several labels.
+    A causal model gets a new one. Raises ModelError, also if weights are missing or the head has several labels.
     """
     _refuse_without_scalar_class(name, arguments)
     try:

@@ -1,4 +1,4 @@
-"""Check that rlqwen computes a model as transformers does: by its config, and on a few tokens at the start."""
+"""Check that rlqwen computes a model as transformers does: by its config, and by a test forward over a few tokens."""
 
 import itertools
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _SCALED_LOGITS = {
 """Config field by which transformers changes the logits after the head -> the value that changes nothing."""
 _CAPPED_SCORES = ("attn_logit_softcapping", "attention_logit_cap")
 _SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter"})
-"""Model types whose attention has sinks: learned scores in the softmax beside those of the tokens."""
+"""Model types whose attention has sinks: learned scores that join those of the tokens in the softmax."""
 
 _TREES = ((5, (6, 3)), (0, (4,)))
 """The row of the check: tokens of each prefix, and of each of its branches."""
@@ -34,7 +34,7 @@ _HALF_TOLERANCE = 0.1
 
 
 def check_config(config: Any) -> None:
-    """Raise ModelError if a model of this config attends, or makes logits, in a way that rlqwen does not compute."""
+    """Raise ModelError if a model of this config computes attention or logits in a way that rlqwen does not support."""
     text = config.get_text_config(decoder=True)
     model_type = text.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -69,13 +69,13 @@ def check_forward(
     """Compare, on a row of a few tokens, the outputs of the packed forward with those of the model itself.
 
     Args:
-        model: names itself in the error, and gives vocabulary and device.
-        packed: a batch to (S, V), an answer for each sequence's last token.
-        own: the token ids of each sequence to the same.
+        model: the model; its name appears in the error, and it gives vocabulary and device.
+        packed: function of a batch; returns (S, V) outputs at each sequence's last token.
+        own: function of the token ids of each sequence; returns the same outputs from the model itself.
         exact: whether the forward is in float32, so that only rounding may differ.
 
-    Raises ModelError with the gap where they disagree. A model whose own answer is not finite passes: that is not of the
-    forward. A class and config that passed are not tried again in this process.
+    Raises ModelError with the gap if they disagree. A model whose own output is not finite passes, because packing
+    is not the cause. A class and config that passed are not tested again in this process.
     """
     tried = (type(model).__qualname__, model.config.to_json_string(), exact)
     if tried in _PASSED:
@@ -101,7 +101,7 @@ def check_forward(
 
 
 def _trees(vocabulary: int) -> list[Tree]:
-    """Return the row's trees, of tokens from the middle of the vocabulary, where no special ones are."""
+    """Return the trees of the test row; tokens are from the middle of the vocabulary, which has no special ones."""
     ids = (vocabulary // 3 + place * 7 % max(1, vocabulary // 3) for place in itertools.count())
     return [
         Tree(list(itertools.islice(ids, prefix)), [Branch(list(itertools.islice(ids, count))) for count in branches])

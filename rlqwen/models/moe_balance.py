@@ -1,6 +1,6 @@
 """Balance the routers of a mixture of experts by a loss, and measure how even their load is.
 
-Shapes: T tokens of a packed row, L layers that have experts, E experts a layer.
+Shapes: T tokens of a packed row, L layers that have experts, E experts per layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ def load_balancing_loss(
 
     Args:
         router_logits: L tensors (T, E).
-        sequence: the ranks whose slices of the row, of which T is this one's, count together.
+        sequence: ranks that each hold a slice of the row; their slices count together (T tokens are this rank's).
 
     Returns:
-        The scalar loss in float32, whose gradient goes through P alone, and (L, E) counts of this rank's tokens.
+        The scalar loss in float32, with gradient only through P, and (L, E) counts of this rank's tokens.
     """
     probs_LTE = torch.stack([logits.float().softmax(-1) for logits in router_logits])
     num_layers, num_tokens, num_experts = probs_LTE.shape
@@ -44,7 +44,7 @@ def load_balancing_loss(
 
 
 class RouterBalance:
-    """Weigh the routers' loss of one model, and collect metrics of it."""
+    """Compute the weighted router loss of one model, and collect its metrics."""
 
     def __init__(self, model: PreTrainedModel, coefficient: float | None) -> None:
         """Take a coefficient; None: the model's own, and 0 if its routers are not trained.
@@ -65,8 +65,8 @@ class RouterBalance:
             if self.coefficient and not trains_routers(model):
                 self.coefficient = 0.0
                 self.note = (
-                    "the routers are frozen, so their load-balancing loss is left out; set router_aux_loss_coef to have "
-                    "the adapter bear it"
+                    "the routers are frozen, so their load-balancing loss is left out; set router_aux_loss_coef to "
+                    "train the adapter with it"
                 )
         self.top_k: int = config.num_experts_per_tok if has_routers else 0
         self._counts_LE: Tensor | None = None

@@ -1,7 +1,7 @@
 """Load 4- and 8-bit base weights through bitsandbytes, and turn them into plain weights.
 
 Quantized weights are frozen; adapters on top of them are trained (QLoRA, arXiv 2305.14314). bitsandbytes has kernels
-for the CPU too. It is an optional extra, and imported only where a model needs it.
+for the CPU too. It is an optional extra, imported only if a model needs it.
 """
 
 import logging
@@ -54,7 +54,7 @@ def quantized_bits(model: nn.Module) -> int | None:
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Keep the weights in the one layout that training, merging and saving read, and bitsandbytes quiet."""
+    """Keep weights in the layout that training, merging and saving read, and silence warnings of bitsandbytes."""
     # It says at every product of 8-bit weights that the input is cast to float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     module: Any
@@ -74,7 +74,7 @@ def _reads_quantized(conversion: Any) -> bool:
 
 
 def use_training_products(model: nn.Module) -> None:
-    """Have 8-bit layers in eval mode take their products as in training.
+    """Let 8-bit layers in eval mode compute products as in training.
 
     On CPU they would round the activations to 8 bits too, and logprobs would depend on the mode.
     """
@@ -89,7 +89,7 @@ def is_8bit(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether the module's weight is one of bitsandbytes."""
+    """Return whether the module's weight is a quantized one of bitsandbytes."""
     return is_8bit(module) or type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
 

@@ -1,8 +1,8 @@
 """Keep log-probabilities of a frozen reference on disk, so that they are computed once.
 
-An entry is a safetensors file and a JSON manifest beside it, named by the digest of all that the values depend on: the
-reference's weights and config, the tokenized answers, and the dtype. Other weights or data make another name, so a
-stale entry is never found; one that is damaged or belongs to another key is noticed and not used.
+An entry is a safetensors file and a JSON manifest, named by the digest of everything that the values depend on: the
+reference's weights and config, the tokenized answers, and the dtype. Other weights or data give another name, so a
+stale entry is never found; an entry that is damaged or has another key is reported and not used.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class ReferenceKey:
-    """Everything that a reference's log-probabilities depend on; long parts as digests."""
+    """Hold everything that log-probabilities of a reference depend on; long parts as digests."""
 
     weights: str
     config: str
@@ -48,7 +48,7 @@ class ReferenceKey:
 
 
 def read_logprobs(key: ReferenceKey) -> tuple[Tensor | None, str]:
-    """Return the (A,) values under `key`, or None, and a note for people on where they are, or why there are none."""
+    """Return the (A,) values under `key`, or None, and a note for the user on where they are, or why there are none."""
     data_file, manifest_file = _files(key)
     if not data_file.exists() and not manifest_file.exists():
         return None, f"none kept for these weights, data and dtype in {data_file.parent}"
@@ -65,7 +65,7 @@ def read_logprobs(key: ReferenceKey) -> tuple[Tensor | None, str]:
 
 
 def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
-    """Write values under `key`, and return a note for people; a folder that cannot be written to is not an error."""
+    """Write values under `key`, and return a note for the user; a folder that cannot be written to is not an error."""
     data_file, manifest_file = _files(key)
     data = save({"logprobs": logp_A})
     manifest = {"format": _FORMAT, "key": asdict(key), "count": len(logp_A), "sha256": hashlib.sha256(data).hexdigest()}
@@ -116,7 +116,7 @@ def _files(key: ReferenceKey) -> tuple[Path, Path]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; two runs may write the same one."""
+    """Write a file completely or not at all; two runs may write the same file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_bytes(data)
     partial.replace(path)

@@ -20,7 +20,7 @@ DTYPES = {
 
 
 class OpenFile:
-    """A file that stays readable after it is deleted or replaced."""
+    """Hold a file open, so that it stays readable after it is deleted or replaced."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,14 +44,14 @@ class OpenFile:
         if done < count or self._state() != self._stamp:
             raise SaveError(
                 f"{self.path}, which holds weights that are copied unchanged to every folder that is written, has been "
-                "overwritten since the model was loaded: put it back as it was, and go on from the last checkpoint"
+                "overwritten since the model was loaded: restore the original file, and resume from the last checkpoint"
             )
         return data
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight in a file, and where it lies."""
+    """Locate a weight in an open file."""
 
     file: OpenFile
     entry: StoredTensor

@@ -1,8 +1,8 @@
-"""View a model of the class for everything, vision tower included, as the text-only model around the same layers.
+"""View a model with a vision tower as the text-only model around the same layers.
 
     model = text_only(Qwen3_5ForConditionalGeneration.from_pretrained(folder))    # a Qwen3_5ForCausalLM
 
-What is not of the text model is frozen, and carried into every folder that is written (rlqwen.models.carried_weights).
+Other weights are frozen, and copied into every folder that is written (rlqwen.models.carried_weights).
 """
 
 import json
@@ -29,14 +29,14 @@ from rlqwen.models.vision_language import is_read_from_whole
 _LOADING_STATE = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
 """Attributes that `from_pretrained` leaves on a quantized model."""
 _SCALES = re.compile(r"\.weight\..+$|\.(SCB|weight_format)$")
-"""Ends of the names of bitsandbytes' scales and formats, for 4 and 8 bits, beside a quantized `X.weight`."""
+"""Ends of the names of bitsandbytes' scales and formats, for 4 and 8 bits, that go with a quantized `X.weight`."""
 
 
 def text_only(model: Any) -> Any:
     """Return the text-only model around the layers of `model`, if it has other parts too; else `model` itself.
 
     The layers are the same objects, so that `model` is trained in place. A PeftModel gets the text-only model as its
-    base, in place. Raises ModelError where its adapter is on other layers.
+    base, in place. Raises ModelError if its adapter is on other layers.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     view = _text_view(base)
@@ -50,7 +50,7 @@ def text_only(model: Any) -> Any:
 
 
 def _rename_targets(model: Any, view: Any) -> None:
-    """Have the adapters' configs name layers as the text-only model does; warn that they are saved for that class."""
+    """Rename targets in adapters' configs as in the text-only model; warn that adapters are saved for that class."""
     adapted = sorted(name for name, module in view.named_modules() if isinstance(module, BaseTunerLayer))
     for config in model.peft_config.values():
         pattern = getattr(config, "target_modules", None)
@@ -103,7 +103,7 @@ def _other_weights(whole: Any, layers: nn.Module) -> dict[str, Tensor]:
         for inner, module in child.named_modules():
             if isinstance(module, BaseTunerLayer):
                 raise ModelError(
-                    f"the adapter is on {name}.{inner} too, which is not of the text model and is not trained: name it in "
+                    f"the adapter is on {name}.{inner} too, which is outside the text model and not trained: name it in "
                     "the LoraConfig's exclude_modules"
                 )
         child.requires_grad_(False)
@@ -139,7 +139,7 @@ def _copy_state(whole: Any, view: Any) -> None:
 def _with_held(
     found: CarriedWeights, held: dict[str, Tensor], raw: dict[str, Any], *, is_quantized: bool
 ) -> CarriedWeights:
-    """Return what a model carries that holds the weights `held` itself, which may differ from those in its files.
+    """Return the carried weights of a model that holds weights `held` itself, which may differ from those in its files.
 
     A weight that differs from the file only by a cast at loading is copied from the file.
     """

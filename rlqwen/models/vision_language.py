@@ -1,8 +1,8 @@
-"""Train the text model of models for images and text in place, with the vision tower frozen beside it.
+"""Train the text model of models for images and text in place, with a frozen vision tower.
 
-For Qwen3.5 transformers has a text-only class, and knows the names of its weights in a checkpoint of the whole: that
-class is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 and others it has none, or would look for
-the weights under other names; they are trained, and written, as the class that holds everything.
+For Qwen3.5 transformers has a text-only class, and maps the names of its weights to those of the full checkpoint: that
+class is trained (rlqwen.models.text_only). For Qwen3-VL, Qwen2.5-VL, Gemma 3 and others it has no such class, or
+one with other names; they are trained and written as the class with all parts.
 """
 
 import re
@@ -23,7 +23,7 @@ _TEXT_PART = "language_model"
 
 
 def is_read_from_whole(text_class: type[Any]) -> bool:
-    """Return whether transformers reads this text-only class from a checkpoint of the whole, and writes those names."""
+    """Return whether transformers reads this text-only class from a full checkpoint, and writes the names of that."""
     model_type = text_class.config_class.model_type
     known = (
         get_checkpoint_conversion_mapping(text_class.__name__) or get_checkpoint_conversion_mapping(model_type) or ()
@@ -39,7 +39,7 @@ def auto_class(config_class: Any) -> Any:
 
 
 def towers(model: Any) -> dict[str, nn.Module]:
-    """Return the modules beside the text model of `model` by name, such as a vision tower; empty if there are none."""
+    """Return the modules of `model` outside its text model by name, such as a vision tower; empty if there are none."""
     inner = model.base_model
     if inner is model or not isinstance(getattr(inner, _TEXT_PART, None), nn.Module):
         return {}

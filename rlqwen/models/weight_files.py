@@ -1,4 +1,4 @@
-"""Write a model folder from a stream of weights, one shard at a time, so that memory holds the weights once."""
+"""Write a model folder from a stream of weights, one shard at a time, so that memory never holds a second copy."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ def write_model(
 ) -> int:
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
-    `weights` come under their checkpoint names; a tied head is left out. What the model carries (rlqwen.models.carried_weights)
-    is copied beside them, with the config of the whole. `quantization`: what the config says of how they are quantized.
+    `weights` come under their checkpoint names; a tied head is left out. Weights that the model carries (see
+    rlqwen.models.carried_weights) are copied too, with the full config. `quantization`: the config's entry on how the weights are quantized.
     Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not the weights that a
     model of this config has.
     """
@@ -84,8 +84,8 @@ def _write_config(folder: Path, config: Any, model: PreTrainedModel, carried: Ca
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None:
     """Return checkpoint names and shapes of a model of the same class and config, without its weights.
 
-    Adapters, quantization and engines do not change them. None, with a warning, for a user's class whose constructor
-    needs more than a config.
+    Adapters, quantization and engines do not change them. Returns None, with a warning, for a user's class whose
+    constructor needs more than a config.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -117,12 +117,12 @@ def _listed(names: list[str], limit: int = 5) -> str:
 
 
 class _ShardWriter:
-    """Write safetensors files of at most so many bytes, and their index if there are several."""
+    """Write safetensors files of at most `max_bytes`, and their index if there are several."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
         self.names: list[list[str]] = []
-        """Return the names of the weights in each file."""
+        """Names of the weights in each file."""
         self.total = 0
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -131,7 +131,7 @@ class _ShardWriter:
         num_bytes = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + num_bytes > self.max_bytes:
             self._flush()
-        # A copy: safetensors refuses tensors that share memory, and a view would keep the whole of what it views.
+        # Copy, because safetensors refuses tensors that share memory, and a view would keep its whole base in memory.
         self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self._pending_bytes += num_bytes
 
