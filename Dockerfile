@@ -2,7 +2,7 @@
 # rlqwen with CUDA, from the lock requirements/cuda.txt (Python 3.11, x86-64, torch 2.13.0, vLLM 0.32.0).
 #
 #   docker build -t rlqwen .
-#   docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/work/runs" -v rlqwen-cache:/cache rlqwen \
+#   docker run --rm --gpus all --shm-size 16g -v "$PWD/runs:/workspace/runs" -v rlqwen-cache:/cache rlqwen \
 #       run grpo_gsm8k_qwen3_0.6b resume=auto
 #
 # Not built by its authors, who had no Docker. A test checks that the paths and commands below exist.
@@ -29,10 +29,10 @@ COPY recipes recipes
 RUN pip install --no-deps --no-build-isolation .
 
 # Rewards and rollout workers run as this user, too.
-RUN useradd --create-home --uid 1000 trainer && mkdir -p /work/runs /cache && chown -R trainer /work /cache
+RUN useradd --create-home --uid 1000 trainer && mkdir -p /workspace/runs /cache && chown -R trainer /workspace /cache
 USER trainer
 ENV HF_HOME=/cache/huggingface RLQWEN_CACHE=/cache/rlqwen RLQWEN_DISPLAY=plain
-WORKDIR /work
+WORKDIR /workspace
 
 # tini passes SIGTERM on, at which a run saves and ends with 75, and reaps what Ray leaves.
 ENTRYPOINT ["tini", "--", "rlqwen"]
