@@ -82,6 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if marker is not None:
             if len(marker.args) != 2:
                 raise pytest.UsageError(f"{item.nodeid}: fault takes two texts, what is injected and what must happen")
+            assert table is not None
             table.cases[item.nodeid] = Case(item.nodeid.partition("[")[0], *marker.args)
         elif item.get_closest_marker("slow_fault"):
             raise pytest.UsageError(f"{item.nodeid}: mark a slow_fault as a fault too, or it has no row in the table")

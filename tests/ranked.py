@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from rlqwen import DPOTrainer, RewardTrainer, SFTTrainer
 from rlqwen.distributed import UpdateResult
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.rewards.registry import Reward
 from rlqwen.types import Prompt
 
 DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "300"))
@@ -174,7 +173,9 @@ def _reward(model: PreTrainedModel, folder: Path, **options: Any) -> RewardTrain
     return RewardTrainer(model, RewardConfig(**defaults | options), PAIRS[:12], PAIRS[8:])
 
 
-def _online(algorithm: str, model: PreTrainedModel, folder: Path, reward: Reward = prefers_even, **options: Any) -> Any:
+def _online(
+    algorithm: str, model: PreTrainedModel, folder: Path, reward: Callable[..., Any] = prefers_even, **options: Any
+) -> Any:
     import rlqwen
 
     size = options.pop("size", 8) // launched()
@@ -330,7 +331,7 @@ def run_case(name: str, model: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def follow_memory(trainer: Any) -> list[list]:
+def follow_memory(trainer: Any) -> list[list[Any]]:
     """Before each update: the scale of the loss, and a digest of this rank's weights and optimizer state."""
     from rlqwen.models.reference_cache import digest_weights
 
@@ -358,7 +359,7 @@ def launch(names: list[str], model: Path, folder: Path) -> "subprocess.Completed
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
 
-def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict]:
+def run_on_two_ranks(names: list[str], model: Path, folder: Path) -> list[dict[str, Any]]:
     """By rank: what each case left, by name."""
     done = launch(names, model, folder)
     assert done.returncode == 0, done.stderr[-4000:]

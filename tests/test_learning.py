@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
 
 from rlqwen import (
     DistillationConfig,
@@ -76,7 +75,7 @@ def grpo(sums_model: Any, folder: Path) -> GRPOTrainer:
     return trainer
 
 
-def pairs_of(model: PreTrainedModel, split: str, seed: int, **options: Any) -> list[dict[str, Any]]:
+def pairs_of(model: str, split: str, seed: int, **options: Any) -> list[dict[str, Any]]:
     prompts = {"generator": "arithmetic", "args": SUMS | {"split": split, "seed": seed}}
     config = {"prompts": prompts, "rewards": ["accuracy"], "max_tokens": 32, "rollout": ENGINE, **options}
     return draw_pairs(model, SampledPairsConfig.parse(config))[0]

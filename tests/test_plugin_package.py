@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +26,7 @@ TRAIN = {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no"
 SAY = {"token_ids": [40, 41, 42]}
 
 
-def recipes(model: Path, teacher: Path) -> dict[str, dict]:
+def recipes(model: Path, teacher: Path) -> dict[str, dict[str, Any]]:
     online = {
         "model": {"path": str(model)},
         "data": {"train": PROMPTS},
@@ -89,7 +90,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tupl
     return folder, done.stdout
 
 
-def logged(folder: Path, name: str) -> list[dict]:
+def logged(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()
     return [line for line in map(json.loads, lines) if "loss" in line]
 

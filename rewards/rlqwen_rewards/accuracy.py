@@ -48,8 +48,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
-from math_verify.errors import TimeoutException  # type: ignore[import-untyped]
-from math_verify.utils import timeout  # type: ignore[import-untyped]
+from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
 
 from rlqwen_rewards.answers import (
     boxed_answer,

@@ -5,7 +5,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify  # type: ignore[import-untyped]
+from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
 from rlqwen_rewards.answer_parser import (
     SEPARATOR,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
+import cloudpickle
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure, RewardSpecError, RlqwenError

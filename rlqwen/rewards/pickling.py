@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
+import cloudpickle
 
 _WRAPPER_ATTRIBUTES = {"__wrapped__", "__name__", "__qualname__", "__doc__", "__module__", "__annotations__"}
 

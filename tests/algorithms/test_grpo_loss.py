@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ LENGTHS = (5, 1, 3, 4)
 
 
 def make_batch(
-    lengths: tuple[int] | tuple[int, int] = LENGTHS,
+    lengths: Sequence[int] = LENGTHS,
     advantages: tuple[float, float, float, float] | tuple[float] | tuple[float, float] | tuple[Any] = (
         1.0,
         -1.0,
@@ -80,6 +81,7 @@ def one_token(ratio: float, advantage: float, **options: Any) -> tuple[Any, int 
     logp = torch.tensor([-1.0 + math.log(ratio)], requires_grad=True)
     loss, _ = grpo_loss(logp, None, batch, plain(**options), totals_of(batch))
     loss.backward()
+    assert logp.grad is not None
     return loss.item(), logp.grad.item()
 
 
@@ -111,6 +113,7 @@ def test_gspo_has_one_ratio_per_sequence() -> None:
     loss.backward()
     ratio = math.exp(0.1)
     assert loss.item() == pytest.approx(-ratio)
+    assert logp.grad is not None
     assert logp.grad.tolist() == pytest.approx([-ratio / 2] * 2)
 
 
@@ -128,6 +131,7 @@ def test_kl_term_pulls_towards_the_reference(estimator: str) -> None:
     logp = torch.tensor([-1.0], requires_grad=True)
     config = plain(beta=0.1, kl_estimator=estimator, use_bias_correction_kl=False)
     grpo_loss(logp, None, batch, config, totals_of(batch))[0].backward()
+    assert logp.grad is not None
     assert logp.grad.item() > 0
 
 
@@ -197,7 +201,7 @@ def trl_loss(logp: Tensor, entropy: Tensor, batch: PackedBatch, config: GRPOConf
     args = SimpleNamespace(
         delta=config.delta, use_bias_correction_kl=config.use_bias_correction_kl, steps_per_generation=1
     )
-    metrics = {"train": defaultdict(list)}
+    metrics: dict[str, Any] = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (pad(logp), pad(entropy), None), aux_loss_enabled=False,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, beta=config.beta, args=args,

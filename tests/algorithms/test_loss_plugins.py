@@ -71,6 +71,7 @@ def test_cispo_with_the_normalizer_of_dr_grpo_by_hand() -> None:
     loss, metrics = GRPOLoss(config)(logp, None, batch, Totals(tokens=2, sequences=2))
     assert loss.item() == pytest.approx((1.0 * 1.0 + 0.0) / 8)
     loss.backward()
+    assert logp.grad is not None
     assert logp.grad.tolist() == pytest.approx([-1.0 / 8, 2 * 0.5 / 8])
     assert metrics["clip_ratio"].value.item() == 0  # the second ratio is above the cap, but its advantage is negative
 

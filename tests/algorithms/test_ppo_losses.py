@@ -1,5 +1,6 @@
 """Test PPO's two losses by hand and against the formulas of TRL 1.9's trainer on padded rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.losses import ppo_policy_loss, ppo_value_loss
 LENGTHS = (3, 5, 1, 4)
 
 
-def make_batch(lengths: int = LENGTHS, seed: int = 0) -> tuple[PackedBatch, Tensor, Tensor]:
+def make_batch(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> tuple[PackedBatch, Tensor, Tensor]:
     """Return a batch with the estimates of a rollout, and logprobs and values of a policy that has changed since."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(lengths)
@@ -44,6 +45,7 @@ def test_policy_loss_by_hand() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert metrics["clip_ratio"].item() == 1
     loss.backward()
+    assert logp.grad is not None
     assert logp.grad[0] < 0  # a token with a positive advantage becomes likelier
     assert logp.grad[1] == 0  # a clipped token has no gradient
     assert logp.grad[2] < 0
@@ -128,6 +130,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference() -> None:
     totals = Totals(tokens=sum(LENGTHS), sequences=len(LENGTHS))
     loss, _ = ppo_policy_loss(logp, None, batch, config, totals, kl_coef=1.0)
     loss.backward()
+    assert logp.grad is not None
     assert torch.equal(torch.sign(logp.grad), torch.sign(logp.detach() - batch.per_token["ref_logp"]))
 
 

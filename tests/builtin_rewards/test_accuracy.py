@@ -85,7 +85,7 @@ def test_accuracy_corrects_errors_of_trl(text: str, solution: str, ours: float, 
 
 def test_accuracy_is_the_same_off_the_main_thread() -> None:
     cases = [(text, solution) for text, solution, _ in SAME_AS_TRL]
-    result = []
+    result: list[Any] = []
     thread = threading.Thread(target=lambda: result.extend(grade(text, solution) for text, solution in cases))
     thread.start()
     thread.join()

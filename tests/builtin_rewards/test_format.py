@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from rlqwen_rewards import think_format_reward
 from rlqwen_rewards.answers import texts_of
@@ -87,7 +89,7 @@ def test_prompt_opens_reasoning_decides_for_messages() -> None:
     assert Format()(completions, prompts=prompts) == [1.0, 1.0, 0.0]  # a closing tag implies an opening one
     assert Format()(completions, prompts=prompts, prompt_opens_reasoning=[True] * 3) == [1.0, 0.0, 0.0]
     assert Format()(completions, prompts=prompts, prompt_opens_reasoning=[False] * 3) == [0.0, 1.0, 0.0]
-    opened = {"prompts": prompts, "prompt_opens_reasoning": [True] * 3}
+    opened: dict[str, Any] = {"prompts": prompts, "prompt_opens_reasoning": [True] * 3}
     assert boxed_format(completions, **opened) == [1.0, 1.0, 0.0]
     assert TagCount(tags=["<think>", "</think>"])(completions, **opened) == [1.0, 0.5, 0.5]
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import pytest
 from rlqwen_rewards import accuracy
@@ -157,11 +158,13 @@ OPEN_PROMPTS = ["<|im_start|>assistant\n<think>\n", [{"role": "assistant", "cont
 @pytest.mark.parametrize("prompt", OPEN_PROMPTS)
 def test_reasoning_opened_by_the_prompt_must_be_closed(prompt: str | list[dict[str, str]]) -> None:
     texts = [r"maybe \boxed{4}, but wait", r"maybe \boxed{4}</think> no", r"2+2</think> \boxed{4}"]
-    many = {"solution": ["4"] * 3, "prompts": [prompt] * 3}
+    many: dict[str, Any] = {"solution": ["4"] * 3, "prompts": [prompt] * 3}
     assert Accuracy()(texts, **many) == [0.0, 0.0, 1.0]
     ids = [[1]] * 3
     assert Length(budget=2, only_correct=True)(texts, completion_ids=ids, **many) == [0.0, 0.0, 0.5]
-    right = [reward > 0 for reward in CosineLength(max_len=10)(texts, completion_ids=ids, **many)]
+    right = [
+        reward is not None and reward > 0 for reward in CosineLength(max_len=10)(texts, completion_ids=ids, **many)
+    ]
     assert right == [False, False, True]
 
 

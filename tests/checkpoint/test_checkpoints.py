@@ -95,7 +95,7 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
     manifest["files"]["../../etc/passwd"] = manifest["files"]["b"]
     (tmp_path / "f" / "manifest.json").write_text(json.dumps(manifest))
-    assert "outside" in find_fault(tmp_path / "f")
+    assert "outside" in str(find_fault(tmp_path / "f"))
 
 
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_save_minutes_saves_after_that_time(tiny_model_path: Path, tmp_path: Pat
     assert not (tmp_path / "seldom" / "checkpoints").exists()
 
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "train.learning_rate: was 2e-05, is 0.001": {"learning_rate": 1e-3},
     "train.max_steps: was 4, is 5": {"max_steps": 5},
     "data.train: was": {"rows": ROWS[1:]},

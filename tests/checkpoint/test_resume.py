@@ -197,7 +197,7 @@ def test_two_ranks_agree_on_a_signal_that_comes_after_the_last_update(tiny_model
 
 
 def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(tiny_model_path: Path, tmp_path: Path) -> None:
-    options = {"per_device_train_batch_size": 2, "peft_config": lora()}
+    options: dict[str, Any] = {"per_device_train_batch_size": 2, "peft_config": lora()}
 
     def train(folder: Path, **more: Any) -> None:
         sft(tiny_model_path, folder, **options, **more).train()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ output_dir: runs/grpo
 
 
 @pytest.fixture
-def recipes(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipes(tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make a working directory with sft.yaml and grpo.yaml on a tiny model."""
     monkeypatch.chdir(tmp_path)
     # The command line's own SIGTERM handler and environment must not outlive a test.

@@ -1,6 +1,7 @@
 """Test sampling by TRL's and vLLM's names: what is accepted, mapped, or refused with an alternative."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_generation_kwargs_accept_transformers_names_and_json_text() -> None:
         ({"rollout": {"max_staleness": 1}, "repetition_penalty": 1.1}, "repetition_penalty shapes the sampler's"),
     ],
 )
-def test_unsupported_generation_settings_are_refused_by_name(options: dict, message: str) -> None:
+def test_unsupported_generation_settings_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     for kind in (GRPOConfig, PPOConfig):
         with pytest.raises(ConfigError, match=message):
             kind(**options)

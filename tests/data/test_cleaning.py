@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ def sum_row(left: int, right: int) -> Row:
     return {"prompt": f"{left} + {right} = ?", "solution": str(left + right)}
 
 
-def clean(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any) -> CleanedRows:
+def clean(rows: Sequence[Row], eval_rows: Sequence[Row] | None = None, **config: Any) -> CleanedRows:
     return clean_rows(rows, CleaningConfig.parse(config), eval_rows)
 
 
-def dropped(rows: list[Row], eval_rows: list[Row] | None = None, **config: Any) -> list[tuple[int, str, Any]]:
+def dropped(rows: Sequence[Row], eval_rows: Sequence[Row] | None = None, **config: Any) -> list[tuple[int, str, Any]]:
     """Return (row, reason, duplicated row) of all dropped rows."""
     report = clean(rows, eval_rows, **config).report
     return [(e["row"], e["reason"], e["duplicate_of"]["row"] if "duplicate_of" in e else None) for e in report.examples]
@@ -238,7 +239,7 @@ def test_eval_rows_are_masked_and_never_dropped() -> None:
 # Cache
 
 ROWS = [{"text": f"{STORY} {i % 3} a@b.com"} for i in range(6)]
-CONFIG = {"mask": ["email"], "exact_duplicates": True}
+CONFIG: dict[str, Any] = {"mask": ["email"], "exact_duplicates": True}
 
 
 def outcome_files(cache: Path) -> list[Path]:

@@ -405,7 +405,7 @@ def test_rewards_know_that_the_prompt_opened_a_think_block(thinking: Any) -> Non
         (prompt,), _ = tokenize_prompts(
             as_rows([{"prompt": [user()]}]), thinking, max_prompt_length=None, chat_template_kwargs=kwargs
         )
-        given = {"prompts": [[user()]] * 3, "prompt_opens_reasoning": [prompt.opens_reasoning] * 3}
+        given: dict[str, Any] = {"prompts": [[user()]] * 3, "prompt_opens_reasoning": [prompt.opens_reasoning] * 3}
         assert Format()(texts, **given) == expected
         tags = TagCount(tags=["<think>", "</think>"])(texts, **given)
         assert tags == ([1.0, 0.5, 0.5] if not kwargs else [0.5, 1.0, 0.0])

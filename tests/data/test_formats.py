@@ -10,7 +10,6 @@ from rlqwen.data import as_rows
 from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.formats import normalize_row, to_prompt_row
 from rlqwen.errors import DataError
-from rlqwen.types import Message
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -84,7 +83,7 @@ def test_sharegpt_roles_become_template_roles() -> None:
         ),
     ],
 )
-def test_malformed_rows_raise_an_error_with_their_place(row: Row, message: Message) -> None:
+def test_malformed_rows_raise_an_error_with_their_place(row: Row, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         normalize_row(row, "row 3")
     assert str(caught.value).startswith("row 3: ")

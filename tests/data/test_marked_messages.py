@@ -38,7 +38,7 @@ def learned(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[str, s
 
 
 @pytest.mark.parametrize("mark", MARKS, ids=str)
-def test_an_excluded_message_is_not_learned_in_any_format(tokenizer: Any, mark: str) -> None:
+def test_an_excluded_message_is_not_learned_in_any_format(tokenizer: Any, mark: dict[str, Any]) -> None:
     turns = [USER, WRONG | mark, USER, RIGHT]
     plain = learned(tokenizer, {"messages": [USER, WRONG, USER, RIGHT]})[0]
     named = {"user": "human", "assistant": "gpt"}

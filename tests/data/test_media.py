@@ -93,7 +93,7 @@ def len_of(completions: list[str], **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def rows_for(algorithm: str) -> list[dict]:
+def rows_for(algorithm: str) -> list[dict[str, Any]]:
     if algorithm == "sft":
         return [TEXT] * 4
     pair = {"chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "a circle"}]}

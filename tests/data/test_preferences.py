@@ -13,7 +13,6 @@ from rlqwen.data.formats import add_system_prompt, normalize_row
 from rlqwen.data.preference_tokenization import PairJob
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
-from rlqwen.types import Message
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 USER = {"role": "user", "content": "q"}
@@ -214,7 +213,7 @@ def test_a_system_prompt_and_a_column_map_work_for_pairs(tmp_path: Path) -> None
         ),
     ],
 )
-def test_malformed_pairs_raise_an_error_with_their_place(tokenizer: Any, row: Row, message: Message) -> None:
+def test_malformed_pairs_raise_an_error_with_their_place(tokenizer: Any, row: Row, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         tokenize_preferences([PAIR, row], tokenizer, DPOConfig())
     assert str(caught.value).startswith("row 1: ")

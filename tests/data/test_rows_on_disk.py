@@ -338,7 +338,7 @@ def test_a_bad_row_among_many_raises_an_error_and_nothing_is_cached(
     rows = [*TURNS[:7], {"prompt": "no answer"}, *TURNS[7:], {"nothing": 1}]
     with pytest.raises(DataError, match="row 7: nothing to learn"):
         tokenize_sft(rows, tokenizer, SFTConfig())
-    faults = []
+    faults: list[Any] = []
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig(), faults=faults)
     assert [str(fault)[:6] for fault in faults] == ["row 7:", "row 11"]
     assert len(kept) == report.num_kept == 10

@@ -121,7 +121,7 @@ def test_every_algorithm_uses_the_prompt_that_serving_sends(
 ) -> None:
     template = Path(template_files[name]).read_text()
     options = {"chat_template_path": template_files[name], "max_length": None}
-    sampled = {"max_prompt_length": None, "chat_template": template, "chat_template_kwargs": kwargs}
+    sampled: dict[str, Any] = {"max_prompt_length": None, "chat_template": template, "chat_template_kwargs": kwargs}
     judge = build_tokenizer()
     judge.chat_template = template
     for prompt in PROMPTS.values():

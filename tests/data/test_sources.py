@@ -13,7 +13,6 @@ from rlqwen.data import as_rows, load_rows
 from rlqwen.data import row_files as files
 from rlqwen.data.sources import read_source
 from rlqwen.errors import ConfigError, DataError
-from rlqwen.types import Message
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -96,9 +95,7 @@ def test_a_dataset_saved_to_disk_loads(tmp_path: Path) -> None:
         ("a.txt", b"hello", r"can't read files of type '\.txt'; known types: \.csv, \.json"),
     ],
 )
-def test_a_broken_file_raises_an_error_with_the_position(
-    tmp_path: Path, name: str, content: Any, message: Message
-) -> None:
+def test_a_broken_file_raises_an_error_with_the_position(tmp_path: Path, name: str, content: Any, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(tmp_path / name)

@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 
 def learned(tokenizer: Any, row: Any) -> str:
-    return tokenizer.decode([token for token, is_in in zip(row.token_ids, row.loss_mask, strict=True) if is_in])
+    return str(tokenizer.decode([token for token, is_in in zip(row.token_ids, row.loss_mask, strict=True) if is_in]))
 
 
 # Forms

@@ -95,7 +95,7 @@ def test_experts_reach_vllm_exactly(tmp_path: Path) -> None:
     check_syncs(run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3-moe", TINY_MOE, tmp_path), world_size=1)[0])
 
 
-def sample_with_vllm(model: str, shape: dict[str, Any], folder: Path, **parallel: int) -> list[dict]:
+def sample_with_vllm(model: str, shape: dict[str, Any], folder: Path, **parallel: int) -> list[dict[str, Any]]:
     args = GRPOConfig(
         output_dir=str(folder), max_steps=2, save_strategy="no", learning_rate=1e-2, parallel=parallel,
         per_device_train_batch_size=8, num_generations=4, max_completion_length=8, model_init_kwargs=shape,

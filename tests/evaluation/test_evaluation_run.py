@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ ROWS = [
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Make a working directory with rows.jsonl and a reward function."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), "utf-8")
@@ -175,7 +176,12 @@ def test_the_command_line_compares_two_models(
 
 
 def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path: Path, data: str) -> None:
-    options = {"reward_names": "exact_match", "engine": "transformers", "max_tokens": 4, "num_samples": 2}
+    options: dict[str, Any] = {
+        "reward_names": "exact_match",
+        "engine": "transformers",
+        "max_tokens": 4,
+        "num_samples": 2,
+    }
     itself = evaluate_model(evaluation_config(str(tiny_model_path), data, against=str(tiny_model_path), **options))
     rate = itself.win_rates["exact_match"]
     assert (rate.wins, rate.ties, rate.losses, rate.win_rate) == (0, 6, 0, 0.5)

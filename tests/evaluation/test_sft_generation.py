@@ -10,7 +10,7 @@ from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.errors import ConfigError, DataError
 
 
-def rows(count: int) -> list[dict]:
+def rows(count: int) -> list[dict[str, Any]]:
     """Return conversations that always end with the answer yes."""
     return [
         {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "yes"}]}
@@ -104,7 +104,7 @@ def test_another_eval_set_uses_its_own_prompts(tiny_model_path: Path, tmp_path: 
     ],
 )
 def test_impossible_evaluations_are_refused_before_training(
-    tiny_model_path: Path, tmp_path: Path, options: dict[str, Any], error: BaseException, message: str
+    tiny_model_path: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         make_trainer(tiny_model_path, tmp_path, **options)

@@ -11,13 +11,13 @@ from rlqwen.data.references import own_answer, references_of
 from rlqwen.errors import DataError
 from rlqwen.evaluation.metrics.answer_extraction import after_reasoning, normalize_answer, same_answer
 from rlqwen.evaluation.metrics.classification import find_label, label_metrics, label_set
-from rlqwen.evaluation.metrics.text_metrics import RougeTokenizer, TextMeasure, bleu_tokenizer, text_metrics
+from rlqwen.evaluation.metrics.text_metrics import RougeTokenizer, TextMeasure, TextMetric, bleu_tokenizer, text_metrics
 from rlqwen.types import Completion, Group, Prompt
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
-def score_text(metric: str, text: str, *references: str) -> Any:
+def score_text(metric: TextMetric, text: str, *references: str) -> Any:
     return text_metrics([metric], [text], [list(references)])
 
 

@@ -22,7 +22,6 @@ from rlqwen.distributed import UpdateResult
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import read_metrics
-from rlqwen.rewards.registry import Reward
 from rlqwen.trainers.online import Update
 from rlqwen.types import Completion, GroupRequest
 
@@ -45,7 +44,7 @@ def make_online(
     model: PreTrainedModel,
     folder: Path,
     *,
-    reward: Reward = prefers_even,
+    reward: Callable[..., Any] = prefers_even,
     rows: Sequence[Row] = PROMPTS,
     **options: Any,
 ) -> Any:

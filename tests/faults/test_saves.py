@@ -54,7 +54,7 @@ def run(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trainer
 
 
-def copy_of(run: Path, folder: Path) -> Path:
+def copy_of(run: Any, folder: Path) -> Path:
     shutil.copytree(run.output_dir, folder)
     return folder
 
@@ -90,7 +90,7 @@ def kill_at(operation: int) -> list[str]:
     return names
 
 
-def save_in(run: Path, folder: Path, operation: int, log: Path) -> int:
+def save_in(run: Any, folder: Path, operation: int, log: Path) -> int:
     """Save the trainer's current state in `folder`, killed at an operation; return the exit code."""
 
     def child() -> None:
@@ -109,7 +109,7 @@ def save_in(run: Path, folder: Path, operation: int, log: Path) -> int:
 @pytest.mark.parametrize(
     "every", [pytest.param(1, marks=pytest.mark.slow_fault, id="each"), pytest.param(9, id="some")]
 )
-def test_killed_at_each_file_operation_of_a_save(run: Path, tiny_model_path: Path, tmp_path: Path, every: int) -> None:
+def test_killed_at_each_file_operation_of_a_save(run: Any, tiny_model_path: Path, tmp_path: Path, every: int) -> None:
     log = tmp_path / "operations"
     assert save_in(run, copy_of(run, tmp_path / "whole"), -1, log) == 0
     operations = log.read_text().splitlines()
@@ -133,7 +133,7 @@ def test_killed_at_each_file_operation_of_a_save(run: Path, tiny_model_path: Pat
 
 
 @pytest.mark.fault("a partial checkpoint that a killed save left behind", "it is not used, and deleted on going on")
-def test_a_left_over_partial_checkpoint(run: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_left_over_partial_checkpoint(run: Any, tiny_model_path: Path, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
     partial = folder / "checkpoints" / ".step-000009.partial"
     shutil.copytree(folder / "checkpoints" / "step-000002", partial)
@@ -142,7 +142,7 @@ def test_a_left_over_partial_checkpoint(run: Path, tiny_model_path: Path, tmp_pa
     assert not partial.exists()
 
 
-def two_checkpoints(run: Path, folder: Path) -> tuple[Path, Path]:
+def two_checkpoints(run: Any, folder: Path) -> tuple[Path, Path]:
     """Return the checkpoints of updates 2 and 3 in one folder."""
     older = copy_of(run, folder) / "checkpoints" / "step-000002"
     newer = older.with_name("step-000003")
@@ -160,7 +160,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 9)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Any] = {
     "model.safetensors": flip_a_byte,
     "optimizer.safetensors": truncate,
     "rng-0.json": Path.unlink,
@@ -174,7 +174,7 @@ DAMAGES = {
     "a note names the file, and the next older complete checkpoint is used; refused where it was named",
 )
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint(run: Path, tiny_model_path: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_checkpoint(run: Any, tiny_model_path: Path, tmp_path: Path, name: str) -> None:
     older, newer = two_checkpoints(run, tmp_path / "run")
     DAMAGES[name](newer / name)
     notes: list[str] = []
@@ -206,7 +206,7 @@ class _Mount:
 
 
 @pytest.mark.fault("disk full during a save (a small file system)", "exit code 1, the part removed, the last one kept")
-def test_a_full_disk(run: Path, tmp_path: Path) -> None:
+def test_a_full_disk(run: Any, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=4m"):
         folder = copy_of(run, tmp_path / "disk" / "run")
         filler = tmp_path / "disk" / "filler"
@@ -218,7 +218,7 @@ def test_a_full_disk(run: Path, tmp_path: Path) -> None:
     "a limit on file sizes during a save (RLIMIT_FSIZE, in place of a full disk)",
     "exit code 1, the part removed, the last one kept",
 )
-def test_a_file_size_limit(run: Path, tmp_path: Path) -> None:
+def test_a_file_size_limit(run: Any, tmp_path: Path) -> None:
     folder = copy_of(run, tmp_path / "run")
 
     def child() -> None:
@@ -229,7 +229,7 @@ def test_a_file_size_limit(run: Path, tmp_path: Path) -> None:
     assert run_forked(child) == 0
 
 
-def check_failed_save(run: Path, folder: Path) -> None:
+def check_failed_save(run: Any, folder: Path) -> None:
     checkpointer, output_dir = run.checkpointer, run.checkpointer.output_dir
     checkpointer.output_dir, checkpointer.saved_step = folder, -1
     try:
@@ -330,7 +330,7 @@ class Trap:
 @pytest.mark.fault(
     "malicious pickles in a checkpoint folder", "never executed; refused where they stand in for weights"
 )
-def test_pickles_in_a_checkpoint_are_never_read(run: Path, tiny_model_path: Path, tmp_path: Path) -> None:
+def test_pickles_in_a_checkpoint_are_never_read(run: Any, tiny_model_path: Path, tmp_path: Path) -> None:
     folder, sprung = copy_of(run, tmp_path / "run"), tmp_path / "sprung"
     checkpoint = folder / "checkpoints" / "step-000002"
     trap = pickle.dumps(Trap(sprung))

@@ -45,7 +45,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    weights = {}
+    weights: dict[str, Any] = {}
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -24,7 +24,7 @@ def operands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     seen = []
     real = torch.nn.functional.grouped_mm
 
-    def spy(left: int, right: int, **kwargs: Any) -> Tensor:
+    def spy(left: torch.Tensor, right: torch.Tensor, **kwargs: Any) -> Tensor:
         seen.append((left.dtype, right.dtype))
         return real(left, right, **kwargs)
 

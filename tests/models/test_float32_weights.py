@@ -22,7 +22,7 @@ from rlqwen.runs.export import ExportOptions, export_model
 from tests.forked_ranks import run_ranks
 
 EXACT = ("A_log", "linear_attn.norm.weight")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "linear_head_dim": 32,
     "linear_num_key_heads": 1, "linear_num_value_heads": 2, "initializer_range": 0.1,
 }  # fmt: skip
@@ -61,7 +61,7 @@ def test_float32_weights_are_saved_unchanged(mixed: Path, tmp_path: Path, peft_c
     assert_same_weights(load_file(tmp_path / "run" / "final" / "model.safetensors"), before)
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-000001" / "model.safetensors")
     assert all(saved[name].equal(before[name].to(saved[name].dtype)) for name in before)
-    export_model(ExportOptions(source=str(tmp_path / "run"), destination=tmp_path / "exported"))
+    export_model(ExportOptions(source=str(tmp_path / "run"), destination=str(tmp_path / "exported")))
     assert_same_weights(load_file(tmp_path / "exported" / "model.safetensors"), before)
 
 
@@ -69,10 +69,11 @@ def test_float32_weights_are_trained_and_sent_as_float32(mixed: Path) -> None:
     args = SFTConfig(bf16=True)
     policy = Policy(load_model(str(mixed), args), args, reference=True)
     exact = [name for name in policy.trained_names if name.endswith(EXACT)]
+    assert policy._reference is not None
     reference, stored = dict(policy._reference.named_parameters()), load_file(mixed / "model.safetensors")
     for name in exact:
         assert reference[name].equal(policy.model.get_parameter(name))
-    chunks = []
+    chunks: list[Any] = []
     publish(1, policy.export_weights(), None, dtype="bfloat16", expected=_expected(mixed), put=chunks.append)
     sent = {name: (array, dtype) for chunk in chunks for name, array, dtype in chunk}
     assert len(exact) == 2

@@ -22,7 +22,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import pack
 from tests.models.test_policy import make_model, padded_logprobs, skewed_trees
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
     "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,

@@ -28,7 +28,7 @@ from tests.trainers.test_grpo import steps
 from tests.trainers.test_sft import make_trainer as make_sft
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WINDOW = {"sliding_window": 12}
+WINDOW: dict[str, Any] = {"sliding_window": 12}
 MLA = {
     "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
     "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -83,9 +83,7 @@ REFUSED = {
 }
 
 
-def make(
-    model_type: str, *, auto: type[AutoModelForSequenceClassification] = AutoModelForCausalLM, **options: Any
-) -> Any:
+def make(model_type: str, *, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """Return a random model whose logits differ widely, so that a wrong forward is noticed."""
     torch.manual_seed(0)
     known = transformers.CONFIG_MAPPING[model_type]()
@@ -174,8 +172,8 @@ def test_references_and_reward_models_are_checked_like_policies() -> None:
 )
 def test_an_argument_that_changes_attention_is_refused(arguments: dict[str, Any], message: str) -> None:
     states = torch.randn(1, 2, 4, 8)
-    call = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
-    harmless = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
+    call: dict[str, Any] = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
+    harmless: dict[str, Any] = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
     packed_attention(torch.nn.Identity(), states, states, states, **call | harmless)
     with pytest.raises(ModelError, match=message):
         packed_attention(torch.nn.Identity(), states, states, states, **call | arguments)
@@ -216,7 +214,12 @@ def test_sft_and_grpo_train_other_families(folder: Path, tmp_path: Path, lora: b
 def test_vllm_and_the_trainer_agree_on_sliding_windows(tiny_model_path: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 128, "head_dim": 32, "eos_token_id": tokenizer.eos_token_id}
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "head_dim": 32,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     make("mistral", **shape, **WINDOW, pad_token_id=tokenizer.pad_token_id).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     rollout = {"engine": "vllm", "num_workers": 1, "num_cpus_per_worker": 0.5}

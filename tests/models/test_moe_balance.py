@@ -123,7 +123,7 @@ def test_a_dense_model_has_no_router_loss() -> None:
         Policy(make_model(), SFTConfig(router_aux_loss_coef=0.1))
 
 
-def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
+def length_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 

@@ -35,7 +35,7 @@ SHAPE = {
     "vocab_size": 120, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
-QWEN3 = SHAPE | {"head_dim": 32}
+QWEN3: dict[str, Any] = SHAPE | {"head_dim": 32}
 
 
 def make_model(kind: str = "qwen3", **options: Any) -> Qwen2ForCausalLM | Qwen3MoeForCausalLM | Qwen3ForCausalLM:
@@ -46,7 +46,7 @@ def make_model(kind: str = "qwen3", **options: Any) -> Qwen2ForCausalLM | Qwen3M
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**QWEN3 | experts | options))
     if kind == "qwen3_next":
-        linear = {
+        linear: dict[str, Any] = {
             "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
             "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
             "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,

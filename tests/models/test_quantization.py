@@ -22,7 +22,7 @@ from rlqwen.trainers.sft import SFTTrainer
 from tests.models.test_policy import make_model, padded_logprobs, skewed_trees
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an optional extra")
-LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 NF4 = QuantizationSettings(bits=4)
 KINDS = {
     "nf4": (NF4, {}),

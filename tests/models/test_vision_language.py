@@ -1,12 +1,14 @@
 """Test vision-language models without a text-only class: their text model is trained, and the tower does not change."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from rlqwen import SFTConfig
 from rlqwen.errors import ModelError
@@ -39,7 +41,7 @@ FAMILIES = {
 TOWERS = ("visual", "vision_tower", "multi_modal_projector")
 
 
-def make(model_type: str):
+def make(model_type: str) -> Any:
     torch.manual_seed(0)
     text, vision, others = FAMILIES[model_type]
     config = transformers.CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **others)
@@ -51,14 +53,14 @@ def make(model_type: str):
     return model.eval()
 
 
-def write(model_type: str, tiny_model_path, folder):
+def write(model_type: str, tiny_model_path: Path, folder: Path) -> Any:
     make(model_type).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
     return folder
 
 
-def tower(model) -> dict[str, torch.Tensor]:
+def tower(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {
         name: weight
         for name, weight in model.state_dict().items()
@@ -67,7 +69,7 @@ def tower(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_packed_rows_are_exact_and_the_tower_is_frozen(model_type, tmp_path):
+def test_packed_rows_are_exact_and_the_tower_is_frozen(model_type: str, tmp_path: Path) -> None:
     make(model_type).save_pretrained(tmp_path)
     own, model = make(model_type), load_model(str(tmp_path), SFTConfig())
     policy = Policy(model, SFTConfig())
@@ -81,7 +83,9 @@ def test_packed_rows_are_exact_and_the_tower_is_frozen(model_type, tmp_path):
 
 
 @pytest.mark.parametrize(("model_type", "lora"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
-def test_trainers_keep_every_bit_of_the_tower(model_type, lora, tiny_model_path, tmp_path):
+def test_trainers_keep_every_bit_of_the_tower(
+    model_type: str, lora: bool, tiny_model_path: Path, tmp_path: Path
+) -> None:
     folder = write(model_type, tiny_model_path, tmp_path / "base")
     peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
     sft = make_sft(folder, tmp_path / "sft", max_steps=2, learning_rate=1e-2, peft_config=peft_config)
@@ -105,14 +109,14 @@ def test_trainers_keep_every_bit_of_the_tower(model_type, lora, tiny_model_path,
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_adapters_stay_off_the_tower_when_the_user_excludes_modules_too(model_type):
+def test_adapters_stay_off_the_tower_when_the_user_excludes_modules_too(model_type: str) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["o_proj"])
     names = Policy(make(model_type), SFTConfig(), peft_config=config).trained_names
     assert any("q_proj" in name for name in names)
     assert not any(part in name.split(".") for name in names for part in (*TOWERS, "o_proj"))
 
 
-def test_a_scalar_head_is_refused_with_a_short_message(tiny_model_path, tmp_path):
+def test_a_scalar_head_is_refused_with_a_short_message(tiny_model_path: Path, tmp_path: Path) -> None:
     folder = write("qwen3_vl", tiny_model_path, tmp_path)
     with pytest.raises(ModelError, match="no class with a scalar head for qwen3_vl") as fault:
         load_scalar_model(str(folder), SFTConfig())

@@ -1,6 +1,8 @@
 """Compare the attention of two variable-length calls with padded blocks: outputs and gradients."""
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 class PlainKernel(FlashKernel):
     """Compute in plain torch what FlashKernel computes, on any device and in any dtype."""
 
-    def forward(self, query, key, value, queries, keys, *, causal, scale):
+    def forward(
+        self, query: Tensor, key: str, value: Any, queries: Runs, keys: Runs, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Any]:
         out = torch.zeros_like(query)
         lse = query.new_zeros(query.shape[1], query.shape[0])
         for rows, columns in pairs(queries, keys):
@@ -26,7 +30,20 @@ class PlainKernel(FlashKernel):
             out[rows] = torch.einsum("hqk,khd->qhd", probs, repeated(value[columns], query))
         return out, lse
 
-    def backward(self, grad, query, key, value, out, lse, queries, keys, *, causal, scale):
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: str,
+        value: Any,
+        out: Tensor,
+        lse: Tensor,
+        queries: Runs,
+        keys: Runs,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         delta = (grad * out).sum(-1).T
         for rows, columns in pairs(queries, keys):
@@ -40,7 +57,7 @@ class PlainKernel(FlashKernel):
         return gradients
 
 
-def pairs(queries: Runs, keys: Runs):
+def pairs(queries: Runs, keys: Runs) -> Iterator[tuple[slice[Any, Any, Any], slice[Any, Any, Any]]]:
     query_ends, key_ends = queries.ends.tolist(), keys.ends.tolist()
     for i in range(len(query_ends) - 1):
         yield slice(query_ends[i], query_ends[i + 1]), slice(key_ends[i], key_ends[i + 1])
@@ -77,19 +94,21 @@ def random_layout(seed: int) -> Layout:
     return Layout(spans)
 
 
-def inputs(layout: Layout, dtype: torch.dtype, device: str = "cpu", heads=(4, 2), width=8) -> list[Tensor]:
+def inputs(
+    layout: Layout, dtype: torch.dtype, device: str = "cpu", heads: tuple[int, int] = (4, 2), width: int = 8
+) -> list[Tensor]:
     shapes = [(layout.num_tokens, count, width) for count in (heads[0], heads[1], heads[1], heads[0])]
     return [torch.randn(*shape, dtype=dtype, device=device) for shape in shapes]
 
 
-def outputs_and_gradients(attend, query, key, value, grad) -> list[Tensor]:
+def outputs_and_gradients(attend: Any, query: Tensor, key: str, value: Any, grad: Tensor) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_two_calls_equal_padded_blocks(seed):
+def test_two_calls_equal_padded_blocks(seed: int) -> None:
     layout = random_layout(seed)
     tensors = inputs(layout, torch.float64)
     ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), *tensors)
@@ -98,13 +117,13 @@ def test_two_calls_equal_padded_blocks(seed):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
-def test_the_gradient_is_that_of_the_output():
+def test_the_gradient_is_that_of_the_output() -> None:
     layout = Layout([Span(0, 3, 3, 6), Span(0, 3, 6, 10), Span(10, 10, 10, 13)])
     leaves = [tensor.requires_grad_() for tensor in inputs(layout, torch.float64, heads=(2, 1), width=4)[:3]]
     assert torch.autograd.gradcheck(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), leaves)
 
 
-def test_a_plan_names_segments_and_the_rows_of_shared_prefixes():
+def test_a_plan_names_segments_and_the_rows_of_shared_prefixes() -> None:
     plan = CascadePlan.build(Layout([Span(0, 2, 2, 5), Span(0, 2, 5, 6), Span(6, 7, 7, 7), Span(8, 8, 8, 10)]))
     assert plan.own.ends.tolist() == [0, 2, 5, 6, 7, 8, 10]
     assert plan.own.longest == 3
@@ -115,13 +134,13 @@ def test_a_plan_names_segments_and_the_rows_of_shared_prefixes():
     assert (plan.own.ends.dtype, plan.query_rows_Q.dtype) == (torch.int32, torch.long)
 
 
-def test_a_row_without_prefixes_makes_one_call():
+def test_a_row_without_prefixes_makes_one_call() -> None:
     layout = Layout([Span(0, 0, 0, 4), Span(4, 4, 4, 9)])
 
     class Once(PlainKernel):
         calls = 0
 
-        def forward(self, *args, causal, **kwargs):
+        def forward(self, *args: Any, causal: bool, **kwargs: Any) -> Any:
             assert causal
             self.calls += 1
             return super().forward(*args, causal=causal, **kwargs)
@@ -131,7 +150,7 @@ def test_a_row_without_prefixes_makes_one_call():
     assert kernel.calls == 1
 
 
-def test_flash_attention_is_not_used_on_a_cpu():
+def test_flash_attention_is_not_used_on_a_cpu() -> None:
     query, _, value, _ = inputs(random_layout(0), torch.bfloat16)
     assert not has_flash_kernel(query, value)
 
@@ -140,7 +159,7 @@ def test_flash_attention_is_not_used_on_a_cpu():
 @needs_gpu
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("width", [32, 128])
-def test_flash_attention_equals_float32_blocks_up_to_rounding(seed, width):
+def test_flash_attention_equals_float32_blocks_up_to_rounding(seed: int, width: int) -> None:
     layout = random_layout(seed).to("cuda")
     exact = inputs(layout, torch.float32, "cuda", width=width)
     half = [tensor.bfloat16() for tensor in exact]

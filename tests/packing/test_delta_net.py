@@ -43,8 +43,8 @@ TEXT = {
         "mrope_interleaved": True,
     },
 }  # fmt: skip
-DENSE = TEXT | {"intermediate_size": 64}
-EXPERTS = TEXT | {
+DENSE: dict[str, Any] = TEXT | {"intermediate_size": 64}
+EXPERTS: dict[str, Any] = TEXT | {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
 }  # fmt: skip
 VISION = {

@@ -28,7 +28,7 @@ def test_values_and_gradients_equal_those_of_all_logits_at_once(
     head = torch.randn(11, 5, generator=generator, requires_grad=True)
     other_hidden, other_head = torch.randn(8, 3, generator=generator), torch.randn(other_size, 3, generator=generator)
     weight = torch.randn(8, generator=generator)
-    options = {"temperature": temperature, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
     ours = chunked_kl(hidden, head, other_hidden, other_head, **options)
     theirs = whole_kl(hidden, head, other_hidden, other_head, temperature)
     torch.testing.assert_close(ours, theirs)

@@ -100,7 +100,7 @@ def score_loss(model: ScalarModel, batch: PackedBatch) -> dict[str, Any]:
     return {"values": [scores_S.detach(), values_N.detach()], "gradients": grads}
 
 
-def everything() -> list[dict]:
+def everything() -> list[dict[str, Any]]:
     """Return the results of every kind of model for every batch."""
     found = []
     for kind, options in (
@@ -115,7 +115,7 @@ def everything() -> list[dict]:
     return found + [score_loss(model, batch) for batch in batches()]
 
 
-def in_a_rank() -> list[dict]:
+def in_a_rank() -> list[dict[str, Any]]:
     global GROUP
     dist.init_process_group("gloo")
     GROUP = SequenceGroup(dist.new_group())
@@ -168,7 +168,7 @@ def test_models_that_cannot_be_sliced_are_refused_with_the_reason() -> None:
         Policy(make_model("qwen3_next"), SFTConfig(), sequence=two)
 
 
-def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
+def length_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 

@@ -38,7 +38,7 @@ class MixedConfig(SFTConfig):
 """
 
 
-def write_recipe(folder: Path, algorithm: str, *, model: object = "builtin:tiny-qwen3", **keys: Any) -> Path:
+def write_recipe(folder: Path, algorithm: object, *, model: object = "builtin:tiny-qwen3", **keys: Any) -> Path:
     data = {"train": {"generator": "arithmetic", "args": {"kind": "sft", "size": 8}}}
     train = {"max_steps": 1, "save_strategy": "no"} | dict(keys.pop("train", {}))
     recipe = {

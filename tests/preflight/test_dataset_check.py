@@ -46,7 +46,8 @@ def write(name: str, rows: list[Any]) -> str:
 
 def check(capsys: Any, *words: str, code: int = 0) -> dict[str, Any]:
     assert main(["data", "check", *words, "--json"]) == code
-    return json.loads(capsys.readouterr().out)
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
 
 
 def printed(capsys: Any, *words: str, code: int = 0) -> str:

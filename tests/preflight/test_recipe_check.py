@@ -32,7 +32,7 @@ STAND_INS = {
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-def recipe_of(model: Path | str, rows: list[dict], folder: Path, **changes: Any) -> Recipe:
+def recipe_of(model: Path | str, rows: list[dict[str, Any]], folder: Path, **changes: Any) -> Recipe:
     """Make a recipe over rows that are written to a file; `changes` replace its top-level sections."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
 def groups() -> list[Group]:
     """Return two groups with two completions each; the second reward is missing once."""
 
-    def completion(text: str, finish: str) -> Completion:
+    def completion(text: str, finish: Literal["stop", "length"]) -> Completion:
         return Completion([1] * len(text), [-0.5] * len(text), finish, text)
 
     first = Group(
@@ -142,7 +142,7 @@ def test_tensorboard_gets_the_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_hosted_sinks_get_run_name_steps_and_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A fake module that records calls replaces the service's package."""
-    calls: list[tuple] = []
+    calls: list[tuple[Any, ...]] = []
 
     class Service(types.ModuleType):
         def init(self, **arguments: Any) -> Any:

@@ -1,7 +1,7 @@
 """Test the effect of missing rewards on totals, advantages, the loss and evaluation metrics."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards import Scorer, build_rewards
-from rlqwen.rewards.registry import Reward
 from rlqwen.types import Completion, Group, Prompt
 from tests.losses import grpo_loss
 from tests.trainers.test_grpo import ROWS
@@ -37,7 +36,7 @@ def not_for_single_tokens(completion_ids: list[list[int]], **_: object) -> list[
 
 def scored(
     *token_ids: list[int],
-    rewards: Sequence[Reward] = (fails_on_13, rises),
+    rewards: Sequence[Callable[..., Any]] = (fails_on_13, rises),
     weights: tuple[float, float] | tuple[float] | None = None,
 ) -> Group:
     """Return a group of these completions, scored in this process."""

@@ -37,7 +37,7 @@ BUILT_IN = {
 }
 
 
-def good(completions: list[str], solution: list[str], bonus: float = 0.0, **columns: Any) -> list[int]:
+def good(completions: list[str], solution: list[str], bonus: float = 0.0, **columns: Any) -> list[float]:
     """Say how long."""
     return [len(one) + bonus for one in completions]
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_a_sync_reaches_every_worker(pool: RolloutPool, model: PreTrainedModel) 
 
 @pytest.mark.parametrize("options", SHAPED, ids=str)
 def test_logprobs_are_those_of_the_sampling_distribution(
-    pool: RolloutPool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict
+    pool: RolloutPool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> None:
     """Check that logprobs are those of the distribution from which the transformers engine samples."""
     pool.load_weights(pool.version + 1, model.state_dict().items(), canary(model))

@@ -34,7 +34,7 @@ class SnapshotEngine(TransformersEngine):
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.threads = []
+        self.threads: list[str] = []
         """Name of the thread of each `generate` call."""
         self._busy = threading.Lock()
         super().__init__(self, tokenizer, max_model_length=length, max_num_seqs=64)
@@ -160,7 +160,7 @@ def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model
 )
 @pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 1), ("grpo", 2), ("ppo", 1)])
 def test_prefetched_groups_survive_a_resume(tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int) -> None:
-    options = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
+    options: dict[str, Any] = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
     # All runs are in forks, because a fork of a process that has used several threads may wait for them forever.
     assert run_forked(lambda: make(tiny_model_path, tmp_path / "straight", **options).train()) == 0
 
@@ -170,7 +170,7 @@ def test_prefetched_groups_survive_a_resume(tiny_model_path: Path, tmp_path: Pat
         trainer.train()
 
     assert run_forked(train_and_die) == -signal.SIGKILL
-    going_on = options | {"resume_from_checkpoint": True}
+    going_on: dict[str, Any] = options | {"resume_from_checkpoint": True}
     assert run_forked(lambda: make(tiny_model_path, tmp_path / "killed", **going_on).train()) == 0
     comparison = compare_runs(tmp_path / "straight", tmp_path / "killed")
     assert comparison.is_exact, str(comparison)

@@ -83,7 +83,7 @@ def start(folder: Path, ending: str) -> Trainer:
 def environment(pid: int) -> dict[str, str]:
     """Return the environment of a process; empty if the process has ended."""
     try:
-        return psutil.Process(pid).environ()
+        return dict(psutil.Process(pid).environ())
     except psutil.Error:
         return {}
 

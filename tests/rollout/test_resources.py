@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from rlqwen.rollout.weight_sync import sent_bytes
         ({"num_workers": 3, "num_cpus_per_worker": 2}, [(4, 0), (3, 0)], 2, 0),
     ],
 )
-def test_resources_of_a_worker_are_computed(config: dict, nodes: list, cpus: float, gpus: float) -> None:
+def test_resources_of_a_worker_are_computed(config: dict[str, Any], nodes: list[Any], cpus: float, gpus: float) -> None:
     planned = plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=100)
     assert (planned.num_cpus, planned.num_gpus) == (cpus, gpus)
 
@@ -42,7 +43,9 @@ def test_resources_of_a_worker_are_computed(config: dict, nodes: list, cpus: flo
         ),
     ],
 )
-def test_requesting_more_resources_than_there_are_is_refused(config: dict, nodes: list, message: str) -> None:
+def test_requesting_more_resources_than_there_are_is_refused(
+    config: dict[str, Any], nodes: list[Any], message: str
+) -> None:
     with pytest.raises(ResourceError, match=message):
         plan_workers(RolloutConfig(**config), nodes=nodes, free_gib=16.0)
 

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("options", SHAPED, ids=str)
 def test_logprobs_are_those_of_the_sampling_distribution(
-    model: PreTrainedModel, tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase, options: dict
+    model: PreTrainedModel, tiny_model_path: Path, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
 ) -> None:
     sampling = sampling_by(options, tokenizer)
     groups = list(start(model, tiny_model_path).generate(asked(sampling)))

@@ -17,7 +17,7 @@ from rlqwen.types import Truncation
 from tests.trainers.test_grpo import make_trainer as make_grpo
 from tests.trainers.test_ppo import make_trainer as make_ppo
 
-TRUNCATED = {"top_p": 0.8, "top_k": 30, "min_p": 0.02, "temperature": 0.8, "max_completion_length": 24}
+TRUNCATED: dict[str, Any] = {"top_p": 0.8, "top_k": 30, "min_p": 0.02, "temperature": 0.8, "max_completion_length": 24}
 
 
 def entries(trainer: Any, key: str) -> list[float]:
@@ -97,11 +97,12 @@ def test_correction_weights_equal_a_manual_computation() -> None:
     torch.testing.assert_close(weights_N, torch.ones(52), atol=1e-4, rtol=0)
     assert metrics["sampling/logp_gap"].value.item() == pytest.approx(0.0, abs=1e-5)
     whole_N, _ = compare_with_sampler(old_logp_N, batch, GRPOConfig(vllm_importance_sampling_mode="sequence_truncate"))
+    assert whole_N is not None
     assert whole_N[-1].item() == pytest.approx(math.exp(-0.2 * 50), rel=1e-3)  # the value without the term
 
 
 def test_a_completion_ended_by_a_stop_string_counts_as_finished(sharp_model_path: Path, tmp_path: Path) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
 
     def remember(completions: list[str], completion_ids: list[list[int]], **_: object) -> Any:
         seen.update(zip(map(tuple, completion_ids), completions, strict=True))

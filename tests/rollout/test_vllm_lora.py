@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_workers_sample_from_the_adapted_policy(pool: RolloutPool, folder: Path)
             pool.load_weights(4, list(policy.export_adapter())[1:], canary(model))
 
 
-def gap(groups: list, model: torch.nn.Module) -> float:
+def gap(groups: list[Any], model: torch.nn.Module) -> float:
     """Return the largest difference between the sampler's logprobs and those of `model`."""
     gaps = []
     for group in groups[:4]:
@@ -95,7 +96,9 @@ def gap(groups: list, model: torch.nn.Module) -> float:
         ({"bias": "all"}, "biases are trained"),
     ],
 )
-def test_only_the_adapter_is_sent_if_vllm_can_apply_it(folder: Path, options: dict, reason: str | None) -> None:
+def test_only_the_adapter_is_sent_if_vllm_can_apply_it(
+    folder: Path, options: dict[str, Any], reason: str | None
+) -> None:
     untied = AutoModelForCausalLM.from_pretrained(folder)
     untied.config.tie_word_embeddings = False
     policy = Policy(untied, SFTConfig(), peft_config=LoraConfig(**{"target_modules": "all-linear"} | options))
@@ -123,7 +126,7 @@ def test_without_an_adapter_and_for_experts_weights_are_sent(folder: Path) -> No
         None,
         None,
     )
-    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape |= {"num_experts": 2, "num_experts_per_tok": 1}
     experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_key_value_heads=1, moe_intermediate_size=16))
     policy = Policy(experts, SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"]))

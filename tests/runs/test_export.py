@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(folder: Path, algorithm: str, model: dict, train: list[dict]) -> None:
+def write_recipe(folder: Path, algorithm: str, model: dict[str, Any], train: list[dict[str, Any]]) -> None:
     folder.mkdir()
     recipe = {"algorithm": algorithm, "model": model, "data": {"train": train}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

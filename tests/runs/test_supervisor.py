@@ -15,7 +15,7 @@ import pytest
 from rlqwen.runs.supervisor import RESTARTS_FILE, RestartPolicy, describe_exit, supervise
 from tests.patience import PATIENCE_S, wait_until
 
-QUICK = {"backoff_s": 0.01}
+QUICK: dict[str, Any] = {"backoff_s": 0.01}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_run_that_dies_is_restarted(script: Any, how: str) -> None:
         if starts < 2:
             {DIE[how]}
     """)
-    printed = []
+    printed: list[Any] = []
     assert supervise(command, [run], RestartPolicy(3, **QUICK), printed.append) == 0
     assert starts(run) == [["run", "my.yaml"]] + [["run", "my.yaml", "resume=auto"]] * 2
     died = "exit code 1" if how == "raises" else "killed by SIGKILL"
@@ -93,7 +93,7 @@ def test_finished_refused_and_stopped_runs_are_not_restarted(script: Any, code: 
 )
 def test_restarts_are_bounded(script: Any) -> None:
     command, run = script("log(starts)\nsys.exit(1)")
-    printed = []
+    printed: list[Any] = []
     assert supervise(command, [run], RestartPolicy(4, **QUICK), printed.append) == 1
     assert len(starts(run)) == 5
     assert (
@@ -105,7 +105,7 @@ def test_restarts_are_bounded(script: Any) -> None:
 @pytest.mark.fault("the run dies at the same step each time", "ends after the third time, even if restarts are left")
 def test_a_run_without_progress_is_given_up(script: Any) -> None:
     command, run = script("log(7)\nos.kill(os.getpid(), signal.SIGSEGV)")
-    printed = []
+    printed: list[Any] = []
     assert supervise(command, [run], RestartPolicy(50, **QUICK), printed.append) == -signal.SIGSEGV
     assert len(starts(run)) == 3
     assert "3 times in a row at the same step" in printed[-1]

@@ -1,7 +1,7 @@
 """Test on-policy distillation: the student samples, and the teacher's distribution at each token is the target."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from rlqwen import DistillationConfig, DistillationTrainer
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.loading import check_same_tokens
 from rlqwen.models.tiny import build_tiny_qwen3
-from rlqwen.rewards.registry import Reward
 from tests.trainers.test_grpo import ROWS, prefers_even
 
 
@@ -27,7 +26,7 @@ def make_trainer(
     folder: Path,
     teacher_model: str | None,
     *,
-    rewards: Sequence[Reward] = (),
+    rewards: Sequence[Callable[..., Any]] = (),
     eval_dataset: list[dict[str, Sequence[Any]]] | None = None,
     **options: Any,
 ) -> DistillationTrainer:
@@ -66,7 +65,7 @@ def test_rewards_are_logged_if_given(tiny_model_path: Path, teacher_path: Path, 
 
 
 def test_micro_batches_change_only_rounding(tiny_model_path: Path, teacher_path: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 1, "optim": "adamw_torch", "adam_epsilon": 1.0}
+    options: dict[str, Any] = {"max_steps": 1, "optim": "adamw_torch", "adam_epsilon": 1.0}
     weights = []
     for name, split in {
         "whole": {"per_device_train_batch_size": 8},
@@ -81,7 +80,12 @@ def test_micro_batches_change_only_rounding(tiny_model_path: Path, teacher_path:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model_path: Path, teacher_path: Path, tmp_path: Path) -> None:
-    options = {"max_steps": 4, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    options: dict[str, Any] = {
+        "max_steps": 4,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     make_trainer(tiny_model_path, tmp_path / "whole", str(teacher_path), **options).train()
     folder = tmp_path / "cut"
     make_trainer(tiny_model_path, folder, str(teacher_path), **options | {"max_steps": 2}).train()

@@ -89,7 +89,13 @@ def test_micro_batches_change_only_rounding(
     tiny_model_path: Path, tmp_path: Path, split: dict[str, int], loss_type: str
 ) -> None:
     size = split.get("generation_batch_size", 16)
-    options = {"loss_type": loss_type, "max_steps": 1, "beta": 0.1, "optim": "adamw_torch", "adam_epsilon": 1.0}
+    options: dict[str, Any] = {
+        "loss_type": loss_type,
+        "max_steps": 1,
+        "beta": 0.1,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1.0,
+    }
     whole = make_trainer(tiny_model_path, tmp_path / "whole", per_device_train_batch_size=size, **options)
     parts = make_trainer(tiny_model_path, tmp_path / "parts", **{"per_device_train_batch_size": size} | options | split)
     whole.train()

@@ -112,7 +112,7 @@ def test_the_critic_learns_to_predict_the_return(tiny_model_path: Path, tmp_path
 def test_micro_batches_change_only_rounding(
     tiny_model_path: Path, tmp_path: Path, split: dict[str, int], critic: str
 ) -> None:
-    options = {
+    options: dict[str, Any] = {
         "critic": {"kind": critic}, "num_ppo_epochs": 2, "max_steps": 2, "optim": "adamw_torch", "adam_epsilon": 1.0,
         "entropy_coef": 0.01, "vf_coef": 0.5,
     }  # fmt: skip
@@ -220,7 +220,7 @@ def test_a_given_reference_is_used_for_the_kl(tiny_model_path: Path, tmp_path: P
 
 
 def test_two_runs_with_the_same_seed_are_equal(tiny_model_path: Path, tmp_path: Path) -> None:
-    options = {"num_mini_batches": 2, "max_steps": 8, "num_ppo_epochs": 2}
+    options: dict[str, Any] = {"num_mini_batches": 2, "max_steps": 8, "num_ppo_epochs": 2}
     runs = [make_trainer(tiny_model_path, tmp_path / name, **options) for name in ("a", "b")]
     for trainer in runs:
         trainer.train()

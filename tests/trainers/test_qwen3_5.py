@@ -31,7 +31,7 @@ CLASSES = {
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "linear_head_dim": 32,
     "linear_num_key_heads": 1, "linear_num_value_heads": 2, "max_length": 256, "initializer_range": 0.1,
 }  # fmt: skip
@@ -75,7 +75,7 @@ def even_share(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folder of a tiny model of each class."""
     root = tmp_path_factory.mktemp("tiny")
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    experts: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
     return {
         kind: build_tiny_qwen3(
             root / kind, model_type=kind, **SHAPE,
@@ -219,7 +219,7 @@ def test_the_loss_equals_that_of_transformers_and_falls(
 def test_a_resumed_run_is_bit_exact(
     algorithm: str, kind: str, options: dict[str, Any], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    saving: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     straight = make(algorithm, folders[kind], tmp_path / "straight", **saving, **options)
     straight.train()
     resumed = make(algorithm, folders[kind], tmp_path / "resumed", **saving, **options)
@@ -259,7 +259,7 @@ RANKED = {
 def test_two_ranks_train_like_one(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """Set Adam's epsilon to 1: updates are then proportional to gradients, so rounding of zero gradients stays small."""
     algorithm, kind, options = RANKED[name]
-    exact = {"adam_epsilon": 1.0, "learning_rate": 0.1, "optim": "adamw_torch"}
+    exact: dict[str, Any] = {"adam_epsilon": 1.0, "learning_rate": 0.1, "optim": "adamw_torch"}
     rows = 4 if "autotp_size" in options["parallel"] else 2
 
     def train() -> None:

@@ -120,7 +120,7 @@ def test_rows_are_tokenized_as_the_chat_template_renders_them(tiny_model_path: P
 )
 def test_micro_batches_change_only_rounding(tiny_model_path: Path, tmp_path: Path, split: dict[str, int]) -> None:
     rows = [pair(number, margin=number / 10) for number in range(8)]
-    options = {"max_steps": 1, "shuffle_dataset": False, "center_rewards_coefficient": 0.1}
+    options: dict[str, Any] = {"max_steps": 1, "shuffle_dataset": False, "center_rewards_coefficient": 0.1}
     whole = make_trainer(tiny_model_path, tmp_path / "whole", rows, None, **options)
     parts = make_trainer(tiny_model_path, tmp_path / "parts", rows, None, **options | split)
     for trainer in (whole, parts):

@@ -23,7 +23,7 @@ from rlqwen.data.sequence_packing import pack_best_fit
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
 
 
-def rows(count: int = 24) -> list[dict]:
+def rows(count: int = 24) -> list[dict[str, Any]]:
     """Return conversations of many lengths."""
     return [
         {
@@ -136,7 +136,7 @@ def test_lora_trains_only_the_adapter_and_saves_a_merged_model(tiny_model_path: 
 
 class Recorder(TrainerCallback):
     def __init__(self) -> None:
-        self.events = []
+        self.events: list[Any] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

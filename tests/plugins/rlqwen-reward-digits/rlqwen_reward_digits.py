@@ -3,18 +3,16 @@
 import re
 from typing import Any
 
-from rlqwen.types import Completion
-
 _NUMBER = re.compile(r"\\boxed\{\s*(-?\d+)\s*\}")
 
 
-def digits(completions: list[str], solution: list[str], scale: float = 1.0, **columns: Any) -> list[Any]:
+def digits(completions: list[Any], solution: list[Any], scale: float = 1.0, **columns: Any) -> list[float]:
     """Score the share of the solution's digits that the boxed number has in their places, times `scale`; 0 if none is
     boxed."""
     return [scale * _share(_text(one), str(gold)) for one, gold in zip(completions, solution, strict=True)]
 
 
-def _text(completion: Completion) -> Any:
+def _text(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
@@ -24,4 +22,5 @@ def _share(text: str, gold: str) -> float:
         return 0.0
     width = max(len(found[-1]), len(gold))
     number, gold = found[-1].rjust(width), gold.rjust(width)
-    return sum(mine == theirs for mine, theirs in zip(number, gold, strict=True)) / width
+    matches = sum(mine == theirs for mine, theirs in zip(number, gold, strict=True))
+    return matches / width

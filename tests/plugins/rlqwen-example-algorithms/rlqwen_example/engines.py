@@ -60,7 +60,7 @@ class ScriptedInWorker:
 
     def __init__(self, token_ids: list[int]) -> None:
         self._script = ScriptedEngine(token_ids)
-        self._waiting = []
+        self._waiting: list[Any] = []
 
     def add(self, request_id: str, token_ids: list[int], seed: int, sampling: Sampling) -> None:
         self._waiting.append((request_id, seed))

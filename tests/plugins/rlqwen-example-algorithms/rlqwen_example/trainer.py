@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from rlqwen.algorithms.loss_metrics import token_mean
 from rlqwen.algorithms.losses import Totals
-from rlqwen.config import TrainerConfig
 from rlqwen.models.loading import load_reference
 from rlqwen.packing.batch import Branch, Tree
 from rlqwen.rollout.sampler import describe_groups
@@ -19,7 +18,7 @@ from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update
 from rlqwen.types import Group, Prompt
 
 
-class SampledDistillationTrainer(OnlineTrainer):
+class SampledDistillationTrainer(OnlineTrainer[Any]):
     """Make the tokens likelier that the teacher finds likelier than the student did."""
 
     algorithm = "sampled_distillation"
@@ -28,7 +27,7 @@ class SampledDistillationTrainer(OnlineTrainer):
         self,
         model: PreTrainedModel,
         reward_funcs: RewardFunc | Sequence[RewardFunc] = (),
-        args: TrainerConfig | None = None,
+        args: Any = None,
         train_dataset: Any | None = None,
         eval_dataset: Any | None = None,
         peft_config: Any | None = None,
