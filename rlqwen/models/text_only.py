@@ -103,8 +103,8 @@ def _other_weights(whole: Any, layers: nn.Module) -> dict[str, Tensor]:
         for inner, module in child.named_modules():
             if isinstance(module, BaseTunerLayer):
                 raise ModelError(
-                    f"the adapter is on {name}.{inner} too, which is outside the text model and not trained: name it in "
-                    "the LoraConfig's exclude_modules"
+                    f"the adapter is on {name}.{inner} too, which is outside the text model and not trained: name it "
+                    "in the LoraConfig's exclude_modules"
                 )
         child.requires_grad_(False)
         others |= child.state_dict(prefix=f"{whole.base_model_prefix}.{name}.")

@@ -33,7 +33,7 @@ def write_model(
     """Write config, generation config and `weights`, which `from_pretrained` loads as `model`'s class.
 
     `weights` come under their checkpoint names; a tied head is left out. Weights that the model carries (see
-    rlqwen.models.carried_weights) are copied too, with the full config. `quantization`: the config's entry on how the weights are quantized.
+    rlqwen.models.carried_weights) are copied too, with the full config. `quantization`: the config's entry on it.
     Returns the bytes of all weights. Raises ModelError, before anything is complete, if they are not the weights that a
     model of this config has.
     """

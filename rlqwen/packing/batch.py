@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Columns(dict[str, Tensor]):
-    """Tensors of a packed batch by name, all of one length; naming a missing one raises a KeyError that lists them."""
+    """Hold tensors of a packed batch by name, all of one length; a missing name raises a KeyError that lists them."""
 
     def __missing__(self, name: str) -> Tensor:
         raise KeyError(f"the packed batch has no column {name!r}; it has {', '.join(map(repr, self)) or 'none'}")
@@ -30,11 +30,11 @@ class Columns(dict[str, Tensor]):
 
 @dataclass(slots=True)
 class Branch:
-    """One continuation of a prefix."""
+    """Hold one continuation of a prefix."""
 
     token_ids: list[int]
     loss_mask: list[bool] | None = None
-    """Whether each token is a target; None: all are. Without a prefix, the first token has no predictor and is none."""
+    """Whether each token is a target; None: all are. Without a prefix, the first token is not: nothing predicts it."""
     per_token: dict[str, list[float]] = field(default_factory=dict)
     """Column name -> one value per token, such as `sampler_logp`, the sampler's log-probability."""
     per_sequence: dict[str, float | bool] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Branch:
 
 @dataclass(slots=True)
 class Tree:
-    """A prefix and the branches that continue it."""
+    """Hold a prefix and the branches that continue it."""
 
     prefix: list[int]
     branches: list[Branch]
@@ -65,7 +65,7 @@ class Tree:
 
 @dataclass(slots=True)
 class PackedBatch:
-    """One micro-batch, ready for the model's forward.
+    """Hold one micro-batch, ready for the model's forward.
 
     Further inputs of an algorithm are named columns: one value per target token, or one per sequence.
     """
@@ -88,7 +88,7 @@ class PackedBatch:
     per_sequence: Columns = field(default_factory=Columns)
     """Column name -> (S,) values of the sequences."""
     experts_TLK: Tensor | None = None
-    """(T, L, K) int16: experts to choose in each decoder layer, -1 if none are recorded; None: all by the routers."""
+    """(T, L, K) int16: experts to choose in each decoder layer, -1 if not recorded; None: the routers choose."""
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +166,7 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
 
 def _tensor(values: Sequence[float], dtype: type[np.int64] | type[np.float32]) -> Tensor:
-    """Return the values as a tensor; through NumPy, which reads a list in a third of PyTorch's time."""
+    """Return the values as a tensor, made by NumPy, which reads a list in a third of PyTorch's time."""
     return torch.from_numpy(np.array(values, dtype=dtype))
 
 
@@ -198,7 +198,7 @@ def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
 
 @dataclass(slots=True)
 class _Row:
-    """A row that grows by one tree at a time, in lists: a tensor per element would cost more than the forward."""
+    """Build a row tree by tree, in lists, because a tensor per element would cost more than the forward."""
 
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -239,8 +239,8 @@ def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
 def idle_batch(tree: Tree) -> PackedBatch:
     """Return a micro-batch like those of `tree`, with tokens in its row but neither targets nor sequences.
 
-    Any loss of it is 0, with a gradient of 0 for every weight. A rank forwards it while others still have work, because
-    ranks that hold shards of the weights must all make the same forwards.
+    Every loss on it is 0, with a gradient of 0 for every weight. A rank forwards it while others have work, because
+    ranks that hold shards of the weights must all run the same forwards.
     """
     first = tree.branches[0]
     per_token = {name: values[:1] for name, values in first.per_token.items()}
@@ -260,11 +260,11 @@ def idle_batch(tree: Tree) -> PackedBatch:
 def split_trees(
     trees: Iterable[Tree], *, max_branches: int | None = None, max_tokens: int | None = None, divisible: bool = True
 ) -> Iterator[list[Tree]]:
-    """Cut a run of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
+    """Split a sequence of trees into micro-batches of at most `max_branches` sequences and `max_tokens` packed tokens.
 
-    A tree is kept whole if it fits in a micro-batch; otherwise its branches are divided, and each micro-batch that gets
-    some holds the prefix again. A single sequence longer than `max_tokens` has a micro-batch of its own, and so has a
-    larger tree that is not `divisible`, because its branches are compared with each other.
+    A tree stays whole if it fits in a micro-batch; otherwise its branches are divided, and each micro-batch with some
+    of them repeats the prefix. A sequence longer than `max_tokens` gets its own micro-batch, and so does a larger tree if
+    trees are not `divisible`, because a loss compares their branches.
     """
     current: list[Tree] = []
     branches = tokens = 0

@@ -1,7 +1,7 @@
 """Run gated delta-net layers (Qwen3-Next, Qwen3.5 and later) over a packed row: fork a prefix's state to its branches.
 
 transformers' layers call two functions of their module that mix tokens: a causal convolution and the gated delta rule
-(arXiv 2412.06464). `install` replaces them by functions that know the row's layout, which travels as a keyword of the
+(arXiv 2412.06464). `install` replaces them by functions that know the row's layout, which is passed as a keyword of the
 model's forward. Without a layout, as in generation, the functions are unchanged.
 
 The convolution is that of transformers, over a row in which each sequence is preceded by the tokens that it continues.
@@ -34,7 +34,7 @@ MODULES = {
     "qwen3_5_text": "transformers.models.qwen3_5.modeling_qwen3_5",
     "qwen3_5_moe_text": "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
 }
-"""By the text config's `model_type`: the module of its layers."""
+"""`model_type` of the text config -> module of its layers."""
 LAYER = "linear_attention"
 CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 _PARAMETERS = {
@@ -51,16 +51,16 @@ def is_delta_net(text_config: Any) -> bool:
 
 
 def install(text_config: Any) -> None:
-    """Have the layers of this configuration's class fork states by the layout of a packed row; once is enough.
+    """Let layers of this configuration's class fork states by the layout of a packed row; later calls change nothing.
 
-    Raises ModelError where transformers' module is not built as it is expected to be: results would be wrong.
+    Raises ModelError if transformers' module is not built as expected, because results would be wrong.
     """
     module = importlib.import_module(MODULES[text_config.model_type])
     layers = [cls for name, cls in vars(module).items() if name.endswith("GatedDeltaNet") and inspect.isclass(cls)]
     problems = [f"{len(layers)} classes *GatedDeltaNet instead of 1"] if len(layers) != 1 else _unlike(layers[0])
     for name, parameters in _PARAMETERS.items():
         function = getattr(module, name, None)
-        # The package `kernels` makes modules of functions.
+        # The package `kernels` replaces functions by modules.
         called = function.forward if isinstance(function, nn.Module) else function
         known = [] if called is None else list(inspect.signature(called).parameters)
         if getattr(function, "is_packed", False) is False and not set(parameters) <= set(known):
@@ -80,12 +80,12 @@ def install(text_config: Any) -> None:
 
 
 def _is_no_fallback(record: logging.LogRecord) -> bool:
-    """Leave out transformers' advice to install kernels, which have no version for a CPU; `kernel_note` says it on a GPU."""
+    """Filter transformers' advice to install kernels, which do not run on a CPU; `kernel_note` gives it on a GPU."""
     return "is falling back to its reference PyTorch implementation" not in record.getMessage()
 
 
 def kernel_note(text_config: Any, device_type: str) -> str | None:
-    """Say what would make the delta-net layers of this configuration faster on a device; None: nothing would."""
+    """Return a note on what would make the delta-net layers faster on a device; None if nothing would."""
     if device_type != "cuda" or not is_delta_net(text_config) or _kernel(device_type) is not None:
         return None
     return (
@@ -95,7 +95,7 @@ def kernel_note(text_config: Any, device_type: str) -> str | None:
 
 
 def _unlike(layer: type) -> list[str]:
-    """Return in what the layer's forward is not as expected."""
+    """Return how the layer's forward differs from what is expected."""
     forward = inspect.unwrap(layer.forward)  # type: ignore[attr-defined]
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values()):
         return [f"a {layer.__name__}.forward without **kwargs"]
@@ -118,9 +118,9 @@ def _with_layout(original: Callable[..., Any], name: str, packed: Callable[..., 
 
 @contextlib.contextmanager
 def checked(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
-    """Make sure that a forward of `model` inside runs each of its delta-net layers by `layout`; ModelError if not.
+    """Check that a forward of `model` inside runs each of its delta-net layers by `layout`; ModelError if not.
 
-    A layer that a kernel library or a wrapper has replaced would else take the row for one long sequence.
+    A layer replaced by a kernel library or a wrapper would otherwise treat the row as one long sequence.
     """
     config = model.config.get_text_config(decoder=True)
     expected = list(getattr(config, "layer_types", None) or []).count(LAYER) if is_delta_net(config) else 0
@@ -196,7 +196,7 @@ def packed_rule(
 
 @functools.cache
 def _kernel(device_type: str) -> Callable[..., Any] | None:
-    """Return flash-linear-attention's kernel, found as transformers finds it; None where it is not there, or on a CPU."""
+    """Return flash-linear-attention's kernel, found as transformers finds it; None if it is missing, or on a CPU."""
     if device_type == "cpu":
         return None
     try:
@@ -238,8 +238,8 @@ def chunked_rule(
 ) -> Tensor:
     """Return the (T, H, V) outputs of the rule; query and key (T, H, K), value (T, H, V), g and beta (T, H).
 
-    With S the state (K, V) before a chunk, A the decay from one of its tokens to another and d that from the chunk's
-    begin, a chunk adds beta_i k_i (v_i - what the state already holds under k_i) per token i. The new values solve a
+    With S the state (K, V) before a chunk, A the decay between two of its tokens, and d the decay since the chunk's
+    start, a chunk adds beta_i k_i (v_i - what the state already holds under k_i) per token i. The new values solve a
     triangular system (the UT transform of arXiv 2406.06484), so that all of a chunk is a few matrix products.
     """
     num_heads = query.shape[1]
@@ -255,7 +255,7 @@ def chunked_rule(
     since_start = g.cumsum(-1)
     to_end = (since_start[..., -1:] - since_start).exp().unsqueeze(-1)
     from_start = since_start.exp().unsqueeze(-1)
-    # No decay from a token to itself, as a constant: gradients that cancel would leave their rounding in those of g.
+    # The decay from a token to itself is the constant 1: gradients that cancel would add rounding errors to those of g.
     fixed = torch.full((chunk, chunk), float("-inf"), device=g.device, dtype=g.dtype).triu(1)
     is_fixed = torch.ones(chunk, chunk, dtype=torch.bool, device=g.device).triu()
     decay = torch.where(is_fixed, fixed, since_start.unsqueeze(-1) - since_start.unsqueeze(-2)).exp()
@@ -275,14 +275,14 @@ def _scan(
 ) -> Tensor:
     """Return the (N, H, C, V) outputs of all chunks, each from the state after the chunk before it; see `chunked_rule`.
 
-    decay (N, H, 1, 1): of the state over a whole chunk.
+    decay (N, H, 1, 1): decay of the state over a whole chunk.
     """
     sizes = [
         depth.end - depth.start for depth in depths
-    ]  # split: each slice's own gradient would be as large as the row
+    ]  # split, because the gradient of each slice would be as large as the row
     parts = zip(*(tensor.split(sizes) for tensor in (query, old_key, new_value, attention, key, decay)), strict=True)
     outputs: list[Tensor] = []
-    states = new_value  # of the parents at the depth before; none are read at the first
+    states = new_value  # states of the parents, one depth before; not read at the first depth
     for depth, (own_query, own_old_key, added, own_attention, own_key, own_decay) in zip(depths, parts, strict=True):
         count = depth.num_parents
         if depth.parent is None:

@@ -1,13 +1,13 @@
 """Order the tokens of a packed row for recurrent layers: halos, chunks, and stages of sequences.
 
-A recurrent layer needs each sequence in order, and a branch after its prefix. Three orders of the row's tokens serve
-that, all computed once per row:
+A recurrent layer needs each sequence in order, and a branch after its prefix. There are three orders of the row's
+tokens for this, each computed once per row:
 
 - halos: every sequence preceded by the K - 1 tokens that a causal convolution of width K looks back on;
 - chunks: every sequence cut into chunks of C tokens, and the chunks sorted by depth. The parent of a chunk is the chunk
   before it, and the parent of a branch's first chunk is its prefix's last one, so that a scan over the depths carries
   every state of the row along and forks it where branches begin;
-- stages: whole sequences for kernels that take their lengths, first those that begin from nothing, then their branches.
+- stages: whole sequences for kernels that take lengths, first those without a prefix, then the branches of prefixes.
 
 Shapes: T tokens in the row, L places in another order of them, N chunks of C tokens, H heads.
 """
@@ -29,18 +29,18 @@ half padding; on long sequences 16 has twice as many steps."""
 
 @dataclass(slots=True)
 class Order:
-    """Another order of the row's tokens, with empty places and places that repeat a token."""
+    """Hold another order of the row's tokens, with empty places and places that repeat a token."""
 
     source_L: Tensor
     """(L,) index in the row of the token at each place; empty places hold 0."""
     home_T: Tensor
-    """(T,) the one place that stands for each token; further places that hold it are copies."""
+    """(T,) the main place of each token, its home; other places that hold the token are copies."""
     empty: Tensor
     """(any,) the places without a token."""
     copy: Tensor
     """(any,) the places that repeat a token which has its home elsewhere."""
     unread: Tensor
-    """(any,) `empty` and `copy`: what is computed there is dropped."""
+    """(any,) `empty` and `copy`: values computed there are dropped."""
 
     @classmethod
     def of(cls, source: Tensor, num_tokens: int, copy: Tensor | None = None) -> "Order":
@@ -82,7 +82,7 @@ class Order:
 
 
 class _Spread(torch.autograd.Function):
-    """A gather, whose gradient is a gather too: adding into the row, as autograd's own would, takes twice as long."""
+    """Gather, with a gradient that gathers too: adding into the row, as autograd does, takes twice as long."""
 
     @staticmethod
     def forward(ctx: Any, tensor_T: Tensor, order: Order) -> Tensor:
@@ -112,32 +112,32 @@ class _Collect(torch.autograd.Function):
 
 @dataclass(slots=True)
 class Depth:
-    """The chunks at one depth, which are scanned together."""
+    """Hold the chunks at one depth, which are scanned together."""
 
     start: int
     end: int
     """Chunks `start` to `end` in the order of the chunks."""
     num_parents: int
-    """How many of them, the first ones, have chunks after them: their states are needed."""
+    """Number of chunks, from the first, that have chunks after them, so that their states are needed."""
     parent: Tensor | None
-    """(end - start,) which of the last depth's parents each comes after; None at the first depth."""
+    """(end - start,) index of each chunk's parent among those of the last depth; None at the first depth."""
 
 
 @dataclass(slots=True)
 class Stage:
-    """Sequences that one call of a kernel runs through, one after another."""
+    """Hold sequences that one call of a kernel processes, one after another."""
 
     source_L: Tensor
     """(L,) index in the row of their tokens."""
     cu_seqlens: Tensor
-    """(sequences + 1,) where each begins, and the last one ends."""
+    """(sequences + 1,) start of each sequence, and the end of the last."""
     parent: Tensor | None
-    """(sequences,) which sequence of the last stage each continues; None: all begin from nothing."""
+    """(sequences,) index of the sequence in the last stage that each continues; None: none has a prefix."""
 
 
 @dataclass(slots=True)
 class DeltaPlan:
-    """Hold the orders of a packed row that recurrent layers need; each is made when it is first asked for."""
+    """Hold the orders of a packed row that recurrent layers need; each is made when it is first used."""
 
     spans: list[Span]
     num_tokens: int

@@ -23,10 +23,10 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Return (N,) KL(p || q) in nats, float32: p and q are the softmaxes of either side's logits over the vocabulary.
+    """Return (N,) KL(p || q) in nats, float32: p and q are the softmaxes of the two sides' logits over the vocabulary.
 
     With gradient for `hidden_NC` and `head_VC`; the other side is a constant. If one head has more rows (padding of the
-    vocabulary), the rows that both have count.
+    vocabulary), only rows that both have count.
     """
     size = min(len(head_VC), len(other_head_VD))
     arguments = (hidden_NC, head_VC, other_hidden_ND, other_head_VD, size, temperature, chunk_size)

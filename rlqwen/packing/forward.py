@@ -1,6 +1,6 @@
 """Compute hidden states at chosen places of a packed row, for any transformers model.
 
-Shapes: T tokens in the row, R places asked for, S sequences, C hidden size.
+Shapes: T tokens in the row, R requested places, S sequences, C hidden size.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ ROW_WIDE_ROPE = {"dynamic", "longrope"}
 def packing_obstacle(config: Any) -> str | None:
     """Return why a model of this configuration cannot share a prefix among sequences; None if it can.
 
-    Attention can, and so can the delta-net layers that rlqwen.packing.delta_net knows. Other layers cannot: they would
-    carry the state of one sequence of the row into the next.
+    Attention can, and so can the delta-net layers that rlqwen.packing.delta_net knows. Other layers with state cannot:
+    they would carry it from one sequence of the row into the next.
     """
     text = config.get_text_config(decoder=True)
     others = _recurrent_layers(text)
@@ -64,7 +64,7 @@ def _rope_types(config: Any) -> set[str]:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Have the text layers of `model` run over packed rows, if it can share prefixes.
+    """Let the text layers of `model` run over packed rows, if the model can share prefixes.
 
     Raises ModelError if its delta-net layers are not as expected.
     """
@@ -80,7 +80,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have the model attend by transformers' default inside."""
+    """Let the model use transformers' default attention inside."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         yield
@@ -142,7 +142,7 @@ def _sequential(
     sequence_R: Tensor,
     router_logits: list[Tensor] | None,
 ) -> Tensor:
-    """Forward each sequence with its prefix again, for layers that carry a state along."""
+    """Forward each sequence with its own copy of the prefix, for layers with a state that cannot be forked."""
     hidden, recorded, seen = [], [], set()
     for sequence, span in enumerate(batch.layout.spans):
         prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
@@ -181,5 +181,5 @@ def _own_experts(batch: PackedBatch, sequence: SequenceGroup) -> Tensor | None:
 
 
 def _recording(router_logits: list[Tensor] | None) -> dict[str, Any]:
-    """Return the arguments that record router logits; a model without routers does not know them."""
+    """Return the arguments that record router logits if they are wanted; a model without routers does not accept them."""
     return {} if router_logits is None else {"output_router_logits": True}

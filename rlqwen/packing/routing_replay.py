@@ -1,6 +1,6 @@
 """Replay routing: choose the sampler's experts again in the trainer's forward (R3, arXiv 2510.11370).
 
-Sampler and trainer round differently. If two experts are almost equally likely, a token may pass different experts in
+Sampler and trainer round differently. If two experts are almost equally likely, a token may go to different experts in
 the two, and its logprob differs by far more than rounding. With replay the trainer's routers take the experts that the
 sampler recorded, weighted by their own probabilities, so that gradients reach the routers.
 

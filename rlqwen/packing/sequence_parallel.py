@@ -2,8 +2,8 @@
 
 Each rank forwards a contiguous slice of the row's tokens. Only attention needs the tokens of other ranks: before it, an
 all-to-all turns slices of the row into slices of the heads, and after it back, so that every rank attends over the
-whole row with its share of the heads. Values of the targets are gathered in the end: each rank has all of them, with
-the gradient of its own, so that gradients of a loss on all values add up over the ranks to the whole gradient.
+whole row with its share of the heads. At the end the values of the targets are gathered: each rank gets all, with
+gradients only for its own, so that the ranks' gradients of a loss on all values add up to the whole gradient.
 
 Shapes: T tokens of a rank's slice, W ranks, H query heads and K key-value heads of width D, R places in the row.
 """
@@ -30,7 +30,7 @@ def check_heads(config: Any, size: int) -> None:
 
 
 class SequenceGroup:
-    """The ranks that hold one row together; a group of one changes nothing."""
+    """Connect the ranks that hold one row together; a group of one changes nothing."""
 
     def __init__(self, group: Any = None) -> None:
         """Take a torch.distributed process group; None: this rank alone."""
@@ -56,7 +56,7 @@ class SequenceGroup:
         return min(max(num_tokens - self.rank * length, 0), length)
 
     def own(self, index_R: Tensor, num_tokens: int) -> tuple[Tensor | slice, Tensor]:
-        """Return which of the places `index_R` of a row of `num_tokens` are in this rank's slice, and where in it."""
+        """Return which places `index_R` of a row of `num_tokens` are in this rank's slice, and their places there."""
         if self.size == 1:
             return slice(None), index_R
         length = -(-num_tokens // self.size)
@@ -102,7 +102,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send part w of (W, ...) to rank w; gradients take the way back."""
+    """Send part w of (W, ...) to rank w; gradients are sent back."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

@@ -1,11 +1,12 @@
-"""Truncate a distribution by top-k, top-p and min-p: to draw from it, and to compare the trainer with the sampler.
+"""Truncate a distribution by top-k, top-p and min-p: for sampling, and to compare the trainer with the sampler.
 
 The sampler's logprobs are those of the truncated and renormalized distribution: log p(token) - log(probability of all
 kept tokens). The trainer's are those of the whole one. Their ratio would shrink with every token although both have the
 same weights, so the trainer subtracts the same term from its own (`chunked_log_kept`).
 
 Ties at the edge are cut so that exactly k tokens stay, or the fewest that reach top-p, as in vLLM on GPUs. On a CPU
-vLLM keeps the ties of the k-th token (`Truncation.keeps_ties`); bfloat16 has many, so this makes a gap at every token.
+vLLM keeps the ties of the k-th token (`Truncation.keeps_ties`); bfloat16 has many, and
+ignoring them would give every token a gap.
 
 Shapes: N tokens, V vocabulary, C hidden size, K the likeliest tokens.
 """
@@ -17,7 +18,7 @@ from rlqwen.packing.logprobs import scaled_logits
 from rlqwen.types import Truncation
 
 LIKELY = 1024
-"""Tokens that are sorted first: few distributions need more, and sorting a whole vocabulary costs more than the head."""
+"""Tokens to sort first: few distributions need more, and sorting a whole vocabulary costs more than the head."""
 
 
 @torch.no_grad()
@@ -48,8 +49,8 @@ def chunked_log_kept(
 def log_kept(logits_NV: Tensor, target_N: Tensor, truncation: Truncation) -> Tensor:
     """Return (N,) log of the probability of the kept tokens; the target always counts as kept.
 
-    The sampler drew the target, so it had kept it. If rounding or older weights put it just beyond the edge here, it
-    still counts as kept: otherwise a single token would make the ratio of a whole completion infinite.
+    The sampler drew the target, so it had kept it. Even if rounding or older weights put it just beyond the cutoff,
+    it counts as kept: otherwise a single token would make the ratio of a whole completion infinite.
     """
     probs_NV = logits_NV.softmax(-1)
     own_N = probs_NV.gather(1, target_N[:, None])[:, 0]
@@ -67,7 +68,7 @@ def truncated(logits_BV: Tensor, truncation: Truncation) -> Tensor:
 
 
 def _first_width(probs_NV: Tensor, truncation: Truncation) -> int:
-    """Return how many of the likeliest tokens to sort: all that `top_k` may keep, else a usually sufficient number."""
+    """Return how many of the likeliest tokens to sort: all that `top_k` may keep, else usually enough."""
     width = min(truncation.top_k or LIKELY, probs_NV.shape[1])
     if not (truncation.top_k and truncation.keeps_ties):
         return width
