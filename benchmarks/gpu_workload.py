@@ -1,4 +1,4 @@
-"""The workload of gpu.py: shapes of models, rows of completions, and what an update of them must compute."""
+"""Make the workload of gpu.py: shapes of models, rows of completions, and the operations of an update."""
 
 import random
 from dataclasses import dataclass
