@@ -68,7 +68,7 @@ class ScalarModel(PackedModel):
         return self._numbers(batch, last_tokens(batch), sequence_S)
 
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
-        """See Critic."""
+        """Return (N,) float32 values, as Critic defines them, from a forward of this model."""
         return self._numbers(batch, batch.source_N, batch.sequence_N)
 
     def zero_head(self) -> None:
@@ -116,7 +116,7 @@ class ValueHead:
         return self.head
 
     def values(self, batch: PackedBatch, hidden_NC: Tensor) -> Tensor:
-        """See Critic; the gradient reaches the trunk if `train_trunk` is set."""
+        """Return (N,) float32 values from the policy's hidden states; with `train_trunk`, gradients reach the policy."""
         hidden_NC = hidden_NC if self.train_trunk else hidden_NC.detach()
         values: Tensor = self.head(hidden_NC.to(self.head.weight.dtype))[:, 0].float()
         if self.sequence.size == 1:
@@ -125,7 +125,7 @@ class ValueHead:
         return self.sequence.whole(values, own, batch.num_targets)
 
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
-        """See Critic."""
+        """Write the head into `folder`; call it on every rank, with `write` on one."""
         folder.mkdir(parents=True, exist_ok=True)
         with gathered(self.head.parameters()):
             weight = exact_weight(self.head.weight, None).detach().float().cpu()
@@ -133,7 +133,7 @@ class ValueHead:
             save_file({"weight": weight.contiguous()}, folder / HEAD_FILE)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """See Critic."""
+        """Load the head that `save_checkpoint` wrote."""
         weight = load_file(folder / HEAD_FILE)["weight"]
         with gathered(self.head.parameters(), modify=True):
             self.head.weight.data.copy_(weight)

@@ -1,3 +1,5 @@
+"""Test the optimizer step on one process: accumulation, clipping, schedules and non-finite updates."""
+
 from typing import Any
 
 import pytest

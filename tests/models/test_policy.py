@@ -1,3 +1,5 @@
+"""Test the policy: packed logprobs and gradients, references, export, saving and loading."""
+
 import copy
 import random
 import warnings
