@@ -19,7 +19,15 @@ class PlainKernel(FlashKernel):
     """Compute in plain torch what FlashKernel computes, on any device and in any dtype."""
 
     def forward(
-        self, query: Tensor, key: str, value: Any, queries: Runs, keys: Runs, *, causal: bool, scale: float
+        self,
+        query: Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        queries: Runs,
+        keys: Runs,
+        *,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Any]:
         out = torch.zeros_like(query)
         lse = query.new_zeros(query.shape[1], query.shape[0])
@@ -34,8 +42,8 @@ class PlainKernel(FlashKernel):
         self,
         grad: Tensor,
         query: Tensor,
-        key: str,
-        value: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
         out: Tensor,
         lse: Tensor,
         queries: Runs,
@@ -57,7 +65,7 @@ class PlainKernel(FlashKernel):
         return gradients
 
 
-def pairs(queries: Runs, keys: Runs) -> Iterator[tuple[slice[Any, Any, Any], slice[Any, Any, Any]]]:
+def pairs(queries: Runs, keys: Runs) -> Iterator[tuple[slice, slice]]:
     query_ends, key_ends = queries.ends.tolist(), keys.ends.tolist()
     for i in range(len(query_ends) - 1):
         yield slice(query_ends[i], query_ends[i + 1]), slice(key_ends[i], key_ends[i + 1])
@@ -101,7 +109,9 @@ def inputs(
     return [torch.randn(*shape, dtype=dtype, device=device) for shape in shapes]
 
 
-def outputs_and_gradients(attend: Any, query: Tensor, key: str, value: Any, grad: Tensor) -> list[Tensor]:
+def outputs_and_gradients(
+    attend: Any, query: Tensor, key: torch.Tensor, value: torch.Tensor, grad: Tensor
+) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
     out = attend(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
