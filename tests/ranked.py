@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from rlqwen import DPOTrainer, RewardTrainer, SFTTrainer
 from rlqwen.distributed import UpdateResult
 from rlqwen.packing.batch import PackedBatch
-from rlqwen.types import Prompt
 
 DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "300"))
 NUM_RANKS = 2
@@ -47,13 +46,13 @@ def prefers_even(completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     return [sum(token % 2 == 0 for token in ids) / max(len(ids), 1) for ids in completion_ids]
 
 
-def by_prompt(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
+def by_prompt(prompts: list[list[dict[str, str]]], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
     """Groups of one prompt in three carry a signal."""
     signal = [int(prompt[0]["content"].split()[0]) % 3 == 0 for prompt in prompts]
     return [s * float(sum(ids) % 3) for s, ids in zip(signal, completion_ids, strict=True)]
 
 
-def first_only(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+def first_only(prompts: list[list[dict[str, str]]], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     """At most one group of a rollout carries a signal, and often none."""
     return [
         float(sum(ids) % 2) if prompt[0]["content"].startswith("7 ") else 0.0

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -49,7 +48,7 @@ def make_batch(
 
 
 def our_loss(
-    batch: PackedBatch, logp: Tensor, ref: Tensor, log_sum_sq_probs: None, config: DPOConfig, **options: Any
+    batch: PackedBatch, logp: Tensor, ref: Tensor, log_sum_sq_probs: Any, config: DPOConfig, **options: Any
 ) -> Any:
     ref_logp_S = answer_logps(ref, batch, config.ld_alpha) if config.needs_reference else None
     answers = read_answers(
@@ -107,7 +106,7 @@ def trl_loss(
     """Return (loss, metrics) of TRL's DPOTrainer._compute_loss."""
     inputs, (logps, refs, log_sums) = trl_inputs(batch, logp, ref, log_sum_sq_probs)
     model = FakeModel(logps, log_sums)
-    metrics = {"train": defaultdict(list)}
+    metrics: dict[str, Any] = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
         model=model, accelerator=ACCELERATOR, aux_loss_enabled=False, ld_alpha=config.ld_alpha,
         precompute_ref_logps=False, args=SimpleNamespace(
@@ -223,7 +222,7 @@ def test_orpo_equals_trl() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(value, logp)[0] for value in (loss, expected)))
 
 
-def kto_numbers(labels: Sequence[str]) -> tuple[Any, Any, Any, Any, Any, Any]:
+def kto_numbers(labels: list[bool]) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Return labeled answers, and KL answers with a mean log-ratio above 0, so that it is not clamped."""
     batch, logp, ref, _ = make_batch(labels=labels)
     kl_batch, kl_logp, kl_ref, _ = make_batch(seed=3)
@@ -248,7 +247,7 @@ def trl_kto_loss(
     model = FakeModel(torch.cat([before, logps], 1))
     completion_mask = torch.cat([torch.zeros(len(mask), PROMPT, dtype=torch.long), mask.long()], dim=1)
     kl_logp_S = answer_logps(kl_logp, kl_batch, None)
-    recorded = {"train": defaultdict(list)}
+    recorded: dict[str, Any] = {"train": defaultdict(list)}
     trainer = SimpleNamespace(
         model=model, ref_model=FakeModel(torch.cat([before, refs], 1)), accelerator=ACCELERATOR, calculate_KL=True,
         aux_loss_enabled=False, precompute_ref_logps=False, loss_type="kto", beta=config.beta,
@@ -263,7 +262,7 @@ def trl_kto_loss(
 
 
 @pytest.mark.parametrize("labels", [[True, False] * 4, [True] * 6 + [False] * 2])
-def test_kto_equals_trl(labels: Sequence[str]) -> None:
+def test_kto_equals_trl(labels: list[bool]) -> None:
     config = DPOConfig(loss_type="kto", desirable_weight=1.2, undesirable_weight=0.7)
     results = []
     for function in (our_kto_loss, trl_kto_loss):

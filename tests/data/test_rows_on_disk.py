@@ -380,7 +380,8 @@ def test_several_processes_give_the_result_of_one(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     rows = [*TURNS, {"nothing": 1}, *TEXTS, *TURNS, {"nothing": 2}]
-    faults, same_faults = [], []
+    faults: list[DataError] = []
+    same_faults: list[DataError] = []
     alone, expected = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=1), faults=faults)
     together, report = tokenize_sft(rows, tokenizer, SFTConfig(dataset_num_proc=2), faults=same_faults)
     assert together == alone

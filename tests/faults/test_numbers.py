@@ -22,7 +22,6 @@ from rlqwen.distributed import UpdateResult
 from rlqwen.errors import ConfigError, DataError, NonFiniteError
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import read_metrics
-from rlqwen.trainers.online import Update
 from rlqwen.types import Completion, GroupRequest
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(12)]
@@ -76,7 +75,7 @@ def weights(trainer: Any) -> list[Tensor]:
     return [parameter.detach().clone() for part in trainer.parameter_groups() for parameter in part.parameters]
 
 
-def same(before: int, after: int) -> bool:
+def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -116,7 +115,7 @@ def nan_logits(trainer: Any, forwards: Any) -> None:
     """Make one hidden state before the head NaN in these training forwards, counted from 0."""
     count = itertools.count()
 
-    def hook(module: Any, inputs: Collection[str], output: str) -> Any:
+    def hook(module: Any, inputs: Collection[str], output: torch.Tensor) -> Any:
         if torch.is_grad_enabled() and next(count) in forwards:
             output = output.clone()
             output[0, -2] = math.nan  # it predicts the last target
@@ -148,7 +147,7 @@ def test_nan_in_logits(tiny_model_path: Path, tmp_path: Path, make: Any) -> None
 def test_nan_in_a_gradient(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_sft(tiny_model_path, tmp_path)
 
-    def inject(update: Update) -> None:
+    def inject(update: int) -> None:
         if update == 2:
             trainer.policy.trained_parameters[-1].grad.view(-1)[0] = math.nan
 
@@ -167,7 +166,7 @@ def test_nan_in_a_gradient(tiny_model_path: Path, tmp_path: Path) -> None:
 def test_a_nan_in_an_optimizer_moment(tiny_model_path: Path, tmp_path: Path, moment: str, bad: float) -> None:
     trainer = make_sft(tiny_model_path, tmp_path, max_steps=6, max_nonfinite_steps=2)
 
-    def inject(update: Update) -> None:
+    def inject(update: int) -> None:
         if update == 2:
             state = list(trainer.optimizer.optimizers[0].state.values())[-1]
             state[moment].view(-1)[0] = bad

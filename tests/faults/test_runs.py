@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ MOMENTS = {
         for moment in MOMENTS
     ],
 )
-def test_ctrl_c(start: Iterator[Any], moment: Any) -> None:
+def test_ctrl_c(start: Callable[..., Run], moment: Any) -> None:
     run = start(SFT)
     run.wait_for(MOMENTS[moment])
     os.killpg(run.process.pid, signal.SIGINT)
@@ -217,7 +217,7 @@ ROLLOUT_MOMENTS = [
     ],
 )
 def test_ctrl_c_with_rollouts(
-    start: Iterator[Any], to: Any, reached: Any, pause: float, words: tuple[str, ...]
+    start: Callable[..., Run], to: Any, reached: Any, pause: float, words: tuple[str, ...]
 ) -> None:
     run = start(GRPO, *words, pause=pause)
     run.wait_for(reached)
@@ -232,7 +232,7 @@ def test_ctrl_c_with_rollouts(
 @pytest.mark.fault(
     "SIGTERM in training, then --resume", "exit code 75 with all saved; the run goes on from there to its end"
 )
-def test_sigterm_and_resume(start: Iterator[Any]) -> None:
+def test_sigterm_and_resume(start: Callable[..., Run]) -> None:
     run = start(SFT, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     run.process.send_signal(signal.SIGTERM)
@@ -253,7 +253,7 @@ def test_sigterm_and_resume(start: Iterator[Any]) -> None:
 @pytest.mark.fault(
     "Ctrl-C in training, then the command that it printed", "exit code 130 with all saved; the run goes on to its end"
 )
-def test_ctrl_c_saves_and_the_printed_command_resumes(start: Iterator[Any], words: tuple[str, ...]) -> None:
+def test_ctrl_c_saves_and_the_printed_command_resumes(start: Callable[..., Run], words: tuple[str, ...]) -> None:
     run = start(SFT, *words, "train.save_steps=500", "train.max_steps=400")
     run.wait_for(lambda run: has_logged(run, 5))
     os.killpg(run.process.pid, signal.SIGINT)
@@ -271,7 +271,7 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(start: Iterator[Any], word
     "Ctrl-C, or a terminal that is closed, in a run with rollouts",
     "the update in progress is finished by the workers, which get the signal too, and saved",
 )
-def test_a_signal_to_all_processes_of_a_run_with_rollouts(start: Iterator[Any], number: int, code: int) -> None:
+def test_a_signal_to_all_processes_of_a_run_with_rollouts(start: Callable[..., Run], number: int, code: int) -> None:
     run = start(GRPO, *SHORT, "train.save_steps=500")
     run.wait_for(has_logged)
     os.killpg(run.process.pid, number)
@@ -282,7 +282,7 @@ def test_a_signal_to_all_processes_of_a_run_with_rollouts(start: Iterator[Any], 
 @pytest.mark.fault(
     "SIGKILL of a supervised run (--max-restarts)", "started again from its last checkpoint, done, exit code 0, noted"
 )
-def test_a_supervised_run_survives_a_kill(start: Iterator[Any]) -> None:
+def test_a_supervised_run_survives_a_kill(start: Callable[..., Run]) -> None:
     run = start(SFT, "--max-restarts", "2", "train.save_steps=5", steps=60)
     run.wait_for(lambda run: has_logged(run, 12))
     (child,) = (process for process in run.family() if process.ppid() == run.process.pid)
@@ -298,7 +298,7 @@ def test_a_supervised_run_survives_a_kill(start: Iterator[Any]) -> None:
 @pytest.mark.fault(
     "SIGKILL of one of two ranks of a supervised run", "both end, both start again, done, exit code 0, noted"
 )
-def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start: Iterator[Any]) -> None:
+def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start: Callable[..., Run]) -> None:
     run = start(SFT, "--nproc-per-node", "2", "--max-restarts", "1", "train.save_steps=5", steps=40)
     run.wait_for(lambda run: has_logged(run, 12))
     (rank,) = (process for process in run.family() if process.environ().get("RANK") == "1")
@@ -309,7 +309,7 @@ def test_a_supervised_run_of_two_ranks_survives_the_kill_of_one(start: Iterator[
 
 @pytest.mark.slow_fault
 @pytest.mark.fault("Ctrl-C of a supervised run", "passed on once: exit code 130, no restart, no process left")
-def test_ctrl_c_of_a_supervised_run(start: Iterator[Any]) -> None:
+def test_ctrl_c_of_a_supervised_run(start: Callable[..., Run]) -> None:
     run = start(SFT, "--max-restarts", "2")
     run.wait_for(has_logged)
     os.killpg(run.process.pid, signal.SIGINT)
@@ -321,7 +321,7 @@ def test_ctrl_c_of_a_supervised_run(start: Iterator[Any]) -> None:
 @pytest.mark.fault(
     "an output folder that cannot be written to", "exit code 2 before a model is loaded, with the folder's name"
 )
-def test_an_output_folder_that_cannot_be_written_to(start: Iterator[Any]) -> None:
+def test_an_output_folder_that_cannot_be_written_to(start: Callable[..., Run]) -> None:
     run = start(SFT, "output_dir=/proc/rlqwen")  # root may write everywhere else
     run.expect(2, "'/proc/rlqwen' cannot be written to")
 

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ def server() -> Iterator[Server]:
     server.server_close()
 
 
-def address(server: ThreadingHTTPServer) -> str:
+def address(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_port}/services/topsecret"
 
 

@@ -153,7 +153,9 @@ def test_an_idle_row_has_a_gradient_of_zero_for_every_weight() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in policy.model.parameters())
 
 
-def recurrence(plan: DeltaPlan, query: Tensor, key: str, value: Any, g: Tensor, beta: float) -> Tensor:
+def recurrence(
+    plan: DeltaPlan, query: Tensor, key: torch.Tensor, value: torch.Tensor, g: Tensor, beta: torch.Tensor
+) -> Tensor:
     """Compute the rule by its definition, token by token: (T, H, V)."""
     query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
     outputs, ends = {}, {}
@@ -193,7 +195,7 @@ def varlen_kernel(
     k: int,
     v: Any,
     g: Tensor,
-    beta: float,
+    beta: torch.Tensor,
     *,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,

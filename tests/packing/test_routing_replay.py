@@ -215,7 +215,7 @@ def test_records_reach_other_ranks_and_resumed_runs() -> None:
         assert other.completions[1].experts is None
 
 
-def length_reward(completions: list[str], **kwargs: Any) -> list[float]:
+def length_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 

@@ -222,7 +222,7 @@ class SlowDraw:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def sample(self, engine: str) -> None:
+    def sample(self, engine: Any) -> None:
         engine.run()
 
 

@@ -1,7 +1,7 @@
 """Test GRPO: learning, micro-batches, signal in groups, the reference, masks, metrics and refusals."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlqwen import GRPOConfig, GRPOTrainer
 from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, RewardSpecError
-from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.sampler import describe_groups, sampling_seed
 from rlqwen.types import Completion, Group, Prompt
 
@@ -32,7 +31,7 @@ def make_trainer(
     model: Path,
     folder: Path,
     *,
-    reward: Reward = prefers_even,
+    reward: Callable[..., Any] = prefers_even,
     rows: Sequence[Row] = ROWS,
     peft_config: LoraConfig | None = None,
     **options: Any,
@@ -110,7 +109,7 @@ def test_leaving_out_groups_without_signal_does_not_change_the_update(
 ) -> None:
     """Leave the half of the groups that have equal rewards out of the forward pass."""
 
-    def by_prompt(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
+    def by_prompt(prompts: list[list[dict[str, str]]], completion_ids: list[list[int]], **kwargs: Any) -> list[Any]:
         signal = [int(prompt[0]["content"][0]) % 2 for prompt in prompts]
         return [s * (sum(ids) % 3) for s, ids in zip(signal, completion_ids, strict=True)]
 
@@ -157,7 +156,7 @@ def test_lora_samples_from_the_adapted_policy(tiny_model_path: Path, tmp_path: P
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_have_signal(tiny_model_path: Path, tmp_path: Path) -> None:
-    def rarely(prompts: Sequence[Prompt], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    def rarely(prompts: list[list[dict[str, str]]], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [
             float(sum(ids) % 2) if int(prompt[0]["content"].split()[0]) % 3 == 0 else 0.0
             for prompt, ids in zip(prompts, completion_ids, strict=True)

@@ -19,7 +19,6 @@ from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.critic import ValueHead
 from rlqwen.models.loading import load_scalar_model
 from rlqwen.trainers.ppo import explained_variance
-from rlqwen.types import Prompt
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
 
@@ -35,7 +34,7 @@ def half_missing(completion_ids: list[list[int]], **kwargs: Any) -> list[float |
 def make_trainer(
     model: Path,
     folder: Path,
-    reward: list[Any] = prefers_even,
+    reward: Any = prefers_even,
     *,
     eval_rows: list[dict[str, Sequence[Any]]] | None = None,
     **options: Any,
@@ -86,7 +85,7 @@ def test_reward_rises_and_the_folder_is_complete(tiny_model_path: Path, tmp_path
 def test_the_critic_learns_to_predict_the_return(tiny_model_path: Path, tmp_path: Path) -> None:
     """Keep the policy fixed, so that the critic can learn the value of each prompt."""
 
-    def prompt_value(prompts: Sequence[Prompt], **kwargs: Any) -> list[float]:
+    def prompt_value(prompts: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
         return [float(int(prompt[0]["content"].split()[0]) >= 6) for prompt in prompts]
 
     trainer = make_trainer(
