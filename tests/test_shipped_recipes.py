@@ -94,7 +94,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((folder / "work" / "found.json").read_text())
     assert found.pop("package").startswith(str(folder / "site"))
-    return found
+    return dict(found)
 
 
 def test_every_recipe_is_right_and_each_algorithm_trains_offline(found: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import pickle
+from typing import Any
 
 import pytest
 from rlqwen_rewards import get_cosine_scaled_reward, get_repetition_penalty_reward, get_soft_overlong_punishment
@@ -34,7 +35,7 @@ def test_length_with_a_small_weight_never_beats_accuracy() -> None:
 
 
 @pytest.mark.parametrize("args", [{"budget": 0}, {"budget": 5, "target": 5}, {"budget": 5, "target": -1}])
-def test_length_refuses_an_empty_range(args: dict[str, int]) -> None:
+def test_length_refuses_an_empty_range(args: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="0 <= target < budget"):
         Length(**args)
 

@@ -137,7 +137,7 @@ def test_template_arguments_reach_the_template(tokenizer: Any) -> None:
 
 def test_the_report_counts_truncated_and_dropped_rows(tokenizer: Any) -> None:
     long = {"messages": [USER, {"role": "assistant", "content": "1" * 30}]}
-    rows = [CHAT, long, {"messages": [USER]}, CHAT]
+    rows: list[dict[str, Any]] = [CHAT, long, {"messages": [USER]}, CHAT]
     kept, report = tokenize_sft(rows, tokenizer, SFTConfig(max_length=28))
     assert [len(row.token_ids) for row in kept] == [26, 28, 26]
     assert (report.num_rows, report.num_kept, report.num_truncated, report.num_empty_mask) == (4, 3, 1, 1)
@@ -169,7 +169,10 @@ def test_an_eos_other_than_the_templates_end_token_gives_a_warning() -> None:
 
 
 def test_prompts_carry_content_and_columns(tokenizer: Any) -> None:
-    rows = [{"prompt": [USER], "solution": "46", "level": 1}, {"prompt": "1 + 1 =", "solution": "2"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": [USER], "solution": "46", "level": 1},
+        {"prompt": "1 + 1 =", "solution": "2"},
+    ]
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=None)
     assert [prompt.index for prompt in prompts] == [0, 1]
     assert tokenizer.decode(prompts[0].token_ids) == HEAD
@@ -182,7 +185,7 @@ def test_prompts_carry_content_and_columns(tokenizer: Any) -> None:
 
 
 def test_overlong_prompts_are_dropped_or_refused(tokenizer: Any) -> None:
-    rows = [{"prompt": "1" * length} for length in (3, 5, 4, 9)]
+    rows: list[dict[str, Any]] = [{"prompt": "1" * length} for length in (3, 5, 4, 9)]
     prompts, report = tokenize_prompts(rows, tokenizer, max_prompt_length=4)
     assert [prompt.index for prompt in prompts] == [0, 2]
     assert report.num_overlong == 2

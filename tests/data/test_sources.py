@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def load(path: Path | str, **options: Any) -> list[dict[str, Any]]:
+def load(path: Path | str, **options: Any) -> Sequence[dict[str, Any]]:
     return load_rows(SourceConfig(path=str(path), **options), seed=0)
 
 

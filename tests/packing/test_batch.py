@@ -1,5 +1,7 @@
 """Test packing of trees into rows, and splitting of trees into micro-batches."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def trees() -> list[Tree]:
 
 
 @pytest.mark.parametrize("limits", [{"max_branches": 4}, {"max_branches": 3}, {"max_tokens": 30}, {"max_tokens": 45}])
-def test_split_keeps_every_branch_once_within_the_limits(limits: dict[str, int]) -> None:
+def test_split_keeps_every_branch_once_within_the_limits(limits: dict[str, Any]) -> None:
     parts = list(split_trees(trees(), **limits))
     assert sum(len(tree.branches) for part in parts for tree in part) == 12
     for part in parts:

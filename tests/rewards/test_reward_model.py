@@ -77,7 +77,7 @@ def test_conversations_are_rendered_with_the_chat_template(judge_folder: Path) -
         scorer.score([group])
     tokenizer = AutoTokenizer.from_pretrained(judge_folder)
     text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "4"}], tokenize=False)
-    assert group.rewards["judge"] == pytest.approx([expected(judge_folder, text)], abs=1e-5)
+    assert group.rewards["judge"] == pytest.approx([expected(judge_folder, str(text))], abs=1e-5)
 
 
 def test_a_module_without_a_path_uses_the_tokenizer_of_the_trainer(judge_folder: Path) -> None:
