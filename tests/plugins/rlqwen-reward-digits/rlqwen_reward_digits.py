@@ -23,4 +23,4 @@ def _share(text: str, gold: str) -> float:
     width = max(len(found[-1]), len(gold))
     number, gold = found[-1].rjust(width), gold.rjust(width)
     matches = sum(mine == theirs for mine, theirs in zip(number, gold, strict=True))
-    return matches / width
+    return float(matches / width)
