@@ -43,6 +43,19 @@ class Runs(NamedTuple):
     """Tokens of the longest run."""
 
 
+class Call(NamedTuple):
+    """What a call of the kernel computes: run i of the queries attends to run i of the keys."""
+
+    queries: Runs
+    keys: Runs
+    causal: bool
+
+    @property
+    def limits(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return the ends and longest runs of both sides, in the kernel's order."""
+        return self.queries.ends, self.keys.ends, self.queries.longest, self.keys.longest
+
+
 @dataclass(slots=True, frozen=True)
 class CascadePlan:
     """Hold the arguments of the two calls for a layout, on its device."""
@@ -89,20 +102,27 @@ class CascadePlan:
             prefix_rows_P,
         )
 
+    @property
+    def own_call(self) -> Call:
+        """Return the call in which each segment attends causally to itself."""
+        return Call(self.own, self.own, causal=True)
+
+    @property
+    def cross_call(self) -> Call:
+        """Return the call in which branches attend to all of their prefix."""
+        return Call(self.queries, self.prefixes, causal=False)
+
 
 class FlashKernel:
-    """FlashAttention over runs of queries and keys, as PyTorch ships it: run i of the queries attends to run i of the keys.
+    """FlashAttention over runs of queries and keys, as PyTorch ships it.
 
     It is FA2, or FA3 if `torch.nn.attention.activate_flash_attention_impl` chose it.
     """
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, queries: Runs, keys: Runs, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
         """Return the (Q, H, D) output and the (H, Q) float32 log-sum-exp of the scores."""
-        limits = (queries.ends, keys.ends, queries.longest, keys.longest)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *limits, 0.0, causal, False, scale=scale
+            query, key, value, *call.limits, 0.0, call.causal, False, scale=scale
         )
         return out, lse
 
@@ -114,17 +134,13 @@ class FlashKernel:
         value: Tensor,
         out: Tensor,
         lse: Tensor,
-        queries: Runs,
-        keys: Runs,
-        *,
-        causal: bool,
+        call: Call,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
-        limits = (queries.ends, keys.ends, queries.longest, keys.longest)
         unused = (torch.zeros(2, dtype=torch.uint64, device=query.device), torch.empty(0, device=query.device))
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse, *limits, 0.0, causal, *unused, scale=scale
+            grad, query, key, value, out, lse, *call.limits, 0.0, call.causal, *unused, scale=scale
         )
         return gradients
 
@@ -177,11 +193,11 @@ class _Cascade(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CascadePlan, scale: float, kernel: FlashKernel
     ) -> Tensor:
-        out, lse = kernel.forward(query, key, value, plan.own, plan.own, causal=True, scale=scale)
+        out, lse = kernel.forward(query, key, value, plan.own_call, scale)
         if plan.queries.longest:
             rows_Q, rows_P = plan.query_rows_Q, plan.prefix_rows_P
             picked = (query.index_select(0, rows_Q), key.index_select(0, rows_P), value.index_select(0, rows_P))
-            cross, lse_cross = kernel.forward(*picked, plan.queries, plan.prefixes, causal=False, scale=scale)
+            cross, lse_cross = kernel.forward(*picked, plan.cross_call, scale)
             own, lse_own = out.index_select(0, rows_Q), lse.index_select(1, rows_Q)
             share = torch.sigmoid(lse_cross - lse_own).T[..., None]
             merged = torch.lerp(own.to(share.dtype), cross.to(share.dtype), share).to(out.dtype)
@@ -197,7 +213,7 @@ class _Cascade(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         plan, scale, kernel = ctx.plan, ctx.scale, ctx.kernel
         grad = grad.contiguous()
-        gradients = kernel.backward(grad, query, key, value, out, lse, plan.own, plan.own, causal=True, scale=scale)
+        gradients = kernel.backward(grad, query, key, value, out, lse, plan.own_call, scale)
         if plan.queries.longest:
             rows_Q, rows_P = plan.query_rows_Q, plan.prefix_rows_P
             cross = kernel.backward(
@@ -207,10 +223,8 @@ class _Cascade(torch.autograd.Function):
                 value.index_select(0, rows_P),
                 out.index_select(0, rows_Q),
                 lse.index_select(1, rows_Q),
-                plan.queries,
-                plan.prefixes,
-                causal=False,
-                scale=scale,
+                plan.cross_call,
+                scale,
             )
             for whole, part, rows in zip(gradients, cross, (rows_Q, rows_P, rows_P), strict=True):
                 # No row is named twice, so that adding needs no atomics, and gives the same bits every time.

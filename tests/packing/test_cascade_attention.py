@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlqwen.packing.block_attention import attend_in_blocks
-from rlqwen.packing.cascade_attention import CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
+from rlqwen.packing.cascade_attention import Call, CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
 from rlqwen.packing.row_layout import Layout, Span
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -18,21 +18,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 class PlainKernel(FlashKernel):
     """Compute in plain torch what FlashKernel computes, on any device and in any dtype."""
 
-    def forward(
-        self,
-        query: Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        queries: Runs,
-        keys: Runs,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Any]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
         out = torch.zeros_like(query)
         lse = query.new_zeros(query.shape[1], query.shape[0])
-        for rows, columns in pairs(queries, keys):
-            scores = scores_of(query[rows], key[columns], causal, scale)
+        for rows, columns in pairs(call.queries, call.keys):
+            scores = scores_of(query[rows], key[columns], call.causal, scale)
             lse[:, rows] = scores.logsumexp(-1)
             probs = (scores - lse[:, rows, None]).exp()
             out[rows] = torch.einsum("hqk,khd->qhd", probs, repeated(value[columns], query))
@@ -42,20 +32,17 @@ class PlainKernel(FlashKernel):
         self,
         grad: Tensor,
         query: Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: Tensor,
+        value: Tensor,
         out: Tensor,
         lse: Tensor,
-        queries: Runs,
-        keys: Runs,
-        *,
-        causal: bool,
+        call: Call,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         delta = (grad * out).sum(-1).T
-        for rows, columns in pairs(queries, keys):
-            probs = (scores_of(query[rows], key[columns], causal, scale) - lse[:, rows, None]).exp()
+        for rows, columns in pairs(call.queries, call.keys):
+            probs = (scores_of(query[rows], key[columns], call.causal, scale) - lse[:, rows, None]).exp()
             value_grad = torch.einsum("hqk,qhd->khd", probs, grad[rows])
             d_probs = torch.einsum("qhd,khd->hqk", grad[rows], repeated(value[columns], query))
             d_scores = probs * (d_probs - delta[:, rows, None]) * scale
@@ -150,10 +137,10 @@ def test_a_row_without_prefixes_makes_one_call() -> None:
     class Once(PlainKernel):
         calls = 0
 
-        def forward(self, *args: Any, causal: bool, **kwargs: Any) -> Any:
-            assert causal
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+            assert call.causal
             self.calls += 1
-            return super().forward(*args, causal=causal, **kwargs)
+            return super().forward(query, key, value, call, scale)
 
     kernel = Once()
     cascade_attention(*inputs(layout, torch.float64)[:3], layout, kernel=kernel)
