@@ -71,13 +71,6 @@ class MetricSums:
 
     _sums: dict[tuple[str, Reduction], Tensor | float] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, metrics: Mapping[str, Metric]) -> "MetricSums":
-        """Return the sums of one micro-batch."""
-        sums = cls()
-        sums.add(metrics)
-        return sums
-
     @property
     def sums(self) -> Sums:
         """Return the collected sums and maxima as floats."""
@@ -85,24 +78,17 @@ class MetricSums:
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         """Add the metrics of a micro-batch."""
-        for name, metric in metrics.items():
-            key = (name, metric.reduction)
-            if key not in self._sums:
-                self._sums[key] = metric.value.detach().double()
-            elif metric.reduction == "max":
-                self._sums[key] = torch.maximum(metric.value.detach().double(), torch.as_tensor(self._sums[key]))
-            else:
-                self._sums[key] = add_on_device(self._sums[key], metric.value)
+        self.join({(name, metric.reduction): metric.value.detach().double() for name, metric in metrics.items()})
 
-    def join(self, sums: Sums) -> None:
-        """Add the sums of another rank."""
-        mine = self.sums
+    def join(self, sums: Mapping[tuple[str, Reduction], Tensor | float]) -> None:
+        """Add the sums of another rank, or of another update."""
         for key, value in sums.items():
             if key[1] == "max":
-                mine[key] = max(mine.get(key, float("-inf")), value)
+                before = self._sums.get(key, float("-inf"))
+                both = (torch.as_tensor(one, dtype=torch.float64) for one in (before, value))
+                self._sums[key] = torch.maximum(*both)
             else:
-                mine[key] = mine.get(key, 0.0) + value
-        self._sums = dict(mine)
+                self._sums[key] = self._sums.get(key, 0.0) + value
 
     def reduce(self, gather: Callable[[Sums], list[Sums]], *, tokens: float, sequences: float) -> dict[str, float]:
         """Return each metric over all ranks.

@@ -148,12 +148,13 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             sums: dict[str, Tensor | float] = {}
             collected = MetricSums()
             for micro in batches:
-                loss, shares, found = self.loss(self._answers(micro), totals, kl=kl)
+                loss, shares, reported = self.loss(self._answers(micro), totals, kl=kl)
                 loss = loss + self.router_loss(micro, batches)
                 self.optimizer.backward(loss)
                 add_up(sums, {"loss": loss, **shares})
-                collected.add(found)
-            metrics = self.ranks.sum(read_scalars(sums)) | self._reduce(collected, totals)
+                collected.add(reported)
+            found = collected.reduce(self.ranks.gather_shares, tokens=totals.answers, sequences=totals.pairs)
+            metrics = self.ranks.sum(read_scalars(sums)) | found
         self.update(batches)
         self.refresh_reference(self.args, self.state.global_step - 1)
         targets = sum(micro.num_targets for micro in batches)
@@ -233,12 +234,11 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
         metrics = read_scalars({"loss": loss, **shares})
         return metrics | self._reduce(found, totals)
 
-    def _reduce(self, found: MetricSums | Mapping[str, Metric], totals: AnswerTotals) -> Metrics:
-        """Return the metrics that losses have reported: sums of this rank, or metrics of the answers of all ranks."""
-        of_one_rank = isinstance(found, MetricSums)
-        collected = found if isinstance(found, MetricSums) else MetricSums.of(found)
-        gather = self.ranks.gather_shares if of_one_rank else lambda own: [own]
-        return collected.reduce(gather, tokens=totals.good + totals.bad, sequences=totals.pairs)
+    def _reduce(self, found: Mapping[str, Metric], totals: AnswerTotals) -> Metrics:
+        """Return the metrics of a loss that has seen the answers of all ranks at once."""
+        collected = MetricSums()
+        collected.add(found)
+        return collected.reduce(lambda own: [own], tokens=totals.answers, sequences=totals.pairs)
 
     def _batches(self, trees: list[Tree], size: int) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches of `size` whole trees, or, with a token budget, of as many as it allows."""

@@ -16,7 +16,7 @@ _SPACED = r"[^\W\u3040-\u9fff]"
 
 @dataclass(frozen=True)
 class LabelMetrics:
-    """How well labels were found, over all texts."""
+    """Accuracy and F1 of the labels found in all texts."""
 
     accuracy: float
     """Share of texts with the right label; a text without a label counts as wrong."""

@@ -75,6 +75,11 @@ class AnswerTotals:
     pairs: int
     """0 if the answers are not in pairs."""
 
+    @property
+    def answers(self) -> int:
+        """Return the number of all answers."""
+        return self.good + self.bad
+
     @classmethod
     def of(cls, batches: Iterable["PackedBatch | Answers"], *, paired: bool) -> "AnswerTotals":
         """Count over `batches`."""

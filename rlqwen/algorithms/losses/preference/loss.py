@@ -50,7 +50,7 @@ class PreferenceLoss:
             part = loss.new_zeros(())
             if name == "kto":
                 assert kl is not None, "kto needs an estimate of the KL divergence"
-                part = part + kto(answers, config, kl).sum() / max(totals.good + totals.bad, 1)
+                part = part + kto(answers, config, kl).sum() / max(totals.answers, 1)
             if name in self._pair_losses:
                 losses_B, found = self._pair_losses[name](self._inputs(good, bad))
                 metrics |= found
