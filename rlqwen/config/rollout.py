@@ -69,8 +69,9 @@ class RolloutConfig(Section):
     """Address of a running Ray cluster. None: start a private cluster on this machine, which ends with the run."""
 
     canary_tolerance: float | None = Field(default=None, gt=0, json_schema_extra=NO_EFFECT)
-    """Largest allowed mean gap between logprobs per token after a weight sync, in nats. None: 1e-3 in float32, and 0.1
-    in bfloat16 and float16, whose rounding alone moves an unlikely token by more than that, but not the mean."""
+    """Largest allowed mean gap between logprobs per token after a weight sync, in nats. None: twice the gap of the run's
+    first sync, when workers and trainer hold the same weights; at least 1e-4 in float32 and 0.02 in bfloat16 and float16.
+    The first sync may have 1e-3 and 0.1, because rounding alone moves an unlikely token by that much, but not the mean."""
 
     @field_validator("engine")
     @classmethod

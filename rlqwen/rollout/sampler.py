@@ -17,17 +17,14 @@ from rlqwen.config.generation import GenerationKwargs
 from rlqwen.errors import ConfigError
 from rlqwen.models.loading import stop_token_ids
 from rlqwen.models.policy import Policy
-from rlqwen.packing.batch import Branch, Tree, pack
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import build_engine
 from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.rollout.resources import samples_on_gpu
-from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
-
-CANARY_LENGTH = 64
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+from rlqwen.rollout.sync_check import SyncCheck
+from rlqwen.types import Group, GroupRequest, Prompt, Sampling
 
 
 class Sampler:
@@ -67,6 +64,12 @@ class Sampler:
         """Notes for the user on what was chosen."""
         ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
+        self._sync_check = SyncCheck(
+            policy,
+            dtype=self.compute_dtype,
+            tolerance=args.rollout.canary_tolerance,
+            max_length=self.max_model_length - 1,
+        )
         _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = build_engine(
             args.rollout.model_copy(update={"dtype": self.compute_dtype}),
@@ -95,9 +98,14 @@ class Sampler:
             self.engine.wait_until_ready(announce)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the version of the weights, whether the engine has them, and the prefetched batches."""
-        prefetched = self._prefetcher.state_dict()
-        return {"version": self.version, "synced": self._synced_version == self.version, "prefetched": prefetched}
+        """Return the version of the weights, whether the engine has them, what the first sync measured, and the
+        prefetched batches."""
+        return {
+            "version": self.version,
+            "synced": self._synced_version == self.version,
+            "sync_check": self._sync_check.state_dict(),
+            "prefetched": self._prefetcher.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Restore the state saved by `state_dict`.
@@ -105,6 +113,7 @@ class Sampler:
         An engine that had the present weights gets them now, so that it does not count in the metrics of a step.
         """
         self.version = state["version"]
+        self._sync_check.load_state_dict(state["sync_check"])
         batches: list[RolloutBatch] = []
         start = 0
         for saved in state["prefetched"]:
@@ -192,21 +201,10 @@ class Sampler:
             return {"time/sync": 0.0}
         started = time.monotonic()
         weights = self.policy.export_weights() if self.lora_rank is None else self.policy.export_adapter()
-        metrics = self.engine.load_weights(self.version, weights, self._canary(prompts_P[0]))
+        metrics = self.engine.load_weights(self.version, weights, self._sync_check.canary(prompts_P[0].token_ids))
+        self._sync_check.calibrate(metrics)
         self._synced_version = self.version
         return metrics | {"time/sync": time.monotonic() - started}
-
-    def _canary(self, prompt: Prompt) -> Canary:
-        """Return the trainer's own logprobs of the start of a prompt, repeated so that a prompt of one token is enough.
-
-        The engine's context must hold it and one more token.
-        """
-        token_ids = (prompt.token_ids * 2)[: min(CANARY_LENGTH, self.max_model_length - 1)]
-        batch = pack([Tree([], [Branch(token_ids)])])
-        with self.policy.inference():
-            logp_N, _ = self.policy.logprobs(batch.to(self.policy.device))
-        tolerance = self.args.rollout.canary_tolerance or TOLERANCES[self.compute_dtype]
-        return Canary(tuple(token_ids), tuple(logp_N.tolist()), tolerance)
 
     def close(self) -> None:
         """End the engine."""

@@ -182,9 +182,10 @@ def explain_gap(worker: str, report: LoadReport, bundle: WeightBundle) -> str:
     rebuilt = ", even in an engine built anew from these weights" if report.rebuilt else ""
     return (
         f"{worker}: after loading weights version {report.version}, its logprobs of the canary differ from the "
-        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}){rebuilt}. Likely causes: the worker computes in another dtype than the trainer (rollout.dtype), NaN in the "
-        f"weights, or a vLLM model whose forward differs from transformers'. If the gap is rounding, raise "
-        f"rollout.canary_tolerance"
+        f"trainer's by {report.canary_gap:.4g} a token (tolerance {tolerance:.4g}){rebuilt}. Likely causes: the worker "
+        f"computes in another dtype than the trainer (rollout.dtype), NaN in the weights, or a vLLM model whose forward "
+        f"differs from transformers'. If the gap is rounding, raise rollout.canary_tolerance, which is by default twice "
+        f"the gap of the run's first sync"
     )
 
 

@@ -115,9 +115,16 @@ class VllmEngine:
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache, which a draw that is to repeat to the bit must not find filled."""
-        self._llm.reset_prefix_cache()
+        self._reset_prefix_cache()
         if self._record is not None:
             self._record.forget_prompts()
+
+    def _reset_prefix_cache(self) -> None:
+        """Empty the prefix cache; raise RolloutError if vLLM keeps it, since it may be of other weights."""
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError(
+                "vLLM did not empty its prefix cache: requests that it should not have hold blocks of it"
+            )
 
     def abort(self, request_ids: list[str]) -> None:
         if request_ids:
@@ -166,7 +173,7 @@ class VllmEngine:
             save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / _ADAPTER_FILE)
             self._adapter = LoRARequest(f"version-{version}-{number}", number, folder)
             self._llm.add_lora(self._adapter)
-        self._llm.reset_prefix_cache()
+        self._reset_prefix_cache()
 
     def _reload(self, weights: dict[str, torch.Tensor]) -> None:
         stream: Any = list(weights.items())
@@ -175,7 +182,7 @@ class VllmEngine:
         if current_platform.is_cpu():
             self._llm.collective_rpc(_forget_expert_layout)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        self._llm.reset_prefix_cache()
+        self._reset_prefix_cache()
 
     def _rebuild(self, weights: dict[str, torch.Tensor]) -> None:
         with tempfile.TemporaryDirectory(prefix="rlqwen-weights-") as folder:
