@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from rlqwen import DPOTrainer, RewardTrainer, SFTTrainer
 from rlqwen.distributed import UpdateResult
@@ -27,7 +27,7 @@ DEADLINE_S = int(os.environ.get("RANKED_DEADLINE_S", "300"))
 NUM_RANKS = 2
 
 SUMS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
-PAIRS = [
+PAIRS: list[dict[str, Any]] = [
     {
         "prompt": [{"role": "user", "content": f"{i}{'x' * (i % 5)}"}],
         "chosen": [{"role": "assistant", "content": f"{i}b" * (1 + i % 2)}],
@@ -64,7 +64,7 @@ def kills_the_main_rank(completion_ids: list[list[int]], **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_the_workers(model: PreTrainedModel, folder: Path) -> Any:
+def kill_the_workers(model: str, folder: Path) -> Any:
     """Those of the rollouts, before the second step."""
     from transformers import TrainerCallback
 
@@ -81,12 +81,12 @@ def kill_the_workers(model: PreTrainedModel, folder: Path) -> Any:
     return trainer
 
 
-def _vllm(model: PreTrainedModel, folder: Path, **rollout: Any) -> Any:
+def _vllm(model: str, folder: Path, **rollout: Any) -> Any:
     rollout = {"engine": "vllm", "num_workers": 1, "max_num_seqs": 16, **rollout}
     return _online("GRPO", model, folder, max_steps=3, rollout=rollout, eval_strategy="no", eval_on_start=False)
 
 
-def kill_the_other_rank(model: PreTrainedModel, folder: Path) -> Any:
+def kill_the_other_rank(model: str, folder: Path) -> Any:
     """In its second step, while the main rank samples for it."""
     from transformers import TrainerCallback
 
@@ -102,7 +102,7 @@ def kill_the_other_rank(model: PreTrainedModel, folder: Path) -> Any:
     return trainer
 
 
-def blown_up(model: PreTrainedModel, folder: Path) -> Any:
+def blown_up(model: str, folder: Path) -> Any:
     """Weights that are far off after five updates, on both ranks, once; a symptom that asks to go back."""
     from transformers import TrainerCallback
 
@@ -128,7 +128,7 @@ def fails(completion_ids: list[list[int]], **kwargs: Any) -> None:
 
 
 def _dpo(
-    model: PreTrainedModel, folder: Path, rows: list[dict[str, bool | str]] = PAIRS, peft: bool = False, **options: Any
+    model: str, folder: Path, rows: Sequence[dict[str, Any]] = PAIRS, peft: bool = False, **options: Any
 ) -> DPOTrainer:
     from peft import LoraConfig
 
@@ -165,16 +165,14 @@ def _lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
 
 
-def _reward(model: PreTrainedModel, folder: Path, **options: Any) -> RewardTrainer:
+def _reward(model: str, folder: Path, **options: Any) -> RewardTrainer:
     from rlqwen import RewardConfig, RewardTrainer
 
     defaults = {**COMMON, "output_dir": str(folder), "per_device_train_batch_size": 6 // launched(), "max_steps": 3}
     return RewardTrainer(model, RewardConfig(**defaults | options), PAIRS[:12], PAIRS[8:])
 
 
-def _online(
-    algorithm: str, model: PreTrainedModel, folder: Path, reward: Callable[..., Any] = prefers_even, **options: Any
-) -> Any:
+def _online(algorithm: str, model: str, folder: Path, reward: Callable[..., Any] = prefers_even, **options: Any) -> Any:
     import rlqwen
 
     size = options.pop("size", 8) // launched()
@@ -193,7 +191,7 @@ COMMON = {
 }  # fmt: skip
 """An epsilon of 1 makes an update as large as its gradient, and not the sign of what rounding left of 0."""
 
-CASES = {
+CASES: dict[str, Callable[..., Any]] = {
     "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
     "sft_plain": lambda model, folder: _sft(model, folder),
     "sft_on": lambda model, folder: _sft(
@@ -245,7 +243,7 @@ CASES = {
 
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Else ranks would keep weights as small as these whole."""
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "zero1": {"parallel": {"zero_stage": 1}},
     "zero2": {"parallel": {"zero_stage": 2}},
     "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},
@@ -334,7 +332,8 @@ def follow_memory(trainer: Any) -> list[list[Any]]:
     """Before each update: the scale of the loss, and a digest of this rank's weights and optimizer state."""
     from rlqwen.models.reference_cache import digest_weights
 
-    memories, update = [], trainer.update
+    memories: list[list[Any]] = []
+    update: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
 
     def followed(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         weights = {

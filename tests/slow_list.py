@@ -9,7 +9,7 @@ clock. Processor time alone would miss what waits; the clock alone would count w
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class Clock:
                 self.shared[request.node.nodeid, fixturedef.argname] = taken
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[Any]:
-        report = yield
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Generator[None, Any, Any]:
+        report: Any = yield
         if call.when in ("setup", "call"):
             cpu, wall = since(self.begun)
             report.cpu_s, report.wall_s = cpu - self.paid[0], wall - self.paid[1]

@@ -28,6 +28,7 @@ from rlqwen import (
 from rlqwen.config import SampledPairsConfig
 from rlqwen.data.generated_rows import generate
 from rlqwen.runs.pairs import draw_pairs
+from tests.narrowing import present
 
 pytestmark = pytest.mark.slow
 
@@ -159,7 +160,7 @@ def test_dpo_on_its_own_answers_raises_margin_and_accuracy(
     assert share_right(str(folder / "dpo" / "final")) > share_right(sums_model) + 0.1  # 0.60 to 0.91 after 60
 
 
-def share_right(model: str) -> float | None:
+def share_right(model: str) -> float:
     """Of one answer to each held-out sum."""
     from rlqwen.evaluation import evaluate_model
     from rlqwen.evaluation.eval_config import EvalConfig
@@ -171,7 +172,7 @@ def share_right(model: str) -> float | None:
         max_tokens=32,
         rollout=ENGINE,
     )
-    return evaluate_model(config).rewards["accuracy"].mean
+    return present(evaluate_model(config).rewards["accuracy"].mean)
 
 
 def test_a_reward_model_ranks_held_out_pairs(reward_model: tuple[str, dict[str, float]]) -> None:

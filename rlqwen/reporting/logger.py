@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Self, SupportsFloat
 
 from rlqwen.errors import ConfigError
 from rlqwen.reporting.display import Display, LiveDisplay, PlainDisplay
@@ -50,7 +50,7 @@ class MetricLogger:
         # A trainer that dies without closing must not leave the cursor hidden.
         atexit.register(self.close)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Log the metrics of one step: keys `area/name`, values floats or one-element tensors."""
         values = {key: float(value) for key, value in metrics.items()}
         for sink in self._sinks:

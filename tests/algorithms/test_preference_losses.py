@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from rlqwen.config import DPOConfig
 from rlqwen.config.dpo import LossName
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.losses import preference_loss
+from tests.narrowing import present
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # TRL's import warns about the version of vLLM
@@ -107,7 +109,7 @@ def trl_loss(
     inputs, (logps, refs, log_sums) = trl_inputs(batch, logp, ref, log_sum_sq_probs)
     model = FakeModel(logps, log_sums)
     metrics: dict[str, Any] = {"train": defaultdict(list)}
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         model=model, accelerator=ACCELERATOR, aux_loss_enabled=False, ld_alpha=config.ld_alpha,
         precompute_ref_logps=False, args=SimpleNamespace(
             gradient_checkpointing_kwargs=None, discopop_tau=config.discopop_tau
@@ -117,7 +119,8 @@ def trl_loss(
         label_smoothing=config.label_smoothing, use_weighting=config.use_weighting, _metrics=metrics,
         _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
-    return DPOTrainer._compute_loss(trainer, model, inputs, False), metrics["train"]
+    compute_loss: Any = DPOTrainer._compute_loss
+    return compute_loss(trainer, model, inputs, False), metrics["train"]
 
 
 REFERENCE_LOSSES = sorted(set(get_args(LossName)) - {"simpo", "cpo", "orpo", "kto"})
@@ -150,12 +153,12 @@ def name_of(options: dict[Any, Any]) -> str:
 @pytest.mark.parametrize("options", VARIANTS, ids=name_of)
 def test_equals_trl(options: Any) -> None:
     config = DPOConfig(**options)
-    results = []
+    results: list[tuple[Tensor, Tensor, Mapping[str, Any]]] = []
     for function in (our_loss, trl_loss):
         batch, logp, ref, log_sum_sq_probs = make_batch()
-        loss, metrics = function(batch, logp, ref, log_sum_sq_probs, config)
+        loss, found = function(batch, logp, ref, log_sum_sq_probs, config)
         loss.backward()
-        results.append((loss.detach(), logp.grad, metrics))
+        results.append((loss.detach(), present(logp.grad), found))
     (ours, our_grad, metrics), (theirs, their_grad, their_metrics) = results
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(our_grad, their_grad, atol=1e-6, rtol=1e-5)
@@ -172,14 +175,15 @@ def trl_cpo_loss(batch: PackedBatch, logp: Tensor, config: DPOConfig, trl_type: 
     sums = answers.mean_logp_S if trl_type == "simpo" else answers.logp_S
     nll = -logp[batch.per_sequence["label"][batch.sequence_N]].mean()
     logits = torch.zeros(1)
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         accelerator=ACCELERATOR, alpha=0.0, loss_type=trl_type, beta=config.beta,
         simpo_gamma=config.simpo_gamma, label_smoothing=config.label_smoothing, aux_loss_enabled=False,
         cpo_alpha=config.cpo_alpha if "cpo" in config.loss_type else float("sft" in config.loss_type),
         concatenated_forward=lambda *_: (sums[::2], sums[1::2], logits, logits, nll),
     )  # fmt: skip
     trainer.cpo_loss = lambda *logps: CPOTrainer.cpo_loss(trainer, *logps)
-    return CPOTrainer.get_batch_loss_metrics(trainer, None, {})
+    get_batch_loss_metrics: Any = CPOTrainer.get_batch_loss_metrics
+    return get_batch_loss_metrics(trainer, None, {})
 
 
 @pytest.mark.parametrize(
@@ -215,8 +219,9 @@ def test_orpo_equals_trl() -> None:
     batch, logp, ref, log_sum_sq_probs = make_batch()
     loss, _ = our_loss(batch, logp, ref, log_sum_sq_probs, config)
     mean_logp_S = read_answers(logp, batch).mean_logp_S
-    trainer = SimpleNamespace(accelerator=ACCELERATOR, beta=0.3)
-    ratio, *_ = ORPOTrainer.odds_ratio_loss(trainer, mean_logp_S[::2], mean_logp_S[1::2])
+    trainer: Any = SimpleNamespace(accelerator=ACCELERATOR, beta=0.3)
+    odds_ratio_loss: Any = ORPOTrainer.odds_ratio_loss
+    ratio, *_ = odds_ratio_loss(trainer, mean_logp_S[::2], mean_logp_S[1::2])
     expected = -logp[batch.per_sequence["label"][batch.sequence_N]].mean() - ratio.mean()
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(*(torch.autograd.grad(value, logp)[0] for value in (loss, expected)))
@@ -248,7 +253,7 @@ def trl_kto_loss(
     completion_mask = torch.cat([torch.zeros(len(mask), PROMPT, dtype=torch.long), mask.long()], dim=1)
     kl_logp_S = answer_logps(kl_logp, kl_batch, None)
     recorded: dict[str, Any] = {"train": defaultdict(list)}
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         model=model, ref_model=FakeModel(torch.cat([before, refs], 1)), accelerator=ACCELERATOR, calculate_KL=True,
         aux_loss_enabled=False, precompute_ref_logps=False, loss_type="kto", beta=config.beta,
         desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight, _metrics=recorded,
@@ -256,7 +261,8 @@ def trl_kto_loss(
         _compute_kl_logps=lambda which, _: kl_logp_S if which is model else kl_ref_logp_S,
     )  # fmt: skip
     inputs = dict.fromkeys(("input_ids", "attention_mask", "completion_mask"), completion_mask)
-    loss = KTOTrainer._compute_loss(trainer, model, inputs | {"label": batch.per_sequence["label"]}, False)
+    compute_loss: Any = KTOTrainer._compute_loss
+    loss = compute_loss(trainer, model, inputs | {"label": batch.per_sequence["label"]}, False)
     assert recorded["train"]["kl"][0] > 0
     return loss, {key: torch.tensor(values[0]) for key, values in recorded["train"].items() if values}
 
@@ -281,7 +287,7 @@ def one_pair(chosen: float, rejected: float, **options: Any) -> tuple[Any, list[
     logp = torch.tensor([chosen - 2.0, rejected - 2.0], requires_grad=True)
     loss, _ = our_loss(batch, logp, torch.full((2,), -2.0), None, DPOConfig(**options))
     loss.backward()
-    return loss.item(), logp.grad.tolist()
+    return loss.item(), present(logp.grad).tolist()
 
 
 def log_sigmoid(x: float) -> float:
@@ -327,8 +333,9 @@ def test_kto_raises_good_answers_and_lowers_bad_ones_whatever_their_number() -> 
     totals = AnswerTotals.of([batch], paired=False)
     loss, metrics = preference_loss(answers, DPOConfig(loss_type="kto"), totals, kl=torch.tensor(0.1))
     loss.backward()
-    assert (logp.grad[:2] < 0).all()
-    assert (logp.grad[2:] > 0).all()
+    gradient = present(logp.grad)
+    assert (gradient[:2] < 0).all()
+    assert (gradient[2:] > 0).all()
     assert "rewards/accuracies" not in metrics
 
 
@@ -385,9 +392,9 @@ def test_every_split_into_micro_batches_gives_the_same_loss(options: Any) -> Non
     totals = AnswerTotals.of([batch], paired=True)
     parts = [Answers.join(answers)] if config.ranks_pairs else answers
     results = [preference_loss(part, config, totals, kl=kl) for part in parts]
-    sum(loss for loss, _ in results).backward()
+    torch.stack([loss for loss, _ in results]).sum().backward()
     assert sum(loss.item() for loss, _ in results) == pytest.approx(whole.item(), abs=1e-6)
-    torch.testing.assert_close(torch.cat([leaf.grad for leaf in leaves]), logp.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat([present(leaf.grad) for leaf in leaves]), logp.grad, atol=1e-6, rtol=1e-5)
     for key, value in whole_metrics.items():
         assert sum(metrics[key].item() for _, metrics in results) == pytest.approx(value.item(), abs=1e-5), key
 

@@ -9,6 +9,8 @@ from rlqwen_rewards.repetition import Repetition
 from rlqwen_rewards.soft_overlong import SoftOverlong
 from trl import rewards as trl_rewards
 
+from tests.narrowing import present
+
 
 def ids(*lengths: int) -> list[list[int]]:
     return [[1] * length for length in lengths]
@@ -30,7 +32,7 @@ def test_length_of_correct_completions_only() -> None:
 def test_length_with_a_small_weight_never_beats_accuracy() -> None:
     texts = [r"\boxed{5}", r"\boxed{6}", ""]
     length = Length(budget=10)(texts, completion_ids=ids(10, 1, 0))
-    totals = [accuracy + 0.1 * one for accuracy, one in zip([1.0, 0.0, 0.0], length, strict=True)]
+    totals = [accuracy + 0.1 * present(one) for accuracy, one in zip([1.0, 0.0, 0.0], length, strict=True)]
     assert totals[0] > max(totals[1:])
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,15 @@ def test_rng_states_are_restored(tmp_path: Path) -> None:
     assert [random.random(), np.random.rand(), torch.rand(()).item(), random.gauss(0, 1)] == drawn
 
 
+def writing(name: str) -> Callable[[Path], None]:
+    """Return a function that writes one file into a folder."""
+
+    def write(folder: Path) -> None:
+        (folder / name).write_text(f"text of {name}")
+
+    return write
+
+
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "a").write_text("x")
@@ -88,8 +97,8 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_complete(tmp_path / "f", fail)
     assert not list(tmp_path.iterdir())
-    write_complete(tmp_path / "f", lambda folder: (folder / "a").write_text("x") and None)
-    write_complete(tmp_path / "f", lambda folder: (folder / "b").write_text("y") and None)
+    write_complete(tmp_path / "f", writing("a"))
+    write_complete(tmp_path / "f", writing("b"))
     assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["b", "manifest.json"]
     assert find_fault(tmp_path / "f") is None
     manifest = json.loads((tmp_path / "f" / "manifest.json").read_text())
@@ -333,7 +342,7 @@ def test_a_second_sigterm_ends_the_process_at_once(tiny_model_path: Path, tmp_pa
 
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
 def test_a_second_ctrl_c_ends_training_at_once(
-    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any, first: str, second: str | None
+    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any, first: int, second: int
 ) -> None:
     trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
     trainer.callbacks.append(SendOnce(first, second))

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlqwen import (
     DPOConfig,
@@ -28,10 +28,11 @@ from rlqwen import (
 )
 from rlqwen.cli import main
 from rlqwen.config import Recipe
-from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, Preempted
 from rlqwen.reporting import read_metrics
 from rlqwen.runs.verification import Comparison, Difference, compare_runs
+from rlqwen.trainers.base import Trainer
+from rlqwen.trainers.preference_trees import PreferenceExample
 from tests.forked import run_forked
 from tests.forked_ranks import run_ranks
 
@@ -74,28 +75,28 @@ def sft(model: Path, folder: Path, *, peft_config: Any | None = None, train: Any
     return SFTTrainer(str(model), args, train, CHATS[:4], peft_config=peft_config)
 
 
-def dpo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> DPOTrainer:
+def dpo(model: Path, folder: Path, *, peft_config: Any | None = None, **options: Any) -> DPOTrainer:
     args = DPOConfig(**SHARED | {"output_dir": str(folder)} | options)
     return DPOTrainer(str(model), None, args, PAIRS, PAIRS[:3], peft_config=peft_config)
 
 
-def reward(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> RewardTrainer:
+def reward(model: Path, folder: Path, *, peft_config: Any | None = None, **options: Any) -> RewardTrainer:
     args = RewardConfig(**SHARED | {"output_dir": str(folder)} | options)
     return RewardTrainer(str(model), args, PAIRS, PAIRS[:3], peft_config=peft_config)
 
 
-def grpo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> GRPOTrainer:
+def grpo(model: Path, folder: Path, *, peft_config: Any | None = None, **options: Any) -> GRPOTrainer:
     args = GRPOConfig(**SHARED | ONLINE | {"output_dir": str(folder), "num_generations": 4} | options)
     return GRPOTrainer(str(model), prefers_even, args, PROMPTS, PROMPTS[:3], peft_config=peft_config)
 
 
-def ppo(model: PreTrainedModel, folder: Path, *, peft_config: Any | None = None, **options: Any) -> PPOTrainer:
+def ppo(model: Path, folder: Path, *, peft_config: Any | None = None, **options: Any) -> PPOTrainer:
     args = PPOConfig(**SHARED | ONLINE | {"output_dir": str(folder)} | options)
     return PPOTrainer(str(model), prefers_even, args, PROMPTS, PROMPTS[:3], peft_config=peft_config)
 
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
-CASES = {
+CASES: dict[str, tuple[Callable[..., Trainer[Any, Any, Any]], dict[str, Any]]] = {
     "sft": (sft, {}),
     "sft: packing, accumulation, evaluation, best checkpoint": (
         sft,
@@ -245,12 +246,12 @@ def run_cli(*words: str, kill_at: int | None = None, number: int = signal.SIGKIL
         if kill_at is not None:
             step = DPOTrainer.step
 
-            def step_and_kill(self: Any, rows: Sequence[Row]) -> dict[str, float]:
+            def step_and_kill(self: DPOTrainer, rows: list[PreferenceExample]) -> dict[str, float]:
                 if self.state.global_step == kill_at:
                     os.kill(os.getpid(), number)
                 return step(self, rows)
 
-            DPOTrainer.step = step_and_kill
+            pytest.MonkeyPatch().setattr(DPOTrainer, "step", step_and_kill)
         os._exit(main(list(words)))
 
     return run_forked(child)

@@ -22,6 +22,7 @@ from rlqwen.evaluation import EvalConfig, evaluation_config
 from rlqwen.reporting import MetricLogger, read_summary, write_summary
 from rlqwen.run_folder.layout import mark_run_folder, move_run_aside
 from rlqwen.runs import pipeline
+from tests.narrowing import only_source, present
 from tests.patience import PATIENCE_S
 
 SFT = """\
@@ -362,7 +363,7 @@ def test_a_signal_ends_the_run_through_its_cleanup(recipes: Path, number: int, c
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with process:
         try:
-            assert any(line == b"training\n" for line in process.stdout)
+            assert any(line == b"training\n" for line in present(process.stdout))
             os.kill(process.pid, number)
             assert process.wait(timeout=PATIENCE_S) == code
         finally:
@@ -381,7 +382,7 @@ def test_eval_takes_from_a_recipe_what_the_options_leave_open(recipes: Path, tin
     changed = evaluation_config("m", "grpo.yaml", reward_names="accuracy, length", temperature=0.0, engine="vllm")
     assert [spec.name for spec in changed.rewards] == ["accuracy", "length"]
     assert (changed.temperature, changed.rollout.engine) == (0.0, "vllm")
-    assert evaluation_config("m", "sft.yaml", reward_names="accuracy").data.args["split"] == "eval"
+    assert only_source(evaluation_config("m", "sft.yaml", reward_names="accuracy").data).args["split"] == "eval"
     with pytest.raises(ConfigError, match="leave --split out"):
         evaluation_config("m", "grpo.yaml", source={"split": "test", "system_prompt": None})
 
@@ -391,8 +392,9 @@ def test_eval_reads_a_data_file_by_column_map() -> None:
         "m", "rows.jsonl", reward_names="accuracy", columns=["prompt=question"], source={"system_prompt": "Be brief."}
     )
     assert isinstance(config, EvalConfig)
-    assert (config.data.path, config.data.columns) == ("rows.jsonl", {"prompt": "question"})
-    assert config.data.system_prompt == "Be brief."
+    source = only_source(config.data)
+    assert (source.path, source.columns) == ("rows.jsonl", {"prompt": "question"})
+    assert source.system_prompt == "Be brief."
 
 
 def test_eval_prints_one_json_object_and_nothing_else(

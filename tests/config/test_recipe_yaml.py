@@ -6,8 +6,17 @@ import pytest
 import yaml
 
 from rlqwen.config import GRPOConfig, Recipe, SFTConfig
-from rlqwen.config.recipe_yaml import copy_recipe, find_recipe, list_recipes, load_recipe, load_recipes, write_resolved
+from rlqwen.config.recipe_yaml import (
+    PackagedRecipe,
+    copy_recipe,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    load_recipes,
+    write_resolved,
+)
 from rlqwen.errors import ConfigError
+from tests.narrowing import only_source
 
 SFT = """\
 algorithm: sft
@@ -57,7 +66,7 @@ def edited(path: Path, old: str, new: str) -> Path:
 
 
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
-def test_every_shipped_recipe_parses_and_round_trips(recipe: Recipe, tmp_path: Path) -> None:
+def test_every_shipped_recipe_parses_and_round_trips(recipe: PackagedRecipe, tmp_path: Path) -> None:
     loaded = load_recipe(recipe.name)
     assert recipe.description
     write_resolved(loaded, tmp_path / "recipe.yaml")
@@ -88,6 +97,7 @@ def test_unset_source_weights_stay_unset_in_the_resolved_recipe(grpo: Path, tmp_
     """Weights make a mixture by shares, but sources without any are used whole."""
     write_resolved(load_recipe(grpo), tmp_path / "out.yaml")
     sources = load_recipe(tmp_path / "out.yaml").data.train
+    assert isinstance(sources, list)
     assert [source.weight for source in sources] == [2.0, None]
 
 
@@ -97,9 +107,9 @@ def test_unset_source_weights_stay_unset_in_the_resolved_recipe(grpo: Path, tmp_
 )
 def test_floats_without_a_decimal_point_are_numbers_in_overrides_and_files(sft: Path, text: str, value: float) -> None:
     override = load_recipe(sft, [f"data.train.args={{x: {text}}}"])
-    assert override.data.train.args == {"x": value}
+    assert only_source(override.data.train).args == {"x": value}
     edited(sft, "path: rows.jsonl", f"path: rows.jsonl, args: {{x: {text}}}")
-    assert load_recipe(sft).data.train.args == {"x": value}
+    assert only_source(load_recipe(sft).data.train).args == {"x": value}
 
 
 def test_strings_that_look_like_floats_survive_the_round_trip(sft: Path, tmp_path: Path) -> None:
@@ -116,8 +126,10 @@ def test_overrides_reach_nested_keys_list_items_and_null(grpo: Path) -> None:
     )
     assert recipe.rewards[0].weight == 2.0
     assert recipe.model.lora is None
+    assert isinstance(recipe.data.train, list)
     assert recipe.data.train[1].args == {"size": 9}
-    assert recipe.data.eval.path == "b.jsonl"
+    assert only_source(recipe.data.eval).path == "b.jsonl"
+    assert isinstance(recipe.train, GRPOConfig)
     assert recipe.train.rollout.num_workers == 1
 
 
@@ -128,6 +140,7 @@ def test_an_unquoted_no_is_the_strategy_no(sft: Path) -> None:
 def test_an_override_goes_to_the_recipes_that_have_its_key(sft: Path, grpo: Path) -> None:
     first, second = load_recipes([sft, grpo], ["train.max_steps=3", "train.num_generations=2", "rollout.num_workers=1"])
     assert isinstance(first.train, SFTConfig)
+    assert isinstance(second.train, GRPOConfig)
     assert (first.train.max_steps, second.train.max_steps) == (3, 3)
     assert second.train.num_generations == 2
     assert second.train.rollout.num_workers == 1
@@ -218,7 +231,7 @@ def test_copy_goes_into_a_folder_or_a_file_and_never_overwrites(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
-def test_a_copied_recipe_does_not_overwrite_runs(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_copied_recipe_does_not_overwrite_runs(recipe: PackagedRecipe, tmp_path: Path) -> None:
     copied = load_recipe(copy_recipe(recipe.name, tmp_path))
     assert not copied.train.overwrite_output_dir
     shipped = load_recipe(recipe.name)

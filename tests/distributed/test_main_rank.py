@@ -5,34 +5,35 @@ import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlqwen.distributed import MainRank
+from rlqwen.distributed.ranks import Ranks
 from rlqwen.errors import ConfigError, MainRankFailed
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from tests.patience import PATIENCE_S
 
+T = TypeVar("T")
+
 BATCH = pack([Tree([1], [Branch([2, 3])])])
 
 
-class Rank:
+class Rank(Ranks):
     """Stand in for one of two ranks, each a thread of this process; values of the main rank go through a queue."""
 
-    world_size = 2
-
     def __init__(self, rank: int, values: "queue.Queue[bytes]") -> None:
-        self.rank, self.is_main, self._values = rank, rank == 0, values
+        self.world_size, self.rank, self._values = 2, rank, values
 
-    def from_main(self, value: Any, *, patient: bool = False) -> Any:
+    def from_main(self, value: T, *, patient: bool = False) -> T:
         if self.is_main:
             self._values.put(pickle.dumps(value))
             return value
-        return pickle.loads(self._values.get(timeout=PATIENCE_S))
+        sent: T = pickle.loads(self._values.get(timeout=PATIENCE_S))
+        return sent
 
 
 class Recorder:
@@ -86,13 +87,13 @@ def run_on_both(work: Callable[..., Any]) -> Any:
 
 
 def test_on_one_rank_the_work_simply_runs() -> None:
-    main_rank = MainRank(SimpleNamespace(world_size=1), "policy")
+    main_rank = MainRank(Ranks(), "policy")
     assert main_rank.policy == "policy"
     assert main_rank.run(lambda: 3) == 3
 
 
 def test_all_ranks_make_the_collective_calls_and_get_the_result() -> None:
-    def work(policy: Policy) -> Any:
+    def work(policy: Recorder) -> Any:
         assert policy.logprobs(BATCH) == "logp"
         names = [name for name, _ in policy.export_weights()]
         with policy.generation_model() as model:

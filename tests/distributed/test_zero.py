@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlqwen.distributed.loss_scale import LossScale
+from rlqwen.distributed.zero_engine import Engine
 from rlqwen.distributed.zero_step import ZeroStep
-from rlqwen.evaluation.result import EvalResult
 from rlqwen.packing.batch import PackedBatch
+from tests.narrowing import present
 from tests.ranked import COMMON, OVERFLOW_UPDATES, STAGES, _sft, run_case, run_on_two_ranks
 
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
@@ -68,7 +69,7 @@ def test_low_precision_stays_close_to_float32(
     check(name, runs[1], tiny_model_path, tmp_path, rel=2e-2)
 
 
-def updates(result: EvalResult, key: str) -> list[Any]:
+def updates(result: dict[str, Any], key: str) -> list[Any]:
     return [line[key] for line in result["history"] if "loss" in line]
 
 
@@ -87,10 +88,10 @@ def skipping(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
             def skipping_update(micro_batches: Sequence[PackedBatch]) -> Any:
                 if next(skip):
-                    trainer.policy.trained_parameters[0].grad.view(-1)[0] = math.nan
+                    present(trainer.policy.trained_parameters[0].grad).view(-1)[0] = math.nan
                 return update(micro_batches)
 
-            trainer.update = skipping_update
+            pytest.MonkeyPatch().setattr(trainer, "update", skipping_update)
             trainer.train()
             results[skipped] = {"history": trainer.state.log_history}
         return results[skipped]
@@ -186,10 +187,16 @@ def test_shards_reach_vllm_exactly(tiny_model_path: Path, tmp_path: Path) -> Non
     assert main["vllm@zero3"]["digest"] == other["vllm@zero3"]["digest"]
 
 
-class WatchedEngine:
+class WatchedEngine(Engine):
     """Stand in for an engine on three ranks, and record its arguments."""
 
-    averages_over, after_backward = 3, staticmethod(lambda: None)
+    averages_over = 3
+
+    def __init__(self) -> None:
+        """Start no engine of DeepSpeed."""
+
+    def after_backward(self) -> None:
+        pass
 
     def scale_loss(self, scale: float) -> None:
         self.divided_by = scale
@@ -201,8 +208,8 @@ class WatchedEngine:
 def test_the_loss_scale_does_not_depend_on_the_number_of_ranks() -> None:
     """Correct DeepSpeed's mean over ranks in float32, because a larger loss scale would overflow float16 earlier."""
     optimizer_step = object.__new__(ZeroStep)
-    optimizer_step.engines, optimizer_step.scale = [WatchedEngine()], LossScale(True, {"initial_scale_power": 4})
+    engine = WatchedEngine()
+    optimizer_step.engines, optimizer_step.scale = [engine], LossScale(True, {"initial_scale_power": 4})
     optimizer_step._backward(torch.tensor(2.0, requires_grad=True))
-    (engine,) = optimizer_step.engines
     assert engine.loss == 2.0 * 16
     assert engine.divided_by == 16 / 3

@@ -25,6 +25,8 @@ from rlqwen.errors import ConfigError
 from rlqwen.evaluation import EvalConfig, evaluate_model, evaluation_config, sampling
 from rlqwen.evaluation.win_rate import win_rate
 from rlqwen.models.tiny import build_tiny_qwen3
+from rlqwen.types import Group, Prompt
+from tests.narrowing import present
 
 ROWS = [
     {"prompt": "2+2=", "completion": "4, I think"},
@@ -68,14 +70,14 @@ def plain_nats(model: PreTrainedModel, ids: list[int], mask: list[bool]) -> floa
     """Return the negative log-likelihood of the masked tokens by a plain forward pass over one sequence."""
     with torch.no_grad():
         logp = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
-    return -sum(logp[i - 1, ids[i]].item() for i in range(1, len(ids)) if mask[i])
+    return -sum(float(logp[i - 1, ids[i]]) for i in range(1, len(ids)) if mask[i])
 
 
 def test_perplexity_equals_that_of_a_plain_forward_pass(tiny_model_path: Path, data: str) -> None:
     result = evaluate_model(evaluation_config(str(tiny_model_path), data, metric_names="perplexity"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    nats = tokens = 0
+    nats, tokens = 0.0, 0
     for row in ROWS:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
@@ -188,7 +190,7 @@ def test_a_model_ties_with_itself_and_loses_to_correct_answers(tiny_model_path: 
     answers = evaluate_model(evaluation_config(str(tiny_model_path), data, against="data", **options))
     rate = answers.win_rates["exact_match"]
     assert (rate.losses, rate.mean, rate.against_mean) == (6, 0.0, 1.0)
-    assert answers.against.mean_length == pytest.approx(
+    assert present(answers.against).mean_length == pytest.approx(
         sum(
             len(ids)
             for ids in AutoTokenizer.from_pretrained(tiny_model_path)([r["completion"] for r in ROWS])["input_ids"]
@@ -257,5 +259,6 @@ def test_rewards_of_a_recipe_are_computed_only_if_needed(data: str) -> None:
 def test_sampling_outside_a_terminal_prints_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
     screen = io.StringIO()
-    assert list(sampling._with_progress(iter("ab"), 2, Console(file=screen))) == ["a", "b"]
+    groups = [Group(Prompt(index, [1], "1"), [], 0) for index in range(2)]
+    assert list(sampling._with_progress(iter(groups), 2, Console(file=screen))) == groups
     assert screen.getvalue() == "sampled 1 of 2 prompts\nsampled 2 of 2 prompts\n"

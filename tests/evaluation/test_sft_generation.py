@@ -8,6 +8,8 @@ import pytest
 
 from rlqwen import SFTConfig, SFTTrainer
 from rlqwen.errors import ConfigError, DataError
+from rlqwen.trainers.sft import EvalRows
+from tests.narrowing import instance_of
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -76,7 +78,8 @@ def test_evaluation_is_reproducible_and_does_not_change_training(tiny_model_path
 
 def test_a_configured_eos_token_stops_generation(tiny_model_path: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, eos_token="<|endoftext|>")
-    stop_ids = trainer.eval_rows.generation.requests[0].sampling.stop_token_ids
+    generation = instance_of(EvalRows, trainer.eval_rows).generation
+    stop_ids = generation.requests[0].sampling.stop_token_ids
     assert stop_ids.count(trainer.processing_class.convert_tokens_to_ids("<|endoftext|>")) == 1
     assert trainer.processing_class.convert_tokens_to_ids("<|im_end|>") in stop_ids
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.data.cleaning.texts import Row
@@ -23,6 +22,7 @@ from rlqwen.errors import ConfigError, DataError, NonFiniteError
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import read_metrics
 from rlqwen.types import Completion, GroupRequest
+from tests.narrowing import present
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(12)]
 ROWS = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(12)]
@@ -40,7 +40,7 @@ def make_sft(model: Path, folder: Path, **options: Any) -> SFTTrainer:
 def make_online(
     trainer: Any,
     config: type[GRPOConfig] | type[PPOConfig],
-    model: PreTrainedModel,
+    model: Path,
     folder: Path,
     *,
     reward: Callable[..., Any] = prefers_even,
@@ -59,7 +59,7 @@ def make_grpo(model: Path, folder: Path, **options: Any) -> Any:
     return make_online(GRPOTrainer, GRPOConfig, model, folder, **options)
 
 
-def make_ppo(model: PreTrainedModel, folder: Path, **options: Any) -> Any:
+def make_ppo(model: Path, folder: Path, **options: Any) -> Any:
     return make_online(PPOTrainer, PPOConfig, model, folder, num_ppo_epochs=1, **options)
 
 
@@ -82,7 +82,7 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 def follow_weights(trainer: Any, inject: Any = lambda update: None) -> Any:
     """Collect the weights after every update, with the initial weights at 0; call `inject(n)` before update n."""
     seen = [weights(trainer)]
-    step_once = trainer.update
+    step_once: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
 
     def update(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         inject(len(seen))
@@ -149,7 +149,7 @@ def test_nan_in_a_gradient(tiny_model_path: Path, tmp_path: Path) -> None:
 
     def inject(update: int) -> None:
         if update == 2:
-            trainer.policy.trained_parameters[-1].grad.view(-1)[0] = math.nan
+            present(trainer.policy.trained_parameters[-1].grad).view(-1)[0] = math.nan
 
     seen = follow_weights(trainer, inject)
     trainer.train()
@@ -202,7 +202,8 @@ def sharpen(trainer: Any) -> None:
 
 
 def without_logprobs(completion: Completion, number: int) -> Any:
-    completion.logprobs = None
+    nothing: Any = None  # what a sampler must not give
+    completion.logprobs = nothing
     return completion
 
 
@@ -218,7 +219,9 @@ def shifted_logprobs(completion: Completion, number: int) -> Any:
 @pytest.mark.fault("the sampler's logprobs are missing", "the monitor reports a mismatch at the first step")
 @pytest.mark.parametrize("make", [make_grpo, make_ppo])
 @pytest.mark.parametrize("change", [without_logprobs, without_some_logprobs])
-def test_missing_logprobs(tiny_model_path: Path, tmp_path: Path, make: Any, change: Callable[[str], str]) -> None:
+def test_missing_logprobs(
+    tiny_model_path: Path, tmp_path: Path, make: Any, change: Callable[[Any, Any], Completion]
+) -> None:
     trainer = make(tiny_model_path, tmp_path, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     alter(trainer, change)
     trainer.train()

@@ -14,15 +14,19 @@ from rlqwen.config import ScoringConfig
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.reporting import read_metrics
 from rlqwen.rewards import Scorer
+from rlqwen.rollout.engine import RolloutEngine
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.trainers.data_stream import RowStream
-from rlqwen.types import GroupRequest, Prompt
+from rlqwen.types import Canary, GroupRequest, Prompt
+from tests.narrowing import present
 from tests.patience import PATIENCE_S
 from tests.ranked import SUMS, prefers_even
 
 
-class SlowToLeave:
+class SlowToLeave(RolloutEngine):
     """Sample until cancelled, and react to the cancel with a short delay."""
+
+    version = 0
 
     def __init__(self) -> None:
         self.begun, self.cancelled, self.is_sampling = threading.Event(), threading.Event(), False
@@ -35,8 +39,14 @@ class SlowToLeave:
         self.is_sampling = False
         yield from ()
 
+    def load_weights(self, version: int, weights: Any, canary: Canary | None) -> dict[str, float]:
+        raise NotImplementedError
+
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def close(self) -> None:
+        raise NotImplementedError
 
 
 @pytest.mark.fault(
@@ -63,7 +73,9 @@ ROLLBACK = {"mismatch": {"action": "rollback", "threshold": 2.0}}
     "weights blown up in a run that draws ahead (rollout.max_staleness)",
     "rolled back; what was drawn from those weights is given up; no row trained twice or left out",
 )
-def test_a_rollback_discards_prefetched_groups(tiny_model_path: Path, tmp_path: Path) -> None:
+def test_a_rollback_discards_prefetched_groups(
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = GRPOConfig(
         output_dir=str(tmp_path), max_steps=7, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=6, learning_rate=1e-4, save_strategy="steps", save_steps=2, watch=ROLLBACK,
@@ -84,10 +96,11 @@ def test_a_rollback_discards_prefetched_groups(tiny_model_path: Path, tmp_path: 
 
     def noted(prompts_P: Sequence[Prompt]) -> Any:
         groups, metrics = next_groups(prompts_P)
-        trained.append((groups, metrics["groups/staleness"], trainer.rollouts.sampler.version))
+        trained.append((groups, metrics["groups/staleness"], present(trainer.rollouts.sampler).version))
         return groups, metrics
 
-    trainer.update, trainer.next_groups = poisoned, noted
+    monkeypatch.setattr(trainer, "update", poisoned)
+    monkeypatch.setattr(trainer, "next_groups", noted)
     trainer.train()
     assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     order = RowStream(trainer.train_rows, seed=config.seed, shuffle=config.shuffle_dataset).take(9 * 2)

@@ -82,7 +82,7 @@ class Run:
 
     def expect(self, code: int, message: str, seconds: float = END_S) -> None:
         """Assert that the run ends with `code` and one message, and leaves no process and no broken checkpoint."""
-        started: list[Any] = time.monotonic()
+        started = time.monotonic()
         assert self.process.wait(seconds) == code, self.log.read_text()
         while left := self.family():
             assert time.monotonic() - started < seconds + 10, [_command_of(process) for process in left]
@@ -103,7 +103,8 @@ def _mark_of(process: psutil.Process) -> str | None:
 
 def _command_of(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
+        command: list[str] = process.cmdline()
+        return command
     except psutil.Error:
         return []
 
@@ -111,7 +112,7 @@ def _command_of(process: psutil.Process) -> list[str]:
 @pytest.fixture
 def start(tmp_path: Path, tiny_model_path: Path) -> Iterator[Any]:
     """Return a function that starts `rlqwen run` on a recipe; kill remaining processes at the end."""
-    started = []
+    started: list[Run] = []
 
     def start_run(recipe: str, *words: str, steps: int = 1000, pause: float = 0.0, **environment: str) -> Run:
         reward = tmp_path / "reward.py"
@@ -155,11 +156,21 @@ def is_scoring(run: Run) -> bool:
     return (run.folder / "scoring").exists()
 
 
+def after(seconds: float) -> Callable[[Run], bool]:
+    """Return a moment that comes after some time."""
+
+    def has_passed(run: Run) -> bool:
+        time.sleep(seconds)
+        return True
+
+    return has_passed
+
+
 MOMENTS = {
     # Libraries convert an interrupt during an import to their own errors.
-    "begins to import": lambda run: time.sleep(0.8) is None,
-    "imports": lambda run: time.sleep(2.0) is None,
-    "has imported": lambda run: time.sleep(4.0) is None,
+    "begins to import": after(0.8),
+    "imports": after(2.0),
+    "has imported": after(4.0),
     "trains": has_logged,
     "saves a checkpoint": is_saving,
 }

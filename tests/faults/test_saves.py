@@ -46,7 +46,7 @@ def run(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a trainer after its fourth update, whose folder holds the checkpoint of the second."""
     folder = tmp_path_factory.mktemp("saves") / "run"
     trainer = make(tiny_model_path, folder, max_steps=3, lr_scheduler_type="constant")
-    trainer.close = lambda: None
+    pytest.MonkeyPatch().setattr(trainer, "close", lambda: None)
     trainer.train()
     for name in ("final", "summary.json"):
         path = folder / name
@@ -82,10 +82,18 @@ def kill_at(operation: int) -> list[str]:
             happens(f"{event} {arguments[0]}")
 
     fsync, serialize = os.fsync, safetensors.torch.serialize_file
-    os.fsync = lambda descriptor: (happens("fsync"), fsync(descriptor))[1]
-    safetensors.torch.serialize_file = lambda *given, **named: (happens("serialize_file"), serialize(*given, **named))[
-        1
-    ]
+
+    def watched_fsync(descriptor: int) -> None:
+        happens("fsync")
+        fsync(descriptor)
+
+    def watched_serialize(*given: Any, **named: Any) -> None:
+        happens("serialize_file")
+        serialize(*given, **named)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", watched_fsync)
+    patch.setattr(safetensors.torch, "serialize_file", watched_serialize)
     sys.addaudithook(audit)  # sees only operations of Python; safetensors writes from Rust
     return names
 

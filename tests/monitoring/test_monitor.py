@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ SICK = {
 }
 
 
-def monitor_after(steps: int, args: GRPOConfig | PPOConfig | None = None, **watch: Any) -> Monitor:
+def monitor_after(steps: int, args: GRPOConfig | PPOConfig | None = None, /, **watch: Any) -> Monitor:
     """Return a monitor that has seen `steps` healthy steps."""
     monitor = Monitor(args or GRPOConfig(beta=0.04, watch=watch))
     for step in range(steps):
@@ -208,12 +208,15 @@ class Server(HTTPServer):
     """Record what is posted. Answer with `status` once `may_answer` is set, which it is at first."""
 
     def __init__(self) -> None:
-        self.posted, self.status, self.may_answer = [], 200, threading.Event()
+        self.posted: list[Any] = []
+        self.status, self.may_answer = 200, threading.Event()
         self.may_answer.set()
         super().__init__(("127.0.0.1", 0), Handler)
 
 
 class Handler(BaseHTTPRequestHandler):
+    server: Server
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.may_answer.wait(PATIENCE_S)
@@ -370,8 +373,8 @@ def poison(trainer: Any, updates: set[int]) -> list[int]:
 
     Return the list that every finished step is appended to.
     """
-    done = []
-    update = trainer.update
+    done: list[int] = []
+    update: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
 
     def poisoned(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
         result = update(micro_batches)
@@ -392,17 +395,22 @@ ROLLBACK = {"grad_norm": {"action": "rollback", "min_steps": 2, "window": 5, "th
     "weights exploded between two checkpoints", "rolled back to the last checkpoint; continues with the next rows"
 )
 def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(
-    tiny_model_path: Path, tmp_path: Path
+    tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tiny_model_path, tmp_path, max_steps=7, save_strategy="steps", save_steps=2, watch=ROLLBACK)
     done = poison(trainer, {5})
-    rows, step, restored = [], trainer.step, {}
+    rows: list[Any] = []
+    step, restored = trainer.step, {}
+
+    def keep_rows(batch: Any) -> dict[str, float]:
+        rows.append(batch)
+        return step(batch)
 
     def keep_restored_weight() -> None:
         restored[trainer.state.global_step] = trainer.policy.base_model.model.norm.weight.detach().clone()
 
-    trainer.step = lambda batch: step(rows.append(batch) or batch)
-    trainer.weights_changed = keep_restored_weight
+    monkeypatch.setattr(trainer, "step", keep_rows)
+    monkeypatch.setattr(trainer, "weights_changed", keep_restored_weight)
     trainer.train()
     assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)

@@ -44,13 +44,13 @@ def write(name: str, rows: list[Any]) -> str:
     return name
 
 
-def check(capsys: Any, *words: str, code: int = 0) -> dict[str, Any]:
+def check(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
     assert main(["data", "check", *words, "--json"]) == code
     report: dict[str, Any] = json.loads(capsys.readouterr().out)
     return report
 
 
-def printed(capsys: Any, *words: str, code: int = 0) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     assert main(["data", *words]) == code
     return capsys.readouterr().out
 

@@ -14,11 +14,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLConfig
 
 from rlqwen.config import LoraSettings, Recipe
-from rlqwen.config.recipe_yaml import list_recipes, load_recipe
+from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe
 from rlqwen.errors import ModelError
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.preflight import check_before_run, check_recipe
 from rlqwen.preflight.parameter_counts import count_parameters, meta_model, trained_parameters
+from tests.narrowing import only_source, present
 
 CONFIGS = Path(__file__).parents[1] / "samples" / "configs"
 PUBLISHED = {
@@ -191,7 +192,11 @@ def test_a_config_alone_is_checked_as_far_as_possible(tmp_path: Path) -> None:
 
 def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path: Path) -> None:
     model = folder_of("Qwen3.5-27B", tmp_path / "model")
-    lora = {"path": str(model), "dtype": "bfloat16", "lora": {"r": 16, "target_modules": ["q_proj", "experts"]}}
+    lora: dict[str, Any] = {
+        "path": str(model),
+        "dtype": "bfloat16",
+        "lora": {"r": 16, "target_modules": ["q_proj", "experts"]},
+    }
     (fault,) = check_recipe(sft_recipe(model, tmp_path, model=lora)).faults
     assert "target_modules: 'experts' matches nothing" in str(fault)
     lora["lora"]["target_modules"] = ["q_proj", "in_proj_qkv"]
@@ -233,12 +238,13 @@ SHIPPED = [recipe for recipe in list_recipes() if not recipe.name.startswith("qu
 
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
 def test_every_shipped_recipe_fits_the_config_of_its_model(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: PackagedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_recipe(recipe.name)
     size = loaded.model.path.removeprefix("Qwen/").removesuffix("-Base").removesuffix("-Instruct")
     loaded.model.path = str(folder_of(size, tmp_path / "model"))
-    loaded.data.train.path = STAND_INS[loaded.data.train.path]
+    source = only_source(loaded.data.train)
+    source.path = STAND_INS[present(source.path)]
     monkeypatch.chdir(tmp_path)
     if loaded.model.quantization is not None:
         monkeypatch.setattr("rlqwen.preflight.recipe_check.require_bitsandbytes", lambda key: None)

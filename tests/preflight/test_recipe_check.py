@@ -5,12 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from rlqwen.config import GRPOConfig, Recipe, RolloutConfig, SFTConfig
-from rlqwen.config.recipe_yaml import list_recipes, load_recipe, load_recipes
+from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe, load_recipes
 from rlqwen.errors import ConfigError, DataError, ModelError, ResourceError, RewardSpecError
 from rlqwen.preflight import (
     check_before_run,
@@ -22,6 +22,7 @@ from rlqwen.preflight import (
     prompt_room,
 )
 from rlqwen.preflight.check_report import CheckReport
+from tests.narrowing import only_source
 
 STAND_INS = {
     "openai/gsm8k": "builtin:questions",
@@ -176,8 +177,8 @@ def test_an_unknown_hub_id_is_refused_but_only_warned_about_if_the_hub_is_unreac
     assert dict(report.facts)["data.train"] == "1 rows"
 
     def unknown(*_: object, **__: object) -> None:
-        request = httpx.Request("GET", "https://hub.invalid")
-        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=request))
+        request = httpx2.Request("GET", "https://hub.invalid")
+        raise RepositoryNotFoundError("404", response=httpx2.Response(404, request=request))
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
     assert "and the hub has none that you may read" in str(the_fault(check_recipe(recipe)))
@@ -334,9 +335,9 @@ BEFORE = dict.fromkeys(
 
 
 @pytest.mark.parametrize("recipe", list_recipes(), ids=lambda recipe: recipe.name)
-def test_every_shipped_recipe_passes(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_recipe_passes(recipe: PackagedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_recipe(recipe.name)
-    source = loaded.data.train
+    source = only_source(loaded.data.train)
     if source.path is not None:
         source.path = STAND_INS[source.path]
     monkeypatch.chdir(tmp_path)

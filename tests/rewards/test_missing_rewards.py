@@ -87,9 +87,9 @@ def test_grpo_ignores_completions_with_a_missing_reward(
         if trainer.args.beta:
             micro.per_token["ref_logp"] = trainer.policy.reference_logprobs(micro)
         logp_N, entropy_N = trainer.policy.logprobs(micro, entropy=True)
-        loss, _ = grpo_loss(logp_N, entropy_N, micro, trainer.args, update.totals)
+        loss_value, _ = grpo_loss(logp_N, entropy_N, micro, trainer.args, update.totals)
         present = [a for a, total in zip(group.advantages_G, group.total_rewards_G, strict=True) if total is not None]
-        results.append((update.totals, micro.target_N.tolist(), present, loss.item()))
+        results.append((update.totals, micro.target_N.tolist(), present, loss_value.item()))
     trainer.close()
     (totals, targets, advantages, loss), (expected_totals, expected_targets, expected, expected_loss) = results
     assert (totals, targets) == (expected_totals, expected_targets)
@@ -146,7 +146,7 @@ def test_evaluation_counts_missing_rewards_and_averages_the_others(
 
 def test_rewards_get_none_for_columns_that_a_row_lacks(tiny_model_path: Path, tmp_path: Path) -> None:
     """As in TRL's documentation of several tasks, columns are the union over the rows, whichever comes first."""
-    seen = []
+    seen: list[tuple[Any, ...]] = []
 
     def maths(completions: list[str], task: Any, solution: list[str], **columns: Any) -> list[float | None]:
         seen.append((task[0], solution[0], columns["tests"][0]))
@@ -156,7 +156,7 @@ def test_rewards_get_none_for_columns_that_a_row_lacks(tiny_model_path: Path, tm
         seen.append((task[0], tests[0]))
         return [1.0 if one == "code" else None for one in task]
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "1 + 1 = ", "task": "maths", "solution": "2"},
         {"prompt": "print", "task": "code", "tests": "x", "solution": None},
     ]

@@ -156,7 +156,7 @@ assert resolve("rlqwen_reward_digits_rival:num_digits").function(["a1b2"]) == [2
         ("math:sqrt", "parameter 'x' is positional-only"),
     ],
 )
-def test_an_unknown_reward_is_refused_with_a_hint(spec: str | int, message: str) -> None:
+def test_an_unknown_reward_is_refused_with_a_hint(spec: Any, message: str) -> None:
     with pytest.raises(RewardSpecError, match=message):
         resolve(spec)
 

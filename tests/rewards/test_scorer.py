@@ -38,7 +38,7 @@ def make_group(*texts: str, prompt: str | list[Message] = "2+2=", **columns: Any
 
 
 @contextmanager
-def scoring(*functions: Callable[..., Any], **options: Any) -> Iterator[Scorer]:
+def scoring(*functions: str | Callable[..., Any], **options: Any) -> Iterator[Scorer]:
     """Yield a scorer that tolerates every failure by default. A test of a hanging reward sets its own deadline."""
     arguments = {key: options.pop(key) for key in ("weights", "failures_dir") if key in options}
     config = ScoringConfig(**{"timeout": 60.0, "max_failure_share": 1.0, "start_timeout": PATIENCE_S} | options)
@@ -140,7 +140,8 @@ def loop_in_python(text: str) -> float:
 
 
 def loop_in_big_integers(text: str) -> float:
-    return 9**9**9
+    power: float = 9**9**9
+    return power
 
 
 def loop_in_a_regular_expression(text: str) -> bool:
@@ -184,7 +185,7 @@ def leave_at_once(text: str) -> float:
     os._exit(3)
 
 
-def crash(text: str) -> float:
+def crash(text: str) -> bytes:
     import ctypes
 
     return ctypes.string_at(0)
@@ -568,7 +569,7 @@ def test_submitting_to_a_closed_scorer_raises() -> None:
 
 def is_running(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -58,7 +58,10 @@ def train(algorithm: str, model: Path, folder: Path, *, peft: bool = False, **op
         "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 4, "save_steps": 1,
         "learning_rate": 1e-3, "use_cpu": True,
     }  # fmt: skip
-    given = {"train_dataset": rows, "peft_config": LoraConfig(r=2, target_modules=["q_proj"]) if peft else None}
+    given: dict[str, Any] = {
+        "train_dataset": rows,
+        "peft_config": LoraConfig(r=2, target_modules=["q_proj"]) if peft else None,
+    }
     if algorithm in ("grpo", "ppo"):
         given["reward_funcs"] = length
         options |= {
@@ -95,7 +98,8 @@ def test_saved_models_stop_at_the_end_of_turn_they_were_trained_on(
 def test_a_configured_eos_token_is_in_every_saved_config(base: Path, tmp_path: Path, algorithm: str) -> None:
     """Check the tokenizer, the config, and the first stop token of generation, as in TRL 1.16."""
     train(algorithm, base, tmp_path, eos_token=END)
-    model, tokenizer = (auto.from_pretrained(tmp_path / "final") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
     assert tokenizer.eos_token == END
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids([END, EOS])
@@ -118,12 +122,12 @@ def test_an_unknown_eos_token_is_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_stop_ids_are_only_added_and_a_config_that_cannot_be_saved_is_repaired(base: Path, tmp_path: Path) -> None:
-    model, tokenizer = (auto.from_pretrained(base) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     model.generation_config = GenerationConfig(eos_token_id=[7, 9], temperature=0.5)
     with pytest.warns(UserWarning, match="do_sample is set to true"):
         align_stop_tokens(model, tokenizer, END)
-    ids = tokenizer.convert_tokens_to_ids([EOS, END])
-    assert model.generation_config.eos_token_id == [ids[0], 7, 9, ids[1]]
+    first, last = (tokenizer.convert_tokens_to_ids(token) for token in (EOS, END))
+    assert model.generation_config.eos_token_id == [first, 7, 9, last]
     model.generation_config.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.5
 

@@ -16,6 +16,7 @@ from rlqwen.errors import ConfigError, DataError
 from rlqwen.evaluation.eval_config import evaluation_config
 from rlqwen.runs.pairs import _pairs_of, draw_pairs
 from rlqwen.types import Completion, Group, Prompt
+from tests.narrowing import only_source, present
 
 SUMS = {"generator": "arithmetic", "args": {"size": 6}}
 
@@ -91,7 +92,8 @@ def test_a_recipe_samples_its_pairs_and_trains_on_them(
     assert rows
     assert all(row["chosen_reward"] == 1.0 and row["rejected_reward"] == 0.0 for row in rows)
     resolved = load_recipe("run/recipe.yaml")
-    assert resolved.data.train.sampled.num_samples == 6  # the recipe as it was written, without the sampled pairs
+    sampled = present(only_source(resolved.data.train).sampled)
+    assert sampled.num_samples == 6  # the recipe as it was written, without the sampled pairs
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["final_eval"]["eval/rewards/margins"] != 0
 
@@ -135,6 +137,6 @@ def test_sources_of_rows_exclude_each_other() -> None:
 
 def test_eval_of_a_recipe_with_sampled_pairs_uses_its_prompts() -> None:
     config = evaluation_config("builtin:tiny-qwen3", "quickstart_dpo")
-    assert config.data.generator == "arithmetic"
+    assert only_source(config.data).generator == "arithmetic"
     assert [spec.name for spec in config.rewards] == ["accuracy"]
     assert config.max_tokens == 32

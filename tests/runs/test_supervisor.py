@@ -23,7 +23,7 @@ def script(tmp_path: Path) -> Any:
     """Return a function that makes a command, which appends its arguments to the file `starts` and then runs `body`."""
     run = tmp_path / "run"
 
-    def make(body: bytes) -> tuple[list[str], Path]:
+    def make(body: str) -> tuple[list[str], Path]:
         path = tmp_path / "child.py"
         head = f"""
             import json, os, signal, sys, time

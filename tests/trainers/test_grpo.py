@@ -31,7 +31,7 @@ def make_trainer(
     model: Path,
     folder: Path,
     *,
-    reward: Callable[..., Any] = prefers_even,
+    reward: Callable[..., Any] | list[Callable[..., Any]] = prefers_even,
     rows: Sequence[Row] = ROWS,
     peft_config: LoraConfig | None = None,
     **options: Any,
