@@ -191,6 +191,17 @@ COMMON = {
 }  # fmt: skip
 """An epsilon of 1 makes an update as large as its gradient, and not the sign of what rounding left of 0."""
 
+
+def _arriving(model: str, folder: Path, **options: Any) -> Any:
+    """Groups are read one by one, although the engine of this process samples them all before the first is read."""
+    from rlqwen.rollout.prefetch import Prefetcher
+
+    trainer = _online("GRPO", model, folder, num_generations=2, max_tokens_per_micro_batch=60, **options)
+    trainer.trains_on_arrival = True
+    Prefetcher.open = lambda self, batch: batch.sample(self._engine)  # type: ignore[method-assign]
+    return trainer
+
+
 CASES: dict[str, Callable[..., Any]] = {
     "sft": lambda model, folder: _sft(model, folder, eval_generation={"metrics": ["exact_match"], "max_tokens": 4}),
     "sft_plain": lambda model, folder: _sft(model, folder),
@@ -224,6 +235,9 @@ CASES: dict[str, Callable[..., Any]] = {
     ),
     "grpo_dynamic": lambda model, folder: _online(
         "GRPO", model, folder, by_prompt, dynamic_sampling=True, max_steps=3, max_tokens_per_micro_batch=60,
+    ),
+    "grpo_arrival": lambda model, folder: _arriving(
+        model, folder, beta=0.1, generation_batch_size=16, num_iterations=2, max_steps=8,
     ),
     "grpo_idle": lambda model, folder: _online(
         "GRPO", model, folder, first_only, size=4, num_generations=2, max_steps=6, loss_type="grpo",
@@ -333,15 +347,15 @@ def follow_memory(trainer: Any) -> list[list[Any]]:
     from rlqwen.models.reference_cache import digest_weights
 
     memories: list[list[Any]] = []
-    update: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
+    update: Callable[..., UpdateResult] = trainer.update
 
-    def followed(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
+    def followed(micro_batches: Sequence[PackedBatch], **options: Any) -> UpdateResult:
         weights = {
             name: getattr(weight, "ds_tensor", weight) for name, weight in trainer.policy.model.named_parameters()
         }
         remembered = dict(trainer.optimizer._state())
         memories.append([trainer.optimizer.scale.value, digest_weights(weights), digest_weights(remembered)])
-        return update(micro_batches)
+        return update(micro_batches, **options)
 
     trainer.update = followed
     return memories

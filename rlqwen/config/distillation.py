@@ -34,6 +34,10 @@ class DistillationConfig(OnlineConfig):
     def other_models(self) -> dict[str, str]:
         return {} if self.teacher is None else {"teacher": self.teacher}
 
+    @property
+    def normalizer(self) -> str:
+        return self.loss_normalizer
+
     @model_validator(mode="after")
     def _names_are_registered(self) -> "DistillationConfig":
         LOSSES.check_name(self.loss_type, "loss_type")

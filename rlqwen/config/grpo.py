@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.online import OnlineConfig
+from rlqwen.config.online import COUNTED_BY, OnlineConfig
 from rlqwen.config.reference import SyncedReference
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import ADVANTAGES, LOSSES, NORMALIZERS
@@ -97,6 +97,16 @@ class GRPOConfig(OnlineConfig, SyncedReference):
     def normalizer(self) -> str:
         """Return the name of what the sum over tokens is divided by."""
         return self.loss_normalizer or PRESETS.get(self.loss_type, ("", "token_mean"))[1]
+
+    @property
+    def arrival_obstacle(self) -> str | None:
+        if self.advantage_estimator not in ("group", "rloo"):
+            return f"advantage_estimator {self.advantage_estimator!r} may compare the groups of a batch"
+        if self.scale_rewards == "batch":
+            return "scale_rewards 'batch' divides by the deviation of all rewards"
+        if self.entropy_coef and COUNTED_BY.get(self.normalizer) != "tokens":
+            return f"entropy_coef divides by tokens, and the normalizer {self.normalizer!r} does not"
+        return super().arrival_obstacle
 
     @model_validator(mode="after")
     def _names_are_registered(self) -> "GRPOConfig":

@@ -33,6 +33,9 @@ _AS_ALWAYS: dict[str, tuple[Any, ...]] = {
 
 _ON_A_CLUSTER = "workers are Ray actors; set rollout.ray_address for a cluster"
 
+COUNTED_BY = {"token_mean": "tokens", "sequence_mean": "sequences", "constant_length": "sequences"}
+"""Normalizer of a loss -> the one count of the whole update that it divides by."""
+
 # Settings that the trainer cannot reproduce: they depend on earlier tokens, or on more than the distribution.
 _UNCOMPARABLE = ("min_tokens", "presence_penalty", "frequency_penalty", "bad_words", "logit_bias", "allowed_token_ids")
 
@@ -103,6 +106,11 @@ class OnlineConfig(TrainerConfig):
     vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
     """Smallest importance weight; smaller ones are raised to it or masked. None: no limit."""
 
+    train_on_arrival: bool | None = None
+    """Ours: score, pack and train on groups while others are still being sampled. Gradients add up to the same update except
+    for rounding. Groups are taken in the order of the prompts, or as they come if several workers sample without
+    `rollout.deterministic` and without `full_determinism`. None: where that is possible, and workers and trainer do not
+    share processors."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The engines that sample completions."""
     scoring: ScoringConfig = Field(default_factory=ScoringConfig, json_schema_extra=NO_EFFECT)
@@ -177,6 +185,25 @@ class OnlineConfig(TrainerConfig):
         if "vllm_importance_sampling_mode" not in self.model_fields_set:
             self.vllm_importance_sampling_mode = "token_truncate"
         return self
+
+    @model_validator(mode="after")
+    def _arrival_is_possible(self) -> "OnlineConfig":
+        if self.train_on_arrival and (obstacle := self.arrival_obstacle):
+            raise ValueError(f"train_on_arrival=true is impossible, because {obstacle}: leave it out")
+        return self
+
+    @property
+    def arrival_obstacle(self) -> str | None:
+        """Return why gradients cannot be gathered before the last group has arrived; None if they can."""
+        name = self.normalizer
+        if name in COUNTED_BY:
+            return None
+        return f"what the normalizer {name!r} divides by is not known to be one count of the whole update"
+
+    @property
+    def normalizer(self) -> str:
+        """Return the name of what the sum over tokens is divided by."""
+        return "token_mean"
 
     @property
     def truncation(self) -> Truncation | None:

@@ -105,6 +105,10 @@ class PPOConfig(OnlineConfig):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    @property
+    def arrival_obstacle(self) -> str | None:
+        return "PPO draws mini-batches from a whole rollout, and normalizes advantages over it"
+
     @model_validator(mode="before")
     @classmethod
     def _accept_names_of_trl(cls, values: Any) -> Any:

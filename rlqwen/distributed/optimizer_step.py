@@ -91,10 +91,13 @@ class OptimizerStep:
     def _backward(self, loss: Tensor) -> None:
         (loss * self.scale.value).backward()
 
-    def step(self) -> UpdateResult:
-        """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row."""
+    def step(self, rescale: float = 1.0) -> UpdateResult:
+        """Clip, update, advance the schedule; raises NonFiniteError after too many skipped updates in a row.
+
+        `rescale`: multiply the gathered gradient by it first, for losses whose divisor is known only now.
+        """
         sound = all(self.ranks.gather(all(map(moments_are_finite, self.optimizers))))
-        norms = self._finish_gradients()
+        norms = self._finish_gradients(rescale)
         finite = all(self.ranks.gather(bool(self._finite)))
         lr = self.schedulers[0].get_last_lr()[0]
         overflowed = not all(map(math.isfinite, norms.values()))
@@ -116,14 +119,15 @@ class OptimizerStep:
             )
         return UpdateResult(norms, lr, skipped)
 
-    def _finish_gradients(self) -> dict[str, float]:
-        """Add up the gradients over the ranks, and return the norm of each group's gradient before clipping."""
+    def _finish_gradients(self, rescale: float) -> dict[str, float]:
+        """Add up and rescale the gradients, and return the norm of each group's gradient before clipping."""
         self._add_up_gradients()
         norms = {}
+        divisor = self.scale.value / rescale
         for group in self.groups:
             gradients = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
-            if self.scale.value != 1.0 and gradients:
-                torch._foreach_div_(gradients, self.scale.value)
+            if divisor != 1.0 and gradients:
+                torch._foreach_div_(gradients, divisor)
             norms[group.name] = self._norm(group)
         return norms
 

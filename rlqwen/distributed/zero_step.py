@@ -47,9 +47,11 @@ class ZeroStep(OptimizerStep):
         for engine in self.engines:
             engine.after_backward()
 
-    def _finish_gradients(self) -> dict[str, float]:
+    def _finish_gradients(self, rescale: float) -> dict[str, float]:
         if not any(self.ranks.gather(self._touched)):
             self._backward_zeros()
+        for engine in self.engines:
+            engine.scale_loss(self.scale.value / engine.averages_over / rescale)
         return {engine.group.name: engine.finish_gradient() for engine in self.engines}
 
     def _backward_zeros(self) -> None:

@@ -284,6 +284,9 @@ def split_trees(
                 current.append(piece)
             branches += len(piece.branches)
             tokens += cost
+            if branches == max_branches:  # the trees may still be coming
+                yield current
+                current, branches, tokens = [], 0, 0
     if current:
         yield current
 

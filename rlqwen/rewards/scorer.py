@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -116,7 +116,7 @@ class Scorer:
         with self._changed:
             batch.groups.append(group)
             batch.num_samples += len(group)
-            batch.num_open_jobs += len(jobs)
+            self._add_open_jobs(group, batch, len(jobs))
         for job in jobs:
             self._begin(job)
 
@@ -159,10 +159,38 @@ class Scorer:
             batch.waiting_since = None
             if is_default:
                 self.add_counts(batch.counts)
-        weights = dict(zip((reward.name for reward in self.rewards), self.weights, strict=True))
         for group in batch.groups:
-            group.total_rewards_G = total_rewards(group, weights)
+            self._add_up(group)
         return batch.groups
+
+    def take_scored(self, batch: ScoringBatch, *, is_complete: Callable[[], bool]) -> list[Group]:
+        """Return groups of an open batch that were scored since the last call, at least one if there will be more.
+
+        Call it in the thread that calls `wait`, which must still be called at the end. `is_complete`: whether nothing will
+        be submitted any more; asked again after each `notify`.
+        """
+        while not batch.scored:
+            while batch.local_jobs:
+                self._call_here(batch.local_jobs.popleft())
+            with self._changed:
+                while not (batch.scored or batch.local_jobs):
+                    self._raise_dispatcher_error()
+                    if is_complete() and not batch.num_open_jobs:
+                        return []
+                    self._changed.wait()
+        scored = [batch.scored.popleft() for _ in range(len(batch.scored))]
+        for group in scored:
+            self._add_up(group)
+        return scored
+
+    def notify(self) -> None:
+        """Make a waiting `take_scored` ask again whether its batch is complete."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _add_up(self, group: Group) -> None:
+        weights = dict(zip((reward.name for reward in self.rewards), self.weights, strict=True))
+        group.total_rewards_G = total_rewards(group, weights)
 
     def add_counts(self, counts: CallCounts) -> None:
         """Include the counts of a scored batch in `metrics`."""
@@ -206,6 +234,7 @@ class Scorer:
     def _begin(self, job: ScoringJob) -> None:
         if job.reward not in self._places:
             job.batch.local_jobs.append(job)
+            self.notify()
             return
         dispatcher, index = self._places[job.reward]
         services = self._loggers(job)
@@ -268,10 +297,17 @@ class Scorer:
                 retries = [ScoringJob(job.batch, job.reward, job.group, (sample,)) for sample in job.samples]
             else:
                 self._results.record(job, result)
-            job.batch.num_open_jobs += len(retries) - 1
-            self._changed.notify_all()
+            self._add_open_jobs(job.group, job.batch, len(retries) - 1)
         for retry in retries:
             self._begin(retry)
+
+    def _add_open_jobs(self, group: Group, batch: ScoringBatch, number: int) -> None:
+        """Count calls that begin, or are recorded; the caller holds the lock."""
+        batch.num_open_jobs += number
+        batch.open_jobs[id(group)] += number
+        if not batch.open_jobs[id(group)]:
+            batch.scored.append(group)
+        self._changed.notify_all()
 
     def _raise_dispatcher_error(self) -> None:
         for dispatcher in self._dispatchers:

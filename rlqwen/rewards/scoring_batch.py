@@ -23,6 +23,10 @@ class ScoringBatch:
     groups: list[Group] = field(default_factory=list)
     num_samples: int = 0
     num_open_jobs: int = 0
+    open_jobs: Counter[int] = field(default_factory=Counter)
+    """id of a group -> its calls that are not recorded yet."""
+    scored: deque[Group] = field(default_factory=deque)
+    """Groups whose calls are all recorded, and that `Scorer.take_scored` has not returned yet."""
     running: Counter[int] = field(default_factory=Counter)
     """Index of a reward -> number of its calls that are running now."""
     waiting_since: float | None = None

@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import count as count_from
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -32,31 +34,66 @@ class RolloutBatch:
         """Version of the weights that it is sampled from."""
         self.seconds = 0.0
         """Seconds that sampling took."""
+        self.sampled_at: float | None = None
+        """When sampling ended, perhaps with an error, on the monotonic clock; None: not yet."""
         self._requests = requests
+        self._places = {id(request.prompt): place for place, request in enumerate(requests)}
         self._scorer = scorer
         self._batch = scorer.open_batch()
-        self._arrived: dict[int, list[Group]] = {}
+        self._arrived: dict[int, Group] = {}
+        """Place of a request -> its group."""
+        self._scored: dict[int, Group] = {}
+        """Place of a request -> its group, scored and not taken yet."""
+        self._num_taken = 0
         self._groups: list[Group] | None = None
         self._counts = CallCounts()
 
     def prompts_differ(self, prompts_P: Sequence[Prompt]) -> bool:
         """Return whether it was sampled for other rows, as happens when a rollback skips rows."""
-        return [group.prompt.index for group in self.score()] != [prompt.index for prompt in prompts_P]
+        own = [request.prompt for request in self._requests] or [group.prompt for group in self.score()]
+        return [prompt.index for prompt in own] != [prompt.index for prompt in prompts_P]
 
     def sample(self, engine: RolloutEngine) -> None:
         """Sample all groups, and submit each for scoring as it arrives; may run in any thread."""
         started = time.monotonic()
-        for group in engine.generate(self._requests):
-            self._scorer.submit(group, self._batch)
-            self._arrived.setdefault(id(group.prompt), []).append(group)
-        self.seconds = time.monotonic() - started
+        try:
+            for group in engine.generate(self._requests):
+                self._arrived[self._places[id(group.prompt)]] = group
+                self._scorer.submit(group, self._batch)
+        finally:
+            self.sampled_at = time.monotonic()
+            self.seconds = self.sampled_at - started
+            self._scorer.notify()
+
+    def take(self, *, in_order: bool) -> list[Group]:
+        """Return scored groups that were not taken yet, at least one; none once all are taken, or if sampling failed.
+
+        `in_order`: in the order of the requests, so that a group waits for those before it; otherwise as they come. Runs
+        in the trainer's thread, as some rewards must.
+        """
+        if self._groups is not None:
+            left = self._groups[self._num_taken :]
+            self._num_taken = len(self._groups)
+            return left
+        while self._num_taken + len(self._scored) < len(self._requests) or self._scored:
+            places = list(self._scored)
+            if in_order:
+                places = list(takewhile(self._scored.__contains__, count_from(self._num_taken)))
+            if places:
+                self._num_taken += len(places)
+                return [self._scored.pop(place) for place in places]
+            arrived = self._scorer.take_scored(self._batch, is_complete=lambda: self.sampled_at is not None)
+            if not arrived:
+                break
+            self._scored |= {self._places[id(group.prompt)]: group for group in arrived}
+        return []
 
     def score(self) -> list[Group]:
         """Return the scored groups in the order of the requests; runs in the trainer's thread, as some rewards must."""
         if self._groups is None:
             self._scorer.wait(self._batch)
             # Groups arrive as they finish; training must not depend on that order.
-            self._groups = [self._arrived[id(request.prompt)].pop() for request in self._requests]
+            self._groups = [self._arrived[place] for place in range(len(self._requests))]
             self._counts = self._batch.counts
         return self._groups
 
@@ -118,6 +155,8 @@ class Prefetcher:
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
         self._batches: deque[tuple[RolloutBatch, Future[None]]] = deque()
+        self._opened: list[Future[None]] = []
+        """The batch that is being read while it is sampled."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout-prefetch")
 
     def __contains__(self, name: str) -> bool:
@@ -136,15 +175,26 @@ class Prefetcher:
                 return batch
         return None
 
+    def open(self, batch: RolloutBatch) -> None:
+        """Sample a batch that the trainer reads at the same time; `close_opened` ends that."""
+        self._opened = [self._thread.submit(batch.sample, self._engine)]
+
+    def close_opened(self) -> None:
+        """Wait until the opened batch is sampled; raise the error that ended its sampling, if one did."""
+        while self._opened:
+            self._opened.pop().result()
+
     def drain(self) -> None:
         """Wait until nothing is being sampled."""
+        self.close_opened()
         for _, future in self._batches:
             future.result()
 
     def discard(self) -> None:
         """Discard all batches, and wait until none is being sampled, because two threads must not share the engine."""
-        begun = [future for _, future in self._batches if not future.cancel()]
+        begun = [future for future in (*self._opened, *(one for _, one in self._batches)) if not future.cancel()]
         self._batches.clear()
+        self._opened.clear()
         # Cancel again, because the first may come just before sampling begins.
         while wait(begun, timeout=0).not_done:
             self._engine.cancel()

@@ -135,6 +135,12 @@ def samples_on_gpu(config: RolloutConfig) -> bool:
     return _count_gpus() > 0 if each is None else each > 0
 
 
+def shares_processors(config: RolloutConfig, device_type: str) -> bool:
+    """Return whether workers compute where a trainer on such a device (`cpu`, `cuda`) does: on this machine, and both on
+    its GPUs or both on its CPUs."""
+    return config.ray_address is None and samples_on_gpu(config) == (device_type == "cuda")
+
+
 def _count_gpus() -> float:
     import torch
 

@@ -3,6 +3,7 @@
 Shapes: P prompts, G completions per prompt.
 """
 
+import copy
 import hashlib
 import math
 import statistics
@@ -20,6 +21,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import build_engine
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.opened_draw import OpenedDraw
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.rollout.resources import samples_on_gpu
@@ -91,6 +93,7 @@ class Sampler:
                 f"{engine.title} samples in the trainer's own process: set it to 0, or use vllm"
             )
         self._prefetcher = Prefetcher(self.engine)
+        self._opened: OpenedDraw | None = None
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
         """Wait until the engine is up; an engine in the trainer's process always is."""
@@ -185,9 +188,34 @@ class Sampler:
             "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
         }
 
+    def open(self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str) -> None:
+        """Begin to sample groups from the present weights in another thread, for `take` to return as they are scored."""
+        metrics = self._sync(prompts_P)
+        batch = self._batch(prompts_P, num_generations, draw)
+        self._prefetcher.open(batch)
+        self._opened = OpenedDraw(batch, metrics)
+
+    def take(self, *, in_order: bool) -> list[Group]:
+        """Return scored groups of the opened draw that were not taken yet, at least one; none once all are taken.
+
+        `in_order`: in the order of the prompts, otherwise as they come.
+        """
+        assert self._opened is not None
+        if groups := self._opened.take(in_order=in_order):
+            return groups
+        self._prefetcher.close_opened()
+        return []
+
+    def close_opened(self) -> dict[str, float]:
+        """End the opened draw, all of whose groups are taken, and return its metrics."""
+        assert self._opened is not None
+        opened, self._opened = self._opened, None
+        return opened.close()
+
     def _batch(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> RolloutBatch:
         requests = [
-            GroupRequest(prompt, self._seeds(name, place, num_generations), self.sampling)
+            # A copy, because groups are told apart by their prompts, and the same row may come twice.
+            GroupRequest(copy.copy(prompt), self._seeds(name, place, num_generations), self.sampling)
             for place, prompt in enumerate(prompts_P)
         ]
         return RolloutBatch(name, requests, self.scorer, self.version)

@@ -336,9 +336,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
         self.state.epoch = self.stream.epoch
         metrics |= {
-            **self.updates.metrics(),
             "epoch": self.state.epoch,
-            "time/step": time.monotonic() - started,
+            **self.updates.metrics(seconds=time.monotonic() - started, sampling=metrics.get("time/rollout")),
             **self.policy.routers.metrics(self.ranks.gather),
             **(self.policy.replay.metrics(self.ranks.gather) if self.policy.replay else {}),
         }
@@ -369,9 +368,9 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     # What a step calls
 
-    def update(self, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
-        """Apply the gradient that `optimizer.backward` has gathered; keep the batch on disk if it was not finite."""
-        return self.updates.apply(self.optimizer, micro_batches)
+    def update(self, micro_batches: Sequence[PackedBatch], *, rescale: float = 1.0) -> UpdateResult:
+        """Apply the gathered gradient times `rescale`; keep the batch on disk if it was not finite."""
+        return self.updates.apply(self.optimizer, micro_batches, rescale=rescale)
 
     def refresh_reference(self, args: SyncedReference, before: int) -> None:
         """Mix the policy into the reference if that is due since update `before`."""

@@ -13,25 +13,26 @@ Shapes: P prompts per rollout, N tokens of a micro-batch.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.algorithms.loss_metrics import MetricSums, token_mean
-from rlqwen.algorithms.losses import LossCall, Normalizer, Totals, settings_of
+from rlqwen.algorithms.losses import LossCall, Normalizer, settings_of
 from rlqwen.config import DistillationConfig
 from rlqwen.errors import ConfigError
 from rlqwen.models.loading import load_reference
-from rlqwen.packing.batch import Tree
+from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of
+from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share, waiting_seconds
+from rlqwen.trainers.online import RewardFunc, Update, branch_of
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
 
-class DistillationTrainer(OnlineTrainer[DistillationConfig]):
+class DistillationTrainer(ArrivalTrainer[DistillationConfig]):
     """Sample completions with the student, and lower its KL divergence from the teacher at each of their tokens."""
 
     algorithm = "distillation"
@@ -90,10 +91,29 @@ class DistillationTrainer(OnlineTrainer[DistillationConfig]):
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample completions for each prompt, and make one update towards the teacher on their tokens."""
-        groups_P, metrics = self.next_groups(prompts_P)
         started = time.monotonic()
-        update = self._pack(groups_P)
-        for micro in update.micro_batches:
+        metrics: Metrics = {}
+        groups_P: list[Group] = []
+        arriving = self._arriving(prompts_P, groups_P, metrics)
+        if self.trains_on_arrival:
+            [update] = self.gather_on_arrival(arriving)
+        else:
+            update = self._pack(list(arriving))
+        self.make_update(update)
+        self.weights_changed()
+        self.rollouts.log_completions(groups_P)
+        trained = self.summarize([update], num_passes=1)
+        seconds = time.monotonic() - started - waiting_seconds(metrics)
+        return metrics | self._describe(groups_P) | trained | {"time/train": seconds}
+
+    def _arriving(self, prompts_P: list[Prompt], groups_P: list[Group], metrics: Metrics) -> Iterator[Group]:
+        """Yield groups as they arrive, and collect them in `groups_P`."""
+        for group in self.draw_groups(prompts_P, metrics):
+            groups_P.append(group)
+            yield group
+
+    def accumulate(self, micro: PackedBatch, update: Update) -> None:
+        with self.updates.timed():
             micro = micro.to(self.policy.device)
             kl_N = self.policy.kl_to_reference(micro, temperature=self.args.temperature)
             loss_N, found = self.loss({"kl": kl_N, "lengths": micro.lengths_S, "sequence": micro.sequence_N})
@@ -101,11 +121,6 @@ class DistillationTrainer(OnlineTrainer[DistillationConfig]):
             loss = loss + self.router_loss(micro, update.micro_batches)
             self.optimizer.backward(loss)
             update.add(loss, found | {"kl": token_mean(kl_N)})
-        self.update(update.micro_batches)
-        self.weights_changed()
-        self.rollouts.log_completions(groups_P)
-        trained = self.summarize([update], num_passes=1) | {"time/train": time.monotonic() - started}
-        return metrics | self._describe(groups_P) | trained
 
     def compute_evaluation(self, rows: Sequence[Prompt]) -> Metrics:
         """Return the KL from the teacher on completions sampled as in training, their lengths, and rewards if there are any."""
@@ -128,11 +143,15 @@ class DistillationTrainer(OnlineTrainer[DistillationConfig]):
 
     def _pack(self, groups_P: Sequence[Group]) -> Update:
         """Return the micro-batches of all completions that have a token."""
-        trees = []
-        for group in groups_P:
-            branches = [branch_of(completion) for completion in group.completions if completion.token_ids]
+        count = Count()
+        trees = list(self.trees(((group, list(range(len(group)))) for group in groups_P), count))
+        return Update(self.micro_batches(trees), count.totals)
+
+    def trees(self, share: Share, count: Count) -> Iterator[Tree]:
+        """Yield the trees of completions that have a token, and count what the loss is divided by."""
+        for group, indices in share:
+            branches = [branch_of(group.completions[one]) for one in indices if group.completions[one].token_ids]
+            count.tokens += sum(len(branch.token_ids) for branch in branches)
+            count.sequences += len(branches)
             if branches:
-                trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
-        tokens = sum(len(branch.token_ids) for tree in trees for branch in tree.branches)
-        sequences = sum(len(tree.branches) for tree in trees)
-        return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
+                yield Tree(group.prompt.token_ids, branches, group.prompt_experts)

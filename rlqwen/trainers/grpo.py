@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from rlqwen.algorithms.advantages import carries_signal, soft_overlong_penalty
-from rlqwen.algorithms.losses import GRPOLoss, Totals, settings_of
+from rlqwen.algorithms.losses import GRPOLoss, settings_of
 from rlqwen.config import GRPOConfig
 from rlqwen.errors import ConfigError
-from rlqwen.packing.batch import Tree
+from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.plugins.kinds import ADVANTAGES
 from rlqwen.plugins.named_call import NamedCall
 from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, split_into_updates
+from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share, waiting_seconds
+from rlqwen.trainers.online import RewardFunc, Update, branch_of, split_into_updates
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
 
-class GRPOTrainer(OnlineTrainer[GRPOConfig]):
+class GRPOTrainer(ArrivalTrainer[GRPOConfig]):
     """Sample a group of completions for each prompt, score them, and make the better ones likelier."""
 
     algorithm = "grpo"
@@ -90,15 +91,21 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
 
     def step(self, prompts_P: list[Prompt]) -> Metrics:
         """Sample a group for each prompt, score it, estimate advantages, and make the clipped updates."""
-        groups_P, metrics = self._sample(prompts_P)
-        metrics |= self.rollouts.scoring_metrics()
-        self._assign_advantages(groups_P)
         started = time.monotonic()
-        updates = [self._pack(share) for share in self._shares(groups_P)]
-        self._add_fixed_logprobs(updates)
+        metrics: Metrics = {}
+        groups_P: list[Group] = []
+        if self.trains_on_arrival:
+            updates = self.gather_on_arrival(self._arriving(prompts_P, groups_P, metrics))
+        else:
+            groups_P = list(self._sample(prompts_P, metrics))
+            self._assign_advantages(groups_P)
+            updates = [self._pack(share) for share in self._shares(groups_P)]
+            for micro in (micro for update in updates for micro in update.micro_batches):
+                self.add_fixed_logprobs(micro)
+        metrics |= self.rollouts.scoring_metrics()
         for _ in range(self.args.num_iterations):
             for update in updates:
-                self._update(update)
+                self.make_update(update)
         self.weights_changed()
         self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
         self.rollouts.log_completions(groups_P)
@@ -106,30 +113,43 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             metrics
             | describe_groups(groups_P)
             | self.summarize(updates, self.args.num_iterations)
-            | {"time/train": time.monotonic() - started}
+            | {"time/train": time.monotonic() - started - waiting_seconds(metrics)}
         )
 
-    def _sample(self, prompts_P: list[Prompt]) -> tuple[list[Group], Metrics]:
-        """Return scored groups and metrics of the draws; dynamic sampling draws until enough groups carry signal."""
-        wanted = len(prompts_P)
-        kept: list[Group] = []
+    def _arriving(self, prompts_P: list[Prompt], groups_P: list[Group], metrics: Metrics) -> Iterator[Group]:
+        """Yield groups with their advantages as they arrive, and collect them in `groups_P`."""
+        for group in self._sample(prompts_P, metrics):
+            self._assign_advantages([group])
+            groups_P.append(group)
+            yield group
+
+    def _sample(self, prompts_P: list[Prompt], metrics: Metrics) -> Iterator[Group]:
+        """Yield the scored groups of a step, and add metrics of the draws at the end.
+
+        Dynamic sampling draws until enough groups carry signal, and yields others only in place of those that are missing.
+        """
+        wanted, num_kept, num_drawn = len(prompts_P), 0, 0
         spare: list[Group] = []
-        metrics: Metrics = {}
-        for sampling_round in range(self.args.max_sampling_rounds if self.args.dynamic_sampling else 1):
-            groups, drawn = self.next_groups(prompts_P)
-            metrics = {key: metrics.get(key, 0.0) + value for key, value in drawn.items()}
-            signal_P = carries_signal(self._shaped_rewards(groups)).tolist()
-            kept += [group for group, signal in zip(groups, signal_P, strict=True) if signal]
-            spare += [group for group, signal in zip(groups, signal_P, strict=True) if not signal]
-            missing = wanted - len(kept)
-            if missing <= 0 or not self.args.dynamic_sampling:
+        dynamic = self.args.dynamic_sampling
+        for sampling_round in range(self.args.max_sampling_rounds if dynamic else 1):
+            for group in self.draw_groups(prompts_P, metrics):
+                num_drawn += 1
+                has_signal = carries_signal(self._shaped_rewards([group])).item()
+                num_kept += int(has_signal)
+                if not has_signal:
+                    spare.append(group)
+                if not dynamic or (has_signal and num_kept <= wanted):
+                    yield group
+            missing = wanted - num_kept
+            if missing <= 0 or not dynamic:
                 break
             if sampling_round + 1 < self.args.max_sampling_rounds:
-                hit_rate = max(len(kept) / (len(kept) + len(spare)), 1 / wanted)
+                hit_rate = max(num_kept / num_drawn, 1 / wanted)
                 prompts_P = self.stream.take(min(wanted, math.ceil(missing / hit_rate)))
-        metrics["groups/no_signal"] = len(spare) / (len(kept) + len(spare))
-        metrics["groups/sampled"] = float(len(kept) + len(spare))
-        return (kept + spare)[:wanted] if self.args.dynamic_sampling else groups, metrics
+        metrics["groups/no_signal"] = len(spare) / num_drawn
+        metrics["groups/sampled"] = float(num_drawn)
+        if dynamic:
+            yield from spare[: max(wanted - num_kept, 0)]
 
     def _assign_advantages(self, groups_P: list[Group]) -> None:
         lengths_PG = torch.tensor([[len(one.token_ids) for one in group.completions] for group in groups_P])
@@ -154,9 +174,8 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             )
         return rewards_PG
 
-    def _update(self, update: Update) -> None:
-        """Make one optimizer update."""
-        for micro in update.micro_batches:
+    def accumulate(self, micro: PackedBatch, update: Update) -> None:
+        with self.updates.timed():
             micro = micro.to(self.policy.device)
             is_first = "old_logp" not in micro.per_token
             logp_N, entropy_N = self.policy.logprobs(
@@ -169,7 +188,6 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
             loss = loss + self.router_loss(micro, update.micro_batches)
             self.optimizer.backward(loss)
             update.add(loss, metrics)
-        self.update(update.micro_batches)
 
     # From groups to batches
 
@@ -178,48 +196,51 @@ class GRPOTrainer(OnlineTrainer[GRPOConfig]):
         flat = [(group, index) for group in groups_P for index in range(len(group))]
         return split_into_updates(flat, self.plan.completions_per_update)
 
-    def _pack(self, share: list[tuple[Group, list[int]]]) -> Update:
-        """Return the micro-batches of a share.
+    def _pack(self, share: Share) -> Update:
+        """Return the micro-batches of a share."""
+        count = Count()
+        trees = list(self.trees(share, count))
+        return Update(self.micro_batches(trees), count.totals)
 
-        Completions without a gradient are left out of the forward but counted in the totals; those whose reward is
-        missing are left out of both.
+    def trees(self, share: Share, count: Count) -> Iterator[Tree]:
+        """Yield the trees of completions to train on, and count what the loss is divided by.
+
+        Completions without a gradient are left out of the forward but counted; those whose reward is missing are left out
+        of both.
         """
-        trees, tokens, sequences = [], 0, 0
         for group, indices in share:
             branches = []
             for index in indices:
                 completion, advantage = group.completions[index], group.advantages_G[index]
                 if group.total_rewards_G[index] is None:
                     continue
-                sequences += 1
+                count.sequences += 1
                 if self.args.mask_truncated_completions and completion.is_truncated:
                     continue
-                tokens += len(completion.token_ids)
+                count.tokens += len(completion.token_ids)
                 if advantage or self._trains_without_advantage:
                     branches.append(branch_of(completion, advantage=advantage))
             if branches:
-                trees.append(Tree(group.prompt.token_ids, branches, group.prompt_experts))
-        return Update(self.micro_batches(trees), Totals(tokens=tokens, sequences=sequences))
+                yield Tree(group.prompt.token_ids, branches, group.prompt_experts)
 
     @property
     def _trains_without_advantage(self) -> bool:
         """Return whether the loss has terms that act on a completion whose advantage is 0."""
         return bool(self.args.beta or self.args.entropy_coef or self.policy.routers.coefficient)
 
-    def _add_fixed_logprobs(self, updates: list[Update]) -> None:
+    def add_fixed_logprobs(self, micro: PackedBatch) -> None:
         """Fill in logprobs of the reference, and of the policy before the first update.
 
         With one update per rollout the latter are those of the training forward, and no second forward is made.
         """
         temperature = self.args.temperature
-        for update in updates:
-            for micro in update.micro_batches:
-                moved = micro.to(self.policy.device)
-                if self.args.beta:
-                    micro.per_token["ref_logp"] = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
-                if self.plan.updates_per_step > 1:
-                    with self.policy.inference():
-                        logp_N, _ = self.policy.logprobs(moved, temperature=temperature, truncation=self.truncation)
-                    micro.per_token["old_logp"] = logp_N.cpu()
-                    if "log_kept" in moved.per_token:
-                        micro.per_token["log_kept"] = moved.per_token["log_kept"].cpu()
+        with self.updates.timed():
+            moved = micro.to(self.policy.device)
+            if self.args.beta:
+                micro.per_token["ref_logp"] = self.policy.reference_logprobs(moved, temperature=temperature).cpu()
+            if self.plan.updates_per_step > 1:
+                with self.policy.inference():
+                    logp_N, _ = self.policy.logprobs(moved, temperature=temperature, truncation=self.truncation)
+                micro.per_token["old_logp"] = logp_N.cpu()
+                if "log_kept" in moved.per_token:
+                    micro.per_token["log_kept"] = moved.per_token["log_kept"].cpu()

@@ -4,8 +4,9 @@ Every rank holds the rows of the whole update and computes all shares by the sam
 many micro-batches the others have, and makes up the difference with idle ones.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -34,6 +35,20 @@ def micro_batches(
         for share in shares
     ]
     return pack_share(parts, ranks)
+
+
+def arriving_micro_batches(
+    trees: Iterable[Tree], ranks: Ranks, *, max_branches: int | None = None, max_tokens: int | None = None
+) -> Iterator[PackedBatch]:
+    """Yield this rank's micro-batches of trees that arrive one by one, as soon as every rank has one.
+
+    One rank gets the same ones as from `micro_batches`. Of several, which see the trees in the same order, each gets the
+    next micro-batch in turn, and an idle one if the last are fewer than the ranks.
+    """
+    parts = split_trees(trees, max_branches=max_branches, max_tokens=max_tokens)
+    while turn := list(islice(parts, ranks.data_size)):
+        own = turn[ranks.data_rank : ranks.data_rank + 1]
+        yield pack(own[0]) if own else idle_batch(turn[0][0])
 
 
 def pack_share(parts: Sequence[Sequence[Sequence[Tree]]], ranks: Ranks) -> Iterator[PackedBatch]:

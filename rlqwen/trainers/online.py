@@ -46,6 +46,8 @@ class Update:
     """Counts of all its completions on all ranks, those without a gradient included."""
     loss: Tensor | float = 0.0
     """This rank's share of the loss, added up over micro-batches and passes."""
+    rescale: float | None = None
+    """What the gradient must be multiplied by, if it is gathered already, for totals that were not known then."""
     metrics: MetricSums = field(default_factory=MetricSums)
     """Metrics of this rank's forward passes."""
 

@@ -131,7 +131,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         started = time.monotonic()
         order = random.Random(f"{self.args.seed}/{self.rollouts.num_draws}")
         updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
-        self._add_fixed_estimates(updates)
+        with self.updates.timed():
+            self._add_fixed_estimates(updates)
         metrics |= self._assign_advantages([micro for update in updates for micro in update.micro_batches])
         for _ in range(self.args.num_ppo_epochs):
             for update in order.sample(updates, len(updates)):
@@ -210,25 +211,29 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
     def _update(self, update: Update) -> None:
         """Make one optimizer update; while the critic warms up, of the critic alone."""
         critic_only = self.rollouts.num_draws <= self.args.critic.warmup_rollouts
-        for micro in update.micro_batches:
-            micro = micro.to(self.policy.device)
-            logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
-                micro, temperature=self.args.temperature, entropy=True
-            )
-            values_N = self.critic.values(micro, hidden_NC.detach() if critic_only else hidden_NC)
-            value_loss, value_metrics = ppo_value_loss(values_N, micro, self.args, update.totals)
-            policy_loss, metrics = self.loss(logp_N, entropy_N, micro, update.totals, kl_coef=self.kl.coef)
-            balance = self.router_loss(micro, update.micro_batches)
-            loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
-            if isinstance(self.critic, ScalarModel):
-                loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
-            self.optimizer.backward(loss)
-            shares = {
-                "loss/policy": self._share(policy_loss, update.totals),
-                "loss/value": self._share(value_loss, update.totals),
-            }
-            update.add(loss, value_metrics | metrics | shares)
+        with self.updates.timed():
+            for micro in update.micro_batches:
+                self._accumulate(micro, update, critic_only=critic_only)
         self.update(update.micro_batches)
+
+    def _accumulate(self, micro: PackedBatch, update: Update, *, critic_only: bool) -> None:
+        micro = micro.to(self.policy.device)
+        logp_N, entropy_N, hidden_NC = self.policy.logprobs_and_hidden(
+            micro, temperature=self.args.temperature, entropy=True
+        )
+        values_N = self.critic.values(micro, hidden_NC.detach() if critic_only else hidden_NC)
+        value_loss, value_metrics = ppo_value_loss(values_N, micro, self.args, update.totals)
+        policy_loss, metrics = self.loss(logp_N, entropy_N, micro, update.totals, kl_coef=self.kl.coef)
+        balance = self.router_loss(micro, update.micro_batches)
+        loss = self.args.vf_coef * value_loss + (0.0 if critic_only else policy_loss + balance)
+        if isinstance(self.critic, ScalarModel):
+            loss = loss + self.router_loss(micro, update.micro_batches, self.critic)
+        self.optimizer.backward(loss)
+        shares = {
+            "loss/policy": self._share(policy_loss, update.totals),
+            "loss/value": self._share(value_loss, update.totals),
+        }
+        update.add(loss, value_metrics | metrics | shares)
 
     @staticmethod
     def _share(loss: Tensor, totals: Totals) -> Metric:

@@ -3,7 +3,7 @@
 Shapes: P prompts per rollout, G completions per prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -136,6 +136,23 @@ class RolloutManager:
         return self._on_all_ranks(
             lambda: self.require_sampler().collect(prompts_P, num_generations=number, draw=name, coming=later), among
         )
+
+    def stream_groups(
+        self, prompts_P: Sequence[Prompt], *, among: Sequence[Prompt], in_order: bool
+    ) -> Generator[Group, None, Metrics]:
+        """Yield the scored groups of a training step as they become ready, on every rank; return metrics of the draw.
+
+        `in_order`: in the order of the prompts, otherwise as they come, which is the same on all ranks. `among`: see
+        `next_groups`.
+        """
+        self.num_draws += 1
+        name, number = self._draw_name(0), self._args.num_generations
+        self._main_rank.run(lambda: self.require_sampler().open(prompts_P, num_generations=number, draw=name))
+        while True:
+            groups, _ = self._on_all_ranks(lambda: (self.require_sampler().take(in_order=in_order), {}), among)
+            if not groups:
+                return self._main_rank.run(lambda: self.require_sampler().close_opened())
+            yield from groups
 
     def sample(
         self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str, among: Sequence[Prompt]

@@ -1,6 +1,8 @@
 """Apply the updates of a step, and keep batches whose gradient is not finite."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rlqwen.distributed import OptimizerStep, UpdateResult
 from rlqwen.errors import NonFiniteError
@@ -17,16 +19,28 @@ class StepUpdates:
         self._folder = run.output_dir / "nonfinite"
         self._ranks, self._state = run.ranks, run.state
         self._results: list[UpdateResult] = []
+        self._seconds = 0.0
 
     def start_step(self) -> None:
         """Forget the updates of the last step."""
         self._results = []
+        self._seconds = 0.0
 
-    def apply(self, optimizer: OptimizerStep, micro_batches: Sequence[PackedBatch]) -> UpdateResult:
-        """Apply the gathered gradient; write the batch to `nonfinite/` of the run folder if it is not finite."""
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time inside as one of forward and backward passes; that of `apply` is counted already."""
+        started = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - started
+
+    def apply(
+        self, optimizer: OptimizerStep, micro_batches: Sequence[PackedBatch], *, rescale: float = 1.0
+    ) -> UpdateResult:
+        """Apply the gathered gradient times `rescale`; write the batch to `nonfinite/` of the run folder if it is not finite."""
         self._state.global_step += 1
         try:
-            result = optimizer.step()
+            with self.timed():
+                result = optimizer.step(rescale)
         except NonFiniteError:
             self._keep(micro_batches)
             raise
@@ -40,13 +54,24 @@ class StepUpdates:
         """Return the last update of the step."""
         return self._results[-1]
 
-    def metrics(self) -> Metrics:
-        """Return the gradient norm and learning rate of the last update, and the number of skipped updates."""
-        return {
+    def metrics(self, *, seconds: float, sampling: float | None) -> Metrics:
+        """Return metrics of the updates of a step: the last one's gradient norm and learning rate, how many were skipped,
+        and where the time went.
+
+        Args:
+            seconds: duration of the step.
+            sampling: seconds that it waited for samples; None if it does not sample.
+        """
+        metrics = {
             "grad_norm": self.last.grad_norm,
             "learning_rate": self.last.lr,
             "updates/skipped": float(sum(result.skipped for result in self._results)),
+            "time/step": seconds,
         }
+        if sampling is not None:
+            metrics["time/update"] = self._seconds
+            metrics["time/overhead_share"] = 1 - (sampling + self._seconds) / seconds
+        return metrics
 
     def _keep(self, micro_batches: Sequence[PackedBatch]) -> None:
         save_batches(self._folder, micro_batches, step=self._state.global_step, rank=self._ranks.rank)

@@ -24,6 +24,7 @@ from tests.ranked import COMMON, OVERFLOW_UPDATES, STAGES, _sft, run_case, run_o
 
 WAYS = ["zero1", "zero2", "zero3", "offload3"]
 EXACT = [*(f"sft@{way}" for way in WAYS), "sft_lora@zero3", "ppo_head@zero3", "grpo_idle@zero2", "grpo_idle@zero3"]
+EXACT += ["grpo_arrival@zero1", "grpo_arrival@zero3"]
 ROUNDED = ["sft@auto", "sft@bf16_3", "sft@given", "sft@given+emulated"]
 OVERFLOW = [f"sft_plain@overflow_{way}" for way in (*STAGES, "stage1+emulated")]
 OVERFLOWS = [f"sft_plain@overflows_{way}" for way in ("stage1", "stage2_offload", "stage3", "stage1+emulated")]

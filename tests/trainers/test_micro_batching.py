@@ -16,7 +16,7 @@ from rlqwen.models.loading import load_model, load_scalar_model
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, idle_batch, pack
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
-from rlqwen.trainers.micro_batching import count_tokens, micro_batches, pack_share, share_trees
+from rlqwen.trainers.micro_batching import arriving_micro_batches, count_tokens, micro_batches, pack_share, share_trees
 from rlqwen.types import Completion, Group, Prompt
 from tests.losses import grpo_loss, ppo_policy_loss, ppo_value_loss, preference_loss, reward_loss
 
@@ -41,6 +41,18 @@ def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible() -> None:
     assert lengths(share_trees([*trees, tree(3, 5, 6)], 4)) == [[[1]], [[2], [3]], [[4]], [[5, 6]]]
     assert lengths(share_trees([tree(3, 1)], 2)) == [[], [[1]]]
     assert share_trees([], 2) == [[], []]
+
+
+def test_trees_that_arrive_one_by_one_give_the_ranks_micro_batches_in_turn() -> None:
+    trees = [tree(3, 1, 2), tree(3, 3, 4), tree(3, 5, 6), tree(2, 7, 8, 9)]
+    alone = list(arriving_micro_batches(iter(trees), rank(0, 1), max_branches=2))
+    whole = list(micro_batches(trees, rank(0, 1), max_branches=2))
+    assert [one.lengths_S.tolist() for one in alone] == [one.lengths_S.tolist() for one in whole]
+    by_rank = [list(arriving_micro_batches(iter(trees), rank(r, 3), max_branches=2)) for r in range(3)]
+    assert [[one.lengths_S.tolist() for one in own] for own in by_rank] == [
+        [[1, 2], [7, 8]], [[3, 4], [9]], [[5, 6], []],
+    ]  # fmt: skip
+    assert list(arriving_micro_batches(iter([]), rank(1, 3), max_branches=2)) == []
 
 
 def test_sharding_by_tokens_balances_tokens() -> None:

@@ -1,0 +1,42 @@
+"""Read a rollout batch while it is being sampled, and measure how long that is waited for."""
+
+import time
+
+from rlqwen.rollout.prefetch import RolloutBatch
+from rlqwen.types import Group
+
+
+class OpenedDraw:
+    """A rollout batch whose groups the trainer takes as they are scored."""
+
+    def __init__(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
+        """Read `batch`, whose draw has `metrics` so far."""
+        self._batch = batch
+        self._metrics = metrics
+        self._waited = self._waited_for_rewards = 0.0
+
+    def take(self, *, in_order: bool) -> list[Group]:
+        """See RolloutBatch.take."""
+        started = time.monotonic()
+        groups = self._batch.take(in_order=in_order)
+        self._count_wait(started)
+        return groups
+
+    def close(self) -> dict[str, float]:
+        """Return the metrics of the draw once all its groups are taken; raise RewardFailure if a reward failed too often."""
+        started = time.monotonic()
+        self._batch.score()
+        self._batch.count()
+        self._count_wait(started)
+        return self._metrics | {
+            "time/rollout": self._waited,
+            "time/rollout_hidden": max(self._batch.seconds - self._waited, 0.0),
+            "time/reward": self._waited_for_rewards,
+        }
+
+    def _count_wait(self, started: float) -> None:
+        """Count the time since `started` as one of sampling while that went on, and as one of rewards after it."""
+        now = time.monotonic()
+        sampled_at = now if self._batch.sampled_at is None else min(max(self._batch.sampled_at, started), now)
+        self._waited += sampled_at - started
+        self._waited_for_rewards += now - sampled_at
