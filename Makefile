@@ -2,6 +2,7 @@
 # make test         the test suite
 # make test-fast    the tests of under a second each
 # make faults       every injected fault, the long ones too; writes FAULTS.md
+# make bench        the benchmarks on this machine's CPU against TRL and vLLM, in 15 minutes; prints one table
 # make check        lint, format, types
 # make docs         the documentation site, in site/
 # make lock         write requirements/ anew from what is installed
@@ -14,7 +15,7 @@ TORCH := torch==2.13.0+cpu
 TORCHVISION := torchvision==0.28.0+cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-fast faults check format docs lock install clean
+.PHONY: quickstart test test-fast faults bench check format docs lock install clean
 
 quickstart: install
 	$(BIN)/rlqwen run recipes/quickstart_sft.yaml recipes/quickstart_grpo.yaml
@@ -28,6 +29,9 @@ test-fast: install
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault --fault-table FAULTS.md
+
+bench: install
+	$(BIN)/python benchmarks/cpu.py
 
 check: install
 	$(BIN)/ruff check .

@@ -109,6 +109,8 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_sft quickstart_grpo": stages("sft", "grpo"),
     "rlqwen run quickstart_ppo": "with its first stage, above",
     "python benchmarks/grpo_vs_trl.py --steps 6": BENCHMARK,
+    "python benchmarks/cpu.py": ["--tiny", "--only", "grpo-short,sft,dpo,products"],
+    "python benchmarks/cpu.py --only sft,dpo": "as the one above",
     "python benchmarks/gpu.py --out FOLDER --tiny": [],
     "python benchmarks/gpu.py --out FOLDER": "as the one above, but for the shapes",
     "python benchmarks/gpu.py --out FOLDER --only attention,head": "as the one above",

@@ -1,0 +1,1 @@
+"""Answer the questions of `benchmarks/cpu.py`, one module per question."""
