@@ -205,7 +205,7 @@ def test_content_with_the_placeholder_character_is_unchanged(written: Callable[.
 
 def test_tool_calls_are_in_the_loss_and_tool_results_are_not(written: Callable[..., tuple[str, str]]) -> None:
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
-    turns = [
+    turns: list[dict[str, Any]] = [
         USER,
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "46"},

@@ -14,8 +14,10 @@ from rlqwen.config import CleaningConfig, DataConfig, Recipe, SourceConfig
 from rlqwen.config.recipe_yaml import load_recipe
 from rlqwen.data import clean_rows, load_recipe_data, load_rows
 from rlqwen.data.cleaning import CleanedRows, steps
+from rlqwen.data.streams import StreamedRows
 from rlqwen.errors import ConfigError, DataError
 from rlqwen.preflight import check_recipe
+from tests.narrowing import present
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 
@@ -126,7 +128,7 @@ def test_overlap_without_eval_data_is_refused() -> None:
 
 
 def test_near_duplicates_can_be_switched() -> None:
-    assert CleaningConfig(near_duplicates=True).near_duplicates.threshold == 0.8
+    assert present(CleaningConfig(near_duplicates=True).near_duplicates).threshold == 0.8
     assert CleaningConfig(near_duplicates=False).near_duplicates is None
 
 
@@ -238,7 +240,7 @@ def test_eval_rows_are_masked_and_never_dropped() -> None:
 
 # Cache
 
-ROWS = [{"text": f"{STORY} {i % 3} a@b.com"} for i in range(6)]
+ROWS: list[dict[str, Any]] = [{"text": f"{STORY} {i % 3} a@b.com"} for i in range(6)]
 CONFIG: dict[str, Any] = {"mask": ["email"], "exact_duplicates": True}
 
 
@@ -264,13 +266,14 @@ def test_rows_eval_rows_settings_and_code_are_part_of_the_cache_key(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clean(ROWS, **CONFIG)
-    for rows, held_out, config in (
+    changes: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]], ...] = (
         (ROWS[:5], None, CONFIG),
         ([*ROWS[:5], ROWS[5] | {"id": 1}], None, CONFIG),
         (ROWS[::-1], None, CONFIG),
         (ROWS, ROWS[:1], CONFIG),
         (ROWS, None, CONFIG | {"min_chars": 1}),
-    ):
+    )
+    for rows, held_out, config in changes:
         assert not clean(rows, held_out, **config).report.from_cache
     monkeypatch.setattr("rlqwen.data.cleaning.cache._code_digest", lambda: "another version")
     assert not clean(ROWS, **CONFIG).report.from_cache
@@ -507,13 +510,14 @@ def test_repeated_rows_of_a_file_are_found(name: str, count: int) -> None:
 def test_without_a_cleaning_section_rows_are_not_changed(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
     recipe = recipe_over(tmp_path, tiny_model_path)
     data = load_recipe_data(recipe.data.model_copy(update={"cleaning": None}))
-    assert (len(data.train), len(data.eval), data.cleaning) == (25, 3, None)
+    assert not isinstance(data.train, StreamedRows)
+    assert (len(data.train), len(present(data.eval)), data.cleaning) == (25, 3, None)
     assert not cache.exists()
 
 
 def test_check_reports_a_cleaning_error_once(tiny_model_path: Path, tmp_path: Path) -> None:
     recipe = recipe_over(tmp_path, tiny_model_path)
-    recipe.data.cleaning.min_chars = 10_000
+    present(recipe.data.cleaning).min_chars = 10_000
     report = check_recipe(recipe)
     assert [type(fault) for fault in report.faults] == [DataError]
     assert "left none of 25 training rows" in str(report.faults[0])

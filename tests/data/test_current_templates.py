@@ -44,7 +44,7 @@ def user(text: str = "1+1?") -> Turn:
     return {"role": "user", "content": text}
 
 
-def answer(text: str = "2", **more: Any) -> Turn:
+def answer(text: str | list[dict[str, str]] | None = "2", **more: Any) -> Turn:
     return {"role": "assistant", "content": text, **more}
 
 
@@ -350,7 +350,7 @@ def test_added_special_tokens_are_learned_and_passed_to_rewards(thinking: Any) -
     row = sft(tokenizer, {"messages": [user(), answer(text, reasoning_content="hm")]})
     sampled = [token for token, is_in in zip(row.token_ids, row.loss_mask, strict=True) if is_in]
     assert tokenizer.decode(sampled) == f"hm\n</think>\n\n{text}<|im_end|>"
-    assert set(tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])) <= set(sampled)
+    assert set(map(tokenizer.convert_tokens_to_ids, ["<answer>", "</answer>"])) <= set(sampled)
     engine = TransformersEngine(None, tokenizer, max_model_length=99, max_num_seqs=1)
     (one,) = engine._completions([sampled], [[0.0] * len(sampled)], {tokenizer.eos_token_id})
     assert one.text == f"hm\n</think>\n\n{text}"
@@ -381,7 +381,10 @@ def test_calls_and_tools_keep_only_their_own_arguments_in_every_table_format(tok
         return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
     nullable = {"type": ["string", "null"], "default": None, "enum": ["x", None]}
-    given = [({"a": 1}, tool("f", a={"type": "string"})), ({"b": "x"}, tool("g", b={"type": "integer"}))]
+    given: list[tuple[dict[str, Any], Turn]] = [
+        ({"a": 1}, tool("f", a={"type": "string"})),
+        ({"b": "x"}, tool("g", b={"type": "integer"})),
+    ]
     for cases in (given, [({"a": 1}, tool("f", a=nullable))]):
         rows = [
             {"messages": [user(), answer("", tool_calls=[call(**values)]), RESULT, answer()], "tools": [one]}

@@ -1,6 +1,7 @@
 """Test that rows of many formats are normalized, and that errors have the row and message number."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -108,7 +109,7 @@ def test_alpaca_rows_become_messages() -> None:
 def test_text_parts_are_joined_and_missing_values_removed() -> None:
     row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
     assert normalize_row(row | {"label": None}, "row 0") == {"messages": [{"role": "user", "content": "ab"}]}
-    call = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
+    call: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [], "reasoning_content": None}
     assert normalize_row({"messages": [call]}, "row 0")["messages"] == [{"role": "assistant", "content": ""}]
 
 
@@ -187,7 +188,7 @@ def test_thoughts_are_always_named_reasoning_content(key: str) -> None:
 def test_a_message_excluded_from_the_loss_is_marked_in_every_format(key: str, no: bool | float | str) -> None:
     marked = {**TURNS[1], "in_loss": False}
     mark = {key: no}
-    row = {"messages": [TURNS[0], TURNS[1] | mark, TURNS[0], TURNS[1] | {key: True}]}
+    row: dict[str, Any] = {"messages": [TURNS[0], TURNS[1] | mark, TURNS[0], TURNS[1] | {key: True}]}
     assert said(row)["messages"] == [TURNS[0], marked, *TURNS]
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"} | mark]}
     assert said(row)["messages"] == [TURNS[0], marked]
@@ -265,7 +266,7 @@ def test_missing_values_and_arrays_of_pandas_become_plain_values() -> None:
 
 
 @pytest.mark.parametrize("write", [json.dumps, str], ids=["JSON", "Python"])
-def test_messages_may_be_json_text(write: bool) -> None:
+def test_messages_may_be_json_text(write: Callable[[object], str]) -> None:
     assert said({"messages": write(TURNS)}) == {"messages": TURNS}
     assert said({"conversations": write([{"from": "human", "value": "q"}])}) == {"messages": TURNS[:1]}
     assert said({"prompt": write(TURNS[:1]), "completion": write(TURNS[1])}) == {

@@ -7,16 +7,17 @@ import pytest
 
 from rlqwen.data.generated_rows import generate
 from rlqwen.errors import ConfigError, DataError
+from tests.narrowing import present
 
 
 def operands(row: dict[str, Any]) -> tuple[int, int]:
     turns = row.get("messages") or row["prompt"]
-    a, b = re.fullmatch(r"(\d\d) \+ (\d\d) = \?", turns[0]["content"]).groups()
+    a, b = present(re.fullmatch(r"(\d\d) \+ (\d\d) = \?", turns[0]["content"])).groups()
     return int(a), int(b)
 
 
 def answer(row: dict[str, Any]) -> int:
-    return int(re.search(r"\\boxed\{(-?\d+)\}$", row["messages"][1]["content"])[1])
+    return int(present(re.search(r"\\boxed\{(-?\d+)\}$", row["messages"][1]["content"]))[1])
 
 
 def test_splits_share_no_sum_or_mirrored_sum_for_any_arguments() -> None:
@@ -61,7 +62,7 @@ def test_the_calculation_of_the_think_style_leads_to_its_answer() -> None:
     for row in rows:
         text = row["messages"][1]["content"]
         match = re.fullmatch(r"<think>\n(\d+) \+ (-?\d+) = (\d+)\n</think>\n\n\\boxed\{(\d+)\}", text)
-        tens, ones, *last = map(int, match.groups())
+        tens, ones, *last = map(int, present(match).groups())
         assert last == [tens + ones, tens + ones]
 
 
@@ -90,5 +91,5 @@ def test_an_error_in_the_answer_leaves_the_calculation_correct() -> None:
         "arithmetic", {"kind": "sft", "style": "think", "slip_in": "answer", "teacher_error": 1.0, "size": 50}
     )
     for row in rows:
-        result = re.search(r" = (\d+)\n</think>", row["messages"][1]["content"])[1]
+        result = present(re.search(r" = (\d+)\n</think>", row["messages"][1]["content"]))[1]
         assert result == row["solution"] != str(answer(row))

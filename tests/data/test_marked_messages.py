@@ -83,8 +83,11 @@ def test_a_row_with_only_excluded_messages_is_dropped_and_counted(tokenizer: Any
 def test_loss_keys_are_not_passed_to_templates_of_pairs_and_prompts(tokenizer: Any) -> None:
     asked = [USER, WRONG | {"weight": 0}, USER]
     pair = {"chosen": [*asked, RIGHT], "rejected": [*asked, WRONG | {"loss": True}]}
-    for tokenize, config in ((tokenize_preferences, DPOConfig()), (tokenize_reward_rows, RewardConfig())):
-        (one,), _ = tokenize(as_rows([pair]), tokenizer, config)
+    rows = as_rows([pair])
+    for (one,), _ in (
+        tokenize_preferences(rows, tokenizer, DPOConfig()),
+        tokenize_reward_rows(rows, tokenizer, RewardConfig()),
+    ):
         assert "LEAK" not in tokenizer.decode(one.prompt_ids + one.chosen.token_ids)
         assert "WRONG" in tokenizer.decode(one.prompt_ids)
     (prompt,), _ = tokenize_prompts(as_rows([{"prompt": asked}]), tokenizer, max_prompt_length=None)

@@ -1,6 +1,7 @@
 """Test that rows with images or videos are refused with a one-line error wherever they are loaded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlqwen.errors import DataError
 from rlqwen.models.loading import text_tokenizer
 from rlqwen.preflight import check_recipe
 from rlqwen.preflight.dataset import check_dataset, find_target
+from rlqwen.trainers.base import Trainer
 from tests.preflight.test_recipe_check import recipe_of, the_fault
 
 PIXELS = Image.new("RGB", (4, 4))
@@ -79,14 +81,14 @@ def test_a_row_without_media_passes(column: dict[str, Any]) -> None:
     assert normalize_row(TEXT | column, "row")["messages"] == TEXT["messages"]
 
 
-TRAINERS = {
+SMALL = {"per_device_train_batch_size": 2}
+TRAINERS: dict[str, Callable[..., Trainer[Any, Any, Any]]] = {
     "sft": lambda model, train, held: SFTTrainer(model, SFTConfig(**SMALL), train, held),
     "dpo": lambda model, train, held: DPOTrainer(model, None, DPOConfig(**SMALL), train, held),
     "reward": lambda model, train, held: RewardTrainer(model, RewardConfig(**SMALL), train, held),
     "ppo": lambda model, train, held: PPOTrainer(model, len_of, PPOConfig(rollout=GRPO["rollout"]), train, held),
     "grpo": lambda model, train, held: GRPOTrainer(model, len_of, GRPOConfig(**GRPO), train, held),
 }
-SMALL = {"per_device_train_batch_size": 2}
 
 
 def len_of(completions: list[str], **kwargs: Any) -> list[float]:
@@ -127,7 +129,7 @@ def test_files_and_tables_on_disk_with_media_are_refused(tmp_path: Path) -> None
 
 
 def test_check_and_data_check_report_the_row_with_media(tiny_model_path: Path, tmp_path: Path) -> None:
-    rows = [TEXT, TEXT | {"image": "a.png"}]
+    rows: list[dict[str, Any]] = [TEXT, TEXT | {"image": "a.png"}]
     fault = the_fault(check_recipe(recipe_of(tiny_model_path, rows, tmp_path)))
     assert "line 2: column 'image' holds 'a.png'" in str(fault)
     found = check_dataset(find_target(str(tmp_path / "rows.jsonl"), model=str(tiny_model_path)))
@@ -140,8 +142,10 @@ def test_a_processor_is_replaced_by_its_tokenizer(tiny_model_path: Path, tmp_pat
     class Qwen3VLProcessor:
         chat_template = tokenizer.chat_template
 
-    processor = Qwen3VLProcessor()
-    processor.tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+        def __init__(self) -> None:
+            self.tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+
+    processor: Any = Qwen3VLProcessor()
     processor.tokenizer.chat_template = None
     args = SFTConfig(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2)
     with pytest.warns(UserWarning, match="processing_class is a Qwen3VLProcessor: its tokenizer alone"):

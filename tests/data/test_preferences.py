@@ -97,7 +97,9 @@ def test_every_preference_format_becomes_a_prompt_and_two_answers(row: Row) -> N
 
 
 def test_extra_columns_of_a_format_are_kept() -> None:
-    row = {"conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s"}
+    row: dict[str, Any] = {
+        "conversations": [{"from": "human", "value": "q"}], "chosen": "1", "rejected": "2", "system": "s",
+    }  # fmt: skip
     assert normalize_row(row | {"id": 3}, "row 0") == PAIR | {"prompt": [SYSTEM, USER], "id": 3}
     for row in (PAIR, {"chosen": say("q", "1"), "rejected": say("q", "2")}, TEXT_PAIR):
         assert normalize_row(row | {"system": "s"}, "row 0") == PAIR | {"prompt": [SYSTEM, USER]}
@@ -360,7 +362,7 @@ def test_empty_answers_are_found_after_plain_text_rows(tokenizer: Any) -> None:
 
 
 def test_empty_answers_and_negative_margins_are_kept_with_a_warning(tokenizer: Any) -> None:
-    rows = [PAIR | {"rejected": answer("")}, TEXTS | {"chosen": "", "margin": -1}]
+    rows: list[dict[str, Any]] = [PAIR | {"rejected": answer("")}, TEXTS | {"chosen": "", "margin": -1}]
     pairs, report = tokenize_preferences(rows, tokenizer, DPOConfig())
     assert [tokenizer.decode(row.token_ids) for row in (pairs[0].rejected, pairs[1].chosen)] == [
         f"{BLOCK}<|im_end|>",

@@ -9,6 +9,7 @@ from datasets import Dataset
 from rlqwen.config import DPOConfig, SFTConfig
 from rlqwen.data import tokenize_preferences, tokenize_sft
 from rlqwen.models.tiny import build_tiny_qwen3
+from tests.narrowing import instance_of
 
 USER, AGAIN = {"role": "user", "content": "1+1?"}, {"role": "user", "content": "and 2+2?"}
 PLAIN, THINKS = "2", "<think>\nhm\n</think>\n\n2"
@@ -50,7 +51,7 @@ def theirs(model: str, rows: list[dict[str, Any]], folder: Path, **options: Any)
 
     args = TheirConfig(output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, **options)
     trainer = TheirTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows))
-    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    return [(row["input_ids"], row["labels"]) for row in instance_of(Dataset, trainer.train_dataset)]
 
 
 def ours(tokenizer: Any, rows: list[dict[str, Any]], **options: Any) -> list[tuple[list[int], list[int]]]:
@@ -108,7 +109,7 @@ def test_pairs_have_the_tokens_of_trl_except_the_last_line_break(model: str, tok
     args = TheirConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
     trainer = TheirTrainer(model=model, args=args, train_dataset=Dataset.from_list(PAIRS))
     pairs, _ = tokenize_preferences(PAIRS, tokenizer, DPOConfig())
-    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
+    for row, pair in zip(instance_of(Dataset, trainer.train_dataset), pairs, strict=True):
         assert pair.prompt_ids == row["prompt_ids"]
         assert pair.chosen.token_ids == row["chosen_ids"][:-1]
         assert pair.rejected.token_ids == row["rejected_ids"][:-1]

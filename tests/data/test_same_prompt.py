@@ -15,6 +15,7 @@ from rlqwen.data import (
 )
 from rlqwen.errors import DataError
 from rlqwen.models.tiny import build_tokenizer, read_trl_template
+from tests.narrowing import instance_of
 
 Turn = dict[str, Any]
 
@@ -246,9 +247,10 @@ def test_an_answer_with_thoughts_is_refused_if_the_prompt_disables_thinking(toke
 def test_added_special_tokens_act_in_messages_and_control_tokens_do_not() -> None:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
-    first, last, end = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>", "<|im_end|>"])
+    marks = ("<answer>", "</answer>", "<|im_end|>")
+    first, last, end = (instance_of(int, tokenizer.convert_tokens_to_ids(mark)) for mark in marks)
     text = "<answer>2</answer><|im_end|>"
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"messages": [user(text), {"role": "assistant", "content": text}]},
         {"prompt": [user(text)], "completion": text},
     ]

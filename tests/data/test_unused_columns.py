@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rlqwen.rewards.registry import Reward, resolve, taken_columns
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = ANSWER | {"content": "b"}
-CALL = {"id": "1", "type": "function", "index": 0, "function": {"name": "f", "arguments": {}}}
+CALL: dict[str, Any] = {"id": "1", "type": "function", "index": 0, "function": {"name": "f", "arguments": {}}}
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +145,10 @@ def takes_all(completions: list[str], **columns: Any) -> list[float]:
     ],
 )
 def test_columns_of_prompts_that_rewards_read_are_not_reported(
-    tokenizer: Any, row: dict[str, Any], rewards: Sequence[Reward], note: str | None
+    tokenizer: Any, row: dict[str, Any], rewards: Sequence[str | Callable[..., Any]], note: str | None
 ) -> None:
     report = tokenize_prompts(as_rows([row]), tokenizer, max_prompt_length=None)[1]
-    report.name_unused(taken_columns(map(resolve, rewards)))
+    report.name_unused(taken_columns(resolve(reward) for reward in rewards))
     assert report.notes == ([note] if note else [])
 
 
