@@ -12,8 +12,13 @@ class OpenedDraw:
     def __init__(self, batch: RolloutBatch, metrics: dict[str, float]) -> None:
         """Read `batch`, whose draw has `metrics` so far."""
         self._batch = batch
-        self._metrics = metrics
+        self.metrics = metrics
         self._waited = self._waited_for_rewards = 0.0
+
+    @property
+    def is_sampled(self) -> bool:
+        """Return whether sampling has ended."""
+        return self._batch.sampled_at is not None
 
     def take(self, *, in_order: bool) -> list[Group]:
         """See RolloutBatch.take."""
@@ -23,12 +28,12 @@ class OpenedDraw:
         return groups
 
     def close(self) -> dict[str, float]:
-        """Return the metrics of the draw once all its groups are taken; raise RewardFailure if a reward failed too often."""
+        """Return how long was waited, once all groups are taken; raise RewardFailure if a reward failed too often."""
         started = time.monotonic()
         self._batch.score()
         self._batch.count()
         self._count_wait(started)
-        return self._metrics | {
+        return {
             "time/rollout": self._waited,
             "time/rollout_hidden": max(self._batch.seconds - self._waited, 0.0),
             "time/reward": self._waited_for_rewards,

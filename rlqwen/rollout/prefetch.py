@@ -126,6 +126,7 @@ class RolloutBatch:
         `prompts`: the training rows; `start`: the place of the batch's first row, if they are in the order of the batches.
         """
         batch = cls(state["name"], (), scorer, state["version"])
+        batch.sampled_at = time.monotonic()
         found = find_prompts(prompts, [group["prompt"] for group in state["groups"]], start)
         batch._groups = [
             Group(
@@ -178,6 +179,17 @@ class Prefetcher:
     def open(self, batch: RolloutBatch) -> None:
         """Sample a batch that the trainer reads at the same time; `close_opened` ends that."""
         self._opened = [self._thread.submit(batch.sample, self._engine)]
+
+    def open_begun(self, name: str) -> RolloutBatch | None:
+        """Return the batch of that name, perhaps while it is being sampled; None if there is none. Those before it are
+        discarded."""
+        while self._batches:
+            batch, future = self._batches.popleft()
+            if batch.name == name:
+                self._opened = [future]
+                return batch
+            future.result()
+        return None
 
     def close_opened(self) -> None:
         """Wait until the opened batch is sampled; raise the error that ended its sampling, if one did."""

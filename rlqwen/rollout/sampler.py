@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.config import OnlineConfig, RolloutConfig
-from rlqwen.config.generation import GenerationKwargs
 from rlqwen.errors import ConfigError
 from rlqwen.models.loading import stop_token_ids
 from rlqwen.models.policy import Policy
@@ -25,8 +24,9 @@ from rlqwen.rollout.opened_draw import OpenedDraw
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.rollout.resources import samples_on_gpu
+from rlqwen.rollout.sampling_parameters import refuse_unknown_tokens, sampling_of
 from rlqwen.rollout.sync_check import SyncCheck
-from rlqwen.types import Group, GroupRequest, Prompt, Sampling
+from rlqwen.types import Group, GroupRequest, Prompt
 
 
 class Sampler:
@@ -72,7 +72,7 @@ class Sampler:
             tolerance=args.rollout.canary_tolerance,
             max_length=self.max_model_length - 1,
         )
-        _refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
+        refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = build_engine(
             args.rollout.model_copy(update={"dtype": self.compute_dtype}),
             model_path=model_path,
@@ -94,6 +94,10 @@ class Sampler:
             )
         self._prefetcher = Prefetcher(self.engine)
         self._opened: OpenedDraw | None = None
+        self._coming: list[tuple[str, list[Prompt]]] = []
+        """Names and prompts of coming steps whose batches are not begun yet."""
+        self._num_coming = 0
+        """Completions per prompt of those."""
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
         """Wait until the engine is up; an engine in the trainer's process always is."""
@@ -164,9 +168,7 @@ class Sampler:
         started = time.monotonic()
         batch = self._prefetcher.collect(draw)
         waited = time.monotonic()
-        dropped = batch is not None and (
-            self.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
-        )
+        dropped = batch is not None and self._is_useless(batch, prompts_P)
         if batch is None or dropped:
             groups_P, metrics = self.sample(prompts_P, num_generations=num_generations, draw=draw)
         else:
@@ -177,23 +179,34 @@ class Sampler:
                 "time/rollout_hidden": max(batch.seconds - (waited - started), 0.0),
                 "time/reward": time.monotonic() - waited,
             }
-        metrics.setdefault("time/sync", 0.0)
-        for name, prompts in coming:
-            if name not in self._prefetcher:
-                synced = self._sync(prompts)
-                metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
-                self._prefetcher.begin(self._batch(prompts, num_generations, name))
-        return groups_P, metrics | {
-            "groups/staleness": float(self.version - groups_P[0].policy_version),
-            "groups/stale_dropped": float(len(prompts_P) if dropped else 0),
-        }
+        return groups_P, (
+            self._begin_coming(coming, num_generations, metrics)
+            | self._staleness(groups_P[0].policy_version, num_dropped=len(prompts_P) if dropped else 0)
+        )
 
-    def open(self, prompts_P: Sequence[Prompt], *, num_generations: int, draw: str) -> None:
-        """Begin to sample groups from the present weights in another thread, for `take` to return as they are scored."""
-        metrics = self._sync(prompts_P)
-        batch = self._batch(prompts_P, num_generations, draw)
-        self._prefetcher.open(batch)
+    def open(
+        self,
+        prompts_P: Sequence[Prompt],
+        *,
+        num_generations: int,
+        draw: str,
+        coming: Sequence[tuple[str, list[Prompt]]] = (),
+    ) -> None:
+        """Begin what `collect` does, or `sample` if nothing is prefetched; `take` returns the groups as they are scored.
+
+        The batches of the coming steps begin as soon as this one is sampled.
+        """
+        batch = self._prefetcher.open_begun(draw)
+        dropped = batch is not None and self._is_useless(batch, prompts_P)
+        metrics: dict[str, float] = {"time/sync": 0.0}
+        if batch is None or dropped:
+            metrics |= self._sync(prompts_P)
+            batch = self._batch(prompts_P, num_generations, draw)
+            self._prefetcher.open(batch)
+        if self.max_staleness:
+            metrics |= self._staleness(batch.version, num_dropped=len(prompts_P) if dropped else 0)
         self._opened = OpenedDraw(batch, metrics)
+        self._coming, self._num_coming = list(coming), num_generations
 
     def take(self, *, in_order: bool) -> list[Group]:
         """Return scored groups of the opened draw that were not taken yet, at least one; none once all are taken.
@@ -201,6 +214,10 @@ class Sampler:
         `in_order`: in the order of the prompts, otherwise as they come.
         """
         assert self._opened is not None
+        if self._opened.is_sampled and self._coming:
+            self._prefetcher.close_opened()
+            self._opened.metrics = self._begin_coming(self._coming, self._num_coming, self._opened.metrics)
+            self._coming = []
         if groups := self._opened.take(in_order=in_order):
             return groups
         self._prefetcher.close_opened()
@@ -210,7 +227,30 @@ class Sampler:
         """End the opened draw, all of whose groups are taken, and return its metrics."""
         assert self._opened is not None
         opened, self._opened = self._opened, None
-        return opened.close()
+        metrics = self._begin_coming(self._coming, self._num_coming, opened.metrics)
+        return metrics | opened.close()
+
+    def _is_useless(self, batch: RolloutBatch, prompts_P: Sequence[Prompt]) -> bool:
+        """Return whether a prefetched batch is too stale, or was sampled for other prompts."""
+        return self.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
+
+    def _staleness(self, version: int, *, num_dropped: int) -> dict[str, float]:
+        return {
+            "groups/staleness": float(self.version - version),
+            "groups/stale_dropped": float(num_dropped),
+        }
+
+    def _begin_coming(
+        self, coming: Sequence[tuple[str, list[Prompt]]], num_generations: int, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Begin the batches of coming steps with the present weights; return `metrics` with those of sending them."""
+        metrics.setdefault("time/sync", 0.0)
+        for name, prompts in coming:
+            if name not in self._prefetcher:
+                synced = self._sync(prompts)
+                metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
+                self._prefetcher.begin(self._batch(prompts, num_generations, name))
+        return metrics
 
     def _batch(self, prompts_P: Sequence[Prompt], num_generations: int, name: str) -> RolloutBatch:
         requests = [
@@ -238,36 +278,6 @@ class Sampler:
         """End the engine."""
         self._prefetcher.close()
         self.engine.close()
-
-
-def sampling_of(args: OnlineConfig, ends: Sequence[int]) -> Sampling:
-    """Return the sampling parameters; `ends`: token ids that end a completion in any case."""
-    more = args.generation_kwargs
-    return Sampling(
-        max_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p or 0.0,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=more.presence_penalty,
-        frequency_penalty=more.frequency_penalty,
-        stop=tuple(more.stop),
-        stop_token_ids=tuple(dict.fromkeys([*ends, *more.stop_token_ids])),
-        min_tokens=more.min_tokens,
-        bad_words=tuple(more.bad_words),
-        logit_bias=tuple(more.logit_bias.items()),
-        allowed_token_ids=tuple(more.allowed_token_ids),
-    )
-
-
-def _refuse_unknown_tokens(drawn: GenerationKwargs, vocabulary: int) -> None:
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-        unknown = [token for token in getattr(drawn, name) if not 0 <= token < vocabulary]
-        if unknown:
-            raise ConfigError(
-                f"generation_kwargs.{name} names token {unknown[0]}, and the model has tokens 0 to {vocabulary - 1}"
-            )
 
 
 def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:

@@ -53,8 +53,6 @@ class ArrivalTrainer(OnlineTrainer[Args]):
         engine = engine_class(rollout)
         if not engine.in_workers:
             obstacle = f"the engine {engine.title} samples in the trainer's own process"
-        elif rollout.max_staleness:
-            obstacle = "rollout.max_staleness samples the groups of a step before it begins"
         elif self.policy.routers.coefficient:
             obstacle = "the routers' loss is weighed by the packed tokens of the whole update"
         if asked and obstacle:
@@ -88,7 +86,9 @@ class ArrivalTrainer(OnlineTrainer[Args]):
             rollout = self.args.rollout
             in_order = rollout.deterministic or self.args.full_determinism or rollout.num_workers == 1
             among = self.train_rows or prompts_P
-            drawn = yield from self.rollouts.stream_groups(prompts_P, among=among, in_order=in_order)
+            drawn = yield from self.rollouts.stream_groups(
+                prompts_P, self.coming_prompts(), among=among, in_order=in_order
+            )
         else:
             groups_P, drawn = self.next_groups(prompts_P)
             yield from groups_P

@@ -162,13 +162,16 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
 
     def next_groups(self, prompts_P: Sequence[Prompt]) -> tuple[list[Group], Metrics]:
         """Return the scored groups of a training step and metrics of the draw, on every rank."""
+        return self.rollouts.next_groups(prompts_P, self.coming_prompts(), among=self.train_rows or prompts_P)
+
+    def coming_prompts(self) -> list[list[Prompt]]:
+        """Return the prompts of the steps whose groups are sampled while the policy trains."""
         size, left = self.plan.rows_per_step, self.state.max_steps - self.state.global_step
-        coming = [
+        return [
             self.stream.peek((step - 1) * size, size)
             for step in range(1, self.args.rollout.max_staleness + 1)
             if step * self.plan.updates_per_step < left
         ]
-        return self.rollouts.next_groups(prompts_P, coming, among=self.train_rows or prompts_P)
 
     @property
     def truncation(self) -> Truncation | None:

@@ -132,22 +132,25 @@ class RolloutManager:
         name, number = self._draw_name(0), self._args.num_generations
         if not self._args.rollout.max_staleness:
             return self.sample(prompts_P, num_generations=number, draw=name, among=among)
-        later = [(self._draw_name(step), prompts) for step, prompts in enumerate(coming, start=1)]
+        later = self._name_draws(coming)
         return self._on_all_ranks(
             lambda: self.require_sampler().collect(prompts_P, num_generations=number, draw=name, coming=later), among
         )
 
     def stream_groups(
-        self, prompts_P: Sequence[Prompt], *, among: Sequence[Prompt], in_order: bool
+        self, prompts_P: Sequence[Prompt], coming: Sequence[list[Prompt]], *, among: Sequence[Prompt], in_order: bool
     ) -> Generator[Group, None, Metrics]:
         """Yield the scored groups of a training step as they become ready, on every rank; return metrics of the draw.
 
-        `in_order`: in the order of the prompts, otherwise as they come, which is the same on all ranks. `among`: see
-        `next_groups`.
+        `in_order`: in the order of the prompts, otherwise as they come, which is the same on all ranks. `coming`, `among`:
+        see `next_groups`.
         """
         self.num_draws += 1
         name, number = self._draw_name(0), self._args.num_generations
-        self._main_rank.run(lambda: self.require_sampler().open(prompts_P, num_generations=number, draw=name))
+        later = self._name_draws(coming)
+        self._main_rank.run(
+            lambda: self.require_sampler().open(prompts_P, num_generations=number, draw=name, coming=later)
+        )
         while True:
             groups, _ = self._on_all_ranks(lambda: (self.require_sampler().take(in_order=in_order), {}), among)
             if not groups:
@@ -182,6 +185,9 @@ class RolloutManager:
     def _draw_name(self, ahead: int) -> str:
         """Return the name of the training draw so many steps from now."""
         return f"train/{self.num_draws + ahead}"
+
+    def _name_draws(self, coming: Sequence[list[Prompt]]) -> list[tuple[str, list[Prompt]]]:
+        return [(self._draw_name(step), prompts) for step, prompts in enumerate(coming, start=1)]
 
     def evaluate(self, rows: Sequence[Prompt]) -> Metrics:
         """Return mean rewards and lengths of completions for `rows`."""

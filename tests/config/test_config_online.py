@@ -7,7 +7,7 @@ import pytest
 
 from rlqwen import GRPOConfig, PPOConfig
 from rlqwen.errors import ConfigError
-from rlqwen.rollout.sampler import sampling_of
+from rlqwen.rollout.sampling_parameters import sampling_of
 from rlqwen.types import Truncation
 
 

@@ -108,14 +108,14 @@ def figures(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize(("algorithm", "arrival"), [("grpo", False), ("grpo", True), ("ppo", False)])
 @pytest.mark.parametrize(
     ("lag", "expected"), [(0, [1, 2, 3, 4, 5, 6]), (1, [1, 1, 2, 3, 4, 5]), (2, [1, 1, 1, 2, 3, 4])]
 )
 def test_each_step_is_sampled_with_the_expected_weights(
-    tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int, expected: list[int]
+    tiny_model_path: Path, tmp_path: Path, algorithm: str, arrival: bool, lag: int, expected: list[int]
 ) -> None:
-    trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag)
+    trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag, train_on_arrival=arrival)
     engines = []
     trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.sampler.engine)))
     trainer.train()
@@ -123,7 +123,9 @@ def test_each_step_is_sampled_with_the_expected_weights(
     gaps = figures(trainer, "sampling/logp_gap")
     stale = [step + 1 - version for step, version in enumerate(expected)]
     assert [gap > 1e-4 for gap in gaps] == [staleness > 0 for staleness in stale]
-    assert sum(name.startswith("rollout-prefetch") for name in engines[0].threads) == (5 if lag else 0)
+    assert sum(name.startswith("rollout-prefetch") for name in engines[0].threads) == (
+        6 if arrival else 5 if lag else 0
+    )
     if lag:
         assert figures(trainer, "groups/staleness") == stale
         assert figures(trainer, "groups/stale_dropped") == [0.0] * 6
@@ -137,8 +139,9 @@ class Watch(TrainerCallback):
         self.then()
 
 
-def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path: Path, tmp_path: Path) -> None:
-    trainer = make(tiny_model_path, tmp_path, max_steps=4)
+@pytest.mark.parametrize("arrival", [False, True])
+def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path: Path, tmp_path: Path, arrival: bool) -> None:
+    trainer = make(tiny_model_path, tmp_path, max_steps=4, train_on_arrival=arrival)
     trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.weights_changed()))
     trainer.train()
     assert figures(trainer, "groups/stale_dropped") == [0.0, 0.0, 2.0, 0.0]
@@ -158,9 +161,14 @@ def test_evaluation_uses_current_weights_and_does_not_affect_training(tiny_model
 @pytest.mark.fault(
     "SIGKILL of the trainer while groups are drawn ahead", "groups are in the checkpoint: the run goes on to the bit"
 )
-@pytest.mark.parametrize(("algorithm", "lag"), [("grpo", 1), ("grpo", 2), ("ppo", 1)])
-def test_prefetched_groups_survive_a_resume(tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "lag", "arrival"), [("grpo", 1, False), ("grpo", 1, True), ("grpo", 2, True), ("ppo", 1, False)]
+)
+def test_prefetched_groups_survive_a_resume(
+    tiny_model_path: Path, tmp_path: Path, algorithm: str, lag: int, arrival: bool
+) -> None:
     options: dict[str, Any] = {"algorithm": algorithm, "lag": lag, "save_strategy": "steps", "save_steps": 3}
+    options["train_on_arrival"] = arrival
     # All runs are in forks, because a fork of a process that has used several threads may wait for them forever.
     assert run_forked(lambda: make(tiny_model_path, tmp_path / "straight", **options).train()) == 0
 
