@@ -103,17 +103,31 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="RECIPE... [KEY=VALUE]...")
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Memory of each GPU to plan for; by default that of this machine's GPUs, if it has any.",
+)
+@click.option(
+    "--nproc-per-node",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Plan for this many ranks, as `rlqwen run` starts them.",
+)
 @click.pass_context
-def check(context: click.Context, words: tuple[str, ...]) -> None:
-    """Find what is wrong with recipes without a device: keys, data, template, masks, batch, rewards, resources.
+def check(context: click.Context, words: tuple[str, ...], gpu_memory: float | None, nproc_per_node: int) -> None:
+    """Find what is wrong with recipes without a device: keys, data, template, masks, batch, memory, rewards, resources.
 
     Ends with exit code 2 if anything is wrong. Arguments are those of `rlqwen run`.
     """
+    if nproc_per_node > 1:
+        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches and memory are those of this many ranks
     recipes = read_recipes(words)
     prepare()
     from rlqwen.preflight import check_pipeline
 
-    reports = check_pipeline(recipes)
+    reports = check_pipeline(recipes, gpu_gib=gpu_memory)
     for report in reports:
         report.show(console())
     if any(report.faults for report in reports):

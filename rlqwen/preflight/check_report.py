@@ -11,6 +11,15 @@ from rich.text import Text
 from rlqwen.errors import InputError
 
 
+@dataclass(frozen=True)
+class Figures:
+    """A table of figures."""
+
+    columns: tuple[str, ...]
+    """Heads of the columns; the first is the title."""
+    rows: list[tuple[str, ...]]
+
+
 @dataclass
 class CheckReport:
     """Facts, warnings and faults that a check found."""
@@ -18,6 +27,7 @@ class CheckReport:
     title: str
     facts: list[tuple[str, str]] = field(default_factory=list)
     """(area, what was found), in the order of the checks."""
+    figures: list[Figures] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     faults: list[InputError] = field(default_factory=list)
 
@@ -38,8 +48,23 @@ class CheckReport:
         table.add_column(overflow="fold")
         for area, found in self.facts:
             table.add_row(area, Text(found))
+        console.print(table)
+        for figures in self.figures:
+            _show_figures(console, figures)
+        table = Table(box=None, show_header=False, padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for warning in self.warnings:
             table.add_row(Text("warning", style="yellow"), Text(warning))
         for fault in self.faults:
             table.add_row(Text("wrong", style="bold red"), Text(str(fault)))
         console.print(table)
+
+
+def _show_figures(console: Console, figures: Figures) -> None:
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for place, head in enumerate(figures.columns):
+        table.add_column(head, justify="right" if place else "left", no_wrap=not place)
+    for row in figures.rows:
+        table.add_row(*row, style="bold" if row is figures.rows[-1] else None)
+    console.print(table)

@@ -1,41 +1,22 @@
 """Report what a recipe trains of its model, and how much memory that takes."""
 
-import contextlib
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlqwen.config import DPOConfig, ModelConfig, OnlineConfig, PPOConfig, Recipe
+from rlqwen.config import LoraSettings, QuantizationSettings, Recipe
+from rlqwen.config.trainer import launched_ranks
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import count_text
-from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.model_check import ConfigFacts, read_config
-from rlqwen.preflight.parameter_counts import (
-    ParameterCounts,
-    chosen_experts,
-    count_parameters,
-    meta_model,
-    trained_parameters,
-)
+from rlqwen.preflight.check_report import CheckReport, Figures
+from rlqwen.preflight.memory_fit import check_fit
+from rlqwen.preflight.memory_plan import GIB, MemoryPlan, plan_memory
+from rlqwen.preflight.model_check import ConfigFacts
+from rlqwen.preflight.model_size import ModelSize
+from rlqwen.preflight.parameter_counts import ParameterCounts, chosen_experts, meta_model
 from rlqwen.preflight.settings_check import check_rollout_dtype, check_settings
-from rlqwen.rollout.engine import engine_class
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_QUANTIZED = ("attention", "delta-net", "MLP", "shared experts")
-"""Groups of linear layers that bitsandbytes quantizes; it leaves fused experts, embedding and head as they are."""
-_SPOKEN = {"ref_model": "reference"}
-_SHARED = {
-    1: "ZeRO-1 shares Adam's state out among the ranks",
-    2: "ZeRO-2 shares gradients and Adam's state out among the ranks",
-    3: "ZeRO-3 shares all of it out among the ranks",
-}
 
 
-def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> None:
-    """Add to the report how many parameters are trained, frozen and carried, and their memory.
+def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts) -> ModelSize | None:
+    """Add to the report how many parameters are trained, frozen and carried, and return what their memory depends on.
 
     `facts`: those of the starting model. A model that cannot be built is a warning, because other code may still load
     it; an adapter that does not fit is a fault.
@@ -44,18 +25,61 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
         model = meta_model(facts.config, scalar=recipe.train.trains_scalar_model)
     except ModelError as error:
         report.warnings.append(f"parameters were not counted: {error}")
-        return
+        return None
     check_settings(report, recipe, facts, model)
-    counts = count_parameters(facts.config, model, facts.folder)
-    report.facts.append(("parameters", _parts_in_words(counts, facts.config)))
-    if counts.carried:
-        kept = ", ".join(f"{part} {count_text(number)}" for part, number in counts.carried.items())
-        report.facts.append(("carried", f"{kept}: neither trained nor used, and kept in every folder that is written"))
+    size = None
     with report.collecting():
-        trained, summary = _trained(report, recipe, model, counts)
-        report.facts.append(("trained", summary))
-        report.facts.append(("memory", _memory_in_words(recipe, trained, counts, facts.dtype)))
+        size = ModelSize.measure(recipe, facts, model)
+        report.facts.append(("parameters", _parts_in_words(size.counts, facts.config)))
+        if carried := size.counts.carried:
+            kept = ", ".join(f"{part} {count_text(number)}" for part, number in carried.items())
+            report.facts.append(
+                ("carried", f"{kept}: neither trained nor used, and kept in every folder that is written")
+            )
+        report.warnings += size.notes
+        report.facts.append(("trained", _trained_in_words(size)))
     check_rollout_dtype(report, recipe, facts)
+    return size
+
+
+def describe_memory(
+    report: CheckReport, recipe: Recipe, size: ModelSize, *, longest: int | None = None, gpu_gib: float | None = None
+) -> None:
+    """Add the memory table to the report, and a fault if the GPUs are too small.
+
+    `longest`: tokens of the longest row, or prompt, of the data; `gpu_gib`: memory of each GPU, None: as this machine
+    has, and not compared if it has none.
+    """
+    num_ranks, on_gpu = launched_ranks(), not recipe.train.use_cpu
+    sizes: dict[str, ModelSize] = {}
+
+    def plan_of(changed: Recipe) -> MemoryPlan:
+        # A change that is tried out is not validated, and holds mappings.
+        if isinstance(changed.model.lora, dict):
+            changed.model.lora = LoraSettings(**changed.model.lora)
+        if isinstance(changed.model.quantization, dict):
+            changed.model.quantization = QuantizationSettings(**changed.model.quantization)
+        key = repr((changed.model.lora, changed.model.quantization, changed.model.dtype))
+        if key not in sizes:
+            sizes[key] = size if changed is recipe else size.with_lora(changed)
+        return plan_memory(changed, sizes[key], longest=longest, num_ranks=num_ranks, on_gpu=on_gpu)
+
+    plan = plan_of(recipe)
+    report.facts.append(("memory", _plan_in_words(plan, on_gpu=on_gpu)))
+    report.figures.append(_as_figures(plan, f"memory{f' of each of {num_ranks} GPUs' if num_ranks > 1 else ''}, GiB"))
+    gpu_bytes = _own_gpu_bytes() if gpu_gib is None else gpu_gib * GIB
+    if gpu_bytes is not None and on_gpu:
+        with report.collecting():
+            check_fit(recipe, plan_of, gpu_bytes, num_ranks)
+
+
+def _own_gpu_bytes() -> float | None:
+    """Return the memory of this machine's smallest GPU; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
 
 
 def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
@@ -70,65 +94,30 @@ def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
     return f"{count_text(counts.total)}{active}: {', '.join(named)}"
 
 
-def _trained(report: CheckReport, recipe: Recipe, model: "PreTrainedModel", counts: ParameterCounts) -> tuple[int, str]:
-    """Return how many parameters are trained, and which."""
-    if recipe.model.lora is None:
-        return counts.total, f"all {count_text(counts.total)}"
-    targets, notes = trained_parameters(model, recipe.model.lora)
-    report.warnings += notes
-    trained = sum(targets.values())
-    named = ", ".join(f"{target} {count_text(number)}" for target, number in sorted(targets.items()))
-    summary = f"{count_text(trained)} ({trained / counts.total:.2%}) in adapters: {named}; the rest is frozen"
-    return trained, summary
+def _trained_in_words(size: ModelSize) -> str:
+    if size.adapters is None:
+        return f"all {count_text(size.total)}"
+    named = ", ".join(f"{target} {count_text(number)}" for target, number in sorted(size.trained.items()))
+    return (
+        f"{count_text(size.num_trained)} ({size.num_trained / size.total:.2%}) in adapters: {named}; the rest is frozen"
+    )
 
 
-def _memory_in_words(recipe: Recipe, trained: int, counts: ParameterCounts, dtype: str) -> str:
-    """Return the bytes of weights, gradients and Adam's two moments. Activations depend on the rows, and are left
-    out."""
-    settings, train, total = recipe.model, recipe.train, counts.total
-    if settings.lora is None:
-        parts = {"weights": 4 * trained}
-    else:
-        frozen_dtype = dtype if settings.dtype == "auto" else settings.dtype
-        width, size = frozen_dtype, total * _BYTES.get(frozen_dtype, 4)
-        if settings.quantization is not None:
-            quantized = sum(counts.parts.get(part, 0) for part in _QUANTIZED)
-            width = f"{settings.quantization.bits} bits"
-            size -= int(quantized * (_BYTES.get(frozen_dtype, 4) - settings.quantization.bits / 8))
-        parts = {f"frozen weights in {width}": size, "adapters": 4 * trained}
-    parts |= {"gradients": 4 * trained, "Adam": 8 * trained}
-    if isinstance(train, PPOConfig) and train.critic.kind == "model" and train.critic.path is None:
-        parts["the critic, another such model"] = sum(parts.values())
-    if settings.lora is None and _holds_reference(recipe):
-        parts["the reference"] = total * (4 if train.bf16 is False else 2)
-    parts |= _other_models(recipe)
-    named = ", ".join(f"{part} {_gigabytes(size)}" for part, size in parts.items())
-    line = f"{_gigabytes(sum(parts.values()))}: {named}"
-    if train.parallel.zero_stage:
-        line += f"; {_SHARED[train.parallel.zero_stage]}"
-    if isinstance(train, OnlineConfig) and engine_class(train.rollout).in_workers:
-        line += f"; each rollout worker holds {_gigabytes(2 * total)} of weights in bfloat16 besides"
-    return f"{line}; activations come on top"
+def _plan_in_words(plan: MemoryPlan, *, on_gpu: bool) -> str:
+    rows = plan.micro_batch
+    line = f"{plan.peak / GIB:.2f} GiB at the peak, in {plan.peak_phase}, with rows of up to {rows.tokens:,} tokens"
+    if plan.engine_share:
+        line += f", beside a vLLM engine that takes {plan.engine_share:.0%} of the GPU"
+    return f"{line}; a GPU of {plan.smallest_gpu / GIB:.1f} GiB or more" if on_gpu else line
 
 
-def _holds_reference(recipe: Recipe) -> bool:
-    """Return whether a frozen copy of the model stays in memory beside the one that is trained."""
-    train = recipe.train
-    is_precomputed = isinstance(train, DPOConfig) and train.precompute_ref_log_probs
-    return train.needs_reference and not is_precomputed
+def _as_figures(plan: MemoryPlan, title: str) -> Figures:
+    """Return the plan as a table: parts in rows, phases in columns, the peak of each in the last one."""
 
+    def cells(values: dict[str, float]) -> tuple[str, ...]:
+        sizes = [values.get(phase, 0.0) for phase in plan.phases]
+        return tuple(f"{size / GIB:.2f}" if size else "" for size in [*sizes, max(sizes)])
 
-def _other_models(recipe: Recipe) -> dict[str, int]:
-    """Return the bytes of the frozen models that the recipe names, such as a teacher; those that can be read now."""
-    sizes = {}
-    for key, path in recipe.train.other_models().items():
-        with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(ModelError):
-            facts = read_config(ModelConfig(path=path), Path(scratch))
-            if facts is not None:
-                total = count_parameters(facts.config, meta_model(facts.config, scalar=False), facts.folder).total
-                sizes["the " + _SPOKEN.get(key, key)] = total * (4 if recipe.train.bf16 is False else 2)
-    return sizes
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB" if size >= 5e8 else f"{size / 1e6:,.1f} MB"
+    rows = [(name, *cells(part)) for name, part in plan.parts.items()]
+    rows.append(("total", *cells({phase: plan.total(phase) for phase in plan.phases})))
+    return Figures((title, *plan.phases, "peak"), rows)

@@ -17,12 +17,13 @@ from rlqwen.run_folder.layout import FINAL_FOLDER
 Row = dict[str, Any]
 
 
-def check_pipeline(recipes: Sequence[Recipe]) -> list[CheckReport]:
-    """Check everything about each recipe that needs no device."""
+def check_pipeline(recipes: Sequence[Recipe], *, gpu_gib: float | None = None) -> list[CheckReport]:
+    """Check everything about each recipe that needs no device; `gpu_gib`: memory of each GPU, None: as this machine's."""
     reports = []
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
-        report = check_recipe(recipe, starting_model(recipe, earlier), to_train=models_to_train(earlier))
+        start = starting_model(recipe, earlier)
+        report = check_recipe(recipe, start, to_train=models_to_train(earlier), gpu_gib=gpu_gib)
         with report.collecting():
             check_run_folder(recipe, earlier)
         with report.collecting():

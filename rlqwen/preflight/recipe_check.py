@@ -12,8 +12,9 @@ from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
 from rlqwen.errors import DataError
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.memory_estimate import describe_parameters
+from rlqwen.preflight.memory_estimate import describe_memory, describe_parameters
 from rlqwen.preflight.model_check import NO_TOKENIZER, ModelFacts, read_config, read_tokenizer, what_is_missing
+from rlqwen.preflight.model_size import ModelSize
 from rlqwen.preflight.resource_check import check_resources
 from rlqwen.preflight.reward_check import check_rewards
 from rlqwen.preflight.tokenized_rows import (
@@ -28,17 +29,20 @@ from rlqwen.preflight.tokenized_rows import (
 Row = dict[str, Any]
 
 
-def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collection[str] = ()) -> CheckReport:
+def check_recipe(
+    recipe: Recipe, start: Recipe | None = None, to_train: Collection[str] = (), *, gpu_gib: float | None = None
+) -> CheckReport:
     """Check everything that needs no device.
 
     `start`: the recipe whose model this one continues from. `to_train`: folders of models that earlier recipes will
-    train.
+    train. `gpu_gib`: memory of each GPU to plan for; None: those of this machine, if it has any.
     """
     report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
     start = start or recipe
     if note := recipe.train.parallel.unused_note():
         report.warnings.append(note)
-    model = _check_model(report, recipe, start)
+    model, size = _check_model(report, recipe, start)
+    longest: int | None = None
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
     train, evaluation = _clean(report, recipe, train, evaluation)
@@ -56,12 +60,16 @@ def check_recipe(recipe: Recipe, start: Recipe | None = None, to_train: Collecti
                 if isinstance(recipe.train, OnlineConfig):
                     tokenized.name_unused(taken)
                 describe_data(report, f"data.{name}", tokenized)
+                longest = tokenized.lengths.get("max") if name == "train" else longest
                 if name == "train":
                     if isinstance(recipe.train, OnlineConfig):
                         describe_thinking(report, recipe.train, model)
                     describe_batch(report, recipe, tokenized)
     if unknown or not model:
         describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
+    if size is not None:
+        with report.collecting():
+            describe_memory(report, recipe, size, longest=longest, gpu_gib=gpu_gib)
     if isinstance(recipe.train, OnlineConfig):
         if recipe.train.correction_note:
             report.warnings.append(recipe.train.correction_note)
@@ -78,7 +86,8 @@ def _tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts, name: str)
         raise type(fault)(f"{name}, {fault}" if str(fault).startswith("row ") else str(fault)) from None
 
 
-def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFacts | None:
+def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> tuple[ModelFacts | None, ModelSize | None]:
+    """Return the facts about the starting model, and what its memory depends on; None for what cannot be read."""
     if recipe.model.quantization is not None:
         with report.collecting():
             require_bitsandbytes("model.quantization")
@@ -90,26 +99,26 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> ModelFac
                 f"model {start.model.path!r} is not on this machine and the hub cannot be reached: "
                 "parameters, template, loss masks, lengths and context were not checked"
             )
-            return None
+            return None, None
         yet_to_train = "" if start is recipe else f", to be trained from {start.model.path}"
-        size = f", {found.num_bytes / 1e6:,.1f} MB of weights" if found.num_bytes else ""
-        line = f"{recipe.model.path}{yet_to_train}, context {found.context:,}, {found.dtype}{size}"
+        stored = f", {found.num_bytes / 1e6:,.1f} MB of weights" if found.num_bytes else ""
+        line = f"{recipe.model.path}{yet_to_train}, context {found.context:,}, {found.dtype}{stored}"
         report.facts.append(("model", line))
         if missing:
             report.warnings.append(
                 f"{start.model.path} lacks {' and '.join(missing)}: checked without; a run would refuse it"
             )
-        describe_parameters(report, recipe, found)
+        size = describe_parameters(report, recipe, found)
         if NO_TOKENIZER in missing:
-            return None
+            return None, size
         model = read_tokenizer(found)
         if model is None:
             report.warnings.append(
                 f"the tokenizer of {start.model.path!r} is not on this machine: template, loss masks and lengths were not "
                 "checked"
             )
-        return model
-    return None
+        return model, size
+    return None, None
 
 
 def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | None:

@@ -17,7 +17,7 @@ from rlqwen.config import LoraSettings, Recipe
 from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe
 from rlqwen.errors import ModelError
 from rlqwen.models.tiny import resolve_model_path
-from rlqwen.preflight import check_before_run, check_recipe
+from rlqwen.preflight import CheckReport, check_before_run, check_recipe
 from rlqwen.preflight.parameter_counts import count_parameters, meta_model, trained_parameters
 from tests.narrowing import only_source, present
 
@@ -169,7 +169,8 @@ def test_a_folder_without_weights_can_be_checked_but_not_run(tmp_path: Path) -> 
     assert "routed experts 387 B (10 of 512 a token)" in facts["parameters"]
     assert facts["carried"].startswith("vision tower 456 M, multi-token prediction 6.6 B: neither trained nor used")
     assert facts["trained"] == "all 396 B"
-    assert facts["memory"].startswith("6,341.5 GB: weights 1,585.4 GB, gradients 1,585.4 GB, Adam 3,170.8 GB")
+    (memory,) = report.figures
+    assert [row[-1] for row in memory.rows[:3]] == ["1476.51", "1476.51", "2953.01"]  # 4, 4 and 8 bytes a parameter
     assert facts["data.train"].startswith("24 of 24 rows")
     (line,) = [warning for warning in report.warnings if "lacks weights" in warning]
     assert line.endswith("checked without; a run would refuse it")
@@ -200,9 +201,10 @@ def test_an_adapter_that_does_not_fit_is_found_without_weights(tmp_path: Path) -
     (fault,) = check_recipe(sft_recipe(model, tmp_path, model=lora)).faults
     assert "target_modules: 'experts' matches nothing" in str(fault)
     lora["lora"]["target_modules"] = ["q_proj", "in_proj_qkv"]
-    facts = dict(check_recipe(sft_recipe(model, tmp_path, model=lora)).facts)
+    report = check_recipe(sft_recipe(model, tmp_path, model=lora))
+    facts = dict(report.facts)
     assert facts["trained"] == "16.3 M (0.06%) in adapters: in_proj_qkv 11.8 M, q_proj 4.46 M; the rest is frozen"
-    assert facts["memory"].startswith("54.1 GB: frozen weights in bfloat16 53.8 GB, adapters")
+    assert parts_of(report)["weights"] == pytest.approx((2 * 26.9e9 + 4 * 16.3e6) / 2**30, rel=0.01)
 
 
 def test_thinking_is_reported_as_the_template_sets_it(tmp_path: Path) -> None:
@@ -256,7 +258,13 @@ def test_every_shipped_recipe_fits_the_config_of_its_model(
     assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]
 
 
-def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(
+def parts_of(report: CheckReport) -> dict[str, float]:
+    """Return the largest size of each part of the memory table, in GiB."""
+    (memory,) = report.figures
+    return {row[0]: float(row[-1]) for row in memory.rows}
+
+
+def test_the_memory_table_counts_critic_reference_and_quantized_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlqwen.preflight.recipe_check.require_bitsandbytes", lambda key: None)
@@ -267,20 +275,26 @@ def test_the_memory_estimate_counts_critic_reference_and_quantized_weights(
         "rollout": {"engine": "transformers"},
     }
     ppo = sft_recipe(model, tmp_path, algorithm="ppo", train={"max_completion_length": 64}, **online)
-    whole, trained = 7_615_616_512, 16 * 7_615_616_512
-    memory = dict(check_recipe(ppo).facts)["memory"]
-    assert memory.startswith(f"{(2 * trained + 2 * whole) / 1e9:,.1f} GB: weights 30.5 GB")
-    assert "the critic, another such model 121.8 GB, the reference 15.2 GB; activations" in memory
-    student = {"max_completion_length": 64, "teacher": "builtin:tiny-qwen3"}
+    whole = 7_615_616_512 / 2**30
+    parts = parts_of(check_recipe(ppo))
+    expected = {
+        "weights": 4 * whole,
+        "gradients": 4 * whole,
+        "optimizer": 8 * whole,
+        "critic": 16 * whole,
+        "reference": 2 * whole,
+    }
+    assert {name: parts[name] for name in expected} == pytest.approx(expected, abs=0.01)
+    student = {"max_completion_length": 64, "teacher": str(model)}
     distillation = sft_recipe(model, tmp_path, algorithm="distillation", train=student, **online | {"rewards": []})
-    memory = dict(check_recipe(distillation).facts)["memory"]
-    assert memory.startswith(
-        "121.9 GB: weights 30.5 GB, gradients 30.5 GB, Adam 60.9 GB, the teacher 2.1 MB; activations"
-    )
+    parts = parts_of(check_recipe(distillation))
+    assert parts["teacher"] == pytest.approx(2 * whole, abs=0.01)
+    assert not {"reference", "critic"} & parts.keys()
     quantized = {"path": str(model), "lora": {"r": 8}, "quantization": {"bits": 4}}
-    memory = dict(check_recipe(sft_recipe(model, tmp_path, model=quantized)).facts)["memory"]
-    linear = 822_121_472 + 5_703_204_864  # attention with its biases, and MLP
-    assert f"frozen weights in 4 bits {(0.5 * linear + 2 * (whole - linear)) / 1e9:,.1f} GB" in memory
+    linear = (822_121_472 + 5_703_204_864) / 2**30  # attention with its biases, and MLP
+    adapters = 4 * 20.2e6 / 2**30
+    weights = parts_of(check_recipe(sft_recipe(model, tmp_path, model=quantized)))["weights"]
+    assert weights == pytest.approx(0.5 * linear + 2 * (whole - linear) + adapters, abs=0.01)
 
 
 def test_settings_that_the_model_does_not_allow_are_found_without_weights(tmp_path: Path) -> None:

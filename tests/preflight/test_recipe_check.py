@@ -214,7 +214,7 @@ def test_a_correct_sft_recipe_reports_model_data_template_and_batch(tiny_model_p
     assert report.faults == []
     facts = dict(report.facts)
     assert list(facts) == [
-        "model", "parameters", "trained", "memory", "data.train", "template", "data.train form", "batch"
+        "model", "parameters", "trained", "data.train", "template", "data.train form", "batch", "memory"
     ]  # fmt: skip
     assert facts["data.train"].startswith("3 of 3 rows")
     assert "EOS in the loss of 100%" in facts["data.train"]
