@@ -55,9 +55,9 @@ class Shape:
         width = self.hidden_size
         attention = width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         feed_forward = 3 * width * self.intermediate_size * max(self.experts_per_token, 1) + width * self.num_experts
-        spans = batch.layout.spans
-        seen = sum((end - start) ** 2 / 2 for start, end in {span[:2] for span in spans})
-        seen += sum(span.length * (span.prefix_length + span.length / 2) for span in spans)
+        layout = batch.layout
+        starts = zip(layout.offsets, layout.segments, strict=True)
+        seen = sum(segment.length * (before + segment.length / 2) for before, segment in starts)
         trunk = 6 * (attention + feed_forward) * batch.num_tokens + 12 * self.num_heads * self.head_dim * seen
         return self.num_layers * trunk + 6 * width * self.vocab_size * batch.num_targets
 

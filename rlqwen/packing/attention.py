@@ -1,7 +1,7 @@
 """Attend over a packed row of shared prefixes and their branches, in any transformers model.
 
 `AttentionInterface` swaps the attention function, and the layout travels as a keyword of the model's forward. On a GPU
-in half precision attention is two calls of FlashAttention (rlqwen.packing.cascade_attention), elsewhere padded blocks
+in half precision attention is a few calls of FlashAttention (rlqwen.packing.cascade_attention), elsewhere padded blocks
 (rlqwen.packing.block_attention).
 
 Shapes: T tokens in the row; H heads of width D.

@@ -1,9 +1,10 @@
-"""Pack sequences in one row of tokens: each prompt once, then its continuations.
+"""Pack sequences in one row of tokens, each shared prefix once.
 
 A `Tree` is a prefix and the branches that continue it: a prompt and its G completions (GRPO, PPO), a prompt and its
 chosen and rejected answers (DPO), or a whole sequence as the only branch of an empty prefix (SFT). `pack` lays out
 trees in one row, so that linear layers compute neither padding nor a prompt twice; only attention
-(rlqwen.packing.attention) needs to know which tokens may see which.
+(rlqwen.packing.attention) needs to know which tokens may see which. What trees and branches share beyond that, such as a
+system prompt or earlier turns, is found by its token ids (rlqwen.packing.prefix_trie).
 
 Shapes: T tokens in the row, N target tokens (those with a loss), S sequences (branches).
 """
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlqwen.packing.row_layout import Layout, Span, send
+from rlqwen.packing.prefix_trie import PrefixTrie, is_worth_sharing
+from rlqwen.packing.row_layout import ROOT, Layout, send
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ class Tree:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens that the tree takes in a packed row."""
+        """Return the tokens that the tree takes in a packed row, if it shares no more than its prefix."""
         return len(self.prefix) + sum(len(branch.token_ids) for branch in self.branches)
 
     @property
@@ -131,26 +133,25 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
 
     Raises ValueError if there is nothing to pack.
     """
-    row = _Row()
-    for tree in trees:
-        if tree.branches:
-            row.add(tree)
-    if not row.spans:
+    trees = [tree for tree in trees if tree.branches]
+    if not trees:
         raise ValueError("nothing to pack: no tree has a branch")
+    token_ids_T, layout = _lay_out(trees)
+    sources, targets, kept = _find_targets(trees, layout)
+    lengths_S = torch.tensor([len(places) for places in kept])
     branches = [branch for tree in trees for branch in tree.branches]
     return PackedBatch(
-        input_ids=_tensor(row.token_ids, np.int64)[None],
-        position_ids=_tensor(row.positions, np.int64)[None],
-        layout=Layout(row.spans),
-        source_N=_tensor(row.sources, np.int64),
-        target_N=_tensor(row.targets, np.int64),
-        sequence_N=torch.repeat_interleave(torch.arange(len(row.lengths)), torch.tensor(row.lengths)),
-        lengths_S=torch.tensor(row.lengths, dtype=torch.float32),
+        input_ids=torch.from_numpy(token_ids_T)[None],
+        position_ids=torch.from_numpy(layout.positions())[None],
+        layout=layout,
+        source_N=torch.from_numpy(np.concatenate(sources)),
+        target_N=torch.from_numpy(np.concatenate(targets)),
+        sequence_N=torch.repeat_interleave(torch.arange(len(kept)), lengths_S),
+        lengths_S=lengths_S.float(),
         per_token=Columns(
             {
-                name: _tensor(
-                    [values[place] for values, places in zip(column, row.kept, strict=True) for place in places],
-                    np.float32,
+                name: torch.from_numpy(
+                    np.concatenate([np.array(v, dtype=np.float32)[p] for v, p in zip(column, kept, strict=True)])
                 )
                 for name, column in _shared_columns([branch.per_token for branch in branches]).items()
             }
@@ -161,13 +162,47 @@ def pack(trees: Sequence[Tree]) -> PackedBatch:
                 for name, column in _shared_columns([branch.per_sequence for branch in branches]).items()
             }
         ),
-        experts_TLK=_experts(trees, len(row.token_ids)),
+        experts_TLK=_experts(trees, layout),
     )
 
 
-def _tensor(values: Sequence[float], dtype: type[np.int64] | type[np.float32]) -> Tensor:
-    """Return the values as a tensor, made by NumPy, which reads a list in a third of PyTorch's time."""
-    return torch.from_numpy(np.array(values, dtype=dtype))
+def _lay_out(trees: Sequence[Tree]) -> tuple[np.ndarray, Layout]:
+    """Return the (T,) token ids of a row of these trees, and its layout."""
+    given = sum(tree.num_tokens for tree in trees)
+    for trie in (PrefixTrie(), PrefixTrie(find=False)):
+        leaves = [leaf for tree in trees for leaf in _add_tree(trie, tree)[1]]
+        if trie.num_tokens == given or is_worth_sharing(trie.num_tokens, given):
+            break
+    return trie.lay_out(leaves)
+
+
+def _add_tree(trie: PrefixTrie, tree: Tree, prefix: int | None = None) -> tuple[int, list[int]]:
+    """Add a tree, or its branches to the `prefix` that is there; return the node of the prefix and those of the branches."""
+    if prefix is None:
+        prefix = trie.add(tree.prefix)
+    return prefix, [trie.add(branch.token_ids, prefix) for branch in tree.branches]
+
+
+def _find_targets(trees: Sequence[Tree], layout: Layout) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Return for each branch the row indices that predict its targets, their token ids, and their places in the branch."""
+    sources, targets, kept = [], [], []
+    for tree, branch, leaf in _branches(trees, layout):
+        count = len(branch.token_ids)
+        places = _targets(branch, has_prefix=bool(tree.prefix))
+        rows = layout.rows(leaf, count + 1)
+        # Without a prefix nothing predicts the first token, which is no target.
+        sources.append(rows[places] if tree.prefix else rows[places - 1])
+        targets.append(np.array(branch.token_ids, dtype=np.int64)[places])
+        kept.append(places)
+    return sources, targets, kept
+
+
+def _branches(trees: Sequence[Tree], layout: Layout) -> Iterator[tuple[Tree, Branch, int]]:
+    """Yield each branch with its tree and the segment in which it ends."""
+    leaves = iter(layout.leaves)
+    for tree in trees:
+        for branch in tree.branches:
+            yield tree, branch, next(leaves)
 
 
 def _shared_columns(values: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
@@ -175,65 +210,31 @@ def _shared_columns(values: Sequence[Mapping[str, T]]) -> dict[str, list[T]]:
     return {name: [one[name] for one in values] for name in values[0] if all(name in one for one in values)}
 
 
-def _experts(trees: Sequence[Tree], num_tokens: int) -> Tensor | None:
+def _experts(trees: Sequence[Tree], layout: Layout) -> Tensor | None:
     """Return the (T, L, K) recorded experts of a row of these trees; None if nothing is recorded."""
-    parts: list[tuple[int, np.ndarray]] = []
-    place = 0
-    for tree in trees:
-        if not tree.branches:
-            continue
-        recorded = [(len(tree.prefix), tree.prefix_experts)]
-        recorded += [(len(branch.token_ids), branch.experts) for branch in tree.branches]
-        for count, experts in recorded:
-            if experts is not None and count:
-                parts.append((place, experts[:count]))
-            place += count
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    for tree, branch, leaf in _branches(trees, layout):
+        rows = layout.rows(leaf)
+        for experts, places in (
+            (tree.prefix_experts, rows[: len(tree.prefix)]),
+            (branch.experts, rows[len(tree.prefix) :]),
+        ):
+            if experts is not None and len(places):
+                parts.append((places[: len(experts)], experts[: len(places)]))
     if not parts:
         return None
-    whole = np.full((num_tokens, *parts[0][1].shape[1:]), -1, dtype=np.int16)
-    for start, experts in parts:
-        whole[start : start + len(experts)] = experts
+    whole = np.full((layout.num_tokens, *parts[0][1].shape[1:]), -1, dtype=np.int16)
+    for places, experts in parts:
+        whole[places] = experts
     return torch.from_numpy(whole)
 
 
-@dataclass(slots=True)
-class _Row:
-    """Build a row tree by tree, in lists, because a tensor per element would cost more than the forward."""
-
-    token_ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    kept: list[list[int]] = field(default_factory=list)
-    """Indices of each branch's targets among its tokens."""
-
-    def add(self, tree: Tree) -> None:
-        prefix_start = len(self.token_ids)
-        self.token_ids += tree.prefix
-        self.positions += range(len(tree.prefix))
-        prefix_end = len(self.token_ids)
-        for branch in tree.branches:
-            start = len(self.token_ids)
-            self.token_ids += branch.token_ids
-            self.positions += range(len(tree.prefix), len(tree.prefix) + len(branch.token_ids))
-            self.spans.append(Span(prefix_start, prefix_end, start, len(self.token_ids)))
-            self._add_targets(branch, start, before=prefix_end - 1 if tree.prefix else None)
-
-    def _add_targets(self, branch: Branch, start: int, before: int | None) -> None:
-        """Add the targets of a branch; `before`: row index of the token that predicts its first, None if there is none."""
-        kept = _targets(branch, has_prefix=before is not None)
-        self.sources += [start + i - 1 if i > 0 else before for i in kept]  # type: ignore[misc]
-        self.targets += [branch.token_ids[i] for i in kept]
-        self.lengths.append(len(kept))
-        self.kept.append(kept)
-
-
-def _targets(branch: Branch, *, has_prefix: bool) -> list[int]:
+def _targets(branch: Branch, *, has_prefix: bool) -> np.ndarray:
     """Return the indices of the branch's tokens that are targets."""
-    mask = branch.loss_mask
-    return [i for i in range(0 if has_prefix else 1, len(branch.token_ids)) if mask is None or mask[i]]
+    first = 0 if has_prefix else 1
+    if branch.loss_mask is None:
+        return np.arange(first, max(len(branch.token_ids), first))
+    return first + np.flatnonzero(np.array(branch.loss_mask[first : len(branch.token_ids)], dtype=bool))
 
 
 def idle_batch(tree: Tree) -> PackedBatch:
@@ -267,28 +268,47 @@ def split_trees(
     trees are not `divisible`, because a loss compares their branches.
     """
     current: list[Tree] = []
-    branches = tokens = 0
+    size = _RowSize()
     for tree in trees:
         whole = not divisible or fits(len(tree.branches), tree.num_tokens, max_branches, max_tokens)
-        pieces = [tree] if whole else [replace(tree, branches=[branch]) for branch in tree.branches]
-        for piece in pieces:
+        for piece in [tree] if whole else [replace(tree, branches=[branch]) for branch in tree.branches]:
             joins = not whole and bool(current) and current[-1].prefix is piece.prefix
-            cost = piece.num_tokens - (len(piece.prefix) if joins else 0)
-            if current and not fits(branches + len(piece.branches), tokens + cost, max_branches, max_tokens):
+            size.add(piece, joins=joins, count_tokens=max_tokens is not None)
+            if current and not fits(size.branches, size.tokens, max_branches, max_tokens):
                 yield current
-                current, branches, tokens, joins = [], 0, 0, False
-                cost = piece.num_tokens
+                current, size, joins = [], _RowSize(), False
+                size.add(piece, joins=False, count_tokens=max_tokens is not None)
             if joins:
                 current[-1].branches += piece.branches
             else:
                 current.append(piece)
-            branches += len(piece.branches)
-            tokens += cost
-            if branches == max_branches:  # the trees may still be coming
+            if size.branches == max_branches:  # the trees may still be coming
                 yield current
-                current, branches, tokens = [], 0, 0
+                current, size = [], _RowSize()
     if current:
         yield current
+
+
+class _RowSize:
+    """Count the branches and tokens of a row while trees are added to it."""
+
+    def __init__(self) -> None:
+        self.branches = 0
+        self._given = 0
+        self._trie = PrefixTrie()
+        self._prefix = ROOT
+
+    def add(self, tree: Tree, *, joins: bool, count_tokens: bool) -> None:
+        """Add a tree, or if it `joins`, more branches of the last one."""
+        self.branches += len(tree.branches)
+        if count_tokens:
+            self._given += tree.num_tokens - (len(tree.prefix) if joins else 0)
+            self._prefix, _ = _add_tree(self._trie, tree, self._prefix if joins else None)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the row that `pack` makes."""
+        return self._trie.num_tokens if is_worth_sharing(self._trie.num_tokens, self._given) else self._given
 
 
 def fits(branches: int, tokens: int, max_branches: int | None, max_tokens: int | None) -> bool:

@@ -1,27 +1,27 @@
 """Attend over a packed row in small padded blocks: for any device, dtype and window.
 
-Queries, and for each branch the keys and values of its prefix and itself, are gathered into blocks of sequences of
-similar length, attended to by `scaled_dot_product_attention`, and scattered back. Gradients of a shared prefix add up
+Queries, and for each segment of the row the keys and values of all that it continues and of itself, are gathered into
+blocks of segments of similar length, attended to by `scaled_dot_product_attention`, and scattered back. Gradients of a shared prefix add up
 through the gather by themselves.
 
-Shapes: T tokens in the row; a block has B sequences of at most Q queries and K keys; H heads of width D.
+Shapes: T tokens in the row; a block has B segments of at most Q queries and K keys; H heads of width D.
 """
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
-from rlqwen.packing.row_layout import Layout, Span, send, sequences_of
+from rlqwen.packing.row_layout import ROOT, Layout, send
 
 
 @dataclass(slots=True)
 class Block:
-    """Sequences of similar length that share one call of the attention kernel."""
+    """Segments of similar length that share one call of the attention kernel."""
 
     query_BQ: Tensor
     """(B, Q) row index of each query; padding repeats index 0."""
@@ -42,13 +42,10 @@ class BlockPlan:
     """The blocks of a layout, on its device."""
 
     def __init__(self, layout: Layout) -> None:
-        """Make blocks for the prefixes, each once, and for the branches."""
-        sequences = sequences_of(layout.spans)
-        blocks = [_block(bucket) for bucket in _buckets(sequences)]
+        """Make blocks of all segments of the row."""
+        blocks = [_block(layout, bucket) for bucket in _buckets(layout)]
         row = torch.cat([block.query_BQ.flatten()[block.real_R] for block in blocks])
-        position = torch.zeros(len(row), dtype=torch.long)
-        for span in sequences:
-            position[span.start : span.end] = torch.arange(span.prefix_length, span.prefix_length + span.length)
+        position = torch.from_numpy(layout.positions())
         self.blocks = [block.to(layout.device) for block in blocks]
         self.order_T = torch.argsort(row).to(layout.device)
         """(T,) where each token of the row stands in the blocks' real queries, one block after another."""
@@ -134,37 +131,36 @@ def _gather(tensor_T: Tensor, index_BL: Tensor) -> Tensor:
     return tensor_T[index_BL].transpose(1, 2)
 
 
-def _buckets(sequences: Sequence[Span]) -> list[list[Span]]:
-    """Group sequences whose query counts differ by less than a factor of two, plain ones apart from prefixed ones.
+def _buckets(layout: Layout) -> list[list[int]]:
+    """Group segments whose query counts differ by less than a factor of two, those that begin a tree apart.
 
     Padding a block to its longest member then at most doubles the work, and the kernel is called a few times only.
     """
-    buckets: dict[tuple[bool, int], list[Span]] = {}
-    for span in sequences:
-        buckets.setdefault((span.prefix_length > 0, span.length.bit_length()), []).append(span)
+    buckets: dict[tuple[bool, int], list[int]] = {}
+    for number, segment in enumerate(layout.segments):
+        buckets.setdefault((segment.parent != ROOT, segment.length.bit_length()), []).append(number)
     return [buckets[key] for key in sorted(buckets)]
 
 
-def _block(spans: list[Span]) -> Block:
-    num_queries = torch.tensor([span.length for span in spans])
-    num_prefix = torch.tensor([span.prefix_length for span in spans])
-    start = torch.tensor([span.start for span in spans])
-    prefix_start = torch.tensor([span.prefix_start for span in spans])
-    width, prefix_width = int(num_queries.max()), int(num_prefix.max())
-
+def _block(layout: Layout, numbers: list[int]) -> Block:
+    """Make a block of segments that all begin a tree, or all continue others."""
+    segments = [layout.segments[number] for number in numbers]
+    num_queries = torch.tensor([segment.length for segment in segments])
+    start = torch.tensor([segment.start for segment in segments])
+    width = int(num_queries.max())
     column = torch.arange(width)
     is_query = column < num_queries[:, None]
     query = torch.where(is_query, start[:, None] + column, 0)
     real = is_query.flatten().nonzero().squeeze(1)
-    if prefix_width == 0:
+    prefixes = [torch.from_numpy(layout.rows(segment.parent)) for segment in segments]
+    if not len(prefixes[0]):
         return Block(query, query, None, real)
 
-    prefix_column = torch.arange(prefix_width)
-    is_prefix = prefix_column < num_prefix[:, None]
-    prefix = torch.where(is_prefix, prefix_start[:, None] + prefix_column, 0)
+    prefix = pad_sequence(prefixes, batch_first=True)
+    is_prefix = torch.arange(prefix.shape[1]) < torch.tensor([len(rows) for rows in prefixes])[:, None]
     causal = column[:, None] >= column
     mask = torch.cat(
-        [is_prefix[:, None, :].expand(-1, width, -1), causal.expand(len(spans), -1, -1)],
+        [is_prefix[:, None, :].expand(-1, width, -1), causal.expand(len(segments), -1, -1)],
         dim=2,
     )
     return Block(query, torch.cat([prefix, query], dim=1), mask[:, None], real)

@@ -1,22 +1,20 @@
-"""Attend over a packed row by two calls of a variable-length kernel: no mask, no padding, memory in O(T).
+"""Attend over a packed row by calls of a variable-length kernel: no mask, no padding, memory in O(T).
 
-A row is a run of segments that lie one after another: a prefix, its branches, the next prefix, and so on. Attention of
-a query is split in two:
+The row is cut into segments that form trees (rlqwen.packing.row_layout). Attention of a query is split in parts:
 
 - own: each segment attends causally to itself, one call over the row as it lies;
-- cross: the branches of a prefix attend to all of it, one call over the branch tokens.
+- cross, for each depth of the trees: whatever continues a segment of this depth attends to all of it. One call for the
+  prompts of groups, and one more for each level, such as a system prompt that they share.
 
-With o the outputs and l the log-sum-exp of the scores of both, the whole is (e^l_own o_own + e^l_cross o_cross) /
-(e^l_own + e^l_cross). The kernel's backward computes dS = P * (dO V^T - rowsum(dO * O)) with P = exp(S - l), so that
-calling it for each part with the merged output and log-sum-exp gives exactly that part's share of the gradients, as in
-ring attention (arXiv 2310.01889).
+With o the outputs and l the log-sum-exp of the scores of two parts, both together are (e^l1 o1 + e^l2 o2) /
+(e^l1 + e^l2). The kernel's backward computes dS = P * (dO V^T - rowsum(dO * O)) with P = exp(S - l), so that calling it
+for each part with the merged output and log-sum-exp gives exactly that part's share of the gradients, as in ring
+attention (arXiv 2310.01889).
 
-Shapes: T tokens in the row; Q tokens of branches that have a prefix, P tokens of prefixes that have a branch; H heads of
-width D.
+Shapes: T tokens in the row; Q tokens that attend, and P tokens that are attended to, in a cross call; H heads of width D.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,13 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlqwen.packing.row_layout import Layout, Span, send
+from rlqwen.packing.row_layout import ROOT, Layout, send
 
 MAX_HEAD_DIM = 256
 """The widest head of PyTorch's flash kernels, whose widths are multiples of 8."""
-
-
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class Runs(NamedTuple):
@@ -56,61 +51,51 @@ class Call(NamedTuple):
         return self.queries.ends, self.keys.ends, self.queries.longest, self.keys.longest
 
 
+class Cross(NamedTuple):
+    """A call in which tokens attend to all of a segment that they continue."""
+
+    query_rows_Q: Tensor
+    """(Q,) long: where in the row the tokens lie that attend; no row twice."""
+    key_rows_P: Tensor
+    """(P,) long: where in the row the segments lie; no row twice."""
+    call: Call
+
+
 @dataclass(slots=True, frozen=True)
 class CascadePlan:
-    """Hold the arguments of the two calls for a layout, on its device."""
+    """Hold the arguments of the calls for a layout, on its device."""
 
-    own: Runs
-    """Every segment of the row."""
-    queries: Runs
-    """For each prefix, the tokens of its branches."""
-    prefixes: Runs
-    """For each prefix, its own tokens."""
-    query_rows_Q: Tensor
-    """(Q,) long: where in the row the tokens of `queries` lie; no row twice."""
-    prefix_rows_P: Tensor
-    """(P,) long: where in the row the tokens of `prefixes` lie; no row twice."""
+    own: Call
+    """Every segment of the row attends to itself."""
+    crosses: tuple[Cross, ...]
+    """For each depth from 0 at which there are segments that others continue, what continues them attends to them."""
 
     @classmethod
     def build(cls, layout: Layout) -> "CascadePlan":
         """Plan the calls for `layout`; one copy to its device."""
-        branches: dict[tuple[int, int], list[Span]] = {}
-        cuts = {0}
-        for span in layout.spans:
-            cuts |= set(span)
-            if span.prefix_length and span.length:
-                branches.setdefault((span.prefix_start, span.prefix_end), []).append(span)
-        ends = sorted(cuts)
-        query_lengths = [sum(span.length for span in spans) for spans in branches.values()]
-        prefix_lengths = [end - start for start, end in branches]
-        query_rows = [np.arange(span.start, span.end) for spans in branches.values() for span in spans]
-        prefix_rows = [np.arange(start, end) for start, end in branches]
-        parts = [
-            np.array(ends),
-            np.cumsum([0, *query_lengths]),
-            np.cumsum([0, *prefix_lengths]),
-            np.concatenate([_NO_ROWS, *query_rows]),
-            np.concatenate([_NO_ROWS, *prefix_rows]),
+        segments, subtree_ends = layout.segments, layout.subtree_ends()
+        parents = sorted({segment.parent for segment in segments} - {ROOT})
+        levels = [
+            [number for number in parents if layout.depths[number] == depth]
+            for depth in range(max((layout.depths[number] + 1 for number in parents), default=0))
         ]
-        values = send(torch.from_numpy(np.concatenate(parts)), layout.device)
-        own, queries, prefixes, query_rows_Q, prefix_rows_P = values.split([len(part) for part in parts])
-        return cls(
-            Runs(own.int(), max(end - start for start, end in itertools.pairwise(ends))),
-            Runs(queries.int(), max(query_lengths, default=0)),
-            Runs(prefixes.int(), max(prefix_lengths, default=0)),
-            query_rows_Q,
-            prefix_rows_P,
+        runs = [[(segment.start, segment.end) for segment in segments]]
+        for numbers in levels:
+            runs.append([(segments[number].end, subtree_ends[number]) for number in numbers])
+            runs.append([(segments[number].start, segments[number].end) for number in numbers])
+        ends = [np.cumsum([0, *(end - start for start, end in run)]) for run in runs]
+        rows = [np.concatenate([np.arange(start, end) for start, end in run]) for run in runs[1:]]
+        values = send(torch.from_numpy(np.concatenate([*ends, *rows])), layout.device)
+        on_device = values.split([len(part) for part in (*ends, *rows)])
+        own, *sides = (
+            Runs(part.int(), max(end - start for start, end in run)) for part, run in zip(on_device, runs, strict=False)
         )
-
-    @property
-    def own_call(self) -> Call:
-        """Return the call in which each segment attends causally to itself."""
-        return Call(self.own, self.own, causal=True)
-
-    @property
-    def cross_call(self) -> Call:
-        """Return the call in which branches attend to all of their prefix."""
-        return Call(self.queries, self.prefixes, causal=False)
+        rows_of = on_device[len(runs) :]
+        crosses = (
+            Cross(rows_of[i], rows_of[i + 1], Call(sides[i], sides[i + 1], causal=False))
+            for i in range(0, len(sides), 2)
+        )
+        return cls(Call(own, own, causal=True), tuple(crosses))
 
 
 class FlashKernel:
@@ -193,16 +178,15 @@ class _Cascade(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: CascadePlan, scale: float, kernel: FlashKernel
     ) -> Tensor:
-        out, lse = kernel.forward(query, key, value, plan.own_call, scale)
-        if plan.queries.longest:
-            rows_Q, rows_P = plan.query_rows_Q, plan.prefix_rows_P
+        out, lse = kernel.forward(query, key, value, plan.own, scale)
+        for rows_Q, rows_P, call in plan.crosses:
             picked = (query.index_select(0, rows_Q), key.index_select(0, rows_P), value.index_select(0, rows_P))
-            cross, lse_cross = kernel.forward(*picked, plan.cross_call, scale)
-            own, lse_own = out.index_select(0, rows_Q), lse.index_select(1, rows_Q)
-            share = torch.sigmoid(lse_cross - lse_own).T[..., None]
-            merged = torch.lerp(own.to(share.dtype), cross.to(share.dtype), share).to(out.dtype)
+            cross, lse_cross = kernel.forward(*picked, call, scale)
+            before, lse_before = out.index_select(0, rows_Q), lse.index_select(1, rows_Q)
+            share = torch.sigmoid(lse_cross - lse_before).T[..., None]
+            merged = torch.lerp(before.to(share.dtype), cross.to(share.dtype), share).to(out.dtype)
             out = out.index_copy(0, rows_Q, merged)
-            lse = lse.index_copy(1, rows_Q, torch.logaddexp(lse_own, lse_cross))
+            lse = lse.index_copy(1, rows_Q, torch.logaddexp(lse_before, lse_cross))
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.plan, ctx.scale, ctx.kernel = plan, scale, kernel
         return out
@@ -213,9 +197,8 @@ class _Cascade(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         plan, scale, kernel = ctx.plan, ctx.scale, ctx.kernel
         grad = grad.contiguous()
-        gradients = kernel.backward(grad, query, key, value, out, lse, plan.own_call, scale)
-        if plan.queries.longest:
-            rows_Q, rows_P = plan.query_rows_Q, plan.prefix_rows_P
+        gradients = kernel.backward(grad, query, key, value, out, lse, plan.own, scale)
+        for rows_Q, rows_P, call in plan.crosses:
             cross = kernel.backward(
                 grad.index_select(0, rows_Q),
                 query.index_select(0, rows_Q),
@@ -223,7 +206,7 @@ class _Cascade(torch.autograd.Function):
                 value.index_select(0, rows_P),
                 out.index_select(0, rows_Q),
                 lse.index_select(1, rows_Q),
-                plan.cross_call,
+                call,
                 scale,
             )
             for whole, part, rows in zip(gradients, cross, (rows_Q, rows_P, rows_P), strict=True):

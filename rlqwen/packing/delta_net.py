@@ -7,7 +7,8 @@ model's forward. Without a layout, as in generation, the functions are unchanged
 The convolution is that of transformers, over a row in which each sequence is preceded by the tokens that it continues.
 The rule runs in chunks: everything inside a chunk is computed for all chunks of the row at once, then one scan over
 their depths carries states from prefixes into branches. On a GPU with flash-linear-attention its kernel runs instead,
-over the prefixes first, then over the branches from their prefixes' states. Gradients flow back the same ways.
+over the segments that begin trees first, then from their states over those that continue them, and so on. Gradients
+flow back the same ways.
 
 Shapes: T tokens in the row, N chunks of C tokens, H value heads, K and V widths of keys and values, D channels.
 """
@@ -139,7 +140,7 @@ def checked(model: PreTrainedModel, layout: Layout) -> Iterator[None]:
 def _plan(layout: Layout, num_tokens: int, device: torch.device) -> DeltaPlan:
     plan: DeltaPlan | None = layout.computed.get("delta_plan")
     if plan is None or plan.device != device:
-        plan = layout.computed["delta_plan"] = DeltaPlan(layout.spans, num_tokens, device)
+        plan = layout.computed["delta_plan"] = DeltaPlan(layout, num_tokens, device)
     return plan
 
 

@@ -7,20 +7,20 @@ tokens for this, each computed once per row:
 - chunks: every sequence cut into chunks of C tokens, and the chunks sorted by depth. The parent of a chunk is the chunk
   before it, and the parent of a branch's first chunk is its prefix's last one, so that a scan over the depths carries
   every state of the row along and forks it where branches begin;
-- stages: whole sequences for kernels that take lengths, first those without a prefix, then the branches of prefixes.
+- stages: whole segments for kernels that take lengths, first those that begin a tree, then those that continue them, and
+  so on.
 
 Shapes: T tokens in the row, L places in another order of them, N chunks of C tokens, H heads.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlqwen.packing.row_layout import Span, sequences_of
+from rlqwen.packing.row_layout import ROOT, Layout
 
 CHUNK = 32
 """Tokens per chunk. Measured on rows of 2,500 tokens (1 core): 32 takes as long as 16, and 0.6 of 64, whose chunks are
@@ -125,28 +125,28 @@ class Depth:
 
 @dataclass(slots=True)
 class Stage:
-    """Hold sequences that one call of a kernel processes, one after another."""
+    """Hold segments that one call of a kernel processes, one after another."""
 
     source_L: Tensor
     """(L,) index in the row of their tokens."""
     cu_seqlens: Tensor
-    """(sequences + 1,) start of each sequence, and the end of the last."""
+    """(segments + 1,) start of each segment, and the end of the last."""
     parent: Tensor | None
-    """(sequences,) index of the sequence in the last stage that each continues; None: none has a prefix."""
+    """(segments,) index of the segment in the last stage that each continues; None at the first stage."""
 
 
 @dataclass(slots=True)
 class DeltaPlan:
     """Hold the orders of a packed row that recurrent layers need; each is made when it is first used."""
 
-    spans: list[Span]
+    layout: Layout
     num_tokens: int
     device: torch.device
     _made: dict[Any, Any] = field(default_factory=dict)
 
     def halos(self, width: int) -> Order:
         """Return the row with `width` - 1 places before each sequence, which hold the last tokens before it."""
-        order: Order = self._once(("halos", width), lambda: _halos(self.spans, self.num_tokens, width).to(self.device))
+        order: Order = self._once(("halos", width), lambda: _halos(self.layout, self.num_tokens, width).to(self.device))
         return order
 
     def chunks(self, num_heads: int, chunk: int = CHUNK) -> tuple[Order, list[Depth]]:
@@ -158,11 +158,11 @@ class DeltaPlan:
 
     def stages(self) -> tuple[list[Stage], Tensor]:
         """Return the stages, and (T,) the place of each token of the row in their concatenated outputs."""
-        made: tuple[list[Stage], Tensor] = self._once("stages", lambda: _stages(self.spans, self.device))
+        made: tuple[list[Stage], Tensor] = self._once("stages", lambda: _stages(self.layout, self.device))
         return made
 
     def _chunks(self, num_heads: int, chunk: int) -> tuple[Order, list[Depth]]:
-        source_NC, depths = _chunk_tree(self.spans, chunk)
+        source_NC, depths = _chunk_tree(self.layout, chunk)
         for depth in depths:
             depth.parent = None if depth.parent is None else depth.parent.to(self.device)
         order = Order.of(source_NC.flatten(), self.num_tokens).by_head(num_heads, chunk)
@@ -174,34 +174,34 @@ class DeltaPlan:
         return self._made[key]
 
 
-def _halos(spans: Sequence[Span], num_tokens: int, width: int) -> Order:
+def _halos(layout: Layout, num_tokens: int, width: int) -> Order:
     back = width - 1
     sources, copies = [], []
-    for span in sequences_of(spans):
-        before = torch.arange(span.prefix_end - back, span.prefix_end)
-        before[before < span.prefix_start] = -1
-        sources += [before, torch.arange(span.start, span.end)]
-        copies += [torch.ones(back, dtype=torch.bool), torch.zeros(span.end - span.start, dtype=torch.bool)]
+    for segment in layout.segments:
+        before = torch.full((back,), -1)
+        known = torch.from_numpy(layout.rows(segment.parent, back))
+        before[back - len(known) :] = known
+        sources += [before, torch.arange(segment.start, segment.end)]
+        copies += [torch.ones(back, dtype=torch.bool), torch.zeros(segment.length, dtype=torch.bool)]
     return Order.of(torch.cat(sources), num_tokens, torch.cat(copies))
 
 
-def _chunk_tree(spans: Sequence[Span], chunk: int) -> tuple[Tensor, list[Depth]]:
+def _chunk_tree(layout: Layout, chunk: int) -> tuple[Tensor, list[Depth]]:
     """Return the (N, C) token of each place of each chunk, -1 for none, sorted by depth, and the depths."""
     blocks: list[Tensor] = []
     parents: list[int] = []
     depth_of: list[int] = []
-    last: dict[tuple[int, int], int] = {}
-    for span in sequences_of(spans):
-        count = -(-(span.end - span.start) // chunk)
-        block = torch.arange(span.start, span.start + count * chunk)
-        blocks.append(torch.where(block < span.end, block, -1).view(count, chunk))
-        parent = last[span[:2]] if span.prefix_end > span.prefix_start else -1
+    last: dict[int, int] = {ROOT: -1}
+    for number, segment in enumerate(layout.segments):
+        count = -(-segment.length // chunk)
+        block = torch.arange(segment.start, segment.start + count * chunk)
+        blocks.append(torch.where(block < segment.end, block, -1).view(count, chunk))
+        parent = last[segment.parent]
         for _ in range(count):
             depth_of.append(depth_of[parent] + 1 if parent >= 0 else 0)
             parents.append(parent)
             parent = len(parents) - 1
-        if span.prefix_end == span.prefix_start:
-            last[span[2:]] = parent
+        last[number] = parent
     has_child = set(parents)
     order = sorted(range(len(parents)), key=lambda number: (depth_of[number], number not in has_child))
     place = {number: position for position, number in enumerate(order)}
@@ -215,16 +215,15 @@ def _chunk_tree(spans: Sequence[Span], chunk: int) -> tuple[Tensor, list[Depth]]
     return torch.cat(blocks)[torch.tensor(order)], depths
 
 
-def _stages(spans: Sequence[Span], device: torch.device) -> tuple[list[Stage], Tensor]:
-    sequences = sequences_of(spans)
-    first = [span for span in sequences if span.prefix_end == span.prefix_start]
-    then = [span for span in sequences if span.prefix_end > span.prefix_start]
-    number = {span[2:]: position for position, span in enumerate(first)}
-    stages = []
-    for members in (first, then):
-        if members:
-            source = torch.cat([torch.arange(span.start, span.end) for span in members])
-            lengths = torch.tensor([0] + [span.end - span.start for span in members])
-            parent = None if members is first else torch.tensor([number[span[:2]] for span in members]).to(device)
-            stages.append(Stage(source.to(device), lengths.cumsum(0).to(device), parent))
+def _stages(layout: Layout, device: torch.device) -> tuple[list[Stage], Tensor]:
+    stages: list[Stage] = []
+    place: dict[int, int] = {}
+    for depth in range(max(layout.depths) + 1):
+        members = [number for number, its in enumerate(layout.depths) if its == depth]
+        segments = [layout.segments[number] for number in members]
+        source = torch.cat([torch.arange(segment.start, segment.end) for segment in segments])
+        lengths = torch.tensor([0] + [segment.length for segment in segments])
+        parent = torch.tensor([place[segment.parent] for segment in segments]).to(device) if depth else None
+        stages.append(Stage(source.to(device), lengths.cumsum(0).to(device), parent))
+        place = {number: position for position, number in enumerate(members)}
     return stages, torch.argsort(torch.cat([stage.source_L for stage in stages]))

@@ -15,7 +15,7 @@ from rlqwen.packing import delta_net
 from rlqwen.packing.attention import PACKED_ATTENTION
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.routing_replay import replay_arguments
-from rlqwen.packing.row_layout import Span
+from rlqwen.packing.row_layout import ROOT
 from rlqwen.packing.sequence_parallel import SequenceGroup
 
 PACKABLE_LAYERS = {"full_attention", "attention", "sliding_attention"}
@@ -110,8 +110,8 @@ def hidden_states(
 
 def last_tokens(batch: PackedBatch) -> Tensor:
     """Return (S,) the index in the row of each sequence's last token."""
-    spans = batch.layout.spans[: batch.num_sequences]
-    ends = [(span.end if span.end > span.start else span.prefix_end) - 1 for span in spans]
+    segments, leaves = batch.layout.segments, batch.layout.leaves[: batch.num_sequences]
+    ends = [segments[leaf].end - 1 if leaf != ROOT else -1 for leaf in leaves]
     return torch.tensor(ends, dtype=torch.long, device=batch.input_ids.device)
 
 
@@ -143,34 +143,28 @@ def _sequential(
     router_logits: list[Tensor] | None,
 ) -> Tensor:
     """Forward each sequence with its own copy of the prefix, for layers with a state that cannot be forked."""
-    hidden, recorded, seen = [], [], set()
-    for sequence, span in enumerate(batch.layout.spans):
-        prefix = batch.input_ids[:, span.prefix_start : span.prefix_end]
-        branch = batch.input_ids[:, span.start : span.end]
+    layout = batch.layout
+    is_recorded_T = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    hidden, recorded = [], []
+    for sequence, leaf in enumerate(layout.leaves):
         index = index_R[sequence_R == sequence]
         if not len(index) and len(index_R):
             continue
-        experts = None if batch.experts_TLK is None else torch.cat([batch.experts_TLK[part] for part in _parts(span)])
+        rows = torch.from_numpy(layout.rows(leaf))
         output = model.base_model(
-            input_ids=torch.cat([prefix, branch], dim=1),
+            input_ids=batch.input_ids[:, rows],
             use_cache=False,
             **_recording(router_logits),
-            **replay_arguments(model, experts),
+            **replay_arguments(model, None if batch.experts_TLK is None else batch.experts_TLK[rows]),
         )
-        inside = index - span.start + prefix.shape[1]
-        hidden.append(output.last_hidden_state[0][torch.where(index < span.start, prefix.shape[1] - 1, inside)])
+        hidden.append(output.last_hidden_state[0][torch.searchsorted(rows.to(index.device), index)])
         if router_logits is not None:
-            known = prefix.shape[1] if span.prefix_start in seen else 0
-            recorded.append([logits_TE[known:] for logits_TE in output.router_logits])
-            seen.add(span.prefix_start)
+            is_new = ~is_recorded_T[rows]
+            recorded.append([logits_TE[is_new.to(logits_TE.device)] for logits_TE in output.router_logits])
+            is_recorded_T[rows] = True
     if router_logits is not None:
         router_logits += [torch.cat(layer) for layer in zip(*recorded, strict=True)]
     return torch.cat(hidden)
-
-
-def _parts(span: Span) -> tuple[slice, slice]:
-    """Return the slices of the row that hold the prefix and the branch."""
-    return slice(span.prefix_start, span.prefix_end), slice(span.start, span.end)
 
 
 def _own_experts(batch: PackedBatch, sequence: SequenceGroup) -> Tensor | None:

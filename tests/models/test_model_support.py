@@ -20,7 +20,7 @@ from rlqwen.packing.attention import packed_attention
 from rlqwen.packing.attention_rules import CausalMask
 from rlqwen.packing.batch import pack
 from rlqwen.packing.forward import packs_prefixes
-from rlqwen.packing.row_layout import Layout, Span
+from rlqwen.packing.row_layout import Layout, Segment
 from rlqwen.preflight.model_check import read_model
 from tests.models.test_policy import SHAPE, padded_logprobs, skewed_trees
 from tests.trainers.test_grpo import make_trainer as make_grpo
@@ -172,7 +172,7 @@ def test_references_and_reward_models_are_checked_like_policies() -> None:
 )
 def test_an_argument_that_changes_attention_is_refused(arguments: dict[str, Any], message: str) -> None:
     states = torch.randn(1, 2, 4, 8)
-    call: dict[str, Any] = {"attention_mask": CausalMask(None), "layout": Layout([Span(0, 0, 0, 4)])}
+    call: dict[str, Any] = {"attention_mask": CausalMask(None), "layout": Layout([Segment(0, 4)])}
     harmless: dict[str, Any] = {"softcap": None, "position_ids": torch.arange(4), "is_causal": True, "use_cache": False}
     packed_attention(torch.nn.Identity(), states, states, states, **call | harmless)
     with pytest.raises(ModelError, match=message):

@@ -75,5 +75,5 @@ def test_a_sequence_over_the_limit_gets_its_own_part() -> None:
 def test_moving_a_batch_keeps_its_values() -> None:
     batch = pack(trees())
     moved = batch.to(torch.device("cpu"))
-    assert moved.layout.spans == batch.layout.spans
+    assert moved.layout.segments == batch.layout.segments
     assert torch.equal(moved.input_ids, batch.input_ids)

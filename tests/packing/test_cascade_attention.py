@@ -1,4 +1,4 @@
-"""Compare the attention of two variable-length calls with padded blocks: outputs and gradients."""
+"""Compare the attention of variable-length calls with padded blocks: outputs and gradients."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlqwen.packing.block_attention import attend_in_blocks
 from rlqwen.packing.cascade_attention import Call, CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
-from rlqwen.packing.row_layout import Layout, Span
+from rlqwen.packing.row_layout import ROOT, Layout, Segment
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -74,19 +74,20 @@ def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
 
 
 def random_layout(seed: int) -> Layout:
-    """Return a layout of prefixes of 0 to 19 tokens and branches of 0 to 33; some branches have no token."""
+    """Return a layout of trees up to 4 levels deep, of segments of 1 to 33 tokens."""
     rng = random.Random(seed)
-    spans: list[Span] = []
-    place = 0
+    segments: list[Segment] = []
+
+    def add(parent: int, levels: int) -> None:
+        start = segments[-1].end if segments else 0
+        number = len(segments)
+        segments.append(Segment(start, start + rng.choice([1, 2, 7, 19, 33]), parent))
+        for _ in range(rng.randint(0, 3) if levels > 1 else 0):
+            add(number, levels - 1)
+
     for _ in range(rng.randint(1, 4)):
-        prefix = rng.choice([0, 1, 5, 19])
-        start, place = place, place + prefix
-        prefix_end = place
-        for _ in range(rng.randint(1, 5)):
-            length = rng.choice([0, 1, 2, 7, 30] if prefix else [1, 9, 33])
-            spans.append(Span(start, prefix_end, place, place + length))
-            place += length
-    return Layout(spans)
+        add(ROOT, rng.randint(1, 4))
+    return Layout(segments)
 
 
 def inputs(
@@ -105,7 +106,7 @@ def outputs_and_gradients(
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_two_calls_equal_padded_blocks(seed: int) -> None:
+def test_calls_for_each_depth_equal_padded_blocks(seed: int) -> None:
     layout = random_layout(seed)
     tensors = inputs(layout, torch.float64)
     ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), *tensors)
@@ -115,24 +116,28 @@ def test_two_calls_equal_padded_blocks(seed: int) -> None:
 
 
 def test_the_gradient_is_that_of_the_output() -> None:
-    layout = Layout([Span(0, 3, 3, 6), Span(0, 3, 6, 10), Span(10, 10, 10, 13)])
+    layout = Layout([Segment(0, 3), Segment(3, 6, 0), Segment(6, 8, 1), Segment(8, 10, 0), Segment(10, 13)])
     leaves = [tensor.requires_grad_() for tensor in inputs(layout, torch.float64, heads=(2, 1), width=4)[:3]]
     assert torch.autograd.gradcheck(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), leaves)
 
 
 def test_a_plan_names_segments_and_the_rows_of_shared_prefixes() -> None:
-    plan = CascadePlan.build(Layout([Span(0, 2, 2, 5), Span(0, 2, 5, 6), Span(6, 7, 7, 7), Span(8, 8, 8, 10)]))
-    assert plan.own.ends.tolist() == [0, 2, 5, 6, 7, 8, 10]
-    assert plan.own.longest == 3
-    assert plan.queries.ends.tolist() == [0, 4]
-    assert plan.query_rows_Q.tolist() == [2, 3, 4, 5]
-    assert plan.prefixes.ends.tolist() == [0, 2]
-    assert plan.prefix_rows_P.tolist() == [0, 1]
-    assert (plan.own.ends.dtype, plan.query_rows_Q.dtype) == (torch.int32, torch.long)
+    segments = [Segment(0, 2), Segment(2, 5, 0), Segment(5, 6, 1), Segment(6, 7, 0), Segment(7, 8), Segment(8, 10)]
+    plan = CascadePlan.build(Layout(segments))
+    assert plan.own.causal
+    assert plan.own.queries.ends.tolist() == [0, 2, 5, 6, 7, 8, 10]
+    assert plan.own.queries.longest == 3
+    prompts, turns = plan.crosses
+    assert prompts.query_rows_Q.tolist() == [2, 3, 4, 5, 6]
+    assert prompts.key_rows_P.tolist() == [0, 1]
+    assert (prompts.call.queries.ends.tolist(), prompts.call.keys.ends.tolist()) == ([0, 5], [0, 2])
+    assert (turns.query_rows_Q.tolist(), turns.key_rows_P.tolist()) == ([5], [2, 3, 4])
+    assert (turns.call.queries.longest, turns.call.keys.longest, turns.call.causal) == (1, 3, False)
+    assert (plan.own.queries.ends.dtype, prompts.query_rows_Q.dtype) == (torch.int32, torch.long)
 
 
 def test_a_row_without_prefixes_makes_one_call() -> None:
-    layout = Layout([Span(0, 0, 0, 4), Span(4, 4, 4, 9)])
+    layout = Layout([Segment(0, 4), Segment(4, 9)])
 
     class Once(PlainKernel):
         calls = 0

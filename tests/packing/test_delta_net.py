@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,8 +32,9 @@ from rlqwen.packing import delta_net
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, idle_batch, pack
 from rlqwen.packing.delta_plan import DeltaPlan
 from rlqwen.packing.forward import _sequential, packing_obstacle, packs_prefixes
-from rlqwen.packing.row_layout import sequences_of
+from rlqwen.packing.row_layout import ROOT
 from tests.models.test_policy import make_model, skewed_trees, with_memory
+from tests.packing.deep_trees import deep_trees
 
 TEXT = {
     "vocab_size": 120, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -97,7 +99,7 @@ def assert_same_gradients(ours: PreTrainedModel, theirs: PreTrainedModel) -> Non
             assert gap <= 1e-4 * expected[name].norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("trees", [skewed_trees, edge_trees])
+@pytest.mark.parametrize("trees", [skewed_trees, edge_trees, deep_trees])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_equal_one_sequence_at_a_time(kind: str, trees: list[Tree]) -> None:
     model = make(kind)
@@ -158,15 +160,16 @@ def recurrence(
 ) -> Tensor:
     """Compute the rule by its definition, token by token: (T, H, V)."""
     query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
-    outputs, ends = {}, {}
-    for span in sequences_of(plan.spans):
-        state = ends.get(span[:2], value.new_zeros(value.shape[1], key.shape[2], value.shape[2]))
-        for t in range(span.start, span.end):
+    outputs = {}
+    ends = {ROOT: value.new_zeros(value.shape[1], key.shape[2], value.shape[2])}
+    for number, segment in enumerate(plan.layout.segments):
+        state = ends[segment.parent]
+        for t in range(segment.start, segment.end):
             state = state * g[t].exp()[:, None, None]
             added = (value[t] - torch.einsum("hkv,hk->hv", state, key[t])) * beta[t][:, None]
             state = state + key[t][:, :, None] * added[:, None]
             outputs[t] = torch.einsum("hkv,hk->hv", state, query[t]) * key.shape[2] ** -0.5
-        ends[span[2:]] = state
+        ends[number] = state
     return torch.stack([outputs[t] for t in range(len(outputs))])
 
 
@@ -181,10 +184,11 @@ def results(output: Tensor, row: Row) -> list[Any]:
     return [output, *torch.autograd.grad((output * output.detach().cos()).sum(), row)]
 
 
+@pytest.mark.parametrize("trees", [edge_trees, deep_trees])
 @pytest.mark.parametrize("decay", [0.05, 5.0])
-def test_the_chunked_rule_equals_its_definition(decay: float) -> None:
-    batch = pack(edge_trees())
-    plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
+def test_the_chunked_rule_equals_its_definition(decay: float, trees: Callable[[], list[Tree]]) -> None:
+    batch = pack(trees())
+    plan = DeltaPlan(batch.layout, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, decay)
     ours = results(delta_net.chunked_rule(plan, *row, normalize=True), row)
     torch.testing.assert_close(ours, results(recurrence(plan, *row), row))
@@ -222,10 +226,12 @@ def varlen_kernel(
     return torch.cat(outputs, dim=1), torch.cat(states) if output_final_state else None
 
 
-@pytest.mark.parametrize(("trees", "calls"), [(edge_trees(), 2), (edge_trees()[-1:], 1), ([edge_trees()[4]], 1)])
-def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees: list[Tree], calls: int) -> None:
+@pytest.mark.parametrize(
+    ("trees", "calls"), [(edge_trees(), 2), (edge_trees()[-1:], 1), ([edge_trees()[4]], 1), (deep_trees(1), 4)]
+)
+def test_a_variable_length_kernel_is_called_for_one_depth_after_another(trees: list[Tree], calls: int) -> None:
     batch = pack(trees)
-    plan = DeltaPlan(batch.layout.spans, batch.num_tokens, torch.device("cpu"))
+    plan = DeltaPlan(batch.layout, batch.num_tokens, torch.device("cpu"))
     row = random_row(batch.num_tokens, 0.05)
     seen = []
 
@@ -234,7 +240,7 @@ def test_a_variable_length_kernel_is_called_for_prefixes_then_branches(trees: li
         return varlen_kernel(*args, **kwargs)
 
     output = delta_net.staged_rule(kernel, plan, *(x.float()[None] for x in row), normalize=True)[0]
-    assert seen == [True, False][-calls:]
+    assert seen == [True] * (calls - 1) + [False]
     torch.testing.assert_close(results(output, row), results(recurrence(plan, *row).float(), row), atol=2e-5, rtol=1e-4)
 
 
