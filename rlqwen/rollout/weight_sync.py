@@ -5,7 +5,7 @@ compared with what the checkpoint holds before any worker sees it, because vLLM 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +42,24 @@ class WeightBundle:
         """Return whether a worker with this canary gap may serve; one with NaN may not."""
         return self.canary is None or gap is None or gap <= self.canary.tolerance
 
-    def tensors(self) -> "dict[str, torch.Tensor]":
-        """Return all weights by name, as read-only views of the object store; blocks, and is called in a worker."""
+    def buckets(self) -> "Iterator[list[tuple[str, torch.Tensor]]]":
+        """Yield the weights in buckets, as read-only views of the object store; blocks, and is called in a worker."""
         import ray
         import torch
 
-        tensors = {}
-        for chunk in ray.get(list(self.chunks)):
-            for name, array, dtype in chunk:
-                tensors[name] = torch.from_numpy(array).view(getattr(torch, dtype.removeprefix("torch.")))
-        return tensors | {alias: tensors[name] for alias, name in self.aliases.items()}
+        named = {name: alias for alias, name in self.aliases.items()}
+        for chunk in self.chunks:
+            bucket = []
+            for name, array, dtype in ray.get(chunk):
+                tensor = torch.from_numpy(array).view(getattr(torch, dtype.removeprefix("torch.")))
+                bucket.append((name, tensor))
+                if name in named:
+                    bucket.append((named[name], tensor))
+            yield bucket
+
+    def tensors(self) -> "dict[str, torch.Tensor]":
+        """Return all weights by name; see `buckets`."""
+        return {name: tensor for bucket in self.buckets() for name, tensor in bucket}
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,17 @@ def test_a_sync_reaches_every_worker(pool: RolloutPool, model: PreTrainedModel) 
         before = after
 
 
+def test_weights_arrive_in_several_buckets(
+    pool: RolloutPool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer may lie in two buckets, and the tied head is another name of an embedding that came before."""
+    monkeypatch.setattr("rlqwen.rollout.weight_sync.CHUNK_BYTES", 30_000)
+    metrics = pool.load_weights(110, perturbed(model, 110).items(), canary(model))
+    assert pool._bundle is not None and len(pool._bundle.chunks) > 5
+    assert metrics["sync/canary_gap"] < 1e-4
+    assert metrics["sync/rebuilt_engines"] == 0
+
+
 @pytest.mark.parametrize("options", SHAPED, ids=str)
 def test_logprobs_are_those_of_the_sampling_distribution(
     pool: RolloutPool, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]

@@ -13,15 +13,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.config import WeightTransferConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from rlqwen.errors import RolloutError
+from rlqwen.rollout.engines import vllm_object_store as object_store
 from rlqwen.rollout.engines import vllm_qwen3_5 as qwen3_5_classes
 from rlqwen.rollout.engines.vllm_cpu_seeds import keep_seeds_of_split_prompts
 from rlqwen.rollout.engines.vllm_expert_record import ExpertRecord
+from rlqwen.rollout.engines.vllm_object_store import update_of
 from rlqwen.rollout.engines.vllm_served_model import is_qwen3_5, text_view
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
 from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
@@ -141,20 +144,19 @@ class VllmEngine:
         An engine that was caught once with other weights than it was sent is always rebuilt.
         """
         started = time.monotonic()
-        weights = bundle.tensors()
         if self._record is not None:
             self._record.forget_requests()  # the last canary among them
             self._record.forget_prompts()
         if self._settings.lora_rank is not None:
-            self._replace_adapter(weights, bundle.version)
+            self._replace_adapter(bundle.tensors(), bundle.version)
             return LoadReport(bundle.version, self._canary_gap(bundle.canary), False, time.monotonic() - started)
         rebuilt = self._must_rebuild
         if not rebuilt:
-            self._reload(weights)
+            self._reload(bundle)
             gap = self._canary_gap(bundle.canary)
             rebuilt = not bundle.accepts(gap)
         if rebuilt:
-            self._rebuild(weights)
+            self._rebuild(bundle.tensors())
             gap = self._canary_gap(bundle.canary)
             self._must_rebuild = bundle.accepts(gap)
         return LoadReport(bundle.version, gap, rebuilt, time.monotonic() - started)
@@ -175,13 +177,15 @@ class VllmEngine:
             self._llm.add_lora(self._adapter)
         self._reset_prefix_cache()
 
-    def _reload(self, weights: dict[str, torch.Tensor]) -> None:
-        stream: Any = list(weights.items())
-        if self._settings.tensor_parallel_size == 1:
-            stream = iter(stream)
-        if current_platform.is_cpu():
-            self._llm.collective_rpc(_forget_expert_layout)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+    def transfer(self, phase: str, **arguments: Any) -> None:
+        """Run a phase of vLLM's weight-transfer protocol, a method of its worker, in every process of this engine."""
+        self._llm.collective_rpc(phase, kwargs=arguments)
+
+    def _reload(self, bundle: WeightBundle) -> None:
+        self.transfer("start_weight_update")
+        for bucket in bundle.buckets():
+            self.transfer("update_weights", **update_of(bucket))
+        self.transfer("finish_weight_update")
         self._reset_prefix_cache()
 
     def _rebuild(self, weights: dict[str, torch.Tensor]) -> None:
@@ -237,9 +241,12 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         more["enable_return_routed_experts"] = True
     if on_cpu:
         keep_seeds_of_split_prompts()
+    extension = object_store.WORKER_EXTENSION
     if is_qwen3_5(model_path):
         qwen3_5_classes.register()
-        more["worker_extension_cls"] = qwen3_5_classes.WORKER_EXTENSION
+        extension = qwen3_5_classes.WORKER_EXTENSION
+    if settings.lora_rank is None:
+        more["weight_transfer_config"] = WeightTransferConfig(backend=object_store.BACKEND)
     arguments = EngineArgs(
         model=str(model_path),
         load_format="safetensors",  # `auto` falls back to pickle
@@ -259,6 +266,7 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         enable_prefix_caching=True,
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        worker_extension_cls=extension,
         **more,
     )
     return LLMEngine.from_engine_args(arguments)
@@ -266,15 +274,6 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
 
 def _record_on(worker: Any) -> ExpertRecord:
     return ExpertRecord(worker, CPU_BLOCK_SIZE)
-
-
-def _forget_expert_layout(worker: Any) -> None:
-    """Have experts packed for the CPU's kernels again at the next reload, which vLLM 0.32 does only where no kernel is
-    there yet (UnquantizedFusedMoEMethod._setup_kernel): it would read plain weights as packed ones."""
-    for module in worker.get_model().modules():
-        method: Any = getattr(module, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None:
-            method.moe_kernel = None
 
 
 def _reason(completion: Any) -> Any:
