@@ -50,11 +50,11 @@ class OnlineConfig(TrainerConfig):
         "vllm_server_host": _ON_A_CLUSTER,
         "vllm_server_port": _ON_A_CLUSTER,
         "vllm_server_timeout": "set rollout.start_timeout",
-        "vllm_group_port": "leave it out: weights travel through Ray's object store",
+        "vllm_group_port": "leave it out: rollout.weight_transfer chooses how weights travel",
         "vllm_model_impl": "leave it out: workers run vLLM's own models",
         "vllm_structured_outputs_regex": "constrained decoding is not supported: reward the format, or give "
         "generation_kwargs logit_bias or allowed_token_ids",
-        "vllm_enable_sleep_mode": "set rollout.gpu_memory_utilization so that trainer and engine fit together",
+        "vllm_enable_sleep_mode": "leave it out: engines sleep wherever they share GPUs with the trainer (rollout.placement)",
         "use_transformers_paged": "use rollout={'engine': 'vllm'}",
         "use_transformers_continuous_batching": "use rollout={'engine': 'vllm'}",
         "transformers_continuous_batching_config": "use rollout={'engine': 'vllm'}",

@@ -18,16 +18,22 @@ class RolloutConfig(Section):
     otherwise transformers with a warning."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of an engine that a plugin brings."""
-    num_workers: int = Field(default=1, ge=1)
-    """Number of vLLM engines, one Ray actor each."""
+    placement: Literal["colocate", "separate"] = "colocate"
+    """`colocate`: engines on the trainer's GPUs; they sleep while the policy trains, unless `max_staleness` has both work at
+    the same time. `separate`: ranks train on the machine's first GPUs, as many as `rlqwen run --nproc-per-node` starts, and
+    engines have the others. Without GPUs there is nothing to place."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Number of vLLM engines, one Ray actor each. None: what fills the trainer's GPUs, or with `placement: separate` the
+    others; 1 on a CPU and on a cluster (`ray_address`)."""
     num_cpus_per_worker: float | None = Field(default=None, gt=0)
     """CPUs requested from Ray per worker. None: 1 on a GPU machine, otherwise an equal share of this machine's."""
     num_gpus_per_worker: float | None = Field(default=None, ge=0)
     """GPUs requested from Ray per worker. None: `tensor_parallel_size` if there are GPUs, otherwise 0."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs that one engine shards the model over."""
-    gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)
-    """Share of a GPU's memory that one engine may use."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    """Share of a GPU's memory that one engine may use. None: 0.9 on GPUs of its own; what the trainer leaves free, at most
+    0.9, if it sleeps while the policy trains; otherwise 0.4."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV cache of one engine on CPU, in GiB."""
     max_model_length: int | None = Field(default=None, gt=0)
@@ -43,6 +49,10 @@ class RolloutConfig(Section):
     supports that for LoRA and rsLoRA on the projections of dense models. False: send weights with the adapter merged.
     None: the adapter if vLLM supports it and there is a GPU, because on CPU an unmerged adapter makes sampling about
     three times slower."""
+    weight_transfer: Literal["auto", "ipc", "nccl", "object_store"] = Field(default="auto", json_schema_extra=NO_EFFECT)
+    """How workers get whole weights. `ipc`: from the memory of the GPU that one worker shares with one rank. `nccl`: by a
+    broadcast to workers on other GPUs (`placement: separate`). `object_store`: through Ray's object store and the CPU; only
+    there is a copy that a worker's engine can be built from again. `auto`: the first of these that is possible."""
     start_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
     """Seconds for Ray and all engines to start."""
     generate_timeout: float = Field(default=600.0, gt=0, json_schema_extra=NO_EFFECT)
@@ -72,6 +82,11 @@ class RolloutConfig(Section):
     """Largest allowed mean gap between logprobs per token after a weight sync, in nats. None: twice the gap of the run's
     first sync, when workers and trainer hold the same weights; at least 1e-4 in float32 and 0.02 in bfloat16 and float16.
     The first sync may have 1e-3 and 0.1, because rounding alone moves an unlikely token by that much, but not the mean."""
+
+    @property
+    def worker_count(self) -> int:
+        """Return the number of workers; 1 where it is not resolved yet."""
+        return self.num_workers or 1
 
     @field_validator("engine")
     @classmethod

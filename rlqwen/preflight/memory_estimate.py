@@ -108,6 +108,10 @@ def _plan_in_words(plan: MemoryPlan, *, on_gpu: bool) -> str:
     line = f"{plan.peak / GIB:.2f} GiB at the peak, in {plan.peak_phase}, with rows of up to {rows.tokens:,} tokens"
     if plan.engine_share:
         line += f", beside a vLLM engine that takes {plan.engine_share:.0%} of the GPU"
+    elif plan.engine_sleeps:
+        line += ", beside a vLLM engine that takes what is free"
+    if plan.engine_sleeps:
+        line += " and sleeps while the policy trains"
     return f"{line}; a GPU of {plan.smallest_gpu / GIB:.1f} GiB or more" if on_gpu else line
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlqwen.config import DPOConfig, OnlineConfig, PPOConfig, Recipe
 from rlqwen.errors import ResourceError
-from rlqwen.preflight.memory_plan import GIB, LOAD, USABLE, MemoryPlan
+from rlqwen.preflight.memory_plan import GIB, LOAD, SAMPLING, SYNC, USABLE, MemoryPlan
 
 Change = dict[str, Any]
 """Keys of a recipe -> new values."""
@@ -98,14 +98,20 @@ def _changes(recipe: Recipe, plan_of: Planner, gpu_bytes: float, num_ranks: int)
 
 def _engine_shares(plan: MemoryPlan, gpu_bytes: float) -> list[Change]:
     """Return the largest share, in steps of 0.05, that leaves the trainer its room, if it is enough for the engine."""
-    trainer = max(plan.total(phase) for phase in plan.phases if phase != LOAD)
+    shared = (SAMPLING, SYNC) if plan.engine_sleeps else [phase for phase in plan.phases if phase != LOAD]
+    trainer = max(plan.total(phase) for phase in shared)
     share = int((USABLE - trainer / gpu_bytes) * 20) / 20
     is_enough = share > 0 and share * gpu_bytes >= plan.engine_bytes and share < plan.engine_share
     return [{"rollout.gpu_memory_utilization": share}] if is_enough else []
 
 
 def _with_engine(plan: MemoryPlan) -> str:
-    return f" and the vLLM engine {plan.engine_share:.0%} of the GPU" if plan.engine_share else ""
+    if not plan.engine_bytes:
+        return ""
+    taken = (
+        f"{plan.engine_share:.0%} of the GPU" if plan.engine_share else f"at least {plan.engine_bytes / GIB:.1f} GiB"
+    )
+    return f" and the vLLM engine {taken}{' in sampling' if plan.engine_sleeps else ''}"
 
 
 def _size(num_bytes: float) -> str:

@@ -15,6 +15,7 @@ from rlqwen.preflight.activations import (
 )
 from rlqwen.preflight.model_size import ModelSize, frozen_dtype
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine_placement import SHARED, Machine, shares_gpus, take_turns
 
 GIB = 2**30
 LOAD, SAMPLING, BACKWARD, STEP, SYNC = "load", "sampling", "forward/backward", "optimizer step", "weight sync"
@@ -70,9 +71,11 @@ class MemoryPlan:
     parts: dict[str, dict[str, float]]
     micro_batch: MicroBatch
     engine_share: float = 0.0
-    """Share of the GPU that rollout engines take while the trainer is on it; 0 if they are elsewhere."""
+    """Share of the GPU that rollout engines take while the trainer is on it; 0 if they are elsewhere, or measure it."""
     engine_bytes: float = 0.0
     """The least that an engine works with: weights, the KV cache of one sequence, and room to compute."""
+    engine_sleeps: bool = False
+    """Whether engines take their share only in sampling and weight sync."""
     phases: list[str] = field(default_factory=list)
 
     def total(self, phase: str) -> float:
@@ -91,12 +94,15 @@ class MemoryPlan:
     @property
     def smallest_gpu(self) -> float:
         """Return the bytes of the smallest GPU on which everything fits; infinite if engines leave no room."""
-        shared = max((self.total(phase) for phase in self.phases if phase != LOAD), default=0.0)
-        room = USABLE - self.engine_share
-        if room <= 0:
-            return float("inf")
-        least = self.engine_bytes / self.engine_share if self.engine_share else 0.0
-        return max(self.total(LOAD) / USABLE, shared / room, least)
+        shared_phases = {SAMPLING, SYNC} if self.engine_sleeps else {phase for phase in self.phases if phase != LOAD}
+        shared = max((self.total(phase) for phase in shared_phases), default=0.0)
+        alone = max((self.total(phase) for phase in self.phases if phase not in shared_phases), default=0.0)
+        if self.engine_share:
+            room = USABLE - self.engine_share
+            beside = max(shared / room, self.engine_bytes / self.engine_share) if room > 0 else float("inf")
+        else:
+            beside = (shared + self.engine_bytes) / USABLE
+        return max(alone / USABLE, beside)
 
 
 def plan_memory(
@@ -159,12 +165,12 @@ class _Planner:
             "buffers": {BACKWARD: self.casts(), STEP: self.step_copies(), SYNC: 2 * self._embedding()},
         }
         parts |= self.other_models(always, later, weights, gradients, optimizer)
-        share, least = self.engine()
+        share, least, sleeps = self.engine()
         if self.on_gpu:
-            processes = {LOAD: 1} | dict.fromkeys(later, 2 if share else 1)
+            processes = {LOAD: 1} | dict.fromkeys(later, 2 if least else 1)
             parts["CUDA contexts"] = {phase: count * CONTEXT_BYTES for phase, count in processes.items()}
         shown = {name: part for name, part in parts.items() if any(part.get(phase) for phase in phases)}
-        return MemoryPlan(shown, self.rows, share, least, phases)
+        return MemoryPlan(shown, self.rows, share, least, sleeps, phases)
 
     def states(self) -> tuple[float, float, float, float]:
         """Return the bytes of weights in training, weights while loading, gradients, and the optimizer's state."""
@@ -242,21 +248,22 @@ class _Planner:
             parts["teacher"] = {phase: float(frozen_width * named["teacher"]) for phase in always}
         return parts
 
-    def engine(self) -> tuple[float, float]:
-        """Return the share of the GPU that rollout engines take, and the least bytes that one works with."""
+    def engine(self) -> tuple[float, float, bool]:
+        """Return the share of the GPU that rollout engines take (0: what is free), the least bytes that one works with, and
+        whether engines sleep while the policy trains."""
         train, config = self.train, self.config
         if not isinstance(train, OnlineConfig) or not self.on_gpu:
-            return 0.0, 0.0
-        rollout = train.rollout
-        elsewhere = rollout.ray_address is not None or rollout.num_gpus_per_worker == 0
-        if elsewhere or not engine_class(rollout).in_workers:
-            return 0.0, 0.0
+            return 0.0, 0.0, False
+        rollout, engine = train.rollout, engine_class(train.rollout)
+        machine = Machine(("0",), trains_on_gpu=True)
+        if not engine.in_workers or not shares_gpus(rollout, machine):
+            return 0.0, 0.0, False
+        sleeps = engine.sleeps and take_turns(rollout, machine, trains_meanwhile=bool(train.train_on_arrival))
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         attending = len(kinds) - list(kinds).count("linear_attention")
         cache = 4 * config.num_key_value_heads * head_width(config) * attending * self.rows.longest
-        return rollout.gpu_memory_utilization, (
-            2 * self.size.total + cache
-        ) / rollout.tensor_parallel_size + ENGINE_WORKSPACE
+        least = (2 * self.size.total + cache) / rollout.tensor_parallel_size + ENGINE_WORKSPACE
+        return rollout.gpu_memory_utilization or (0.0 if sleeps else SHARED), least, sleeps
 
     def _embedding(self) -> int:
         return int(self.config.vocab_size * self.config.hidden_size)

@@ -38,6 +38,11 @@ class ActorHandle:
         self.waiting = self.handle.load.remote(bundle)
         self.deadline, self.deadline_key = time.monotonic() + timeout_s, SYNC_KEY
 
+    def sleep(self, *, timeout_s: float) -> None:
+        """Make the worker free its GPU's memory, and expect its acknowledgement within `timeout_s`."""
+        self.waiting = self.handle.sleep.remote()
+        self.deadline, self.deadline_key = time.monotonic() + timeout_s, SYNC_KEY
+
     @property
     def pid(self) -> int | None:
         """Process id; None until the worker has reported it."""
@@ -70,7 +75,7 @@ class ActorHandles(list[ActorHandle]):
         # Also runs when the pool is garbage collected, and at the interpreter's exit.
         self.end = weakref.finalize(self, _end, actors, self._places, joined.disconnect)
         """End all workers, and Ray if it was started for them; does nothing the second time."""
-        for index in range(config.num_workers):
+        for index in range(config.worker_count):
             self.append(self._spawn(index))
 
     def replace(self, actor: ActorHandle) -> None:

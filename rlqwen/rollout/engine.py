@@ -18,6 +18,7 @@ from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
 from rlqwen.models.hub import read_config
 from rlqwen.plugins.kinds import ENGINES
+from rlqwen.rollout.engine_placement import Placement
 from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
 from rlqwen.types import Canary, Group, GroupRequest, Sampling
 
@@ -88,6 +89,18 @@ class WorkerEngine(Protocol):
         ...
 
 
+class GpuWorkerEngine(WorkerEngine, Protocol):
+    """Take turns with the trainer on a GPU; an engine that `sleeps` or has more `weight_transfers` than the store."""
+
+    def sleep(self) -> None:
+        """Free the GPU's memory until weights are loaded."""
+        ...
+
+    def transfer(self, phase: str, **arguments: Any) -> None:
+        """Run a phase of vLLM's weight-transfer protocol; `load` of a bundle that is not stored follows the last."""
+        ...
+
+
 class Engine:
     """One kind of rollout engine."""
 
@@ -99,6 +112,10 @@ class Engine:
     """Whether it can be sent a LoRA adapter alone."""
     returns_experts: ClassVar[bool] = False
     """Whether it reports the experts that a mixture chose, for `rollout.routing_replay`."""
+    weight_transfers: ClassVar[tuple[str, ...]] = ("object_store",)
+    """Values of `rollout.weight_transfer` that it takes."""
+    sleeps: ClassVar[bool] = False
+    """Whether it can free its GPU's memory while the policy trains."""
     takes_arguments: ClassVar[bool] = False
     """Whether it reads `rollout.engine_args`."""
 
@@ -168,6 +185,8 @@ def build_engine(
     seed: int,
     lora_rank: int | None = None,
     reads_text: bool = False,
+    placement: Placement | None = None,
+    reserved_bytes: int = 0,
 ) -> RolloutEngine:
     """Build the engine that `config` names. Workers start in the background; their first use waits for them.
 
@@ -177,6 +196,8 @@ def build_engine(
         compute_dtype: `float32`, `bfloat16` or `float16`; `config.dtype` takes precedence.
         max_model_length: tokens of prompt and completion; the model's own context caps it.
         lora_rank: workers are sent adapters of up to this rank, and keep the weights of `model_path` under them.
+        placement: where workers run; None: as `config` says, without sleep.
+        reserved_bytes: GPU memory that the trainer will take besides what it holds now.
         reads_text: requests will have stop texts or bad words (`Sampling.reads_text`), for which workers need the tokenizer.
 
     Raises ResourceError if the engine cannot run here.
@@ -200,7 +221,7 @@ def build_engine(
     from rlqwen.rollout.pool import RolloutPool
 
     return RolloutPool(
-        config,
+        placement or Placement(config),
         engine=engine_spec(config),
         model_path=model_path,
         tokenizer=tokenizer,
@@ -209,6 +230,7 @@ def build_engine(
         seed=seed,
         lora_rank=lora_rank,
         reads_text=reads_text,
+        reserved_bytes=reserved_bytes,
     )
 
 

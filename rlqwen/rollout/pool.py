@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.config import RolloutConfig
 from rlqwen.data.control_tokens import CompletionReader
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.actors import START_KEY, SYNC_KEY, ActorHandle, ActorHandles
-from rlqwen.rollout.weight_sync import ExpectedWeights, LoadReport, WeightBundle, explain_gap, publish, sent_bytes
-from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share, files_of
+from rlqwen.rollout.engine_placement import Placement
+from rlqwen.rollout.weight_delivery import delivery_of
+from rlqwen.rollout.weight_sync import ExpectedWeights, LoadReport, WeightBundle, explain_gap, sent_bytes
+from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share, files_of, transfer_of
 from rlqwen.types import Canary, Completion, Group, GroupRequest
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class RolloutPool:
 
     def __init__(
         self,
-        config: RolloutConfig,
+        placement: Placement,
         *,
         engine: str,
         model_path: str,
@@ -65,36 +66,34 @@ class RolloutPool:
         seed: int,
         lora_rank: int | None = None,
         reads_text: bool = False,
+        reserved_bytes: int = 0,
     ) -> None:
-        self.config = config
+        self.config = config = placement.config
         self.version = 0
         self.num_restarts = 0
         self._reader = CompletionReader(tokenizer)
-        self._dtype = dtype
-        self._expected = ExpectedWeights(model_path if lora_rank is None else None)
+        self._delivery = delivery_of(placement, ExpectedWeights(model_path if lora_rank is None else None), dtype)
+        self.is_asleep = False
+        """Whether the workers hold no weights until the next `load_weights`."""
         self._bundle: WeightBundle | None = None
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
         self._in_flight: dict[Any, InFlightRequest] = {}
         self._call = self._num_shares = 0
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
-        joined = cluster.connect(config, sent_bytes=sent_bytes(model_path, dtype, lora_rank))
-        self._settings = EngineSettings(
+        stored = sent_bytes(model_path, dtype, lora_rank) if transfer_of(config) == "object_store" else 0
+        joined = cluster.connect(config, sent_bytes=stored, gpus=placement.gpus)
+        self._settings = EngineSettings.of(
+            placement,
             engine=engine,
             model_path=str(Path(model_path).absolute()),
             dtype=dtype,
             max_model_length=max_model_length,
-            max_num_seqs=config.max_num_seqs,
             seed=seed,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enforce_eager=config.enforce_eager,
-            kv_cache_gib=config.kv_cache_gib,
             num_threads=joined.resources.num_threads if weight_bytes > SMALL_MODEL_BYTES else 1,
             lora_rank=lora_rank,
             tokenizer_files=files_of(tokenizer) if reads_text else None,
-            returns_experts=config.routing_replay,
-            arguments=config.engine_args,
+            reserved_bytes=reserved_bytes,
         )
         self._actors = ActorHandles(config, self._settings, joined)
 
@@ -102,6 +101,8 @@ class RolloutPool:
         """See RolloutEngine. Raises WorkerDied once workers have died more than `max_restarts` times."""
         if self._failure is not None:
             raise RolloutError(f"no worker may serve, for the last weight sync failed: {self._failure}")
+        if self.is_asleep:
+            raise RolloutError("no worker may serve, because they sleep without weights: load_weights wakes them")
         for request in requests:
             self._check_length(request)
         self._drop_in_flight()
@@ -125,6 +126,8 @@ class RolloutPool:
                     if self._call != call:
                         break
             self._replace_late(pending)
+        if self._settings.sleep_level:
+            self._sleep()
 
     def load_weights(
         self, version: int, weights: "Iterable[tuple[str, torch.Tensor]]", canary: Canary | None
@@ -132,16 +135,19 @@ class RolloutPool:
         """See RolloutEngine."""
         self._drop_in_flight()
         self._call += 1
-        self._failure = "it is not finished"
+        self._failure, self.is_asleep = "it is not finished", False
         try:
             self._bundle = None  # so that the object store, which lets go of it, need not hold two versions
             for actor in self._actors:
                 actor.bundle = None
-            bundle = publish(version, weights, canary, dtype=self._dtype, expected=self._expected, put=cluster.put)
+            started = time.monotonic()
+            if self._delivery.needs_workers:
+                self.wait_until_ready()
+            bundle = self._delivery.publish(version, weights, canary, [actor.handle for actor in self._actors])
+            sent_s = 0.0 if bundle.is_stored else time.monotonic() - started
             self._bundle, self.version, self._reports = bundle, version, []
-            for actor in self._actors:
-                if actor.waiting is None:
-                    actor.send(self._bundle, timeout_s=self.config.sync_timeout)
+            for actor in [actor for actor in self._actors if actor.waiting is None]:
+                actor.send(self._bundle, timeout_s=self.config.sync_timeout)
             self.wait_until_ready()
         except BaseException as error:
             self._failure = str(error) or type(error).__name__
@@ -150,7 +156,7 @@ class RolloutPool:
         gaps = [report.canary_gap for report in self._reports if report.canary_gap is not None]
         return {
             **({"sync/canary_gap": max(gaps)} if gaps else {}),
-            "sync/seconds": max(report.seconds for report in self._reports),
+            "sync/seconds": sent_s + max(report.seconds for report in self._reports),
             "sync/bytes": float(bundle.num_bytes),
             "sync/rebuilt_engines": float(sum(report.rebuilt for report in self._reports)),
             "rollout/restarts": float(self.num_restarts),
@@ -168,6 +174,13 @@ class RolloutPool:
             if announce and (num_up == len(self._actors) or now - said > PROGRESS_S):
                 announce(f"rollout workers: {num_up} of {len(self._actors)} up after {now - started:.0f} s")
                 said = now
+
+    def _sleep(self) -> None:
+        """Have the workers free their GPUs' memory, and wait until they have."""
+        self.is_asleep = True
+        for actor in [actor for actor in self._actors if actor.waiting is None]:
+            actor.sleep(timeout_s=self.config.sync_timeout)
+        self.wait_until_ready()
 
     def cancel(self) -> None:
         """See RolloutEngine."""
@@ -198,7 +211,7 @@ class RolloutPool:
 
         If rollouts are to repeat to the bit, give each worker its share once all are idle.
         """
-        if self.config.deterministic or self.config.num_workers == 1:
+        if self.config.deterministic or self.config.worker_count == 1:
             self._hand_out_shares(pending)
             return
         room = OVERCOMMIT * self.config.max_num_seqs
@@ -284,7 +297,13 @@ class RolloutPool:
             self._replace(actor, answer, pending)
             return
         actor.waiting = None
+        if self.is_asleep:
+            if actor.deadline_key == START_KEY:  # it replaced one that slept
+                actor.sleep(timeout_s=self.config.sync_timeout)
+            return
         if actor.bundle is not self._bundle:
+            if self._bundle is not None:
+                self._delivery.resend(actor.handle)
             actor.send(self._bundle, timeout_s=self.config.sync_timeout)
         elif isinstance(answer, LoadReport):
             self._check_canary(actor, answer)

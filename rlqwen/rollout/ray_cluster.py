@@ -15,6 +15,7 @@ from typing import Any
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError, RolloutError, WorkerDied
 from rlqwen.rollout import ray_reaper as guard
+from rlqwen.rollout.engine_placement import environment_of_ray
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
@@ -31,10 +32,11 @@ class Cluster:
     disconnect: Callable[[], None]
 
 
-def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
+def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | None = None) -> Cluster:
     """Connect to Ray as `config` says; raise ResourceError, before any wait, if the workers do not fit.
 
     `sent_bytes`: size of one version of what the workers are sent, from which the private object store is sized.
+    `gpus`: those that a private cluster has; None: all that it finds.
     """
     # Read when Ray is imported: no usage reports; and no warning about workers that ask for no GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -57,8 +59,8 @@ def connect(config: RolloutConfig, *, sent_bytes: int) -> Cluster:
         except BaseException:
             ray.shutdown()
             raise
-    plan_workers(config)
-    return _start_private(sent_bytes).join(config)
+    plan_workers(config, gpus=gpus)
+    return _start_private(sent_bytes, gpus).join(config)
 
 
 class _PrivateCluster:
@@ -88,7 +90,7 @@ class _PrivateCluster:
 _private: _PrivateCluster | None = None
 
 
-def _start_private(sent_bytes: int) -> _PrivateCluster:
+def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateCluster:
     global _private
     import ray
 
@@ -98,7 +100,9 @@ def _start_private(sent_bytes: int) -> _PrivateCluster:
     command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
     # In a session of its own, so that Ctrl-C doesn't reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    os.environ[guard.MARK] = folder
+    changes = environment_of_ray(gpus, os.environ)
+    own = {name: os.environ.get(name) for name in [*changes, guard.MARK]}
+    _change_environment(changes | {guard.MARK: folder})
     # Ray's processes inherit it: the trainer still needs them to save when its terminal is closed. Ray sees to SIGINT.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -119,9 +123,17 @@ def _start_private(sent_bytes: int) -> _PrivateCluster:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # What the trainer starts from here on is not Ray's.
-        del os.environ[guard.MARK]
+        _change_environment(own)
     _private = _PrivateCluster(watcher, Path(context.address_info["session_dir"]))
     return _private
+
+
+def _change_environment(changes: dict[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
@@ -133,9 +145,9 @@ def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:
     resources = plan_workers(config, nodes=[(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive])
     free: dict[str, float] = ray.available_resources()
     for what, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
-        if each * config.num_workers > free.get(what, 0.0) + 1e-6:
+        if each * config.worker_count > free.get(what, 0.0) + 1e-6:
             raise ResourceError(
-                f"rollout: {config.num_workers} workers x {each:g} {what}s = {config.num_workers * each:g} {what}s, but "
+                f"rollout: {config.worker_count} workers x {each:g} {what}s = {config.worker_count * each:g} {what}s, but "
                 f"only {free.get(what, 0.0):g} of the Ray cluster's are free; is another trainer still open?"
             )
     return resources
@@ -166,12 +178,12 @@ def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundle = {"CPU": resources.num_cpus} | ({"GPU": resources.num_gpus} if resources.num_gpus else {})
-    group: Any = placement_group([bundle] * config.num_workers, strategy="PACK")
+    group: Any = placement_group([bundle] * config.worker_count, strategy="PACK")
     if not ray.wait([group.ready()], timeout=config.start_timeout)[0]:
         remove_placement_group(group)
         free: dict[str, float] = ray.available_resources()
         raise ResourceError(
-            f"rollout: {config.num_workers} workers of {bundle} found no place on the Ray cluster within "
+            f"rollout: {config.worker_count} workers of {bundle} found no place on the Ray cluster within "
             f"rollout.start_timeout = {config.start_timeout:g} s; free now: {free.get('CPU', 0.0):g} CPUs, "
             f"{free.get('GPU', 0.0):g} GPUs. Lower rollout.num_workers, or end what else runs there"
         )

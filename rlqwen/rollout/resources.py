@@ -79,25 +79,29 @@ def _gb(num_bytes: float) -> str:
 
 
 def plan_workers(
-    config: RolloutConfig, *, nodes: list[tuple[float, float]] | None = None, free_gib: float | None = None
+    config: RolloutConfig,
+    *,
+    nodes: list[tuple[float, float]] | None = None,
+    free_gib: float | None = None,
+    gpus: tuple[str, ...] | None = None,
 ) -> WorkerResources:
     """Return what each of `config.num_workers` workers asks for; raise ResourceError if the machines do not have it.
 
     `nodes`: CPUs and GPUs of each machine; None is this machine alone. `free_gib`: memory available on this machine
-    for workers on CPU; None measures it. A worker never spans two machines.
+    for workers on CPU; None measures it. `gpus`: those of this machine that workers may use; None: all. A worker never spans two machines.
     """
-    nodes = nodes or [(count_cpus(), _count_gpus())]
-    cpus, gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
-    count = config.num_workers
+    nodes = nodes or [(count_cpus(), _count_gpus() if gpus is None else float(len(gpus)))]
+    cpus, num_gpus = sum(node[0] for node in nodes), sum(node[1] for node in nodes)
+    count = config.worker_count
     gpus_each = config.num_gpus_per_worker
     if gpus_each is None:
-        gpus_each = config.tensor_parallel_size if gpus else 0
+        gpus_each = config.tensor_parallel_size if num_gpus else 0
     cpus_each = config.num_cpus_per_worker
     if cpus_each is None:
-        cpus_each = 1 if gpus else cpus / count
+        cpus_each = 1 if num_gpus else cpus / count
     for each, total, what, key in (
         (cpus_each, cpus, "CPUs", "rollout.num_cpus_per_worker"),
-        (gpus_each, gpus, "GPUs", "rollout.num_gpus_per_worker"),
+        (gpus_each, num_gpus, "GPUs", "rollout.num_gpus_per_worker"),
     ):
         fitting = sum(_fit(node[what == "GPUs"], each) for node in nodes)
         if fitting < count:
@@ -115,10 +119,10 @@ def _fit(available: float, each: float) -> int | float:
 
 
 def _check_memory(config: RolloutConfig, free_gib: float) -> None:
-    needed = config.num_workers * (config.kv_cache_gib + PROCESS_GIB)
+    needed = config.worker_count * (config.kv_cache_gib + PROCESS_GIB)
     if needed > free_gib:
         raise ResourceError(
-            f"rollout: {config.num_workers} workers x ({config.kv_cache_gib} GiB KV cache + {PROCESS_GIB:g} GiB) = "
+            f"rollout: {config.worker_count} workers x ({config.kv_cache_gib} GiB KV cache + {PROCESS_GIB:g} GiB) = "
             f"{needed:g} GiB, but {free_gib:.1f} GiB of memory are free; lower rollout.num_workers or "
             f"rollout.kv_cache_gib"
         )
@@ -138,7 +142,9 @@ def samples_on_gpu(config: RolloutConfig) -> bool:
 def shares_processors(config: RolloutConfig, device_type: str) -> bool:
     """Return whether workers compute where a trainer on such a device (`cpu`, `cuda`) does: on this machine, and both on
     its GPUs or both on its CPUs."""
-    return config.ray_address is None and samples_on_gpu(config) == (device_type == "cuda")
+    if config.placement == "separate" or config.ray_address is not None:
+        return False
+    return samples_on_gpu(config) == (device_type == "cuda")
 
 
 def _count_gpus() -> float:

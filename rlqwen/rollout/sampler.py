@@ -18,14 +18,16 @@ from rlqwen.errors import ConfigError
 from rlqwen.models.loading import stop_token_ids
 from rlqwen.models.policy import Policy
 from rlqwen.rewards import Scorer
-from rlqwen.rollout import build_engine
+from rlqwen.rollout import Engine, RolloutEngine, build_engine
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine_placement import growth_of, place_engine, this_machine
 from rlqwen.rollout.opened_draw import OpenedDraw
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.rollout.resources import samples_on_gpu
 from rlqwen.rollout.sampling_parameters import refuse_unknown_tokens, sampling_of
 from rlqwen.rollout.sync_check import SyncCheck
+from rlqwen.rollout.weight_delivery import ExportedWeights
 from rlqwen.types import Group, GroupRequest, Prompt
 
 
@@ -73,17 +75,7 @@ class Sampler:
             max_length=self.max_model_length - 1,
         )
         refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
-        self.engine = build_engine(
-            args.rollout.model_copy(update={"dtype": self.compute_dtype}),
-            model_path=model_path,
-            tokenizer=tokenizer,
-            policy=policy,
-            compute_dtype=self.compute_dtype,
-            max_model_length=self.max_model_length,
-            seed=args.seed,
-            lora_rank=self.lora_rank,
-            reads_text=self.sampling.reads_text,
-        )
+        self.engine = self._start_engine(engine, model_path, tokenizer)
         self.version = 1
         self._synced_version = 0
         self.max_staleness = args.rollout.max_staleness
@@ -98,6 +90,30 @@ class Sampler:
         """Names and prompts of coming steps whose batches are not begun yet."""
         self._num_coming = 0
         """Completions per prompt of those."""
+
+    def _start_engine(self, engine: type[Engine], model_path: str, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+        machine = this_machine(self.policy.device.type)
+        placement = place_engine(
+            self.args.rollout.model_copy(update={"dtype": self.compute_dtype}),
+            engine,
+            machine,
+            sends_adapter=self.lora_rank is not None,
+            trains_meanwhile=bool(self.args.train_on_arrival),
+        )
+        self.notes += placement.notes
+        return build_engine(
+            placement.config,
+            model_path=model_path,
+            tokenizer=tokenizer,
+            policy=self.policy,
+            compute_dtype=self.compute_dtype,
+            max_model_length=self.max_model_length,
+            seed=self.args.seed,
+            lora_rank=self.lora_rank,
+            reads_text=self.sampling.reads_text,
+            placement=placement,
+            reserved_bytes=growth_of(self.policy.model, self.args.parallel, machine.world_size),
+        )
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
         """Wait until the engine is up; an engine in the trainer's process always is."""
@@ -265,10 +281,11 @@ class Sampler:
 
     def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
         self._prefetcher.drain()
-        if self._synced_version == self.version:
+        asleep = isinstance(self.engine, RolloutPool) and self.engine.is_asleep
+        if self._synced_version == self.version and not asleep:
             return {"time/sync": 0.0}
         started = time.monotonic()
-        weights = self.policy.export_weights() if self.lora_rank is None else self.policy.export_adapter()
+        weights = ExportedWeights(self.policy.export_weights if self.lora_rank is None else self.policy.export_adapter)
         metrics = self.engine.load_weights(self.version, weights, self._sync_check.canary(prompts_P[0].token_ids))
         self._sync_check.calibrate(metrics)
         self._synced_version = self.version

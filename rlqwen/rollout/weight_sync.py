@@ -32,11 +32,16 @@ class WeightBundle:
 
     version: int
     chunks: tuple[Any, ...]
-    """Object references; each is a list of (name, array, torch dtype)."""
+    """Object references; each is a list of (name, array, torch dtype). Empty: the weights went from GPU to GPU."""
     aliases: dict[str, str]
     """Names that share another name's tensor, as a tied head does: alias -> name."""
     canary: Canary | None
     num_bytes: int
+
+    @property
+    def is_stored(self) -> bool:
+        """Return whether the object store holds the weights, so that a worker can read them again."""
+        return bool(self.chunks)
 
     def accepts(self, gap: float | None) -> bool:
         """Return whether a worker with this canary gap may serve; one with NaN may not."""
@@ -85,8 +90,6 @@ def publish(
 ) -> WeightBundle:
     """Put `weights`, cast to `dtype`, into the object store by `put`; raise WeightSyncError if they are not as `expected`.
 
-    Those that the checkpoint holds in float32 beside weights of half precision are sent so.
-
     A tied head is not sent but named as an alias of the embedding.
     """
     import torch
@@ -100,8 +103,7 @@ def publish(
         shapes[name] = tuple(tensor.shape)
         if name == _HEAD and expected.is_tied:
             continue
-        own = torch.float32 if name in expected.float32_names else target
-        host = _to_host(tensor.detach(), own if tensor.is_floating_point() else tensor.dtype)
+        host = _to_host(tensor.detach(), expected.sent_dtype(name, tensor, target))
         bits = _BIT_VIEWS.get(str(host.dtype))
         array = (host.view(getattr(torch, bits)) if bits else host).numpy()
         chunk.append((name, array, str(host.dtype)))
@@ -159,6 +161,15 @@ class ExpectedWeights:
         self._shapes = {} if model_path is None else _checkpoint_shapes(Path(model_path))
         self.is_tied = model_path is not None and is_tied(read_config(model_path))
         self.float32_names: set[str] = set() if model_path is None else _float32_names(Path(model_path))
+
+    def sent_dtype(self, name: str, tensor: "torch.Tensor", dtype: "torch.dtype") -> "torch.dtype":
+        """Return the dtype that a weight is sent in to workers that compute in `dtype`: float32 where the checkpoint holds
+        it so beside weights of half precision."""
+        import torch
+
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return torch.float32 if name in self.float32_names else dtype
 
     def check(self, shapes: Shapes) -> dict[str, str]:
         """Raise WeightSyncError unless `shapes` fits; return the aliases, such as the head of a tied model."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from rlqwen.errors import RolloutError, WorkerDied
 from rlqwen.plugins.kinds import ENGINES
@@ -26,7 +26,7 @@ from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Sh
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlqwen.rollout.engine import WorkerEngine
+    from rlqwen.rollout.engine import GpuWorkerEngine, WorkerEngine
 
 T = TypeVar("T")
 Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
@@ -72,6 +72,14 @@ class RolloutWorker:
     async def load(self, bundle: WeightBundle) -> LoadReport:
         """Drop every group in flight, load the weights and answer with the canary's gap."""
         return await self._call(lambda: self._thread.load(bundle))
+
+    async def sleep(self) -> None:
+        """Free the GPU's memory until weights are loaded; every group has been answered."""
+        await self._call(self._thread.sleep)
+
+    async def transfer(self, phase: str, arguments: dict[str, Any]) -> None:
+        """Run a phase of a weight transfer from GPU to GPU; the first drops every group in flight."""
+        await self._call(lambda: self._thread.transfer(phase, arguments))
 
     async def _call(self, work: Callable[[], T]) -> T:
         future: Future[T] = Future()
@@ -150,6 +158,15 @@ class EngineThread(threading.Thread):
         self._arrived.clear()
         for future in [*(group.future for group in groups.values()), *waiting]:
             future.set_exception(RolloutError("the group was aborted"))
+
+    def sleep(self) -> None:
+        self.abort_groups()
+        cast("GpuWorkerEngine", self._engine).sleep()
+
+    def transfer(self, phase: str, arguments: dict[str, Any]) -> None:
+        if phase == "start_weight_update":
+            self.abort_groups()
+        cast("GpuWorkerEngine", self._engine).transfer(phase, **arguments)
 
     def load(self, bundle: WeightBundle) -> LoadReport:
         self.abort_groups()

@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from rlqwen.config import RolloutConfig
+    from rlqwen.rollout.engine_placement import Placement
+
 Sampled = tuple[list[int], list[float], FinishReason, "np.ndarray | None"]
 """Token ids, their logprobs, why the completion ended, and the experts of prompt and completion, if asked for."""
+
+
+def transfer_of(config: "RolloutConfig") -> str:
+    """Return how workers get whole weights, where that is resolved, else the way that always works."""
+    return "object_store" if config.weight_transfer == "auto" else config.weight_transfer
 
 
 @dataclass(frozen=True)
@@ -27,19 +35,43 @@ class EngineSettings:
     max_num_seqs: int
     seed: int
     tensor_parallel_size: int
-    gpu_memory_utilization: float
+    gpu_memory_utilization: float | None
+    """None: what is free when the engine starts, without `reserved_bytes`."""
     enforce_eager: bool | None
     kv_cache_gib: int
     num_threads: int
     """OpenMP threads on CPU."""
     lora_rank: int | None = None
     """Largest rank of the adapters that are loaded as weights; None: whole weights are."""
+    weight_transfer: str = "object_store"
+    """How whole weights come: `object_store`, `ipc` or `nccl`."""
+    sleep_level: int = 0
+    """vLLM's level of sleep while the policy trains; 0: never."""
+    reserved_bytes: int = 0
+    """GPU memory that the trainer will take besides what it holds when the engine starts."""
     tokenizer_files: dict[str, bytes] | None = None
     """Name -> content of the tokenizer's files, for requests that name texts; None: requests are of token ids alone."""
     returns_experts: bool = False
     """Whether completions come with the experts that a mixture chose."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """`rollout.engine_args`."""
+
+    @classmethod
+    def of(cls, placement: "Placement", **rest: Any) -> "EngineSettings":
+        """Return the settings that a resolved config gives, with `rest`."""
+        config = placement.config
+        return cls(
+            max_num_seqs=config.max_num_seqs,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            enforce_eager=config.enforce_eager,
+            kv_cache_gib=config.kv_cache_gib,
+            weight_transfer=transfer_of(config),
+            sleep_level=placement.sleep_level,
+            returns_experts=config.routing_replay,
+            arguments=config.engine_args,
+            **rest,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: P prompts per rollout, G completions per prompt.
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlqwen.checkpoint import preserve_rng_state
@@ -15,6 +16,7 @@ from rlqwen.reporting import CompletionLog
 from rlqwen.rewards import Scorer
 from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine_placement import count_workers, take_turns, this_machine
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.sampler import Sampler, describe_groups
 from rlqwen.trainers.run_context import RunContext
@@ -99,7 +101,7 @@ class RolloutManager:
         assert self.scorer is not None
         engine = engine_class(self._args.rollout)
         if engine.in_workers:
-            number = self._args.rollout.num_workers
+            number = count_workers(self._args.rollout, this_machine(self._main_rank.policy.device.type))
             self._logger.note(f"starting Ray and {number} {engine.title} worker(s), which takes a minute or less")
         with preserve_rng_state():  # a resumed run starts its engine later
             self.sampler = Sampler(
@@ -171,6 +173,7 @@ class RolloutManager:
     def _on_all_ranks(
         self, draw: Callable[[], tuple[list[Group], Metrics]], among: Sequence[Prompt]
     ) -> tuple[list[Group], Metrics]:
+        self._free_cached_memory()
         drawn: list[Group] = []
         ranks = self._main_rank.ranks
 
@@ -181,6 +184,14 @@ class RolloutManager:
 
         packed, metrics = self._main_rank.run(work)
         return drawn if ranks.is_main else unpack_groups(packed, among), metrics
+
+    def _free_cached_memory(self) -> None:
+        """Give this rank's unused GPU memory back for workers that wake up on the same GPU."""
+        meanwhile = bool(self._args.train_on_arrival)
+        if torch.cuda.is_available() and take_turns(
+            self._args.rollout, this_machine("cuda"), trains_meanwhile=meanwhile
+        ):
+            torch.cuda.empty_cache()
 
     def _draw_name(self, ahead: int) -> str:
         """Return the name of the training draw so many steps from now."""

@@ -130,7 +130,7 @@ def test_overrides_reach_nested_keys_list_items_and_null(grpo: Path) -> None:
     assert recipe.data.train[1].args == {"size": 9}
     assert only_source(recipe.data.eval).path == "b.jsonl"
     assert isinstance(recipe.train, GRPOConfig)
-    assert recipe.train.rollout.num_workers == 1
+    assert recipe.train.rollout.num_workers is None
 
 
 def test_an_unquoted_no_is_the_strategy_no(sft: Path) -> None:

@@ -16,6 +16,7 @@ from rlqwen.preflight.memory_plan import (
     ENGINE_WORKSPACE,
     GIB,
     LOAD,
+    SAMPLING,
     STEP,
     SYNC,
     USABLE,
@@ -120,7 +121,15 @@ def test_engines_take_their_share_of_the_gpu(tmp_path: Path) -> None:
     plan = planned(Recipe.parse(values), tmp_path)
     assert plan.micro_batch.tokens == 16 * 64 + 2 * 64
     assert plan.engine_share == 0.5
-    assert plan.smallest_gpu == pytest.approx(plan.peak / (USABLE - 0.5))
+    assert plan.engine_sleeps
+    awake = max(plan.total(SAMPLING), plan.total(SYNC))
+    assert plan.smallest_gpu == pytest.approx(max(plan.peak / USABLE, awake / (USABLE - 0.5)))
+    busy = {"engine": "vllm", "gpu_memory_utilization": 0.5, "max_staleness": 1}
+    awake_always = planned(Recipe.parse(values | {"rollout": busy}), tmp_path)
+    assert awake_always.smallest_gpu == pytest.approx(awake_always.peak / (USABLE - 0.5))
+    free = planned(Recipe.parse(values | {"rollout": {"engine": "vllm"}}), tmp_path)
+    assert free.engine_share == 0.0
+    assert free.smallest_gpu == pytest.approx(max(free.peak, awake + free.engine_bytes) / USABLE)
     cache = 128 * 28 * 2 * 2 * 8 * 128  # keys and values of the longest sequence, in bf16
     assert plan.engine_bytes == 2 * 596_049_920 + cache + ENGINE_WORKSPACE
     assert plan.total(SYNC) < plan.total(BACKWARD)

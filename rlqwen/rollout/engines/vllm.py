@@ -21,6 +21,8 @@ class Vllm(Engine):
     in_workers = True
     loads_adapters = True
     returns_experts = True
+    sleeps = True
+    weight_transfers = ("object_store", "ipc", "nccl")
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -48,6 +50,8 @@ class Vllm(Engine):
             VLLM_NO_USAGE_STATS="1",
             VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         )
+        if settings.sleep_level and "expandable_segments" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+            del os.environ["PYTORCH_CUDA_ALLOC_CONF"]  # the trainer's; vLLM's allocator for sleep cannot work with it
         if not os.environ.get("CUDA_VISIBLE_DEVICES"):
             os.environ.update(
                 VLLM_CPU_KVCACHE_SPACE=str(settings.kv_cache_gib),

@@ -20,12 +20,14 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from rlqwen.errors import RolloutError
+from rlqwen.rollout.engine_placement import ALONE, SHARED
 from rlqwen.rollout.engines import vllm_object_store as object_store
 from rlqwen.rollout.engines import vllm_qwen3_5 as qwen3_5_classes
 from rlqwen.rollout.engines.vllm_cpu_seeds import keep_seeds_of_split_prompts
 from rlqwen.rollout.engines.vllm_expert_record import ExpertRecord
 from rlqwen.rollout.engines.vllm_object_store import update_of
 from rlqwen.rollout.engines.vllm_served_model import is_qwen3_5, text_view
+from rlqwen.rollout.engines.vllm_sleep import SleepCycle, reset_prefix_cache
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
 from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
 from rlqwen.types import Canary, Sampling
@@ -34,6 +36,8 @@ from rlqwen.types import Canary, Sampling
 CPU_BLOCK_SIZE = 32
 _CANARY_ID = "canary"
 _ADAPTER_FILE = "adapter_model.safetensors"
+_MARGIN_BYTES, _SMALLEST_SHARE = 1024**3, 0.05
+"""What the trainer may take besides the optimizer's state, and the smallest share of a GPU that an engine starts with."""
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM's kernels are laid out for."""
 
@@ -43,13 +47,19 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._llm = _build(settings, settings.model_path)
+        self._start_engine(settings.model_path)
         self._must_rebuild = False
         """Set once the weights were wrong after a reload in place and right after a rebuild."""
+        self._is_updating = False
+        """Whether a weight transfer has started and not finished."""
         self._adapter: LoRARequest | None = None
         """What every request is drawn with."""
         self._prompts: dict[str, list[int]] = {}
         """Of the requests in flight, where experts are recorded."""
+
+    def _start_engine(self, model_path: str) -> None:
+        self._llm = _build(self._settings, model_path)
+        self._sleep_cycle = SleepCycle(self._llm, self._settings.sleep_level)
         self._record = self._record_experts()
 
     def _record_experts(self) -> ExpertRecord | None:
@@ -118,16 +128,9 @@ class VllmEngine:
 
     def forget_prompts(self) -> None:
         """Empty the prefix cache, which a draw that is to repeat to the bit must not find filled."""
-        self._reset_prefix_cache()
+        reset_prefix_cache(self._llm)
         if self._record is not None:
             self._record.forget_prompts()
-
-    def _reset_prefix_cache(self) -> None:
-        """Empty the prefix cache; raise RolloutError if vLLM keeps it, since it may be of other weights."""
-        if not self._llm.reset_prefix_cache():
-            raise RolloutError(
-                "vLLM did not empty its prefix cache: requests that it should not have hold blocks of it"
-            )
 
     def abort(self, request_ids: list[str]) -> None:
         if request_ids:
@@ -141,7 +144,7 @@ class VllmEngine:
     def load(self, bundle: WeightBundle) -> LoadReport:
         """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
 
-        An engine that was caught once with other weights than it was sent is always rebuilt.
+        Weights that came by `transfer` are in place already, and are only checked: there is no copy to build from. An engine that was caught once with other weights than it was sent is always rebuilt.
         """
         started = time.monotonic()
         if self._record is not None:
@@ -150,11 +153,11 @@ class VllmEngine:
         if self._settings.lora_rank is not None:
             self._replace_adapter(bundle.tensors(), bundle.version)
             return LoadReport(bundle.version, self._canary_gap(bundle.canary), False, time.monotonic() - started)
-        rebuilt = self._must_rebuild
+        rebuilt = self._must_rebuild and bundle.is_stored
         if not rebuilt:
             self._reload(bundle)
             gap = self._canary_gap(bundle.canary)
-            rebuilt = not bundle.accepts(gap)
+            rebuilt = bundle.is_stored and not bundle.accepts(gap)
         if rebuilt:
             self._rebuild(bundle.tensors())
             gap = self._canary_gap(bundle.canary)
@@ -163,6 +166,7 @@ class VllmEngine:
 
     def _replace_adapter(self, weights: dict[str, torch.Tensor], version: int) -> None:
         """Load an adapter under a name and id of its own, for vLLM's caches go by these; the one before is removed."""
+        self._sleep_cycle.wake()
         if self._adapter is not None:
             self._llm.remove_lora(self._adapter.lora_int_id)
         # The scaling is folded into the weights.
@@ -175,18 +179,28 @@ class VllmEngine:
             save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / _ADAPTER_FILE)
             self._adapter = LoRARequest(f"version-{version}-{number}", number, folder)
             self._llm.add_lora(self._adapter)
-        self._reset_prefix_cache()
+        reset_prefix_cache(self._llm)
+
+    def sleep(self) -> None:
+        self._sleep_cycle.sleep()
 
     def transfer(self, phase: str, **arguments: Any) -> None:
         """Run a phase of vLLM's weight-transfer protocol, a method of its worker, in every process of this engine."""
+        self._sleep_cycle.wake_weights()
+        if phase == "start_weight_update" and self._is_updating:  # the trainer gave the last one up
+            self._llm.collective_rpc("finish_weight_update")
+        self._is_updating = False  # vLLM ends the update at an error too
         self._llm.collective_rpc(phase, kwargs=arguments)
+        self._is_updating = phase in ("start_weight_update", "update_weights")
 
     def _reload(self, bundle: WeightBundle) -> None:
-        self.transfer("start_weight_update")
-        for bucket in bundle.buckets():
-            self.transfer("update_weights", **update_of(bucket))
-        self.transfer("finish_weight_update")
-        self._reset_prefix_cache()
+        if bundle.is_stored:
+            self.transfer("start_weight_update")
+            for bucket in bundle.buckets():
+                self.transfer("update_weights", **update_of(bucket))
+            self.transfer("finish_weight_update")
+        self._sleep_cycle.wake()
+        reset_prefix_cache(self._llm)
 
     def _rebuild(self, weights: dict[str, torch.Tensor]) -> None:
         with tempfile.TemporaryDirectory(prefix="rlqwen-weights-") as folder:
@@ -194,10 +208,9 @@ class VllmEngine:
                 if file.is_file() and file.suffix not in {".safetensors", ".bin"} and "index" not in file.name:
                     shutil.copy(file, folder)
             save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / "model.safetensors")
-            del self._llm
+            del self._llm, self._sleep_cycle
             cleanup_dist_env_and_memory()
-            self._llm = _build(self._settings, folder)
-            self._record = self._record_experts()
+            self._start_engine(folder)
 
     def _canary_gap(self, canary: Canary | None) -> float | None:
         """Return the mean absolute difference of this engine's and the trainer's logprobs of the canary; NaN if any is."""
@@ -237,6 +250,8 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
     if settings.lora_rank is not None:
         rank = next(rank for rank in _LORA_RANKS if rank >= settings.lora_rank)
         more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    if settings.sleep_level and not on_cpu:
+        more["enable_sleep_mode"] = True
     if settings.returns_experts and not on_cpu:
         more["enable_return_routed_experts"] = True
     if on_cpu:
@@ -246,7 +261,7 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         qwen3_5_classes.register()
         extension = qwen3_5_classes.WORKER_EXTENSION
     if settings.lora_rank is None:
-        more["weight_transfer_config"] = WeightTransferConfig(backend=object_store.BACKEND)
+        more["weight_transfer_config"] = WeightTransferConfig(backend=settings.weight_transfer)
     arguments = EngineArgs(
         model=str(model_path),
         load_format="safetensors",  # `auto` falls back to pickle
@@ -260,7 +275,7 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         tensor_parallel_size=settings.tensor_parallel_size,
         # Within a placement group vLLM would start Ray actors of its own, for which the bundle has no room.
         distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
-        gpu_memory_utilization=settings.gpu_memory_utilization,
+        gpu_memory_utilization=_memory_share(settings),
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         logprobs_mode="processed_logprobs",
         enable_prefix_caching=True,
@@ -270,6 +285,23 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         **more,
     )
     return LLMEngine.from_engine_args(arguments)
+
+
+def _memory_share(settings: EngineSettings) -> float:
+    """Return the share of the GPU's memory for the engine; where none is given, of what the trainer leaves free."""
+    if settings.gpu_memory_utilization is not None:
+        return settings.gpu_memory_utilization
+    if current_platform.is_cpu():
+        return SHARED
+    free, total = torch.cuda.mem_get_info()
+    share = min(ALONE, (free - settings.reserved_bytes - _MARGIN_BYTES) / total)
+    if share < _SMALLEST_SHARE:
+        raise RolloutError(
+            f"the trainer leaves {free / 1e9:.3g} GB of the GPU's {total / 1e9:.3g} GB free, and will take "
+            f"{settings.reserved_bytes / 1e9:.3g} GB more for its optimizer, so that nothing is left for the engine: set "
+            "rollout.gpu_memory_utilization, or free memory (model.lora, parallel.zero_stage, rollout.placement=separate)"
+        )
+    return share
 
 
 def _record_on(worker: Any) -> ExpertRecord:
