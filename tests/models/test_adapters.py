@@ -25,7 +25,7 @@ from tests.models.test_policy import make_model, padded_logprobs, skewed_trees
 
 ALL = "all-linear"
 PROJECTIONS_AND_ENDS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": ALL},
     "rslora": {"target_modules": ALL, "use_rslora": True},
     "dora": {"target_modules": ALL, "use_dora": True},
@@ -46,7 +46,8 @@ ADAPTERS = {
 
 def adapted(kind: str, *, tied: bool = False, model_kind: str = "qwen3", **options: Any) -> Policy:
     """Return a policy with a nonzero adapter and changed fully trained modules."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False} | ADAPTERS[kind] | options)
+    defaults = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
+    config = LoraConfig(**defaults | ADAPTERS[kind] | options)
     policy = Policy(make_model(model_kind, tie_word_embeddings=tied), SFTConfig(), peft_config=config, reference=True)
     shake(policy)
     return policy
@@ -175,7 +176,7 @@ def test_adapters_on_fused_experts_are_trained_and_merged(tmp_path: Path) -> Non
 def test_a_merged_weight_is_rounded_once() -> None:
     """Add base and delta in float32, and round only the sum to the dtype of the base."""
     policy = Policy(
-        make_model().to(torch.bfloat16),
+        make_model().bfloat16(),
         SFTConfig(bf16=False),
         peft_config=LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
     )
@@ -237,11 +238,13 @@ class UnknownWrapper(AuxiliaryTrainingWrapper):
 
 def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path: Path) -> None:
     model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
-    model.base_model.model.lm_head = UnknownWrapper(make_model().lm_head, "default")
+    inner: Any = model.get_base_model()
+    wrap: Any = UnknownWrapper  # its constructor has no annotations
+    inner.lm_head = wrap(make_model().lm_head, "default")
     with pytest.raises(ModelError, match="lm_head is wrapped in PEFT's UnknownWrapper"):
         Policy(model, SFTConfig())
     policy = adapted("lora")
-    policy.base_model.model.norm = UnknownWrapper(policy.base_model.model.norm, "default")
+    policy.base_model.model.norm = wrap(policy.base_model.model.norm, "default")
     with pytest.raises(ModelError, match=r"'model\.norm\..*' is to be saved, and Qwen3ForCausalLM has no such weight"):
         policy.save(tmp_path / "inner")
     assert not list((tmp_path / "inner").glob("*.json"))
@@ -255,7 +258,9 @@ def test_an_unknown_wrapper_is_refused_before_training_and_when_saving(tmp_path:
         (lambda name, weight: [(name, weight), (f"{name}.twice", weight)], "has no such weight"),
     ],
 )
-def test_every_save_checks_names_and_shapes(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+def test_every_save_checks_names_and_shapes(
+    tmp_path: Path, change: Callable[[str, Tensor], list[tuple[str, Tensor]]], message: str
+) -> None:
     model = make_model("qwen3_moe")
     weights = [entry for named in checkpoint_weights(model) for entry in change(*named)]
     with pytest.raises(ModelError, match=message):

@@ -227,7 +227,8 @@ def test_reward_models_keep_the_carried_weights(name: str, sources: dict[str, Pa
     assert torch.equal(again.state_dict()["score.weight"], reward.base_model.state_dict()["score.weight"])
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.vision_config is not None
     if name == "tiny-qwen3.5":
-        _, report = Qwen3_5ForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+        loaded: Any = Qwen3_5ForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+        _, report = loaded
         assert not report["missing_keys"]
 
 

@@ -20,7 +20,7 @@ from rlqwen.models.adapters import add_adapter
 from rlqwen.models.merged_weights import adapted_weight
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import pack
-from tests.models.test_policy import make_model, padded_logprobs, skewed_trees
+from tests.models.test_policy import CausalLM, make_model, padded_logprobs, skewed_trees
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -42,7 +42,7 @@ DELTA = {
 }  # fmt: skip
 
 
-def moe(kind: str) -> Qwen3_5MoeForCausalLM | Qwen3_5MoeForConditionalGeneration:
+def moe(kind: str) -> CausalLM | Qwen3_5MoeForCausalLM | Qwen3_5MoeForConditionalGeneration:
     torch.manual_seed(0)
     if kind == "qwen3_5_moe":
         return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SHAPE))
@@ -156,7 +156,7 @@ def test_the_merged_model_equals_the_adapter_loaded_by_peft(kind: str, tmp_path:
 
 def test_a_merged_expert_is_rounded_once() -> None:
     lora = LoraConfig(r=2, target_modules=["experts"], init_lora_weights=False)
-    policy = Policy(moe("qwen3_moe").to(torch.bfloat16), SFTConfig(bf16=False), peft_config=lora)
+    policy = Policy(moe("qwen3_moe").bfloat16(), SFTConfig(bf16=False), peft_config=lora)
     experts = policy.base_model.model.layers[0].mlp.experts
     layer = experts if experts.parameter_name == "down_proj" else experts.base_layer
     base = layer.get_base_layer().down_proj
@@ -169,10 +169,11 @@ def test_a_merged_expert_is_rounded_once() -> None:
 @pytest.mark.parametrize(
     "options", [{"target_modules": ["out_proj", "conv1d"]}, {"target_parameters": ["conv1d.weight"]}]
 )
-def test_an_adapter_on_the_convolution_of_a_delta_net_is_refused(options: dict[str, list[str]]) -> None:
+def test_an_adapter_on_the_convolution_of_a_delta_net_is_refused(options: dict[str, Any]) -> None:
     """Refuse it because the layer reads the weight and does not call the module: the adapter would get no gradient, and
     the merged weight would differ from the one in the forward."""
-    config = LoraConfig(**{"target_modules": ["out_proj"]} | options)
+    defaults: dict[str, Any] = {"target_modules": ["out_proj"]}
+    config = LoraConfig(**defaults | options)
     with pytest.raises(ModelError, match=r"linear_attn\.conv1d: .* would have no effect; leave conv1d out"):
         Policy(make_model("qwen3_next"), SFTConfig(), peft_config=config)
     model = get_peft_model(make_model("qwen3_next"), config) if "target_parameters" in options else None

@@ -42,7 +42,7 @@ LONGROPE = {
 }  # fmt: skip
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 
-PACKED = {
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2": ("llama", {"tie_word_embeddings": True}),
     "Llama": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0,
               "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
@@ -58,12 +58,12 @@ PACKED = {
     "GPT-2, learned positions": ("gpt2", GPT2),
 }  # fmt: skip
 
-SEQUENTIAL = {
+SEQUENTIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3, frequencies by the longest sequence": ("phi3", LONGROPE),
     "LFM2, convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Gemma2": ("gemma2", {}, r"gemma2 caps attention scores \(attn_logit_softcapping=50.0\).*train this one with TRL"),
     "Gemma3 with a cap": ("gemma3_text", {"final_logit_softcapping": 30.0}, r"gemma3_text scales or caps its logits"),
     "GPT-OSS": ("gpt_oss", {"num_local_experts": 4}, "gpt_oss has attention sinks"),

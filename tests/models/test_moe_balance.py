@@ -27,6 +27,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Branch, Tree, pack
 from tests.models.test_lora_targets import moe
 from tests.models.test_policy import make_model, skewed_trees
+from tests.narrowing import instance_of
 
 TINY_MOE = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
 
@@ -50,7 +51,7 @@ def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind: st
     policy = Policy(model, SFTConfig(gradient_checkpointing=checkpointing, router_aux_loss_coef=0.5))
     trees = skewed_trees()
     policy.logprobs(pack(trees))
-    loss = policy.router_loss(0.25)
+    loss = instance_of(torch.Tensor, policy.router_loss(0.25))
     loss.backward()
     ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert any("mlp.gate.weight" in name for name in ours)
@@ -64,7 +65,9 @@ def test_the_loss_counts_each_packed_token_once_and_equals_transformers(kind: st
                 known = len(tree.prefix) if number else 0
                 layers = model.model(input_ids=ids, output_router_logits=True).router_logits
                 logits.append([layer[known:] for layer in layers])
-    expected = load_balancing_loss_func(tuple(map(torch.cat, zip(*logits, strict=True))), 4, 2)
+    layers_N = tuple(map(torch.cat, zip(*logits, strict=True)))
+    found = load_balancing_loss_func(layers_N, 4, 2)  # type: ignore[arg-type]  # it is annotated as a tuple of one
+    expected = instance_of(torch.Tensor, found)
     torch.testing.assert_close(loss, 0.5 * 0.25 * expected)
     (0.125 * expected).backward()
     for name, parameter in model.named_parameters():
@@ -176,7 +179,7 @@ def test_micro_batches_are_weighted_by_their_tokens(tmp_path: Path) -> None:
     alone = []
     for tree in trees:
         policy.logprobs(pack([tree]))
-        alone.append(policy.router_loss(1.0).item())
+        alone.append(instance_of(torch.Tensor, policy.router_loss(1.0)).item())
     trainer = SFTTrainer(
         "builtin:tiny-qwen3-moe",
         SFTConfig(output_dir=str(tmp_path), model_init_kwargs=TINY_MOE),

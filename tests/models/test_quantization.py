@@ -182,9 +182,9 @@ def test_missing_packages_and_unsupported_quantization_are_named(
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'rlqwen\[quantization\]'"):
         bitsandbytes_config(NF4)
-    model = {"path": "builtin:tiny-qwen3", "lora": {}, "quantization": {}}
+    section = {"path": "builtin:tiny-qwen3", "lora": {}, "quantization": {}}
     data = {"train": {"generator": "arithmetic", "args": {"size": 4}}}
-    recipe = {"algorithm": "sft", "model": model, "data": data, "output_dir": str(tmp_path)}
+    recipe = {"algorithm": "sft", "model": section, "data": data, "output_dir": str(tmp_path)}
     faults = [str(fault) for fault in check_recipe(Recipe.parse(recipe)).faults]
     assert any("model.quantization needs bitsandbytes" in fault for fault in faults)
     with pytest.raises(ModelError, match="quantization_config needs bitsandbytes"):

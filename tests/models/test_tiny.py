@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_tiny_qwen3_loads_with_about_a_million_parameters(folder: Path) -> None:
     assert 800_000 < model.num_parameters() < 1_200_000
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(tokenizer) <= model.config.vocab_size < 600
-    end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    end_of_turn, end_of_text = map(tokenizer.convert_tokens_to_ids, ["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == [end_of_turn, end_of_text]
     assert model.generation_config.pad_token_id == end_of_text == tokenizer.pad_token_id
     assert tokenizer.eos_token_id == end_of_turn == model.config.eos_token_id
@@ -103,7 +104,8 @@ def test_recent_families_have_the_structure_of_real_checkpoints(name: str, tmp_p
         assert mlp == {key: shape for key, shape in shapes.items() if "mtp" in key and "mlp" in key}
         assert shapes["mtp.fc.weight"] == [128, 256]
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values())
     assert 800_000 < model.num_parameters() < 1_600_000
     config = model.config
@@ -116,7 +118,8 @@ def test_recent_families_have_the_structure_of_real_checkpoints(name: str, tmp_p
     assert tokenizer.chat_template == read_trl_template("qwen3_5_think" if "3.5" in name else "qwen3_instruct_2507")
     assert tokenizer.tokenize("12\\boxed") == ["1", "2", "\\boxed"]
     if has_vision:
-        whole, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        whole, info = loaded
         assert not any(info.values())
         assert whole.config.vision_config.out_hidden_size == config.hidden_size
         token = tokenizer.convert_ids_to_tokens(whole.config.image_token_id)

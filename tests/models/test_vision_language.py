@@ -16,6 +16,7 @@ from rlqwen.models.loading import load_model, load_scalar_model
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import pack
 from tests.models.test_policy import SHAPE, padded_logprobs, skewed_trees
+from tests.narrowing import present
 from tests.trainers.test_grpo import make_trainer as make_grpo
 from tests.trainers.test_grpo import steps
 from tests.trainers.test_sft import make_trainer as make_sft
@@ -44,7 +45,8 @@ TOWERS = ("visual", "vision_tower", "multi_modal_projector")
 def make(model_type: str) -> Any:
     torch.manual_seed(0)
     text, vision, others = FAMILIES[model_type]
-    config = transformers.CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **others)
+    config_class: Any = transformers.CONFIG_MAPPING[model_type]
+    config = config_class(text_config=text, vision_config=vision, **others)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
@@ -79,7 +81,7 @@ def test_packed_rows_are_exact_and_the_tower_is_frozen(model_type: str, tmp_path
     logp.sum().backward()
     assert not any(weight.requires_grad for name, weight in policy.model.named_parameters() if name in tower(model))
     assert all(weight.grad is not None for weight in policy.trained_parameters)
-    assert "frozen, as they came" in policy.frozen_note
+    assert "frozen, as they came" in present(policy.frozen_note)
 
 
 @pytest.mark.parametrize(("model_type", "lora"), [("qwen2_5_vl", False), ("qwen3_vl", True)])

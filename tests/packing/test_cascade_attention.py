@@ -1,8 +1,7 @@
 """Compare the attention of variable-length calls with padded blocks: outputs and gradients."""
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -63,7 +62,8 @@ def repeated(tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def summed(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.unflatten(1, (like.shape[1], -1)).sum(2)
+    total: Tensor = tensor.unflatten(1, (like.shape[1], -1)).sum(2)
+    return total
 
 
 def scores_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
@@ -98,10 +98,14 @@ def inputs(
 
 
 def outputs_and_gradients(
-    attend: Any, query: Tensor, key: torch.Tensor, value: torch.Tensor, grad: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad: Tensor,
 ) -> list[Tensor]:
     leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-    out = attend(*leaves)
+    out = attend(leaves[0], leaves[1], leaves[2])
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -109,8 +113,8 @@ def outputs_and_gradients(
 def test_calls_for_each_depth_equal_padded_blocks(seed: int) -> None:
     layout = random_layout(seed)
     tensors = inputs(layout, torch.float64)
-    ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), *tensors)
-    blocks = outputs_and_gradients(lambda *qkv: attend_in_blocks(*qkv, layout), *tensors)
+    ours = outputs_and_gradients(lambda q, k, v: cascade_attention(q, k, v, layout, kernel=PlainKernel()), *tensors)
+    blocks = outputs_and_gradients(lambda q, k, v: attend_in_blocks(q, k, v, layout), *tensors)
     for one, other in zip(ours, blocks, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
@@ -118,7 +122,7 @@ def test_calls_for_each_depth_equal_padded_blocks(seed: int) -> None:
 def test_the_gradient_is_that_of_the_output() -> None:
     layout = Layout([Segment(0, 3), Segment(3, 6, 0), Segment(6, 8, 1), Segment(8, 10, 0), Segment(10, 13)])
     leaves = [tensor.requires_grad_() for tensor in inputs(layout, torch.float64, heads=(2, 1), width=4)[:3]]
-    assert torch.autograd.gradcheck(lambda *qkv: cascade_attention(*qkv, layout, kernel=PlainKernel()), leaves)
+    assert torch.autograd.gradcheck(lambda q, k, v: cascade_attention(q, k, v, layout, kernel=PlainKernel()), leaves)
 
 
 def test_a_plan_names_segments_and_the_rows_of_shared_prefixes() -> None:
@@ -148,7 +152,8 @@ def test_a_row_without_prefixes_makes_one_call() -> None:
             return super().forward(query, key, value, call, scale)
 
     kernel = Once()
-    cascade_attention(*inputs(layout, torch.float64)[:3], layout, kernel=kernel)
+    query, key, value, _ = inputs(layout, torch.float64)
+    cascade_attention(query, key, value, layout, kernel=kernel)
     assert kernel.calls == 1
 
 
@@ -165,7 +170,7 @@ def test_flash_attention_equals_float32_blocks_up_to_rounding(seed: int, width: 
     layout = random_layout(seed).to("cuda")
     exact = inputs(layout, torch.float32, "cuda", width=width)
     half = [tensor.bfloat16() for tensor in exact]
-    ours = outputs_and_gradients(lambda *qkv: cascade_attention(*qkv, layout, kernel=FlashKernel()), *half)
-    blocks = outputs_and_gradients(lambda *qkv: attend_in_blocks(*qkv, layout), *(t.float() for t in half))
+    ours = outputs_and_gradients(lambda q, k, v: cascade_attention(q, k, v, layout, kernel=FlashKernel()), *half)
+    blocks = outputs_and_gradients(lambda q, k, v: attend_in_blocks(q, k, v, layout), *(t.float() for t in half))
     for one, other in zip(ours, blocks, strict=True):
         assert (one.float() - other).norm() <= 0.01 * other.norm() + 1e-6

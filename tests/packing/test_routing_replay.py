@@ -3,6 +3,7 @@
 import copy
 import json
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlqwen import GRPOConfig, GRPOTrainer, SFTConfig
 from rlqwen.config import RolloutConfig
@@ -27,6 +28,7 @@ from rlqwen.trainers.micro_batching import share_trees
 from rlqwen.types import Completion, Group, Prompt
 from tests.models.test_lora_targets import moe
 from tests.models.test_policy import make_model, skewed_trees
+from tests.narrowing import present
 
 KINDS = ["qwen3_moe", "qwen3_next", "qwen3_5_moe"]
 
@@ -51,7 +53,7 @@ def forced(model: Any, experts_TLK: torch.Tensor) -> None:
     """Replace the routers of a reference model by routers that choose the recorded experts of one known row."""
     for layer, router in enumerate(routers_of(model).values()):
 
-        def forward(hidden: Tensor, router: nn.Module = router, layer: Any = layer) -> tuple[Tensor, Tensor, Tensor]:
+        def forward(hidden: Tensor, router: Any = router, layer: int = layer) -> tuple[Tensor, Tensor, Tensor]:
             hidden = hidden.reshape(-1, router.hidden_dim)
             logits = torch.nn.functional.linear(hidden, router.weight)
             own = logits.topk(router.top_k, dim=-1).indices
@@ -86,9 +88,11 @@ def test_replayed_experts_get_the_weights_of_the_router(kind: str, checkpointing
     gradients = dict(plain.named_parameters())
     for name, weight in model.named_parameters():
         if weight.grad is not None:
-            assert (weight.grad - gradients[name].grad).norm() <= 1e-4 * gradients[name].grad.norm() + 1e-7, name
-    assert all(router.weight.grad.abs().max() > 0 for router in routers_of(model).values())
-    differs = policy.replay.metrics(lambda value: [value])["router/replay_differs"]
+            gradient = present(gradients[name].grad)
+            assert (weight.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    routers = routers_of(model).values()
+    assert all(present(router.get_parameter("weight").grad).abs().max() > 0 for router in routers)
+    differs = present(policy.replay).metrics(lambda value: [value])["router/replay_differs"]
     assert 0.5 < differs < 1  # one of 6 pairs of experts is what the router chooses
     assert (ours - Policy(moe(kind), SFTConfig()).logprobs(batch)[0]).abs().max() > 1e-3
 
@@ -121,7 +125,7 @@ def test_replaying_its_own_choices_changes_nothing(kind: str, lora: list[str] | 
     batch = pack([Tree(tree.prefix, tree.branches[:1])])
     expected, _ = policy.logprobs(batch)
     (expected.sum() / 10).backward()
-    gradients = [weight.grad.clone() for weight in policy.trained_parameters]
+    gradients = [present(weight.grad).clone() for weight in policy.trained_parameters]
     policy.model.zero_grad()
     batch.experts_TLK = torch.stack(chosen[:2], dim=1).to(torch.int16)
     expected_reference = policy.reference_logprobs(batch)
@@ -133,7 +137,7 @@ def test_replaying_its_own_choices_changes_nothing(kind: str, lora: list[str] | 
     (logp.sum() / 10).backward()
     for weight, gradient in zip(policy.trained_parameters, gradients, strict=True):
         torch.testing.assert_close(weight.grad, gradient, atol=1e-6, rtol=1e-4)
-    assert policy.replay.metrics(lambda value: [value]) == {"router/replay_differs": 0.0}
+    assert present(policy.replay).metrics(lambda value: [value]) == {"router/replay_differs": 0.0}
     if lora is None and "bf16" not in options:  # the reference still equals the policy, and uses the same experts
         torch.testing.assert_close(policy.reference_logprobs(batch), expected_reference, atol=1e-6, rtol=0)
 
@@ -143,7 +147,7 @@ def test_batches_without_records_and_dense_models() -> None:
     expected, _ = policy.logprobs(pack(skewed_trees()))
     policy.replay_routing()
     assert torch.equal(policy.logprobs(pack(skewed_trees()))[0], expected)
-    assert policy.replay.metrics(lambda value: [value]) == {}
+    assert present(policy.replay).metrics(lambda value: [value]) == {}
     recorded = with_experts(skewed_trees())
     replayed = policy.logprobs(pack(recorded))[0]
     assert not torch.equal(replayed, expected)
@@ -163,18 +167,19 @@ def test_batches_without_records_and_dense_models() -> None:
 def test_records_follow_their_tokens() -> None:
     trees = with_experts(skewed_trees())
     whole = pack(trees)
-    assert whole.experts_TLK.shape == (whole.num_tokens, 2, 2)
+    experts_TLK = present(whole.experts_TLK)
+    assert experts_TLK.shape == (whole.num_tokens, 2, 2)
     first = len(trees[0].prefix)
-    torch.testing.assert_close(whole.experts_TLK[:first].numpy(), trees[0].prefix_experts.astype(np.int16))
-    assert (whole.experts_TLK[first + len(trees[0].branches[0].token_ids) - 1] == -1).all()  # its last token
+    torch.testing.assert_close(experts_TLK[:first].numpy(), present(trees[0].prefix_experts).astype(np.int16))
+    assert (experts_TLK[first + len(trees[0].branches[0].token_ids) - 1] == -1).all()  # its last token
     by_token = {}
     for tree in trees:
         for branch in tree.branches:
-            by_token[id(branch.token_ids)] = (tree.prefix_experts, branch.experts)
+            by_token[id(branch.token_ids)] = (present(tree.prefix_experts), branch.experts)
     parts = list(split_trees(trees, max_branches=2))
     parts += [share for share in share_trees(trees, 3) if share]
     assert all(
-        np.array_equal(by_token[id(branch.token_ids)][0], tree.prefix_experts)
+        np.array_equal(by_token[id(branch.token_ids)][0], present(tree.prefix_experts))
         and by_token[id(branch.token_ids)][1] is branch.experts
         for part in parts
         for tree in part
@@ -187,11 +192,11 @@ def test_a_rank_of_a_sequence_group_replays_its_slice() -> None:
     group = SequenceGroup()
     group.size, length = 4, -(-batch.num_tokens // 4)
     for group.rank in range(4):
-        own = _own_experts(batch, group)
+        own = present(_own_experts(batch, group))
         real = group.num_real(batch.num_tokens)
         assert own.shape[0] == length
         start = group.rank * length
-        assert torch.equal(own[:real], batch.experts_TLK[start : start + real])
+        assert torch.equal(own[:real], present(batch.experts_TLK)[start : start + real])
 
 
 def group_with_experts() -> Group:
@@ -211,7 +216,7 @@ def test_records_reach_other_ranks_and_resumed_runs() -> None:
     for other in (arrived, restored):
         np.testing.assert_array_equal(other.prompt_experts, group.prompt_experts)
         np.testing.assert_array_equal(other.completions[0].experts, group.completions[0].experts)
-        assert other.completions[0].experts.dtype == np.uint8
+        assert present(other.completions[0].experts).dtype == np.uint8
         assert other.completions[1].experts is None
 
 
@@ -219,7 +224,7 @@ def length_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> lis
     return [float(len(completion[0]["content"]) % 5) for completion in completions]
 
 
-def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path: Path) -> None:
+def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare in float32, where both choose the same experts, also with prefix cache and weight sync."""
     rows = [{"prompt": [{"role": "user", "content": f"{a} + {a} = ?" * 4}]} for a in (3, 3, 4, 3)]
     args = GRPOConfig(
@@ -233,12 +238,12 @@ def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path: Path) -> No
     packed = []
     original = trainer.micro_batches
 
-    def keep(trees: list[Tree]) -> list[PackedBatch]:
+    def keep(trees: Sequence[Tree]) -> list[PackedBatch]:
         batches = original(trees)
         packed.extend(batches)
         return batches
 
-    trainer.micro_batches = keep
+    monkeypatch.setattr(trainer, "micro_batches", keep)
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -249,7 +254,7 @@ def test_vllm_records_the_experts_that_the_trainer_chooses(tmp_path: Path) -> No
         assert step["sync/canary_gap"] < 1e-4
     assert packed
     for batch in packed:
-        unknown = (batch.experts_TLK[..., 0] < 0).all(1)
+        unknown = (present(batch.experts_TLK)[..., 0] < 0).all(1)
         assert unknown.sum() == batch.num_sequences  # the last token of each completion was never an input
     script: Any = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "routing_replay.py"))
     gaps, differ = script["score"](trainer.policy, packed[-1:])

@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper
 from rlqwen.packing import truncation as module
 from rlqwen.packing.truncation import chunked_log_kept, log_kept, truncated
 from rlqwen.types import Truncation
+from tests.narrowing import instance_of
 
 CASES = [
     Truncation(top_p=0.9), Truncation(top_k=5), Truncation(min_p=0.1), Truncation(top_p=0.5, top_k=7),
@@ -28,7 +29,8 @@ def by_transformers(logits: Any, truncation: Truncation) -> torch.Tensor:
         warpers.append(TopKLogitsWarper(truncation.top_k))
     if truncation.top_p < 1:
         warpers.append(TopPLogitsWarper(truncation.top_p))
-    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    before = instance_of(torch.LongTensor, torch.zeros(len(logits), 1, dtype=torch.long))
+    return warpers(before, logits.clone())
 
 
 @pytest.mark.parametrize("truncation", CASES, ids=str)
