@@ -20,8 +20,8 @@ from cpu_questions.measuring import (
     Step,
     alternate,
     fastest,
+    one_step,
     progress,
-    second_step,
     trl_arguments,
 )
 from rlqwen import DPOConfig, DPOTrainer
@@ -54,7 +54,7 @@ def answer(sizes: Sizes, folder: Path) -> Iterator[Answer]:
     rows = pairs_of(4, 16, 8) if sizes.tiny else pairs_of(NUM_PAIRS, PROMPT, ANSWER)
     ours = _ours(model, reference, rows, folder)
     candidates = ("2", "1") if sizes.tiny else ("8", "4", "2", "1")
-    best = fastest(candidates, lambda size: second_step(_trl(model, reference, rows, folder, int(size), 2)))
+    best = fastest(candidates, lambda size: one_step(_trl(model, reference, rows, folder, int(size), 1)))
 
     def step() -> Step:
         metrics = ours._train_on_next_rows()

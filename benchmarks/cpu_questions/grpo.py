@@ -29,8 +29,8 @@ from cpu_questions.measuring import (
     Step,
     alternate,
     fastest,
+    one_step,
     progress,
-    second_step,
     take_seconds,
     timed,
     trl_arguments,
@@ -115,7 +115,7 @@ def answer(name: str, sizes: Sizes, folder: Path) -> Iterator[Answer]:
     workload = Workload(name, sizes, folder)
     skewed = name == "skewed"
     candidates = ("8", "4") if sizes.tiny else MICRO_BATCHES
-    micro_batch = int(fastest(candidates, lambda size: second_step(*workload.trl_fixed(int(size), 2))))
+    micro_batch = int(fastest(candidates, lambda size: one_step(*workload.trl_fixed(int(size), 1))))
     pairs = _updates(workload, micro_batch)
     progress(f"update: {pairs.seconds}; losses and gradient norms differ by at most {pairs.loss_gap:.1e}")
     yield Answer(

@@ -147,11 +147,11 @@ def alternate(trl_trainer: Any, ours: Callable[[], Step], excluded: Callable[[],
     return pairs
 
 
-def second_step(trl_trainer: Any, excluded: Callable[[], float] = lambda: 0.0) -> float:
-    """Return the seconds of a TRL trainer's second step; it must have been built with `max_steps=2`."""
+def one_step(trl_trainer: Any, excluded: Callable[[], float] = lambda: 0.0) -> float:
+    """Return the seconds of a TRL trainer's only step; it must have been built with `max_steps=1`."""
     steps: list[Step] = []
     _train(trl_trainer, AfterEachStep(steps.append, excluded))
-    return steps[-1].seconds
+    return steps[0].seconds
 
 
 def _train(trl_trainer: Any, callback: TrainerCallback) -> None:
@@ -160,8 +160,9 @@ def _train(trl_trainer: Any, callback: TrainerCallback) -> None:
     trl_trainer.train()
 
 
-def fastest(candidates: Iterable[str], seconds_of: Callable[[str], float]) -> str:
-    """Return the fastest candidate of TRL's settings, and print what each took."""
+def fastest(candidates: Sequence[str], seconds_of: Callable[[str], float]) -> str:
+    """Return the fastest candidate of TRL's settings, and print what each took; the first one warms up before."""
+    seconds_of(candidates[0])
     took = {candidate: seconds_of(candidate) for candidate in candidates}
     best = min(took, key=lambda candidate: took[candidate])
     shown = ", ".join(f"{candidate} {seconds:.2f} s" for candidate, seconds in took.items())

@@ -20,8 +20,8 @@ from cpu_questions.measuring import (
     Step,
     alternate,
     fastest,
+    one_step,
     progress,
-    second_step,
     trl_arguments,
 )
 from rlqwen import SFTConfig, SFTTrainer
@@ -57,7 +57,7 @@ def answer(sizes: Sizes, folder: Path) -> Iterator[Answer]:
     rows = conversations(count, longest, median)
     ours = _ours(model, rows, folder)
     candidates = ("packed", "padded 2") if sizes.tiny else tuple(BATCH_OF)
-    best = fastest(candidates, lambda name: second_step(_trl(model, rows, folder, name, 2)))
+    best = fastest(candidates, lambda name: one_step(_trl(model, rows, folder, name, 1)))
     tokens: list[float] = []
 
     def step() -> Step:
