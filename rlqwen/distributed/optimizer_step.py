@@ -18,6 +18,7 @@ from rlqwen.config import TrainerConfig
 from rlqwen.distributed.deepspeed_config import fp16_settings
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
+from rlqwen.distributed.master_weights import MasterWeights, check_bfloat16
 from rlqwen.distributed.optimizer_state import MASTER, restore_optimizer, save_optimizer
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
@@ -53,7 +54,8 @@ class OptimizerStep:
     ) -> None:
         if not all(group.parameters for group in groups):
             raise ConfigError("nothing to train: every weight of the model is frozen")
-        self.groups = list(groups)
+        self.masters = MasterWeights()
+        self.groups = self._take_over(groups, args)
         self.ranks = ranks or Ranks()
         self.full_determinism = args.full_determinism
         self.max_grad_norm = args.max_grad_norm
@@ -65,6 +67,13 @@ class OptimizerStep:
         """Whether every loss since the last update was finite; read when the update is made."""
         self._touched = False
         self._nonfinite_in_a_row = 0
+
+    def _take_over(self, groups: Sequence[ParameterGroup], args: TrainerConfig) -> list[ParameterGroup]:
+        """Return the groups with what the optimizer updates: float32 masters, if asked for."""
+        if not args.master_weights:
+            return list(groups)
+        check_bfloat16(args, groups[0].parameters[0].device)
+        return [self.masters.take_over(group) for group in groups]
 
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
         return [build_adamw(self.groups, args)]
@@ -140,6 +149,7 @@ class OptimizerStep:
                     nn.utils.clip_grads_with_norm_(group.parameters, self.max_grad_norm, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.masters.write_back()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -162,6 +172,8 @@ class OptimizerStep:
         """Yield the optimizer state of each parameter by name; on the main rank only."""
         for group in self.groups if self.ranks.is_main else ():
             for name, parameter in group.named():
+                if self.masters.owns(parameter):
+                    yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
                 for key, value in self.optimizers[0].state.get(parameter, {}).items():
                     yield f"{name}/{key}", torch.as_tensor(value).detach().cpu().contiguous()
 
@@ -175,6 +187,7 @@ class OptimizerStep:
                     parameter.data.copy_(states[name][MASTER])
                 if kept:
                     self.optimizers[0].state[parameter] = kept
+        self.masters.write_back()
 
     def _add_up_gradients(self) -> None:
         """Sum the gradients over the ranks: each share of the loss is divided by global counts already.

@@ -24,7 +24,7 @@ def exact_weight(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
     It is the optimizer's float32 weight if the model computes with a rounded one, and on the main rank the original of a
     frozen one. Call it on all ranks together.
     """
-    engine = getattr(parameter, "engine", None)
+    engine = getattr(parameter, "engine", None)  # a ZeRO engine, or MasterWeights
     exact: Tensor | None = getattr(parameter, "exact", None)
     if exact is not None and dtype != parameter.dtype:
         return exact

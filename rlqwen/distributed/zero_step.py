@@ -22,6 +22,9 @@ class ZeroStep(OptimizerStep):
     With bf16 or fp16 the model computes with weights of that dtype, and the optimizer keeps float32 ones.
     """
 
+    def _take_over(self, groups: Sequence[ParameterGroup], args: TrainerConfig) -> list[ParameterGroup]:
+        return list(groups)  # the engines keep masters whenever they round weights
+
     def _build_optimizers(self, args: TrainerConfig) -> list[torch.optim.Optimizer]:
         _join_alone()
         dtype = _engine_dtype(self.groups, args)

@@ -132,9 +132,13 @@ class _Planner:
         self.rounds_weights = bool(self.stage and self.half)
         """Whether the forward reads half-precision weights, and the optimizer keeps float32 ones."""
         self.width = 2 if self.rounds_weights else 4
+        self.has_masters = self.train.master_weights and self.half and not self.stage
+        """Whether weights are in bfloat16, with masters and gradients in float32."""
         self.config = size.text_config
-        half_weights = self.rounds_weights or (
-            size.adapters is not None and frozen_dtype(recipe.model, size.facts) != "float32"
+        half_weights = (
+            self.rounds_weights
+            or self.has_masters
+            or (size.adapters is not None and frozen_dtype(recipe.model, size.facts) != "float32")
         )
         self.rules = ForwardRules.of(on_gpu=on_gpu, half=self.half, adapters=size.adapters, half_weights=half_weights)
 
@@ -176,9 +180,12 @@ class _Planner:
         """Return the bytes of weights in training, weights while loading, gradients, and the optimizer's state."""
         trained = self.size.num_trained / self.tensor_ranks
         loaded = weights = 4 * trained + self.size.frozen_bytes
-        if self.rounds_weights:
-            weights = self.width * trained + self.size.frozen_bytes
-        gradients, optimizer = self.width * trained, (8 + (4 if self.rounds_weights else 0)) * trained
+        if self.rounds_weights or self.has_masters:
+            weights = 2 * trained + self.size.frozen_bytes
+        gradients, optimizer = (
+            self.width * trained,
+            (8 + (4 if self.rounds_weights or self.has_masters else 0)) * trained,
+        )
         if self.stage == 3:
             weights /= self.ranks
         if self.stage >= 2 or self.rounds_weights:
@@ -218,6 +225,8 @@ class _Planner:
         largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
         if self.stage == 3:
             return self.width * (largest + self._embedding())
+        if self.has_masters and self.rules.trains_all:
+            return 2 * self._embedding()  # the gradient of the largest weight, before it is added to its master's
         if not self.half or self.rounds_weights or not self.rules.trains_all:
             return 0.0
         return 2 * (largest if self.recomputes else sum(w.numel() for layer in layers for w in layer.parameters()))
