@@ -84,8 +84,10 @@ class TrainerConfig(ArgumentsConfig):
     """Updates over which the learning rate rises to its peak; below 1, a share of all updates."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """The same as a share of all updates."""
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch_fused"
-    """The optimizer. Both are AdamW; `adamw_torch_fused` updates in one kernel."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit"] = "adamw_torch_fused"
+    """The optimizer, which is AdamW. `adamw_torch_fused` updates in one kernel. `adamw_bnb_8bit`, or `adamw_8bit`, is that
+    of bitsandbytes, whose moments have 8 bits (arXiv 2110.02861): 2 bytes per parameter instead of 8. It needs
+    `rlqwen[quantization]`, and does not work with ZeRO."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -184,6 +186,11 @@ class TrainerConfig(ArgumentsConfig):
     """Seed of data order, dropout, sampling and new weights."""
 
     @property
+    def has_8bit_optimizer(self) -> bool:
+        """Return whether the optimizer is that of bitsandbytes."""
+        return self.optim in ("adamw_bnb_8bit", "adamw_8bit")
+
+    @property
     def needs_reference(self) -> bool:
         """Return whether training compares the policy with a frozen reference."""
         return False
@@ -219,6 +226,11 @@ class TrainerConfig(ArgumentsConfig):
             raise ValueError(
                 f"master_weights=true does not know shards of layers (parallel.autotp_size={self.parallel.autotp_size}): "
                 "leave one of them out"
+            )
+        if self.has_8bit_optimizer and self.parallel.zero_stage:
+            raise ValueError(
+                f"optim={self.optim!r} quantizes the moments of each weight by itself, and ZeRO (parallel.zero_stage="
+                f"{self.parallel.zero_stage}) cuts weights anywhere: set optim to 'adamw_torch_fused', or zero_stage to 0"
             )
         needs_eval = [
             name

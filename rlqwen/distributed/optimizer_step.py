@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlqwen.config import TrainerConfig
+from rlqwen.distributed.adamw import build_adamw, restore_state, state_to_save
 from rlqwen.distributed.deepspeed_config import fp16_settings
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
@@ -174,19 +175,19 @@ class OptimizerStep:
             for name, parameter in group.named():
                 if self.masters.owns(parameter):
                     yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
-                for key, value in self.optimizers[0].state.get(parameter, {}).items():
-                    yield f"{name}/{key}", torch.as_tensor(value).detach().cpu().contiguous()
+                for key, value in state_to_save(self.optimizers[0], parameter).items():
+                    yield f"{name}/{key}", value
 
     def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
         for group in self.groups:
             for name, parameter in group.named():
                 if name not in states:
                     continue
-                kept = {key: value.to(parameter.device) for key, value in states[name].items() if key != MASTER}
+                kept = {key: value for key, value in states[name].items() if key != MASTER}
                 if MASTER in states[name]:
                     parameter.data.copy_(states[name][MASTER])
                 if kept:
-                    self.optimizers[0].state[parameter] = kept
+                    restore_state(self.optimizers[0], parameter, kept)
         self.masters.write_back()
 
     def _add_up_gradients(self) -> None:
@@ -219,17 +220,6 @@ class OptimizerStep:
 
 def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-
-def build_adamw(groups: Sequence[ParameterGroup], args: TrainerConfig) -> torch.optim.Optimizer:
-    """Return PyTorch's AdamW over all parameter groups."""
-    return torch.optim.AdamW(
-        [one for group in groups for one in group.groups(args.weight_decay)],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=args.optim == "adamw_torch_fused",
-    )
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlqwen.config import TrainerConfig
+from rlqwen.distributed.adamw import build_adamw
 from rlqwen.distributed.deepspeed_config import check_batch_size, complete_ds_config
-from rlqwen.distributed.optimizer_step import OptimizerStep, build_adamw
+from rlqwen.distributed.optimizer_step import OptimizerStep
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.distributed.zero3_gather import gathered

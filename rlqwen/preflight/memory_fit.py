@@ -79,15 +79,17 @@ def _changes(recipe: Recipe, plan_of: Planner, gpu_bytes: float, num_ranks: int)
     yield [{"train.max_tokens_per_micro_batch": size} for size in sizes]
     if isinstance(train, OnlineConfig) and plan_of(recipe).engine_share:
         yield _engine_shares(plan_of(recipe), gpu_bytes)
+    if not train.parallel.zero_stage and not train.has_8bit_optimizer:
+        yield [{"train.optim": "adamw_bnb_8bit"}]
     if isinstance(train, DPOConfig) and train.needs_reference and not train.precompute_ref_log_probs:
         yield [{"train.precompute_ref_log_probs": True}]
     if isinstance(train, PPOConfig) and train.critic.kind == "model":
         yield [{"train.critic.kind": "head"}]
     if not train.parallel.autotp_size > 1:
         stage = train.parallel.zero_stage
-        if num_ranks > 1:
+        if num_ranks > 1 and not train.has_8bit_optimizer:
             yield [{"parallel.zero_stage": higher} for higher in range(stage + 1, 4)]
-        if not train.parallel.offload_optimizer:
+        if not train.parallel.offload_optimizer and not train.has_8bit_optimizer:
             yield [{"parallel.zero_stage": max(stage, 1), "parallel.offload_optimizer": True}]
     if recipe.model.lora is None:
         yield [{"model.lora": {"r": 16}, "model.dtype": "bfloat16"}]

@@ -180,11 +180,12 @@ class _Planner:
         """Return the bytes of weights in training, weights while loading, gradients, and the optimizer's state."""
         trained = self.size.num_trained / self.tensor_ranks
         loaded = weights = 4 * trained + self.size.frozen_bytes
+        moments = 2 + 8 / 256 if self.train.has_8bit_optimizer else 8  # with two float32 scales per block of 256
         if self.rounds_weights or self.has_masters:
             weights = 2 * trained + self.size.frozen_bytes
         gradients, optimizer = (
             self.width * trained,
-            (8 + (4 if self.rounds_weights or self.has_masters else 0)) * trained,
+            (moments + (4 if self.rounds_weights or self.has_masters else 0)) * trained,
         )
         if self.stage == 3:
             weights /= self.ranks

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlqwen.config import OnlineConfig, Recipe
 from rlqwen.data import first_rows, load_rows
+from rlqwen.distributed.adamw import require_8bit
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.model_check import check_model_path
 from rlqwen.preflight.recipe_check import check_recipe
@@ -54,6 +55,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
         check_run_folder(recipe, earlier)
+        require_8bit(recipe.train)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
         _check_other_models(recipe, earlier)

@@ -9,6 +9,7 @@ from rlqwen.config import OnlineConfig, Recipe, SampledPairsConfig
 from rlqwen.config.batch_plan import refuse_stream
 from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
+from rlqwen.distributed.adamw import require_8bit
 from rlqwen.errors import DataError
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.preflight.check_report import CheckReport
@@ -41,6 +42,8 @@ def check_recipe(
     start = start or recipe
     if note := recipe.train.parallel.unused_note():
         report.warnings.append(note)
+    with report.collecting():
+        require_8bit(recipe.train)
     model, size = _check_model(report, recipe, start)
     longest: int | None = None
     train = _load(report, recipe, "train")

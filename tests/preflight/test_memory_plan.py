@@ -91,6 +91,11 @@ def test_settings_change_the_parts_that_they_should(tmp_path: Path) -> None:
     assert sharded["optimizer"][STEP] == 12 * total / 4
     offloaded = planned(sft(tmp_path, parallel={"zero_stage": 1, "offload_optimizer": True}), tmp_path).parts
     assert "optimizer" not in offloaded
+    masters = planned(sft(tmp_path, train={"master_weights": True}), tmp_path).parts
+    sizes = [masters[part][STEP] for part in ("weights", "gradients", "optimizer")]
+    assert sizes == [2 * total, 4 * total, 12 * total]
+    eight_bits = planned(sft(tmp_path, train={"optim": "adamw_bnb_8bit"}), tmp_path).parts
+    assert eight_bits["optimizer"][STEP] == (2 + 8 / 256) * total
     cut = planned(sft(tmp_path, parallel={"sequence_parallel_size": 2}), tmp_path, num_ranks=2).parts
     assert cut["activations"][BACKWARD] == plain["activations"][BACKWARD] / 2
     several = planned(sft(tmp_path, train={"gradient_accumulation_steps": 2}), tmp_path).parts
