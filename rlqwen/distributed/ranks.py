@@ -5,7 +5,10 @@ rule. So counts over the whole update, by which losses are divided, need no comm
 forwards the others will make: a rank with fewer makes idle ones, so that none waits forever.
 """
 
+import atexit
+import functools
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +25,8 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """Timeout of waits for work of the main rank. If that rank dies, its connections close, and the wait ends at once."""
+_LEAVE_S = 5.0
+"""Seconds to close the connections at exit; a call that another rank will never answer may keep them open."""
 
 
 def is_loss_of_rank(error: BaseException) -> bool:
@@ -60,6 +65,7 @@ class Ranks:
             if not dist.is_initialized():
                 backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
                 dist.init_process_group(backend, timeout=timeout)
+            _leave_at_exit()
             self._group = dist.new_group(backend="gloo", timeout=timeout)
             self._patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.sequence = SequenceGroup(self._neighbors() if config.sequence_parallel_size > 1 else None)
@@ -149,6 +155,23 @@ class Ranks:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self._group)
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """End the threads of the process groups before the interpreter ends.
+
+    A thread that then still drops the tensors of its last call needs the interpreter, does not get it, and aborts the
+    process: a finished run would end with SIGABRT.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        thread.start()
+        thread.join(_LEAVE_S)
 
 
 def _check_division(world_size: int, config: ParallelConfig) -> None:

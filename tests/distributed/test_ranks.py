@@ -1,12 +1,14 @@
 """Compare runs of two ranks with runs of one process on the same batches, for every trainer."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rlqwen.runs.launch import launch
 from tests.patience import PATIENCE_S
 from tests.ranked import CASES, run_case, run_on_two_ranks
 
@@ -14,6 +16,29 @@ OTHERS = ("fail", "kill", "vllm", "stopped", "blown_up", "sft_on", "sft_plain")
 NAMES = [name for name in CASES if not name.startswith(OTHERS)]
 UNLIKE = ("time/", "/time", "seconds", "tokens/trained")
 """Metrics that may differ: times, and tokens, because two ranks may both hold a prompt and share its completions."""
+
+
+LEAVES_EARLY = """
+import time
+import torch
+import torch.distributed as dist
+from rlqwen.distributed import Ranks
+ranks = Ranks()
+if ranks.rank == 0:
+    time.sleep(0.5)
+call = dist.all_reduce(torch.zeros(3), async_op=True)
+if ranks.rank == 1:
+    call.get_future().then(lambda _: time.sleep(2))
+    time.sleep(1)
+else:
+    call.wait()
+"""
+"""Rank 1 ends while a thread of its process group is still in Python."""
+
+
+@pytest.mark.slow
+def test_a_rank_ends_cleanly_while_its_last_call_is_still_being_dropped() -> None:
+    assert launch([sys.executable, "-c", LEAVES_EARLY], 2) == 0
 
 
 @pytest.fixture(scope="module")
