@@ -113,8 +113,9 @@ class TrainerConfig(ArgumentsConfig):
     and float32 masters of them in the optimizer, instead of casting float32 weights in each forward. On one H200 that
     took a tenth of an update's time away; it takes 2 more bytes per parameter, because gradients add up in float32. Needs
     `bf16`. ZeRO does so by itself."""
-    gradient_checkpointing: bool | None = None
-    """Recompute activations in the backward pass to save memory. None: true on GPU, false on CPU."""
+    gradient_checkpointing: bool | Literal["selective"] | None = None
+    """Recompute activations in the backward pass to save memory. `selective` (ours): keep the outputs of attention, and
+    recompute the rest. None: true on GPU, false on CPU."""
     full_determinism: bool = False
     """Take deterministic kernels in the backward pass on a GPU, so that equal runs, and a resumed one, are equal to the
     last bit. Slower. On a CPU runs are equal anyway."""

@@ -29,6 +29,7 @@ from rlqwen.models.merged_weights import checkpoint_weights
 from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.models.recomputation import Recomputation, recompute_activations
 from rlqwen.models.text_only import text_only
 from rlqwen.models.vision_language import towers
 from rlqwen.models.weight_files import write_model
@@ -144,9 +145,11 @@ class PackedModel:
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        checkpointing = args.gradient_checkpointing
-        if checkpointing if checkpointing is not None else self.device.type == "cuda":
-            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        chosen = args.gradient_checkpointing
+        self.recomputation: Recomputation = self.device.type == "cuda" if chosen is None else chosen
+        """What is computed again in the backward pass."""
+        if self.recomputation:
+            recompute_activations(self.base_model, self.recomputation)
             if self.has_adapter:
                 self.base_model.enable_input_require_grads()
         if args.disable_dropout:

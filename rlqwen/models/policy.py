@@ -31,6 +31,7 @@ from rlqwen.models.merged_weights import checkpoint_weights, head_weight
 from rlqwen.models.model_support import check_config, check_head
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
+from rlqwen.models.recomputation import recompute_activations
 from rlqwen.models.text_only import text_only
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.divergence import chunked_kl
@@ -276,15 +277,14 @@ class Policy(PackedModel):
                 "eval_generation out"
             )
         model = self.base_model
-        checkpointing = model.is_gradient_checkpointing
-        if checkpointing:
-            model.gradient_checkpointing_disable()
+        if self.recomputation:
+            recompute_activations(model, False)
         try:
             with own_attention(model), self.inference(), self.autocast(), whole_model(self.model):
                 yield model
         finally:
-            if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.recomputation:
+                recompute_activations(model, self.recomputation)
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight under its checkpoint name, in the compute dtype, with adapters merged and tied heads.

@@ -80,6 +80,17 @@ def checkpoint_bytes(config: Any, rules: ForwardRules) -> int:
     return int(rules.residual * config.hidden_size)
 
 
+def attention_outputs(config: Any, rules: ForwardRules) -> float:
+    """Return the bytes per token of what all layers' attention kernels return: outputs, and a number per head.
+
+    On a GPU there are two of each for tokens that have a prefix, which is counted for all tokens.
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    heads = config.num_attention_heads
+    size = rules.compute * heads * head_width(config) + _FLOAT32 * heads
+    return float((2 if rules.on_gpu else 1) * size * (len(kinds) - list(kinds).count("linear_attention")))
+
+
 def decoder_layers(model: nn.Module, config: Any) -> list[nn.Module]:
     """Return the decoder layers of the text model."""
     found = [

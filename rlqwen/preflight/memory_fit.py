@@ -72,8 +72,9 @@ def changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
 def _changes(recipe: Recipe, plan_of: Planner, gpu_bytes: float, num_ranks: int) -> Iterator[list[Change]]:
     """Yield alternatives in the order of what they cost, the values of each from mild to strong."""
     train = recipe.train
-    if train.gradient_checkpointing is False:
-        yield [{"train.gradient_checkpointing": True}]
+    if train.gradient_checkpointing in (False, "selective"):
+        stronger: list[bool | str] = [True] if train.gradient_checkpointing else ["selective", True]
+        yield [{"train.gradient_checkpointing": value} for value in stronger]
     rows = plan_of(recipe).micro_batch
     sizes = itertools.takewhile(lambda size: size >= rows.longest, (rows.tokens >> shift for shift in range(1, 20)))
     yield [{"train.max_tokens_per_micro_batch": size} for size in sizes]

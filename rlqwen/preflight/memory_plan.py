@@ -7,6 +7,7 @@ from rlqwen.config.batch_plan import prompt_room
 from rlqwen.packing.logprobs import VOCABULARY_CHUNK
 from rlqwen.preflight.activations import (
     ForwardRules,
+    attention_outputs,
     checkpoint_bytes,
     decoder_layers,
     head_activations,
@@ -204,6 +205,8 @@ class _Planner:
         kept = sum(layers)
         if self.recomputes:
             kept = len(layers) * checkpoint_bytes(self.config, self.rules) + max(layers)
+            if self.train.gradient_checkpointing == "selective":
+                kept += attention_outputs(self.config, self.rules)
         models = 2 if self._has_critic_model() else 1
         return models * tokens * (kept + head_activations(self.config, self.rules)), tokens * max(layers)
 

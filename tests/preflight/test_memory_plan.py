@@ -96,6 +96,10 @@ def test_settings_change_the_parts_that_they_should(tmp_path: Path) -> None:
     assert sizes == [2 * total, 4 * total, 12 * total]
     eight_bits = planned(sft(tmp_path, train={"optim": "adamw_bnb_8bit"}), tmp_path).parts
     assert eight_bits["optimizer"][STEP] == (2 + 8 / 256) * total
+    kinds = (True, "selective", False)
+    kept = [planned(sft(tmp_path, train={"gradient_checkpointing": kind}), tmp_path).total(BACKWARD) for kind in kinds]
+    assert kept[1] - kept[0] < 28 * 16_384 * 2 * (2 * 2048 + 4 * 16)
+    assert kept[0] < kept[1] < kept[2] / 2
     cut = planned(sft(tmp_path, parallel={"sequence_parallel_size": 2}), tmp_path, num_ranks=2).parts
     assert cut["activations"][BACKWARD] == plain["activations"][BACKWARD] / 2
     several = planned(sft(tmp_path, train={"gradient_accumulation_steps": 2}), tmp_path).parts
@@ -159,7 +163,7 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(tmp_path: Path) -
     wide = sft(tmp_path, model=model, train={"gradient_checkpointing": False})
     wide.model.lora = recipe.model.lora
     (fault,) = check_recipe(wide, gpu_gib=170.0).faults
-    assert "the cheapest change that fits is train.gradient_checkpointing=true" in str(fault)
+    assert "the cheapest change that fits is train.gradient_checkpointing=selective" in str(fault)
     assert check_recipe(recipe, gpu_gib=141.0).faults == []
 
 
