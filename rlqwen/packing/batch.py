@@ -214,6 +214,8 @@ def _experts(trees: Sequence[Tree], layout: Layout) -> Tensor | None:
     """Return the (T, L, K) recorded experts of a row of these trees; None if nothing is recorded."""
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     for tree, branch, leaf in _branches(trees, layout):
+        if tree.prefix_experts is None and branch.experts is None:
+            continue
         rows = layout.rows(leaf)
         for experts, places in (
             (tree.prefix_experts, rows[: len(tree.prefix)]),
