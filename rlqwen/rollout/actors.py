@@ -10,6 +10,7 @@ from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.weight_sync import WeightBundle
 from rlqwen.rollout.worker import RolloutWorker
 from rlqwen.rollout.worker_protocol import EngineSettings
+from rlqwen.types import GroupRequest
 
 START_KEY, SYNC_KEY = "rollout.start_timeout", "rollout.sync_timeout"
 
@@ -29,8 +30,23 @@ class ActorHandle:
     deadline_key: str
     bundle: WeightBundle | None = None
     """The weights that the worker was sent last; it serves only if they are the pool's latest. None: the model's folder."""
-    num_running: int = 0
-    """Completions handed to the worker and not back yet."""
+    num_handed: int = 0
+    """Completions handed to the worker since its groups were last dropped."""
+    num_returned: int = 0
+    """Completions of groups that are back."""
+    num_reported: int = 0
+    """Completions that the worker has reported as ended, their groups perhaps not."""
+    progress: Any = None
+    """Reference to the worker's next report; None: none was asked for."""
+
+    @property
+    def num_running(self) -> int:
+        """Return the completions that the worker has not ended yet, as far as is known."""
+        return self.num_handed - max(self.num_returned, self.num_reported)
+
+    def forget_groups(self) -> None:
+        """Forget the groups that the worker was handed."""
+        self.num_handed = self.num_returned = self.num_reported = 0
 
     def send(self, bundle: WeightBundle | None, *, timeout_s: float) -> None:
         """Make the worker load weights, and expect its acknowledgement within `timeout_s`."""
@@ -54,6 +70,15 @@ class ActorHandle:
 
     def __str__(self) -> str:
         return f"rollout worker {self.index}" + (f" (process {self.pid})" if self.pid else "")
+
+
+@dataclass
+class InFlightRequest:
+    """A group that a worker is sampling."""
+
+    actor: ActorHandle
+    request: GroupRequest
+    deadline: float
 
 
 class ActorHandles(list[ActorHandle]):

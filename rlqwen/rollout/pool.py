@@ -8,15 +8,15 @@ from the same seeds.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.data.control_tokens import CompletionReader
 from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
-from rlqwen.rollout.actors import START_KEY, SYNC_KEY, ActorHandle, ActorHandles
+from rlqwen.rollout.actors import START_KEY, SYNC_KEY, ActorHandle, ActorHandles, InFlightRequest
 from rlqwen.rollout.engine_placement import Placement
+from rlqwen.rollout.progress_reports import ProgressReports
 from rlqwen.rollout.weight_delivery import delivery_of
 from rlqwen.rollout.weight_sync import ExpectedWeights, LoadReport, WeightBundle, explain_gap, sent_bytes
 from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share, files_of, transfer_of
@@ -37,18 +37,12 @@ CANCEL_WAIT = 0.5
 """Seconds after which a wait checks whether it was cancelled."""
 OVERCOMMIT = 1.5
 """Completions handed to a worker, as a multiple of what it decodes at a time: when a short completion ends, its place is
-filled from the worker's own queue, without waiting for the rest of the group."""
+filled from the worker's own queue, without waiting for the pool."""
+REPORTS = 4
+"""Reports of a worker while it decodes as many completions as at a time: room is known although long completions keep
+their groups from coming back."""
 MAX_SHARE = 512
 """Groups per share: each is a call that waits in its actor, and Ray allows 1000 of these."""
-
-
-@dataclass
-class InFlightRequest:
-    """A group that a worker is sampling."""
-
-    actor: ActorHandle
-    request: GroupRequest
-    deadline: float
 
 
 class RolloutPool:
@@ -79,6 +73,7 @@ class RolloutPool:
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
         self._in_flight: dict[Any, InFlightRequest] = {}
+        self._progress = ProgressReports()
         self._call = self._num_shares = 0
         weight_bytes = sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors"))
         stored = sent_bytes(model_path, dtype, lora_rank) if transfer_of(config) == "object_store" else 0
@@ -117,7 +112,8 @@ class RolloutPool:
             self._hand_out(pending)
             for reference in self._ready():
                 if reference not in self._in_flight:
-                    self._acknowledge(reference, pending)
+                    if not self._progress.receive(reference):
+                        self._acknowledge(reference, pending)
                     continue
                 group = self._collect(reference, pending)
                 if group is not None:
@@ -220,8 +216,10 @@ class RolloutPool:
             actor = min(settled, key=lambda actor: actor.num_running)
             count = len(pending[0].seeds)
             if actor.num_running and actor.num_running + count > room:
-                return
+                break
             self._hand(actor, pending.popleft())
+        if pending:
+            self._progress.ask(settled, max(1, self.config.max_num_seqs // REPORTS))
 
     def _hand_out_shares(self, pending: deque[GroupRequest]) -> None:
         count = len(self._actors)
@@ -240,24 +238,18 @@ class RolloutPool:
         job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling, share, place)
         deadline = time.monotonic() + self.config.generate_timeout
         self._in_flight[actor.handle.sample.remote(job)] = InFlightRequest(actor, request, deadline)
-        actor.num_running += len(request.seeds)
+        actor.num_handed += len(request.seeds)
 
     def _ready(self) -> list[Any]:
         """Wait for an answer, and return the references that have one: groups and acknowledgements.
 
         Returns none if a deadline passes first, or after the time in which a `cancel` must be noticed.
         """
-        import ray
-
         waiting = [actor for actor in self._actors if actor.waiting is not None]
-        references = [*self._in_flight, *(actor.waiting for actor in waiting)]
+        reports = self._progress if self._in_flight else ()
+        references = [*self._in_flight, *(actor.waiting for actor in waiting), *reports]
         deadline = min([flight.deadline for flight in self._in_flight.values()] + [actor.deadline for actor in waiting])
-        ready, rest = ray.wait(
-            references, timeout=min(max(0.0, deadline - time.monotonic()), CANCEL_WAIT), fetch_local=True
-        )
-        if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        return ready
+        return cluster.wait(references, timeout_s=min(max(0.0, deadline - time.monotonic()), CANCEL_WAIT))
 
     def _collect(self, reference: Any, pending: deque[GroupRequest]) -> Group | None:
         """Return the group behind `reference`; None if its worker died, which puts the group back into `pending`."""
@@ -267,7 +259,7 @@ class RolloutPool:
             self._replace(flight.actor, answer, pending)
             return None
         del self._in_flight[reference]
-        flight.actor.num_running -= len(flight.request.seeds)
+        flight.actor.num_returned += len(flight.request.seeds)
         for other in self._in_flight.values():
             if other.actor is flight.actor:
                 other.deadline = time.monotonic() + self.config.generate_timeout
@@ -346,5 +338,7 @@ class RolloutPool:
         """Drop every group in flight, and tell its worker."""
         for actor in {flight.actor for flight in self._in_flight.values()}:
             actor.handle.abort.remote()
-            actor.num_running = 0
+            actor.progress = None  # the worker ends it
+        for actor in self._actors:
+            actor.forget_groups()
         self._in_flight.clear()

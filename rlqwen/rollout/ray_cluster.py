@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_st
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
 _MAX_FOLDER_LENGTH = 40
+MANY, GATHER_S = 100, 0.02
+"""With more answers to come than `MANY`, gather them so long after the first, because Ray looks at each at every wait."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,18 @@ def reserve(config: RolloutConfig, resources: WorkerResources) -> Any:
             f"{free.get('GPU', 0.0):g} GPUs. Lower rollout.num_workers, or end what else runs there"
         )
     return group
+
+
+def wait(references: list[Any], *, timeout_s: float) -> list[Any]:
+    """Return the references that have an answer, as soon as one has; none after `timeout_s`."""
+    import ray
+
+    ready, rest = ray.wait(references, timeout=timeout_s, fetch_local=True)
+    if ready and rest:
+        if len(rest) > MANY:
+            time.sleep(GATHER_S)
+        ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+    return ready
 
 
 def answer(reference: Any) -> Any:

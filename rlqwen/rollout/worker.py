@@ -65,6 +65,13 @@ class RolloutWorker:
         self._thread.submit(lambda: self._thread.add_group(job, future), future)
         return await asyncio.wrap_future(future)
 
+    async def progress(self, count: int) -> int:
+        """Return how many completions have ended since the last call, once that are at least `count`; 0 if groups are
+        dropped before."""
+        future: Future[int] = Future()
+        self._thread.submit(lambda: self._thread.report(count, future), future)
+        return await asyncio.wrap_future(future)
+
     async def abort(self) -> None:
         """Drop every group in flight; their calls fail."""
         await self._call(self._thread.abort_groups)
@@ -103,6 +110,10 @@ class EngineThread(threading.Thread):
         self._arrived: dict[Share, list[tuple[GroupJob, Answer]]] = {}
         """Groups of shares that are not complete yet."""
         self._num_requests = 0
+        self._num_ended = 0
+        """Completions that have ended since the last report."""
+        self._reports: list[tuple[int, Future[int]]] = []
+        """Reports that wait until so many have ended."""
         self._version = 0
         self._engine: WorkerEngine
 
@@ -158,6 +169,20 @@ class EngineThread(threading.Thread):
         self._arrived.clear()
         for future in [*(group.future for group in groups.values()), *waiting]:
             future.set_exception(RolloutError("the group was aborted"))
+        self._num_ended = 0
+        for _, report in self._reports:
+            report.set_result(0)
+        self._reports.clear()
+
+    def report(self, count: int, future: "Future[int]") -> None:
+        """Answer with the number of completions that have ended, once that are `count`."""
+        self._reports.append((count, future))
+        self._answer_reports()
+
+    def _answer_reports(self) -> None:
+        while self._reports and self._num_ended >= self._reports[0][0]:
+            self._reports.pop(0)[1].set_result(self._num_ended)
+            self._num_ended = 0
 
     def sleep(self) -> None:
         self.abort_groups()
@@ -187,11 +212,13 @@ class EngineThread(threading.Thread):
     def _step(self) -> None:
         for request_id, sampled in self._engine.step():
             group, place = self._running.pop(request_id)
+            self._num_ended += 1
             group.completions_G[place] = sampled
             done_G = [completion for completion in group.completions_G if completion is not None]
             if len(done_G) == len(group.completions_G):
                 prompt_experts, own_G = _split_experts(done_G, group.num_prompt)
                 group.future.set_result((own_G, self._version, prompt_experts))
+        self._answer_reports()
 
     def _fail_for_good(self, error: WorkerDied) -> None:
         for group, _ in self._running.values():

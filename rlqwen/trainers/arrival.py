@@ -16,6 +16,7 @@ from rlqwen.config.online import COUNTED_BY
 from rlqwen.errors import ConfigError
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine_placement import count_workers, this_machine
 from rlqwen.rollout.resources import shares_processors
 from rlqwen.trainers.micro_batching import arriving_micro_batches
 from rlqwen.trainers.online import OnlineTrainer, Update
@@ -84,7 +85,8 @@ class ArrivalTrainer(OnlineTrainer[Args]):
         """
         if self.trains_on_arrival:
             rollout = self.args.rollout
-            in_order = rollout.deterministic or self.args.full_determinism or rollout.num_workers == 1
+            alone = count_workers(rollout, this_machine(self.policy.device.type)) == 1
+            in_order = rollout.deterministic or self.args.full_determinism or alone
             among = self.train_rows or prompts_P
             drawn = yield from self.rollouts.stream_groups(
                 prompts_P, self.coming_prompts(), among=among, in_order=in_order

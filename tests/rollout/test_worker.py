@@ -72,6 +72,27 @@ def test_late_groups_of_an_aborted_share_are_ignored(thread: EngineThread) -> No
     assert thread._engine.asked == ["abort 0", "forget", (4, 40), (4, 41)]
 
 
+def test_a_worker_reports_how_many_completions_have_ended(thread: EngineThread) -> None:
+    """A long completion keeps its group from coming back, and the pool must know that there is room."""
+    ended: list[tuple[str, Any]] = []
+    thread._engine.step = lambda: [ended.pop(0)]  # type: ignore[method-assign]
+    group: Future[Any] = Future()
+    thread.add_group(job(1), group)
+    thread.add_group(job(2), Future())
+    first, second = Future[int](), Future[int]()
+    thread.report(2, first)
+    for request in ("1", "3"):
+        assert not first.done()
+        ended.append((request, ([5], [0.0], "stop", None)))
+        thread._step()
+    assert first.result(timeout=0) == 2
+    assert not group.done()
+    thread.report(1, second)
+    assert not second.done()
+    thread.abort_groups()
+    assert second.result(timeout=0) == 0
+
+
 @pytest.mark.fault(
     "a machine of the Ray cluster that lacks the model's folder", "refused, with folder, machine and why"
 )
