@@ -50,9 +50,10 @@ class RolloutConfig(Section):
     None: the adapter if vLLM supports it and there is a GPU, because on CPU an unmerged adapter makes sampling about
     three times slower."""
     weight_transfer: Literal["auto", "ipc", "nccl", "object_store"] = Field(default="auto", json_schema_extra=NO_EFFECT)
-    """How workers get whole weights. `ipc`: from the memory of the GPU that one worker shares with one rank. `nccl`: by a
+    """How workers get whole weights. `ipc`: from the memory of the GPU that a worker shares with a rank. `nccl`: by a
     broadcast to workers on other GPUs (`placement: separate`). `object_store`: through Ray's object store and the CPU; only
-    there is a copy that a worker's engine can be built from again. `auto`: the first of these that is possible."""
+    there is a copy, of which a worker's engine can be built again and which a replaced worker can be sent at any time.
+    `auto`: the first of these that is possible, and `ipc` with one rank only."""
     start_timeout: float = Field(default=300.0, gt=0, json_schema_extra=NO_EFFECT)
     """Seconds for Ray and all engines to start."""
     generate_timeout: float = Field(default=600.0, gt=0, json_schema_extra=NO_EFFECT)

@@ -34,6 +34,8 @@ class MainRank:
         self._policy = policy
         self.policy: Any = policy if ranks.world_size == 1 else _AnnouncedPolicy(policy, self._announce)
         """The policy for work on the main rank."""
+        self.help_send: Callable[[Any, Iterator[tuple[str, Any]]], None] | None = None
+        """What the other ranks do with their weights in `send_by_all_ranks`, given its task."""
 
     def run(self, work: Callable[[], T]) -> T:
         """Return on every rank what `work` returns on the main rank, which must pickle.
@@ -80,6 +82,9 @@ class MainRank:
         if what in ("export_weights", "export_adapter"):
             for _ in getattr(self._policy, what)():
                 pass
+        elif what == "send":
+            assert self.help_send is not None
+            self.help_send(value, self._policy.export_weights())
         elif what == "logprobs":
             with self._policy.inference():
                 self._policy.logprobs(value.to(self._policy.device))
@@ -110,6 +115,11 @@ class _AnnouncedPolicy:
 
     def export_adapter(self) -> Iterator[tuple[str, Any]]:
         return self._export("export_adapter")
+
+    def send_by_all_ranks(self, task: Any, send: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
+        """Have each rank send its weights: this one by `send`, the others by `MainRank.help_send`, which get `task`."""
+        self._announce("send", task)
+        send(self._policy.export_weights())
 
     def _export(self, name: str) -> Iterator[tuple[str, Any]]:
         self._announce(name)

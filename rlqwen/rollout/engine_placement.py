@@ -192,7 +192,9 @@ def _transfer(
         common = "trainer and workers must both be on GPUs"
     for name in ("ipc", "nccl"):
         obstacles[name] = common or ("" if name in transfers else "the engine does not take it")
-    alone = count == machine.world_size == config.tensor_parallel_size == 1 and config.ray_address is None
+    one_to_one = (
+        count * config.tensor_parallel_size == machine.world_size == machine.local_ranks and config.ray_address is None
+    )
     if config.placement == "separate":
         obstacles["ipc"] = (
             obstacles["ipc"] or "it needs a GPU that worker and trainer share (rollout.placement=colocate)"
@@ -201,10 +203,12 @@ def _transfer(
         obstacles["nccl"] = obstacles["nccl"] or (
             "NCCL connects no two processes on one GPU: it needs rollout.placement=separate"
         )
-        if not alone:
-            obstacles["ipc"] = obstacles["ipc"] or "it needs one rank and one worker, on one GPU"
+        if not one_to_one:
+            obstacles["ipc"] = obstacles["ipc"] or "it needs a rank and a worker on each GPU, all on one machine"
     if asked == "auto":
-        return next(name for name in ("ipc", "nccl", "object_store") if not obstacles[name])
+        # With several ranks nothing could be sent to a worker that replaces another.
+        names = ("ipc", "nccl", "object_store") if machine.world_size == 1 else ("nccl", "object_store")
+        return next(name for name in names if not obstacles[name])
     if obstacles[asked]:
         raise ConfigError(
             f"rollout.weight_transfer={asked} is impossible: {obstacles[asked]}; leave it out, or set object_store"

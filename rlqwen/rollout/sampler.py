@@ -285,7 +285,8 @@ class Sampler:
         if self._synced_version == self.version and not asleep:
             return {"time/sync": 0.0}
         started = time.monotonic()
-        weights = ExportedWeights(self.policy.export_weights if self.lora_rank is None else self.policy.export_adapter)
+        export = self.policy.export_weights if self.lora_rank is None else self.policy.export_adapter
+        weights = ExportedWeights(export, getattr(self.policy, "send_by_all_ranks", None))
         metrics = self.engine.load_weights(self.version, weights, self._sync_check.canary(prompts_P[0].token_ids))
         self._sync_check.calibrate(metrics)
         self._synced_version = self.version

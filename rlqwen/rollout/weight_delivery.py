@@ -15,16 +15,33 @@ if TYPE_CHECKING:
     import torch
 
     Weights = Iterable[tuple[str, torch.Tensor]]
+    SendByAllRanks = Callable[[Any, Callable[[Weights], None]], None]
 
 
 class ExportedWeights:
     """Weights that can be read several times, each time as they are then."""
 
-    def __init__(self, export: "Callable[[], Weights]") -> None:
+    def __init__(self, export: "Callable[[], Weights]", send_by_all_ranks: "SendByAllRanks | None" = None) -> None:
         self._export = export
+        self.send_by_all_ranks = send_by_all_ranks
+        """See MainRank; None with one rank."""
 
     def __iter__(self) -> "Iterator[tuple[str, torch.Tensor]]":
         return iter(self._export())
+
+
+def help_send(task: Any, weights: "Weights", rank: int) -> None:
+    """Send this rank's weights to the worker on its GPU, as the main rank's `task` says."""
+    _quieten_vllm()
+    from rlqwen.rollout.engines.vllm_device_transfer import send_own_part
+
+    send_own_part(task, weights, rank)
+
+
+def _quieten_vllm() -> None:
+    """Set what vLLM reads when it is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 class WeightDelivery(Protocol):
@@ -81,9 +98,7 @@ class DeviceDelivery:
             timeout_s: for one sync.
             resends: whether the policy's weights may be read again while groups are sampled from them.
         """
-        # Read when vLLM is imported.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        _quieten_vllm()
         from rlqwen.rollout.engines.vllm_device_transfer import DeviceTransfer
 
         self._backend = backend

@@ -4,6 +4,7 @@ Shapes: P prompts per rollout, G completions per prompt.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.engine_placement import count_workers, take_turns, this_machine
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
 from rlqwen.rollout.sampler import Sampler, describe_groups
+from rlqwen.rollout.weight_delivery import help_send
 from rlqwen.trainers.run_context import RunContext
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
@@ -58,6 +60,7 @@ class RolloutManager:
         """Training draws so far; names the next one, from which its sampling seeds derive."""
         self._saved_sampler: dict[str, Any] | None = None
         """State of the sampler that a resumed run has not started yet."""
+        main_rank.help_send = partial(help_send, rank=main_rank.ranks.rank)
         main_rank.run(self._start_scorer)
 
     def configure(

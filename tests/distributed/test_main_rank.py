@@ -69,6 +69,9 @@ def run_on_both(work: Callable[..., Any]) -> Any:
     values: queue.Queue[bytes] = queue.Queue()
     policies = [Recorder(), Recorder()]
     main_ranks = [MainRank(Rank(number, values), policy) for number, policy in enumerate(policies)]
+    main_ranks[1].help_send = lambda task, stream: policies[1].calls.extend(
+        [task, *(f"help {name}" for name, _ in stream)]
+    )
     results: list[object] = [None, None]
 
     def run(number: int) -> None:
@@ -109,6 +112,19 @@ def test_an_export_that_is_never_read_makes_no_collective_call() -> None:
     results, calls = run_on_both(lambda policy: str(policy.export_weights() is not None))
     assert results == ["True", "True"]
     assert calls == [[], []]
+
+
+def test_each_rank_sends_its_own_weights() -> None:
+    def work(policy: Any) -> str:
+        sent: list[str] = []
+        policy.send_by_all_ranks("task", lambda stream: sent.extend(name for name, _ in stream))
+        policy.logprobs(BATCH)
+        return "".join(sent)
+
+    results, calls = run_on_both(work)
+    assert results == ["abc", "abc"]
+    assert calls[0] == ["a", "b", "c", "logprobs of 2"]
+    assert calls[1] == ["a", "b", "c", "task", "help a", "help b", "help c", "logprobs of 2"]
 
 
 def test_a_failure_during_an_export_ends_the_other_ranks() -> None:

@@ -17,6 +17,7 @@ from rlqwen.rollout.engine_placement import (
     place,
     place_engine,
 )
+from rlqwen.rollout.resources import shares_processors
 
 ALL = ("object_store", "ipc", "nccl")
 CPU = Machine(())
@@ -46,6 +47,7 @@ def placed(machine: Machine, *, sends_adapter: bool = False, meanwhile: bool = F
         (ONE, {"max_staleness": 1}, 1, "ipc", 0, 0.4),
         (EIGHT, {}, 8, "object_store", 2, None),
         (EIGHT, {"tensor_parallel_size": 4}, 2, "object_store", 2, None),
+        (EIGHT, {"tensor_parallel_size": 4, "weight_transfer": "ipc"}, 2, "ipc", 2, None),
         (TWO_OF_EIGHT, {}, 2, "object_store", 2, None),
         (TWO_OF_EIGHT, {"placement": "separate"}, 6, "nccl", 0, 0.9),
         (TWO_OF_EIGHT, {"placement": "separate", "tensor_parallel_size": 4, "max_staleness": 1}, 1, "nccl", 0, 0.9),
@@ -68,6 +70,11 @@ def test_ray_gets_the_trainers_gpus_or_the_others() -> None:
     assert placed(TWO_OF_EIGHT, num_workers=4).gpus == ("0", "1", "2", "3")
     assert placed(TWO_OF_EIGHT, placement="separate").gpus == tuple("234567")
     assert placed(EIGHT, ray_address="10.0.0.1:6379").gpus is None
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_separate_engines_do_not_compute_where_the_trainer_does(device_type: str) -> None:
+    assert not shares_processors(RolloutConfig(placement="separate"), device_type)
 
 
 def test_an_engine_that_gets_adapters_keeps_the_weights_under_them_asleep() -> None:
@@ -93,7 +100,7 @@ def test_what_was_chosen_is_named_where_there_are_gpus() -> None:
         (CPU, {"weight_transfer": "ipc"}, "must both be on GPUs"),
         (CPU, {"weight_transfer": "nccl"}, "must both be on GPUs"),
         (ONE, {"weight_transfer": "nccl"}, "needs rollout.placement=separate"),
-        (EIGHT, {"weight_transfer": "ipc"}, "needs one rank and one worker"),
+        (TWO_OF_EIGHT, {"weight_transfer": "ipc", "num_workers": 4}, "a rank and a worker on each GPU"),
         (TWO_OF_EIGHT, {"weight_transfer": "ipc", "placement": "separate"}, "rollout.placement=colocate"),
     ],
 )

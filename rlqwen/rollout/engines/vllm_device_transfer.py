@@ -1,6 +1,6 @@
 """Send weights from the trainer's GPU to vLLM's workers, by the trainer's side of vLLM's weight-transfer engines.
 
-`ipc`: the worker maps a buffer that lies on the GPU it shares with the trainer. `nccl`: the trainer broadcasts to workers
+`ipc`: the worker maps a buffer that lies on the GPU it shares with a rank, and each rank fills one. `nccl`: the trainer broadcasts to workers
 on other GPUs. Both move buckets of whole weights, of bounded size, that never touch the CPU. This runs in the trainer's
 process, which imports vLLM for it.
 """
@@ -9,6 +9,7 @@ import math
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ INIT, UPDATE = "init_weight_transfer_engine", "update_weights"
 class PolicyWeights(WeightSource):
     """Give vLLM the policy's weights in the dtypes that the workers compute in."""
 
-    def __init__(self, expected: ExpectedWeights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, expected: ExpectedWeights, dtype: torch.dtype, metadata: Sequence[ParamMeta] | None = None
+    ) -> None:
+        """Give weights as `expected`; `metadata`: what another rank has read of them already."""
         self._expected = expected
         self._dtype = dtype
-        self._metadata: list[ParamMeta] | None = None
+        self._metadata = None if metadata is None else list(metadata)
         self.stream: Iterable[tuple[str, torch.Tensor]] = ()
         """Names and tensors of this round; iterable more than once."""
 
@@ -63,6 +67,24 @@ class PolicyWeights(WeightSource):
     def sizes(self) -> list[int]:
         """Return the bytes of each weight."""
         return [math.prod(meta.shape) * meta.dtype.itemsize for meta in self.metadata()]
+
+
+@dataclass(frozen=True)
+class SendTask:
+    """Tell other ranks how to send their weights by `ipc`; it pickles."""
+
+    metadata: list[ParamMeta]
+    bucket_bytes: int
+
+
+def send_own_part(task: SendTask, weights: Iterable[tuple[str, torch.Tensor]], rank: int) -> None:
+    """Fill this rank's buffers while the main rank leads the workers through the transfer; see `DeviceTransfer`."""
+    source = PolicyWeights(ExpectedWeights(None), torch.float32, task.metadata)
+    source.stream = weights
+    info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=task.bucket_bytes)
+    # Only the main rank calls the client.
+    nobody = WorkersClient((), processes_per_engine=1, timeout_s=0.0)
+    WeightTransferTrainerFactory.trainer_init(info, client=nobody, source=source).send_weights()
 
 
 class WorkersClient:
@@ -137,13 +159,16 @@ class DeviceTransfer:
         """
         self._source.stream = weights
         try:
-            self._source.metadata()
-            within(self._timeout_s, lambda: self._send(list(handles)), self._backend)
+            task = SendTask(self._source.metadata(), self._bucket_bytes)
+            within(self._timeout_s, lambda: self._send(list(handles), weights, task), self._backend)
+        except BaseException:
+            self._engine, self._handles = None, []  # what it holds, such as an NCCL group, is of no use any more
+            raise
         finally:
             self._source.stream = ()
         return sum(self._source.sizes)
 
-    def _send(self, handles: list[Any]) -> None:
+    def _send(self, handles: list[Any], weights: Iterable[tuple[str, torch.Tensor]], task: SendTask) -> None:
         if handles != self._handles:
             self.close()
             client = WorkersClient(handles, processes_per_engine=self._processes_per_engine, timeout_s=self._timeout_s)
@@ -151,10 +176,22 @@ class DeviceTransfer:
                 self._init_info(len(handles)), client=client, source=self._source
             )
             self._handles = handles
+        by_all = getattr(weights, "send_by_all_ranks", None)
+        if by_all is None or self._backend != "ipc":
+            self._engine.send_weights()
+        else:
+            by_all(task, self._send_stream)
+
+    def _send_stream(self, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._source.stream = stream
         self._engine.send_weights()
 
+    @property
+    def _bucket_bytes(self) -> int:
+        return max(BUCKET_BYTES, *self._source.sizes)
+
     def _init_info(self, num_engines: int) -> IPCTrainerInitInfo | NCCLTrainerInitInfo:
-        size = max(BUCKET_BYTES, *self._source.sizes)
+        size = self._bucket_bytes
         if self._backend == "ipc":
             return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=size)
         import ray

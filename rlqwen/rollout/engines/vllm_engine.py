@@ -187,8 +187,8 @@ class VllmEngine:
     def transfer(self, phase: str, **arguments: Any) -> None:
         """Run a phase of vLLM's weight-transfer protocol, a method of its worker, in every process of this engine."""
         self._sleep_cycle.wake_weights()
-        if phase == "start_weight_update" and self._is_updating:  # the trainer gave the last one up
-            self._llm.collective_rpc("finish_weight_update")
+        if self._is_updating and phase not in ("update_weights", "finish_weight_update"):
+            self._llm.collective_rpc("finish_weight_update")  # the trainer gave the last update up
         self._is_updating = False  # vLLM ends the update at an error too
         self._llm.collective_rpc(phase, kwargs=arguments)
         self._is_updating = phase in ("start_weight_update", "update_weights")
