@@ -18,7 +18,7 @@ from rlqwen.config import RolloutConfig
 from rlqwen.errors import ConfigError, ResourceError
 from rlqwen.models.hub import read_config
 from rlqwen.plugins.kinds import ENGINES
-from rlqwen.rollout.engine_placement import Placement
+from rlqwen.rollout.engine_placement import Placement, count_workers, this_machine
 from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
 from rlqwen.types import Canary, Group, GroupRequest, Sampling
 
@@ -196,7 +196,7 @@ def build_engine(
         compute_dtype: `float32`, `bfloat16` or `float16`; `config.dtype` takes precedence.
         max_model_length: tokens of prompt and completion; the model's own context caps it.
         lora_rank: workers are sent adapters of up to this rank, and keep the weights of `model_path` under them.
-        placement: where workers run; None: as `config` says, without sleep.
+        placement: where workers run; None: on all GPUs of this machine, where nothing trains.
         reserved_bytes: GPU memory that the trainer will take besides what it holds now.
         reads_text: requests will have stop texts or bad words (`Sampling.reads_text`), for which workers need the tokenizer.
 
@@ -221,7 +221,7 @@ def build_engine(
     from rlqwen.rollout.pool import RolloutPool
 
     return RolloutPool(
-        placement or Placement(config),
+        placement or _without_trainer(config),
         engine=engine_spec(config),
         model_path=model_path,
         tokenizer=tokenizer,
@@ -232,6 +232,10 @@ def build_engine(
         reads_text=reads_text,
         reserved_bytes=reserved_bytes,
     )
+
+
+def _without_trainer(config: RolloutConfig) -> Placement:
+    return Placement(config.model_copy(update={"num_workers": count_workers(config, this_machine("cpu"))}))
 
 
 def engine_spec(config: RolloutConfig) -> str:

@@ -144,7 +144,8 @@ def count_workers(config: RolloutConfig, machine: Machine) -> int:
     """Return `num_workers`, or how many fill the GPUs; 1 on a CPU, and on a cluster, whose size is not known yet."""
     if config.num_workers is not None:
         return config.num_workers
-    gpus = _gpus_for_ray(config, machine) if samples_on_gpu(config, machine) else None
+    on_gpu = samples_on_gpu(config, machine) and config.ray_address is None
+    gpus = (_gpus_for_ray(config, machine) or machine.gpus) if on_gpu else None
     if not gpus or config.num_gpus_per_worker not in (None, config.tensor_parallel_size):
         return 1
     return max(1, len(gpus) // config.tensor_parallel_size)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlqwen.rollout.engine_placement import SHARED, Placement
 from rlqwen.types import FinishReason, Sampling
 
 if TYPE_CHECKING:
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlqwen.config import RolloutConfig
-    from rlqwen.rollout.engine_placement import Placement
 
 Sampled = tuple[list[int], list[float], FinishReason, "np.ndarray | None"]
 """Token ids, their logprobs, why the completion ended, and the experts of prompt and completion, if asked for."""
@@ -57,13 +57,14 @@ class EngineSettings:
     """`rollout.engine_args`."""
 
     @classmethod
-    def of(cls, placement: "Placement", **rest: Any) -> "EngineSettings":
+    def of(cls, placement: Placement, **rest: Any) -> "EngineSettings":
         """Return the settings that a resolved config gives, with `rest`."""
         config = placement.config
+        measures_memory = config.gpu_memory_utilization is None and placement.sleep_level
         return cls(
             max_num_seqs=config.max_num_seqs,
             tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
+            gpu_memory_utilization=None if measures_memory else config.gpu_memory_utilization or SHARED,
             enforce_eager=config.enforce_eager,
             kv_cache_gib=config.kv_cache_gib,
             weight_transfer=transfer_of(config),

@@ -64,6 +64,14 @@ def test_workers_fill_the_gpus_that_they_may_use(
     assert count_workers(RolloutConfig(**config), machine) == workers
 
 
+def test_where_nothing_trains_workers_fill_all_gpus() -> None:
+    machine = Machine(tuple("01234567"))
+    assert count_workers(RolloutConfig(), machine) == 8
+    assert count_workers(RolloutConfig(tensor_parallel_size=2), machine) == 4
+    assert count_workers(RolloutConfig(ray_address="10.0.0.1:6379"), machine) == 1
+    assert placed(machine).gpus is None
+
+
 def test_ray_gets_the_trainers_gpus_or_the_others() -> None:
     assert placed(CPU).gpus is None
     assert placed(TWO_OF_EIGHT).gpus == ("0", "1")
