@@ -66,8 +66,9 @@ def describe_memory(
 
     plan = plan_of(recipe)
     report.facts.append(("memory", _plan_in_words(plan, on_gpu=on_gpu)))
-    report.figures.append(_as_figures(plan, f"memory{f' of each of {num_ranks} GPUs' if num_ranks > 1 else ''}, GiB"))
     gpu_bytes = _own_gpu_bytes() if gpu_gib is None else gpu_gib * GIB
+    title = f"memory{f' of each of {num_ranks} GPUs' if num_ranks > 1 else ''}, GiB"
+    report.figures.append(_as_figures(plan, title, gpu_bytes))
     if gpu_bytes is not None and on_gpu:
         with report.collecting():
             check_fit(recipe, plan_of, gpu_bytes, num_ranks)
@@ -115,13 +116,18 @@ def _plan_in_words(plan: MemoryPlan, *, on_gpu: bool) -> str:
     return f"{line}; a GPU of {plan.smallest_gpu / GIB:.1f} GiB or more" if on_gpu else line
 
 
-def _as_figures(plan: MemoryPlan, title: str) -> Figures:
-    """Return the plan as a table: parts in rows, phases in columns, the peak of each in the last one."""
+def _as_figures(plan: MemoryPlan, title: str, gpu_bytes: float | None) -> Figures:
+    """Return the plan as a table: parts in rows, phases in columns, the peak of each in the last one.
+
+    `gpu_bytes`: the GPU that an engine takes its share of; None: the smallest that fits.
+    """
 
     def cells(values: dict[str, float]) -> tuple[str, ...]:
         sizes = [values.get(phase, 0.0) for phase in plan.phases]
         return tuple(f"{size / GIB:.2f}" if size else "" for size in [*sizes, max(sizes)])
 
+    engine = plan.engine_memory(gpu_bytes)
     rows = [(name, *cells(part)) for name, part in plan.parts.items()]
-    rows.append(("total", *cells({phase: plan.total(phase) for phase in plan.phases})))
+    rows += [("vLLM engine", *cells(engine))] if engine else []
+    rows.append(("total", *cells({phase: plan.total(phase) + engine.get(phase, 0.0) for phase in plan.phases})))
     return Figures((title, *plan.phases, "peak"), rows)

@@ -93,11 +93,21 @@ class MemoryPlan:
         return self.total(self.peak_phase)
 
     @property
+    def shared_phases(self) -> set[str]:
+        """Return the phases in which engines hold their memory, if there are any on this GPU."""
+        return {SAMPLING, SYNC} if self.engine_sleeps else {phase for phase in self.phases if phase != LOAD}
+
+    def engine_memory(self, gpu_bytes: float | None) -> dict[str, float]:
+        """Return the bytes of an engine by phase on a GPU of `gpu_bytes`; None: on the smallest that fits."""
+        gpu_bytes = self.smallest_gpu if gpu_bytes is None else gpu_bytes
+        taken = max(self.engine_share * gpu_bytes, self.engine_bytes) if gpu_bytes < float("inf") else self.engine_bytes
+        return dict.fromkeys(self.shared_phases, taken) if self.engine_bytes else {}
+
+    @property
     def smallest_gpu(self) -> float:
         """Return the bytes of the smallest GPU on which everything fits; infinite if engines leave no room."""
-        shared_phases = {SAMPLING, SYNC} if self.engine_sleeps else {phase for phase in self.phases if phase != LOAD}
-        shared = max((self.total(phase) for phase in shared_phases), default=0.0)
-        alone = max((self.total(phase) for phase in self.phases if phase not in shared_phases), default=0.0)
+        shared = max((self.total(phase) for phase in self.shared_phases), default=0.0)
+        alone = max((self.total(phase) for phase in self.phases if phase not in self.shared_phases), default=0.0)
         if self.engine_share:
             room = USABLE - self.engine_share
             beside = max(shared / room, self.engine_bytes / self.engine_share) if room > 0 else float("inf")

@@ -142,6 +142,8 @@ def test_engines_take_their_share_of_the_gpu(tmp_path: Path) -> None:
     cache = 128 * 28 * 2 * 2 * 8 * 128  # keys and values of the longest sequence, in bf16
     assert plan.engine_bytes == 2 * 596_049_920 + cache + ENGINE_WORKSPACE
     assert plan.total(SYNC) < plan.total(BACKWARD)
+    assert plan.engine_memory(40 * GIB) == dict.fromkeys(plan.shared_phases, 20 * GIB)
+    assert plan.engine_memory(None)[SYNC] == pytest.approx(0.5 * plan.smallest_gpu)
     alone = planned(Recipe.parse(values | {"rollout": {"engine": "transformers"}}), tmp_path)
     assert alone.engine_share == 0.0
     assert alone.smallest_gpu == pytest.approx(alone.peak / USABLE)
