@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed.adamw import build_adamw, restore_state, state_to_save
 from rlqwen.distributed.deepspeed_config import fp16_settings
+from rlqwen.distributed.gradient_sum import add_up_over_ranks
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
 from rlqwen.distributed.master_weights import MasterWeights, check_bfloat16
@@ -199,13 +200,15 @@ class OptimizerStep:
         parameters = [parameter for group in self.groups for parameter in group.parameters]
         by_rank = self.ranks.gather((self._touched, [weight.grad is not None for weight in parameters]))
         touched, given = zip(*by_rank, strict=True)
+        gradients = []
         for parameter, given_by in zip(parameters, zip(*given, strict=True), strict=True):
             if any(touched) and not any(given_by):
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.ranks.world_size > 1:
-                dist.all_reduce(parameter.grad, group=self.ranks.gradient_group)
+            gradients.append(parameter.grad)
+        if self.ranks.world_size > 1:
+            add_up_over_ranks(gradients, self.ranks.gradient_group)
 
     def _norm(self, group: ParameterGroup) -> float:
         """Return the norm of a group's gradient, over the shards of all ranks if layers are sharded."""
