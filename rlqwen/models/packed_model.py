@@ -33,6 +33,7 @@ from rlqwen.models.recomputation import Recomputation, recompute_activations
 from rlqwen.models.text_only import text_only
 from rlqwen.models.vision_language import towers
 from rlqwen.models.weight_files import write_model
+from rlqwen.packing.attention import attention_note
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.delta_net import kernel_note
 from rlqwen.packing.forward import (
@@ -107,9 +108,12 @@ class PackedModel:
         """Notes for the user on how the arguments were understood."""
         if peft_config is not None:
             model, self.notes = add_adapter(model, peft_config)
+        text = model.config.get_text_config(decoder=True)
         if obstacle := packing_obstacle(model.config):
             self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
-        if note := kernel_note(model.config.get_text_config(decoder=True), self.device.type):
+        elif note := attention_note(text, self.device, self.compute_dtype):
+            self.notes.append(note)
+        if note := kernel_note(text, self.device.type):
             self.notes.append(note)
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlqwen.packing.attention_rules import read_call, read_mask, refusal
 from rlqwen.packing.block_attention import attend_in_blocks
-from rlqwen.packing.cascade_attention import cascade_attention, has_flash_kernel
+from rlqwen.packing.cascade_attention import MAX_HEAD_DIM, cascade_attention, has_flash_kernel, supports_flash
 from rlqwen.packing.row_layout import Layout
 from rlqwen.packing.sequence_parallel import SequenceGroup
 
@@ -72,6 +72,21 @@ def _attend(
         rows = (query_T[:num_tokens], key_T[:num_tokens], value_T[:num_tokens])
         return cascade_attention(*rows, layout, scaling=scaling)
     return attend_in_blocks(query_T, key_T, value_T, layout, window=window, scaling=scaling, dropout=dropout)
+
+
+def attention_note(text_config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return a line on the kernels of attention in `dtype` on a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    if supports_flash(device, dtype, width):
+        kernel = torch.nn.attention.current_flash_attention_impl() or "FA2"
+        return f"attention runs in FlashAttention's kernels for rows of many lengths ({kernel})"
+    return (
+        f"attention runs in padded blocks, which takes longer: FlashAttention needs bf16 or fp16, a GPU from Ampere on, and "
+        f"heads whose width is a multiple of 8 up to {MAX_HEAD_DIM}; here it is {str(dtype).removeprefix('torch.')}, and heads "
+        f"of width {width} on {torch.cuda.get_device_name(device)}"
+    )
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -156,15 +156,19 @@ def cascade_attention(
 
 
 def has_flash_kernel(query_THD: Tensor, value_TKD: Tensor) -> bool:
-    """Return whether FlashAttention computes these: half precision, on a GPU from Ampere on, heads of one fitting width."""
+    """Return whether FlashAttention computes these, which must be of one width."""
     width = query_THD.shape[-1]
+    return width == value_TKD.shape[-1] and supports_flash(query_THD.device, query_THD.dtype, width)
+
+
+def supports_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Return whether FlashAttention runs: in half precision, on a GPU from Ampere on, with heads of a fitting width."""
     return (
-        query_THD.is_cuda
-        and query_THD.dtype in (torch.bfloat16, torch.float16)
-        and width == value_TKD.shape[-1]
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
         and width % 8 == 0
         and width <= MAX_HEAD_DIM
-        and _is_ampere(query_THD.device)
+        and _is_ampere(device)
     )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
+from rlqwen.packing.attention import attention_note
 from rlqwen.packing.block_attention import attend_in_blocks
 from rlqwen.packing.cascade_attention import Call, CascadePlan, FlashKernel, Runs, cascade_attention, has_flash_kernel
 from rlqwen.packing.row_layout import ROOT, Layout, Segment
@@ -160,6 +162,24 @@ def test_a_row_without_prefixes_makes_one_call() -> None:
 def test_flash_attention_is_not_used_on_a_cpu() -> None:
     query, _, value, _ = inputs(random_layout(0), torch.bfloat16)
     assert not has_flash_kernel(query, value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "said"),
+    [
+        (torch.bfloat16, 128, "attention runs in FlashAttention's kernels for rows of many lengths (FA2)"),
+        (torch.float32, 128, "padded blocks"),
+        (torch.bfloat16, 512, "heads of width 512 on a GPU"),
+    ],
+)
+def test_the_kernel_of_attention_is_named_on_a_gpu(
+    dtype: torch.dtype, width: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlqwen.packing.cascade_attention._is_ampere", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    config = Qwen3Config(head_dim=width)
+    assert said in str(attention_note(config, torch.device("cuda"), dtype))
+    assert attention_note(config, torch.device("cpu"), dtype) is None
 
 
 @pytest.mark.gpu
