@@ -35,7 +35,8 @@ GIVEN = {
 
 def adopting(ds_config: dict[str, Any], **options: Any) -> SFTConfig:
     """Return a config that is given a ds_config as transformers' TrainingArguments are."""
-    return SFTConfig.parse({"deepspeed": ds_config, **options})
+    given: dict[str, Any] = {"deepspeed": ds_config, **options}
+    return SFTConfig(**given)
 
 
 def schedule(kind: str, **params: Any) -> dict[str, dict[str, Any]]:

@@ -71,7 +71,7 @@ def test_unsupported_generation_settings_are_refused_by_name(options: dict[str, 
 
 
 def test_trls_vllm_arguments_are_mapped_or_change_nothing() -> None:
-    given = {
+    given: dict[str, Any] = {
         "use_vllm": True, "vllm_mode": "colocate", "vllm_model_impl": "vllm", "vllm_gpu_memory_utilization": 0.3,
         "vllm_max_model_length": 1024, "vllm_tensor_parallel_size": 2, "vllm_enable_sleep_mode": False,
         "vllm_structured_outputs_regex": None, "vllm_server_base_url": None,
@@ -79,7 +79,7 @@ def test_trls_vllm_arguments_are_mapped_or_change_nothing() -> None:
         "vllm_importance_sampling_cap": 2.0, "cache_implementation": None,
         "use_transformers_continuous_batching": False, "ds3_gather_for_generation": True, "log_completions": True,
     }  # fmt: skip
-    args = GRPOConfig.parse(given)
+    args = GRPOConfig(**given)
     rollout = args.rollout
     assert (rollout.engine, rollout.gpu_memory_utilization, rollout.max_model_length) == ("vllm", 0.3, 1024)
     assert rollout.tensor_parallel_size == 2

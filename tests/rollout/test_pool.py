@@ -19,6 +19,7 @@ from rlqwen.data.control_tokens import CompletionReader
 from rlqwen.errors import ConfigError, ResourceError, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.models.tiny import build_tiny_qwen3
 from rlqwen.rollout import build_engine
+from rlqwen.rollout.actors import ActorHandle
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.types import Canary, Group, GroupRequest, Prompt, Sampling
 from tests.patience import wait_until
@@ -87,7 +88,7 @@ def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
     ]
 
 
-def requests(*, count: int = NUM_PROMPTS, **sampling: object) -> list[GroupRequest]:
+def requests(*, count: int = NUM_PROMPTS, **sampling: Any) -> list[GroupRequest]:
     drawn = Sampling(**{"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE} | sampling)
     return [
         GroupRequest(prompt, tuple(1000 * prompt.index + sample for sample in range(NUM_GENERATIONS)), drawn)
@@ -120,7 +121,8 @@ def perturbed(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def logprobs(model: PreTrainedModel, tokens: list[int], temperature: float = 1.0) -> Tensor:
     logits = model(torch.tensor([tokens])).logits[0, :-1].float() / temperature
-    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None]).squeeze(-1)
+    logp: Tensor = logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None]).squeeze(-1)
+    return logp
 
 
 def canary(model: PreTrainedModel, offset: float = 0.0) -> Canary:
@@ -270,9 +272,14 @@ def test_groups_are_assigned_to_workers_in_fixed_blocks(
     monkeypatch.setattr("rlqwen.rollout.pool.MAX_SHARE", 12)
     pool.load_weights(155, perturbed(model, 155).items(), canary(model))
     asked = requests()
-    dealt = []
+    dealt: list[tuple[int, Any]] = []
     hand = pool._hand
-    monkeypatch.setattr(pool, "_hand", lambda slot, *rest: (dealt.append((slot.index, rest)), hand(slot, *rest)))
+
+    def noted_hand(actor: ActorHandle, *rest: Any) -> None:
+        dealt.append((actor.index, rest))
+        hand(actor, *rest)
+
+    monkeypatch.setattr(pool, "_hand", noted_hand)
     whole = list(pool.generate(asked))
     assert [(slot, job[0].prompt.index) for slot, job in dealt] == [
         *((0, index) for index in range(0, 24, 2)), *((1, index) for index in range(1, 24, 2)),

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 
 from rlqwen import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from rlqwen.errors import ConfigError, RolloutError, WorkerDied
-from rlqwen.packing.batch import PackedBatch
 from rlqwen.rollout import sampler as rollouts
+from rlqwen.rollout.engine import RolloutEngine
 from rlqwen.rollout.engines.transformers import TransformersEngine
-from rlqwen.rollout.prefetch import Prefetcher
+from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
 from rlqwen.runs.verification import compare_runs
-from rlqwen.types import Canary, GroupRequest
+from rlqwen.types import Canary, Group, GroupRequest
 from tests.forked import run_forked
+from tests.narrowing import instance_of, present
 from tests.patience import PATIENCE_S
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range(9)]
@@ -32,7 +33,7 @@ ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}]} for i in range
 class SnapshotEngine(TransformersEngine):
     """Sample from a copy of the weights, as workers do, so that the policy can train at the same time."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    def __init__(self, folder: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.threads: list[str] = []
         """Name of the thread of each `generate` call."""
@@ -116,8 +117,10 @@ def test_each_step_is_sampled_with_the_expected_weights(
     tiny_model_path: Path, tmp_path: Path, algorithm: str, arrival: bool, lag: int, expected: list[int]
 ) -> None:
     trainer = make(tiny_model_path, tmp_path, algorithm=algorithm, lag=lag, train_on_arrival=arrival)
-    engines = []
-    trainer.callbacks.append(Watch(lambda: engines.append(trainer.rollouts.sampler.engine)))
+    engines: list[SnapshotEngine] = []
+    trainer.callbacks.append(
+        Watch(lambda: engines.append(instance_of(SnapshotEngine, present(trainer.rollouts.sampler).engine)))
+    )
     trainer.train()
     assert versions(tmp_path) == expected
     gaps = figures(trainer, "sampling/logp_gap")
@@ -174,7 +177,12 @@ def test_prefetched_groups_survive_a_resume(
 
     def train_and_die() -> None:
         trainer = make(tiny_model_path, tmp_path / "killed", **options)
-        trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 4 and os.kill(os.getpid(), signal.SIGKILL)))
+
+        def die() -> None:
+            if trainer.state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer.callbacks.append(Watch(die))
         trainer.train()
 
     assert run_forked(train_and_die) == -signal.SIGKILL
@@ -189,7 +197,7 @@ def test_prefetched_groups_survive_a_resume(
 def test_an_error_in_prefetching_ends_the_run(
     tiny_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(self: Any, batch: PackedBatch) -> Any:
+    def die(self: TransformersEngine, batch: list[GroupRequest]) -> Iterator[Group]:
         if threading.current_thread().name.startswith("rollout-prefetch"):
             raise WorkerDied("rollout workers failed 4 times")
         return sample(self, batch)
@@ -202,8 +210,10 @@ def test_an_error_in_prefetching_ends_the_run(
     assert not any(thread.name.startswith("rollout-prefetch") for thread in threading.enumerate())
 
 
-class SlowEngine:
+class SlowEngine(RolloutEngine):
     """React to a cancel with a delay, as a pool does."""
+
+    version = 0
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -222,11 +232,20 @@ class SlowEngine:
         self.is_running = False
         raise RolloutError("dropped")
 
+    def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Group]:
+        raise NotImplementedError
+
+    def load_weights(self, version: int, weights: Any, canary: Canary | None) -> dict[str, float]:
+        raise NotImplementedError
+
     def cancel(self) -> None:
         self._cancelled = True
 
+    def close(self) -> None:
+        raise NotImplementedError
 
-class SlowDraw:
+
+class SlowDraw(RolloutBatch):
     def __init__(self, name: str) -> None:
         self.name = name
 

@@ -14,6 +14,7 @@ import pytest
 
 from rlqwen.models.tiny import build_tiny_qwen3
 from rlqwen.rollout import ray_reaper as guard
+from tests.narrowing import present
 from tests.patience import PATIENCE_S, wait_until
 
 MARK = "RLQWEN_TEST_MARK"
@@ -63,7 +64,7 @@ def trainers(folder: Path) -> Iterator[dict[str, Trainer]]:
         for pid in family(trainer.mark):
             os.kill(pid, signal.SIGKILL)
         trainer.process.wait()
-        trainer.process.stdout.close()
+        present(trainer.process.stdout).close()
 
 
 def start(folder: Path, ending: str) -> Trainer:
@@ -97,7 +98,7 @@ def family(mark: str) -> list[int]:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_process_outlives_the_trainer(trainers: dict[str, Trainer], ending: str) -> None:
     trainer = trainers[ending]
-    assert trainer.process.stdout.readline() == "sampling\n", trainer.log.read_text()
+    assert present(trainer.process.stdout).readline() == "sampling\n", trainer.log.read_text()
     (folder,) = {value for pid in family(trainer.mark) if (value := environment(pid).get(guard.MARK))}
     assert Path(folder).is_dir()
     if ending == "kill":

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class ModelHolder:
 
 @pytest.fixture(scope="module")
 def model(tiny_model_path: Path) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)
@@ -42,8 +43,9 @@ def start(model: PreTrainedModel, tiny_model_path: Path, max_num_seqs: int = 64)
     return TransformersEngine(ModelHolder(model), tokenizer, max_model_length=64, max_num_seqs=max_num_seqs)
 
 
-def requests(count: int = 5, **sampling: object) -> list[GroupRequest]:
-    drawn = Sampling(**{"max_tokens": 10} | sampling)
+def requests(count: int = 5, **sampling: Any) -> list[GroupRequest]:
+    defaults: dict[str, Any] = {"max_tokens": 10}
+    drawn = Sampling(**defaults | sampling)
     return [
         GroupRequest(
             Prompt(index, list(range(5, 8 + 2 * index)), ""), tuple(range(100 * index, 100 * index + 4)), drawn

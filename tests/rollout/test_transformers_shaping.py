@@ -96,7 +96,7 @@ def text_of_two(groups: list[Group], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a text that consists of the end of one token and the beginning of the next."""
     for group in groups:
         for completion in group.completions:
-            pieces = [tokenizer.decode([token]) for token in completion.token_ids]
+            pieces = [str(tokenizer.decode([token])) for token in completion.token_ids]
             for first, second in itertools.pairwise(pieces[1:]):
                 if first.isascii() and second.isascii() and first and len(second) > 1:
                     return first[-1] + second[0]

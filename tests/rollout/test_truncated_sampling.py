@@ -102,10 +102,10 @@ def test_correction_weights_equal_a_manual_computation() -> None:
 
 
 def test_a_completion_ended_by_a_stop_string_counts_as_finished(sharp_model_path: Path, tmp_path: Path) -> None:
-    seen: dict[str, Any] = {}
+    seen: dict[tuple[int, ...], str] = {}
 
     def remember(completions: list[str], completion_ids: list[list[int]], **_: object) -> Any:
-        seen.update(zip(map(tuple, completion_ids), completions, strict=True))
+        seen.update(zip((tuple(ids) for ids in completion_ids), completions, strict=True))
         return [float(len(ids)) for ids in completion_ids]
 
     trainer = make_grpo(

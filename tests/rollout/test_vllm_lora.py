@@ -17,6 +17,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import build_tiny_qwen3
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.sampler import choose_sync
+from tests.narrowing import present
 from tests.rollout.test_pool import SMALL as SHAPE
 from tests.rollout.test_pool import TEMPERATURE, assert_drawn_from, canary, logprobs, requests, share_identical, start
 
@@ -36,10 +37,11 @@ def pool(folder: Path) -> Iterator[RolloutPool]:
     engine.close()
 
 
-def adapted(folder: Path, seed: int = 0, **options: object) -> Policy:
+def adapted(folder: Path, seed: int = 0, **options: Any) -> Policy:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(seed)
-    config = LoraConfig(**{"target_modules": "all-linear", "init_lora_weights": False} | options)
+    defaults: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False}
+    config = LoraConfig(**defaults | options)
     return Policy(model, SFTConfig(), peft_config=config)
 
 
@@ -73,7 +75,7 @@ def test_workers_sample_from_the_adapted_policy(pool: RolloutPool, folder: Path)
             pool.load_weights(4, list(policy.export_adapter())[1:], canary(model))
 
 
-def gap(groups: list[Any], model: torch.nn.Module) -> float:
+def gap(groups: list[Any], model: Any) -> float:
     """Return the largest difference between the sampler's logprobs and those of `model`."""
     gaps = []
     for group in groups[:4]:
@@ -112,11 +114,11 @@ def test_only_the_adapter_is_sent_if_vllm_can_apply_it(
         ):
             rank, note = choose_sync(policy, config)
             assert rank is None
-            assert why in note
+            assert why in present(note)
         return
     rank, note = choose_sync(policy, RolloutConfig())
     assert rank is None
-    assert reason in note
+    assert reason in present(note)
     with pytest.raises(ConfigError, match=reason):
         choose_sync(policy, RolloutConfig(lora=True))
 
@@ -130,7 +132,7 @@ def test_without_an_adapter_and_for_experts_weights_are_sent(folder: Path) -> No
     shape |= {"num_experts": 2, "num_experts_per_tok": 1}
     experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_key_value_heads=1, moe_intermediate_size=16))
     policy = Policy(experts, SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"]))
-    assert "mixture of experts" in choose_sync(policy, RolloutConfig())[1]
+    assert "mixture of experts" in present(choose_sync(policy, RolloutConfig())[1])
 
 
 def test_a_base_model_that_differs_from_the_folder_is_detected(folder: Path) -> None:

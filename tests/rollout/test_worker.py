@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 
 from rlqwen.errors import RolloutError
-from rlqwen.rollout.weight_sync import WeightBundle
+from rlqwen.rollout.engine import WorkerEngine
+from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
 from rlqwen.rollout.worker import EngineThread
-from rlqwen.rollout.worker_protocol import GroupJob, Share
+from rlqwen.rollout.worker_protocol import GroupJob, Sampled, Share
 from rlqwen.types import Sampling
 from tests.patience import PATIENCE_S, wait_until
 
 
-class RecordingEngine:
+class RecordingEngine(WorkerEngine):
     """Record the calls of the thread."""
 
     def __init__(self) -> None:
@@ -32,12 +34,24 @@ class RecordingEngine:
     def abort(self, request_ids: list[str]) -> None:
         self.asked.append(f"abort {len(request_ids)}")
 
+    def step(self) -> Iterable[tuple[str, Sampled]]:
+        raise NotImplementedError
+
+    def load(self, bundle: WeightBundle) -> LoadReport:
+        return LoadReport(bundle.version, None, False, 0.0)
+
 
 @pytest.fixture
-def thread() -> EngineThread:
+def engine() -> RecordingEngine:
+    return RecordingEngine()
+
+
+@pytest.fixture
+def thread(engine: RecordingEngine) -> EngineThread:
     """Return a thread that is not started; tests run its work themselves."""
-    thread = EngineThread(SimpleNamespace(model_path=""))  # type: ignore[arg-type]
-    thread._engine = RecordingEngine()  # type: ignore[assignment]
+    setup: Any = SimpleNamespace(model_path="")
+    thread = EngineThread(setup)
+    thread._engine = engine
     return thread
 
 
@@ -45,23 +59,23 @@ def job(token: int, share: Share | None = None, place: int = 0) -> GroupJob:
     return GroupJob([token], (10 * token, 10 * token + 1), Sampling(4), share, place)
 
 
-def test_a_share_starts_when_it_is_complete_and_in_order(thread: EngineThread) -> None:
+def test_a_share_starts_when_it_is_complete_and_in_order(thread: EngineThread, engine: RecordingEngine) -> None:
     """Calls may arrive in any order."""
     share = Share(1, 3)
     for token, place in ((7, 2), (5, 0)):
         thread.add_group(job(token, share, place), Future())
-    assert thread._engine.asked == []
+    assert engine.asked == []
     thread.add_group(job(6, share, 1), Future())
-    assert thread._engine.asked == ["forget", (5, 50), (5, 51), (6, 60), (6, 61), (7, 70), (7, 71)]
+    assert engine.asked == ["forget", (5, 50), (5, 51), (6, 60), (6, 61), (7, 70), (7, 71)]
 
 
-def test_a_group_outside_a_share_starts_at_once(thread: EngineThread) -> None:
+def test_a_group_outside_a_share_starts_at_once(thread: EngineThread, engine: RecordingEngine) -> None:
     thread.add_group(job(3), Future())
-    assert thread._engine.asked == [(3, 30), (3, 31)]
+    assert engine.asked == [(3, 30), (3, 31)]
 
 
 @pytest.mark.fault("groups of a draw that was given up come late", "they begin with no later draw")
-def test_late_groups_of_an_aborted_share_are_ignored(thread: EngineThread) -> None:
+def test_late_groups_of_an_aborted_share_are_ignored(thread: EngineThread, engine: RecordingEngine) -> None:
     given_up: Future[Any] = Future()
     thread.add_group(job(1, Share(1, 2), 0), given_up)
     thread.abort_groups()
@@ -69,7 +83,7 @@ def test_late_groups_of_an_aborted_share_are_ignored(thread: EngineThread) -> No
         given_up.result(timeout=0)
     thread.add_group(job(2, Share(1, 2), 1), Future())
     thread.add_group(job(4, Share(2, 1), 0), Future())
-    assert thread._engine.asked == ["abort 0", "forget", (4, 40), (4, 41)]
+    assert engine.asked == ["abort 0", "forget", (4, 40), (4, 41)]
 
 
 def test_a_worker_reports_how_many_completions_have_ended(thread: EngineThread) -> None:
@@ -97,7 +111,8 @@ def test_a_worker_reports_how_many_completions_have_ended(thread: EngineThread) 
     "a machine of the Ray cluster that lacks the model's folder", "refused, with folder, machine and why"
 )
 def test_a_machine_without_the_model_reports_an_error(tmp_path: Path) -> None:
-    thread = EngineThread(SimpleNamespace(model_path=str(tmp_path / "gone")))  # type: ignore[arg-type]
+    setup: Any = SimpleNamespace(model_path=str(tmp_path / "gone"))
+    thread = EngineThread(setup)
     thread.start()
     with pytest.raises(RolloutError, match=r"gone holds no model on .*must lie where all of them see them"):
         thread.started.result(timeout=PATIENCE_S)
@@ -105,7 +120,6 @@ def test_a_machine_without_the_model_reports_an_error(tmp_path: Path) -> None:
 
 def test_loaded_weights_are_released(thread: EngineThread) -> None:
     """Otherwise the object store would hold two versions while the thread waits for work."""
-    thread._engine.load = lambda bundle: None  # type: ignore[method-assign,assignment]
     bundle = WeightBundle(1, (), {}, None, 0)
     alive, done = weakref.ref(bundle), Future[Any]()
     thread.submit(lambda bundle=bundle: done.set_result(thread.load(bundle)), done)  # type: ignore[misc]

@@ -24,6 +24,7 @@ from rlqwen.models.reference_cache import CACHE_VARIABLE, digest_weights
 from rlqwen.packing.batch import pack
 from rlqwen.reporting.curves import choose_panels
 from rlqwen.reporting.sinks import read_metrics
+from tests.narrowing import instance_of, present
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -109,9 +110,10 @@ def moved_trainer(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactor
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    trainer.optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
-    trainer.update = lambda micro_batches: None
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    patch = pytest.MonkeyPatch()
+    patch.setattr(trainer, "optimizer", SimpleNamespace(backward=lambda loss: loss.backward()), raising=False)
+    patch.setattr(trainer, "update", lambda micro_batches: None)
     return trainer
 
 
@@ -188,7 +190,7 @@ def references(trainer: Any) -> Any:
 
 def test_all_kinds_of_reference_agree(tiny_model_path: Path, tmp_path: Path, cache: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path)
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "copy": {},
         "path": {"ref_model": str(tiny_model_path)},
         "model": {"ref_model": model},
@@ -232,7 +234,7 @@ def test_references_of_quantized_weights(tiny_model_path: Path, tmp_path: Path, 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_path, **quantized), LORA)
     new = make_trainer(model, tmp_path / "new")
     torch.testing.assert_close(references(off), references(new), atol=1e-4, rtol=1e-5)
-    moved = make_trainer(new.model, tmp_path / "moved")  # its adapter is no longer zero
+    moved = make_trainer(instance_of(PeftModel, new.model), tmp_path / "moved")  # its adapter is no longer zero
     with torch.no_grad():
         answers = moved._answers(pack([row.answers for row in moved.train_rows]).to(moved.policy.device))
     torch.testing.assert_close(answers.logp_S, answers.ref_logp_S, atol=1e-4, rtol=1e-5)
@@ -339,7 +341,7 @@ def test_kto_learns_from_labeled_answers_and_warns_of_imbalance(tiny_model_path:
         learning_rate=1e-3, max_steps=8, eval_on_start=True,
     )  # fmt: skip
     assert any("8 good and 4 bad" in warning for warning in trainer.reports["train"].warnings)
-    assert all(row.kl_answers.prefix == row.answers.prefix for row in trainer.train_rows)
+    assert all(present(row.kl_answers).prefix == row.answers.prefix for row in trainer.train_rows)
     trainer.train()
     first, last = ([e for e in trainer.state.log_history if "eval/loss" in e][place] for place in (0, -1))
     assert last["eval/loss"] < first["eval/loss"]
@@ -352,7 +354,7 @@ def test_kl_answers_belong_to_another_prompt(tiny_model_path: Path, tmp_path: Pa
     rows += [{"prompt": "b:", "completion": " 9", "label": False}]
     trainer = make_trainer(tiny_model_path, tmp_path / "run", train=rows, loss_type="kto")
     answers = [row.answers.branches[0].token_ids for row in trainer.train_rows]
-    found = [row.kl_answers.branches[0].token_ids for row in trainer.train_rows]
+    found = [present(row.kl_answers).branches[0].token_ids for row in trainer.train_rows]
     assert found == [answers[3], answers[3], answers[3], answers[2]]
     with pytest.raises(DataError, match="all rows have the same prompt"):
         make_trainer(tiny_model_path, tmp_path / "one", train=rows[:3], loss_type="kto")

@@ -200,14 +200,17 @@ def test_soft_overlong_penalty_lowers_the_advantage_of_long_completions(tiny_mod
 def test_the_example_of_trls_documentation_runs(tiny_model_path: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 
-    def reward_num_unique_letters(completions: list[str], **kwargs: Any) -> list[float]:
+    def reward_num_unique_letters(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
         contents = [completion[0]["content"] for completion in completions]
         return [float(len(set(content))) for content in contents]
 
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path), "max_steps": 1, "max_completion_length": 4, "use_vllm": False,
+    }  # fmt: skip
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model_path),
         reward_funcs=[reward_num_unique_letters, "accuracy"],
-        args=GRPOConfig(output_dir=str(tmp_path), max_steps=1, max_completion_length=4, use_vllm=False),
+        args=GRPOConfig(**arguments),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_path),
     )

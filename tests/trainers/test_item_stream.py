@@ -1,14 +1,13 @@
 """Test training on a stream: the order of rows, exact resume, and settings that streams do not support."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from rlqwen import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from rlqwen.cli import main
@@ -26,6 +25,7 @@ from rlqwen.runs.verification import compare_runs
 from rlqwen.trainers import item_stream
 from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.types import Completion, Group, Prompt
+from tests.narrowing import instance_of, present
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +34,11 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlqwen.trainers.prompt_data.WINDOW", 4)
 
 
-def numbers(count: int, *, drop: set[int] = ()) -> ItemStream[Any]:
+def numbers(count: int, *, drop: Collection[int] = ()) -> ItemStream[Any]:
     """Return a stream of numbers without those in `drop`."""
     rows = StreamedRows("numbers", lambda epoch: iter([{"n": n, "epoch": epoch} for n in range(count)]))
 
-    def make(start: int, window: int | None) -> tuple[list[tuple[Any, Any]], TokenizationStats]:
+    def make(start: int, window: list[dict[str, Any]]) -> tuple[list[tuple[Any, Any]], TokenizationStats]:
         assert [row["n"] for row in window] == list(range(start, start + len(window)))
         return [(row["epoch"], row["n"]) for row in window if row["n"] not in drop], TokenizationStats(
             DataReport(num_rows=len(window))
@@ -88,12 +88,12 @@ CHATS = [
 PROMPTS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(9)]
 
 
-def stream_of(rows: list[dict[str, Any]]) -> Any:
-    return Dataset.from_list(rows).to_iterable_dataset()
+def stream_of(rows: Sequence[dict[str, Any]]) -> Any:
+    return Dataset.from_list(list(rows)).to_iterable_dataset()
 
 
 def test_a_shuffling_dataset_has_a_new_order_in_each_epoch() -> None:
-    stream = as_stream(stream_of([{"n": n} for n in range(20)]).shuffle(seed=1, buffer_size=8))
+    stream = present(as_stream(stream_of([{"n": n} for n in range(20)]).shuffle(seed=1, buffer_size=8)))
     passes = [[row["n"] for row in stream.read(epoch)] for epoch in (0, 1, 0)]
     assert passes[0] == passes[2] != passes[1]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(20))
@@ -110,7 +110,7 @@ def sft(model: Path, folder: Path, rows: list[dict[str, list[dict[str, str]]]], 
     return SFTTrainer(str(model), args, rows)
 
 
-def grpo(model: PreTrainedModel, folder: Path, rows: Sequence[Row], **options: Any) -> GRPOTrainer:
+def grpo(model: Path, folder: Path, rows: Sequence[Row], **options: Any) -> GRPOTrainer:
     args = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=6,
@@ -131,7 +131,11 @@ def grpo(model: PreTrainedModel, folder: Path, rows: Sequence[Row], **options: A
     ids=["sft", "packed", "grpo"],
 )
 def test_a_resumed_run_on_a_stream_is_bit_exact(
-    tiny_model_path: Path, tmp_path: Path, kind: str, rows: Sequence[Row], options: dict[str, Any]
+    tiny_model_path: Path,
+    tmp_path: Path,
+    kind: Callable[..., SFTTrainer | GRPOTrainer],
+    rows: Sequence[Row],
+    options: dict[str, Any],
 ) -> None:
     kind(tiny_model_path, tmp_path / "straight", stream_of(rows), **options).train()
     kind(tiny_model_path, tmp_path / "run", stream_of(rows), **options).train()
@@ -162,7 +166,7 @@ def test_rows_of_different_epochs_are_distinguished_by_position() -> None:
     prompts = [Prompt(place % 6, [place], str(place)) for place in range(16)]
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
     assert [group.prompt for group in unpack_groups(pack_groups(groups[:8]), prompts[:8])] == prompts[:8]
-    scorer = SimpleNamespace(open_batch=lambda: None)
+    scorer: Any = SimpleNamespace(open_batch=lambda: None)
     plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "call_statuses": {}, "totals": [], "extras": {}}
              for prompt in prompts]  # fmt: skip
     state = {
@@ -203,7 +207,7 @@ def test_a_recipe_streams_a_file(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"chat": row["messages"]}) + "\n" for row in CHATS), "utf-8")
     source = SourceConfig(path=str(path), columns={"messages": "chat"}, streaming=True, limit=7)
-    stream = load_recipe_data(DataConfig(train=source)).train
+    stream = instance_of(StreamedRows, load_recipe_data(DataConfig(train=source)).train)
     assert list(stream.read(0)) == list(stream.read(1)) == CHATS[:7]
     recipe = tmp_path / "recipe.yaml"
     data = {"train": {"path": str(path), "columns": {"messages": "chat"}, "streaming": True}}

@@ -1,7 +1,6 @@
 """Test sharding over ranks and micro-batches: equal numbers on every rank, and idle batches that change nothing."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch import Tensor
 from rlqwen.algorithms.losses import Totals
 from rlqwen.algorithms.losses.preference import AnswerTotals, read_answers
 from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, RewardConfig
+from rlqwen.distributed.ranks import Ranks
 from rlqwen.models.critic import ScalarModel, ValueHead
 from rlqwen.models.loading import load_model, load_scalar_model
 from rlqwen.models.policy import Policy
@@ -29,8 +29,10 @@ def lengths(shares: list[list[Tree]]) -> list[list[list[int]]]:
     return [[[len(branch.token_ids) for branch in tree.branches] for tree in share] for share in shares]
 
 
-def rank(number: int, of: int) -> SimpleNamespace:
-    return SimpleNamespace(data_rank=number, data_size=of)
+def rank(number: int, of: int) -> Ranks:
+    ranks = Ranks()
+    ranks.rank, ranks.world_size = number, of
+    return ranks
 
 
 def test_branches_are_sharded_evenly_and_trees_stay_whole_if_possible() -> None:

@@ -56,7 +56,7 @@ def make_trainer(
 def test_the_loss_equals_trls(margin: list[float] | None, center: float | None) -> None:
     rewards = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [2.0, -1.0]], requires_grad=True)
     inputs = {"attention_mask": torch.ones(6, 1)} | ({} if margin is None else {"margin": torch.tensor(margin)})
-    stub = SimpleNamespace(
+    stub: Any = SimpleNamespace(
         model=SimpleNamespace(training=False),
         args=SimpleNamespace(center_rewards_coefficient=center),
         accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
@@ -67,7 +67,8 @@ def test_the_loss_equals_trls(margin: list[float] | None, center: float | None) 
     def model(**kwargs: Any) -> SimpleNamespace:
         return SimpleNamespace(logits=rewards.T.reshape(-1, 1))
 
-    theirs = TrlRewardTrainer.compute_loss(stub, model, inputs)
+    compute_loss: Any = TrlRewardTrainer.compute_loss
+    theirs = compute_loss(stub, model, inputs)
     margin_S = torch.tensor(margin or [0.0] * 3)
     ours, sums = reward_loss(
         rewards[:, 0], rewards[:, 1], margin_S, Totals(tokens=0, sequences=3), center_coefficient=center
