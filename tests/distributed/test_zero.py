@@ -87,10 +87,10 @@ def skipping(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
             )  # fmt: skip
             skip, update = iter(skipped), trainer.update
 
-            def skipping_update(micro_batches: Sequence[PackedBatch]) -> Any:
+            def skipping_update(micro_batches: Sequence[PackedBatch], **options: Any) -> Any:
                 if next(skip):
                     present(trainer.policy.trained_parameters[0].grad).view(-1)[0] = math.nan
-                return update(micro_batches)
+                return update(micro_batches, **options)
 
             pytest.MonkeyPatch().setattr(trainer, "update", skipping_update)
             trainer.train()

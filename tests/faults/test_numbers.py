@@ -82,12 +82,12 @@ def same(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
 def follow_weights(trainer: Any, inject: Any = lambda update: None) -> Any:
     """Collect the weights after every update, with the initial weights at 0; call `inject(n)` before update n."""
     seen = [weights(trainer)]
-    step_once: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
+    step_once: Callable[..., UpdateResult] = trainer.update
 
-    def update(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
+    def update(micro_batches: Sequence[PackedBatch], **options: Any) -> UpdateResult:
         inject(len(seen))
         try:
-            return step_once(micro_batches)
+            return step_once(micro_batches, **options)
         finally:
             seen.append(weights(trainer))
 

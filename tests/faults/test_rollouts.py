@@ -86,8 +86,8 @@ def test_a_rollback_discards_prefetched_groups(
     steps, trained = [], []
     update, next_groups = trainer.update, trainer.next_groups
 
-    def poisoned(micro_batches: Sequence[PackedBatch]) -> Any:
-        result = update(micro_batches)
+    def poisoned(micro_batches: Sequence[PackedBatch], **options: Any) -> Any:
+        result = update(micro_batches, **options)
         steps.append(trainer.state.global_step)
         if len(steps) == 5:
             with torch.no_grad():

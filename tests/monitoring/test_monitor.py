@@ -374,10 +374,10 @@ def poison(trainer: Any, updates: set[int]) -> list[int]:
     Return the list that every finished step is appended to.
     """
     done: list[int] = []
-    update: Callable[[Sequence[PackedBatch]], UpdateResult] = trainer.update
+    update: Callable[..., UpdateResult] = trainer.update
 
-    def poisoned(micro_batches: Sequence[PackedBatch]) -> UpdateResult:
-        result = update(micro_batches)
+    def poisoned(micro_batches: Sequence[PackedBatch], **options: Any) -> UpdateResult:
+        result = update(micro_batches, **options)
         done.append(trainer.state.global_step)
         if len(done) in updates:
             with torch.no_grad():
