@@ -5,7 +5,8 @@
 
 Each ratio is the median over alternations of both sides in one process, after one that warms up: the same weights, rows and
 completions; the machine's noise hits both. Losses and gradient norms of both sides are compared in every alternation.
-What TRL was given to be as fast as it can stands at the top of each module of `cpu_questions`. The exit code is 1 if the
+What TRL was given to be as fast as it can stands at the top of each module of `cpu_questions`; in one process with rlqwen it
+also gets the malloc setting that rlqwen makes on a CPU. On a machine that others use, set OMP_NUM_THREADS=1. The exit code is 1 if the
 losses of two sides differ or a question fails, and 0 whatever bars are missed: this measures, it does not test.
 """
 
@@ -53,6 +54,7 @@ def ask(name: str, sizes: Sizes) -> tuple[list[Answer], str | None]:
         try:
             while (answer := next(question, None)) is not None:
                 answers.append(answer)
+                progress("; ".join(filter(None, answer.cells())))
         except Exception:  # noqa: BLE001 - the other questions and the answers so far are kept
             return answers, traceback.format_exc()
     return answers, None

@@ -53,7 +53,7 @@ def answer(sizes: Sizes, folder: Path) -> Iterator[Answer]:
     _make_other(model, reference)
     rows = pairs_of(4, 16, 8) if sizes.tiny else pairs_of(NUM_PAIRS, PROMPT, ANSWER)
     ours = _ours(model, reference, rows, folder)
-    candidates = ("2", "1") if sizes.tiny else ("8", "4", "2", "1")
+    candidates = ("2", "1") if sizes.tiny else ("4", "2", "1")
     best = fastest(candidates, lambda size: one_step(_trl(model, reference, rows, folder, int(size), 1)))
 
     def step() -> Step:

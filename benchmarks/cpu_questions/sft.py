@@ -30,7 +30,7 @@ NUM_CONVERSATIONS = 32
 MAX_LENGTH = 1024
 MEDIAN_LENGTH = 180
 """Characters, which are tokens here, of a conversation without its template; lengths are log-normal."""
-BATCH_OF = {"packed": 1, "padded 16": 16, "padded 8": 8, "padded 4": 4, "padded 2": 2}
+BATCH_OF = {"packed": 1, "padded 8": 8, "padded 4": 4, "padded 2": 2}
 
 
 def conversations(count: int, longest: int, median: int) -> list[dict[str, Any]]:
