@@ -16,7 +16,7 @@ from tests.patience import PATIENCE_S
 
 # Runs in its own process, because it imports vLLM, as the trainer does for these transfers.
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1", VLLM_LOGGING_LEVEL="ERROR")
 import torch
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerInitInfo
 from rlqwen.config import RolloutConfig
-from rlqwen.errors import RolloutError, WeightSyncError
+from rlqwen.errors import DeadlineExceeded, RolloutError, WeightSyncError
 from rlqwen.rollout import build_engine
 from rlqwen.rollout.engine_placement import Placement, place, this_machine
 from rlqwen.rollout.engines import vllm_device_transfer
@@ -54,6 +54,16 @@ class Carried(TrainerWeightTransferEngine):
 WeightTransferTrainerFactory.register_engine("carried", Carried)
 if sys.argv[2] == "carried":
     vllm_device_transfer.DeviceTransfer._init_info = lambda self, num_engines: CarriedInit(rank=0)
+
+class Listed(vllm_device_transfer.WorkersClient):
+    def _call(self, phase, arguments=None):
+        print(phase, [one["init_info"]["rank_offset"] for one in arguments])
+
+Listed([1, 2, 3], processes_per_engine=2, timeout_s=1).init_weight_transfer_engine({"rank_offset": 1})
+try:
+    vllm_device_transfer.within(0.05, lambda: time.sleep(1), "nccl")
+except DeadlineExceeded as error:
+    print(error)
 
 folder, backend = sys.argv[1:]
 device = "cpu" if backend == "carried" else "cuda"
@@ -126,7 +136,11 @@ def run(tmp_path: Path, backend: str) -> list[str]:
         capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return [line for line in done.stdout.splitlines() if "(raylet)" not in line]
+    offsets, late, *lines = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
+    # Three engines of two processes follow the trainer in an NCCL group.
+    assert offsets == "init_weight_transfer_engine [1, 3, 5]"
+    assert late == "the weight transfer (nccl) took more than rollout.sync_timeout = 0.05 s"
+    return lines
 
 
 SYNCED = ["1 True 0.0", "drawn {1} asleep {asleep}", "2 True 0.0", "drawn {2} asleep {asleep}"]
