@@ -115,6 +115,7 @@ SMALL: dict[str, list[str] | str] = {
     "python benchmarks/gpu.py --out FOLDER": "as the one above, but for the shapes",
     "python benchmarks/gpu.py --out FOLDER --only attention,head": "as the one above",
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
+    "python benchmarks/rollout_scale.py --only scale --workers 8 512": "as the one below",
     "python benchmarks/rollout_scale.py": [
         "--steps",
         "1",
