@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact
+from rlqwen.distributed.master_weights import MasterWeights
 from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
 from rlqwen.errors import ModelError
 from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers
@@ -301,8 +302,14 @@ class PackedModel:
     def save_adapter(self, folder: Path | str, *, write: bool = True) -> None:
         """Write the adapter alone, as PEFT loads it, without the embedding of the base."""
         with gathered(self.trained_parameters):
+            exact = {
+                name: weight.engine.master_of(weight).detach()
+                for name, weight in self.model.named_parameters()
+                if isinstance(getattr(weight, "engine", None), MasterWeights)
+            }
             if write:
-                self.model.save_pretrained(folder, save_embedding_layers=False)
+                state = self.model.state_dict() | exact if exact else None
+                self.model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
 
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """Write what `load_checkpoint` reads: a folder for `from_pretrained`, and the adapter in `adapter/`."""

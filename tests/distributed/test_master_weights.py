@@ -133,6 +133,16 @@ def test_checkpoints_hold_the_masters_and_workers_get_bfloat16(tmp_path: Path) -
     assert torch.equal(weights_of(plain)[name], master)
 
 
+def test_a_saved_adapter_holds_the_masters(tmp_path: Path) -> None:
+    policy, optimizer = started(config(learning_rate=1e-5), lora=LORA)
+    update(policy, optimizer)
+    policy.save_adapter(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(saved) == len(policy.trained_parameters)
+    for name, weight in zip(policy.trained_names, policy.trained_parameters, strict=True):
+        assert torch.equal(saved[name.replace(".default.", ".")], optimizer.masters.master_of(weight)), name
+
+
 def test_a_skipped_update_changes_neither_weights_nor_masters() -> None:
     policy, optimizer = started(config())
     update(policy, optimizer)
