@@ -194,11 +194,8 @@ COMMON = {
 
 def _arriving(model: str, folder: Path, **options: Any) -> Any:
     """Groups are read one by one, although the engine of this process samples them all before the first is read."""
-    from rlqwen.rollout.prefetch import Prefetcher
-
     trainer = _online("GRPO", model, folder, num_generations=2, max_tokens_per_micro_batch=60, **options)
     trainer.trains_on_arrival = True
-    Prefetcher.open = lambda self, batch: batch.sample(self._engine)  # type: ignore[method-assign]
     return trainer
 
 
@@ -317,6 +314,7 @@ def run_case(name: str, model: str, folder: Path) -> dict[str, Any]:
     """What a case leaves on this rank: its history, and digests and sums of its weights; or its error."""
     from rlqwen.errors import RlqwenError
     from rlqwen.models.reference_cache import digest_weights
+    from rlqwen.rollout.prefetch import Prefetcher
 
     started = time.monotonic()
     print(name, file=sys.stderr, flush=True)
@@ -328,6 +326,8 @@ def run_case(name: str, model: str, folder: Path) -> dict[str, Any]:
                 answer_fp16(patch, not emulated)
             for key, value in WAYS.get(way, {}).items():
                 patch.setitem(COMMON, key, value)
+            if case == "grpo_arrival":
+                patch.setattr(Prefetcher, "open", lambda self, batch: batch.sample(self._engine))
             trainer = CASES[case](model, folder / name)
             memories = follow_memory(trainer) if way.startswith("overflow") else []
             trainer.train()

@@ -37,7 +37,8 @@ class CheckReport:
         try:
             yield
         except InputError as fault:
-            self.faults.append(fault)
+            if str(fault) not in map(str, self.faults):  # two checks may meet the same fault
+                self.faults.append(fault)
 
     def show(self, console: Console) -> None:
         """Print facts, warnings and faults."""

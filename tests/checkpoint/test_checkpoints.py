@@ -146,7 +146,7 @@ def test_settings_without_effect_on_the_result_are_not_in_the_fingerprint() -> N
     changed = GRPOConfig(learning_rate=1e-5, rollout={"num_workers": 2})
     assert diff_fingerprints(was, config_fingerprint(changed)) == [
         "train.learning_rate: was 1e-06, is 1e-05",
-        "train.rollout.num_workers: was 1, is 2",
+        "train.rollout.num_workers: was None, is 2",
     ]
 
 

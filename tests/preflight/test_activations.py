@@ -30,8 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
 }  # fmt: skip
 ROWS = {
-    "alone": [Tree([], [Branch(list(range(200)))]) for _ in range(2)],
-    "grouped": [Tree(list(range(100)), [Branch(list(range(80))) for _ in range(4)])],
+    "alone": [Tree([], [Branch(list(range(first, first + 200)))]) for first in range(2)],
+    "grouped": [Tree(list(range(100)), [Branch(list(range(first, first + 80))) for first in range(4)])],
 }
 
 
