@@ -39,7 +39,7 @@ class Runs(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call of the kernel computes: run i of the queries attends to run i of the keys."""
+    """Name the runs of a call of the kernel, in which run i of the queries attends to run i of the keys."""
 
     queries: Runs
     keys: Runs

@@ -18,7 +18,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True)
 class ForwardRules:
-    """How a forward pass runs, which decides what it keeps."""
+    """Say how a forward pass runs, which decides what it keeps."""
 
     compute: int
     """Bytes of a number that matrix products read."""

@@ -21,7 +21,7 @@ _QUANTIZED = ("attention", "delta-net", "MLP", "shared experts")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the memory of a model depends on besides the recipe."""
+    """Hold what the memory of a model depends on besides the recipe."""
 
     facts: ConfigFacts
     model: "PreTrainedModel"

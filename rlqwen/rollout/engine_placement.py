@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a config's rollout section comes to on this machine."""
+    """Hold what a config's rollout section comes to on this machine."""
 
     config: RolloutConfig
     """With `num_workers` and `weight_transfer` resolved, and `gpu_memory_utilization` unless the worker measures it."""

@@ -144,7 +144,8 @@ class VllmEngine:
     def load(self, bundle: WeightBundle) -> LoadReport:
         """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
 
-        Weights that came by `transfer` are in place already, and are only checked: there is no copy to build from. An engine that was caught once with other weights than it was sent is always rebuilt.
+        Weights that came by `transfer` are in place already, and are only checked: there is no copy to build from. An engine
+        that was caught once with other weights than it was sent is always rebuilt.
         """
         started = time.monotonic()
         if self._record is not None:
