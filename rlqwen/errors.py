@@ -24,11 +24,17 @@ A message says what is wrong, where, which value, and how to fix it. All errors 
 between processes: an error takes exactly one argument, its message.
 """
 
+from rlqwen.terminal import printable
+
 
 class RlqwenError(Exception):
     """Serve as the base of every error raised on purpose; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message, with whatever it quotes made printable."""
+        return printable(super().__str__())
 
 
 class InputError(RlqwenError, ValueError):

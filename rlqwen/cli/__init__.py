@@ -18,18 +18,21 @@ from rlqwen.cli.run_commands import check, run, verify_resume_command
 from rlqwen.cli.session import RUN_AGAIN, Interrupts, wait_for_cause
 from rlqwen.errors import RlqwenError
 from rlqwen.secrets import redact
+from rlqwen.terminal import guarded_streams, lost_output, open_standard_descriptors
 
 INTERRUPTED = 130
 
 
 def run_process() -> NoReturn:
     """Run the command line and end this process."""
+    open_standard_descriptors()
     code = main()
     if code in (INTERRUPTED, RUN_AGAIN):
         # Ray, interrupted while it starts, may crash in the interpreter's own clean-up, and the exit code with it.
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -38,11 +41,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0 if it is done, 2 for wrong input, 1 for anything else, 130 if interrupted."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
-    given = sys.argv[1:] if arguments is None else arguments
+    with guarded_streams():
+        return _run_command(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run_command(given: list[str]) -> int:
     interrupts = Interrupts()
     try:
         with interrupts:
-            return cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
+            code: int = cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except (click.Abort, KeyboardInterrupt):
         return _report_interrupt()
     except Exception as error:  # noqa: BLE001 - the outermost boundary
@@ -60,6 +70,10 @@ def _report_error(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
+    if error is lost_output():
+        if not isinstance(error, BrokenPipeError):  # as at the end of `| head`
+            click.echo(f"rlqwen: standard output cannot be written: {error}", err=True)
+        return 1
     wait_for_cause(error)
     if isinstance(error, RlqwenError):
         for line in redact(str(error)).splitlines():

@@ -1,6 +1,5 @@
 """Define `rlqwen data check`, `rlqwen data show` and `rlqwen data pairs`."""
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -11,6 +10,7 @@ import click
 
 from rlqwen.cli.session import console, prepare
 from rlqwen.errors import ConfigError, DataError
+from rlqwen.terminal import json_text
 
 KINDS = ("sft", "prompts", "preference", "labelled")
 
@@ -68,7 +68,7 @@ def check(context: click.Context, /, near: float, as_json: bool, **options: Any)
 
         found = check_dataset(target, near or None)
     if as_json:
-        click.echo(json.dumps(found.as_dict(), ensure_ascii=False, indent=2))
+        click.echo(json_text(found.as_dict(), indent=2))
     else:
         from rlqwen.preflight.dataset import show_dataset_check
 

@@ -1,6 +1,5 @@
 """Define `rlqwen eval`."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import click
 
 from rlqwen.cli.session import console, prepare
+from rlqwen.terminal import json_text
 
 
 @click.command("eval")
@@ -61,6 +61,6 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
     with redirect_stdout(sys.stderr):
         result = evaluate_model(config)
     if as_json:
-        click.echo(json.dumps(result.as_dict(), ensure_ascii=False, indent=2))
+        click.echo(json_text(result.as_dict(), indent=2))
     else:
         show_evaluation(result, console())

@@ -7,6 +7,7 @@ import click
 
 from rlqwen.cli.session import console, prepare, read_recipes
 from rlqwen.errors import ConfigError, RlqwenError
+from rlqwen.terminal import outlive_output
 
 if TYPE_CHECKING:
     from rlqwen.config import Recipe
@@ -56,6 +57,7 @@ def run(
     On Ctrl-C the current update is finished and saved, and the exit code is 130; on SIGTERM, SIGUSR1 or SIGHUP (the
     terminal was closed) it is 75. The command that resumes the run is printed. A second signal ends it at once.
     """
+    outlive_output()
     if nproc_per_node > 1:
         os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for this many ranks
     recipes = read_recipes(words)

@@ -116,6 +116,7 @@ def wait_for_cause(error: Exception) -> None:
 
 def console() -> Any:
     """Return standard output; wide if it is not a terminal, so that a log or a pipe gets whole lines."""
-    from rich.console import Console
+    from rlqwen.reporting.console import TerminalConsole
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return TerminalConsole(width=None if is_terminal else 160)

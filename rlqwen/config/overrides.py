@@ -1,7 +1,6 @@
 """Change keys of recipes by `key.path=value`, as the command line gives it."""
 
 import re
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from rlqwen.config.algorithms import short_name
 from rlqwen.config.yaml_dialect import Loader
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import TRAINERS
+from rlqwen.terminal import warn
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def continues_earlier(override: Override, place: int, raws: Sequence[dict[str, A
     if not isinstance(value, str) or not any(isinstance(of, str) and Path(value).is_relative_to(of) for of in earlier):
         return False
     key, algorithm = ".".join(override.path), short_name(str(raws[place].get("algorithm")))
-    warnings.warn(
+    warn(
         f"{override.text} does not reach the {algorithm} recipe, which continues from {value}; "
         f"write {algorithm}.{key}=... to change that",
         stacklevel=4,

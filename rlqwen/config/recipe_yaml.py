@@ -29,6 +29,7 @@ from rlqwen.config.overrides import (
 from rlqwen.config.yaml_dialect import Dumper, read_mapping
 from rlqwen.errors import ConfigError
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import UNSAFE
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ def write_resolved(recipe: Recipe, path: str | Path) -> None:
         values[section] = train.pop(section)
     values |= {"train": train, "output_dir": output_dir}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.dump(redact_values(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    options: dict[str, Any] = {"Dumper": Dumper, "sort_keys": False, "width": 120}
+    text = yaml.dump(redact_values(values), allow_unicode=True, **options)
+    if UNSAFE.search(text):  # YAML lets some pass that a terminal obeys
+        text = yaml.dump(redact_values(values), allow_unicode=False, **options)
     Path(path).write_text(text, encoding="utf-8")
 
 

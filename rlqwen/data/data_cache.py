@@ -11,7 +11,6 @@ import fcntl
 import filecmp
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ConfigError
+from rlqwen.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ROWS_FILE = "rows.arrow"
 _META_FILE = "meta.json"

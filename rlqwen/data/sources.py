@@ -1,7 +1,6 @@
 """Load rows from the sources of a recipe or a script: files, folders, the hub, built-in generators, Python objects."""
 
 import difflib
-import logging
 import random
 import re
 from array import array
@@ -23,9 +22,10 @@ from rlqwen.data.streams import StreamedRows
 from rlqwen.data.views import Joined, Selected, View
 from rlqwen.errors import DataError
 from rlqwen.models.hub import note_dataset
+from rlqwen.terminal import get_logger
 
 Row = dict[str, Any]
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 

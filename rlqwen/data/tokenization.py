@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -30,13 +29,14 @@ from rlqwen.data.rows_on_disk import BATCH, content_digest, folder_of, read_chun
 from rlqwen.data.tokenization_job import TokenizationStats, TokenizingJob
 from rlqwen.data.worker_pool import JobNotPicklable, WorkerPool
 from rlqwen.errors import DataError
+from rlqwen.terminal import get_logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PARALLEL_FROM = 10_000
 """Smallest number of rows for several processes; fewer are finished before the processes have started."""

@@ -1,12 +1,12 @@
 """Print the metrics of an evaluation as tables."""
 
-from rich.console import Console
 from rich.table import Table
 
 from rlqwen.evaluation.result import EvalResult
+from rlqwen.reporting.console import TerminalConsole
 
 
-def show_evaluation(result: EvalResult, console: Console) -> None:
+def show_evaluation(result: EvalResult, console: TerminalConsole) -> None:
     """Print the metrics of a model, those of the model that it was compared with, and who won."""
     _show_metrics(result, console)
     if result.against is not None:
@@ -17,7 +17,7 @@ def show_evaluation(result: EvalResult, console: Console) -> None:
         console.print(_win_table(result))
 
 
-def _show_metrics(result: EvalResult, console: Console) -> None:
+def _show_metrics(result: EvalResult, console: TerminalConsole) -> None:
     if result.num_prompts:
         _line(
             f"{result.model}: {result.num_prompts} prompts x {result.num_samples} samples in {result.seconds:.0f} s, "
@@ -70,8 +70,8 @@ def _table(first: str, *headings: str) -> Table:
     return table
 
 
-def _line(text: str, console: Console) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _line(text: str, console: TerminalConsole) -> None:
+    console.print(text, soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from rlqwen.config import SFTConfig
@@ -12,6 +11,7 @@ from rlqwen.data import tokenize_sft
 from rlqwen.evaluation.eval_model import EvalModel, policy_of
 from rlqwen.evaluation.likelihood import measure_likelihood, sequence_tree
 from rlqwen.packing.batch import pack, split_trees
+from rlqwen.reporting.console import TerminalConsole
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def measure_perplexity(model: EvalModel, rows: Sequence[dict[str, Any]], config:
     tokenized, report = tokenize_sft(rows, model.facts.tokenizer, config.model_copy(update={"max_length": length}))
     trees = map(sequence_tree, tokenized)
     batches = [pack(part) for part in split_trees(trees, max_branches=config.per_device_eval_batch_size)]
-    console = Console(stderr=True)
+    console = TerminalConsole(stderr=True)
     shown = track(batches, "perplexity", console=console, disable=not console.is_terminal, transient=True)
     with policy_of(model.folder) as policy:
         likelihood = measure_likelihood(policy, shown)

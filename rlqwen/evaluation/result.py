@@ -1,6 +1,5 @@
 """Hold the result of an evaluation, and write it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from rlqwen.evaluation.metrics.pass_at_k import RewardMetrics
 from rlqwen.evaluation.win_rate import WinRate
 from rlqwen.reporting.completions import completion_rows
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 from rlqwen.types import Group
 
 RESULT_FILE = "eval.json"
@@ -59,11 +59,11 @@ def write_groups(path: Path, groups: Sequence[Group], references: Sequence[Seque
         for group in groups:
             compared = {} if references is None else {"references": references[group.prompt.index]}
             for row in completion_rows(group):
-                file.write(json.dumps(redact_values(row | compared), ensure_ascii=False) + "\n")
+                file.write(json_text(redact_values(row | compared)) + "\n")
 
 
 def write_result(folder: Path, result: EvalResult) -> None:
     """Write `eval.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(redact_values(result.as_dict()), ensure_ascii=False, indent=2)
+    text = json_text(redact_values(result.as_dict()), indent=2)
     (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Run one evaluation, from the config to the metrics."""
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from rlqwen.evaluation.sampling import given_answers, own_answers, sample
 from rlqwen.evaluation.win_rate import win_rates
 from rlqwen.preflight.reward_check import check_reward_columns
 from rlqwen.rewards import Scorer, build_rewards
+from rlqwen.terminal import echo
 from rlqwen.types import Group
 
 
@@ -40,7 +40,7 @@ def evaluate_model(config: EvalConfig) -> EvalResult:
     rewards = build_rewards([spec.name for spec in config.rewards], [spec.args for spec in config.rewards])
     rows = load_rows(config.data, seed=config.seed)[: config.limit]
     for line in check_reward_columns(rewards, rows, "data"):
-        print(line, file=sys.stderr)
+        echo(line, err=True)
     measure = None
     if config.text_metrics:
         measure = TextMeasure(config.text_metrics, rows, reference=config.reference, labels=config.labels)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from rlqwen.config import OnlineConfig
@@ -16,6 +15,7 @@ from rlqwen.evaluation.eval_config import EvalConfig
 from rlqwen.evaluation.eval_model import EvalModel, policy_of
 from rlqwen.models.loading import load_generation_config, stop_token_ids
 from rlqwen.preflight import prompt_room
+from rlqwen.reporting.console import TerminalConsole
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import RolloutEngine, build_engine
 from rlqwen.rollout.engine import engine_class
@@ -47,14 +47,14 @@ def sample(model: EvalModel, rows: Sequence[Row], config: EvalConfig, scorer: Sc
         for prompt in prompts
     ]
     with _engine(model, prompts, config) as engine:
-        for group in _with_progress(engine.generate(requests), len(requests), Console(stderr=True)):
+        for group in _with_progress(engine.generate(requests), len(requests), TerminalConsole(stderr=True)):
             scorer.submit(group)
             groups.append(group)
         scorer.wait()
     groups.sort(key=lambda group: group.prompt.index)
 
 
-def _with_progress(arriving: Iterable[Group], total: int, console: Console) -> Iterator[Group]:
+def _with_progress(arriving: Iterable[Group], total: int, console: TerminalConsole) -> Iterator[Group]:
     """Yield groups and show how many came: by a bar in a terminal, else by a line per minute."""
     if console.is_terminal:
         yield from track(arriving, "sampling", total, console=console)

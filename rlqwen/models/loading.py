@@ -1,7 +1,6 @@
 """Load models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from rlqwen.models.hub import pinned, refuse_pickles, split_revision
 from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.models.tiny import resolve_model_path
+from rlqwen.terminal import warn
 
 Args = TypeVar("Args", bound=TrainerConfig)
 _FEWEST_TOKENS = 256
@@ -140,9 +140,7 @@ def align_stop_tokens(
     except ValueError as error:
         if not generation.do_sample:
             generation.do_sample = True
-            warnings.warn(
-                f"generation_config.json would not be saved, so do_sample is set to true: {error}", stacklevel=2
-            )
+            warn(f"generation_config.json would not be saved, so do_sample is set to true: {error}", stacklevel=2)
 
 
 def text_tokenizer(processing_class: Any) -> Any:
@@ -153,7 +151,7 @@ def text_tokenizer(processing_class: Any) -> Any:
     tokenizer = getattr(processing_class, "tokenizer", None)
     if isinstance(processing_class, PreTrainedTokenizerBase) or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return processing_class
-    warnings.warn(
+    warn(
         f"processing_class is a {type(processing_class).__name__}: its tokenizer alone is used and saved, because rlqwen "
         "trains on text",
         stacklevel=2,

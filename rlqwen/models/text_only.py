@@ -7,7 +7,6 @@ Other weights are frozen, and copied into every folder that is written (rlqwen.m
 
 import json
 import re
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import CarriedWeights, carried_by, carry, set_carried
 from rlqwen.models.vision_language import is_read_from_whole
+from rlqwen.terminal import warn
 
 _LOADING_STATE = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer")
 """Attributes that `from_pretrained` leaves on a quantized model."""
@@ -56,7 +56,7 @@ def _rename_targets(model: Any, view: Any) -> None:
         pattern = getattr(config, "target_modules", None)
         if isinstance(pattern, str) and adapted and not any(re.fullmatch(pattern, name) for name in adapted):
             config.target_modules = set(adapted)
-    warnings.warn(
+    warn(
         f"the adapter is saved as one of {type(view).__name__}: load it on what AutoModelForCausalLM gives, or use the "
         "merged weights, which are of the class for images too",
         stacklevel=4,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import CarriedWeights, carried_by
 from rlqwen.models.model_classes import whole_architecture
+from rlqwen.terminal import warn
 
 MAX_SHARD_BYTES = 5 * 1000**3
 _HEAD = "lm_head.weight"
@@ -95,7 +95,7 @@ def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]] | None
             plain = type(model)(config)
         weights = revert_weight_conversion(model, plain.state_dict())  # as this one was loaded
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-        warnings.warn(f"names of saved weights are not checked, for {type(model).__name__}: {error}", stacklevel=2)
+        warn(f"names of saved weights are not checked, for {type(model).__name__}: {error}", stacklevel=2)
         return None
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rlqwen.errors import InputError
+from rlqwen.reporting.console import TerminalConsole
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CheckReport:
             if str(fault) not in map(str, self.faults):  # two checks may meet the same fault
                 self.faults.append(fault)
 
-    def show(self, console: Console) -> None:
+    def show(self, console: TerminalConsole) -> None:
         """Print facts, warnings and faults."""
         verdict = ("ok", "green") if not self.faults else (f"{len(self.faults)} wrong", "bold red")
         console.print(Text.assemble((self.title, "bold"), "  ", verdict))
@@ -62,7 +62,7 @@ class CheckReport:
         console.print(table)
 
 
-def _show_figures(console: Console, figures: Figures) -> None:
+def _show_figures(console: TerminalConsole, figures: Figures) -> None:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for place, head in enumerate(figures.columns):
         table.add_column(head, justify="right" if place else "left", no_wrap=not place)

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlqwen.run_folder.layout import COMPLETIONS_FOLDER
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 from rlqwen.types import Group
 
 
@@ -23,7 +24,7 @@ class CompletionLog:
         with path.open("w", encoding="utf-8") as file:
             for group in groups:
                 for row in completion_rows(group):
-                    file.write(json.dumps(redact_values(row), ensure_ascii=False) + "\n")
+                    file.write(json_text(redact_values(row)) + "\n")
         return path
 
 

@@ -1,5 +1,6 @@
 """Draw the curves of a run into an image."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from rlqwen.errors import DataError
 from rlqwen.reporting.sinks import read_metrics
+from rlqwen.terminal import printable
 
 CURVES_FILE = "curves.png"
 _SMOOTH_FROM = 40
@@ -55,7 +57,9 @@ def plot_pipeline(folder: str | Path, run_dirs: Sequence[str | Path]) -> Path:
             else:
                 axes[row][column].set_visible(False)
     path = Path(folder) / CURVES_FILE
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a run's Chinese name; a box is drawn for it
+        figure.savefig(path)
     return path
 
 
@@ -110,7 +114,7 @@ def _draw(axes: Any, panel: Panel, lines: Sequence[dict[str, Any]], run_name: st
     axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.title == "accuracy":
         axes.set_ylim(-0.02, 1.02)
-    axes.set_title(f"{run_name}: {panel.title}")
+    axes.set_title(f"{printable(run_name)}: {panel.title}", parse_math=False)
     axes.set_xlabel("step (optimizer updates)")
     axes.set_ylabel(panel.ylabel)
     axes.grid(alpha=0.3)

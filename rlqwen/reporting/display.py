@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Protocol
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from rlqwen.reporting.console import TerminalConsole
+from rlqwen.terminal import echo
 
 _PHASES = ("rollout", "reward", "train", "sync")
 _EVALUATION_NAMES = {
@@ -68,7 +71,7 @@ class PlainDisplay:
     ) -> None:
         self._total_steps = total_steps
         self._interval = interval
-        self._write = write or _print_line
+        self._write = write or echo
         self._clock = clock
         self._progress = Progress(total_steps, clock)
         self._last_shown = float("-inf")
@@ -107,7 +110,7 @@ class PlainDisplay:
 class LiveDisplay:
     """Show a panel at the bottom of the terminal; other output scrolls above it."""
 
-    def __init__(self, total_steps: int, title: str, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int, title: str, console: TerminalConsole | None = None) -> None:
         self._total_steps = total_steps
         self._title = title
         self._progress = Progress(total_steps, time.monotonic)
@@ -116,7 +119,9 @@ class LiveDisplay:
         self._evaluations: list[tuple[int, Mapping[str, float]]] = []
         self._history: list[float] = []
         # Live redirects standard output and error, so that a user's print does not break the panel.
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=False)
+        self._live = Live(
+            get_renderable=self._render, console=console or TerminalConsole(), refresh_per_second=4, transient=False
+        )
         self._live.start()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -131,7 +136,7 @@ class LiveDisplay:
         self._evaluations = [*self._evaluations[:1], (step, metrics)]
 
     def note(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text)
 
     def close(self) -> None:
         self._live.stop()
@@ -152,7 +157,7 @@ class LiveDisplay:
             Text("  ".join(speed(self._metrics)), style="dim"),
             *(Text(f"step {step}  {format_evaluation(found)}", style="green") for step, found in self._evaluations),
         ]
-        return Panel(Group(position, *(line for line in lines if line.plain.strip())), title=self._title)
+        return Panel(Group(position, *(line for line in lines if line.plain.strip())), title=Text(self._title))
 
 
 class Progress:
@@ -268,7 +273,3 @@ def sparkline(values: list[float]) -> str:
     low, high = min(means), max(means)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
-
-
-def _print_line(line: str) -> None:
-    print(line, flush=True)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from rlqwen.reporting.completions import read_completions
+from rlqwen.reporting.console import TerminalConsole
 from rlqwen.reporting.curves import CURVES_FILE
 from rlqwen.reporting.display import evaluation_metrics, format_duration
 from rlqwen.reporting.summary import SUMMARY_FILE, read_summary
@@ -26,15 +26,15 @@ _FILES = {
 }
 
 
-def show_report(run_dirs: Sequence[str | Path], console: Console, *, next_command: str, num_samples: int = 4) -> None:
+def show_report(
+    run_dirs: Sequence[str | Path], console: TerminalConsole, *, next_command: str, num_samples: int = 4
+) -> None:
     """Print the results of finished runs from their run folders, and the next command (see TrainerConfig.next_command)."""
     for run_dir in map(Path, run_dirs):
         summary = read_summary(run_dir)
         took = format_duration(summary["wall_time_s"])
         console.print()
-        console.rule(
-            f"{escape(str(run_dir))}: {summary['algorithm']}, {summary['steps']} steps in {took}", align="left"
-        )
+        console.rule(f"{run_dir}: {summary['algorithm']}, {summary['steps']} steps in {took}", align="left")
         table = evaluation_table(summary)
         console.print(table if table else "No evaluation was requested (train.eval_strategy).")
         if summary.get("watch"):
@@ -50,7 +50,7 @@ def show_report(run_dirs: Sequence[str | Path], console: Console, *, next_comman
     console.print(Group(Text("\nFiles", style="bold"), files_table(run_dirs)))
     console.print(Text("\nNext", style="bold"))
     command = next_command.format(final=last / FINAL_FOLDER, recipe=last / RECIPE_FILE)
-    console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"  {command}", soft_wrap=True)
 
 
 def evaluation_table(summary: Mapping[str, Any]) -> Table | None:
@@ -119,7 +119,7 @@ def files_table(run_dirs: Sequence[str | Path]) -> Table:
         if path.exists():
             of_pipeline = " of all stages" if parent and path.parent == parent else ""
             what = _FILES[path.name].format(auto_class=auto_class(path)) + of_pipeline
-            table.add_row(f"  {escape(str(path))}{'/' if path.is_dir() else ''}", what)
+            table.add_row(f"  {path}{'/' if path.is_dir() else ''}", what)
     return table
 
 

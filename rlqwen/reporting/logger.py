@@ -93,7 +93,7 @@ class MetricLogger:
 def _display_mode(display: bool | None) -> str:
     if display is not None:
         return "live" if display else "plain"
-    mode = os.environ.get(DISPLAY_VARIABLE) or ("live" if sys.stdout.isatty() else "plain")
+    mode = os.environ.get(DISPLAY_VARIABLE) or ("live" if sys.stdout and sys.stdout.isatty() else "plain")
     if mode not in ("live", "plain", "off"):
         raise ConfigError(f"{DISPLAY_VARIABLE}={mode!r}: must be live, plain or off")
     return mode

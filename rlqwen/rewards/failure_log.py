@@ -1,9 +1,9 @@
 """Write the inputs on which rewards failed to a file, so that the failure can be reproduced."""
 
-import json
 from pathlib import Path
 
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 from rlqwen.types import CallStatus, Group
 
 MAX_RECORDS = 200
@@ -39,4 +39,4 @@ class FailureLog:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(redact_values(record), ensure_ascii=False, default=repr) + "\n")
+            file.write(json_text(redact_values(record), default=repr) + "\n")

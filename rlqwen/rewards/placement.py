@@ -1,6 +1,5 @@
 """Decide where each reward is called: in a worker, in an isolated worker, or in the trainer's process."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from rlqwen.errors import ConfigError, RewardSpecError
 from rlqwen.rewards.pickling import describe_state, pickle_function
 from rlqwen.rewards.registry import Reward
 from rlqwen.rewards.reward_model import RewardModel
+from rlqwen.terminal import warn
 
 
 def check_arguments(rewards: Sequence[Reward], weights: Sequence[float], config: ScoringConfig) -> None:
@@ -63,7 +63,7 @@ def pickle_rewards(rewards: Sequence[Reward], config: ScoringConfig) -> dict[int
             raise RewardSpecError(
                 f"reward {reward.name!r} must run isolated, and cannot go to a worker process, because {reason}"
             )
-        warnings.warn(
+        warn(
             f"reward {reward.name!r} is called in the trainer's process, without a deadline, because {reason}; "
             f"make it a plain function, or accept this by scoring.in_process=[{reward.name!r}]",
             stacklevel=3,

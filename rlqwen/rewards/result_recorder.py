@@ -1,6 +1,5 @@
 """Write results of reward calls into groups, count them, and stop the run if too many calls failed."""
 
-import logging
 import statistics
 import time
 from collections import Counter
@@ -13,8 +12,9 @@ from rlqwen.rewards.registry import Reward
 from rlqwen.rewards.reward_call import CallResult
 from rlqwen.rewards.scoring_batch import ScoringBatch, ScoringJob
 from rlqwen.secrets import redact, redact_values
+from rlqwen.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CALL_STATUSES = ("ok", "timeout", "error", "invalid")
 

@@ -1,14 +1,14 @@
 """Limit the time that a run spends waiting for rewards that hang."""
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import RewardFailure
+from rlqwen.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class WaitBudget:

@@ -13,6 +13,7 @@ Messages from a worker are JSON, because a pickle from a worker that ran hostile
 
 import contextlib
 import faulthandler
+import io
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from typing import Any, NoReturn
 
 from rlqwen.rewards.reward_call import call, describe
 from rlqwen.rewards.reward_logging import LOGGERS
+from rlqwen.terminal import guarded
 
 TRACE_SIGNAL = signal.SIGUSR1
 """Makes a worker write its stack to its trace file, even from inside C code that holds the interpreter lock."""
@@ -82,7 +84,10 @@ def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
     faulthandler.enable(file=trace_fd)
     faulthandler.register(TRACE_SIGNAL, file=trace_fd)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # None if the trainer's is closed
+            stream.reconfigure(line_buffering=True)
+    # A reward may print completions, and must not fail when the trainer's terminal is gone.
+    sys.stdout, sys.stderr = (guarded(stream, keeps_going=True) for stream in (sys.stdout, sys.stderr))
     _serve(connection, setup, trainer_pid)
 
 
@@ -167,7 +172,7 @@ def _serve(connection: Connection, setup: Setup, trainer_pid: int) -> None:
         _limit_processor_time(setup.cpu_seconds)
         arguments = partial(_arguments, arguments, names, setup.isolate)
         result = call(functions[index], arguments, count, loggers=[name for name in names if name in LOGGERS])
-        with contextlib.suppress(OSError):
+        if sys.stdout is not None:
             sys.stdout.flush()
         reply("result", result.to_dict())
 

@@ -9,7 +9,6 @@ An engine is a subclass of `Engine` that is registered under the entry point gro
 Before anything is started, its other methods say what it can do; whatever it cannot do is refused by name.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,6 +19,7 @@ from rlqwen.models.hub import read_config
 from rlqwen.plugins.kinds import ENGINES
 from rlqwen.rollout.engine_placement import Placement, count_workers, this_machine
 from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
+from rlqwen.terminal import warn
 from rlqwen.types import Canary, Group, GroupRequest, Sampling
 
 if TYPE_CHECKING:
@@ -207,12 +207,10 @@ def build_engine(
         raise ResourceError(why)
     if config.engine is None and not engine.in_workers:
         missing = ENGINES.load(DEFAULT_ENGINES[0]).why_unavailable()
-        warnings.warn(
-            f"sampling by {engine.title} in the trainer's own process, which is slow: {missing}", stacklevel=2
-        )
+        warn(f"sampling by {engine.title} in the trainer's own process, which is slow: {missing}", stacklevel=2)
     dtype, note = engine.choose_dtype(config, model_path, compute_dtype)
     if note is not None:
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     length = min(max_model_length, _context_length(model_path) or max_model_length)
     if not engine.in_workers:
         if policy is None:

@@ -8,7 +8,6 @@ Weights go from the loaded model to the files one shard at a time, so that memor
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from rlqwen.models.weight_files import write_model
 from rlqwen.preflight import check_model_path
 from rlqwen.run_folder.layout import FINAL_FOLDER, RECIPE_FILE
 from rlqwen.runs.model_card import write_card
+from rlqwen.terminal import warn
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -97,7 +97,7 @@ def export_model(options: ExportOptions) -> int:
         tokenizer.save_pretrained(partial)
         left = _left_by_int8(base) if options.int8 else None
         if left is not None:
-            warnings.warn(left, stacklevel=2)
+            warn(left, stacklevel=2)
         write_card(partial, run=source.run, base=source.model, int8=options.int8, note=left)
         if destination.exists():
             destination.rmdir()

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from rlqwen.runs.supervisor import SUPERVISED, describe_exit
+from rlqwen.terminal import echo
 
 MAX_EXIT_S = 20.0
 """Seconds that ranks have to end by themselves after one has failed, or after Ctrl-C; then they are killed."""
@@ -110,10 +111,10 @@ class _Ranks:
             return
         if rank:
             output = self._output(rank).read_bytes()[-_SHOWN:].decode("utf-8", "replace").rstrip()
-            print(output, file=sys.stderr, flush=True)
+            echo(output, err=True)
         if rank or code < 0:
             whose = f"rank {rank} of {self.num_ranks}"
-            print(f"rlqwen: {whose} ended first: {describe_exit(code)}; ending the others", file=sys.stderr, flush=True)
+            echo(f"rlqwen: {whose} ended first: {describe_exit(code)}; ending the others", err=True)
 
     def end(self) -> None:
         """End the ranks that live, at once if they can: without the one that failed nothing can be saved."""

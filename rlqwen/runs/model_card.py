@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rlqwen.reporting.summary import SUMMARY_FILE, package_versions, read_summary
 from rlqwen.run_folder.layout import RECIPE_FILE
+from rlqwen.terminal import printable
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INT8 = """
@@ -47,7 +48,7 @@ def write_card(folder: Path, *, run: Path | None, base: str, int8: bool = False,
     versions = summary.get("versions") or package_versions()
     parts.append("## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + "\n")
     path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)).save(path)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + printable("\n".join(parts))).save(path)
     return path
 
 

@@ -21,6 +21,7 @@ from rlqwen.evaluation.eval_model import find_model
 from rlqwen.evaluation.sampling import sample
 from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
 from rlqwen.rewards import Scorer
+from rlqwen.terminal import json_text
 from rlqwen.types import Completion, Group
 
 PAIRS_FOLDER = "pairs"
@@ -137,5 +138,5 @@ def write_pairs(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as JSONL, whole or not at all; make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")  # a run that goes on reads it as it is
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(json_text(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)

@@ -16,6 +16,7 @@ from rlqwen.run_folder.lock import lock_run_folder, unlock_run_folder
 from rlqwen.runs.pairs import sample_pairs
 from rlqwen.runs.stages import Stage
 from rlqwen.secrets import redact
+from rlqwen.terminal import printable
 
 
 def run_pipeline(
@@ -77,7 +78,7 @@ def run_recipe(recipe: Recipe, announce: Callable[[str], None], ranks: Ranks | N
     except Exception:
         suffix = f".rank{ranks.rank}" if ranks.rank else ""
         with contextlib.suppress(OSError):  # the disk may be what failed
-            (folder / f"{ERROR_FILE}{suffix}").write_text(redact(traceback.format_exc()), encoding="utf-8")
+            (folder / f"{ERROR_FILE}{suffix}").write_text(printable(redact(traceback.format_exc())), encoding="utf-8")
         raise
     finally:
         unlock_run_folder(folder)

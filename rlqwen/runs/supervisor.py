@@ -5,7 +5,6 @@ ranks or none.
 """
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from rlqwen.errors import WatchStop
 from rlqwen.reporting import read_metrics
 from rlqwen.reporting.summary import SUMMARY_FILE
 from rlqwen.run_folder.layout import ERROR_FILE
+from rlqwen.terminal import echo, json_text
 
 RESTARTS_FILE = "restarts.jsonl"
 SUPERVISED = "RLQWEN_SUPERVISOR"
@@ -54,7 +54,7 @@ def supervise_command_line(arguments: Sequence[str], run_dirs: Sequence[str | Pa
     """Supervise rlqwen with the arguments that it was started with; returns the exit code as a shell would give it."""
 
     def announce(text: str) -> None:
-        print(f"rlqwen: {text}", file=sys.stderr, flush=True)
+        echo(f"rlqwen: {text}", err=True)
 
     code = supervise([sys.executable, "-P", "-m", "rlqwen", *arguments], run_dirs, policy, announce)
     return code if code >= 0 else 128 - code
@@ -196,4 +196,4 @@ def _write_down(folders: Sequence[Path], line: dict[str, Any]) -> None:
     folder = _current(folders)
     if folder.is_dir():
         with (folder / RESTARTS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **line}) + "\n")
+            file.write(json_text({"time": datetime.now(UTC).isoformat(timespec="seconds"), **line}) + "\n")

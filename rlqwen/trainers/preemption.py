@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Self
 
 from rlqwen.errors import Interrupted, Preempted
+from rlqwen.terminal import echo
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -87,4 +88,4 @@ def _leave_terminal() -> None:
 def _tell(text: str) -> None:
     # The signal may have come in the middle of another print, which Python lets no handler join.
     with contextlib.suppress(RuntimeError, OSError):
-        print(text, file=sys.stderr, flush=True)
+        echo(text, err=True)

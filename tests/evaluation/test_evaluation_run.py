@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +24,7 @@ from rlqwen.errors import ConfigError
 from rlqwen.evaluation import EvalConfig, evaluate_model, evaluation_config, sampling
 from rlqwen.evaluation.win_rate import win_rate
 from rlqwen.models.tiny import build_tiny_qwen3
+from rlqwen.reporting.console import TerminalConsole
 from rlqwen.types import Group, Prompt
 from tests.narrowing import present
 
@@ -260,5 +260,5 @@ def test_sampling_outside_a_terminal_prints_progress_lines(monkeypatch: pytest.M
     monkeypatch.setattr(sampling, "_LINE_EVERY_S", 0.0)
     screen = io.StringIO()
     groups = [Group(Prompt(index, [1], "1"), [], 0) for index in range(2)]
-    assert list(sampling._with_progress(iter(groups), 2, Console(file=screen))) == groups
+    assert list(sampling._with_progress(iter(groups), 2, TerminalConsole(file=screen))) == groups
     assert screen.getvalue() == "sampled 1 of 2 prompts\nsampled 2 of 2 prompts\n"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from rlqwen.cli import main
 from rlqwen.data.column_hints import suggest_mapping
 from rlqwen.preflight.dataset import find_target, show_rows
+from rlqwen.reporting.console import TerminalConsole
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 LONG = "the quick brown fox jumps over the lazy dog and then runs home to its den in the old forest by the river"
@@ -354,7 +354,7 @@ def test_show_marks_tokens_in_the_loss_with_brackets_and_keeps_special_tokens(
 def test_color_replaces_brackets() -> None:
     write("rows.jsonl", [chat("1", "2")])
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, color_system="standard", _environ={})
+    console = TerminalConsole(file=screen, force_terminal=True, color_system="standard", _environ={})
     assert show_rows(find_target("rows.jsonl"), "train", range(1), console)
     text = screen.getvalue()
     assert "\x1b[32m2\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m" in text

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from rich.console import Console
 
 from rlqwen.config import GRPOConfig, RewardConfig, SFTConfig
 from rlqwen.errors import ConfigError, DataError
@@ -26,6 +25,7 @@ from rlqwen.reporting import (
     write_pipeline_summary,
     write_summary,
 )
+from rlqwen.reporting.console import TerminalConsole
 from rlqwen.reporting.curves import choose_panels
 from rlqwen.reporting.display import (
     LiveDisplay,
@@ -269,7 +269,7 @@ def test_sparkline_spans_the_range_and_skips_nan() -> None:
 
 def test_live_display_keeps_prints_whole_and_restores_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100)
+    console = TerminalConsole(file=screen, force_terminal=True, width=100)
     display = LiveDisplay(10, "grpo · run", console)
     display.show_evaluation(0, {"eval/accuracy": 0.5})
     display.show(3, STEP)
@@ -352,7 +352,7 @@ def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path: P
     grpo = finished_run(tmp_path / "grpo", "grpo", groups, before=0.5, after=0.9)
     write_pipeline_summary(tmp_path, [sft, grpo])
     screen = io.StringIO()
-    show_report([sft, grpo], Console(file=screen, width=400), next_command=GRPOConfig.next_command)
+    show_report([sft, grpo], TerminalConsole(file=screen, width=400), next_command=GRPOConfig.next_command)
     text = screen.getvalue()
     for part in (
         "sft, 2 steps in 1:01",

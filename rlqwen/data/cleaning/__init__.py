@@ -1,6 +1,5 @@
 """Clean training rows: mask, filter and deduplicate them, count each step, and cache the outcome."""
 
-import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from rlqwen.data.cleaning.steps import find_outcome
 from rlqwen.data.cleaning.texts import Row
 from rlqwen.data.views import Selected, View
 from rlqwen.errors import DataError
+from rlqwen.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 __all__ = ["CleanedRows", "CleaningReport", "clean_rows"]
 

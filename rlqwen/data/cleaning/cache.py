@@ -7,7 +7,6 @@ JSON lines, with a header that has the digest of the rest. It is written to a te
 import gzip
 import hashlib
 import json
-import logging
 import os
 import tempfile
 import zlib
@@ -21,8 +20,9 @@ from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.data import duplicates
 from rlqwen.data.cleaning.outcome import DroppedRow, MaskedRow, Outcome
 from rlqwen.data.cleaning.texts import Row, canonical_json
+from rlqwen.terminal import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _OUTCOME_FILE = "outcome.jsonl.gz"
 

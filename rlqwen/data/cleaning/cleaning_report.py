@@ -1,6 +1,5 @@
 """Report what cleaning did: one line of counts, and files with the dropped rows."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 from rlqwen.data.cleaning.outcome import Outcome, Side
 from rlqwen.data.cleaning.texts import Row, part_texts
 from rlqwen.secrets import redact_values
+from rlqwen.terminal import json_text
 
 CLEANING_FILE = "data_cleaning.json"
 DROPPED_FILE = "data_dropped.jsonl"
@@ -67,9 +67,9 @@ class CleaningReport:
             },
             "cache": str(self.folder) if self.folder else None,
         }
-        (folder / CLEANING_FILE).write_text(json.dumps(counts, indent=2) + "\n", "utf-8")
+        (folder / CLEANING_FILE).write_text(json_text(counts, indent=2) + "\n", "utf-8")
         with (folder / DROPPED_FILE).open("w", encoding="utf-8", errors="replace") as file:
-            file.writelines(json.dumps(redact_values(example), ensure_ascii=False) + "\n" for example in self.examples)
+            file.writelines(json_text(redact_values(example)) + "\n" for example in self.examples)
 
 
 def make_report(

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from rlqwen.config.evaluation import TextMetric
 from rlqwen.data.references import references_of
 from rlqwen.evaluation.metrics.answer_extraction import after_reasoning, normalize_answer, same_answer
 from rlqwen.evaluation.metrics.classification import find_label, label_metrics, label_set
+from rlqwen.reporting.console import TerminalConsole
 from rlqwen.types import Group
 
 _HAN, _KANA, _LETTER = r"[\u3400-\u9fff\uf900-\ufaff]", r"[\u3040-\u30ff]", r"[^\W\d_]"
@@ -118,7 +118,7 @@ def _rouge(texts: Sequence[str], references: Sequence[Sequence[str]], result: Te
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeTokenizer())
-    console = Console(stderr=True)
+    console = TerminalConsole(stderr=True)
     pairs = zip(texts, references, strict=True)
     shown = track(pairs, "rouge", len(texts), console=console, disable=not console.is_terminal, transient=True)
     scores = [scorer.score_multi(several, text) for text, several in shown]

@@ -2,7 +2,6 @@
 
 import re
 
-from rich.console import Console
 from rich.text import Text
 
 from rlqwen.data import DataReport
@@ -10,6 +9,7 @@ from rlqwen.data.data_report import RowIssue, format_examples
 from rlqwen.errors import DataError
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.dataset.dataset_check import DatasetCheck, PartCheck
+from rlqwen.reporting.console import TerminalConsole
 
 _SHOWN_FAULTS = 5
 _SHOWN_EQUAL = 5
@@ -28,7 +28,7 @@ _WARNED: dict[RowIssue, str] = {
 }
 
 
-def show_dataset_check(check: DatasetCheck, console: Console) -> None:
+def show_dataset_check(check: DatasetCheck, console: TerminalConsole) -> None:
     """Print each part, and what the parts have in common; of long lists, the first items."""
     for part in check.parts:
         _part_report(part, check).show(console)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from rlqwen.data import DataReport, TokenizedRow
@@ -14,6 +13,8 @@ from rlqwen.data.data_report import RowIssue
 from rlqwen.errors import DataError
 from rlqwen.preflight.dataset.check_target import CheckTarget, prepared_rows, unmapped
 from rlqwen.preflight.dataset.row_segments import Segment, segment_rows
+from rlqwen.reporting.console import TerminalConsole
+from rlqwen.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ _FATES: dict[RowIssue, str] = {
 _PLACE = re.compile(r"\Arow 0: ")
 
 
-def show_rows(target: CheckTarget, part: str, numbers: range, console: Console) -> bool:
+def show_rows(target: CheckTarget, part: str, numbers: range, console: TerminalConsole) -> bool:
     """Print these rows of a part, counted from 0; return False if one of them is faulty.
 
     Tokens in the loss are green, or in ⟦brackets⟧ if there is no color. Raises DataError if there are no such rows.
@@ -65,7 +66,7 @@ def _merged(examples: list[list[Segment]]) -> list[Segment]:
     return [segment for i, example in enumerate(examples) for segment in example[min(i, 1) :]]
 
 
-def _show_segment(segment: Segment, tokenizer: "PreTrainedTokenizerBase", console: Console) -> None:
+def _show_segment(segment: Segment, tokenizer: "PreTrainedTokenizerBase", console: TerminalConsole) -> None:
     tokens = segment.tokens
     learned = sum(tokens.loss_mask)
     count = f"{len(tokens.token_ids):,} tokens" + (f", {learned:,} in the loss" if learned else "")
@@ -86,4 +87,4 @@ def _runs(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> Iterator[t
     special = set(tokenizer.all_special_ids)
     marked = ((token, in_loss, token in special) for token, in_loss in zip(row.token_ids, row.loss_mask, strict=True))
     for (in_loss, is_special), run in groupby(marked, key=lambda one: one[1:]):
-        yield str(tokenizer.decode([token for token, *_ in run])), in_loss, is_special
+        yield printable(str(tokenizer.decode([token for token, *_ in run]))), in_loss, is_special
