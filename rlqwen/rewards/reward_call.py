@@ -1,7 +1,6 @@
 """Call a reward and validate what it returns, in a worker or in the trainer's process."""
 
 import asyncio
-import dataclasses
 import inspect
 import math
 import numbers
@@ -40,34 +39,6 @@ class CallResult:
     def failed(cls, status: CallStatus, trace: str, count: int, seconds: float) -> Self:
         """Return the result of a call that failed as a whole."""
         return cls([None] * count, [status] * count, [trace[-MAX_TRACE_LENGTH:]] * count, seconds, is_settled=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: Any, count: int) -> Self:
-        """Read a worker's reply for `count` samples.
-
-        Raises ValueError if it is malformed: code that ran in the worker may have written it.
-        """
-        try:
-            result = cls(**content)
-            values = [*result.rewards, result.seconds, *(value for _, value in result.metrics)]
-            lists = [result.rewards, result.statuses, result.traces, *result.extras.values()]
-            is_sound = (
-                all(isinstance(one, list) and len(one) == count for one in lists)
-                and all(isinstance(name, str) for name in (*result.extras, *(name for name, _ in result.metrics)))
-                and all(value is None or isinstance(value, int | float) for value in values)
-                and all(value is None or math.isfinite(value) for value in result.rewards)
-                and set(result.statuses) <= {"ok", "timeout", "error", "invalid"}
-                and all(trace is None or isinstance(trace, str) for trace in result.traces)
-            )
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(f"the worker's reply is malformed: {error}") from None
-        if not is_sound:
-            raise ValueError(f"the worker's reply is malformed: {_brief(content)}")
-        return result
 
 
 def call(

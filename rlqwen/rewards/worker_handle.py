@@ -1,27 +1,26 @@
 """Start, talk to and end one reward worker, from the trainer's process."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
-from typing import Any
 
 from rlqwen.rewards.worker_main import TRACE_SIGNAL
+from rlqwen.rewards.worker_messages import HEADER, Message, WorkerMessages, clean
 
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv[4:]; from rlqwen.rewards.worker_main import main; main(*map(int, sys.argv[1:4]))"
 _STDERR_FD = 2
 _TRACE_WAIT = 0.3
 _REAP_WAIT = 2.0
-_MESSAGE_WAIT_S = 10
-_MAX_REPLY_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 16
+_MAX_TRACE_FILE = 1 << 16
+MAX_CALL_BYTES = (1 << 31) - 1
+"""Maximum size of a message to a worker."""
 
 
 class RewardWorker:
@@ -32,11 +31,14 @@ class RewardWorker:
 
     Args:
         setup: a pickled rlqwen.rewards.worker_main.Setup.
+        num_rewards: how many rewards the setup has.
         environment: all environment variables of the worker.
         is_silent: discard what the worker prints, so that it inherits no file descriptor of the trainer.
     """
 
-    def __init__(self, setup: bytes, environment: Mapping[str, str], *, is_silent: bool = False) -> None:
+    def __init__(
+        self, setup: bytes, num_rewards: int, environment: Mapping[str, str], *, is_silent: bool = False
+    ) -> None:
         ours, theirs = socket.socketpair()
         self._trace = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         fds = (theirs.fileno(), self._trace.fileno())
@@ -53,35 +55,57 @@ class RewardWorker:
             env=dict(environment),
         )
         theirs.close()
-        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            # A worker that stops in the middle of a message must not block the trainer.
-            ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", _MESSAGE_WAIT_S, 0))
-        self.connection = Connection(ours.detach())
-        self.pid: int | None = None
-        """Process id of the process that calls the rewards; None until it is ready."""
+        ours.setblocking(False)
+        self.connection = ours
+        self.messages = WorkerMessages(num_rewards)
+        self._outgoing = bytearray()
+        # Names this very process, whoever reaps it: what the worker says about itself is not believed.
+        self._pidfd = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
         self.send(setup)
 
-    def send(self, message: bytes) -> None:
-        """Send a message. If the worker has died, the reader of `connection` notices it."""
-        with contextlib.suppress(OSError):
-            self.connection.send_bytes(message)
+    @property
+    def has_more_to_send(self) -> bool:
+        return bool(self._outgoing)
 
-    def receive(self) -> tuple[str, Any] | None:
-        """Return the next message as (kind, content); None if the worker has died or sent something malformed."""
+    def send(self, message: bytes) -> None:
+        """Send as much of a message as the worker takes now; `flush` sends the rest.
+
+        If the worker has died, the reader of `connection` notices it.
+        """
+        self._outgoing += HEADER.pack(len(message))
+        self._outgoing += message
+        self.flush()
+
+    def flush(self) -> None:
+        """Send more of the messages, without waiting for the worker to read."""
         try:
-            kind, content = json.loads(self.connection.recv_bytes(_MAX_REPLY_BYTES))
-            if kind == "ready":
-                self.pid = int(content)
-        except (EOFError, OSError, ValueError, TypeError, RecursionError):
-            return None
-        return kind, content
+            while self._outgoing:
+                with memoryview(self._outgoing) as view:
+                    sent = self.connection.send(view)
+                del self._outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._outgoing.clear()
+
+    def receive(self) -> list[Message]:
+        """Return the messages that are complete, without waiting for more.
+
+        Raises EOFError if the worker has died, WorkerMisbehaved if it sent what it may not.
+        """
+        try:
+            data = self.connection.recv(_CHUNK_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        if not data:
+            raise EOFError
+        return self.messages.feed(data)
 
     def stack(self) -> str:
         """Return the stack of the call in progress, which the worker writes itself; empty if it cannot."""
-        if self.pid is None:
-            return ""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, TRACE_SIGNAL)
+        self._signal(TRACE_SIGNAL)  # the watchdog passes it on
         until = time.monotonic() + _TRACE_WAIT
         size = 0
         while time.monotonic() < until:
@@ -92,43 +116,79 @@ class RewardWorker:
             size = written
         return self.trace_tail()
 
+    def _signal(self, number: int) -> bool:
+        """Signal the watchdog; return whether it is still there, if only to be reaped."""
+        try:
+            if self._pidfd is None:
+                os.kill(self._process.pid, number)
+            else:
+                signal.pidfd_send_signal(self._pidfd, number)
+        except OSError:
+            return False
+        return True
+
     def trace_tail(self) -> str:
         """Return what the worker's fault handler wrote, such as the stack at a segmentation fault."""
-        return os.pread(self._trace.fileno(), 1 << 16, 0).decode(errors="replace").strip()
+        written = os.pread(self._trace.fileno(), _MAX_TRACE_FILE, 0).decode(errors="replace")
+        return clean(written, _MAX_TRACE_FILE).strip()
 
     def describe_exit(self) -> str:
         """Say how the process ended; for a worker whose connection has closed."""
         until = time.monotonic() + _REAP_WAIT
         while time.monotonic() < until:
-            # Do not reap the process here: its process group id must stay reserved until `kill`.
-            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            ended = self._exit()
             if ended is not None:
-                break
+                kind, status = ended
+                return (
+                    f"ended itself with exit code {status}"
+                    if kind == os.CLD_EXITED
+                    else f"was killed by {_name(status)}"
+                )
             time.sleep(0.005)
-        else:
-            return "closed its connection"
-        code = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
-        if code > 128:
-            with contextlib.suppress(ValueError):
-                return f"was killed by signal {signal.Signals(code - 128).name}"
-        return f"ended itself with exit code {code}"
+        return "closed its connection"
 
     def retire(self) -> None:
         """Let an idle worker exit by itself, so that exit handlers of rewards run; call `kill` afterwards."""
         with contextlib.suppress(OSError):
             self.connection.close()
 
+    def ran_out_of_processor_time(self) -> bool:
+        ended = self._exit()
+        return ended is not None and ended[0] != os.CLD_EXITED and ended[1] == signal.SIGXCPU
+
     def has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return self._exit() is not None
+
+    def _exit(self) -> tuple[int, int] | None:
+        """Return how the watchdog ended, which ends as the worker does, as (si_code, si_status); None while it runs.
+
+        Does not reap it: the id of its process group must stay reserved until `kill`.
+        """
+        try:
+            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return os.CLD_EXITED, -1  # something else in this process has waited for all children
+        return None if ended is None else (ended.si_code, ended.si_status)
 
     def kill(self) -> None:
         """End the whole process group and free its resources. May be called once only."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._signal(0):  # otherwise the id of the group may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_REAP_WAIT)
         self.retire()
         self._trace.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+
+def _name(number: int) -> str:
+    try:
+        return f"signal {signal.Signals(number).name}"
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _is_open(fd: int) -> bool:

@@ -4,23 +4,21 @@ A worker is two processes. The first one becomes a watchdog: it runs no user cod
 the whole process group, including programs that a reward started, when the trainer is gone. Its child calls the
 rewards, in the main thread, because math-verify's timeouts are signal alarms.
 
-Messages to a worker: first a Setup, then (index of the reward, number of samples, names of arguments that the worker
-adds, pickled arguments).
-Messages from a worker are JSON, because a pickle from a worker that ran hostile code could run code in the trainer:
-[`ready`, pid], [`unloadable`, [index of the reward, traceback]] or [`unsafe`, why it cannot be isolated], then one
-[`result`, CallResult] per call.
+Messages to a worker: first a Setup, then (number of the call, index of the reward, number of samples, names of arguments
+that the worker adds, pickled arguments). rlqwen.rewards.worker_messages describes those from a worker.
 """
 
 import contextlib
 import faulthandler
 import io
-import json
 import math
 import os
 import pickle
 import select
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +26,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlqwen.rewards.reward_call import call, describe
+from rlqwen.rewards.reward_call import MAX_TRACE_LENGTH, call, describe
 from rlqwen.rewards.reward_logging import LOGGERS
+from rlqwen.rewards.sandbox import signals
+from rlqwen.rewards.worker_messages import clean, message, reply
 from rlqwen.terminal import guarded
 
 TRACE_SIGNAL = signal.SIGUSR1
@@ -72,14 +72,14 @@ def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
         signal.signal(number, lambda *_: None)
     connection = Connection(connection_fd)
     setup: Setup = pickle.loads(connection.recv_bytes())
-    alive_end, worker_end = os.pipe()
+    signal.signal(TRACE_SIGNAL, signal.SIG_IGN)
+    # Carries the held signals of an isolated worker to the watchdog, on kernels that need that.
+    channel = socket.socketpair() if setup.isolate and signals.must_be_held() else None
     watchdog_pid = os.getpid()
     worker_pid = os.fork()
     if worker_pid:
         connection.close()
-        os.close(worker_end)
-        _watch(worker_pid, alive_end, trainer_pid, trace_fd, setup)
-    os.close(alive_end)
+        _Watchdog(worker_pid, trainer_pid, trace_fd, setup).watch(channel)
     _die_with(watchdog_pid)
     faulthandler.enable(file=trace_fd)
     faulthandler.register(TRACE_SIGNAL, file=trace_fd)
@@ -88,29 +88,61 @@ def main(connection_fd: int, trace_fd: int, trainer_pid: int) -> None:
             stream.reconfigure(line_buffering=True)
     # A reward may print completions, and must not fail when the trainer's terminal is gone.
     sys.stdout, sys.stderr = (guarded(stream, keeps_going=True) for stream in (sys.stdout, sys.stderr))
-    _serve(connection, setup, trainer_pid)
+    _serve(connection, setup, trainer_pid, channel)
 
 
-def _watch(worker_pid: int, alive_end: int, trainer_pid: int, trace_fd: int, setup: Setup) -> NoReturn:
-    """Wait for the worker to end, and exit with its status.
+class _Watchdog:
+    """Wait for the worker to end, and end as it did.
 
-    End the process group if the trainer ends first, or if the processes of an isolated worker exceed their limits.
+    End the process group if the trainer ends first, or if the processes of an isolated worker exceed their limits. The
+    worker can neither stop nor mislead it: nothing that the watchdog waits for is the worker's to write or close.
     """
-    signal.signal(TRACE_SIGNAL, signal.SIG_IGN)
-    period = _WATCHDOG_PERIOD_ISOLATED if setup.isolate else _WATCHDOG_PERIOD
-    while os.getppid() == trainer_pid:
-        ready, _, _ = select.select([alive_end], [], [], period)
-        # The pipe closes at once when the worker ends, unless a process that the reward forked still holds it open.
-        ended, status = os.waitpid(worker_pid, 0 if ready else os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            os._exit(code if code >= 0 else 128 - code)
-        excess = _excess(setup.memory_bytes or math.inf) if setup.isolate else None
-        if excess:
-            os.write(trace_fd, f"{excess}\n".encode())
-            break
-    os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+
+    def __init__(self, worker_pid: int, trainer_pid: int, trace_fd: int, setup: Setup) -> None:
+        self._worker_pid, self._trainer_pid, self._trace_fd, self._setup = worker_pid, trainer_pid, trace_fd, setup
+        # Without pidfds, which only Linux has, the end of the worker is noticed at the next look.
+        self._ended: list[int] = [os.pidfd_open(worker_pid)] if hasattr(os, "pidfd_open") else []
+        signal.signal(TRACE_SIGNAL, lambda *_: os.kill(worker_pid, TRACE_SIGNAL))
+
+    def watch(self, channel: tuple[socket.socket, socket.socket] | None) -> NoReturn:
+        held = [] if channel is None else self._receive_held(*channel)
+        period = _WATCHDOG_PERIOD_ISOLATED if self._setup.isolate else _WATCHDOG_PERIOD
+        look_at = time.monotonic()
+        while os.getppid() == self._trainer_pid:
+            ready, _, _ = select.select([*self._ended, *held], [], [], max(0.0, look_at - time.monotonic()))
+            if os.waitid(os.P_PID, self._worker_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self._end_like_worker()
+            for listener in held:
+                if listener in ready:
+                    signals.answer(listener)
+            if time.monotonic() < look_at:
+                continue
+            look_at = time.monotonic() + period
+            excess = _excess(self._setup.memory_bytes or math.inf) if self._setup.isolate else None
+            if excess:
+                os.write(self._trace_fd, f"{excess}\n".encode())
+                break
+        os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    def _receive_held(self, ours: socket.socket, theirs: socket.socket) -> list[int]:
+        """Return the file descriptor of held signals, for which no code of a reward has run yet; [] if there is none."""
+        theirs.close()
+        with ours:
+            return socket.recv_fds(ours, 1, 1)[1]
+
+    def _end_like_worker(self) -> NoReturn:
+        signal.signal(TRACE_SIGNAL, signal.SIG_IGN)  # from here on the worker's process id may be another process's
+        _, status = os.waitpid(self._worker_pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            with contextlib.suppress(OSError):  # SIGKILL has no handler
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        os._exit(code if code >= 0 else 128 - code)
 
 
 def _excess(max_bytes: float) -> str | None:
@@ -143,30 +175,34 @@ def _die_with(watchdog_pid: int) -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection, setup: Setup, trainer_pid: int) -> None:
-    def reply(kind: str, content: Any) -> None:
-        connection.send_bytes(json.dumps([kind, content]).encode())
-
+def _serve(
+    connection: Connection, setup: Setup, trainer_pid: int, channel: tuple[socket.socket, socket.socket] | None
+) -> None:
     _limit_resources(setup)
     if setup.isolate:
         from rlqwen.rewards.sandbox.sandbox import isolate
 
         try:
-            isolate(trainer_pid)
+            isolate(trainer_pid, partial(_hand_over, channel))
         except OSError as error:
-            reply("unsafe", str(error))
+            connection.send_bytes(message("unsafe", clean(str(error), MAX_TRACE_LENGTH)))
             return
+    if channel is not None:
+        for end in channel:
+            end.close()
+    connection.send_bytes(message("started"))
     functions = []
     for index, function in enumerate(setup.functions):
         try:
             functions.append(pickle.loads(function))
         except BaseException as error:  # noqa: BLE001  user code is imported here
-            reply("unloadable", (index, describe(error, frames_to_hide=1)))
+            trace = clean(describe(error, frames_to_hide=1), MAX_TRACE_LENGTH)
+            connection.send_bytes(message("unloadable", index, trace))
             return
-    reply("ready", os.getpid())
+    connection.send_bytes(message("ready"))
     while True:
         try:
-            index, count, names, arguments = pickle.loads(connection.recv_bytes())
+            number, index, count, names, arguments = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
         _limit_processor_time(setup.cpu_seconds)
@@ -174,7 +210,13 @@ def _serve(connection: Connection, setup: Setup, trainer_pid: int) -> None:
         result = call(functions[index], arguments, count, loggers=[name for name in names if name in LOGGERS])
         if sys.stdout is not None:
             sys.stdout.flush()
-        reply("result", result.to_dict())
+        connection.send_bytes(reply(number, result, names))
+
+
+def _hand_over(channel: tuple[socket.socket, socket.socket] | None, listener: int) -> None:
+    if channel is not None:
+        socket.send_fds(channel[1], [b"\0"], [listener])
+    os.close(listener)
 
 
 def _arguments(pickled: bytes, names: Sequence[str], is_isolated: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 
 from rlqwen.config import ScoringConfig
 from rlqwen.errors import ConfigError
-from rlqwen.rewards import Scorer, build_rewards, worker_handle
+from rlqwen.rewards import Scorer, build_rewards
 from rlqwen.rewards.failure_log import FILE_NAME
 from rlqwen.rewards.sandbox import sandbox
 from rlqwen.rewards.sandbox.syscalls import CALLS
@@ -177,29 +177,6 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
         scorer.score([group])
     assert group.call_statuses["answers"] == ["error"]
     assert not marker.exists()
-
-
-@pytest.mark.slow_fault
-@pytest.mark.fault("a reward worker stops in the middle of its answer", "its call failed, the trainer goes on")
-def test_an_incomplete_answer_does_not_block_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_handle, "_MESSAGE_WAIT_S", 1)
-
-    def stalls(completions: list[str]) -> list[float]:
-        if completions == ["bad"]:
-            for fd in range(3, 256):
-                try:
-                    os.write(fd, (1000).to_bytes(4, "big") + b"x")
-                except OSError:
-                    continue
-            time.sleep(2 * PATIENCE_S)
-        return [1.0]
-
-    bad, good = make_group("bad"), make_group("good")
-    with scoring(stalls, timeout=2 * PATIENCE_S) as scorer:
-        started = time.monotonic()
-        scorer.score([bad, good])
-    assert time.monotonic() - started < PATIENCE_S  # ended before its deadline
-    assert (bad.call_statuses["stalls"], good.rewards["stalls"]) == (["error"], [1.0])
 
 
 def test_processor_time_per_call_is_limited() -> None:

@@ -9,6 +9,7 @@ A confined program, which an isolated reward runs, moreover starts no process or
 process, and does not read the reward's own files.
 """
 
+import fcntl
 import os
 import runpy
 import socket
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlqwen.rewards.sandbox import landlock, seccomp
+from rlqwen.rewards.sandbox import landlock, seccomp, signals
 
 _KEPT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 _FIXED = {
@@ -41,6 +42,7 @@ try: isolate(os.getppid())
 except OSError as error: sys.exit(str(error))
 """
 _PROBE_WAIT_S = 60.0
+_FOREIGN_PID = 1
 
 
 def unavailable_reason() -> str | None:
@@ -67,14 +69,19 @@ def minimal_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return _FIXED | {name: environment[name] for name in _KEPT if name in environment}
 
 
-def isolate(trainer_pid: int) -> None:
+def isolate(trainer_pid: int, hand_over: Callable[[int], object] = os.close) -> None:
     """Isolate this process and everything that it starts, permanently, and test the sandbox.
+
+    `hand_over` is given the file descriptor of held signals, where the kernel needs that (rlqwen.rewards.sandbox.signals).
+    Once it is closed, no signal can be sent.
 
     Raises OSError, which says what is missing, if the sandbox is not available or the test fails.
     """
     if sys.platform != "linux":
         raise OSError(f"it needs Linux, and this is {sys.platform}")
     seccomp.forbid_new_privileges()
+    if signals.must_be_held():
+        hand_over(seccomp.hold_signals())
     readable, listed = _code_on_path()
     landlock.restrict([*python_folders(), *readable], listed)
     seccomp.install(seccomp.isolating_filter([trainer_pid, os.getppid()]))
@@ -135,6 +142,8 @@ def _test(trainer_pid: int) -> None:
     _expect_refusal("the root folder was read", lambda: list(Path("/").iterdir()))
     _expect_refusal("the trainer's environment was read", lambda: Path(f"/proc/{trainer_pid}/environ").read_bytes())
     _expect_refusal("the trainer was reached by a signal", lambda: os.kill(trainer_pid, 0))
+    _expect_refusal("another process was reached by a signal", lambda: os.kill(_FOREIGN_PID, 0))
+    _expect_refusal("a file was made to signal another process", lambda: fcntl.fcntl(0, fcntl.F_SETOWN, trainer_pid))
 
 
 def _write(path: Path) -> None:

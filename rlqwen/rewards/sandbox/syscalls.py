@@ -14,6 +14,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "accept": (43, 202),
     "accept4": (288, 242),
     "socket": (41, 198),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
     # other processes: their memory, files, priority
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -90,6 +92,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     # the kernel itself
+    "seccomp": (317, 277),
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -136,6 +139,8 @@ _CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None),
     "openat": (257, 56),
     "ioctl": (16, 29),
+    "fcntl": (72, 25),
+    "sendto": (44, 206),
     "prlimit64": (302, 261),
     "kill": (62, 129),
     "tgkill": (234, 131),
