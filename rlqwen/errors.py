@@ -24,7 +24,43 @@ A message says what is wrong, where, which value, and how to fix it. All errors 
 between processes: an error takes exactly one argument, its message.
 """
 
+import re
+import reprlib
+
 from rlqwen.terminal import printable
+
+QUOTED = 200
+"""Most characters of a value that a message repeats."""
+_LINES, _LINE = 30, 2500
+"""Most lines of a message, and most characters of one, so that it fits a screen."""
+_LONG = re.compile(r"'(?:[^'\\\n]|\\.){201,}'|\"(?:[^\"\\\n]|\\.){201,}\"|[^\s'\"]{301,}")
+"""A long quotation, or a long text without a space."""
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple, _repr.maxset = 5, 20, 20, 20, 20
+_repr.maxstring = _repr.maxother = QUOTED
+
+
+def quoted(value: object) -> str:
+    """Return the repr of any value, with at most 200 characters; of what is large or nested only the beginning is formed."""
+    if isinstance(value, int) and value.bit_length() > 2000:
+        return f"a number of {value.bit_length():,} bits"
+    try:
+        text = repr(value) if isinstance(value, str | bytes | float | int | None) else _repr.repr(value)
+    except ValueError:  # a list that holds a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return _shorten(text)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= QUOTED else f"{text[:140]}...{text[-50:]}"
+
+
+def _fit_screen(message: str) -> str:
+    """Cut long quotations, lines and lists of lines in a message."""
+    lines = _LONG.sub(lambda found: _shorten(found[0]), message).splitlines()
+    if len(lines) > _LINES + 1:
+        lines[_LINES:] = [f"... and {len(lines) - _LINES:,} lines more"]
+    return "\n".join(line if len(line) <= _LINE else line[: _LINE - 3] + "..." for line in lines)
 
 
 class RlqwenError(Exception):
@@ -38,9 +74,12 @@ class RlqwenError(Exception):
 
 
 class InputError(RlqwenError, ValueError):
-    """Report invalid user input; the message alone must be enough to fix it."""
+    """Report invalid user input; the message alone must be enough to fix it, and it is cut to what fits a screen."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_fit_screen(message))
 
 
 class ConfigError(InputError):

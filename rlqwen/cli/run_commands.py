@@ -58,13 +58,14 @@ def run(
     terminal was closed) it is 75. The command that resumes the run is printed. A second signal ends it at once.
     """
     outlive_output()
-    if nproc_per_node > 1:
-        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches are checked for this many ranks
     recipes = read_recipes(words)
     from rlqwen.cli.resume_command import announce_runs, printing_resume_command
+    from rlqwen.config.batch_plan import check_ranks
     from rlqwen.runs.launch import is_rank, launch_command_line
     from rlqwen.runs.supervisor import RestartPolicy, end_with_supervisor, is_supervised, supervise_command_line
 
+    for recipe in recipes:
+        check_ranks(recipe, int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else nproc_per_node)
     arguments = context.find_root().obj
     if not is_supervised() and os.environ.get("RANK", "0") == "0":
         announce_runs(recipes)
@@ -123,13 +124,11 @@ def check(context: click.Context, words: tuple[str, ...], gpu_memory: float | No
 
     Ends with exit code 2 if anything is wrong. Arguments are those of `rlqwen run`.
     """
-    if nproc_per_node > 1:
-        os.environ.setdefault("WORLD_SIZE", str(nproc_per_node))  # batches and memory are those of this many ranks
     recipes = read_recipes(words)
     prepare()
     from rlqwen.preflight import check_pipeline
 
-    reports = check_pipeline(recipes, gpu_gib=gpu_memory)
+    reports = check_pipeline(recipes, gpu_gib=gpu_memory, num_ranks=nproc_per_node)
     for report in reports:
         report.show(console())
     if any(report.faults for report in reports):

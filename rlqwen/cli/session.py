@@ -25,7 +25,7 @@ def read_recipes(words: tuple[str, ...]) -> list[Any]:
     """Read recipes and overrides from the words of the command line; print the warnings meanwhile."""
     from rlqwen.config.recipe_yaml import load_recipes
 
-    overrides = [word for word in words if "=" in word and not Path(word).is_file()]
+    overrides = [word for word in words if "=" in word and not os.path.isfile(word)]  # noqa: PTH113 - words may be too long for a path
     names = [word for word in words if word not in overrides]
     if not names:
         raise click.UsageError("no recipe given; `rlqwen recipes` lists those that come with rlqwen")

@@ -2,21 +2,29 @@
 
 import difflib
 import re
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 
-from rlqwen.errors import ConfigError
+from rlqwen.config.usable_values import expand_path, refuse_unusable
+from rlqwen.errors import QUOTED, ConfigError, quoted
 
 NO_EFFECT: JsonDict = {"affects_result": False}
 """Pass as `json_schema_extra` of a field that does not change the trained weights unless something fails."""
 
 
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, or a name in the place of one; `~` and `$NAME` at any place are expanded."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""The seed of a random generator; numpy's has 32 bits."""
+
+
 class Config(BaseModel):
     """Refuse unknown keys, and suggest the key that was probably meant."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
     refused: ClassVar[dict[str, str]] = {}
     """Keys of other libraries that rlqwen does not have: key -> what to use instead."""
@@ -25,9 +33,10 @@ class Config(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            refuse_unusable(values)
             for key, value in values.items():
                 if key not in cls.model_fields:
-                    raise ValueError(f"{cls._unknown(str(key))} (value given: {value!r})")
+                    raise ValueError(f"{cls._unknown(str(key)[:QUOTED])} (value given: {quoted(value)})")
         return values
 
     @classmethod
@@ -76,11 +85,19 @@ class Section(ArgumentsConfig):
     """A part of a trainer's config that stands at the top of a recipe, next to `train`."""
 
 
+def section_values(section: Any) -> dict[str, Any] | None:
+    """Return what a section sets, given as a config, a mapping or nothing; None for anything else, which validation
+    refuses."""
+    if isinstance(section, Config):
+        return section.model_dump(exclude_unset=True)
+    return dict(section) if isinstance(section, Mapping) else {} if section is None else None
+
+
 def explain(error: ValidationError, where: str = "") -> ConfigError:
     """Turn pydantic's report into one line per fault: `where: path.to.key: what is wrong (value given: ...)`."""
     lines = []
     for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"] if not str(part).startswith("<"))
+        path = ".".join(str(part)[:QUOTED] for part in fault["loc"] if not str(part).startswith("<"))
         cause = fault.get("ctx", {}).get("error")
         if isinstance(cause, ConfigError):
             lines += [_prefix(path, line) for line in str(cause).splitlines()]
@@ -88,7 +105,7 @@ def explain(error: ValidationError, where: str = "") -> ConfigError:
         if isinstance(cause, ValueError):
             message = str(cause)
         else:
-            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]} (value given: {fault['input']!r})"
+            message = f"{fault['msg'][0].lower()}{fault['msg'][1:]} (value given: {quoted(fault['input'])})"
         lines.append(f"{path}: {message}" if path else message)
     prefix = f"{where}: " if where else ""
     return ConfigError("\n".join(prefix + line for line in lines))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, SFTConfig, TrainerConfig
+from rlqwen.config import DPOConfig, OnlineConfig, PreferenceConfig, Recipe, SFTConfig, TrainerConfig
 from rlqwen.errors import ConfigError
 
 
@@ -26,15 +26,15 @@ class BatchPlan:
 def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) -> BatchPlan:
     """Compute prompts x generations = completions = micro-batch x accumulation x ranks, and the resulting updates.
 
-    `num_rows`: rows that are left after tokenization and packing; None for a stream. Raises ConfigError if the batch
-    does not divide evenly.
+    `num_rows`: rows that are left after tokenization and packing; None for a stream. `num_ranks`: ranks that see different
+    rows. Raises ConfigError if the batch does not divide evenly.
     """
+    config = config.for_ranks(num_ranks)
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     split = f"{size} per micro-batch x {accumulation} accumulated x {_count(num_ranks, 'rank')}"
     if config.max_tokens_per_micro_batch is not None:
         split = f"micro-batches of up to {config.max_tokens_per_micro_batch:,} tokens x {_count(num_ranks, 'rank')}"
     if isinstance(config, OnlineConfig):
-        config.check_batch(num_ranks)
         completions, generations = config.completions_per_rollout(num_ranks), config.num_generations
         per_update = config.completions_per_update(num_ranks)
         rows = completions // generations
@@ -57,6 +57,16 @@ def plan_batch(config: TrainerConfig, num_rows: int | None, num_ranks: int = 1) 
     if num_rows is not None:
         text += f" = {total / updates * rows / max(num_rows, 1):.3g} epochs"
     return BatchPlan(rows, updates, total, per_update, text)
+
+
+def check_ranks(recipe: Recipe, num_ranks: int) -> None:
+    """Raise ConfigError if this number of ranks cannot share the batch of a recipe."""
+    parallel = recipe.train.parallel
+    try:
+        parallel.check_ranks(num_ranks)
+        recipe.train.for_ranks(num_ranks // parallel.ranks_per_row)
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.output_dir} ({recipe.algorithm}): {error}") from None
 
 
 def refuse_stream(config: TrainerConfig) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlqwen.config.base import Config
+from rlqwen.config.base import Config, PathText
 
 MaskKind = Literal["key", "email", "id_card", "credit_card", "ip", "phone"]
 Part = Literal["row", "prompt", "answer"]
@@ -81,7 +81,7 @@ class CleaningConfig(Config):
     drop_eval_overlap: bool = False
     """Drop training rows whose prompt is also in the evaluation rows; near duplicates of such prompts too, if
     `near_duplicates` is set."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for results. None: `$RLQWEN_CACHE/data`, otherwise `~/.cache/rlqwen/data`."""
 
     @model_validator(mode="after")

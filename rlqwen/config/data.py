@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rlqwen.config.base import Config
+from rlqwen.config.base import Config, PathText, Seed
 from rlqwen.config.cleaning import CleaningConfig
 from rlqwen.config.rollout import RewardSpecs, RolloutConfig, ScoringConfig
 
@@ -16,7 +16,7 @@ class SampledPairsConfig(Config):
     """Source of the prompts; their other columns are passed to the rewards."""
     rewards: RewardSpecs = Field(min_length=1)
     """Rewards that decide which answer is better; several are added by weight."""
-    model: str | None = None
+    model: PathText | None = None
     """The model whose answers are sampled. None: the model that the recipe starts from."""
     num_samples: int = Field(default=8, ge=2)
     """Answers per prompt."""
@@ -30,7 +30,7 @@ class SampledPairsConfig(Config):
     """Longest answer, in tokens."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, for example `{enable_thinking: false}`."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of sampling."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """The engines that sample answers."""
@@ -41,7 +41,7 @@ class SampledPairsConfig(Config):
 class SourceConfig(Config):
     """One source of rows; several sources are mixed by weight."""
 
-    path: str | None = None
+    path: PathText | None = None
     """A file (.json, .jsonl, .parquet, .csv), a folder of such files, a hub dataset id, or `builtin:NAME` (questions,
     instructions_zh, pairs): a few rows that come with rlqwen, with the columns of the hub dataset that they replace,
     and without its `name`, `split` and `revision`."""
@@ -96,9 +96,9 @@ class DataConfig(Config):
     """One source, or several mixed by weight."""
     eval: Sources | None = None
     """Rows for evaluation, which are never trained on. None: no evaluation."""
-    mixing_seed: int = 42
+    mixing_seed: Seed = 42
     """Seed of the order in which mixed sources are interleaved."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for rows and token ids on disk. None: `data` in the folder that the environment variable RLQWEN_CACHE
     names, or else `rlqwen` in the cache of the datasets library (HF_DATASETS_CACHE)."""
     cleaning: CleaningConfig | None = None

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlqwen.config.parallel import ParallelConfig
+from rlqwen.config.base import section_values
+from rlqwen.errors import ConfigError, quoted
 
 AUTO = "auto"
 Adopted = tuple[str, str, Any]
@@ -35,20 +36,21 @@ _ADAMW = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 """Keys of an optimizer that make it AdamW, which is what rlqwen trains with."""
 
 
-def adopt_ds_config(values: Mapping[str, Any], num_ranks: int) -> dict[str, Any]:
+def adopt_ds_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a trainer's arguments, completed by what their `deepspeed` (or `parallel.deepspeed`) says.
 
     Raises ValueError that names both keys and values if they contradict each other.
     """
     values = dict(values)
-    parallel = values.get("parallel") or {}
-    parallel = parallel.model_dump(exclude_unset=True) if isinstance(parallel, ParallelConfig) else dict(parallel)
+    parallel = section_values(values.get("parallel"))
+    if parallel is None:
+        return values
     if values.get("deepspeed") is not None:
         parallel.setdefault("deepspeed", values["deepspeed"])
     values.pop("deepspeed", None)
     if parallel.get("deepspeed") is not None:
         given = read_ds_config(parallel["deepspeed"])
-        for theirs, ours, value in _statements(given, values, num_ranks):
+        for theirs, ours, value in _statements(given, values):
             holder, key = (parallel, ours.removeprefix("parallel.")) if "." in ours else (values, ours)
             if holder.get(key) is None:
                 holder[key] = value
@@ -68,17 +70,21 @@ def read_ds_config(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
     try:
+        if not Path(str(source)).is_file():
+            raise ValueError(f"deepspeed: {str(source)!r} is not a file")
         read = json.loads(Path(str(source)).read_text("utf-8"))
+    except RecursionError:
+        raise ValueError(f"deepspeed: {str(source)!r} is nested too deeply") from None
     except OSError as error:
         raise ValueError(f"deepspeed: {str(source)!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"deepspeed: {str(source)!r} is not JSON: {error}") from None
     if not isinstance(read, dict):
         raise ValueError(f"deepspeed: {str(source)!r} holds a {type(read).__name__}, not an object")
     return read
 
 
-def _statements(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: int) -> Iterator[Adopted]:
+def _statements(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Adopted]:
     """Yield what a ds_config says about our fields."""
     for theirs, ours in _SAME.items():
         value = _at(given, theirs)
@@ -86,6 +92,8 @@ def _statements(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: 
             yield theirs, ours, value
     betas = _at(given, "optimizer.params.betas")
     if betas not in (None, AUTO):
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise ValueError(f"optimizer.params.betas of the ds_config is {quoted(betas)}, which is not two numbers")
         yield "optimizer.params.betas", "adam_beta1", betas[0]
         yield "optimizer.params.betas", "adam_beta2", betas[1]
     for name in ("optimizer", "param"):
@@ -99,7 +107,6 @@ def _statements(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: 
             yield theirs, f"parallel.{ours}", _at(given, theirs)
     _check_optimizer(given)
     yield from _schedule(given, values)
-    yield from _accumulation(given, values, num_ranks)
 
 
 def _check_optimizer(given: Mapping[str, Any]) -> None:
@@ -120,9 +127,11 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
     kind, params = _at(given, "scheduler.type"), _at(given, "scheduler.params") or {}
     if kind is None:
         return
-    if kind not in _SCHEDULES:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"scheduler.params of the ds_config is {quoted(params)}, which is not a mapping")
+    if not isinstance(kind, str) or kind not in _SCHEDULES:
         raise ValueError(
-            f"scheduler.type of the ds_config is {kind!r}; rlqwen has {', '.join(_SCHEDULES)}, and others by "
+            f"scheduler.type of the ds_config is {quoted(kind)}; rlqwen has {', '.join(_SCHEDULES)}, and others by "
             "lr_scheduler_type: leave `scheduler` out of the ds_config"
         )
     unknown = sorted(set(params) - _SCHEDULE_KEYS[kind])
@@ -131,7 +140,9 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
             f"scheduler.params.{unknown[0]} of the ds_config: DeepSpeed's {kind} takes {', '.join(sorted(_SCHEDULE_KEYS[kind]))}"
         )
     if params.get("warmup_type") not in (None, AUTO, "log", "linear"):
-        raise ValueError(f"scheduler.params.warmup_type of the ds_config is {params['warmup_type']!r}: log or linear")
+        raise ValueError(
+            f"scheduler.params.warmup_type of the ds_config is {quoted(params['warmup_type'])}: log or linear"
+        )
     for key, value in params.items():
         if key != "warmup_type" and value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"scheduler.params.{key} of the ds_config is {str(value)[:200]!r}, which is not a number")
@@ -140,17 +151,28 @@ def _schedule(given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[A
     yield "scheduler.type", "lr_scheduler_type", _SCHEDULES[kind]
 
 
-def _accumulation(given: Mapping[str, Any], values: Mapping[str, Any], num_ranks: int) -> Iterator[Adopted]:
-    """Yield the number of micro-batches that follows from a whole batch, if nothing else sets it."""
-    whole, size = given.get("train_batch_size"), given.get("train_micro_batch_size_per_gpu")
-    size = values.get("per_device_train_batch_size") if size in (None, AUTO) else size
-    if whole in (None, AUTO) or not isinstance(size, int) or given.get("gradient_accumulation_steps", AUTO) != AUTO:
-        return
-    if whole % (size * num_ranks):
-        raise ValueError(
-            f"train_batch_size of the ds_config is {whole}, which {size} per micro-batch x {num_ranks} ranks do not divide"
+def accumulation_of(deepspeed: Any, size: int, accumulation: int | None, data_size: int) -> int | None:
+    """Return the micro-batches per update that follow from a ds_config's `train_batch_size`; None if it has none.
+
+    `size`: sequences per micro-batch; `accumulation`: micro-batches that something else sets, if so; `data_size`: ranks
+    that see different rows. Raises ConfigError if the three do not give that batch.
+    """
+    whole = read_ds_config(deepspeed or {}).get("train_batch_size", AUTO)
+    if whole in (None, AUTO):
+        return None
+    if isinstance(whole, bool) or not isinstance(whole, int) or whole < 1:
+        raise ConfigError(f"train_batch_size of the ds_config is {quoted(whole)}, which is not a positive whole number")
+    ranks = f"{data_size} rank{'' if data_size == 1 else 's'}"
+    if accumulation is not None and size * accumulation * data_size != whole:
+        raise ConfigError(
+            f"train_batch_size of the ds_config is {whole}, but the batch is {size * accumulation * data_size} = "
+            f'{size} per micro-batch x {accumulation} accumulated x {ranks}: correct it, or make it "auto"'
         )
-    yield "train_batch_size", "gradient_accumulation_steps", whole // (size * num_ranks)
+    if whole % (size * data_size):
+        raise ConfigError(
+            f"train_batch_size of the ds_config is {whole}, which {size} per micro-batch x {ranks} do not divide"
+        )
+    return whole // (size * data_size)
 
 
 def _at(given: Mapping[str, Any], path: str) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlqwen.config.base import PathText
 from rlqwen.config.online import OnlineConfig
 from rlqwen.plugins.kinds import LOSSES, NORMALIZERS
 
@@ -19,7 +20,7 @@ class DistillationConfig(OnlineConfig):
 
     learning_rate: float = Field(default=1e-5, ge=0)
     """Peak learning rate."""
-    teacher: str | None = None
+    teacher: PathText | None = None
     """Folder or hub id of the teacher (`owner/model@revision` pins it), which must have the student's tokenizer. None:
     the trainer gets it as `teacher_model`."""
     loss_type: str = "reverse_kl"

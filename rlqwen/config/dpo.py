@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from rlqwen.config.base import PathText
 from rlqwen.config.preference import PreferenceConfig
 from rlqwen.config.reference import SyncedReference
 from rlqwen.plugins.kinds import LOSSES
@@ -88,7 +89,7 @@ class DPOConfig(PreferenceConfig, SyncedReference):
     undesirable_weight: float = Field(default=1.0, ge=0)
     """Weight of bad answers in `kto`."""
 
-    ref_model: str | None = None
+    ref_model: PathText | None = None
     """Ours, for recipes: folder or hub id of the reference. None: the model before training."""
     precompute_ref_log_probs: bool = False
     """Compute the reference's log-probabilities once before training, store them on disk, and free the reference."""

@@ -1,13 +1,13 @@
 """Configure what trainers that sample share: how completions are sampled, scored and corrected for."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.base import NO_EFFECT
+from rlqwen.config.base import NO_EFFECT, section_values
 from rlqwen.config.generation import GenerationKwargs, read_generation_kwargs
 from rlqwen.config.rollout import RolloutConfig, ScoringConfig
-from rlqwen.config.trainer import TrainerConfig, launched_ranks
+from rlqwen.config.trainer import TrainerConfig
 from rlqwen.errors import ConfigError
 from rlqwen.types import Truncation
 
@@ -123,8 +123,9 @@ class OnlineConfig(TrainerConfig):
         if not isinstance(values, dict):
             return values
         values = {key: value for key, value in values.items() if value not in _AS_ALWAYS.get(key, ())}
-        rollout = values.get("rollout") or {}
-        rollout = rollout.model_dump(exclude_unset=True) if isinstance(rollout, RolloutConfig) else dict(rollout)
+        rollout = section_values(values.get("rollout"))
+        if rollout is None:
+            return values
         for theirs, ours in _ROLLOUT_NAMES.items():
             if theirs in values:
                 rollout.setdefault(ours, values.pop(theirs))
@@ -143,10 +144,10 @@ class OnlineConfig(TrainerConfig):
             values["rollout"] = rollout
         return read_generation_kwargs(values)
 
-    @model_validator(mode="after")
-    def _divides(self) -> "OnlineConfig":
-        self.check_batch(launched_ranks())
-        return self
+    def for_ranks(self, data_size: int) -> Self:
+        config = super().for_ranks(data_size)
+        config.check_batch(data_size)
+        return config
 
     @model_validator(mode="after")
     def _coherent_sampling(self) -> "OnlineConfig":

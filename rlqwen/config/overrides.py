@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from rlqwen.config import Recipe, TrainerConfig
 from rlqwen.config.algorithms import short_name
-from rlqwen.config.yaml_dialect import Loader
-from rlqwen.errors import ConfigError
+from rlqwen.config.yaml_dialect import parse_yaml
+from rlqwen.errors import ConfigError, quoted
 from rlqwen.plugins.kinds import TRAINERS
 from rlqwen.terminal import warn
 
@@ -43,10 +43,9 @@ def parse_override(text: str, algorithms: Collection[str] = ()) -> Override:
     if not path:
         raise ConfigError(f"override {text!r} names an algorithm and no key; write {parts[0]}.train.max_steps=10")
     try:
-        return Override(text, algorithm, path, yaml.load(value, Loader))
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"override {text!r}: the value {value!r} is not YAML: {problem}; quote it") from None
+        return Override(text, algorithm, path, parse_yaml(value))
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"override {text!r}: the value {value!r} is not YAML: {error.problem}; quote it") from None
 
 
 def fits(override: Override, config: type[TrainerConfig] | None) -> bool:
@@ -123,7 +122,9 @@ def assign(values: dict[str, Any], override: Override) -> None:
         elif isinstance(holder, dict):
             key = part
         else:
-            raise ConfigError(f"override {override.text!r}: {so_far!r} is {holder!r}, which has no {part!r} inside")
+            raise ConfigError(
+                f"override {override.text!r}: {so_far!r} is {quoted(holder)}, which has no {part!r} inside"
+            )
         if last:
             holder[key] = override.value
         elif isinstance(holder, dict) and holder.get(key) is None:

@@ -4,14 +4,15 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.base import Section
+from rlqwen.config.base import PathText, Section
 from rlqwen.config.deepspeed_keys import unused_note
+from rlqwen.errors import ConfigError
 
 
 class ParallelConfig(Section):
     """Configure the ranks of a run, which are data-parallel except for the groups configured here."""
 
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: PathText | dict[str, Any] | None = None
     """A ds_config in DeepSpeed's own form, or the path of one in JSON. Values `"auto"` are filled in from this config;
     other values fill in fields that this config leaves unset, and must not contradict it. None: no ds_config."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -61,6 +62,17 @@ class ParallelConfig(Section):
     def unused_note(self) -> str | None:
         """Return one line that names the ds_config keys that change nothing; None if all have an effect."""
         return unused_note(self.deepspeed, self.zero_stage) if isinstance(self.deepspeed, dict) else None
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Raise ConfigError if a run's ranks cannot be divided into the groups that see the same rows."""
+        if num_ranks % self.ranks_per_row == 0:
+            return
+        name = "autotp_size" if self.autotp_size > 1 else "sequence_parallel_size"
+        wanted = -(-num_ranks // self.ranks_per_row) * self.ranks_per_row
+        raise ConfigError(
+            f"parallel.{name}={self.ranks_per_row} must divide the number of ranks, which is {num_ranks}: start the run "
+            f"with --nproc-per-node {wanted}, or set {name} to a divisor of {num_ranks}"
+        )
 
     @property
     def ranks_per_row(self) -> int:

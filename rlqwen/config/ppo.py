@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.base import ArgumentsConfig, PathText
 from rlqwen.config.online import OnlineConfig
 from rlqwen.plugins.kinds import LOSSES
 
@@ -17,7 +17,7 @@ class CriticConfig(ArgumentsConfig):
 
     kind: Literal["model", "head"] = "model"
     """`model`: a separate model. `head`: one matrix on top of the policy, with half the memory and compute."""
-    path: str | None = None
+    path: PathText | None = None
     """Starting weights of a separate critic, such as a reward model. None: the policy's weights, with all values 0."""
     learning_rate: float | None = Field(default=None, ge=0)
     """Peak learning rate of the critic. None: the policy's."""

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from rlqwen.config.base import PathText
 from rlqwen.config.trainer import TrainerConfig
 
 
@@ -16,7 +17,7 @@ class PreferenceConfig(TrainerConfig):
     """Longer prompts, in tokens, lose their beginning. None: no limit."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """Which end of a longer sequence is kept. `drop` (ours) leaves the row out instead."""
-    chat_template_path: str | None = None
+    chat_template_path: PathText | None = None
     """A Jinja file, or a model whose chat template to use. None: the model's own."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example `{enable_thinking: false}`."""

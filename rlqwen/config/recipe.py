@@ -5,11 +5,11 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, model_validator
 
 from rlqwen.config.algorithms import config_class, sections
-from rlqwen.config.base import Config
+from rlqwen.config.base import Config, PathText
 from rlqwen.config.data import DataConfig
 from rlqwen.config.rollout import RewardSpecs
 from rlqwen.config.trainer import TrainerConfig
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, quoted
 from rlqwen.plugins.kinds import TRAINERS
 from rlqwen.plugins.registry import nearest
 
@@ -56,7 +56,7 @@ class LoraSettings(Config):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform needs target_modules as a list, such as [q_proj, v_proj] "
-                f"(value given: {self.target_modules!r})"
+                f"(value given: {quoted(self.target_modules)})"
             )
         return self
 
@@ -78,7 +78,7 @@ class QuantizationSettings(Config):
 class ModelConfig(Config):
     """The weights that the policy starts from."""
 
-    path: str
+    path: PathText
     """Hub id, folder, or `builtin:NAME`: about a million random weights, for tests and the quickstart. Names:
     tiny-qwen2, tiny-qwen3, tiny-qwen3-moe, tiny-qwen3-next, tiny-qwen3.5, tiny-qwen3.5-moe, and the last two with
     `-text` (no vision tower)."""
@@ -118,7 +118,7 @@ class Recipe(Config):
     train: SerializeAsAny[TrainerConfig]
     """The algorithm's own config, such as GRPOConfig. Its fields that are sections (mappings with keys of their own, such as
     `rollout`) may stand at the top of the recipe instead."""
-    output_dir: str
+    output_dir: PathText
     """The run folder."""
     resume: Literal["auto"] | None = None
     """`auto`: resume from the newest complete checkpoint in `output_dir`, or begin if there is none. None: begin."""
@@ -145,7 +145,7 @@ class Recipe(Config):
         values = dict(values)
         config = _config_class(values.get("algorithm"))
         if not isinstance(values.get("train") or {}, dict):
-            raise ValueError(f"train: must be a mapping of arguments (value given: {values['train']!r})")
+            raise ValueError(f"train: must be a mapping of arguments (value given: {quoted(values['train'])})")
         train = dict(values.get("train") or {})
         at_top = cls.sections_of(config)
         for name in [name for name in values if name not in cls.model_fields]:
@@ -182,7 +182,7 @@ class Recipe(Config):
 def _config_class(algorithm: Any) -> type[TrainerConfig]:
     if not isinstance(algorithm, str):
         names = ", ".join(TRAINERS.discover())
-        raise ValueError(f"algorithm: must be a name, such as {names} (value given: {algorithm!r})")
+        raise ValueError(f"algorithm: must be a name, such as {names} (value given: {quoted(algorithm)})")
     try:
         return config_class(algorithm)
     except ConfigError as error:
@@ -204,10 +204,10 @@ def _unknown_key(name: str, values: dict[str, Any], known: list[str], at_top: li
     if users:
         return (
             f"{name!r} has no meaning for algorithm {algorithm!r}: it is a section of {', '.join(users)}, and the "
-            f"sections of {algorithm!r} are {', '.join(at_top)} (value given: {value!r})"
+            f"sections of {algorithm!r} are {', '.join(at_top)} (value given: {quoted(value)})"
         )
     hint = f"did you mean {near!r}?" if (near := nearest(name, known)) else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key {name!r}; {hint} (value given: {value!r})"
+    return f"unknown key {name!r}; {hint} (value given: {quoted(value)})"
 
 
 def _sections_or_none(algorithm: str) -> list[str]:

@@ -7,6 +7,7 @@ Relative paths inside a recipe are relative to the working directory.
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def load_recipes(paths_or_names: Sequence[str | Path], overrides: Sequence[str] 
 def find_recipe(path_or_name: str | Path) -> Path:
     """Return the file of that path if there is one, else the packaged recipe of that name."""
     path = Path(path_or_name)
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113 - False, and not an error, for a name that no file can have
         return path
     packaged = list_recipes()
     for recipe in packaged:
@@ -94,7 +95,7 @@ def find_recipe(path_or_name: str | Path) -> Path:
     names = [recipe.name for recipe in packaged]
     near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"packaged recipes: {', '.join(names)}"
-    what = "is a folder, not a recipe file" if path.is_dir() else "is neither a file nor a packaged recipe"
+    what = "is a folder, not a recipe file" if os.path.isdir(path) else "is neither a file nor a packaged recipe"  # noqa: PTH112
     raise ConfigError(f"recipe {str(path_or_name)!r} {what}; {hint}")
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlqwen.config.base import NO_EFFECT, Config, Section
+from rlqwen.config.base import NO_EFFECT, Config, PathText, Section
 from rlqwen.errors import ConfigError
 from rlqwen.plugins.kinds import ENGINES
 
@@ -115,7 +115,7 @@ class RolloutConfig(Section):
 class RewardSpec(Config):
     """One reward of a run."""
 
-    name: str
+    name: PathText
     """A registered name, `package.module:function`, or `path/to/file.py:function`."""
     weight: float = 1.0
     """Weight of this reward in the sum."""

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from rlqwen.config.base import PathText
 from rlqwen.config.evaluation import EvalGenerationConfig
 from rlqwen.config.trainer import TrainerConfig
 from rlqwen.plugins.kinds import LOSSES
@@ -31,7 +32,7 @@ class SFTConfig(TrainerConfig):
     """Compute the loss on the completion only. None: true if rows have `prompt` and `completion`."""
     dataset_text_field: str = "text"
     """Column of plain-text rows."""
-    chat_template_path: str | None = None
+    chat_template_path: PathText | None = None
     """A Jinja file, or a model whose chat template to use. None: the model's own."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, for example `{enable_thinking: false}`."""

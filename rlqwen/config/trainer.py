@@ -1,21 +1,15 @@
 """Configure what all trainers share, by the names and with the defaults of transformers.TrainingArguments."""
 
-import os
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rlqwen.config.base import NO_EFFECT, ArgumentsConfig
-from rlqwen.config.deepspeed import adopt_ds_config
+from rlqwen.config.base import NO_EFFECT, ArgumentsConfig, PathText, Seed
+from rlqwen.config.deepspeed import accumulation_of, adopt_ds_config
 from rlqwen.config.parallel import ParallelConfig
 from rlqwen.config.watch import WatchConfig, read_watch
 
 Schedule = Literal["no", "steps", "epoch"]
-
-
-def launched_ranks() -> int:
-    """Return how many processes a launcher has started for this run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class TrainerConfig(ArgumentsConfig):
@@ -48,7 +42,7 @@ class TrainerConfig(ArgumentsConfig):
         "activation_offloading": "use gradient_checkpointing and max_tokens_per_micro_batch",
     }
 
-    output_dir: str | None = Field(default=None, json_schema_extra=NO_EFFECT)
+    output_dir: PathText | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """The run folder. None: `runs/{algorithm}-{model name}`."""
     overwrite_output_dir: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Start again in a folder that already holds a run, which is moved to `previous-N` inside it. False: refuse such a
@@ -155,7 +149,7 @@ class TrainerConfig(ArgumentsConfig):
     """Ours: also save when this many minutes have passed since the last checkpoint. None: do not."""
     save_only_model: bool = Field(default=False, json_schema_extra=NO_EFFECT)
     """Leave optimizer and random states out of checkpoints; a run cannot resume from such checkpoints."""
-    resume_from_checkpoint: bool | str | None = Field(default=None, json_schema_extra=NO_EFFECT)
+    resume_from_checkpoint: bool | PathText | None = Field(default=None, json_schema_extra=NO_EFFECT)
     """Resume from a checkpoint. True: the newest complete one in the run folder. A string: the path of one. `auto`: as
     true if there is one, otherwise start. None or false: start."""
     resume_allow_changes: bool = Field(default=False, json_schema_extra=NO_EFFECT)
@@ -183,7 +177,7 @@ class TrainerConfig(ArgumentsConfig):
     """Print plain lines instead of a live display."""
     watch: WatchConfig = Field(default_factory=WatchConfig, json_schema_extra=NO_EFFECT)
     """Ours: symptoms to watch for while training, and what to do about them. `off`: watch for none."""
-    seed: int = 42
+    seed: Seed = 42
     """Seed of data order, dropout, sampling and new weights."""
 
     @property
@@ -200,11 +194,21 @@ class TrainerConfig(ArgumentsConfig):
         """Return the models that training needs besides the one that is trained: key of this config -> folder or hub id."""
         return {}
 
+    def for_ranks(self, data_size: int) -> Self:
+        """Return the config of a run whose batch is dealt out to `data_size` ranks (those that see different rows).
+
+        Its `gradient_accumulation_steps` is what a ds_config's `train_batch_size` leaves to a rank. Raises ConfigError if
+        the batch does not divide by the ranks; which config is valid does not depend on ranks otherwise.
+        """
+        given = self.gradient_accumulation_steps if "gradient_accumulation_steps" in self.model_fields_set else None
+        found = accumulation_of(self.parallel.deepspeed, self.per_device_train_batch_size, given, data_size)
+        return self if found is None else self.model_copy(update={"gradient_accumulation_steps": found})
+
     @model_validator(mode="before")
     @classmethod
     def _adopt_ds_config(cls, values: Any) -> Any:
         """Adopt what a ds_config says about our fields; `deepspeed` is TRL's name for it."""
-        return adopt_ds_config(values, launched_ranks()) if isinstance(values, dict) else values
+        return adopt_ds_config(values) if isinstance(values, dict) else values
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod

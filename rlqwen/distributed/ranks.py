@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlqwen.config import ParallelConfig
-from rlqwen.errors import ConfigError, MainRankFailed
+from rlqwen.errors import MainRankFailed
 from rlqwen.packing.sequence_parallel import SequenceGroup
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.ranks_per_row = config.ranks_per_row
         """Number of neighboring ranks that see the same rows; values of their share are taken from the first."""
-        _check_division(self.world_size, config)
+        config.check_ranks(self.world_size)
         self._group: Any = None
         self._patient_group: Any = None
         if self.world_size > 1:
@@ -172,14 +172,3 @@ def _leave() -> None:
         thread = threading.Thread(target=dist.destroy_process_group, daemon=True)
         thread.start()
         thread.join(_LEAVE_S)
-
-
-def _check_division(world_size: int, config: ParallelConfig) -> None:
-    if world_size % config.ranks_per_row == 0:
-        return
-    name = "autotp_size" if config.autotp_size > 1 else "sequence_parallel_size"
-    wanted = -(-world_size // config.ranks_per_row) * config.ranks_per_row
-    raise ConfigError(
-        f"parallel.{name}={config.ranks_per_row} must divide the number of ranks, which is {world_size}: start the run "
-        f"with --nproc-per-node {wanted}, or set {name} to a divisor of {world_size}"
-    )

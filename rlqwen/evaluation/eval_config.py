@@ -15,7 +15,7 @@ from rlqwen.config import (
     SFTConfig,
     SourceConfig,
 )
-from rlqwen.config.base import ArgumentsConfig
+from rlqwen.config.base import ArgumentsConfig, PathText, Seed
 from rlqwen.config.data import Sources
 from rlqwen.config.evaluation import TextMetric
 from rlqwen.config.recipe_yaml import is_recipe, load_recipe
@@ -27,13 +27,13 @@ AGAINST_DATA = "data"
 class EvalConfig(ArgumentsConfig):
     """Say what to sample and how to score it."""
 
-    model: str
+    model: PathText
     """Hub id, folder, or `builtin:tiny-qwen3`."""
     data: Sources
     rewards: list[RewardSpec] = Field(default_factory=list)
     metrics: list[Literal["perplexity", TextMetric]] = Field(default_factory=list)
     """`perplexity` measures given answers and samples nothing; the others compare completions with right answers."""
-    against: str | None = None
+    against: PathText | None = None
     """Another model, or `data` for the rows' own answers: who gets the higher reward?"""
     reference: str | None = None
     """Column of the right answers, for metrics that compare; see EvalGenerationConfig."""
@@ -47,7 +47,7 @@ class EvalConfig(ArgumentsConfig):
     """Most tokens of one completion."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to take, from the first; None: all."""
-    seed: int = 42
+    seed: Seed = 42
     output: Path | None = None
     """Folder for `eval.json` and the completions."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

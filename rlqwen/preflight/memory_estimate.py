@@ -3,7 +3,6 @@
 from typing import Any
 
 from rlqwen.config import LoraSettings, QuantizationSettings, Recipe
-from rlqwen.config.trainer import launched_ranks
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import count_text
 from rlqwen.preflight.check_report import CheckReport, Figures
@@ -43,14 +42,20 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
 
 
 def describe_memory(
-    report: CheckReport, recipe: Recipe, size: ModelSize, *, longest: int | None = None, gpu_gib: float | None = None
+    report: CheckReport,
+    recipe: Recipe,
+    size: ModelSize,
+    *,
+    longest: int | None = None,
+    gpu_gib: float | None = None,
+    num_ranks: int = 1,
 ) -> None:
     """Add the memory table to the report, and a fault if the GPUs are too small.
 
     `longest`: tokens of the longest row, or prompt, of the data; `gpu_gib`: memory of each GPU, None: as this machine
     has, and not compared if it has none.
     """
-    num_ranks, on_gpu = launched_ranks(), not recipe.train.use_cpu
+    on_gpu = not recipe.train.use_cpu
     sizes: dict[str, ModelSize] = {}
 
     def plan_of(changed: Recipe) -> MemoryPlan:

@@ -18,13 +18,16 @@ from rlqwen.run_folder.layout import FINAL_FOLDER
 Row = dict[str, Any]
 
 
-def check_pipeline(recipes: Sequence[Recipe], *, gpu_gib: float | None = None) -> list[CheckReport]:
-    """Check everything about each recipe that needs no device; `gpu_gib`: memory of each GPU, None: as this machine's."""
+def check_pipeline(recipes: Sequence[Recipe], *, gpu_gib: float | None = None, num_ranks: int = 1) -> list[CheckReport]:
+    """Check everything about each recipe that needs no device.
+
+    `gpu_gib`: memory of each GPU, None: as this machine's. `num_ranks`: ranks that each recipe will be trained by.
+    """
     reports = []
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
         start = starting_model(recipe, earlier)
-        report = check_recipe(recipe, start, to_train=models_to_train(earlier), gpu_gib=gpu_gib)
+        report = check_recipe(recipe, start, to_train=models_to_train(earlier), gpu_gib=gpu_gib, num_ranks=num_ranks)
         with report.collecting():
             check_run_folder(recipe, earlier)
         with report.collecting():

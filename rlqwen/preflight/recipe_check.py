@@ -31,15 +31,23 @@ Row = dict[str, Any]
 
 
 def check_recipe(
-    recipe: Recipe, start: Recipe | None = None, to_train: Collection[str] = (), *, gpu_gib: float | None = None
+    recipe: Recipe,
+    start: Recipe | None = None,
+    to_train: Collection[str] = (),
+    *,
+    gpu_gib: float | None = None,
+    num_ranks: int = 1,
 ) -> CheckReport:
     """Check everything that needs no device.
 
     `start`: the recipe whose model this one continues from. `to_train`: folders of models that earlier recipes will
-    train. `gpu_gib`: memory of each GPU to plan for; None: those of this machine, if it has any.
+    train. `gpu_gib`: memory of each GPU to plan for; None: those of this machine, if it has any. `num_ranks`: ranks to plan for.
     """
     report = CheckReport(f"{recipe.output_dir} ({recipe.algorithm})")
     start = start or recipe
+    data_size = max(1, num_ranks // recipe.train.parallel.ranks_per_row)
+    with report.collecting():
+        recipe.train.parallel.check_ranks(max(num_ranks, recipe.train.parallel.ranks_per_row))
     if note := recipe.train.parallel.unused_note():
         report.warnings.append(note)
     with report.collecting():
@@ -67,12 +75,13 @@ def check_recipe(
                 if name == "train":
                     if isinstance(recipe.train, OnlineConfig):
                         describe_thinking(report, recipe.train, model)
-                    describe_batch(report, recipe, tokenized)
+                    describe_batch(report, recipe, tokenized, data_size)
     if unknown or not model:
-        describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation})
+        with report.collecting():
+            describe_untokenized(report, recipe, {"data.train": train, "data.eval": evaluation}, data_size)
     if size is not None:
         with report.collecting():
-            describe_memory(report, recipe, size, longest=longest, gpu_gib=gpu_gib)
+            describe_memory(report, recipe, size, longest=longest, gpu_gib=gpu_gib, num_ranks=num_ranks)
     if isinstance(recipe.train, OnlineConfig):
         if recipe.train.correction_note:
             report.warnings.append(recipe.train.correction_note)

@@ -89,7 +89,9 @@ def describe_thinking(report: CheckReport, config: OnlineConfig, model: ModelFac
         report.facts.append(("thinking", "left to the model: the prompt opens no thought"))
 
 
-def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, Sequence[Row] | None]) -> None:
+def describe_untokenized(
+    report: CheckReport, recipe: Recipe, parts: dict[str, Sequence[Row] | None], data_size: int
+) -> None:
     """Add the number of rows and the batch plan to the report, for rows that were not tokenized."""
     for name, rows in parts.items():
         if rows:
@@ -97,19 +99,19 @@ def describe_untokenized(report: CheckReport, recipe: Recipe, parts: dict[str, S
     packs = isinstance(recipe.train, SFTConfig) and recipe.train.packing
     if parts["data.train"] and not packs:
         num_rows = None if recipe.data.is_streamed else len(parts["data.train"])
-        report.facts.append(("batch", plan_batch(recipe.train, num_rows).text))
+        report.facts.append(("batch", plan_batch(recipe.train, num_rows, data_size).text))
 
 
-def describe_batch(report: CheckReport, recipe: Recipe, data: DataReport) -> None:
-    """Add the batch plan to the report."""
+def describe_batch(report: CheckReport, recipe: Recipe, data: DataReport, data_size: int) -> None:
+    """Add the batch plan to the report; `data_size`: ranks that see different rows."""
     config = recipe.train
     if recipe.data.is_streamed:
-        report.facts.append(("batch", plan_batch(config, None).text))
+        report.facts.append(("batch", plan_batch(config, None, data_size).text))
         return
     num_rows = data.num_kept
     if isinstance(config, SFTConfig) and config.packing and config.max_length:
         num_rows = math.ceil(data.num_tokens / config.max_length)
-    plan = plan_batch(config, num_rows)
+    plan = plan_batch(config, num_rows, data_size)
     report.facts.append(("batch", plan.text))
     if plan.rows_per_step > num_rows:
         report.warnings.append(

@@ -75,7 +75,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         whether the model needs a frozen copy of its start to compare with, or the model to compare with.
         """
         shape, args = split_builtin_arguments(model, args) if isinstance(model, str) else ({}, args)
-        self.args: Args = args
         self.context = run = RunContext.open(
             args,
             algorithm=self.algorithm,
@@ -83,6 +82,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             callbacks=callbacks,
             callback_context=lambda: {"model": self.model, "processing_class": self.processing_class},
         )
+        self.args: Args = cast(Args, run.args)
         self.output_dir, self.ranks, self.state = run.output_dir, run.ranks, run.state
         self.preemption, self.callbacks, self.logger = run.preemption, run.callbacks, run.logger
         source = resolve_source(model, shape, run)

@@ -38,8 +38,9 @@ class RunContext:
         callbacks: Sequence[TrainerCallback] | None,
         callback_context: Callable[[], dict[str, Any]],
     ) -> "RunContext":
-        """Set the seed, open and lock the run folder, and build what the parts share."""
+        """Divide the batch among the ranks, set the seed, open and lock the run folder, and build what the parts share."""
         ranks = Ranks(args.parallel)
+        args = args.for_ranks(ranks.data_size)
         state = TrainerState(is_world_process_zero=ranks.is_main, is_local_process_zero=ranks.local_rank == 0)
         set_seed(args.seed)
         preemption = Preemption()

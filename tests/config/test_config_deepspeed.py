@@ -91,11 +91,17 @@ def test_values_of_a_ds_config_file_are_adopted(tmp_path: Path) -> None:
 )
 def test_contradictions_name_both_keys(ours: dict[str, Any], theirs: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        adopting(theirs, **ours)
+        adopting(theirs, **ours).for_ranks(1)
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_and_a_stray_auto_are_refused() -> None:
     args = adopting({"train_batch_size": 8}, per_device_train_batch_size=2)
+    assert [args.for_ranks(size).gradient_accumulation_steps for size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ConfigError, match="train_batch_size of the ds_config is 8, which 2 per micro-batch x 3 ranks"):
+        args.for_ranks(3)
+    with pytest.raises(ConfigError, match="train_batch_size of the ds_config is '8', which is not a positive whole"):
+        adopting({"train_batch_size": "8"}).for_ranks(1)
+    args = adopting({"train_batch_size": 8}, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     with pytest.raises(ConfigError, match="train_batch_size of the ds_config is 8, but the batch is 16"):
         complete_ds_config(args, data_size=2, hidden_size=8, dtype="fp32")
     args = adopting({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
@@ -207,7 +213,7 @@ def test_every_key_has_an_effect_or_is_named() -> None:
 
 
 def test_a_batch_that_does_not_divide_by_the_ranks_is_refused_without_an_engine_too() -> None:
-    args = adopting({"train_batch_size": 8}, per_device_train_batch_size=2)
+    args = adopting({"train_batch_size": 8}, per_device_train_batch_size=2).for_ranks(1)
     part = ParameterGroup("policy", [torch.nn.Parameter(torch.zeros(1))], 1.0)
     two = Ranks()
     two.world_size = 2  # ranks that the config was not made for

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rlqwen.config import GRPOConfig, Recipe, SFTConfig
+from rlqwen.config.batch_plan import check_ranks
 from rlqwen.config.recipe_yaml import (
     PackagedRecipe,
     copy_recipe,
@@ -184,7 +185,10 @@ def test_a_fault_in_the_file_names_file_and_key_path(grpo: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused(grpo: Path) -> None:
-    assert "do not divide into groups of num_generations=7" in message_of(grpo, overrides=("train.num_generations=7",))
+    recipe = load_recipe(grpo, ("train.num_generations=7",))
+    with pytest.raises(ConfigError, match=r"runs/grpo \(grpo\): 8 .* do not divide into groups of num_generations=7"):
+        check_ranks(recipe, 1)
+    check_ranks(recipe, 7)
 
 
 def test_broken_yaml_names_the_line(sft: Path) -> None:

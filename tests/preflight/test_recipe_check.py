@@ -88,14 +88,36 @@ def test_ranks_multiply_the_update() -> None:
     assert plan.text.startswith("8 sequences per update = 4 per micro-batch x 1 accumulated x 2 ranks")
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_divide_by_the_ranks_is_refused() -> None:
     config = GRPOConfig(per_device_train_batch_size=8, generation_batch_size=16)
     with pytest.raises(ConfigError, match=r"16 completions per rollout do not divide into updates of 24 .* x 3 ranks"):
         plan_batch(config, 20, num_ranks=3)
     with pytest.raises(ConfigError, match="4 completions per rollout"):
-        GRPOConfig(per_device_train_batch_size=4)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert GRPOConfig(per_device_train_batch_size=4).completions_per_rollout(2) == 8
+        plan_batch(GRPOConfig(per_device_train_batch_size=4), 20)
+    assert plan_batch(GRPOConfig(per_device_train_batch_size=4), 20, num_ranks=2).rows_per_step == 1
+
+
+def test_what_is_valid_does_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcomes() -> list[object]:
+        grpo = GRPOConfig(per_device_train_batch_size=4)
+        whole = SFTConfig.model_validate({"deepspeed": {"train_batch_size": 16}, "per_device_train_batch_size": 2})
+        return [grpo, whole, whole.for_ranks(2).gradient_accumulation_steps, plan_batch(whole, 32, 4).text]
+
+    before = outcomes()
+    for ranks in ("2", "3", "1000", "none"):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        assert outcomes() == before
+    assert before[2] == 4
+    assert "2 per micro-batch x 2 accumulated x 4 ranks" in str(before[3])
+
+
+def test_a_check_plans_for_the_ranks_that_it_is_given(tiny_model_path: Path, tmp_path: Path) -> None:
+    train = {"max_completion_length": 8, "per_device_train_batch_size": 4, "num_generations": 8}
+    recipe = recipe_of(tiny_model_path, [SUM] * 4, tmp_path, **GRPO | {"train": train})
+    assert "4 completions per rollout" in str(the_fault(check_recipe(recipe)))
+    report = check_recipe(recipe, num_ranks=2)
+    assert report.faults == []
+    assert "1 prompt x 8 generations" in dict(report.facts)["batch"]
 
 
 def test_the_sft_batch_plan_counts_sequences_and_applies_max_steps() -> None:

@@ -260,7 +260,7 @@ def test_explained_variance() -> None:
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        PPOConfig(**options)
+        PPOConfig(**options).for_ranks(1)
     assert message in str(caught.value)
 
 
