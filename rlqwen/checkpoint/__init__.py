@@ -6,10 +6,10 @@ from rlqwen.checkpoint.checkpoints import (
     archive_checkpoints,
     checkpoint_folder,
     complete_checkpoints,
-    require_complete,
     save_model,
     write_checkpoint,
 )
+from rlqwen.checkpoint.resumable import require_resumable, usable_checkpoints
 from rlqwen.checkpoint.rng_state import get_rng_state, preserve_rng_state, set_rng_state
 from rlqwen.checkpoint.state_files import read_state, write_state
 from rlqwen.run_folder.lifecycle import open_run_folder, truncate_run_folder
@@ -25,11 +25,12 @@ __all__ = [
     "open_run_folder",
     "preserve_rng_state",
     "read_state",
-    "require_complete",
+    "require_resumable",
     "save_model",
     "set_rng_state",
     "sync_file",
     "truncate_run_folder",
+    "usable_checkpoints",
     "write_checkpoint",
     "write_state",
 ]

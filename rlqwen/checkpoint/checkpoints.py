@@ -19,7 +19,6 @@ from rlqwen.checkpoint.atomic_folder import (
     write_complete,
 )
 from rlqwen.distributed import Ranks
-from rlqwen.errors import ConfigError
 from rlqwen.models.packed_model import ADAPTER_FOLDER, PackedModel
 from rlqwen.run_folder.layout import CHECKPOINTS_FOLDER
 
@@ -62,7 +61,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None], ranks: Ranks) -
         ranks.barrier()
 
     if ranks.is_main:
-        before = _folders(folder.parent)
+        before = folders_of(folder.parent)
         write_complete(folder, fill_together, last_size=total_bytes(before[-1]) if before else None)
     else:
         fill_together(partial_folder(folder))
@@ -74,25 +73,12 @@ def complete_checkpoints(run_dir: Path, note: Callable[[str], None]) -> Iterator
 
     `note` is called with a message for each checkpoint that is not complete.
     """
-    for folder in reversed(_folders(run_dir / CHECKPOINTS_FOLDER)):
+    for folder in reversed(folders_of(run_dir / CHECKPOINTS_FOLDER)):
         fault = find_fault(folder)
         if fault is None:
             yield folder
         else:
             note(f"checkpoint {folder} is not used: {fault}")
-
-
-def require_complete(folder: Path) -> Path:
-    """Return the checkpoint that a user named; raise ConfigError if it is missing or not complete."""
-    if not folder.is_dir():
-        raise ConfigError(f"resume_from_checkpoint: there is no checkpoint {str(folder)!r}")
-    fault = find_fault(folder)
-    if fault is not None:
-        raise ConfigError(
-            f"resume_from_checkpoint: checkpoint {str(folder)!r} cannot be used: {fault}; name another, or use true for "
-            "the newest complete one"
-        )
-    return folder
 
 
 def archive_checkpoints(run_dir: Path, *, after: int) -> list[Path]:
@@ -103,14 +89,15 @@ def archive_checkpoints(run_dir: Path, *, after: int) -> list[Path]:
     parent = run_dir / CHECKPOINTS_FOLDER
     for partial in parent.glob(".step-*"):
         remove(partial)
-    later = [folder for folder in _folders(parent) if _step(folder) > after]
+    later = [folder for folder in folders_of(parent) if _step(folder) > after]
     for folder in later:
         (parent / _ARCHIVE).mkdir(exist_ok=True)
         put_in_place(folder, parent / _ARCHIVE / folder.name)
     return later
 
 
-def _folders(parent: Path) -> list[Path]:
+def folders_of(parent: Path) -> list[Path]:
+    """Return the checkpoints in a folder, complete or not, oldest first."""
     return sorted((folder for folder in parent.glob("step-*") if folder.name[5:].isdigit()), key=_step)
 
 
@@ -132,7 +119,7 @@ class Retention:
         if self.limit is None:
             return
         deletable = [
-            folder for folder in _folders(parent) if not (self.keep_every and _step(folder) % self.keep_every == 0)
+            folder for folder in folders_of(parent) if not (self.keep_every and _step(folder) % self.keep_every == 0)
         ]
         for folder in deletable[: -self.limit]:
             if folder != best:

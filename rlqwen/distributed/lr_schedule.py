@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from rlqwen.config import TrainerConfig
 from rlqwen.config.deepspeed import AUTO, read_ds_config
 from rlqwen.errors import ConfigError
+
+_NAMES = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}
+"""Schedules that follow from the number of the update alone."""
 
 
 def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_updates: int) -> list[Any]:
@@ -21,6 +24,11 @@ def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_upd
     Raises ConfigError if the schedule refuses its arguments.
     """
     section = read_ds_config(args.parallel.deepspeed or {}).get("scheduler")
+    if not section and args.lr_scheduler_type not in _NAMES:
+        raise ConfigError(
+            f"lr_scheduler_type: unknown schedule {args.lr_scheduler_type!r}; "
+            f"known: {', '.join(sorted(_NAMES))} (those that follow a metric are not)"
+        )
     try:
         if section:
             ratio = deepspeed_ratio(section, args, total_updates)
@@ -35,7 +43,7 @@ def build_schedulers(args: TrainerConfig, optimizers: list[Optimizer], total_upd
             )
             for optimizer in optimizers
         ]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
         name = f"scheduler of the ds_config: {section}" if section else f"lr_scheduler_type={args.lr_scheduler_type!r}"
         raise ConfigError(f"{name}: {error}") from error
 

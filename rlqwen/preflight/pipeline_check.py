@@ -12,6 +12,7 @@ from rlqwen.preflight.model_check import check_model_path
 from rlqwen.preflight.recipe_check import check_recipe
 from rlqwen.preflight.resource_check import check_resources
 from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
+from rlqwen.preflight.run_check import check_best_metric, run_checks
 from rlqwen.preflight.run_folder_check import check_run_folder
 from rlqwen.run_folder.layout import FINAL_FOLDER
 
@@ -58,6 +59,8 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
         check_run_folder(recipe, earlier)
+        for check in run_checks(recipe):
+            check()
         require_8bit(recipe.train)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
@@ -67,6 +70,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         for sampled in recipe.data.sampled_sources():
             check_resources(sampled.rollout)
             resolve_rewards(sampled.rewards)
+        check_best_metric(recipe, None)
         if place and recipe.rewards:
             rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
             rows = first_rows(recipe.data) if recipe.data.is_streamed else _training_rows(recipe)

@@ -18,6 +18,7 @@ from rlqwen.preflight.model_check import NO_TOKENIZER, ModelFacts, read_config, 
 from rlqwen.preflight.model_size import ModelSize
 from rlqwen.preflight.resource_check import check_resources
 from rlqwen.preflight.reward_check import check_rewards
+from rlqwen.preflight.run_check import check_best_metric, run_checks
 from rlqwen.preflight.tokenized_rows import (
     describe_batch,
     describe_data,
@@ -26,6 +27,7 @@ from rlqwen.preflight.tokenized_rows import (
     tokenize,
     unknown_rows,
 )
+from rlqwen.rewards.registry import Reward
 
 Row = dict[str, Any]
 
@@ -52,15 +54,22 @@ def check_recipe(
         report.warnings.append(note)
     with report.collecting():
         require_8bit(recipe.train)
+    for check in run_checks(recipe):
+        with report.collecting():
+            check()
     model, size = _check_model(report, recipe, start)
     longest: int | None = None
     train = _load(report, recipe, "train")
     evaluation = _load(report, recipe, "eval")
     train, evaluation = _clean(report, recipe, train, evaluation)
     taken: set[str] | None = None
+    rewards: list[Reward] | None = []
     if isinstance(recipe.train, OnlineConfig) and recipe.rewards:
         parts = {"data.train": train, "data.eval": evaluation}
-        taken = check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
+        taken, rewards = check_rewards(report, recipe.rewards, parts, to_train=to_train, scoring=recipe.train.scoring)
+    with report.collecting():
+        note = check_best_metric(recipe, rewards)
+        report.warnings += [note] if note else []
     unknown = unknown_rows(recipe.train)
     for name, rows in (("train", train), ("eval", evaluation)):
         if rows and unknown:

@@ -42,10 +42,11 @@ def check_rewards(
     *,
     to_train: Collection[str],
     scoring: ScoringConfig,
-) -> set[str] | None:
+) -> tuple[set[str] | None, list[Reward] | None]:
     """Check the rewards of a recipe; those named in `to_train` are models that an earlier recipe will train.
 
-    Returns the columns that they take; None for all columns, or if a reward cannot be loaded.
+    Returns the columns that they take (None for all columns, or if a reward cannot be loaded), and the rewards, if all are
+    there and can be loaded.
     """
     there = [spec for spec in specs if spec.name not in to_train]
     with report.collecting():
@@ -63,5 +64,5 @@ def check_rewards(
             for where, rows in parts.items():
                 with report.collecting():
                     report.warnings += check_reward_columns([reward], rows or [], where)
-        return taken_columns(rewards)
-    return None
+        return taken_columns(rewards), rewards if len(there) == len(specs) else None
+    return None, None

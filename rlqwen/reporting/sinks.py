@@ -105,14 +105,8 @@ _SINKS: dict[str, type[TensorBoardSink] | type[WandbSink] | type[TrackioSink]] =
 }
 
 
-def open_sinks(
-    output_dir: Path, report_to: str | Sequence[str], run_name: str, resumed_at: int | None = None
-) -> list[Sink]:
-    """Open the JSONL file and the sinks named in `report_to`.
-
-    `resumed_at`: the update whose checkpoint the run resumes from. Raises ConfigError if a name is unknown or its package
-    is not installed.
-    """
+def check_sinks(report_to: str | Sequence[str]) -> list[str]:
+    """Return the sinks named in `report_to`; raise ConfigError if a name is unknown or its package is not installed."""
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     wanted = [name for name in names if name != "none"]
     for name in wanted:
@@ -122,7 +116,18 @@ def open_sinks(
             import_module(name)
         except ImportError:
             raise ConfigError(f"report_to: {name!r} is not installed; install it: pip install {name}") from None
-    others = [_SINKS[name](output_dir, run_name, resumed_at) for name in wanted]
+    return wanted
+
+
+def open_sinks(
+    output_dir: Path, report_to: str | Sequence[str], run_name: str, resumed_at: int | None = None
+) -> list[Sink]:
+    """Open the JSONL file and the sinks named in `report_to`.
+
+    `resumed_at`: the update whose checkpoint the run resumes from. Raises ConfigError if a name is unknown or its package
+    is not installed.
+    """
+    others = [_SINKS[name](output_dir, run_name, resumed_at) for name in check_sinks(report_to)]
     return [JsonlSink(output_dir / METRICS_FILE), *others]
 
 

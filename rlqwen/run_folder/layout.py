@@ -1,6 +1,7 @@
 """Name the files of a run folder, move an earlier run aside, and refuse to overwrite one."""
 
 import contextlib
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -35,6 +36,7 @@ RUN_MARKER = ".rlqwen-run"
 """File that a run creates in a folder without RUN_FILES, so that RUN_FILES found there later are known to be a run's."""
 KEPT_RECIPE = ".recipe-before.yaml"
 """Recipe of the earlier run in the folder, until that run is moved aside."""
+_PREVIOUS = "previous-"
 _ALSO_MOVED = ("curves.png", ERROR_FILE, "restarts.jsonl")
 """Files that are moved aside together with RUN_FILES."""
 
@@ -50,15 +52,39 @@ def move_run_aside(folder: Path) -> Path | None:
     if not find_run_files(folder):
         return None
     refuse_unmarked(folder)
-    number = next(number for number in range(1, 1_000_000) if not (folder / f"previous-{number}").exists())
-    aside = folder / f"previous-{number}"
+    homes = {folder, *((folder / name).resolve() for name in RUN_FILES if _is_linked_folder(folder / name))}
+    number = next(n for n in range(1, 1_000_000) if not any((home / f"{_PREVIOUS}{n}").exists() for home in homes))
+    aside = folder / f"{_PREVIOUS}{number}"
     aside.mkdir()
     for name in (*RUN_FILES, *_ALSO_MOVED):
-        if (folder / name).exists():
+        if _is_linked_folder(folder / name):
+            _move_inside_link(folder / name, aside / name)
+        elif (folder / name).exists():
             (folder / name).rename(aside / name)
     if (folder / KEPT_RECIPE).exists():
         (folder / KEPT_RECIPE).rename(aside / RECIPE_FILE)
     return aside
+
+
+def _is_linked_folder(path: Path) -> bool:
+    return path.is_symlink() and path.is_dir()
+
+
+def _move_inside_link(link: Path, aside: Path) -> None:
+    """Move what a linked folder holds aside on its own disk; the link stays for the next run, and `aside` links to it."""
+    home = link.resolve()
+    moved = home / aside.parent.name
+    moved.mkdir()
+    for entry in list(home.iterdir()):
+        if not entry.name.startswith(_PREVIOUS):
+            entry.rename(moved / entry.name)
+    aside.symlink_to(moved)
+
+
+def is_inside(path: Path, run_dir: Path) -> bool:
+    """Return whether a path lies in a run folder, or in a folder on another disk that its `checkpoints` links to."""
+    homes = (run_dir.resolve(), (run_dir / CHECKPOINTS_FOLDER).resolve())
+    return any(path.resolve().is_relative_to(home) for home in homes)
 
 
 def refuse_unmarked(path: str | Path) -> None:
@@ -76,12 +102,11 @@ def refuse_needed_inside(path: str | Path, needed: Mapping[str, str]) -> None:
 
     `needed`: key of the config -> file or folder that it names; missing ones are ignored.
     """
-    folder = Path(path).resolve()
     for key, name in needed.items():
         there = Path(name)
-        with contextlib.suppress(OSError, RuntimeError):  # not a valid path, or the home directory is unknown
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a valid path, or no home directory
             there = there.expanduser().resolve()
-        if there.is_relative_to(folder) and there.exists():
+        if os.path.exists(there) and is_inside(there, Path(path)):  # noqa: PTH110 - False for what is no path
             raise ConfigError(
                 f"{key} {name[:200]!r} lies in output_dir {str(path)!r}, which train.overwrite_output_dir=true clears: "
                 "choose another output_dir, or move the file elsewhere"
@@ -104,5 +129,11 @@ def refuse_used_folder(path: str | Path, *, overwrite: bool, apart_from: Collect
 
 
 def find_run_files(path: str | Path) -> list[str]:
-    """Return which RUN_FILES the folder holds."""
-    return [name for name in RUN_FILES if (Path(path) / name).exists()]
+    """Return which RUN_FILES the folder holds; a folder for checkpoints counts if it holds any."""
+    return [name for name in RUN_FILES if _is_of_run(Path(path) / name)]
+
+
+def _is_of_run(path: Path) -> bool:
+    if path.name != CHECKPOINTS_FOLDER or not path.is_dir():
+        return path.exists()
+    return any(not entry.name.startswith(_PREVIOUS) for entry in path.iterdir())

@@ -1,13 +1,12 @@
 """Find the best evaluation of a run, and decide when to stop early."""
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
 from rlqwen.config import TrainerConfig
-from rlqwen.errors import ConfigError
+from rlqwen.reporting.metric_names import find_metric
 
 # Last parts of keys of evaluation metrics of which less is better.
 _BETTER_LOW = {
@@ -47,20 +46,8 @@ class BestMetric:
         self.value, self.num_worse = state["value"], state["num_worse"]
 
     def find_key(self, keys: Iterable[str]) -> str:
-        """Return the one of `keys` that the config names; ConfigError if there is none.
-
-        `eval/` may be left out, and transformers' spelling with `_` for `/` is understood.
-        """
-        spelled = {key.removeprefix("eval/").replace("/", "_"): key for key in keys}
-        name = self.name.removeprefix("eval/").removeprefix("eval_").replace("/", "_")
-        if name not in spelled:
-            near = difflib.get_close_matches(name, spelled, n=1)
-            hint = f"did you mean {spelled[near[0]]!r}? " if near else ""
-            raise ConfigError(
-                f"metric_for_best_model={self.name!r} is not among the evaluation's metrics; "
-                f"{hint}there are: {', '.join(sorted(spelled.values()))}"
-            )
-        return spelled[name]
+        """Return the one of `keys` that the config names; ConfigError if there is none."""
+        return find_metric(self.name, keys)
 
     def judge(self, metrics: Mapping[str, float]) -> Verdict:
         """Compare an evaluation with the best one so far; NaN is never better. ConfigError if it lacks the metric."""

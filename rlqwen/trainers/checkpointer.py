@@ -20,15 +20,17 @@ from rlqwen.checkpoint import (
     set_rng_state,
     sync_file,
     truncate_run_folder,
+    usable_checkpoints,
     write_checkpoint,
     write_state,
 )
+from rlqwen.checkpoint.resumable import STATE
 from rlqwen.config import Recipe
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.distributed import OptimizerStep
 from rlqwen.models.packed_model import PackedModel
-from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE
-from rlqwen.trainers.resume import FINGERPRINT, RNG, STATE, usable_checkpoints
+from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE, is_inside
+from rlqwen.trainers.resume import FINGERPRINT, RNG
 from rlqwen.trainers.run_context import RunContext
 
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -191,7 +193,7 @@ class Checkpointer:
             set_rng_state(read_state(checkpoint, name))
 
     def _is_own(self, checkpoint: Path) -> bool:
-        return checkpoint.resolve().is_relative_to(self.output_dir.resolve())
+        return is_inside(checkpoint, self.output_dir)
 
     def _restore_trainer_state(self, saved: dict[str, Any]) -> None:
         """Update the state in place, because callbacks and loggers keep references to it."""

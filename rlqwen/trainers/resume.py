@@ -1,19 +1,18 @@
 """Choose the checkpoint that a run resumes from, and refuse changes that would make it another run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlqwen.checkpoint import complete_checkpoints, read_state, require_complete
+from rlqwen.checkpoint import read_state, require_resumable, usable_checkpoints
 from rlqwen.checkpoint.fingerprint import diff_fingerprints
+from rlqwen.checkpoint.resumable import no_checkpoint
 from rlqwen.config import TrainerConfig
 from rlqwen.errors import ConfigError
-from rlqwen.run_folder.layout import WRITTEN_BY_EVALUATION, move_run_aside, refuse_used_folder
+from rlqwen.run_folder.layout import WRITTEN_BY_EVALUATION, is_inside, move_run_aside, refuse_used_folder
 
-STATE = "state"
 FINGERPRINT = "fingerprint"
 RNG = "rng"
-_STATE_OF_0_1 = "progress.json"
 Note = Callable[[str], None]
 
 
@@ -27,19 +26,13 @@ def choose_checkpoint(
     resume = args.resume_from_checkpoint if resume is None else resume
     chosen: Path | None = None
     if resume and resume is not True and resume != "auto":
-        chosen = require_complete(Path(resume))
-        if why := _why_not_resumable(chosen):
-            raise ConfigError(f"resume_from_checkpoint: {str(chosen)!r} {why}; start a new run with it as model.path")
+        chosen = require_resumable(Path(resume))
     elif resume:
         chosen = next(usable_checkpoints(output_dir, note), None)
         if chosen is None and resume is True:
-            raise ConfigError(
-                f"there is no complete checkpoint in {str(output_dir)!r} to go on from: start without resuming "
-                "(train.overwrite_output_dir=true moves what is there aside), or set resume: auto in the recipe to "
-                "begin where there is none"
-            )
+            raise no_checkpoint(output_dir)
     overwrite = args.overwrite_output_dir or (resume == "auto" and chosen is None)
-    if chosen is None or not chosen.resolve().is_relative_to(output_dir.resolve()):
+    if chosen is None or not is_inside(chosen, output_dir):
         # The constructor has refused what others left there, unless there were checkpoints to resume from.
         refuse_used_folder(output_dir, overwrite=overwrite, apart_from=WRITTEN_BY_EVALUATION)
     if chosen is None and overwrite:
@@ -47,15 +40,6 @@ def choose_checkpoint(
         if aside is not None:
             note(f"the run that was in {output_dir} is in {aside} now")
     return chosen
-
-
-def usable_checkpoints(output_dir: Path, note: Note) -> Iterator[Path]:
-    """Yield the checkpoints of a run folder that a run can resume from, newest first; note why others are left out."""
-    for folder in complete_checkpoints(output_dir, note):
-        if why := _why_not_resumable(folder):
-            note(f"checkpoint {folder} is not used: it {why}")
-        else:
-            yield folder
 
 
 def refuse_changes(checkpoint: Path, fingerprint: dict[str, Any], *, allowed: bool, note: Note) -> list[str]:
@@ -68,11 +52,3 @@ def refuse_changes(checkpoint: Path, fingerprint: dict[str, Any], *, allowed: bo
     for change in changes:
         note(f"going on in spite of a change: {change}")
     return changes
-
-
-def _why_not_resumable(checkpoint: Path) -> str | None:
-    if (checkpoint / f"{STATE}.json").is_file():
-        return None
-    if (checkpoint / _STATE_OF_0_1).is_file():
-        return "was written by rlqwen 0.1, whose training state this version cannot read"
-    return "holds the model alone (save_only_model), and nothing to go on from"
