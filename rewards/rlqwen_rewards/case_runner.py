@@ -1,101 +1,84 @@
-"""Run code on test cases and compare its results with the expected ones."""
+"""Run code on test cases and count those that pass."""
 
 import ast
-import builtins
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-from rlqwen_rewards.candidate_process import Candidate, CandidateEnded, Limits, Remote
-from rlqwen_rewards.code_cases import Case, FunctionCall, Program, Statements
+from rlqwen_rewards.code_cases import Case, Program, Statements
+from rlqwen_rewards.confined.values import encode
+from rlqwen_rewards.confined_process import Ended, Limits, ProgramRun, Trial
 
 _RELATIVE_TOLERANCE = 1e-6
 
 
 def run_cases(
-    code: str, cases: Sequence[Case], python: Sequence[str], limits: Limits, *, stop_at_failure: bool = False
+    code: str,
+    cases: Sequence[Case],
+    python: Sequence[str],
+    limits: Limits,
+    *,
+    entry_point: str | None = None,
+    helpers: str = "",
+    stop_at_failure: bool = False,
 ) -> int:
-    """Return how many cases pass. `python` is the command that starts the interpreter for the code."""
+    """Return how many cases pass.
+
+    Args:
+        code: of the completion.
+        cases: the tests.
+        python: the command that starts a confined interpreter.
+        limits: of each process.
+        entry_point: the function under test, if the row names it.
+        helpers: source that defines what tests use besides that function; a prompt as in HumanEval.
+        stop_at_failure: whether to return at the first case that does not pass.
+    """
     try:
         code.encode()
         ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0
+    tests = [_encoded(case) for case in cases if not isinstance(case, Program)]
+    job = {"code": code, "entry_point": entry_point, "helpers": helpers, "cases": tests}
     num_passed = 0
-    loaded: Candidate | None = None
+    trial = Trial(python, limits, job) if tests else None
     try:
         for case in cases:
             try:
-                if isinstance(case, Program):
-                    with Candidate(python, limits, is_program=True) as one:
-                        passes = same_text(one.run_program(code, case.standard_input), case.expected)
-                else:
-                    if loaded is None:
-                        loaded = Candidate(python, limits, is_program=False)
-                        loaded.begin()
-                        loaded.ask("load", code)
-                    loaded.begin()
-                    passes = _passes(case, partial(loaded.ask, "get", 0)) and not loaded.has_ended
-            except CandidateEnded as end:
-                if loaded is not None or end.args == ("out of time",):
+                passes = (
+                    _passes(code, case, python, limits)
+                    if trial is None or isinstance(case, Program)
+                    else trial.next_passes()
+                )
+            except Ended as end:
+                if not isinstance(case, Program) or str(end) == "out of time":
                     return num_passed
                 passes = False
-            except Exception:  # the test failed, or the code does not load
-                if loaded is None:
-                    raise
-                passes = False
-            if not passes and (stop_at_failure or (loaded is not None and loaded.has_ended)):
+            if not passes and stop_at_failure:
                 return num_passed
             num_passed += passes
     finally:
-        if loaded is not None:
-            loaded.close()
+        if trial is not None:
+            trial.close()
     return num_passed
 
 
-def _passes(case: Statements | FunctionCall, name_of_code: Callable[[str], Any]) -> bool:
+def _passes(code: str, case: Case, python: Sequence[str], limits: Limits) -> bool:
+    assert isinstance(case, Program)
+    with ProgramRun(python, limits) as run:
+        return same_text(run.printed(code, case.standard_input), case.expected)
+
+
+def _encoded(case: Case) -> list[Any]:
+    """Return what the process of the tests reads."""
+    assert not isinstance(case, Program)
     if isinstance(case, Statements):
-        names = _Names(name_of_code)
-        exec(compile(case.setup, "<setup>", "exec"), names, names)  # noqa: S102
-        exec(compile(case.source, "<test>", "exec"), names, names)  # noqa: S102
-        return True
-    try:
-        function = name_of_code(case.function)
-    except AttributeError:
-        function = getattr(name_of_code("Solution")(), case.function)
-    return same_value(function(*case.arguments), case.expected)
+        return ["statements", case.setup, case.source]
+    return ["call", case.function, encode(case.arguments, _not_plain), encode(case.expected, _not_plain)]
 
 
-class _Names(dict[str, Any]):
-    """Resolve names in a test: the test's own, Python's built-ins, then the code's, fetched from its process."""
-
-    def __init__(self, name_of_code: Callable[[str], Any]) -> None:
-        super().__init__(__name__="test", __builtins__=builtins)
-        self._name_of_code = name_of_code
-
-    def __missing__(self, name: str) -> Any:
-        if hasattr(builtins, name):
-            raise KeyError(name)  # Python then looks in the built-ins
-        try:
-            return self._name_of_code(name)
-        except AttributeError:
-            raise KeyError(name) from None
-
-
-def same_value(value: Any, expected: Any) -> bool:
-    """Compare plain data as JSON would: tuples equal lists, and floats may differ in the last digits."""
-    if isinstance(value, Remote):
-        return False
-    if isinstance(value, list | tuple) and isinstance(expected, list | tuple):
-        return len(value) == len(expected) and all(map(same_value, value, expected))
-    if isinstance(value, dict) and isinstance(expected, dict):
-        given, wanted = ({str(key): one for key, one in content.items()} for content in (value, expected))
-        return given.keys() == wanted.keys() and all(same_value(given[key], wanted[key]) for key in given)
-    if isinstance(value, float) or isinstance(expected, float):
-        numbers = isinstance(value, int | float) and isinstance(expected, int | float)
-        return numbers and math.isclose(value, expected, rel_tol=_RELATIVE_TOLERANCE)
-    return type(value) is type(expected) and bool(value == expected)
+def _not_plain(value: Any) -> Any:
+    raise ValueError(f"code_tests: a test has a {type(value).__name__}; arguments and results must be plain data")
 
 
 def same_text(printed: str, expected: str) -> bool:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlqwen_rewards.answers import final_text, texts_of
-from rlqwen_rewards.candidate_process import Limits
 from rlqwen_rewards.case_runner import run_cases
 from rlqwen_rewards.code_cases import Case, CaseColumns
+from rlqwen_rewards.confined_process import Limits
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _MAX_PARALLEL = 4
@@ -24,9 +24,9 @@ class CodeTests:
     With `all_or_nothing=False` the score is the share of tests that pass. None if a row has no tests.
 
     Tests have the forms of MBPP, HumanEval, APPS and TACO: columns `tests`, `test_list`, `test` or `input_output`, with
-    `entry_point`, `test_setup_code` and `test_imports` if there are any. The reward runs isolated. The code runs in its
-    own process, which never holds the expected results and can neither start a process or thread nor write a file.
-    After a test that runs out of time or ends the process, the remaining tests count as failed.
+    `entry_point`, `test_setup_code` and `test_imports` if there are any. The reward runs isolated. The code and the tests
+    run in a process each, which can neither start a process or thread nor write a file; the one of the code never holds
+    the expected results. After a test that runs out of time or ends the process, the remaining tests count as failed.
     """
 
     all_or_nothing: bool = True
@@ -68,16 +68,20 @@ class CodeTests:
             cases = columns.cases(row)
             if not cases:
                 return None
-            code = code_of(texts[row], prompts[row], columns.entry_point(row))
-            return self._score(code, cases, confined_python) if code else 0.0
+            name = columns.entry_point(row)
+            helpers = prompts[row] if name and isinstance(prompts[row], str) else ""
+            code = code_of(texts[row], prompts[row], name)
+            return self._score(code, cases, confined_python, name, helpers) if code else 0.0
 
         with ThreadPoolExecutor(min(_MAX_PARALLEL, os.cpu_count() or 1)) as pool:
             return list(pool.map(score, range(len(completions))))
 
-    def _score(self, code: str, cases: list[Case], python: list[str]) -> float:
+    def _score(self, code: str, cases: list[Case], python: list[str], entry_point: str | None, helpers: str) -> float:
         cpu_seconds = math.ceil(self.timeout * len(cases)) + 2
         limits = Limits(self.timeout, self.memory_mib << 20, cpu_seconds)
-        num_passed = run_cases(code, cases, python, limits, stop_at_failure=self.all_or_nothing)
+        num_passed = run_cases(
+            code, cases, python, limits, entry_point=entry_point, helpers=helpers, stop_at_failure=self.all_or_nothing
+        )
         return float(num_passed == len(cases)) if self.all_or_nothing else num_passed / len(cases)
 
 

@@ -1,16 +1,18 @@
 """Test `code_tests` with correct, wrong and hostile code in real isolated workers."""
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rlqwen_rewards.candidate_process import Limits
-from rlqwen_rewards.case_runner import run_cases, same_text, same_value
+from rlqwen_rewards.case_runner import run_cases, same_text
 from rlqwen_rewards.code_cases import FunctionCall, Program, Statements, parse_cases
 from rlqwen_rewards.code_tests import CodeTests, code_of
+from rlqwen_rewards.confined.judge import same_value
+from rlqwen_rewards.confined_process import Limits
 
 from rlqwen.config import ScoringConfig
 from rlqwen.rewards import Scorer, build_rewards
@@ -176,6 +178,110 @@ def test_the_sandbox_denies_files_network_processes_and_secrets(
     assert control == 0.0
     assert {name for name, reward in zip(DENIED, rewards, strict=True) if reward != 1.0} == set()
     assert data.read_text() == "42"
+
+
+HARMFUL_TESTS = DENIED | {
+    "kill a stranger": "import os\nos.kill({stranger}, 9)",
+    "have the kernel signal a stranger": "import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, {stranger})",
+    "hold the connection with the trainer": "import os, stat\ndef is_socket(fd):\n    try: return stat.S_ISSOCK(os.fstat(fd).st_mode)"
+    "\n    except OSError: return False\nif not any(map(is_socket, range(256))): raise OSError",
+}
+
+
+@pytest.mark.fault(
+    "a dataset's tests reach for network, files, secrets, processes, the trainer", "refused, as for a completion"
+)
+def test_the_tests_of_a_dataset_are_confined_as_the_code_is(scorer: Scorer, tmp_path: Path) -> None:
+    """Each test passes if its attempt is refused."""
+    data = tmp_path / "answers.jsonl"
+    data.write_text("42")
+    stranger = subprocess.Popen(["/bin/sleep", "600"])
+    tests = []
+    for attempt in HARMFUL_TESTS.values():
+        source = str(Path(__file__).parents[2] / "rlqwen" / "errors.py")
+        body = attempt.format(data=str(data), source=source, stranger=stranger.pid)
+        inner = "\n".join(f"    {line}" for line in body.splitlines())
+        tests.append(f"try:\n{inner}\nexcept (OSError, KeyError, RuntimeError, ValueError): pass\nelse: assert False\n")
+    try:
+        assert score(scorer, HONEST, tests=tests) == [1.0]
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert data.read_text() == "42"
+
+
+@pytest.mark.fault("a dataset's tests hang, end their process, crash it, claim results", "that row's reward, in time")
+def test_tests_that_misbehave_decide_their_own_row_only(impatient_scorer: Scorer) -> None:
+    rows = ["while True: pass", "import os; os._exit(0)", "raise SystemExit", "import ctypes; ctypes.string_at(0)"]
+    rows += ["import signal, time\nfor s in (1, 2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(1000)"]
+    started = time.monotonic()
+    for row in rows:
+        assert score(impatient_scorer, HONEST, test_list=[row, "assert double(2) == 4"]) == [0.0], row
+    assert score(impatient_scorer, HONEST, test_list=ASSERTS) == [1.0]
+    assert time.monotonic() - started < PATIENCE_S
+    assert impatient_scorer.metrics()["scoring/restarts"] == 0
+
+
+@pytest.mark.fault(
+    "a completion returns 150,000 integers of one hash, as set and dict", "0 at the deadline of its test"
+)
+@pytest.mark.parametrize("kind", ["set", "dict"])
+def test_a_reply_that_takes_long_to_decode_costs_its_own_deadline(impatient_scorer: Scorer, kind: str) -> None:
+    """The code writes the reply itself, as building the set would take it as long."""
+    items, count = ("[[i, 0] for i in numbers]", 110_000) if kind == "dict" else ("numbers", 150_000)
+    code = (
+        f"import json, os\nnumbers = [i * (2**61 - 1) for i in range({count})]\nreply = json.dumps(['value', {{'{kind}': {items}}}]).encode() + b'\\n'\n"
+        "def double(x):\n    fd = [int(fd) for fd in range(3, 20) if is_pipe_to_write(fd)][0]\n    rest = memoryview(reply)\n"
+        "    while rest: rest = rest[os.write(fd, rest):]\n    import time; time.sleep(1000)\n"
+        "def is_pipe_to_write(fd):\n    import fcntl\n    try: return fcntl.fcntl(fd, fcntl.F_GETFL) & 3 == 1\n"
+        "    except OSError: return False\n"
+    )
+    started = time.monotonic()
+    assert score(impatient_scorer, code, HONEST, test_list=["assert double(1) != 0"] * 3) == [0.0, 1.0]
+    assert time.monotonic() - started < PATIENCE_S / 10
+    assert impatient_scorer.metrics()["scoring/restarts"] == 0
+
+
+@pytest.mark.fault(
+    "a completion defines the names of Python that a test uses without importing them", "Python's are used"
+)
+def test_names_that_a_test_does_not_import_are_not_the_completions(scorer: Scorer) -> None:
+    right, wrong = "def area(r): return 3.141592653589793 * r * r\n", "def area(r): return 0.0\n"
+    fakes = (
+        "class math:\n    pi = 0.0\n    isclose = fabs = staticmethod(lambda *a, **k: True)\n"
+        "def isclose(*a, **k): return True\ndef sorted(x): return []\npi = 0.0\nnp = math\nnp.allclose = math.isclose\n"
+    )
+    tests = [
+        "assert math.isclose(area(2), 12.566, rel_tol=1e-3)",
+        "assert isclose(area(2), 12.566, rel_tol=1e-3)",
+        "assert sorted([area(1)]) == [pi]",
+        "assert np.allclose(area(2), 12.566, atol=1e-2)",
+        "assert eval('math.isclose(area(2), 12.566, rel_tol=1e-3)')",
+    ]
+    for test in tests:
+        assert score(scorer, right, right + fakes, wrong + fakes, test_list=[test]) == [1.0, 1.0, 0.0], test
+
+
+def test_a_function_under_test_may_have_a_name_of_python(scorer: Scorer) -> None:
+    code = "def gcd(a, b):\n    return gcd(b, a % b) if b else a\ndef statistics(x): return len(x)\n"
+    tests = ["assert gcd(12, 18) == 6", "assert statistics([1, 2]) == 2"]
+    for test in tests:
+        assert score(scorer, code, "def gcd(*a): return 0\ndef statistics(x): return 0", test_list=[test]) == [1.0, 0.0]
+
+
+def test_helpers_of_a_humaneval_prompt_are_the_prompts(scorer: Scorer) -> None:
+    prompt = (
+        "import math\ndef poly(xs, x):\n    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n\n"
+        'def find_zero(xs):\n    """Find x such that poly(xs, x) = 0."""\n'
+    )
+    test = "def check(candidate):\n    assert math.fabs(poly([-2.0, 1.0], candidate([-2.0, 1.0]))) < 1e-4\n"
+    rewards = score(
+        scorer, "    return -xs[0] / xs[1]\n", "    return 7.0\ndef poly(xs, x): return 0.0\n",
+        "def poly(xs, x): return 0.0\ndef find_zero(xs): return 7.0\n",
+        prompt=prompt, test=test, entry_point="find_zero",
+    )  # fmt: skip
+    assert rewards == [1.0, 0.0, 0.0]
 
 
 HANGS = {

@@ -11,14 +11,14 @@ process, and does not read the reward's own files.
 
 import fcntl
 import os
-import runpy
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlqwen.rewards.sandbox import landlock, seccomp, signals
+from rlqwen.rewards.sandbox import confine, landlock, seccomp, signals
+from rlqwen.rewards.sandbox.confine import python_folders
 
 _KEPT = ("LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 _FIXED = {
@@ -30,9 +30,6 @@ _FIXED = {
     "MKL_NUM_THREADS": "1",
 }
 _CODE_SUFFIXES = {".py", ".so", ".zip", ".dist-info", ".egg-info"}
-_BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv[1]); from rlqwen.rewards.sandbox.sandbox import run_confined"
-_BOOTSTRAP += "; run_confined(sys.argv[2:])"
-
 
 _PROBE = """
 import os, sys
@@ -89,26 +86,11 @@ def isolate(trainer_pid: int, hand_over: Callable[[int], object] = os.close) -> 
 
 
 def confined_python() -> list[str]:
-    """Return the start of a command line, `[*confined_python(), script, *arguments]`, that runs a script confined."""
-    root = str(Path(__file__).parents[3])
-    return [sys.executable, "-I", "-c", _BOOTSTRAP, root]
+    """Return the start of a command line, `[*confined_python(), script, *arguments]`, that runs a script confined.
 
-
-def run_confined(arguments: Sequence[str]) -> None:
-    """Run the Python script `arguments[0]` in this process, confined. The process must be isolated already."""
-    script = arguments[0]
-    seccomp.forbid_new_privileges()
-    landlock.restrict([*python_folders(), script])
-    seccomp.install(seccomp.confining_filter(os.getpid()))
-    del sys.path[0]
-    sys.argv[:] = arguments
-    runpy.run_path(script, run_name="__main__")
-
-
-def python_folders() -> list[str]:
-    """Return the folders of the interpreter, its library and the installed packages."""
-    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
-    return [folder for folder in dict.fromkeys(prefixes) if Path(folder) not in (Path("/"), Path.home())]
+    The script may be a folder with `__main__.py`; nothing else beside Python's own is readable.
+    """
+    return [sys.executable, "-I", str(Path(confine.__file__))]
 
 
 def _code_on_path() -> tuple[list[str], list[str]]:

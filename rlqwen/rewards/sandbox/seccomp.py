@@ -7,7 +7,6 @@ removed. Supports Linux on x86-64 and aarch64.
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -129,9 +128,9 @@ def _prctl(option: int, value: int, pointer: Any) -> None:
 
 def _machine() -> int:
     """Return the column of this machine in the tables; raise OSError if there is none."""
-    if platform.machine() not in ARCHITECTURES or struct.calcsize("P") != 8:
-        raise OSError(f"seccomp: no table of system calls for {platform.machine()}")
-    return list(ARCHITECTURES).index(platform.machine())
+    if os.uname().machine not in ARCHITECTURES or struct.calcsize("P") != 8:
+        raise OSError(f"seccomp: no table of system calls for {os.uname().machine}")
+    return list(ARCHITECTURES).index(os.uname().machine)
 
 
 def _program(rules: list[Instruction]) -> bytes:
@@ -141,7 +140,7 @@ def _program(rules: list[Instruction]) -> bytes:
     """
     start = [
         (_LOAD, 0, 0, _ARCHITECTURE),
-        (_JUMP_EQ, 1, 0, ARCHITECTURES[platform.machine()]),
+        (_JUMP_EQ, 1, 0, ARCHITECTURES[os.uname().machine]),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
         (_JUMP_GT, 0, 1, NEWEST),
