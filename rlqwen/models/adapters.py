@@ -3,19 +3,22 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.config import LoraSettings
 from rlqwen.distributed import gathered
 from rlqwen.errors import ModelError
+from rlqwen.models.folder_files import check_weight_file
 from rlqwen.models.lora_targets import resolve_targets, without_effect
 from rlqwen.models.merged_weights import active_module
 from rlqwen.models.quantization import is_8bit
@@ -116,6 +119,26 @@ def check_wrappers(model: PeftModel) -> None:
                 f"{name} is wrapped in PEFT's {type(module).__name__}, which rlqwen cannot merge into plain weights: use "
                 "LoRA, modules_to_save or trainable_token_indices"
             )
+
+
+def read_adapter(path: Path, model: PeftModel) -> dict[str, Tensor]:
+    """Return the weights of a saved adapter; raise ModelError unless they are those of this model's adapter."""
+    if not path.is_file():
+        raise ModelError(f"there is no adapter {str(path)!r}")
+    check_weight_file(path)
+    weights = load_file(path)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted, found = ({name: tuple(one.shape) for name, one in part.items()} for part in (own, weights))
+    unfit = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if unfit:
+        shown = [
+            f"{name} is {found.get(name, 'missing')} instead of {wanted.get(name, 'absent')}" for name in unfit[:3]
+        ]
+        raise ModelError(
+            f"{str(path)!r} is an adapter for another model, or of other settings: {len(unfit)} of its weights differ: "
+            f"{', '.join(shown)}"
+        )
+    return weights
 
 
 def changes_base(config: LoraConfig) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ModelError
+from rlqwen.models.folder_files import check_files, check_weight_file, read_object, weight_files
 
 SAFE = {"use_safetensors": True}
 """Arguments of every `from_pretrained` that loads weights."""
@@ -31,8 +32,7 @@ class StoredTensor:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Return the folder's config.json; empty if there is none."""
     path = Path(folder) / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return config
+    return read_object(path) if path.is_file() else {}
 
 
 def is_tied(config: dict[str, Any]) -> bool:
@@ -41,9 +41,13 @@ def is_tied(config: dict[str, Any]) -> bool:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return the weights of a model's folder by name, from the headers of its safetensors files; empty without any."""
+    """Return the weights of a model's folder by name, from the headers of its safetensors files; empty without any.
+
+    Raises ModelError for a file that is missing or not whole.
+    """
     stored: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
+        check_weight_file(path)
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -52,17 +56,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 start, end = (8 + size + offset for offset in entry["data_offsets"])
                 stored[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), (start, end))
     return stored
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that `from_pretrained` reads: a checkpoint's folder also has other safetensors files."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    return sorted(folder.glob("*.safetensors"))
 
 
 def split_revision(name_or_path: str) -> tuple[str, str | None]:
@@ -87,7 +80,8 @@ def pinned(name_or_path: str, arguments: dict[str, Any] | None = None) -> tuple[
 
 
 def refuse_pickles(name_or_path: str | Path) -> None:
-    """Raise ModelError, with the way to convert it, if a folder has its weights or adapter only as a pickle."""
+    """Raise ModelError, with the way to convert it, if a folder has its weights or adapter only as a pickle, and for files
+    that cannot be opened safely (see rlqwen.models.folder_files)."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return
@@ -105,6 +99,7 @@ def refuse_pickles(name_or_path: str | Path) -> None:
             f'python -c "from {package} import {what} as M; '
             f"M.from_pretrained({str(folder)!r}).save_pretrained('{folder.name}-safetensors')\""
         )
+    check_files(folder)
 
 
 def note_dataset(name: str, dataset: Any) -> None:

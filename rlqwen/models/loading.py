@@ -18,6 +18,7 @@ from transformers.trainer_utils import align_special_tokens
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed import pick_device
 from rlqwen.errors import ConfigError, ModelError
+from rlqwen.models.folder_files import UNREADABLE
 from rlqwen.models.hub import pinned, refuse_pickles, split_revision
 from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
 from rlqwen.models.quantization import require_bitsandbytes
@@ -94,7 +95,12 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
 
 def load_generation_config(folder: str) -> GenerationConfig | None:
     """Return the folder's generation config, if it has one."""
-    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except UNREADABLE as error:
+        raise ModelError(f"{folder}/generation_config.json cannot be used: {error}") from None
 
 
 def stop_token_ids(
@@ -170,7 +176,7 @@ def load_tokenizer(name_or_path: str, args: TrainerConfig) -> PreTrainedTokenize
             trust_remote_code=args.trust_remote_code,
             revision=revision or args.model_init_kwargs.get("revision", "main"),
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         raise ModelError(f"tokenizer of {name_or_path!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -192,7 +198,7 @@ def check_same_tokens(other: Any, tokenizer: PreTrainedTokenizerBase, what: str)
             theirs = AutoTokenizer.from_pretrained(
                 path, revision=revision or "main", trust_remote_code=False
             ).get_vocab()
-        except (OSError, ValueError):
+        except Exception:  # noqa: BLE001 - loading that model says better what is wrong with it
             return None
     if len(theirs) < _FEWEST_TOKENS:
         return None

@@ -6,7 +6,8 @@ scalar head as `Qwen3_5TextForSequenceClassification`. Saved folders are of the 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -28,10 +29,13 @@ from transformers.utils import logging
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import cached_folder, carry, whole_config_class
 from rlqwen.models.float32_weights import restore_float32
-from rlqwen.models.hub import commit_of, note_commit
+from rlqwen.models.folder_files import UNREADABLE
+from rlqwen.models.hub import SAFE, commit_of, note_commit, read_config, refuse_pickles
 from rlqwen.models.vision_language import auto_class, is_read_from_whole
 
 _SCALAR = "ForSequenceClassification"
+_REPORTING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Arguments with which `from_pretrained` reports weights that do not fit instead of printing a table of them."""
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
@@ -65,16 +69,37 @@ def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
     `arguments`: arguments of `from_pretrained`. Raises ModelError, also if weights are missing.
     """
+    model, arguments = _read_causal(name, trust_remote_code, arguments)
+    return _loaded(name, model, arguments)
+
+
+def check_weights(name: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
+    """Raise ModelError if a folder lacks weights of its model, or has some of another shape; no weight is read.
+
+    `scalar`: of a model with a head of one label, which may be missing. A name that is not a folder, and a quantized
+    model, whose weights have other shapes, are passed over.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or read_config(folder).get("quantization_config") is not None:
+        return
+    arguments: dict[str, Any] = {**SAFE, "device_map": {"": "meta"}}
+    read = _read_scalar if scalar else _read_causal
+    with quiet_loading():
+        read(str(folder), trust_remote_code, arguments)
+
+
+def _read_causal(name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a causal model, complete but for what it carries, and the arguments that it was loaded with."""
+    refuse_pickles(name)
     try:
         arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
-        loaded: Any = auto_class(_class_of_config(name, arguments)).from_pretrained(
-            name, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+        model, report = auto_class(_class_of_config(name, arguments)).from_pretrained(
+            name, **_REPORTING, trust_remote_code=trust_remote_code, **arguments
         )
-    except (OSError, ValueError, ImportError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
-    model, report = loaded
-    _refuse_missing(name, set(report["missing_keys"]))
-    return _loaded(name, model, arguments)
+    _refuse_missing(name, set(report["missing_keys"]), report["mismatched_keys"])
+    return model, arguments
 
 
 def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> tuple[PreTrainedModel, bool]:
@@ -82,6 +107,13 @@ def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
     A causal model gets a new one. Raises ModelError, also if weights are missing or the head has several labels.
     """
+    model, arguments, has_head = _read_scalar(name, trust_remote_code, arguments)
+    return _loaded(name, model, arguments), has_head
+
+
+def _read_scalar(name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+    """Return a model with a head of one label as `_read_causal` does, and whether it had that head."""
+    refuse_pickles(name)
     _refuse_without_scalar_class(name, arguments)
     try:
         arguments = _with_text_config(name, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, trust_remote_code, arguments)
@@ -91,13 +123,16 @@ def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any)
             arguments["num_labels"] = 1
         with quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, trust_remote_code=trust_remote_code, output_loading_info=True, **arguments
+                name, **_REPORTING, trust_remote_code=trust_remote_code, **arguments
             )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise ModelError(f"model {name!r} cannot be loaded as one with a scalar head: {error}") from error
     missing = set(report["missing_keys"])
-    _refuse_missing(name, missing - {"score.weight"})
-    return _loaded(name, model, arguments), not missing
+    several = next((stored for key, stored, _ in report["mismatched_keys"] if key == "score.weight"), None)
+    if several is not None:
+        raise ModelError(f"model {name!r} has a head of {several[0]} labels, and a scalar head has one")
+    _refuse_missing(name, missing - {"score.weight"}, report["mismatched_keys"])
+    return model, arguments, not missing
 
 
 def whole_architecture(model: PreTrainedModel, whole: dict[str, Any]) -> str:
@@ -130,7 +165,15 @@ def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> Pre
     return model
 
 
-def _refuse_missing(name: str, missing: set[str]) -> None:
+def _refuse_missing(name: str, missing: set[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise ModelError for weights that are not there, or not of the shape that the config asks for."""
+    unfit = [f"{key} has {tuple(stored)} instead of {tuple(wanted)}" for key, stored, wanted in sorted(mismatched)]
+    if unfit:
+        more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
+        raise ModelError(
+            f"model {name!r} has weights of another shape than its config asks for: {', '.join(unfit[:5])}{more}; config and "
+            "weights are of different models"
+        )
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ModelError(
@@ -150,7 +193,7 @@ def _class_of_config(name: str, arguments: dict[str, Any]) -> type[PreTrainedCon
 def _refuse_without_scalar_class(name: str, arguments: dict[str, Any]) -> None:
     try:
         found: Any = _class_of_config(name, arguments)
-    except (OSError, ValueError):  # which loading says better
+    except UNREADABLE:  # which loading says better
         return
     if found in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and found not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ModelError(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +20,7 @@ from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact
 from rlqwen.distributed.master_weights import MasterWeights
 from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
 from rlqwen.errors import ModelError
-from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers
+from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers, read_adapter
 from rlqwen.models.carried_weights import carried_by, carry, count_text
 from rlqwen.models.experts import use_compute_dtype
 from rlqwen.models.float32_weights import mark_float32, saved_dtype
@@ -326,7 +325,9 @@ class PackedModel:
         """Load into the trained weights what `save_checkpoint`, `save` or (with an adapter) `save_adapter` wrote."""
         if self.has_adapter:
             inner = Path(folder) / ADAPTER_FOLDER
-            weights = load_file((inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors")
+            path = (inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors"
+            with gathered(self.trained_parameters):
+                weights = read_adapter(path, self.model)
             with gathered(self.trained_parameters, modify=True):
                 set_peft_model_state_dict(self.model, weights)
             for parameter in self.trained_parameters:

@@ -1,7 +1,6 @@
 """Check from a model's files alone whether it can be loaded, and read its config and tokenizer."""
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import ModelConfig
 from rlqwen.errors import ModelError
+from rlqwen.models.folder_files import UNREADABLE, weight_files
 from rlqwen.models.hub import check_vocabulary, refuse_pickles
 from rlqwen.models.tiny import resolve_model_path
 
@@ -81,6 +81,19 @@ def what_is_missing(path: str, key: str = "model.path") -> list[str]:
     return []
 
 
+def check_model(model: ModelConfig, *, scalar: bool = False) -> None:
+    """Raise ModelError if a local model lacks weights, has some of another shape, or rows for fewer tokens than its
+    tokenizer; no weight is read. `scalar`: see rlqwen.models.model_classes.check_weights."""
+    from rlqwen.models.model_classes import check_weights
+
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        facts = read_config(model, folder)
+        if facts is not None:
+            read_tokenizer(facts)
+        check_weights(str(folder), scalar=scalar, trust_remote_code=model.trust_remote_code)
+
+
 def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:
     """Read config and tokenizer of a complete model; return None if it is on the hub and cannot be reached.
 
@@ -109,7 +122,7 @@ def read_config(model: ModelConfig, scratch: Path) -> ConfigFacts | None:
         options |= {"revision": model.revision or "main", "local_files_only": not _is_on_hub(path, model.revision)}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         if not is_local:
             return None
         raise ModelError(f"model.path {path!r}: config or tokenizer cannot be read: {error}") from error
@@ -129,7 +142,7 @@ def read_tokenizer(facts: ConfigFacts) -> ModelFacts | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(facts.path, **facts.options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         if facts.folder is None:
             return None
         raise ModelError(f"model.path {facts.path!r}: config or tokenizer cannot be read: {error}") from error
@@ -170,7 +183,7 @@ def _check_folder(folder: Path, key: str) -> list[str]:
         missing.append(_NO_WEIGHTS)
     if not any((folder / name).is_file() for name in _TOKENIZER):
         missing.append(NO_TOKENIZER)
-    missing += _missing_shards(folder)
+    missing += [path.name for path in weight_files(folder) if not path.is_file()]
     if missing and (has_weights or not has_config):
         raise _incomplete(folder, key, missing)
     return missing
@@ -179,17 +192,6 @@ def _check_folder(folder: Path, key: str) -> list[str]:
 def _incomplete(folder: Path, key: str, missing: list[str]) -> ModelError:
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
     return ModelError(f"{key} {str(folder)!r} lacks {', '.join(missing)}; it holds {found}")
-
-
-def _missing_shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}); copy it again") from error
-    return [shard for shard in shards if not (folder / shard).is_file()]
 
 
 def _may_be_hub_id(path: str) -> bool:

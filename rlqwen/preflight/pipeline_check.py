@@ -7,8 +7,10 @@ from typing import Any
 from rlqwen.config import OnlineConfig, Recipe
 from rlqwen.data import first_rows, load_rows
 from rlqwen.distributed.adamw import require_8bit
+from rlqwen.errors import ModelError
+from rlqwen.models.model_classes import check_weights
 from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.model_check import check_model_path
+from rlqwen.preflight.model_check import check_model, check_model_path
 from rlqwen.preflight.recipe_check import check_recipe
 from rlqwen.preflight.resource_check import check_resources
 from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
@@ -64,6 +66,7 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         require_8bit(recipe.train)
         if starting_model(recipe, earlier) is recipe:
             check_model_path(recipe.model.path)
+            check_model(recipe.model, scalar=recipe.train.trains_scalar_model)
         _check_other_models(recipe, earlier)
         if isinstance(recipe.train, OnlineConfig):
             check_resources(recipe.train.rollout)
@@ -86,3 +89,7 @@ def _check_other_models(recipe: Recipe, earlier: Sequence[Recipe]) -> None:
     for key, path in recipe.train.other_models().items():
         if path not in models_to_train(earlier):
             check_model_path(path, f"train.{key}")
+            try:
+                check_weights(path, scalar=key.startswith("critic"))
+            except ModelError as error:
+                raise ModelError(f"train.{key}: {error}") from None

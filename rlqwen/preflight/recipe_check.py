@@ -11,6 +11,7 @@ from rlqwen.config.data import SourceConfig
 from rlqwen.data import DataReport, clean_recipe_data, first_rows, load_rows
 from rlqwen.distributed.adamw import require_8bit
 from rlqwen.errors import DataError
+from rlqwen.models.model_classes import check_weights
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.memory_estimate import describe_memory, describe_parameters
@@ -130,6 +131,9 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> tuple[Mo
                 f"{start.model.path} lacks {' and '.join(missing)}: checked without; a run would refuse it"
             )
         size = describe_parameters(report, recipe, found)
+        if not missing:
+            with report.collecting():
+                check_weights(found.path, **_loading(recipe))
         if NO_TOKENIZER in missing:
             return None, size
         model = read_tokenizer(found)
@@ -140,6 +144,10 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> tuple[Mo
             )
         return model, size
     return None, None
+
+
+def _loading(recipe: Recipe) -> dict[str, bool]:
+    return {"scalar": recipe.train.trains_scalar_model, "trust_remote_code": recipe.model.trust_remote_code}
 
 
 def _load(report: CheckReport, recipe: Recipe, part: str) -> Sequence[Row] | None:

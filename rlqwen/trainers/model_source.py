@@ -3,11 +3,13 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed import MainRank
-from rlqwen.models.hub import check_vocabulary
+from rlqwen.errors import ModelError
+from rlqwen.models.folder_files import UNREADABLE
+from rlqwen.models.hub import check_vocabulary, split_revision
 from rlqwen.models.loading import load_tokenizer, local_folder, take_eos_token, text_tokenizer
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.tiny import resolve_model_path
@@ -37,9 +39,20 @@ def source_folder(source: str | nn.Module, args: TrainerConfig) -> str | None:
 def find_tokenizer(
     given: PreTrainedTokenizerBase | None, source: str | nn.Module, args: TrainerConfig
 ) -> PreTrainedTokenizerBase:
-    """Return the given tokenizer, else that of the model, with the EOS token of the config."""
+    """Return the given tokenizer, else that of the model, with the EOS token of the config.
+
+    Raises ModelError, before the model is loaded, if it has tokens without a row in the model's embedding.
+    """
     tokenizer = text_tokenizer(given) or load_tokenizer(name_of(source), args)
     take_eos_token(tokenizer, getattr(args, "eos_token", None))
+    if isinstance(source, str):
+        name, revision = split_revision(source)
+        revision = revision or args.model_init_kwargs.get("revision", "main")
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        except UNREADABLE as error:
+            raise ModelError(f"model {source!r}: its config cannot be used: {error}") from error
+        check_vocabulary(tokenizer, config, f"model {source!r}")
     return tokenizer
 
 
