@@ -209,7 +209,7 @@ def measure_busy(folder: Path, options: argparse.Namespace) -> None:
                 pass
             sampler.close_opened()
             time.sleep(options.train_s)
-            sampler.weights_changed()
+            sampler.policy.version += 1
         busy, taken = map(statistics.fmean, zip(*SimulatedActors.usage(), strict=True))
         seconds = time.monotonic() - started
         print(

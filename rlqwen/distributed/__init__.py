@@ -2,7 +2,7 @@
 
 from rlqwen.distributed.device import pick_device
 from rlqwen.distributed.lr_schedule import warmup_updates
-from rlqwen.distributed.main_rank import MainRank
+from rlqwen.distributed.main_rank import MainRank, on_all_ranks, on_this_rank
 from rlqwen.distributed.optimizer_step import OptimizerStep, UpdateResult
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks, is_loss_of_rank
@@ -22,6 +22,8 @@ __all__ = [
     "is_loss_of_rank",
     "is_sharded",
     "keep_exact",
+    "on_all_ranks",
+    "on_this_rank",
     "pick_device",
     "warmup_updates",
     "whole_model",

@@ -2,22 +2,48 @@
 
 A model with sharded weights can be forwarded or exported only by all ranks together. So the main rank works with a
 policy that announces such a call before it makes it; the others wait for announcements, make the same calls, and
-discard the results.
+discard the results. Each method of the policy declares whether it is such a call; one that declares nothing is refused,
+because the ranks would wait for each other for ever.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.errors import MainRankFailed, RlqwenError
 from rlqwen.packing.batch import PackedBatch
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
+Kind = Literal["forward", "stream", "context"]
 
 _ANNOUNCE_ERROR_S = 10.0
 """Seconds to announce an error; the others may be in the middle of a common call, and not listen."""
+
+
+def on_all_ranks(kind: Kind) -> Callable[[Method], Method]:
+    """Declare that a method of a policy needs all ranks, and how the others take part when the main rank calls it.
+
+    Args:
+        kind: `forward`: it takes a batch, which the others forward without gradient. `stream`: it yields without arguments,
+            and the others read it to its end. `context`: it is a context manager without arguments, which the others
+            enter, and leave when the main rank does.
+    """
+
+    def mark(method: Method) -> Method:
+        method.__dict__["called_on"] = kind
+        return method
+
+    return mark
+
+
+def on_this_rank(method: Method) -> Method:
+    """Declare that a method of a policy needs no other rank."""
+    method.__dict__["called_on"] = "this rank"
+    return method
 
 
 class MainRank:
@@ -79,63 +105,73 @@ class MainRank:
             self._take_part(what, value)
 
     def _take_part(self, what: str, value: Any) -> None:
-        if what in ("export_weights", "export_adapter"):
-            for _ in getattr(self._policy, what)():
-                pass
-        elif what == "send":
+        if what == "send":
             assert self.help_send is not None
             self.help_send(value, self._policy.export_weights())
-        elif what == "logprobs":
+            return
+        name, batch = value
+        method = getattr(self._policy, name)
+        if what == "stream":
+            for _ in method():
+                pass
+        elif what == "forward":
             with self._policy.inference():
-                self._policy.logprobs(value.to(self._policy.device))
+                method(batch.to(self._policy.device))
         else:
-            assert what == "generation_model", what
-            with self._policy.generation_model():
+            assert what == "context", what
+            with method():
                 self.ranks.from_main(None, patient=True)
 
 
 class _AnnouncedPolicy:
-    """Wrap a policy so that it announces calls in which all ranks take part."""
+    """Wrap a policy so that it announces calls in which all ranks take part, and refuses those that declare nothing."""
 
     def __init__(self, policy: Any, announce: Callable[..., None]) -> None:
         self._policy = policy
         self._announce = announce
-        self._export_in_progress: Iterator[Any] = iter(())
+        self._stream_in_progress: Iterator[Any] = iter(())
 
     def finish(self) -> None:
-        """Finish an export that its reader has left, because the other ranks are still making it."""
-        for _ in self._export_in_progress:
+        """Read to its end a stream that its reader has left, because the other ranks are still reading it."""
+        for _ in self._stream_in_progress:
             pass
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
+        """Return a value as it is, and a method as it is declared; RuntimeError for a method or a module that is not.
 
-    def export_weights(self) -> Iterator[tuple[str, Any]]:
-        return self._export("export_weights")
-
-    def export_adapter(self) -> Iterator[tuple[str, Any]]:
-        return self._export("export_adapter")
+        A property is a value: it may read the weights that this rank has, and not gather others.
+        """
+        called_on = getattr(getattr(type(self._policy), name, None), "called_on", None)
+        if called_on in ("forward", "stream", "context"):
+            return partial(getattr(self, f"_{called_on}"), name)
+        value = getattr(self._policy, name)
+        if callable(value) and called_on is None:
+            raise RuntimeError(
+                f"{type(self._policy).__name__}.{name} is used by the main rank alone, and does not declare whether it needs "
+                "the other ranks, which would hang if it did: mark it with @on_all_ranks or @on_this_rank"
+            )
+        return value
 
     def send_by_all_ranks(self, task: Any, send: Callable[[Iterator[tuple[str, Any]]], None]) -> None:
         """Have each rank send its weights: this one by `send`, the others by `MainRank.help_send`, which get `task`."""
         self._announce("send", task)
         send(self._policy.export_weights())
 
-    def _export(self, name: str) -> Iterator[tuple[str, Any]]:
-        self._announce(name)
-        self._export_in_progress = getattr(self._policy, name)()
-        for item in self._export_in_progress:  # noqa: UP028  `yield from` would close it with this generator
+    def _stream(self, name: str) -> Iterator[Any]:
+        self._announce("stream", (name, None))
+        self._stream_in_progress = getattr(self._policy, name)()
+        for item in self._stream_in_progress:  # noqa: UP028  `yield from` would close it with this generator
             yield item
 
-    def logprobs(self, batch: PackedBatch, **options: Any) -> Any:
-        self._announce("logprobs", batch.to("cpu"))
-        return self._policy.logprobs(batch, **options)
+    def _forward(self, name: str, batch: PackedBatch, **options: Any) -> Any:
+        self._announce("forward", (name, batch.to("cpu")))
+        return getattr(self._policy, name)(batch, **options)
 
     @contextmanager
-    def generation_model(self) -> Iterator[Any]:
-        self._announce("generation_model")
-        with self._policy.generation_model() as model:
+    def _context(self, name: str) -> Iterator[Any]:
+        self._announce("context", (name, None))
+        with getattr(self._policy, name)() as value:
             try:
-                yield model
+                yield value
             finally:
-                self._announce("generated")
+                self._announce("left")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.config import TrainerConfig
-from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact
+from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact, on_this_rank
 from rlqwen.distributed.master_weights import MasterWeights
 from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
 from rlqwen.errors import ModelError
@@ -126,6 +126,8 @@ class PackedModel:
             prepare_quantized(model)
         self.model: Any = model.to(self.device)
         self.root = Root(self.model)
+        self.version = 0
+        """How often the trained weights were changed, by an update or a checkpoint; never falls."""
         self.has_adapter = isinstance(model, PeftModel)
         self._carry_unused()
         if self.has_adapter:
@@ -245,6 +247,7 @@ class PackedModel:
         """Return the names of `trained_parameters`, in the same order."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    @on_this_rank
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
         """Switch off gradients and dropout inside."""
@@ -333,6 +336,7 @@ class PackedModel:
             for parameter in self.trained_parameters:
                 with gathered([parameter]):
                     keep_exact(parameter, parameter.detach())
+            self.version += 1
             return
         saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
         with torch.no_grad(), whole_weights(self.base_model.modules()):
@@ -340,3 +344,4 @@ class PackedModel:
                 with gathered([weight], modify=True):
                     weight.copy_(saved[name])
                 keep_exact(weight, saved[name])
+        self.version += 1

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlqwen.config import TrainerConfig
-from rlqwen.distributed import gathered, whole_model
+from rlqwen.distributed import gathered, on_all_ranks, whole_model
 from rlqwen.distributed.tensor_parallel import whole_weights
 from rlqwen.errors import ConfigError
 from rlqwen.models.adapters import adapter_rank, adapter_weights, check_adapter, lora_obstacle
@@ -108,6 +108,7 @@ class Policy(PackedModel):
     def _logits(self, hidden_RC: Tensor) -> Tensor:
         return scaled_logits(hidden_RC, head_weight(self.base_model).to(hidden_RC.dtype), 1.0)
 
+    @on_all_ranks("forward")
     def logprobs(
         self,
         batch: PackedBatch,
@@ -268,6 +269,11 @@ class Policy(PackedModel):
         if self._reference is not None:
             load_safetensors(self._reference, str(folder / REFERENCE_FILE))
 
+    @property
+    def generation_config(self) -> Any:
+        return self.base_model.generation_config
+
+    @on_all_ranks("context")
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:
         """Prepare the model for `generate` inside: eval mode, transformers' attention, no gradients."""
@@ -286,6 +292,7 @@ class Policy(PackedModel):
             if self.recomputation:
                 recompute_activations(model, self.recomputation)
 
+    @on_all_ranks("stream")
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every weight under its checkpoint name, in the compute dtype, with adapters merged and tied heads.
 
@@ -304,6 +311,7 @@ class Policy(PackedModel):
         """Return the largest rank of the adapter."""
         return adapter_rank(self.model)
 
+    @on_all_ranks("stream")
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the adapter's weights under PEFT's names, with its scaling folded in."""
         return adapter_weights(self.model)

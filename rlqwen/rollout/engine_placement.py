@@ -5,7 +5,7 @@ the first GPUs of the machine are the ranks', and the workers have the rest.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -232,12 +232,12 @@ def _notes(resolved: RolloutConfig, machine: Machine, level: int, *, can_sleep: 
     return notes
 
 
-def growth_of(model: "nn.Module", parallel: ParallelConfig, world_size: int) -> int:
-    """Return the bytes that training will add to a rank's GPU while workers are awake: of the optimizer, for each parameter
-    that is trained, a float32 master weight and two moments."""
+def growth_of(trained: "Iterable[nn.Parameter]", parallel: ParallelConfig, world_size: int) -> int:
+    """Return the bytes that training will add to a rank's GPU while workers are awake: of the optimizer, for each `trained`
+    parameter a float32 master weight and two moments."""
     if parallel.offload_optimizer:
         return 0
-    count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad)
+    count: int = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)
     return 12 * count // (world_size if parallel.zero_stage else 1)
 
 

@@ -34,7 +34,7 @@ from rlqwen.types import Group, GroupRequest, Prompt
 class Sampler:
     """Hold the engine, the scorer, and the version of the weights that is sampled from.
 
-    Weights are sent lazily: `weights_changed` marks them stale, and the next `sample` syncs first.
+    Weights are sent lazily: a draw sends them first if the policy has changed since the last one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Sampler:
         self.lora_rank, sync_note = choose_sync(policy, args.rollout)
         self.notes = [note for note in (dtype_note, sync_note) if note is not None]
         """Notes for the user on what was chosen."""
-        ends = stop_token_ids(tokenizer, policy.base_model.generation_config, end_of_turn)
+        ends = stop_token_ids(tokenizer, policy.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
         self._sync_check = SyncCheck(
             policy,
@@ -77,6 +77,8 @@ class Sampler:
         refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = self._start_engine(engine, model_path, tokenizer)
         self.version = 1
+        """How many weights were sampled from, or are about to be: grows at a draw, if the policy has changed."""
+        self._seen_version = policy.version
         self._synced_version = 0
         self.max_staleness = args.rollout.max_staleness
         if self.max_staleness and not engine.in_workers:
@@ -112,7 +114,7 @@ class Sampler:
             lora_rank=self.lora_rank,
             reads_text=self.sampling.reads_text,
             placement=placement,
-            reserved_bytes=growth_of(self.policy.model, self.args.parallel, machine.world_size),
+            reserved_bytes=growth_of(self.policy.trained_parameters, self.args.parallel, machine.world_size),
         )
 
     def wait_until_ready(self, announce: Callable[[str], None]) -> None:
@@ -123,6 +125,7 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """Return the version of the weights, whether the engine has them, what the first sync measured, and the
         prefetched batches."""
+        self._notice_changes()
         return {
             "version": self.version,
             "synced": self._synced_version == self.version,
@@ -135,7 +138,7 @@ class Sampler:
 
         An engine that had the present weights gets them now, so that it does not count in the metrics of a step.
         """
-        self.version = state["version"]
+        self.version, self._seen_version = state["version"], self.policy.version
         self._sync_check.load_state_dict(state["sync_check"])
         batches: list[RolloutBatch] = []
         start = 0
@@ -146,9 +149,10 @@ class Sampler:
         if state["synced"]:
             self._sync(prompts_P)
 
-    def weights_changed(self) -> None:
-        """Make the next sample use the policy's new weights."""
-        self.version += 1
+    def _notice_changes(self) -> None:
+        """Count a change of the policy's weights since the last draw as one version more."""
+        if self.policy.version != self._seen_version:
+            self.version, self._seen_version = self.version + 1, self.policy.version
 
     def discard_prefetched(self) -> None:
         """Discard what was sampled for coming steps, because the weights were replaced by others."""
@@ -161,6 +165,7 @@ class Sampler:
 
         `draw` names this rollout batch within the run, and is part of the sampling seeds.
         """
+        self._notice_changes()
         metrics = self._sync(prompts_P)
         batch = self._batch(prompts_P, num_generations, draw)
         batch.sample(self.engine)
@@ -182,6 +187,7 @@ class Sampler:
         Begins to sample the batches of the `coming` steps, given as names and prompts, with the present weights.
         """
         started = time.monotonic()
+        self._notice_changes()
         batch = self._prefetcher.collect(draw)
         waited = time.monotonic()
         dropped = batch is not None and self._is_useless(batch, prompts_P)
@@ -212,6 +218,7 @@ class Sampler:
 
         The batches of the coming steps begin as soon as this one is sampled.
         """
+        self._notice_changes()
         batch = self._prefetcher.open_begun(draw)
         dropped = batch is not None and self._is_useless(batch, prompts_P)
         metrics: dict[str, float] = {"time/sync": 0.0}

@@ -138,11 +138,6 @@ class ArrivalTrainer(OnlineTrainer[Args]):
         return Totals(tokens=2 ** (tokens - 1).bit_length(), sequences=2 ** (sequences - 1).bit_length())
 
 
-def waiting_seconds(metrics: Metrics) -> float:
-    """Return how long a step waited for samples, rewards and the sending of weights."""
-    return sum(metrics.get(f"time/{name}", 0.0) for name in ("rollout", "reward", "sync"))
-
-
 def split_arriving(groups: Iterable[Group], size: int) -> Iterator[Iterator[tuple[Group, list[int]]]]:
     """Yield shares of `size` completions, in order; each must be read to its end before the next.
 

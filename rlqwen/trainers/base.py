@@ -156,7 +156,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
     def saved_models(self) -> dict[str, Saveable]:
         """Return the models that a checkpoint holds, by subfolder; `""` is its own folder."""
         models: dict[str, Saveable] = {"": self.policy}
-        if getattr(self.args, "sync_ref_model", False):
+        if isinstance(self.args, SyncedReference) and self.args.sync_ref_model:
             assert isinstance(self.policy, Policy)
             models["reference"] = ReferenceFile(self.policy)
         return models
@@ -168,9 +168,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
     def fingerprint_entries(self) -> dict[str, Any]:
         """Return what the result depends on beyond model, data and config, by dotted name."""
         return {}
-
-    def weights_changed(self) -> None:
-        """React to weights that training or a checkpoint has replaced; does nothing by default."""
 
     def close(self) -> None:
         """Free what the trainer holds besides the model; may be called twice."""
@@ -303,7 +300,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
             processing_class=self.processing_class,
             fingerprint=fingerprint,
             recipe=self.recipe,
-            on_restore=self.weights_changed,
         )
 
     def _resume(self, checkpoint: Path, changes: list[str]) -> None:
@@ -333,17 +329,28 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         started = time.monotonic()
         self.callbacks.notify("on_step_begin")
         self.updates.start_step()
+        before = self.state.global_step
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
+        self._refresh_reference(before)
         self.state.epoch = self.stream.epoch
         metrics |= {
             "epoch": self.state.epoch,
-            **self.updates.metrics(seconds=time.monotonic() - started, sampling=metrics.get("time/rollout")),
+            **self.updates.metrics(metrics, seconds=time.monotonic() - started),
             **self.policy.routers.metrics(self.ranks.gather),
             **(self.policy.replay.metrics(self.ranks.gather) if self.policy.replay else {}),
         }
         metrics = self.ranks.from_main(metrics)
         self.callbacks.notify("on_step_end")
         return metrics
+
+    def _refresh_reference(self, before: int) -> None:
+        """Mix the policy into the reference if the config asks for it, and it is due since update `before`."""
+        args: TrainerConfig = self.args
+        if not isinstance(args, SyncedReference) or not args.sync_ref_model:
+            return
+        if self.schedule.passes(args.ref_model_sync_steps, before):
+            assert isinstance(self.policy, Policy)
+            self.policy.refresh_reference(args.ref_model_mixup_alpha)
 
     def _finish(self) -> None:
         """Complete the run folder; the summary comes last, and says that it is complete."""
@@ -370,10 +377,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def update(self, micro_batches: Sequence[PackedBatch], *, rescale: float = 1.0) -> UpdateResult:
         """Apply the gathered gradient times `rescale`; keep the batch on disk if it was not finite."""
-        return self.updates.apply(self.optimizer, micro_batches, rescale=rescale)
-
-    def refresh_reference(self, args: SyncedReference, before: int) -> None:
-        """Mix the policy into the reference if that is due since update `before`."""
-        if args.sync_ref_model and self.schedule.passes(args.ref_model_sync_steps, before):
-            assert isinstance(self.policy, Policy)
-            self.policy.refresh_reference(args.ref_model_mixup_alpha)
+        result = self.updates.apply(self.optimizer, micro_batches, rescale=rescale)
+        self.policy.version += 1
+        return result

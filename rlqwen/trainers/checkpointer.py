@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +73,6 @@ class Checkpointer:
         processing_class: PreTrainedTokenizerBase,
         fingerprint: dict[str, Any],
         recipe: Recipe | None,
-        on_restore: Callable[[], None],
     ) -> None:
         """Take the parts of a trainer.
 
@@ -81,7 +80,6 @@ class Checkpointer:
             models: by the subfolder of the checkpoint that each writes to; `""` is the checkpoint's own folder.
             parts: by name; their states go into one file.
             fingerprint: what the result depends on; saved beside the state.
-            on_restore: called when weights have been replaced by those of a checkpoint.
         """
         self.saved_step = -1
         """Update of the newest checkpoint that this process wrote or restored."""
@@ -96,7 +94,6 @@ class Checkpointer:
         self._processing_class = processing_class
         self._fingerprint = fingerprint
         self._recipe = recipe
-        self._on_restore = on_restore
 
     # Saving
 
@@ -157,7 +154,6 @@ class Checkpointer:
         for name, part in self._parts.items():
             if name not in keep:
                 part.load_state_dict(states[name])
-        self._on_restore()
         self.saved_step = self._state.global_step
         if self._ranks.is_main and self._is_own(checkpoint):
             for later in archive_checkpoints(self.output_dir, after=self.saved_step):
@@ -176,7 +172,6 @@ class Checkpointer:
             )
             return False
         model.load_checkpoint(folder)
-        self._on_restore()
         return True
 
     def truncate_run_folder(self, checkpoint: Path) -> None:

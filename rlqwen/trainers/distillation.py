@@ -12,7 +12,6 @@ moves towards that: dense feedback on what the student really writes (GKD, arXiv
 Shapes: P prompts per rollout, N tokens of a micro-batch.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,9 +24,8 @@ from rlqwen.config import DistillationConfig
 from rlqwen.errors import ConfigError
 from rlqwen.models.loading import load_reference
 from rlqwen.packing.batch import PackedBatch, Tree
-from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share, waiting_seconds
-from rlqwen.trainers.online import RewardFunc, Update, branch_of
+from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share
+from rlqwen.trainers.online import Learned, RewardFunc, Update, branch_of
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -89,9 +87,8 @@ class DistillationTrainer(ArrivalTrainer[DistillationConfig]):
         )
         self.normalizer = Normalizer(self.args.loss_normalizer, settings)
 
-    def step(self, prompts_P: list[Prompt]) -> Metrics:
+    def learn(self, prompts_P: list[Prompt]) -> Learned:
         """Sample completions for each prompt, and make one update towards the teacher on their tokens."""
-        started = time.monotonic()
         metrics: Metrics = {}
         groups_P: list[Group] = []
         arriving = self._arriving(prompts_P, groups_P, metrics)
@@ -100,11 +97,7 @@ class DistillationTrainer(ArrivalTrainer[DistillationConfig]):
         else:
             update = self._pack(list(arriving))
         self.make_update(update)
-        self.weights_changed()
-        self.rollouts.log_completions(groups_P)
-        trained = self.summarize([update], num_passes=1)
-        seconds = time.monotonic() - started - waiting_seconds(metrics)
-        return metrics | self._describe(groups_P) | trained | {"time/train": seconds}
+        return Learned(groups_P, [update], metrics)
 
     def _arriving(self, prompts_P: list[Prompt], groups_P: list[Group], metrics: Metrics) -> Iterator[Group]:
         """Yield groups as they arrive, and collect them in `groups_P`."""
@@ -131,13 +124,13 @@ class DistillationTrainer(ArrivalTrainer[DistillationConfig]):
             collected.add({"kl": token_mean(kl_N)})
         totals = update.totals
         kl = collected.reduce(self.ranks.gather_shares, tokens=totals.tokens, sequences=totals.sequences)
-        metrics = self._describe(groups) | kl
+        metrics = self.describe(groups) | kl
         del metrics["tokens/generated"]
         return metrics
 
-    def _describe(self, groups_P: Sequence[Group]) -> Metrics:
+    def describe(self, groups_P: Sequence[Group]) -> Metrics:
         """Return means over the completions, without those of rewards if there are none."""
-        metrics = describe_groups(groups_P) | self.rollouts.scoring_metrics()
+        metrics = super().describe(groups_P)
         without = ("reward/", "groups/no_signal")
         return metrics if self.rewards else {key: v for key, v in metrics.items() if not key.startswith(without)}
 

@@ -11,7 +11,6 @@ Example:
 Shapes: N target tokens, S answers.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -138,7 +137,6 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
 
     def step(self, rows: list[PreferenceExample]) -> Metrics:
         """Make one update on the mean loss of `rows`."""
-        started = time.monotonic()
         batches = list(self._batches([row.answers for row in rows], self.args.per_device_train_batch_size))
         totals = AnswerTotals.of_trees((row.answers for row in rows), paired=are_pairs(rows))
         kl = self._kl(rows, self.args.per_device_train_batch_size)
@@ -156,15 +154,9 @@ class DPOTrainer(Trainer[PreferenceExample, DPOConfig, Policy]):
             found = collected.reduce(self.ranks.gather_shares, tokens=totals.answers, sequences=totals.pairs)
             metrics = self.ranks.sum(read_scalars(sums)) | found
         self.update(batches)
-        self.refresh_reference(self.args, self.state.global_step - 1)
         targets = sum(micro.num_targets for micro in batches)
         tokens = {"tokens/trained": count_tokens(batches), "tokens/targets": float(targets)}
-        return (
-            metrics
-            | ({} if kl is None else {"kl": kl.item()})
-            | self.ranks.sum(tokens)
-            | {"time/train": time.monotonic() - started}
-        )
+        return metrics | ({} if kl is None else {"kl": kl.item()}) | self.ranks.sum(tokens)
 
     def _backward_in_two_passes(self, micro_batches: list[PackedBatch], totals: AnswerTotals) -> Metrics:
         """Send back the gradient of a loss that ranks all pairs of the update.

@@ -10,7 +10,6 @@ Shapes: P prompts per rollout, G completions per prompt.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,9 +24,8 @@ from rlqwen.errors import ConfigError
 from rlqwen.packing.batch import PackedBatch, Tree
 from rlqwen.plugins.kinds import ADVANTAGES
 from rlqwen.plugins.named_call import NamedCall
-from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share, waiting_seconds
-from rlqwen.trainers.online import RewardFunc, Update, branch_of, split_into_updates
+from rlqwen.trainers.arrival import ArrivalTrainer, Count, Share
+from rlqwen.trainers.online import Learned, RewardFunc, Update, branch_of, split_into_updates
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -89,9 +87,8 @@ class GRPOTrainer(ArrivalTrainer[GRPOConfig]):
 
     # The algorithm
 
-    def step(self, prompts_P: list[Prompt]) -> Metrics:
+    def learn(self, prompts_P: list[Prompt]) -> Learned:
         """Sample a group for each prompt, score it, estimate advantages, and make the clipped updates."""
-        started = time.monotonic()
         metrics: Metrics = {}
         groups_P: list[Group] = []
         if self.trains_on_arrival:
@@ -102,19 +99,10 @@ class GRPOTrainer(ArrivalTrainer[GRPOConfig]):
             updates = [self._pack(share) for share in self._shares(groups_P)]
             for micro in (micro for update in updates for micro in update.micro_batches):
                 self.add_fixed_logprobs(micro)
-        metrics |= self.rollouts.scoring_metrics()
         for _ in range(self.args.num_iterations):
             for update in updates:
                 self.make_update(update)
-        self.weights_changed()
-        self.refresh_reference(self.args, self.state.global_step - self.plan.updates_per_step)
-        self.rollouts.log_completions(groups_P)
-        return (
-            metrics
-            | describe_groups(groups_P)
-            | self.summarize(updates, self.args.num_iterations)
-            | {"time/train": time.monotonic() - started - waiting_seconds(metrics)}
-        )
+        return Learned(groups_P, updates, metrics, num_passes=self.args.num_iterations)
 
     def _arriving(self, prompts_P: list[Prompt], groups_P: list[Group], metrics: Metrics) -> Iterator[Group]:
         """Yield groups with their advantages as they arrive, and collect them in `groups_P`."""

@@ -3,6 +3,7 @@
 Shapes: P prompts per rollout, G completions per prompt.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.sampler import describe_groups
 from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.checkpointer import Stateful
@@ -55,6 +57,19 @@ class Update:
         """Add a micro-batch's share of the loss, and the metrics of its forward pass."""
         self.loss = add_on_device(self.loss, loss)
         self.metrics.add(metrics)
+
+
+@dataclass(slots=True)
+class Learned:
+    """What an algorithm did in a step."""
+
+    groups_P: Sequence[Group]
+    """The groups that were drawn."""
+    updates: Sequence[Update]
+    metrics: Metrics
+    """Those of the draw, and the algorithm's own."""
+    num_passes: int = 1
+    """How often each update was made."""
 
 
 class OnlineTrainer(Trainer[Prompt, Args, Policy]):
@@ -158,7 +173,21 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         self.ranks.barrier()
         return str(folder)
 
-    # What a step calls
+    # A step
+
+    @abstractmethod
+    def learn(self, prompts_P: list[Prompt]) -> Learned:
+        """Draw scored groups by `next_groups`, and train on them, with `plan.updates_per_step` calls of `update`."""
+
+    def step(self, prompts_P: list[Prompt]) -> Metrics:
+        learned = self.learn(prompts_P)
+        self.rollouts.log_completions(learned.groups_P)
+        trained = self.summarize(learned.updates, learned.num_passes)
+        return learned.metrics | self.describe(learned.groups_P) | trained
+
+    def describe(self, groups_P: Sequence[Group]) -> Metrics:
+        """Return means over the completions, and what the reward workers counted since the last call."""
+        return describe_groups(groups_P) | self.rollouts.scoring_metrics()
 
     def next_groups(self, prompts_P: Sequence[Prompt]) -> tuple[list[Group], Metrics]:
         """Return the scored groups of a training step and metrics of the draw, on every rank."""
@@ -215,9 +244,6 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
 
     def compute_evaluation(self, rows: Sequence[Prompt]) -> Metrics:
         return self.rollouts.evaluate(rows)
-
-    def weights_changed(self) -> None:
-        self.rollouts.weights_changed()
 
     def saved_parts(self) -> dict[str, Stateful]:
         return super().saved_parts() | {"rollouts": self.rollouts}

@@ -10,7 +10,6 @@ Shapes: P prompts per rollout, N tokens and S completions of a micro-batch.
 """
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,9 +29,8 @@ from rlqwen.models.hub import check_vocabulary
 from rlqwen.models.loading import load_reference, load_scalar_model
 from rlqwen.models.reference_cache import digest_weights
 from rlqwen.packing.batch import PackedBatch, Tree
-from rlqwen.rollout.sampler import describe_groups
 from rlqwen.trainers.checkpointer import Saveable, Stateful
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update, branch_of, split_into_updates
+from rlqwen.trainers.online import Learned, OnlineTrainer, RewardFunc, Update, branch_of, split_into_updates
 from rlqwen.trainers.run_logger import Metrics
 from rlqwen.types import Group, Prompt
 
@@ -124,11 +122,9 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
 
     # The algorithm
 
-    def step(self, prompts_P: list[Prompt]) -> Metrics:
+    def learn(self, prompts_P: list[Prompt]) -> Learned:
         """Sample and score, give every token its advantage and return, and make the clipped updates."""
         groups_P, metrics = self.next_groups(prompts_P)
-        metrics |= self.rollouts.scoring_metrics()
-        started = time.monotonic()
         order = random.Random(f"{self.args.seed}/{self.rollouts.num_draws}")
         updates = [self._pack(share) for share in self._mini_batches(groups_P, order)]
         with self.updates.timed():
@@ -137,17 +133,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
         for _ in range(self.args.num_ppo_epochs):
             for update in order.sample(updates, len(updates)):
                 self._update(update)
-        self.weights_changed()
-        self.rollouts.log_completions(groups_P)
-        return (
-            metrics
-            | describe_groups(groups_P)
-            | self.summarize(updates, self.args.num_ppo_epochs)
-            | {
-                "critic/grad_norm": self.updates.last.grad_norms["critic"],
-                "time/train": time.monotonic() - started,
-            }
-        )
+        metrics["critic/grad_norm"] = self.updates.last.grad_norms["critic"]
+        return Learned(groups_P, updates, metrics, num_passes=self.args.num_ppo_epochs)
 
     @torch.no_grad()
     def _add_fixed_estimates(self, updates: Sequence[Update]) -> None:

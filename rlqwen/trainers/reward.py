@@ -7,7 +7,6 @@ Example:
 The model that it leaves loads with AutoModelForSequenceClassification, and its folder can be named as a reward.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -97,7 +96,6 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
 
     def step(self, rows: list[PreferenceRow]) -> Metrics:
         """Make one update on the mean loss of the pairs in `rows`."""
-        started = time.monotonic()
         batches = list(self._micro_batches(rows, self.args.per_device_train_batch_size))
         total: Tensor | float = 0.0
         metrics = MetricSums()
@@ -109,7 +107,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
             metrics.add(found)
         self.update(batches)
         tokens = self.ranks.sum({"tokens/trained": count_tokens(batches)})
-        return self._means(total, metrics, len(rows)) | tokens | {"time/train": time.monotonic() - started}
+        return self._means(total, metrics, len(rows)) | tokens
 
     def compute_evaluation(self, rows: Sequence[PreferenceRow]) -> Metrics:
         """Return the mean loss, the share of pairs that are ranked right, and the mean rewards of either side."""

@@ -229,11 +229,6 @@ class RolloutManager:
         self.scorer.reset_metrics()
         return metrics
 
-    def weights_changed(self) -> None:
-        """Have the next draw sample from the policy's new weights."""
-        if self.sampler is not None:
-            self.sampler.weights_changed()
-
     def state_dict(self) -> dict[str, Any]:
         """Return the number of draws, and the state of the sampler with its prefetched groups."""
         sampler = self._saved_sampler if self.sampler is None else self.sampler.state_dict()

@@ -5,7 +5,6 @@ Example:
     trainer.train()
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -117,7 +116,6 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
 
     def step(self, rows: list[PackedRow]) -> Metrics:
         """Make one update on the mean loss of all target tokens of `rows`."""
-        started = time.monotonic()
         micro_batches = list(self._micro_batches(rows))
         counts = [count for tree in _trees(rows) for count in tree.target_counts]
         totals = Totals(tokens=sum(counts), sequences=len(counts))
@@ -135,11 +133,7 @@ class SFTTrainer(Trainer[PackedRow, SFTConfig, Policy]):
         self.update(micro_batches)
         add_up(sums, {"tokens/trained": count_tokens(micro_batches)})
         reduced = collected.reduce(self.ranks.gather_shares, tokens=totals.tokens, sequences=totals.sequences)
-        return (
-            reduced
-            | self.ranks.sum(read_scalars(sums))
-            | {"tokens/targets": totals.tokens, "time/train": time.monotonic() - started}
-        )
+        return reduced | self.ranks.sum(read_scalars(sums)) | {"tokens/targets": totals.tokens}
 
     def compute_evaluation(self, rows: Sequence[PackedRow]) -> Metrics:
         """Return the mean loss per target token in nats and its exponential.

@@ -54,23 +54,26 @@ class StepUpdates:
         """Return the last update of the step."""
         return self._results[-1]
 
-    def metrics(self, *, seconds: float, sampling: float | None) -> Metrics:
+    def metrics(self, found: Metrics, *, seconds: float) -> Metrics:
         """Return metrics of the updates of a step: the last one's gradient norm and learning rate, how many were skipped,
         and where the time went.
 
         Args:
+            found: metrics of the step itself, with the seconds that it waited for samples, rewards and the sending of
+                weights, if it samples.
             seconds: duration of the step.
-            sampling: seconds that it waited for samples; None if it does not sample.
         """
+        waited = {name: found.get(f"time/{name}", 0.0) for name in ("rollout", "reward", "sync")}
         metrics = {
             "grad_norm": self.last.grad_norm,
             "learning_rate": self.last.lr,
             "updates/skipped": float(sum(result.skipped for result in self._results)),
             "time/step": seconds,
+            "time/train": seconds - sum(waited.values()),
         }
-        if sampling is not None:
+        if "time/rollout" in found:
             metrics["time/update"] = self._seconds
-            metrics["time/overhead_share"] = 1 - (sampling + self._seconds) / seconds
+            metrics["time/overhead_share"] = 1 - (waited["rollout"] + self._seconds) / seconds
         return metrics
 
     def _keep(self, micro_batches: Sequence[PackedBatch]) -> None:

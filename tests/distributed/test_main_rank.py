@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
-from rlqwen.distributed import MainRank
+from rlqwen.distributed import MainRank, on_all_ranks, on_this_rank
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.errors import ConfigError, MainRankFailed
 from rlqwen.models.policy import Policy
@@ -43,20 +44,28 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.model = torch.nn.Linear(1, 1)
 
+    def undeclared(self) -> None:
+        self.calls.append("undeclared")
+
+    @on_all_ranks("stream")
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name in ("a", "b", "c"):
             self.calls.append(name)
             yield name, torch.zeros(1)
 
+    @on_all_ranks("forward")
     def logprobs(self, batch: PackedBatch, **options: Any) -> str:
         self.calls.append(f"logprobs of {batch.num_targets}")
         return "logp"
 
+    @on_this_rank
     @contextlib.contextmanager
     def inference(self) -> Iterator[Any]:
         yield
 
+    @on_all_ranks("context")
     @contextlib.contextmanager
     def generation_model(self) -> Iterator[str]:
         self.calls.append("enter")
@@ -111,6 +120,15 @@ def test_all_ranks_make_the_collective_calls_and_get_the_result() -> None:
 def test_an_export_that_is_never_read_makes_no_collective_call() -> None:
     results, calls = run_on_both(lambda policy: str(policy.export_weights() is not None))
     assert results == ["True", "True"]
+    assert calls == [[], []]
+
+
+@pytest.mark.parametrize("name", ["undeclared", "model"])
+def test_a_call_that_may_need_the_other_ranks_and_does_not_say_so_is_refused(name: str) -> None:
+    results, calls = run_on_both(lambda policy: getattr(policy, name)())
+    assert isinstance(results[0], RuntimeError)
+    assert str(results[0]).startswith(f"Recorder.{name} is used by the main rank alone, and does not declare")
+    assert isinstance(results[1], MainRankFailed)
     assert calls == [[], []]
 
 

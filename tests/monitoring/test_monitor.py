@@ -406,11 +406,14 @@ def test_a_rollback_restores_the_checkpoint_and_continues_with_the_next_rows(
         rows.append(batch)
         return step(batch)
 
-    def keep_restored_weight() -> None:
+    load = trainer.policy.load_checkpoint
+
+    def keep_restored_weight(folder: Path) -> None:
+        load(folder)
         restored[trainer.state.global_step] = trainer.policy.base_model.model.norm.weight.detach().clone()
 
     monkeypatch.setattr(trainer, "step", keep_rows)
-    monkeypatch.setattr(trainer, "weights_changed", keep_restored_weight)
+    monkeypatch.setattr(trainer.policy, "load_checkpoint", keep_restored_weight)
     trainer.train()
     assert done == [1, 2, 3, 4, 5, 6, 5, 6, 7]
     order = RowStream(trainer.train_rows, seed=trainer.args.seed, shuffle=True).take(len(done) * 4)

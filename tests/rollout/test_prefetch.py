@@ -145,7 +145,13 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize("arrival", [False, True])
 def test_too_stale_groups_are_dropped_and_sampled_again(tiny_model_path: Path, tmp_path: Path, arrival: bool) -> None:
     trainer = make(tiny_model_path, tmp_path, max_steps=4, train_on_arrival=arrival)
-    trainer.callbacks.append(Watch(lambda: trainer.state.global_step == 2 and trainer.weights_changed()))
+
+    def change_weights_twice() -> None:
+        if trainer.state.global_step == 2:
+            trainer.evaluate()  # draws with the weights of the update, so that the next change is one more
+            trainer.policy.version += 1
+
+    trainer.callbacks.append(Watch(change_weights_twice))
     trainer.train()
     assert figures(trainer, "groups/stale_dropped") == [0.0, 0.0, 2.0, 0.0]
     assert figures(trainer, "groups/staleness") == [0.0, 1.0, 0.0, 1.0]

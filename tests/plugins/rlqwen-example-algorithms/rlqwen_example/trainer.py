@@ -3,7 +3,6 @@
 Minimizes the reverse KL divergence on the student's own samples, by the teacher's logprob of each sampled token alone.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,7 @@ from rlqwen.algorithms.loss_metrics import token_mean
 from rlqwen.algorithms.losses import Totals
 from rlqwen.models.loading import load_reference
 from rlqwen.packing.batch import Branch, Tree
-from rlqwen.rollout.sampler import describe_groups
-from rlqwen.trainers.online import OnlineTrainer, RewardFunc, Update
+from rlqwen.trainers.online import Learned, OnlineTrainer, RewardFunc, Update
 from rlqwen.types import Group, Prompt
 
 
@@ -45,9 +43,8 @@ class SampledDistillationTrainer(OnlineTrainer[Any]):
             reference=load_reference(args.teacher.path, model, args),
         )
 
-    def step(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
+    def learn(self, prompts_P: Sequence[Prompt]) -> Learned:
         groups_P, metrics = self.next_groups(prompts_P)
-        started = time.monotonic()
         update = self._pack(groups_P)
         for micro in update.micro_batches:
             micro = micro.to(self.policy.device)
@@ -58,9 +55,7 @@ class SampledDistillationTrainer(OnlineTrainer[Any]):
             self.optimizer.backward(loss)
             update.add(loss, {"teacher/gap": token_mean(gap)})
         self.update(update.micro_batches)
-        self.weights_changed()
-        trained = self.summarize([update], 1) | {"time/train": time.monotonic() - started}
-        return metrics | describe_groups(groups_P) | trained
+        return Learned(groups_P, [update], metrics)
 
     def _pack(self, groups_P: list[Group]) -> Update:
         trees = [
