@@ -74,6 +74,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tupl
     teacher = build_tiny_qwen3(folder / "teacher", hidden_size=64, seed=1)
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*install, "--target", str(folder / "site"), str(PLUGIN)], check=True)
+    path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
     names = []
     for name, recipe in recipes(tiny_model_path, teacher).items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": name}))
@@ -81,7 +82,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model_path: Path) -> tupl
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *names],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder / "site"), "RLQWEN_DISPLAY": "plain", "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": path, "RLQWEN_DISPLAY": "plain", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         check=False,
