@@ -44,12 +44,14 @@ class FaultTable:
     path: Path | None
     command: str
     cases: dict[str, Case] = field(default_factory=dict)
-    """By node id."""
+    """By node id; those that have run."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        case = self.cases.get(report.nodeid)
-        if case is None:
+        texts = dict(report.user_properties).get("fault")  # of this process or of one of pytest-xdist
+        if texts is None:
             return
+        injection, expectation = map(str, texts)  # type: ignore[call-overload]
+        case = self.cases.setdefault(report.nodeid, Case(report.nodeid.partition("[")[0], injection, expectation))
         case.seconds += report.duration
         if report.failed:
             case.outcome, case.reason = FAILED, ""
@@ -70,20 +72,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--fault-table")
+    path = None if hasattr(config, "workerinput") else config.getoption("--fault-table")
     command = "make faults" if path else ""
     config.pluginmanager.register(FaultTable(Path(path) if path else None, command), "fault-table")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    table = config.pluginmanager.get_plugin("fault-table")
     for item in items:
         marker = item.get_closest_marker("fault")
         if marker is not None:
             if len(marker.args) != 2:
                 raise pytest.UsageError(f"{item.nodeid}: fault takes two texts, what is injected and what must happen")
-            assert table is not None
-            table.cases[item.nodeid] = Case(item.nodeid.partition("[")[0], *marker.args)
+            item.user_properties.append(("fault", marker.args))
         elif item.get_closest_marker("slow_fault"):
             raise pytest.UsageError(f"{item.nodeid}: mark a slow_fault as a fault too, or it has no row in the table")
     if "fault" in config.getoption("-m") or any("::" in argument for argument in config.args):
@@ -95,9 +95,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def render(cases: Iterable[Case], command: str) -> str:
-    """The table in Markdown, a section a file."""
+    """The table in Markdown, a section a file, whatever the order in which processes ran the cases."""
     rows: dict[tuple[str, str, str], list[Case]] = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: case.test.partition("::")[0]):
         rows.setdefault((case.test, case.injection, case.expectation), []).append(case)
     worst = {key: min(row, key=lambda case: _OUTCOMES.index(case.outcome)).outcome for key, row in rows.items()}
     counts = ", ".join(

@@ -43,9 +43,10 @@ def test_a_plain_run_leaves_the_slow_ones_out_and_writes_nothing(suite: pytest.P
     assert not list(suite.path.glob("*.md"))
 
 
-def test_the_faults_alone_are_published_with_their_outcomes(suite: pytest.Pytester) -> None:
-    run(suite, "-m", "fault", "--fault-table", "FAULTS.md").assert_outcomes(
-        passed=2, xfailed=1, skipped=1, failed=1, deselected=1
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
+def test_the_faults_alone_are_published_with_their_outcomes(suite: pytest.Pytester, processes: list[str]) -> None:
+    run(suite, "-m", "fault", "--fault-table", "FAULTS.md", *processes).assert_outcomes(
+        passed=2, xfailed=1, skipped=1, failed=1
     )
     table = (suite.path / "FAULTS.md").read_text()
     assert "injects each of these 4 faults for real" in table
