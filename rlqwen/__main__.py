@@ -1,5 +1,18 @@
-"""Run the command line: `python -m rlqwen`."""
+"""Run the command line: `rlqwen`, or `python -m rlqwen`."""
 
-from rlqwen.cli import run_process
+import sys
+from typing import NoReturn
 
-run_process()
+
+def run() -> NoReturn:
+    """Run the command line and end this process."""
+    try:
+        from rlqwen.cli import run_process
+    except KeyboardInterrupt:
+        print("rlqwen: interrupted", file=sys.stderr)
+        sys.exit(130)
+    run_process()
+
+
+if __name__ == "__main__":
+    run()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "rlqwen"
 
 # From the bottom up; a package imports only from packages in lower rows.
 LAYERS = [
-    {"terminal"},
+    {"terminal", "stop_signals"},
     {"errors", "types", "secrets"},
     {"plugins"},
     {"config"},
@@ -31,7 +31,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NO_TORCH = {
-    "errors", "terminal", "types", "secrets", "config.recipe_yaml", "plugins.registry", "rewards.registry", "reporting", "monitoring",
+    "errors", "stop_signals", "terminal", "types", "secrets", "config.recipe_yaml", "plugins.registry", "rewards.registry", "reporting", "monitoring",
     "cli",
 }  # fmt: skip
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

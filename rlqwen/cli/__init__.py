@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import NoReturn
 
 import click
 
-from rlqwen import __version__
+from rlqwen import __version__, stop_signals
 from rlqwen.cli.data_commands import data
 from rlqwen.cli.eval_command import evaluate
 from rlqwen.cli.export_command import export
 from rlqwen.cli.list_commands import advantages, engines, losses, recipes, rewards, trainers
 from rlqwen.cli.run_commands import check, run, verify_resume_command
-from rlqwen.cli.session import RUN_AGAIN, Interrupts, wait_for_cause
-from rlqwen.errors import RlqwenError
+from rlqwen.cli.session import RUN_AGAIN, TERMINATED, hearing_interrupts, leave_on_signals, wait_for_cause
+from rlqwen.errors import RlqwenError, SaveError
 from rlqwen.secrets import redact
 from rlqwen.terminal import guarded_streams, lost_output, open_standard_descriptors
 
@@ -27,7 +28,8 @@ def run_process() -> NoReturn:
     """Run the command line and end this process."""
     open_standard_descriptors()
     code = main()
-    if code in (INTERRUPTED, RUN_AGAIN):
+    leave_on_signals(code)
+    if code in (INTERRUPTED, RUN_AGAIN, TERMINATED):
         # Ray, interrupted while it starts, may crash in the interpreter's own clean-up, and the exit code with it.
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
@@ -38,26 +40,34 @@ def run_process() -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return 0 if it is done, 2 for wrong input, 1 for anything else, 130 if interrupted."""
+    """Run a command; return 0 if it is done, 2 for wrong input, 1 for anything else, 130 if interrupted, 143 or 75 if
+    told to end."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a recipe may name `module:function` of the folder it is run in
-    with guarded_streams():
+    with guarded_streams(), hearing_interrupts():
         return _run_command(sys.argv[1:] if arguments is None else arguments)
 
 
 def _run_command(given: list[str]) -> int:
-    interrupts = Interrupts()
     try:
-        with interrupts:
-            code: int = cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
+        code: int = cli.main(args=given, prog_name="rlqwen", standalone_mode=False, obj=given) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except (click.Abort, KeyboardInterrupt):
         return _report_interrupt()
+    except SystemExit as end:
+        if end.code in (RUN_AGAIN, TERMINATED):
+            return end.code
+        raise
     except Exception as error:  # noqa: BLE001 - the outermost boundary
-        # In the middle of an import, or of a worker's call, an interrupt may come out as another error.
-        return _report_interrupt() if interrupts.came else _report_error(error)
+        # In the middle of an import, or of a worker's call, a signal may come out as another error.
+        if isinstance(error, SaveError) or not stop_signals.came():
+            return _report_error(error)
+        if signal.SIGINT in stop_signals.came():
+            return _report_interrupt()
+        click.echo("rlqwen: told to stop", err=True)
+        return RUN_AGAIN
 
 
 def _report_interrupt() -> int:

@@ -7,12 +7,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import click
+
+from rlqwen import stop_signals
 
 TERMINATED = 143
 RUN_AGAIN = 75
@@ -67,37 +70,44 @@ def _one_line(otherwise: Callable[..., str]) -> Callable[..., str]:
     return format_warning
 
 
-class Interrupts:
-    """Remember whether Ctrl-C came; Python raises KeyboardInterrupt for it, which libraries may turn into other
-    errors."""
+@contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt on Ctrl-C, as Python does, but once for one that comes twice, and remember that it came."""
+    stop_signals.forget()
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if not on_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    def __init__(self) -> None:
-        self.came = False
-        self._before: Any = None
 
-    def __enter__(self) -> Self:
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        if on_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, self._receive)
-        return self
+def leave_on_signals(code: int) -> None:
+    """Have a further signal end this process at once, with the exit code that is decided already."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: None if stop_signals.is_echo(number) else os._exit(code))
 
-    def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
 
-    def _receive(self, number: int, frame: FrameType | None) -> NoReturn:
-        self.came = True
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if not stop_signals.is_echo(number):
         raise KeyboardInterrupt
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
+def _terminate(number: int, frame: FrameType | None) -> None:
     """End through every `finally`, so that no worker outlives the run."""
-    sys.exit(TERMINATED)
+    if not stop_signals.is_echo(number):
+        sys.exit(TERMINATED)
 
 
-def _end_resumable(signum: int, frame: Any) -> NoReturn:
+def _end_resumable(number: int, frame: FrameType | None) -> None:
     """End as `_terminate` does; while a trainer trains, it handles the signals itself and saves first."""
-    sys.exit(RUN_AGAIN)
+    if not stop_signals.is_echo(number):
+        sys.exit(RUN_AGAIN)
 
 
 def wait_for_cause(error: Exception) -> None:

@@ -13,6 +13,7 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+from rlqwen import stop_signals
 from rlqwen.errors import Interrupted, Preempted
 from rlqwen.terminal import echo
 
@@ -20,7 +21,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
-    """Request to stop: remembers the first signal; a second one ends the process but runs every `finally`.
+    """Request to stop: remembers the first signal; a second one ends the process but runs every `finally`,
+    unless it comes so soon that it is an echo of the first.
 
     A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
@@ -45,6 +47,8 @@ class Preemption:
     def __enter__(self) -> Self:
         if self.name == "SIGINT":  # Ctrl-C ended what came before, such as an evaluation
             self.name = None
+        if self.name is None:
+            stop_signals.forget()
         self.listen()
         return self
 
@@ -62,6 +66,8 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _leave_terminal()
+        if stop_signals.is_echo(number):
+            return
         if self.name is not None:
             if self.name == "SIGHUP" == signal.Signals(number).name:
                 return  # shell and kernel each send one when a terminal is closed

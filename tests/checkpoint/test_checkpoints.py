@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from rlqwen.reporting import read_metrics
 from rlqwen.rewards.registry import resolve
 from rlqwen.runs.stages import plan_stages
 from rlqwen.runs.verification import compare_runs
+from rlqwen.stop_signals import ECHO_S
 from rlqwen.trainers.factory import build_trainer
 
 ROWS = [
@@ -284,7 +286,7 @@ def test_resume_auto_starts_a_new_run_if_there_is_no_checkpoint(tiny_model_path:
 
 
 class SendOnce(TrainerCallback):
-    """Send signals to this process in the middle of update 3."""
+    """Send signals to this process in the middle of update 3; a signal that comes again, only once it is no echo."""
 
     def __init__(self, *signals: int) -> None:
         self.signals = signals
@@ -293,7 +295,9 @@ class SendOnce(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == 2:
-            for number in self.signals:
+            for place, number in enumerate(self.signals):
+                if number in self.signals[:place]:
+                    time.sleep(ECHO_S)
                 os.kill(os.getpid(), number)
 
 
@@ -378,6 +382,18 @@ def test_a_signal_before_training_is_not_forgotten(tiny_model_path: Path, tmp_pa
     with pytest.raises(Preempted, match="SIGTERM: saved after update 1"):
         trainer.train()
     assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.fault("SIGTERM or Ctrl-C twice within milliseconds, in training", "one request to stop: all is saved")
+def test_an_echo_of_a_signal_still_saves(
+    tiny_model_path: Path, tmp_path: Path, ctrl_c: Any, number: int, code: int
+) -> None:
+    trainer = make(tiny_model_path, tmp_path / "run", save_steps=100)
+    trainer.callbacks += [SendOnce(number), SendOnce(number)]
+    with pytest.raises(Preempted, match="saved after update 3") as caught:
+        trainer.train()
+    assert caught.value.exit_code == code
 
 
 def test_sighup_twice_still_saves(tiny_model_path: Path, tmp_path: Path) -> None:

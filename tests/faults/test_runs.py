@@ -196,6 +196,56 @@ def test_ctrl_c(start: Callable[..., Run], moment: Any) -> None:
     run.expect(130, INTERRUPTED)
 
 
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, {130}), (signal.SIGTERM, {75, 143, -15})])
+@pytest.mark.parametrize("moment", ["begins to import", "has imported", "trains"])
+@pytest.mark.fault(
+    "Ctrl-C or SIGTERM twice within 50 ms",
+    "exit code 130, or 75 or 143; no traceback, no process, no broken checkpoint left",
+)
+def test_a_signal_that_comes_twice(start: Callable[..., Run], moment: str, number: int, codes: set[int]) -> None:
+    run = start(SFT)
+    run.wait_for(MOMENTS[moment])
+    os.killpg(run.process.pid, number)
+    time.sleep(0.03)
+    os.killpg(run.process.pid, number)
+    code = run.process.wait(END_S)
+    assert code in codes, run.log.read_text()
+    run.expect(code, INTERRUPTED if number == signal.SIGINT else "")
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(
+    "redirection",
+    [
+        pytest.param(
+            shell, id=shell, marks=pytest.mark.fault(f"standard output of a run {what}", "training goes on to its end")
+        )
+        for shell, what in {
+            "> /dev/full": "is on a full disk",
+            ">&-": "is closed",
+            ">&- 2>&-": "is closed, standard error too",
+            "| head -1": "is a pipe that ends",
+        }.items()
+    ],
+)
+def test_a_run_outlives_its_output(tmp_path: Path, tiny_model_path: Path, redirection: str) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text("def score(completions, **kwargs):\n    print('x' * 9999)\n    return [1.0] * len(completions)\n")
+    (tmp_path / "recipe.yaml").write_text(GRPO.format(model=tiny_model_path, reward=reward, steps=3))
+    words = "rollout.engine=transformers train.per_device_train_batch_size=16 train.max_completion_length=8 train.save_steps=2"
+    command = f"({sys.executable} -m rlqwen run recipe.yaml {words}; echo $? > code) {redirection}"
+    environment = os.environ | {"RLQWEN_DISPLAY": "plain"}
+    ended = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (tmp_path / "code").read_text() == "0\n", ended.stderr
+    assert read_summary(tmp_path / "run")["steps"] == 3
+    assert "Traceback" not in ended.stderr
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert find_fault(checkpoint) is None
+
+
 SHORT = ("train.per_device_train_batch_size=16", "train.max_completion_length=32")
 ROLLOUT_MOMENTS = [
     # A terminal interrupts the whole process group; `kill` and most schedulers interrupt only the process.
