@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import os
 import pickle
 import secrets
@@ -24,9 +23,10 @@ from rlqwen.rewards.worker_handle import MAX_CALL_BYTES, RewardWorker
 from rlqwen.rewards.worker_main import Setup
 from rlqwen.rewards.worker_messages import Message, Ready, State, Unloadable, Unsafe, WorkerMisbehaved
 from rlqwen.secrets import without_secrets
+from rlqwen.terminal import get_logger
 from rlqwen.types import CallStatus
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _MAX_IDLE_DEATHS = 5
 _RETIRE_WAIT = 1.0
