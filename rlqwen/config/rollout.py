@@ -139,7 +139,8 @@ class ScoringConfig(Section):
     num_workers: int = Field(default=1, ge=1)
     """Processes that score; each loads every reward."""
     timeout: float = Field(default=30.0, gt=0)
-    """Seconds for one call of one reward on one group. After that the worker is killed and replaced."""
+    """Seconds that a sample on which a reward hangs may cost. A call on a group of n samples may take n/(n+1) of it; then
+    the worker is killed and replaced, and the reward is called on each sample alone."""
     start_timeout: float = Field(default=120.0, gt=0)
     """Seconds for a worker to import the rewards."""
     memory_gib: float | None = Field(default=4.0, gt=0)

@@ -43,6 +43,8 @@ class WorkerCall:
     count: int
     """Number of samples, and of entries in each list of `arguments`."""
     arguments: dict[str, Any]
+    seconds: float
+    """Deadline: seconds from sending it to its result."""
     services: tuple[str, ...]
     """Arguments that the worker adds: names from rlqwen.rewards.reward_logging.LOGGERS, and CONFINED_PYTHON."""
     begin: Callable[[], None]
@@ -198,7 +200,7 @@ class Dispatcher:
             call.finish(CallResult.failed("error", trace, call.count, 0.0))
             return
         slot.call, slot.started, slot.was_called = call, time.monotonic(), True
-        slot.deadline = slot.started + self._config.timeout
+        slot.deadline = slot.started + call.seconds
         slot.worker.messages.expect_reply(number, call.count, call.services)
         slot.worker.send(message)
         self._selector.modify(slot.worker.connection, _wanted(slot.worker), slot)
@@ -269,7 +271,8 @@ class Dispatcher:
                 f"it imports {', '.join(self._labels)}"
             )
         else:
-            trace = f"still running after scoring.timeout={self._config.timeout:g} s, at:\n{slot.worker.stack()}"
+            after = f"{slot.call.seconds:.3g} s (scoring.timeout={self._config.timeout:g})"
+            trace = f"still running after {after}, at:\n{slot.worker.stack()}"
             self._fail_call(slot, "timeout", trace)
 
     def _handle_misbehaviour(self, slot: _WorkerSlot, what: str) -> None:

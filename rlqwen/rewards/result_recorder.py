@@ -26,6 +26,8 @@ class ResultRecorder:
         self._rewards = rewards
         self._max_failure_share = max_failure_share
         self._failures = failures
+        self._told: set[str] = set()
+        """Rewards of which `say_what_was_lost` has warned."""
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +74,18 @@ class ResultRecorder:
         """Return reward -> seconds waited, for each reward of which a call ran into its deadline."""
         names = [self._rewards[reward].name for reward in batch.hanging]
         return {name: batch.counts.waited[name] for name in names}
+
+    def say_what_was_lost(self, batch: ScoringBatch) -> None:
+        """Warn once of each reward that hung on samples of a complete batch: how many, and how long that took."""
+        for name, seconds in self.hanging_seconds(batch).items():
+            count = batch.counts.num_samples[name, "timeout"]
+            if count and name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "reward %r hung on %d of %d samples, which took %.1f s with the calls beside them, at most one "
+                    "scoring.timeout a sample; reward/%s/timeout and /wait_seconds count them from here on",
+                    name, count, batch.num_samples, seconds, name,
+                )  # fmt: skip
 
     def record(self, job: ScoringJob, result: CallResult) -> None:
         """Write the final result of a job into its group."""

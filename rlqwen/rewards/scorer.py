@@ -13,6 +13,7 @@ from rlqwen.config import ScoringConfig
 from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.rewards.dispatcher import Dispatcher, WorkerCall
 from rlqwen.rewards.failure_log import FailureLog
+from rlqwen.rewards.hang_search import group_timeout, settle
 from rlqwen.rewards.placement import check_arguments, must_isolate, pickle_rewards
 from rlqwen.rewards.registry import Reward, call_arguments, check_columns
 from rlqwen.rewards.result_recorder import ResultRecorder
@@ -151,6 +152,7 @@ class Scorer:
                     self._results.add_waiting(batch)
                 self._results.raise_if_failing(batch)
                 self._budget.end_step(self._results.hanging_seconds(batch))
+                self._results.say_what_was_lost(batch)
         except BaseException:
             self._discard(batch)
             raise
@@ -241,7 +243,10 @@ class Scorer:
         if CONFINED_PYTHON in self.rewards[job.reward].parameters:
             services += (CONFINED_PYTHON,)
         begin, finish = partial(self._call_begun, job), partial(self._finish, job)
-        dispatcher.submit(WorkerCall(index, len(job.samples), self._arguments(job), services, begin, finish, job.batch))
+        count, seconds = len(job.samples), job.seconds
+        if seconds is None:
+            seconds = group_timeout(self._config.timeout, count)
+        dispatcher.submit(WorkerCall(index, count, self._arguments(job), seconds, services, begin, finish, job.batch))
 
     def _arguments(self, job: ScoringJob) -> dict[str, Any]:
         prompt = job.group.prompt
@@ -285,7 +290,6 @@ class Scorer:
 
     def _finish(self, job: ScoringJob, result: CallResult) -> None:
         """Record a result. If a whole group failed, call sample by sample instead, to keep the rewards of the others."""
-        retries: list[ScoringJob] = []
         with self._changed:
             self._results.add_running(job, -1)
             self._results.add_seconds(job, result.seconds)
@@ -293,11 +297,9 @@ class Scorer:
                 job.batch.hanging.add(job.reward)
             if not job.batch.is_open:
                 return
-            if not result.is_settled and len(job.samples) > 1:
-                retries = [ScoringJob(job.batch, job.reward, job.group, (sample,)) for sample in job.samples]
-            else:
-                self._results.record(job, result)
-            self._add_open_jobs(job.group, job.batch, len(retries) - 1)
+            timeout = self._config.timeout if job.reward in self._places else None
+            retries, num_recorded = settle(job, result, self._results.record, timeout)
+            self._add_open_jobs(job.group, job.batch, len(retries) - num_recorded)
         for retry in retries:
             self._begin(retry)
 

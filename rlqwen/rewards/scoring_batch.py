@@ -4,9 +4,13 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from rlqwen.rewards.call_counts import CallCounts
 from rlqwen.types import Group
+
+if TYPE_CHECKING:
+    from rlqwen.rewards.hang_search import HangSearch
 
 
 @dataclass(slots=True, eq=False)
@@ -53,3 +57,7 @@ class ScoringJob:
     group: Group
     samples: Sequence[int]
     """Indices of the completions in `group.completions`."""
+    seconds: float | None = None
+    """Deadline of the call; None: what `group_timeout` gives its number of samples."""
+    search: "HangSearch | None" = None
+    """The search that this call is part of."""

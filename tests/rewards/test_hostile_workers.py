@@ -19,18 +19,15 @@ import pytest
 from rlqwen.rewards import dispatcher, worker_handle
 from rlqwen.rewards.failure_log import FILE_NAME
 from tests.patience import PATIENCE_S, wait_until
-from tests.rewards import test_worker_messages
+from tests.rewards.odd_messages import odd_message
 from tests.rewards.test_scorer import make_group, scoring, workers_of
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _by_value() -> Iterator[None]:
-    modules = (sys.modules[__name__], test_worker_messages)
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield
-    for module in modules:
-        cloudpickle.unregister_pickle_by_value(module)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def send_bytes(framed: bytes) -> None:
@@ -333,7 +330,7 @@ def fuzz_the_trainer(completions: list[str]) -> list[float]:
     if completions[0].startswith("seed"):
         source = random.Random(completions[0])
         for _ in range(source.randint(1, 3)):
-            send_bytes(test_worker_messages.odd_message(source, number()))
+            send_bytes(odd_message(source, number()))
         time.sleep(source.choice([0.0, 0.0, 2 * PATIENCE_S]))
     return [1.0]
 
@@ -344,8 +341,12 @@ def test_the_trainer_scores_on_after_random_messages(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(dispatcher, "_MESSAGE_WAIT_S", 0.3)
     with scoring(fuzz_the_trainer, timeout=0.5, num_workers=2, max_wait_share=1.0) as scorer:
         for seed in range(200):
-            scorer.score([make_group(f"seed {seed}"), good := make_group("good")])
-            assert set(good.call_statuses["fuzz_the_trainer"]) <= {"ok", "error"}, seed
-        scorer.score([last := make_group("good")])
-    assert last.rewards["fuzz_the_trainer"] == [1.0]
+            scorer.score([make_group(f"seed {seed}")])
+        # What a sample left in its worker may cost the next call there; then the worker is replaced.
+        statuses = []
+        for _ in range(4):
+            scorer.score([good := make_group("good")])
+            statuses += good.call_statuses["fuzz_the_trainer"]
+    assert statuses.count("ok") >= 2
+    assert good.rewards["fuzz_the_trainer"] == [1.0]
     assert psutil.Process().memory_info().rss < 4 << 30

@@ -152,7 +152,7 @@ def loop_in_a_regular_expression(text: str) -> bool:
 @pytest.mark.parametrize("loop", [loop_in_python, loop_in_big_integers, loop_in_a_regular_expression])
 def test_a_call_that_does_not_end_loses_only_its_own_sample(loop: Callable[[str], Any], tmp_path: Path) -> None:
     group, later = make_group("one", "bad", "three"), make_group("last")
-    with scoring(score_letters(loop), timeout=1.0, failures_dir=tmp_path) as scorer:
+    with scoring(score_letters(loop), timeout=2.0, failures_dir=tmp_path) as scorer:
         scorer.score([group, later])
         metrics = scorer.metrics()
     assert group.rewards["letters"] == [3.0, None, 5.0]
@@ -309,7 +309,9 @@ def test_a_batch_stops_as_soon_as_too_many_failures_are_certain(tmp_path: Path) 
     hopeless = scoring(hangs, timeout=1.0, max_failure_share=0.0)
     with hopeless as scorer, pytest.raises(RewardFailure, match="timeout 1"):
         scorer.score([make_group(*["bad"] * 20)])
-    assert len(calls.read_text().splitlines()) <= 2  # the whole group, then one sample, instead of 21 calls
+    assert (
+        len(calls.read_text().splitlines()) <= 22
+    )  # the group, each sample, and one of them again, instead of 41 calls
 
 
 def test_at_most_200_failures_are_written(tmp_path: Path) -> None:
