@@ -57,6 +57,9 @@ class Completion:
     experts: "np.ndarray | None" = None
     """(tokens, L, K) K experts that the sampler chose for each token in each of L layers, -1 if unknown; may lack the last
     tokens, which nothing was sampled from. None: not requested."""
+    weight_versions: list[tuple[int, int]] | None = None
+    """(version of the weights, tokens that it sampled), in order, if weights may change in flight. None: all tokens are of the
+    group's `policy_version`."""
 
     @property
     def is_truncated(self) -> bool:
@@ -70,7 +73,7 @@ class Group:
     prompt: Prompt
     completions: list[Completion]
     policy_version: int
-    """Version of the weights that sampled the completions."""
+    """Version of the weights that sampled the completions; the oldest, if they changed in flight."""
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     """Reward name -> raw reward of each completion; None if missing or not applicable."""
     call_statuses: dict[str, list[CallStatus]] = field(default_factory=dict)

@@ -183,6 +183,11 @@ class OnlineConfig(TrainerConfig):
                 f"rollout.max_staleness={lag} lets workers sample while the policy trains, but the transformers engine "
                 "samples in the trainer's own process: set it to 0, or the engine to vllm"
             )
+        if self.rollout.in_flight_updates and self.full_determinism:
+            raise ValueError(
+                "rollout.in_flight_updates=true lets timing decide which weights sample a token, so runs do not repeat, as "
+                "full_determinism=true asks: leave one of them out"
+            )
         if "vllm_importance_sampling_mode" not in self.model_fields_set:
             self.vllm_importance_sampling_mode = "token_truncate"
         return self

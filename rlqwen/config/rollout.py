@@ -72,6 +72,12 @@ class RolloutConfig(Section):
     """0: each step trains on groups of the current weights. k: on groups of the weights of k steps ago, so that workers
     sample groups for later steps while the policy trains; importance weights correct for the difference. More than 1
     gives slow rewards more time."""
+    in_flight_updates: bool = False
+    """For `max_staleness` of at least 1. True: send workers the new weights as soon as a step has made them, while groups are
+    being sampled. Workers pause for that between two tokens, keep their unfinished completions with the keys and values
+    computed so far, and go on with the new weights; so one completion may come from several versions. Each token's logprob
+    is of the weights that sampled it, and the metrics `tokens/lag_...` count tokens by age. Which weights sample a token
+    then depends on timing, so a resumed run does not repeat to the bit. False: a batch is sampled to its end first."""
     routing_replay: bool = False
     """For mixtures of experts: make the trainer's forward pass choose the experts that vLLM chose for each token, with
     the weights of its own routers (R3, arXiv 2510.11370). That narrows gaps between sampler and trainer where rounding
@@ -103,6 +109,23 @@ class RolloutConfig(Section):
                 "routing_replay=true replays experts that vLLM chose, and engine is 'transformers', which samples with the "
                 "trainer's own routers: leave one of them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_change_in_flight(self) -> "RolloutConfig":
+        if not self.in_flight_updates:
+            return self
+        obstacles = {
+            "max_staleness": not self.max_staleness
+            and "no group is sampled while the policy trains: set it to 1 or more",
+            "deterministic": self.deterministic
+            and "timing decides which weights sample a token: leave one of them out",
+            "routing_replay": self.routing_replay
+            and "experts are recorded for one version only: leave one of them out",
+        }
+        for key, why in obstacles.items():
+            if why:
+                raise ValueError(f"in_flight_updates=true and {key}={getattr(self, key)}: {why}")
         return self
 
     @staticmethod

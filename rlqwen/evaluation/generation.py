@@ -12,7 +12,8 @@ from rlqwen.models.loading import stop_token_ids
 from rlqwen.models.policy import Policy
 from rlqwen.preflight import prompt_room
 from rlqwen.rollout.engines.transformers import TransformersEngine
-from rlqwen.rollout.sampler import describe_groups, sampling_seed
+from rlqwen.rollout.group_metrics import describe_groups
+from rlqwen.rollout.sampler import sampling_seed
 from rlqwen.types import Group, GroupRequest, Sampling
 
 _LENGTHS = ("completions/mean_length", "completions/truncated")

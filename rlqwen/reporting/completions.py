@@ -43,6 +43,7 @@ def completion_rows(group: Group) -> Iterator[dict[str, Any]]:
             "finish_reason": completion.finish_reason,
             "num_tokens": len(completion.token_ids),
             "policy_version": group.policy_version,
+            **({"weight_versions": completion.weight_versions} if completion.weight_versions else {}),
         }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlqwen.config import RolloutConfig
+from rlqwen.errors import DeadlineExceeded, WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.weight_sync import WeightBundle
 from rlqwen.rollout.worker import RolloutWorker
@@ -87,6 +88,7 @@ class ActorHandles(list[ActorHandle]):
     def __init__(self, config: RolloutConfig, settings: EngineSettings, joined: cluster.Cluster) -> None:
         """Start the actors; raise ResourceError, with nothing left behind, if there is no place for them."""
         super().__init__()
+        self.num_restarts = 0
         self._config = config
         self._settings = settings
         self._cluster = joined
@@ -103,14 +105,24 @@ class ActorHandles(list[ActorHandle]):
         for index in range(config.worker_count):
             self.append(self._spawn(index))
 
-    def replace(self, actor: ActorHandle) -> None:
-        """Start another actor in the place of one that was killed."""
+    def replace(self, actor: ActorHandle, error: Exception) -> None:
+        """Kill an actor that failed with `error`, and start another in its place.
+
+        Raises WorkerDied or DeadlineExceeded, as `error` is, at more failures than `rollout.max_restarts`.
+        """
+        import ray
+
+        stderr_tail = f"{actor}: {error}{cluster.log_tail(self._cluster.log_folder, actor.pid)}"
+        ray.kill(actor.handle)
+        self.num_restarts += 1
+        if self.num_restarts > self._config.max_restarts:
+            kind = type(error) if isinstance(error, DeadlineExceeded) else WorkerDied
+            raise kind(
+                f"rollout workers failed {self.num_restarts} times, and rollout.max_restarts is "
+                f"{self._config.max_restarts}. The last: {stderr_tail}"
+            )
         self._ray_actors.remove(actor.handle)
         self[actor.index] = self._spawn(actor.index)
-
-    def stderr_tail(self, actor: ActorHandle) -> str:
-        """Return the end of the worker's error log."""
-        return cluster.log_tail(self._cluster.log_folder, actor.pid)
 
     def _spawn(self, index: int) -> ActorHandle:
         import ray

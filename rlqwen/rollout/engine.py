@@ -18,7 +18,7 @@ from rlqwen.errors import ConfigError, ResourceError
 from rlqwen.models.hub import read_config
 from rlqwen.plugins.kinds import ENGINES
 from rlqwen.rollout.engine_placement import Placement, count_workers, this_machine
-from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
+from rlqwen.rollout.worker_protocol import EngineSettings, Sampled, WeightVersions
 from rlqwen.terminal import warn
 from rlqwen.types import Canary, Group, GroupRequest, Sampling
 
@@ -101,6 +101,18 @@ class GpuWorkerEngine(WorkerEngine, Protocol):
         ...
 
 
+class InFlightWorkerEngine(WorkerEngine, Protocol):
+    """Take new weights while completions are in flight; an engine with `updates_in_flight`."""
+
+    def hold(self) -> None:
+        """Stop between two tokens, and keep everything in flight until `load` has replaced the weights."""
+        ...
+
+    def take_versions(self, request_id: str) -> WeightVersions:
+        """Return the versions that sampled a completion that `step` has returned, and forget it."""
+        ...
+
+
 class Engine:
     """One kind of rollout engine."""
 
@@ -116,6 +128,8 @@ class Engine:
     """Values of `rollout.weight_transfer` that it takes."""
     sleeps: ClassVar[bool] = False
     """Whether it can free its GPU's memory while the policy trains."""
+    updates_in_flight: ClassVar[bool] = False
+    """Whether it can replace weights and keep completions in flight, for `rollout.in_flight_updates`."""
     takes_arguments: ClassVar[bool] = False
     """Whether it reads `rollout.engine_args`."""
 
@@ -171,6 +185,11 @@ def engine_class(config: RolloutConfig) -> type[Engine]:
         )
     if config.engine_args and not engine.takes_arguments:
         raise ConfigError(f"rollout.engine_args: the engine {config.engine!r} takes no arguments")
+    if config.in_flight_updates and not engine.updates_in_flight:
+        raise ConfigError(
+            f"rollout.in_flight_updates=true: the engine {config.engine!r} cannot replace weights and keep what it samples; "
+            "leave it out, or use vllm"
+        )
     return engine
 
 

@@ -27,6 +27,11 @@ class OpenedDraw:
         self._count_wait(started)
         return groups
 
+    @property
+    def groups(self) -> list[Group]:
+        """Return all groups, once they are taken and the draw is closed."""
+        return self._batch.score()
+
     def close(self) -> dict[str, float]:
         """Return how long was waited, once all groups are taken; raise RewardFailure if a reward failed too often."""
         started = time.monotonic()

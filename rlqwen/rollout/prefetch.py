@@ -107,6 +107,8 @@ class RolloutBatch:
             {
                 "prompt": group.prompt.index,
                 "completions": [[c.token_ids, c.logprobs, c.finish_reason, c.text] for c in group.completions],
+                "version": group.policy_version,
+                **_versions_state(group),
                 **_experts_state(group),
                 "rewards": group.rewards,
                 "call_statuses": group.call_statuses,
@@ -131,13 +133,8 @@ class RolloutBatch:
         batch._groups = [
             Group(
                 prompt,
-                [
-                    Completion(token_ids, logprobs, reason, text, array_from_state(experts))
-                    for (token_ids, logprobs, reason, text), experts in zip(
-                        group["completions"], group.get("experts") or [None] * len(group["completions"]), strict=True
-                    )
-                ],
-                batch.version,
+                _completions_from_state(group),
+                group["version"],
                 prompt_experts=array_from_state(group.get("prompt_experts")),
                 rewards=group["rewards"],
                 call_statuses=group["call_statuses"],
@@ -227,6 +224,24 @@ class Prefetcher:
         """Discard all batches and end the thread."""
         self.discard()
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _completions_from_state(state: dict[str, Any]) -> list[Completion]:
+    """Return the completions of a group from its state."""
+    missing = [None] * len(state["completions"])
+    parts = zip(state["completions"], state.get("experts") or missing, state.get("versions") or missing, strict=True)
+    return [
+        Completion(
+            ids, logprobs, reason, text, array_from_state(experts), versions and [tuple(span) for span in versions]
+        )
+        for (ids, logprobs, reason, text), experts, versions in parts
+    ]
+
+
+def _versions_state(group: Group) -> dict[str, Any]:
+    """Return the versions that sampled each completion of a group as JSON values; nothing if they are all the group's."""
+    versions = [completion.weight_versions for completion in group.completions]
+    return {"versions": versions} if any(versions) else {}
 
 
 def _experts_state(group: Group) -> dict[str, Any]:

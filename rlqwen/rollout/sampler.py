@@ -5,8 +5,6 @@ Shapes: P prompts, G completions per prompt.
 
 import copy
 import hashlib
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +19,7 @@ from rlqwen.rewards import Scorer
 from rlqwen.rollout import Engine, RolloutEngine, build_engine
 from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.engine_placement import growth_of, place_engine, this_machine
+from rlqwen.rollout.group_metrics import describe_lag
 from rlqwen.rollout.opened_draw import OpenedDraw
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
@@ -86,8 +85,16 @@ class Sampler:
                 f"rollout.max_staleness={self.max_staleness} lets workers sample while the policy trains, but the engine "
                 f"{engine.title} samples in the trainer's own process: set it to 0, or use vllm"
             )
+        self._in_flight = args.rollout.in_flight_updates
+        if self._in_flight:
+            self.notes.append(
+                "rollout.in_flight_updates: timing decides which weights sample a token, so a resumed run does not repeat to "
+                "the bit"
+            )
         self._prefetcher = Prefetcher(self.engine)
         self._opened: OpenedDraw | None = None
+        self._num_dropped = 0
+        """Groups that were too stale for the opened draw."""
         self._coming: list[tuple[str, list[Prompt]]] = []
         """Names and prompts of coming steps whose batches are not begun yet."""
         self._num_coming = 0
@@ -166,6 +173,7 @@ class Sampler:
         `draw` names this rollout batch within the run, and is part of the sampling seeds.
         """
         self._notice_changes()
+        self._prefetcher.drain()
         metrics = self._sync(prompts_P)
         batch = self._batch(prompts_P, num_generations, draw)
         batch.sample(self.engine)
@@ -186,8 +194,9 @@ class Sampler:
 
         Begins to sample the batches of the `coming` steps, given as names and prompts, with the present weights.
         """
-        started = time.monotonic()
         self._notice_changes()
+        in_flight = self._update_in_flight(prompts_P)
+        started = time.monotonic()
         batch = self._prefetcher.collect(draw)
         waited = time.monotonic()
         dropped = batch is not None and self._is_useless(batch, prompts_P)
@@ -201,10 +210,8 @@ class Sampler:
                 "time/rollout_hidden": max(batch.seconds - (waited - started), 0.0),
                 "time/reward": time.monotonic() - waited,
             }
-        return groups_P, (
-            self._begin_coming(coming, num_generations, metrics)
-            | self._staleness(groups_P[0].policy_version, num_dropped=len(prompts_P) if dropped else 0)
-        )
+        metrics = self._begin_coming(coming, num_generations, add_sync(in_flight, metrics))
+        return groups_P, metrics | self._staleness(groups_P, num_dropped=len(prompts_P) if dropped else 0)
 
     def open(
         self,
@@ -219,16 +226,14 @@ class Sampler:
         The batches of the coming steps begin as soon as this one is sampled.
         """
         self._notice_changes()
+        metrics = self._update_in_flight(prompts_P)
         batch = self._prefetcher.open_begun(draw)
         dropped = batch is not None and self._is_useless(batch, prompts_P)
-        metrics: dict[str, float] = {"time/sync": 0.0}
         if batch is None or dropped:
-            metrics |= self._sync(prompts_P)
+            metrics = add_sync(metrics, self._sync(prompts_P))
             batch = self._batch(prompts_P, num_generations, draw)
             self._prefetcher.open(batch)
-        if self.max_staleness:
-            metrics |= self._staleness(batch.version, num_dropped=len(prompts_P) if dropped else 0)
-        self._opened = OpenedDraw(batch, metrics)
+        self._opened, self._num_dropped = OpenedDraw(batch, metrics), len(prompts_P) if dropped else 0
         self._coming, self._num_coming = list(coming), num_generations
 
     def take(self, *, in_order: bool) -> list[Group]:
@@ -250,28 +255,32 @@ class Sampler:
         """End the opened draw, all of whose groups are taken, and return its metrics."""
         assert self._opened is not None
         opened, self._opened = self._opened, None
-        metrics = self._begin_coming(self._coming, self._num_coming, opened.metrics)
-        return metrics | opened.close()
+        metrics = self._begin_coming(self._coming, self._num_coming, opened.metrics) | opened.close()
+        if self.max_staleness:
+            metrics |= self._staleness(opened.groups, num_dropped=self._num_dropped)
+        return metrics
 
     def _is_useless(self, batch: RolloutBatch, prompts_P: Sequence[Prompt]) -> bool:
         """Return whether a prefetched batch is too stale, or was sampled for other prompts."""
         return self.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
 
-    def _staleness(self, version: int, *, num_dropped: int) -> dict[str, float]:
-        return {
-            "groups/staleness": float(self.version - version),
-            "groups/stale_dropped": float(num_dropped),
-        }
+    def _staleness(self, groups: Sequence[Group], *, num_dropped: int) -> dict[str, float]:
+        lag = {"groups/staleness": float(self.version - groups[0].policy_version)}
+        if self._in_flight:
+            lag = describe_lag(groups, self.version)
+        return lag | {"groups/stale_dropped": float(num_dropped)}
+
+    def _update_in_flight(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
+        """Send the policy's weights while groups are being sampled, if that is asked for."""
+        return self._sync(prompts_P) if self._in_flight else {"time/sync": 0.0}
 
     def _begin_coming(
         self, coming: Sequence[tuple[str, list[Prompt]]], num_generations: int, metrics: dict[str, float]
     ) -> dict[str, float]:
         """Begin the batches of coming steps with the present weights; return `metrics` with those of sending them."""
-        metrics.setdefault("time/sync", 0.0)
         for name, prompts in coming:
             if name not in self._prefetcher:
-                synced = self._sync(prompts)
-                metrics |= synced | {"time/sync": metrics["time/sync"] + synced["time/sync"]}
+                metrics = add_sync(metrics, self._sync(prompts))
                 self._prefetcher.begin(self._batch(prompts, num_generations, name))
         return metrics
 
@@ -287,7 +296,8 @@ class Sampler:
         return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
 
     def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
-        self._prefetcher.drain()
+        if not self._in_flight:
+            self._prefetcher.drain()
         asleep = isinstance(self.engine, RolloutPool) and self.engine.is_asleep
         if self._synced_version == self.version and not asleep:
             return {"time/sync": 0.0}
@@ -313,6 +323,8 @@ def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str 
     if (not policy.has_adapter and not config.lora) or not engine_class(config).in_workers:
         return None, None
     obstacle = policy.lora_obstacle
+    if config.in_flight_updates:
+        obstacle = obstacle or "with rollout.in_flight_updates, completions in flight keep the adapter they began with"
     on_gpu = samples_on_gpu(config)
     if config.lora and obstacle:
         raise ConfigError(
@@ -331,26 +343,6 @@ def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
-    """Return means over the completions of `groups`: rewards, lengths, truncation, missing rewards, groups without signal."""
-    completions = [completion for group in groups for completion in group.completions]
-    lengths = [len(completion.token_ids) for completion in completions]
-    totals = [reward for group in groups for reward in group.total_rewards_G]
-    present = [reward for reward in totals if reward is not None]
-    metrics = {
-        "reward/mean": _mean(present),
-        "reward/std": statistics.pstdev(present) if present else math.nan,
-        "reward/missing": (len(totals) - len(present)) / max(len(totals), 1),
-        "completions/mean_length": _mean(lengths),
-        "completions/max_length": float(max(lengths, default=0)),
-        "completions/truncated": _mean([completion.is_truncated for completion in completions]),
-        "tokens/generated": float(sum(lengths)),
-    }
-    for name in groups[0].rewards if groups else ():
-        values = [reward for group in groups for reward in group.rewards[name] if reward is not None]
-        metrics[f"reward/{name}/mean"] = _mean(values)
-    return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def add_sync(metrics: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    """Return `metrics` with `more`, of which each may have the time of a sync."""
+    return metrics | more | {"time/sync": metrics.get("time/sync", 0.0) + more.get("time/sync", 0.0)}

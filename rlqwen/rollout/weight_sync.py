@@ -5,7 +5,7 @@ compared with what the checkpoint holds before any worker sees it, because vLLM 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,16 @@ class LoadReport:
     rebuilt: bool
     """Whether the engine was rebuilt, because the canary failed after loading in place."""
     seconds: float
+
+
+def describe_reports(reports: Sequence[LoadReport], *, sent_s: float) -> dict[str, float]:
+    """Return the metrics of a sync that took `sent_s` seconds before workers loaded the weights."""
+    gaps = [report.canary_gap for report in reports if report.canary_gap is not None]
+    return {
+        **({"sync/canary_gap": max(gaps)} if gaps else {}),
+        "sync/seconds": sent_s + max(report.seconds for report in reports),
+        "sync/rebuilt_engines": float(sum(report.rebuilt for report in reports)),
+    }
 
 
 def publish(

@@ -21,16 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from rlqwen.errors import RolloutError, WorkerDied
 from rlqwen.plugins.kinds import ENGINES
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
-from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Sampled, Share
+from rlqwen.rollout.worker_protocol import Drawn, EngineSettings, GroupJob, Sampled, Share, WeightVersions
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from rlqwen.rollout.engine import GpuWorkerEngine, WorkerEngine
+    from rlqwen.rollout.engine import GpuWorkerEngine, InFlightWorkerEngine, WorkerEngine
 
 T = TypeVar("T")
-Drawn: TypeAlias = "tuple[list[Sampled], int, np.ndarray | None]"
-"""A group's completions, the version of the weights that sampled them, and the prompt's experts, if asked for."""
 Answer: TypeAlias = "Future[Drawn]"
 
 
@@ -39,9 +37,10 @@ class _Running:
     """A group in the engine's batch."""
 
     future: Answer
+    job: GroupJob
     completions_G: list[Sampled | None]
-    num_prompt: int
-    """Tokens of the prompt."""
+    versions_G: list[WeightVersions]
+    """Of the completions that are there, if weights may change in flight."""
 
 
 class RolloutWorker:
@@ -77,7 +76,7 @@ class RolloutWorker:
         await self._call(self._thread.abort_groups)
 
     async def load(self, bundle: WeightBundle) -> LoadReport:
-        """Drop every group in flight, load the weights and answer with the canary's gap."""
+        """Load the weights and answer with the canary's gap; groups in flight are dropped, or kept if weights may change."""
         return await self._call(lambda: self._thread.load(bundle))
 
     async def sleep(self) -> None:
@@ -85,7 +84,7 @@ class RolloutWorker:
         await self._call(self._thread.sleep)
 
     async def transfer(self, phase: str, arguments: dict[str, Any]) -> None:
-        """Run a phase of a weight transfer from GPU to GPU; the first drops every group in flight."""
+        """Run a phase of a weight transfer from GPU to GPU; the first drops or holds every group in flight."""
         await self._call(lambda: self._thread.transfer(phase, arguments))
 
     async def _call(self, work: Callable[[], T]) -> T:
@@ -115,6 +114,8 @@ class EngineThread(threading.Thread):
         self._reports: list[tuple[int, Future[int]]] = []
         """Reports that wait until so many have ended."""
         self._version = 0
+        self._is_held = False
+        """Whether groups in flight wait for new weights."""
         self._engine: WorkerEngine
 
     def submit(self, work: Callable[[], None], future: "Future[Any]") -> None:
@@ -154,12 +155,14 @@ class EngineThread(threading.Thread):
                 self._begin(one, answer)
 
     def _begin(self, job: GroupJob, future: Answer) -> None:
-        group = _Running(future, [None] * len(job.seeds), len(job.token_ids))
-        for place, seed in enumerate(job.seeds):
+        group = _Running(future, job, [None] * len(job.seeds), [[] for _ in job.seeds])
+        for place in range(len(job.seeds)):
             self._num_requests += 1
-            request_id = str(self._num_requests)
-            self._engine.add(request_id, job.token_ids, seed, job.sampling)
-            self._running[request_id] = (group, place)
+            self._add(str(self._num_requests), group, place)
+
+    def _add(self, request_id: str, group: _Running, place: int) -> None:
+        self._engine.add(request_id, group.job.token_ids, group.job.seeds[place], group.job.sampling)
+        self._running[request_id] = (group, place)
 
     def abort_groups(self) -> None:
         self._engine.abort(list(self._running))
@@ -190,18 +193,30 @@ class EngineThread(threading.Thread):
 
     def transfer(self, phase: str, arguments: dict[str, Any]) -> None:
         if phase == "start_weight_update":
-            self.abort_groups()
+            self._make_way()
         cast("GpuWorkerEngine", self._engine).transfer(phase, **arguments)
 
     def load(self, bundle: WeightBundle) -> LoadReport:
-        self.abort_groups()
+        self._make_way()
         report = self._engine.load(bundle)
         self._version = bundle.version
+        self._is_held = False
+        if report.rebuilt:  # the new engine has none of the old one's requests
+            for request_id, (group, place) in list(self._running.items()):
+                self._add(request_id, group, place)
         return report
 
+    def _make_way(self) -> None:
+        """Drop the groups in flight before the weights are replaced; hold them, if they may go on with others."""
+        if self.settings.updates_in_flight:
+            cast("InFlightWorkerEngine", self._engine).hold()
+            self._is_held = True
+        else:
+            self.abort_groups()
+
     def _work_off(self) -> None:
-        """Do the work that was submitted; wait for some if nothing is in flight."""
-        while not self._work.empty() or not self._running:
+        """Do the work that was submitted; wait for some if nothing is in flight, or must not go on."""
+        while not self._work.empty() or not self._running or self._is_held:
             work, future = self._work.get()
             try:
                 work()
@@ -214,10 +229,14 @@ class EngineThread(threading.Thread):
             group, place = self._running.pop(request_id)
             self._num_ended += 1
             group.completions_G[place] = sampled
+            if self.settings.updates_in_flight:
+                group.versions_G[place] = cast("InFlightWorkerEngine", self._engine).take_versions(request_id)
             done_G = [completion for completion in group.completions_G if completion is not None]
             if len(done_G) == len(group.completions_G):
-                prompt_experts, own_G = _split_experts(done_G, group.num_prompt)
-                group.future.set_result((own_G, self._version, prompt_experts))
+                prompt_experts, own_G = _split_experts(done_G, len(group.job.token_ids))
+                versions_G = group.versions_G if self.settings.updates_in_flight else None
+                oldest = min((spans[0][0] for spans in versions_G or () if spans), default=self._version)
+                group.future.set_result((own_G, oldest, prompt_experts, versions_G))
         self._answer_reports()
 
     def _fail_for_good(self, error: WorkerDied) -> None:

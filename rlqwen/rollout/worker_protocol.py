@@ -23,6 +23,13 @@ def transfer_of(config: "RolloutConfig") -> str:
     return "object_store" if config.weight_transfer == "auto" else config.weight_transfer
 
 
+WeightVersions = list[tuple[int, int]]
+"""(version, tokens that it sampled), in order; see Completion.weight_versions."""
+Drawn = tuple[list[Sampled], int, "np.ndarray | None", list[WeightVersions] | None]
+"""A worker's answer: a group's completions, the oldest version of the weights that sampled them, the prompt's experts, if
+asked for, and the versions of each completion, if weights may change in flight."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """All that a worker needs to start its engine; plain values, because Ray pickles them."""
@@ -53,6 +60,8 @@ class EngineSettings:
     """Name -> content of the tokenizer's files, for requests that name texts; None: requests are of token ids alone."""
     returns_experts: bool = False
     """Whether completions come with the experts that a mixture chose."""
+    updates_in_flight: bool = False
+    """Whether weights are replaced while completions are being sampled, which then go on with the new ones."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """`rollout.engine_args`."""
 
@@ -70,6 +79,7 @@ class EngineSettings:
             weight_transfer=transfer_of(config),
             sleep_level=placement.sleep_level,
             returns_experts=config.routing_replay,
+            updates_in_flight=config.in_flight_updates,
             arguments=config.engine_args,
             **rest,
         )

@@ -23,7 +23,7 @@ from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
-from rlqwen.rollout.sampler import describe_groups
+from rlqwen.rollout.group_metrics import describe_groups
 from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import Trainer
 from rlqwen.trainers.checkpointer import Stateful

@@ -19,7 +19,8 @@ from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.engine_placement import count_workers, take_turns, this_machine
 from rlqwen.rollout.group_broadcast import pack_groups, unpack_groups
-from rlqwen.rollout.sampler import Sampler, describe_groups
+from rlqwen.rollout.group_metrics import describe_groups
+from rlqwen.rollout.sampler import Sampler
 from rlqwen.rollout.weight_delivery import help_send
 from rlqwen.trainers.run_context import RunContext
 from rlqwen.trainers.run_logger import Metrics

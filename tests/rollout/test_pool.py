@@ -37,14 +37,21 @@ SMALL = {"hidden_size": 64, "num_layers": 2, "intermediate_size": 128, "num_head
 TEMPERATURE = 0.7
 
 
-def start(folder: Path, *, lora_rank: int | None = None, reads_text: bool = False, **config: object) -> RolloutPool:
+def start(
+    folder: Path,
+    *,
+    lora_rank: int | None = None,
+    reads_text: bool = False,
+    max_model_length: int = 64,
+    **config: object,
+) -> RolloutPool:
     settings = {"engine": "vllm", "num_cpus_per_worker": 0.5, "max_num_seqs": 64, "max_restarts": 20} | config
     engine = build_engine(
         RolloutConfig(**settings),
         model_path=str(folder),
         tokenizer=AutoTokenizer.from_pretrained(folder),
         compute_dtype="float32",
-        max_model_length=64,
+        max_model_length=max_model_length,
         seed=0,
         lora_rank=lora_rank,
         reads_text=reads_text,

@@ -49,7 +49,7 @@ def engine() -> RecordingEngine:
 @pytest.fixture
 def thread(engine: RecordingEngine) -> EngineThread:
     """Return a thread that is not started; tests run its work themselves."""
-    setup: Any = SimpleNamespace(model_path="")
+    setup: Any = SimpleNamespace(model_path="", updates_in_flight=False)
     thread = EngineThread(setup)
     thread._engine = engine
     return thread
@@ -127,3 +127,50 @@ def test_loaded_weights_are_released(thread: EngineThread) -> None:
     threading.Thread(target=thread._work_off, daemon=True).start()
     done.result(timeout=PATIENCE_S)
     wait_until(lambda: alive() is None, "the weights are let go")
+
+
+class KeepingEngine(RecordingEngine):
+    """An engine that keeps its requests, and may have to be built anew."""
+
+    rebuilt = False
+
+    def hold(self) -> None:
+        self.asked.append("hold")
+
+    def transfer(self, phase: str, **arguments: Any) -> None:
+        self.asked.append(phase)
+
+    def load(self, bundle: WeightBundle) -> LoadReport:
+        return LoadReport(bundle.version, None, self.rebuilt, 0.0)
+
+    def take_versions(self, request_id: str) -> list[tuple[int, int]]:
+        return [(int(request_id), 1)]
+
+
+def test_nothing_is_stepped_between_a_transfer_and_the_load_that_ends_it(thread: EngineThread) -> None:
+    engine = thread._engine = KeepingEngine()
+    thread.settings.updates_in_flight = True  # type: ignore[misc]
+    group, loaded = Future[Any](), Future[Any]()
+    engine.step = lambda: [("1", ([5], [0.0], "stop", None)), ("2", ([6], [0.0], "stop", None))]  # type: ignore[method-assign]
+    thread.submit(lambda: thread.add_group(job(1), group), group)
+    thread.submit(lambda: thread.transfer("start_weight_update", {}), Future())
+    worker = threading.Thread(target=lambda: (thread._work_off(), thread._step()), daemon=True)  # type: ignore[func-returns-value]
+    worker.start()
+    wait_until(lambda: engine.asked[2:] == ["hold", "start_weight_update"], "the transfer has begun")
+    assert not group.done()
+    thread.submit(lambda: loaded.set_result(thread.load(WeightBundle(7, (), {}, None, 0))), loaded)
+    completions, oldest, _, versions = group.result(PATIENCE_S)
+    assert loaded.done()
+    assert (len(completions), oldest, versions) == (2, 1, [[(1, 1)], [(2, 1)]])
+    worker.join(PATIENCE_S)
+
+
+def test_an_engine_that_was_built_anew_is_given_what_was_in_flight(thread: EngineThread) -> None:
+    engine = thread._engine = KeepingEngine()
+    thread.settings.updates_in_flight = True  # type: ignore[misc]
+    thread.add_group(job(3), Future())
+    thread.load(WeightBundle(1, (), {}, None, 0))
+    assert engine.asked == [(3, 30), (3, 31), "hold"]
+    engine.rebuilt = True
+    thread.load(WeightBundle(2, (), {}, None, 0))
+    assert engine.asked[3:] == ["hold", (3, 30), (3, 31)]

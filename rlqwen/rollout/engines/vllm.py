@@ -22,6 +22,7 @@ class Vllm(Engine):
     loads_adapters = True
     returns_experts = True
     sleeps = True
+    updates_in_flight = True
     weight_transfers = ("object_store", "ipc", "nccl")
 
     @classmethod

@@ -1,6 +1,5 @@
 """Sample with vLLM, in the only module that calls it: requests in, completions out, weights replaced in place."""
 
-import json
 import shutil
 import tempfile
 import time
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
@@ -23,23 +21,22 @@ from rlqwen.errors import RolloutError
 from rlqwen.rollout.engine_placement import ALONE, SHARED
 from rlqwen.rollout.engines import vllm_object_store as object_store
 from rlqwen.rollout.engines import vllm_qwen3_5 as qwen3_5_classes
+from rlqwen.rollout.engines.vllm_adapter import LORA_RANKS, ServedAdapter
 from rlqwen.rollout.engines.vllm_cpu_seeds import keep_seeds_of_split_prompts
 from rlqwen.rollout.engines.vllm_expert_record import ExpertRecord
+from rlqwen.rollout.engines.vllm_in_flight import SPARE_PLACES, KeptRequests
 from rlqwen.rollout.engines.vllm_object_store import update_of
 from rlqwen.rollout.engines.vllm_served_model import is_qwen3_5, text_view
 from rlqwen.rollout.engines.vllm_sleep import SleepCycle, reset_prefix_cache
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
-from rlqwen.rollout.worker_protocol import EngineSettings, Sampled
+from rlqwen.rollout.worker_protocol import EngineSettings, Sampled, WeightVersions
 from rlqwen.types import Canary, Sampling
 
 # vLLM's CPU kernels take multiples of 32; its default of 128 would share no prefix of a short prompt.
 CPU_BLOCK_SIZE = 32
 _CANARY_ID = "canary"
-_ADAPTER_FILE = "adapter_model.safetensors"
 _MARGIN_BYTES, _SMALLEST_SHARE = 1024**3, 0.05
 """What the trainer may take besides the optimizer's state, and the smallest share of a GPU that an engine starts with."""
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM's kernels are laid out for."""
 
 
 class VllmEngine:
@@ -47,18 +44,21 @@ class VllmEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
-        self._start_engine(settings.model_path)
+        self._start_engine(settings.model_path, version=0)
         self._must_rebuild = False
         """Set once the weights were wrong after a reload in place and right after a rebuild."""
         self._is_updating = False
         """Whether a weight transfer has started and not finished."""
-        self._adapter: LoRARequest | None = None
-        """What every request is drawn with."""
+        self._adapter = ServedAdapter(settings.lora_rank or 0)
         self._prompts: dict[str, list[int]] = {}
         """Of the requests in flight, where experts are recorded."""
 
-    def _start_engine(self, model_path: str) -> None:
+    def _start_engine(self, model_path: str, version: int) -> None:
         self._llm = _build(self._settings, model_path)
+        self._kept: KeptRequests | None = None
+        """The requests, if weights are replaced while some are in flight."""
+        if self._settings.updates_in_flight:
+            self._kept = KeptRequests(self._llm, num_places=self._settings.max_num_seqs, version=version)
         self._sleep_cycle = SleepCycle(self._llm, self._settings.sleep_level)
         self._record = self._record_experts()
 
@@ -110,15 +110,21 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        self._llm.add_request(request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter)
+        if self._kept is None:
+            self._llm.add_request(
+                request_id, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter.request
+            )
+        else:
+            self._kept.add(request_id, token_ids, params)
         if self._settings.returns_experts:
             self._prompts[request_id] = token_ids
 
     def step(self) -> Iterator[tuple[str, Sampled]]:
         """Decode one token of every running request; yields those that finished."""
-        for output in self._llm.step():
+        outputs: list[Any] = self._llm.step() if self._kept is None else self._kept.step()
+        for output in outputs:
             if output.finished:
-                completion: Any = output.outputs[0]  # type: ignore[index]  # nothing is pooled here
+                completion = output.outputs[0]
                 # With logprobs=0 the flat list holds the sampled token's logprob alone, one a position.
                 experts = self._experts(output.request_id, completion)
                 yield (
@@ -137,9 +143,19 @@ class VllmEngine:
             self._llm.abort_request(request_ids)
         while self._llm.has_unfinished_requests():
             self._llm.step()
+        if self._kept is not None:
+            self._kept.forget()
         self._prompts.clear()
         if self._record is not None:
             self._record.forget_requests()
+
+    def hold(self) -> None:
+        assert self._kept is not None
+        self._kept.hold()
+
+    def take_versions(self, request_id: str) -> WeightVersions:
+        assert self._kept is not None
+        return self._kept.take_versions(request_id)
 
     def load(self, bundle: WeightBundle) -> LoadReport:
         """Replace the weights; where the canary disagrees with that, build the engine anew from the same weights.
@@ -152,35 +168,31 @@ class VllmEngine:
             self._record.forget_requests()  # the last canary among them
             self._record.forget_prompts()
         if self._settings.lora_rank is not None:
-            self._replace_adapter(bundle.tensors(), bundle.version)
-            return LoadReport(bundle.version, self._canary_gap(bundle.canary), False, time.monotonic() - started)
+            self._sleep_cycle.wake()
+            self._adapter.replace(self._llm, bundle.tensors(), bundle.version)
+            self._forget_prefixes()
+            return LoadReport(bundle.version, self._check(bundle), False, time.monotonic() - started)
         rebuilt = self._must_rebuild and bundle.is_stored
         if not rebuilt:
             self._reload(bundle)
-            gap = self._canary_gap(bundle.canary)
+            gap = self._check(bundle)
             rebuilt = bundle.is_stored and not bundle.accepts(gap)
         if rebuilt:
-            self._rebuild(bundle.tensors())
-            gap = self._canary_gap(bundle.canary)
+            self._rebuild(bundle)
+            gap = self._check(bundle)
             self._must_rebuild = bundle.accepts(gap)
         return LoadReport(bundle.version, gap, rebuilt, time.monotonic() - started)
 
-    def _replace_adapter(self, weights: dict[str, torch.Tensor], version: int) -> None:
-        """Load an adapter under a name and id of its own, for vLLM's caches go by these; the one before is removed."""
-        self._sleep_cycle.wake()
-        if self._adapter is not None:
-            self._llm.remove_lora(self._adapter.lora_int_id)
-        # The scaling is folded into the weights.
-        rank = self._settings.lora_rank
-        modules = sorted({name.rsplit(".", 3)[1] for name in weights})
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
-        number = self._adapter.lora_int_id + 1 if self._adapter else 1
-        with tempfile.TemporaryDirectory(prefix="rlqwen-adapter-") as folder:
-            (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
-            save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / _ADAPTER_FILE)
-            self._adapter = LoRARequest(f"version-{version}-{number}", number, folder)
-            self._llm.add_lora(self._adapter)
-        reset_prefix_cache(self._llm)
+    def _forget_prefixes(self) -> None:
+        """Have no request that begins from now on find what older weights computed."""
+        if self._kept is None:  # else its salt sees to that, while running requests keep their blocks
+            reset_prefix_cache(self._llm)
+
+    def _check(self, bundle: WeightBundle) -> float | None:
+        """Begin to sample from the weights of `bundle`, which are loaded, and return the canary's gap."""
+        if self._kept is not None:
+            self._kept.go_on(bundle.version)
+        return self._canary_gap(bundle.canary)
 
     def sleep(self) -> None:
         self._sleep_cycle.sleep()
@@ -201,17 +213,20 @@ class VllmEngine:
                 self.transfer("update_weights", **update_of(bucket))
             self.transfer("finish_weight_update")
         self._sleep_cycle.wake()
-        reset_prefix_cache(self._llm)
+        self._forget_prefixes()
 
-    def _rebuild(self, weights: dict[str, torch.Tensor]) -> None:
+    def _rebuild(self, bundle: WeightBundle) -> None:
+        """Build the engine anew, without requests."""
         with tempfile.TemporaryDirectory(prefix="rlqwen-weights-") as folder:
             for file in Path(self._settings.model_path).glob("*"):
                 if file.is_file() and file.suffix not in {".safetensors", ".bin"} and "index" not in file.name:
                     shutil.copy(file, folder)
-            save_file({name: tensor.clone() for name, tensor in weights.items()}, Path(folder) / "model.safetensors")
-            del self._llm, self._sleep_cycle
+            save_file(
+                {name: tensor.clone() for name, tensor in bundle.tensors().items()}, Path(folder) / "model.safetensors"
+            )
+            del self._llm, self._sleep_cycle, self._kept
             cleanup_dist_env_and_memory()
-            self._start_engine(folder)
+            self._start_engine(folder, bundle.version)
 
     def _canary_gap(self, canary: Canary | None) -> float | None:
         """Return the mean absolute difference of this engine's and the trainer's logprobs of the canary; NaN if any is."""
@@ -220,12 +235,19 @@ class VllmEngine:
         params = SamplingParams(
             max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        prompt: Any = {"prompt_token_ids": list(canary.token_ids)}
-        self._llm.add_request(_CANARY_ID, prompt, params, lora_request=self._adapter)
+        token_ids = list(canary.token_ids)
+        if self._kept is None:
+            self._llm.add_request(
+                _CANARY_ID, {"prompt_token_ids": token_ids}, params, lora_request=self._adapter.request
+            )
+        else:
+            self._kept.add_first(_CANARY_ID, token_ids, params)
         prompt_logprobs: Any = None
-        while self._llm.has_unfinished_requests():
-            for output in self._llm.step():
-                prompt_logprobs = output.prompt_logprobs  # type: ignore[union-attr]
+        while prompt_logprobs is None:
+            outputs: list[Any] = self._llm.step()
+            prompt_logprobs = next((one.prompt_logprobs for one in outputs if one.request_id == _CANARY_ID), None)
+            if self._kept is not None:
+                self._kept.note(outputs)
         ours = [
             position[token].logprob for position, token in zip(prompt_logprobs[1:], canary.token_ids[1:], strict=True)
         ]
@@ -249,10 +271,12 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
     on_cpu = current_platform.is_cpu()
     more: dict[str, Any] = {"block_size": CPU_BLOCK_SIZE} if on_cpu else {}
     if settings.lora_rank is not None:
-        rank = next(rank for rank in _LORA_RANKS if rank >= settings.lora_rank)
+        rank = next(rank for rank in LORA_RANKS if rank >= settings.lora_rank)
         more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if settings.sleep_level and not on_cpu:
         more["enable_sleep_mode"] = True
+    if settings.updates_in_flight:
+        more["scheduling_policy"] = "priority"
     if settings.returns_experts and not on_cpu:
         more["enable_return_routed_experts"] = True
     if on_cpu:
@@ -272,7 +296,7 @@ def _start(settings: EngineSettings, model_path: Path, tokenizer_path: str | Non
         dtype=settings.dtype,  # type: ignore[arg-type]
         seed=settings.seed,
         max_model_len=settings.max_model_length,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=settings.max_num_seqs + SPARE_PLACES * settings.updates_in_flight,
         tensor_parallel_size=settings.tensor_parallel_size,
         # Within a placement group vLLM would start Ray actors of its own, for which the bundle has no room.
         distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
