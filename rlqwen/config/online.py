@@ -18,11 +18,12 @@ _ROLLOUT_NAMES = {
     "vllm_gpu_memory_utilization": "gpu_memory_utilization",
     "vllm_tensor_parallel_size": "tensor_parallel_size",
     "vllm_max_model_length": "max_model_length",
+    "vllm_enable_sleep_mode": "sleep",
 }
 
 # TRL's arguments, at its defaults and other values that change nothing here.
 _AS_ALWAYS: dict[str, tuple[Any, ...]] = {
-    "vllm_mode": ("colocate",), "vllm_model_impl": ("vllm",), "vllm_enable_sleep_mode": (False,),
+    "vllm_mode": ("colocate",), "vllm_model_impl": ("vllm",),
     "vllm_structured_outputs_regex": (None,), "vllm_server_base_url": (None,), "vllm_server_host": ("0.0.0.0",),
     "vllm_server_port": (8000,), "vllm_server_timeout": (240,), "vllm_group_port": (51216,),
     "vllm_importance_sampling_cap": (None,),
@@ -54,7 +55,6 @@ class OnlineConfig(TrainerConfig):
         "vllm_model_impl": "leave it out: workers run vLLM's own models",
         "vllm_structured_outputs_regex": "constrained decoding is not supported: reward the format, or give "
         "generation_kwargs logit_bias or allowed_token_ids",
-        "vllm_enable_sleep_mode": "leave it out: engines sleep wherever they share GPUs with the trainer (rollout.placement)",
         "use_transformers_paged": "use rollout={'engine': 'vllm'}",
         "use_transformers_continuous_batching": "use rollout={'engine': 'vllm'}",
         "transformers_continuous_batching_config": "use rollout={'engine': 'vllm'}",

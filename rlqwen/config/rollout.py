@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     """`colocate`: engines on the trainer's GPUs; they sleep while the policy trains, unless `max_staleness` has both work at
     the same time. `separate`: ranks train on the machine's first GPUs, as many as `rlqwen run --nproc-per-node` starts, and
     engines have the others. Without GPUs there is nothing to place."""
+    sleep: bool = True
+    """Whether engines that take turns with the trainer on its GPUs free their memory while the policy trains. False: they
+    keep it, so both must fit at the same time; see `gpu_memory_utilization`."""
     num_workers: int | None = Field(default=None, ge=1)
     """Number of vLLM engines, one Ray actor each. None: what fills the trainer's GPUs, or with `placement: separate` the
     others; 1 on a CPU and on a cluster (`ray_address`)."""

@@ -129,9 +129,9 @@ def samples_on_gpu(config: RolloutConfig, machine: Machine) -> bool:
 
 
 def take_turns(config: RolloutConfig, machine: Machine, *, trains_meanwhile: bool = False) -> bool:
-    """Return whether trainer and workers need the same GPUs, and never at the same time."""
+    """Return whether trainer and workers need the same GPUs, never at the same time, and free their memory in between."""
     overlap = config.max_staleness > 0 or trains_meanwhile
-    return shares_gpus(config, machine) and not overlap
+    return config.sleep and shares_gpus(config, machine) and not overlap
 
 
 def shares_gpus(config: RolloutConfig, machine: Machine) -> bool:
@@ -224,8 +224,9 @@ def _notes(resolved: RolloutConfig, machine: Machine, level: int, *, can_sleep: 
     sleeping = f", and sleep (level {level}) while the policy trains" if level else ""
     notes = [f"{resolved.num_workers} rollout worker(s) {where} get weights {how}{sleeping}"]
     if shared and can_sleep and not level:
+        why = "they sample while the policy trains" if resolved.sleep else "rollout.sleep is false"
         notes.append(
-            "rollout workers sample while the policy trains on the same GPUs, so they do not sleep, and each takes "
+            f"rollout workers on the trainer's GPUs do not sleep, because {why}: each takes "
             f"rollout.gpu_memory_utilization={resolved.gpu_memory_utilization:g} of a GPU; rollout.placement=separate gives "
             "them GPUs of their own"
         )

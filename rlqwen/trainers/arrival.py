@@ -58,9 +58,13 @@ class ArrivalTrainer(OnlineTrainer[Args]):
             obstacle = "the routers' loss is weighed by the packed tokens of the whole update"
         if asked and obstacle:
             raise ConfigError(f"train_on_arrival=true is impossible, because {obstacle}: leave it out")
-        if asked is None:
-            return obstacle is None and not shares_processors(rollout, self.policy.device.type)
-        return asked
+        if asked is not None:
+            return asked
+        if obstacle is None and shares_processors(rollout, self.policy.device.type):
+            obstacle = "workers and trainer compute on the same processors"
+        if obstacle is not None:
+            self.logger.note(f"train_on_arrival is off, because {obstacle}")
+        return obstacle is None
 
     # What an algorithm supplies
 

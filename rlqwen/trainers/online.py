@@ -23,6 +23,7 @@ from rlqwen.packing.batch import Branch, PackedBatch, Tree
 from rlqwen.rewards import build_rewards
 from rlqwen.rewards.registry import Reward
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine_placement import count_workers, this_machine
 from rlqwen.rollout.group_metrics import describe_groups
 from rlqwen.run_folder.layout import refuse_needed_inside
 from rlqwen.trainers.base import Trainer
@@ -249,7 +250,13 @@ class OnlineTrainer(Trainer[Prompt, Args, Policy]):
         return super().saved_parts() | {"rollouts": self.rollouts}
 
     def fingerprint_entries(self) -> dict[str, Any]:
-        return super().fingerprint_entries() | reward_fingerprint(self.rewards)
+        entries = super().fingerprint_entries() | reward_fingerprint(self.rewards)
+        rollout = self.args.rollout
+        if engine_class(
+            rollout
+        ).in_workers:  # which share the groups out by their number, also where the machine gives it
+            entries["train.rollout.num_workers"] = count_workers(rollout, this_machine(self.policy.device.type))
+        return entries
 
     def close(self) -> None:
         self.rollouts.close()

@@ -36,7 +36,7 @@ def run_fingerprint(
 ) -> dict[str, Any]:
     """Return a flat mapping from dotted names to JSON values; of the weights, as they are now.
 
-    `more`: entries of the algorithm, such as the digests of its rewards or of a critic.
+    `more`: entries of the algorithm, such as the digests of its rewards or of a critic, and settings that are resolved.
     """
     found: dict[str, Any] = {
         "algorithm": algorithm,
@@ -49,8 +49,8 @@ def run_fingerprint(
         "tokenizer": digest_tokenizer(processing_class),
         "data.train": train_digest,
         "data.eval": digest_rows(eval_rows) if eval_rows else None,
-        **more,
         **config_fingerprint(args),
+        **more,
     }
     carried = carried_by(model.base_model)
     if carried and carried.weights:

@@ -52,7 +52,6 @@ def test_generation_kwargs_accept_transformers_names_and_json_text() -> None:
         ({"generation_kwargs": "{"}, "not a JSON object"),
         ({"generation_kwargs": 3}, "generation_kwargs"),
         ({"vllm_mode": "server"}, "'vllm_mode' has no meaning in rlqwen: workers are Ray actors"),
-        ({"vllm_enable_sleep_mode": True}, r"engines sleep wherever .*rollout\.placement"),
         ({"vllm_model_impl": "transformers"}, "workers run vLLM's own models"),
         ({"vllm_server_timeout": 60}, r"rollout\.start_timeout"),
         ({"vllm_group_port": 1}, r"rollout\.weight_transfer"),
@@ -82,7 +81,7 @@ def test_trls_vllm_arguments_are_mapped_or_change_nothing() -> None:
     args = GRPOConfig(**given)
     rollout = args.rollout
     assert (rollout.engine, rollout.gpu_memory_utilization, rollout.max_model_length) == ("vllm", 0.3, 1024)
-    assert rollout.tensor_parallel_size == 2
+    assert (rollout.tensor_parallel_size, rollout.sleep) == (2, False)
     assert args.vllm_importance_sampling_clip_max == 2.0
 
 

@@ -94,9 +94,14 @@ def test_what_was_chosen_is_named_where_there_are_gpus() -> None:
     assert placed(CPU).notes == []
     (note,) = placed(ONE).notes
     assert note.endswith("weights from GPU memory that both map (ipc), and sleep (level 2) while the policy trains")
-    for found in (placed(ONE, max_staleness=1), placed(ONE, meanwhile=True)):
+    for found, why in (
+        (placed(ONE, max_staleness=1), "they sample while the policy trains"),
+        (placed(ONE, meanwhile=True), "they sample while the policy trains"),
+        (placed(ONE, sleep=False), "rollout.sleep is false"),
+    ):
+        assert found.sleep_level == 0
         assert len(found.notes) == 2
-        assert "gpu_memory_utilization=0.4" in found.notes[1]
+        assert f"do not sleep, because {why}: each takes rollout.gpu_memory_utilization=0.4" in found.notes[1]
 
 
 @pytest.mark.parametrize(

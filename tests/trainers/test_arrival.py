@@ -180,6 +180,33 @@ def test_what_needs_the_whole_batch_is_refused(options: dict[str, Any], reason: 
         PPOConfig.parse({"train_on_arrival": True})
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"scale_rewards": "batch"}, "scale_rewards 'batch' divides by"),
+        ({"rollout": {"engine": "transformers"}}, "the engine transformers samples in the trainer's own process"),
+        ({}, "workers and trainer compute on the same processors"),
+    ],
+)
+def test_a_note_says_once_why_it_is_off_by_default(
+    tiny_model_path: Path, tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    trainer = make(tiny_model_path, tmp_path, arrival=None, **options)
+    assert not trainer.trains_on_arrival
+    (note,) = [note for note in trainer.logger.pending_notes if "train_on_arrival" in note]
+    assert note.startswith(f"train_on_arrival is off, because {reason}")
+    asked = make(tiny_model_path, tmp_path / "asked", arrival=False, **options)
+    assert not any("train_on_arrival" in note for note in asked.logger.pending_notes)
+
+
+def test_a_checkpoint_records_how_many_workers_there_were(tiny_model_path: Path, tmp_path: Path) -> None:
+    """Each gets a fixed share of the groups, so their number is part of the result, also where the machine gives it."""
+    for number, recorded in ((None, 1), (2, 2)):
+        rollout = {"engine": "vllm", "num_workers": number}
+        trainer = make(tiny_model_path, tmp_path / str(number), arrival=None, rollout=rollout)
+        assert trainer.fingerprint()["train.rollout.num_workers"] == recorded
+
+
 def test_an_engine_in_the_trainers_process_is_refused(tiny_model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in the trainer's own process"):
         make(tiny_model_path, tmp_path, arrival=True, rollout={"engine": "transformers"})
