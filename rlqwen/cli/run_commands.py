@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     default=1,
     help="Train in this many processes on this machine, one per GPU if there are GPUs.",
 )
+@click.option("--ignore-memory", is_flag=True, help="Run although `rlqwen check` finds the GPUs too small.")
 @click.pass_context
 def run(
     context: click.Context,
@@ -39,6 +40,7 @@ def run(
     allow_changes: bool,
     max_restarts: int,
     nproc_per_node: int,
+    ignore_memory: bool,
 ) -> None:
     """Train recipes, one after the other.
 
@@ -79,10 +81,10 @@ def run(
     if nproc_per_node > 1 and not is_rank():
         context.exit(launch_command_line(arguments, nproc_per_node))
     with printing_resume_command(arguments, recipes):
-        _train(recipes, resume=resume, allow_changes=allow_changes)
+        _train(recipes, resume=resume, allow_changes=allow_changes, ignore_memory=ignore_memory)
 
 
-def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> None:
+def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool, ignore_memory: bool) -> None:
     """Train in this process, which may be one rank of several."""
     prepare(resumable=True)
     from rlqwen.config import ParallelConfig
@@ -96,7 +98,8 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
 
     def plan() -> list[Stage]:
         stages = plan_stages(recipes, resume=resume, allow_changes=allow_changes)
-        check_before_run([stage.recipe for stage in stages if not stage.finished])
+        recipes_left = [stage.recipe for stage in stages if not stage.finished]
+        check_before_run(recipes_left, num_ranks=ranks.world_size, ignore_memory=ignore_memory)
         return stages
 
     run_dirs = run_pipeline(MainRank(ranks).run(plan), click.echo if ranks.is_main else lambda text: None, ranks)
@@ -110,7 +113,7 @@ def _train(recipes: "list[Recipe]", *, resume: bool, allow_changes: bool) -> Non
     "--gpu-memory",
     type=click.FloatRange(min=0, min_open=True),
     metavar="GIB",
-    help="Memory of each GPU to plan for; by default that of this machine's GPUs, if it has any.",
+    help="Memory of each GPU to plan for; by default that of this machine's GPUs, or a run on its CPU if it has none.",
 )
 @click.option(
     "--nproc-per-node",

@@ -53,9 +53,10 @@ def describe_memory(
     """Add the memory table to the report, and a fault if the GPUs are too small.
 
     `longest`: tokens of the longest row, or prompt, of the data; `gpu_gib`: memory of each GPU, None: as this machine
-    has, and not compared if it has none.
+    has. If it has none, or the recipe trains on a CPU, the table is of that.
     """
-    on_gpu = not recipe.train.use_cpu
+    gpu_bytes = own_gpu_bytes() if gpu_gib is None else gpu_gib * GIB
+    on_gpu = gpu_bytes is not None and not recipe.train.use_cpu
     sizes: dict[str, ModelSize] = {}
 
     def plan_of(changed: Recipe) -> MemoryPlan:
@@ -70,22 +71,30 @@ def describe_memory(
         return plan_memory(changed, sizes[key], longest=longest, num_ranks=num_ranks, on_gpu=on_gpu)
 
     plan = plan_of(recipe)
-    report.facts.append(("memory", _plan_in_words(plan, on_gpu=on_gpu)))
-    gpu_bytes = _own_gpu_bytes() if gpu_gib is None else gpu_gib * GIB
-    title = f"memory{f' of each of {num_ranks} GPUs' if num_ranks > 1 else ''}, GiB"
+    where = f"; a GPU of {plan.smallest_gpu / GIB:.1f} GiB or more" if on_gpu else _own_memory_in_words(recipe)
+    report.facts.append(("memory", _plan_in_words(plan) + where))
+    each = "GPUs" if on_gpu else "ranks"
+    title = f"memory{f' of each of {num_ranks} {each}' if num_ranks > 1 else ''}, GiB"
     report.figures.append(_as_figures(plan, title, gpu_bytes))
     if gpu_bytes is not None and on_gpu:
         with report.collecting():
             check_fit(recipe, plan_of, gpu_bytes, num_ranks)
 
 
-def _own_gpu_bytes() -> float | None:
+def own_gpu_bytes() -> float | None:
     """Return the memory of this machine's smallest GPU; None without one."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     return float(min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())))
+
+
+def _own_memory_in_words(recipe: Recipe) -> str:
+    import psutil
+
+    hint = "" if recipe.train.use_cpu else "; --gpu-memory plans for a GPU"
+    return f"; this machine has {psutil.virtual_memory().total / GIB:.1f} GiB, and trains on its CPU{hint}"
 
 
 def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
@@ -109,7 +118,7 @@ def _trained_in_words(size: ModelSize) -> str:
     )
 
 
-def _plan_in_words(plan: MemoryPlan, *, on_gpu: bool) -> str:
+def _plan_in_words(plan: MemoryPlan) -> str:
     rows = plan.micro_batch
     line = f"{plan.peak / GIB:.2f} GiB at the peak, in {plan.peak_phase}, with rows of up to {rows.tokens:,} tokens"
     if plan.engine_share:
@@ -118,7 +127,7 @@ def _plan_in_words(plan: MemoryPlan, *, on_gpu: bool) -> str:
         line += ", beside a vLLM engine that takes what is free"
     if plan.engine_sleeps:
         line += " and sleeps while the policy trains"
-    return f"{line}; a GPU of {plan.smallest_gpu / GIB:.1f} GiB or more" if on_gpu else line
+    return line
 
 
 def _as_figures(plan: MemoryPlan, title: str, gpu_bytes: float | None) -> Figures:

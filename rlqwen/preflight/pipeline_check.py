@@ -7,11 +7,11 @@ from typing import Any
 from rlqwen.config import OnlineConfig, Recipe
 from rlqwen.data import first_rows, load_rows
 from rlqwen.distributed.adamw import require_8bit
-from rlqwen.errors import ModelError
+from rlqwen.errors import ModelError, ResourceError
 from rlqwen.models.model_classes import check_weights
 from rlqwen.preflight.check_report import CheckReport
 from rlqwen.preflight.model_check import check_model, check_model_path
-from rlqwen.preflight.recipe_check import check_recipe
+from rlqwen.preflight.recipe_check import check_memory, check_recipe
 from rlqwen.preflight.resource_check import check_resources
 from rlqwen.preflight.reward_check import check_reward_columns, resolve_rewards
 from rlqwen.preflight.run_check import check_best_metric, run_checks
@@ -52,11 +52,12 @@ def models_to_train(earlier: Sequence[Recipe]) -> list[str]:
     return [str(Path(before.output_dir) / FINAL_FOLDER) for before in earlier]
 
 
-def check_before_run(recipes: Sequence[Recipe]) -> None:
+def check_before_run(recipes: Sequence[Recipe], *, num_ranks: int = 1, ignore_memory: bool = False) -> None:
     """Check what is quick to find and expensive to find late; raise the first fault of any stage.
 
     A trainer makes the other checks itself before it trains, but a later stage's trainer is built only when the earlier
-    stages are done.
+    stages are done. `num_ranks`: that each stage is trained by. `ignore_memory`: do not compare the memory plans with this
+    machine's GPUs.
     """
     for place, recipe in enumerate(recipes):
         earlier = recipes[:place]
@@ -70,6 +71,8 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
         _check_other_models(recipe, earlier)
         if isinstance(recipe.train, OnlineConfig):
             check_resources(recipe.train.rollout)
+        if not ignore_memory:
+            _check_memory(recipe, earlier, num_ranks)
         for sampled in recipe.data.sampled_sources():
             check_resources(sampled.rollout)
             resolve_rewards(sampled.rewards)
@@ -78,6 +81,13 @@ def check_before_run(recipes: Sequence[Recipe]) -> None:
             rewards = resolve_rewards([spec for spec in recipe.rewards if spec.name not in models_to_train(earlier)])
             rows = first_rows(recipe.data) if recipe.data.is_streamed else _training_rows(recipe)
             check_reward_columns(rewards, rows, "data.train")
+
+
+def _check_memory(recipe: Recipe, earlier: Sequence[Recipe], num_ranks: int) -> None:
+    try:
+        check_memory(recipe, starting_model(recipe, earlier), num_ranks=num_ranks)
+    except ResourceError as fault:
+        raise ResourceError(f"{fault}. The plan may be too careful: --ignore-memory runs all the same") from None
 
 
 def _training_rows(recipe: Recipe) -> Sequence[Row]:

@@ -14,7 +14,7 @@ from rlqwen.errors import DataError
 from rlqwen.models.model_classes import check_weights
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.preflight.check_report import CheckReport
-from rlqwen.preflight.memory_estimate import describe_memory, describe_parameters
+from rlqwen.preflight.memory_estimate import describe_memory, describe_parameters, own_gpu_bytes
 from rlqwen.preflight.model_check import NO_TOKENIZER, ModelFacts, read_config, read_tokenizer, what_is_missing
 from rlqwen.preflight.model_size import ModelSize
 from rlqwen.preflight.resource_check import check_resources
@@ -98,6 +98,30 @@ def check_recipe(
         with report.collecting():
             report.facts.append(("rollout", check_resources(recipe.train.rollout)))
     return report
+
+
+def check_memory(recipe: Recipe, start: Recipe, *, num_ranks: int) -> None:
+    """Raise ResourceError if this machine's GPUs do not hold the recipe's memory plan, as `check_recipe` finds it.
+
+    `start`, `num_ranks`: see `check_recipe`. Rows are tokenized, to find the longest, only if the longest that the config allows does
+    not fit. Other faults are left to the run.
+    """
+    if recipe.train.use_cpu or own_gpu_bytes() is None:
+        return
+    report = CheckReport("")
+    model, size = _check_model(report, recipe, start)
+    if size is None:
+        return
+    fitting = CheckReport("")
+    describe_memory(fitting, recipe, size, num_ranks=num_ranks)
+    if fitting.faults and model and not unknown_rows(recipe.train):
+        rows, _ = _clean(report, recipe, _load(report, recipe, "train"), _load(report, recipe, "eval"))
+        with report.collecting():
+            longest = _tokenize(recipe, rows, model, "data.train").lengths.get("max") if rows else None
+            fitting = CheckReport("")
+            describe_memory(fitting, recipe, size, longest=longest, num_ranks=num_ranks)
+    for fault in fitting.faults:
+        raise fault
 
 
 def _tokenize(recipe: Recipe, rows: Sequence[Row], model: ModelFacts, name: str) -> DataReport:

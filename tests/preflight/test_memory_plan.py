@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rlqwen.cli import main
 from rlqwen.config import Recipe
 from rlqwen.config.recipe_yaml import load_recipe
-from rlqwen.preflight import check_recipe
+from rlqwen.errors import ResourceError
+from rlqwen.preflight import check_before_run, check_recipe
 from rlqwen.preflight.memory_plan import (
     BACKWARD,
     CONTEXT_BYTES,
@@ -167,6 +170,67 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(tmp_path: Path) -
     (fault,) = check_recipe(wide, gpu_gib=170.0).faults
     assert "the cheapest change that fits is train.gradient_checkpointing=selective" in str(fault)
     assert check_recipe(recipe, gpu_gib=141.0).faults == []
+
+
+def have_gpus(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """Pretend that this machine has GPUs of `gib`."""
+    for module in ("memory_estimate", "recipe_check"):
+        monkeypatch.setattr(f"rlqwen.preflight.{module}.own_gpu_bytes", lambda: gib * GIB)
+
+
+def complete(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a model's folder with a file in the place of its weights, which are not looked at."""
+    monkeypatch.setattr("rlqwen.preflight.pipeline_check.check_model", lambda *args, **options: None)
+    folder_of(name, folder)
+    save_file({"model.norm.weight": torch.zeros(1)}, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_a_run_refuses_what_does_not_fit_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = sft(tmp_path, model={"path": complete("Qwen3-8B", tmp_path / "model", monkeypatch)})
+    check_before_run([recipe])  # there is no GPU
+    have_gpus(monkeypatch, 80.0)
+    refusal = r"this one has 80\.0 GiB; the cheapest change that fits is .*: --ignore-memory runs all the same"
+    with pytest.raises(ResourceError, match=refusal):
+        check_before_run([recipe])
+    check_before_run([recipe], ignore_memory=True)
+    recipe.train.use_cpu = True
+    check_before_run([recipe])
+
+
+def test_a_run_looks_for_the_longest_row_where_the_longest_allowed_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": complete("Qwen3-0.6B", tmp_path / "model", monkeypatch)}
+    recipe = sft(tmp_path, model=model, train={"packing": False, "max_length": 32768})
+    assert plan_of_longest(recipe, tmp_path) > 40 * GIB
+    have_gpus(monkeypatch, 40.0)
+    check_before_run([recipe])
+    have_gpus(monkeypatch, 9.0)
+    with pytest.raises(ResourceError, match="memory: "):
+        check_before_run([recipe])
+
+
+def plan_of_longest(recipe: Recipe, folder: Path) -> float:
+    """Return the GPU that rows as long as the config allows would need."""
+    facts = read_config(recipe.model, folder)
+    assert facts is not None
+    return plan_memory(recipe, ModelSize.measure(recipe, facts)).smallest_gpu
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_where_there_is_no_gpu_the_table_is_of_this_machine(tmp_path: Path, use_cpu: bool) -> None:
+    model = {"path": str(folder_of("Qwen3-0.6B", tmp_path / "model"))}
+    report = check_recipe(sft(tmp_path, model=model, train={"use_cpu": use_cpu}))
+    line = dict(report.facts)["memory"]
+    assert re.search(r"at the peak, in .*; this machine has [\d.]+ GiB, and trains on its CPU", line)
+    assert line.endswith("; --gpu-memory plans for a GPU") is not use_cpu
+    (figures,) = report.figures
+    assert "CUDA contexts" not in [row[0] for row in figures.rows]
+    if not use_cpu:
+        assert "a GPU of" in dict(check_recipe(sft(tmp_path, model=model), gpu_gib=24.0).facts)["memory"]
 
 
 def test_the_command_prints_the_table_for_a_gpu_that_is_named(

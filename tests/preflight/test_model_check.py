@@ -276,7 +276,7 @@ def test_the_memory_table_counts_critic_reference_and_quantized_weights(
     }
     ppo = sft_recipe(model, tmp_path, algorithm="ppo", train={"max_completion_length": 64}, **online)
     whole = 7_615_616_512 / 2**30
-    parts = parts_of(check_recipe(ppo))
+    parts = parts_of(check_recipe(ppo, gpu_gib=1000.0))
     expected = {
         "weights": 4 * whole,
         "gradients": 4 * whole,
@@ -287,7 +287,7 @@ def test_the_memory_table_counts_critic_reference_and_quantized_weights(
     assert {name: parts[name] for name in expected} == pytest.approx(expected, abs=0.01)
     student = {"max_completion_length": 64, "teacher": str(model)}
     distillation = sft_recipe(model, tmp_path, algorithm="distillation", train=student, **online | {"rewards": []})
-    parts = parts_of(check_recipe(distillation))
+    parts = parts_of(check_recipe(distillation, gpu_gib=1000.0))
     assert parts["teacher"] == pytest.approx(2 * whole, abs=0.01)
     assert not {"reference", "critic"} & parts.keys()
     quantized = {"path": str(model), "lora": {"r": 8}, "quantization": {"bits": 4}}
