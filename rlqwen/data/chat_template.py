@@ -83,14 +83,15 @@ class ChatTemplate:
             return
         probe = [{"role": role, "content": f"{PLACEHOLDER}{i}{PLACEHOLDER}"} for i, role in enumerate(roles)]
         rendered = self.render(probe, where)
+        places: dict[int, int] = {}  # found in one pass: a row may have 100,000 messages
+        for found in re.finditer(rf"{PLACEHOLDER}(\d+){PLACEHOLDER}", rendered):
+            places.setdefault(int(found[1]), found.start())
         for i, role in enumerate(roles):
-            if f"{PLACEHOLDER}{i}{PLACEHOLDER}" not in rendered:
+            if i not in places:
                 raise DataError(
                     f"{where}: the chat template drops message {i}, of role {role!r}; rename the role or change the template"
                 )
-        starts = [
-            rendered.index(f"{PLACEHOLDER}{i}{PLACEHOLDER}") for i, role in enumerate(roles) if role == "assistant"
-        ]
+        starts = [places[i] for i, role in enumerate(roles) if role == "assistant"]
         if starts != sorted(starts):
             raise DataError(f"{where}: the chat template reorders messages (roles {', '.join(roles)})")
         self._known_structures.add(roles)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlqwen.data.media import refuse_message_media
 from rlqwen.data.message_keys import LOSS_KEYS, ROLES, THOUGHT_KEYS
-from rlqwen.data.plain_values import parse_messages
+from rlqwen.data.plain_values import parse_messages, plain_value
 from rlqwen.errors import DataError
 from rlqwen.types import Message
 
@@ -38,7 +38,7 @@ def normalize_messages(messages: Any, where: str, column: str) -> list[Message]:
         message, is_call = _normalize_message(given, f"{where}: message {number} of {column!r}", column)
         before = normalized[-1] if normalized else {}
         if is_call and before.get("role") == "assistant" and before.get("in_loss") == message.get("in_loss"):
-            before["tool_calls"] = [*before.get("tool_calls", ()), *message["tool_calls"]]
+            before.setdefault("tool_calls", []).extend(message["tool_calls"])  # lists of its own, see _normalize_calls
         else:
             normalized.append(message)
     return normalized
@@ -53,11 +53,13 @@ def from_alpaca(row: dict[str, Any], where: str) -> list[Message]:
     history = parse_messages(row.get("history") or [], where, "history")
     if isinstance(history, str):
         history = _parse_json(history, f"{where}: column 'history'")
+    if not isinstance(history, list | tuple):
+        raise DataError(f"{where}: 'history' must be a list of pairs of instruction and answer, not {history!r:.80}")
     if history and isinstance(history[0], dict):
         messages += normalize_messages(history, where, "history")
         history = []
     for pair in history:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(f"{where}: 'history' must hold pairs of instruction and answer, not {pair!r:.80}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = "\n".join(as_text(row, column, where) for column in ("instruction", "input") if row.get(column))
@@ -90,9 +92,11 @@ def normalize_tools(tools: Any, where: str) -> list[Any]:
     """Convert tools to OpenAI's format, which serving gives to the template: {"type": "function", "function": {...}}."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else []
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: column 'tools' is not valid JSON ({error.msg}): {tools[:80]!r}") from None
+            tools = plain_value(json.loads(tools), where, "tools") if tools.strip() else []
+        except DataError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: column 'tools' is not valid JSON ({error}): {tools[:80]!r}") from None
     tools = [tools] if isinstance(tools, dict) else tools
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: column 'tools' must be a list of function descriptions, not {tools!r:.80}")
@@ -190,6 +194,8 @@ def _plain_content(content: Any, where: str) -> str:
 def _normalize_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Return tool calls with their arguments as objects, because a template would quote JSON text a second time."""
     calls = _parse_json(calls, where)
+    if not isinstance(calls, dict | list | tuple):
+        raise DataError(f"{where}: calls must be a list of objects, not {calls!r:.80}")
     normalized = []
     for call in [calls] if isinstance(calls, dict) else calls:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -213,6 +219,8 @@ def _parse_json(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return {} if value is None else value
     try:
-        return json.loads(value) if value.strip() else {}
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: must be JSON ({error.msg}): {value[:80]!r}") from None
+        return plain_value(json.loads(value), where, "") if value.strip() else {}
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: must be JSON ({error}): {value[:80]!r}") from None

@@ -12,6 +12,8 @@ from rlqwen.errors import DataError
 Row = dict[str, Any]
 
 _FILLED = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")
+_MAX_DEPTH = 100
+"""Most levels of a value, which recursive functions of Python and of templates can follow."""
 _NULLS_OF_PANDAS = ("NaTType", "NAType")
 _MAY_BE_MESSAGES = re.compile(r"\s*(\[\s*)?\{\s*['\"]")
 _BEGINS_AS_MESSAGES = re.compile(rf"\s*\[\s*\{{\s*['\"](role|from)['\"]\s*:\s*['\"]({'|'.join(ROLES)})['\"]")
@@ -26,9 +28,12 @@ _BESIDE_A_NULL = {"type", "title", "description", "const"}
 def plain_row(row: Row, where: str) -> Row:
     """Copy a row; missing values become None, and numpy scalars and arrays become Python values.
 
-    Missing values are NaN, NaT and NA of pandas tables, at any depth. Raises DataError for half a surrogate pair.
+    Missing values are NaN, NaT and NA of pandas tables, at any depth. Raises DataError for half a surrogate pair, and for
+    more than 100 levels of lists and objects.
     """
-    plain = {column: _plain(value, where, column) for column, value in row.items()}
+    for column in row:
+        _refuse_surrogates(str(column), where, ascii(column))
+    plain = {column: plain_value(value, where, column) for column, value in row.items()}
     if any(type(value).__module__ == "numpy" and hasattr(value, "__len__") for value in row.values()):
         return without_filling(plain)  # pandas reads lists in a Parquet file as arrays
     return plain
@@ -47,6 +52,7 @@ def parse_messages(value: Any, where: str, column: str) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         messages = found if isinstance(found, list) else [found]
+        found = plain_value(found, where, column)
         return found if messages and all(map(_is_message, messages)) else value
     if _BEGINS_AS_MESSAGES.match(value):
         raise DataError(
@@ -80,8 +86,12 @@ def without_filling(row: Row, schema: Any = None) -> Row:
     return cleaned
 
 
-def _plain(value: Any, where: str, column: str) -> Any:
+def plain_value(value: Any, where: str, column: str, depth: int = 0) -> Any:
+    """Copy one value as `plain_row` does; `depth`: levels that it lies in."""
     kind = type(value)
+    if depth > _MAX_DEPTH:
+        named = f"column {column!r} is" if column else "a value is"
+        raise DataError(f"{where}: {named} nested more than {_MAX_DEPTH} levels deep; drop or flatten it")
     if kind is str:
         if not value.isascii():
             _refuse_surrogates(value, where, column)
@@ -89,11 +99,14 @@ def _plain(value: Any, where: str, column: str) -> Any:
     if kind is float:
         return None if math.isnan(value) else value
     if isinstance(value, dict):
-        return {key: _plain(one, where, column) for key, one in value.items()}
+        for key in value:
+            if isinstance(key, str) and not key.isascii():
+                _refuse_surrogates(key, where, column)
+        return {key: plain_value(one, where, column, depth + 1) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one, where, column) for one in value]
+        return [plain_value(one, where, column, depth + 1) for one in value]
     if kind.__module__ == "numpy":
-        return _plain(value.tolist(), where, column) if hasattr(value, "tolist") else value
+        return plain_value(value.tolist(), where, column) if hasattr(value, "tolist") else value
     return None if kind.__name__ in _NULLS_OF_PANDAS else value
 
 

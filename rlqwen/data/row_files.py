@@ -41,7 +41,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def data_files(path: Path) -> list[Path]:
     """Return the data files at `path`; raise DataError, with the content of the folder, if there are none."""
-    if path.is_file():
+    if not path.is_dir():
+        if not path.is_file():
+            raise DataError(
+                f"{path} is neither a file nor a folder, but a pipe, a socket or a device: write the rows to a file"
+            )
         if path.suffix.lower() not in SUFFIXES:
             raise DataError(f"{path}: can't read files of type {path.suffix!r}; known types: {', '.join(SUFFIXES)}")
         return [path]
@@ -207,20 +211,40 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.lib.ArrowException as error:
+    except (pyarrow.lib.ArrowException, OSError, MemoryError) as error:  # a damaged length may ask for any memory
         raise DataError(f"{path}: not a valid Parquet file ({error})") from None
     batches = file.iter_batches(_PARQUET_ROWS)
     number = 0
     while True:
         try:
             batch = next(batches, None)
-        except (pyarrow.lib.ArrowException, OSError) as error:
+        except (pyarrow.lib.ArrowException, OSError, MemoryError) as error:
             raise DataError(f"{path}: cannot be read from row {number} on ({error})") from None
         if batch is None:
             return
-        for row in batch.to_pylist():
+        for row in _python_rows(batch, f"{path}, row", number):
             yield f"{path}, row {number}", without_filling(row, file.schema_arrow)
             number += 1
+
+
+def _python_rows(batch: Any, where: str, number: int) -> list[Row]:
+    """Return the rows of an Arrow batch; raise DataError that names the row and column of text that is not UTF-8."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError as whole:
+        for place in range(len(batch)):
+            for column in batch.schema.names:
+                try:
+                    batch.column(column)[place].as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{where} {number + place}: column {column!r} is not valid UTF-8 (byte 0x{error.object[error.start]:02x} "
+                        f"at offset {error.start}); write the file anew from valid text"
+                    ) from None
+        raise DataError(f"{where} {number}: not valid UTF-8 ({whole})") from None
+    except (ValueError, OverflowError, ArithmeticError) as error:  # dates before year 1, for example
+        raise DataError(f"{where} {number} or one of the next {len(batch) - 1}: {error}") from None
 
 
 def _decode(raw: bytes, where: str) -> str:

@@ -45,6 +45,17 @@ def save_optimizer(
     (folder / PLAIN_FILE).write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
 
 
+def refuse_other_shapes(name: str, saved: Mapping[str, Tensor], parameter: Tensor) -> None:
+    """Raise ConfigError if moments or the float32 value of a parameter have another shape, which a fused kernel would read
+    out of bounds."""
+    for key in ("exp_avg", "exp_avg_sq", MASTER):
+        if key in saved and saved[key].shape != parameter.shape:
+            raise ConfigError(
+                f"{TENSORS_FILE} holds {key} of {name} with the shape {tuple(saved[key].shape)}, and the parameter has "
+                f"{tuple(parameter.shape)}: it is of another model"
+            )
+
+
 def restore_optimizer(
     folder: Path, names: Collection[str], optimizers: Sequence[Optimizer], schedulers: Sequence[Any]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -21,7 +21,7 @@ from rlqwen.distributed.gradient_sum import add_up_over_ranks
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
 from rlqwen.distributed.master_weights import MasterWeights, check_bfloat16
-from rlqwen.distributed.optimizer_state import MASTER, restore_optimizer, save_optimizer
+from rlqwen.distributed.optimizer_state import MASTER, refuse_other_shapes, restore_optimizer, save_optimizer
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.distributed.tensor_parallel import is_shard
@@ -184,6 +184,7 @@ class OptimizerStep:
             for name, parameter in group.named():
                 if name not in states:
                     continue
+                refuse_other_shapes(name, states[name], parameter)
                 kept = {key: value for key, value in states[name].items() if key != MASTER}
                 if MASTER in states[name]:
                     parameter.data.copy_(states[name][MASTER])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -29,12 +30,12 @@ from transformers.utils import logging
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import cached_folder, carry, whole_config_class
 from rlqwen.models.float32_weights import restore_float32
-from rlqwen.models.folder_files import UNREADABLE
+from rlqwen.models.folder_files import UNREADABLE, check_files
 from rlqwen.models.hub import SAFE, commit_of, note_commit, read_config, refuse_pickles
 from rlqwen.models.vision_language import auto_class, is_read_from_whole
 
 _SCALAR = "ForSequenceClassification"
-_REPORTING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+REPORTING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments with which `from_pretrained` reports weights that do not fit instead of printing a table of them."""
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
@@ -94,11 +95,11 @@ def _read_causal(name: str, trust_remote_code: bool, arguments: dict[str, Any]) 
     try:
         arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
         model, report = auto_class(_class_of_config(name, arguments)).from_pretrained(
-            name, **_REPORTING, trust_remote_code=trust_remote_code, **arguments
+            name, **REPORTING, trust_remote_code=trust_remote_code, **arguments
         )
     except UNREADABLE as error:
         raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
-    _refuse_missing(name, set(report["missing_keys"]), report["mismatched_keys"])
+    refuse_missing(name, set(report["missing_keys"]), report["mismatched_keys"])
     return model, arguments
 
 
@@ -123,7 +124,7 @@ def _read_scalar(name: str, trust_remote_code: bool, arguments: dict[str, Any]) 
             arguments["num_labels"] = 1
         with quiet_loading():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, **_REPORTING, trust_remote_code=trust_remote_code, **arguments
+                name, **REPORTING, trust_remote_code=trust_remote_code, **arguments
             )
     except UNREADABLE as error:
         raise ModelError(f"model {name!r} cannot be loaded as one with a scalar head: {error}") from error
@@ -131,7 +132,7 @@ def _read_scalar(name: str, trust_remote_code: bool, arguments: dict[str, Any]) 
     several = next((stored for key, stored, _ in report["mismatched_keys"] if key == "score.weight"), None)
     if several is not None:
         raise ModelError(f"model {name!r} has a head of {several[0]} labels, and a scalar head has one")
-    _refuse_missing(name, missing - {"score.weight"}, report["mismatched_keys"])
+    refuse_missing(name, missing - {"score.weight"}, report["mismatched_keys"])
     return model, arguments, not missing
 
 
@@ -165,7 +166,16 @@ def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> Pre
     return model
 
 
-def _refuse_missing(name: str, missing: set[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+def saved_weights(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Return the weights that a checkpoint's folder holds for `model`, in float32; ModelError if they are not all of them."""
+    check_files(folder)
+    kind: Any = type(model)
+    loaded, report = kind.from_pretrained(folder, dtype=torch.float32, **REPORTING, **SAFE)
+    refuse_missing(str(folder), set(report["missing_keys"]), report["mismatched_keys"])
+    return loaded.state_dict()  # type: ignore[no-any-return]
+
+
+def refuse_missing(name: str, missing: set[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
     """Raise ModelError for weights that are not there, or not of the shape that the config asks for."""
     unfit = [f"{key} has {tuple(stored)} instead of {tuple(wanted)}" for key, stored, wanted in sorted(mismatched)]
     if unfit:

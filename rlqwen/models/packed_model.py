@@ -26,6 +26,7 @@ from rlqwen.models.experts import use_compute_dtype
 from rlqwen.models.float32_weights import mark_float32, saved_dtype
 from rlqwen.models.gpu_forward import speed_up_on_gpu
 from rlqwen.models.merged_weights import checkpoint_weights
+from rlqwen.models.model_classes import saved_weights
 from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
@@ -338,7 +339,7 @@ class PackedModel:
                     keep_exact(parameter, parameter.detach())
             self.version += 1
             return
-        saved = type(self.base_model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True).state_dict()
+        saved = saved_weights(self.base_model, Path(folder))
         with torch.no_grad(), whole_weights(self.base_model.modules()):
             for name, weight in self.base_model.state_dict(keep_vars=True).items():
                 with gathered([weight], modify=True):

@@ -1,6 +1,5 @@
 """Decide which recipes of a pipeline are finished, which one resumes from a checkpoint, and which begin."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,5 +65,5 @@ def is_finished(folder: Path) -> bool:
     """Return whether a run has ended in `folder`: it writes `summary.json` last."""
     try:
         return bool(read_summary(folder)) and (folder / FINAL_FOLDER).is_dir()
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return False

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +25,11 @@ from rlqwen.checkpoint import (
     write_state,
 )
 from rlqwen.checkpoint.resumable import STATE
+from rlqwen.checkpoint.state_files import refusing_foreign_state
 from rlqwen.config import Recipe
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.distributed import OptimizerStep
+from rlqwen.errors import ConfigError
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE, is_inside
 from rlqwen.trainers.resume import FINGERPRINT, RNG
@@ -146,14 +148,15 @@ class Checkpointer:
 
         Random states come last, by `restore_rng_state`, when nothing else is to be built.
         """
-        self._restore_trainer_state(json.loads((checkpoint / TRAINER_STATE_FILE).read_text("utf-8")))
-        states = read_state(checkpoint, STATE)
-        for name, model in self._models.items():
-            model.load_checkpoint(checkpoint / name)
-        self._optimizer.load_checkpoint(checkpoint)
-        for name, part in self._parts.items():
-            if name not in keep:
-                part.load_state_dict(states[name])
+        with refusing_foreign_state(checkpoint):
+            self._restore_trainer_state(json.loads((checkpoint / TRAINER_STATE_FILE).read_text("utf-8")))
+            states = read_state(checkpoint, STATE)
+            for name, model in self._models.items():
+                model.load_checkpoint(checkpoint / name)
+            self._optimizer.load_checkpoint(checkpoint)
+            for name, part in self._parts.items():
+                if name not in keep:
+                    part.load_state_dict(states[name])
         self.saved_step = self._state.global_step
         if self._ranks.is_main and self._is_own(checkpoint):
             for later in archive_checkpoints(self.output_dir, after=self.saved_step):
@@ -177,7 +180,8 @@ class Checkpointer:
     def truncate_run_folder(self, checkpoint: Path) -> None:
         """Delete metrics and completions of later updates, if the checkpoint lies in this run folder."""
         if self._ranks.is_main and self._is_own(checkpoint):
-            metrics_bytes = read_state(checkpoint, STATE)["logger"]["metrics_bytes"]
+            with refusing_foreign_state(checkpoint):
+                metrics_bytes = int(read_state(checkpoint, STATE)["logger"]["metrics_bytes"])
             truncate_run_folder(self.output_dir, step=self._state.global_step, metrics_bytes=metrics_bytes)
         self._ranks.barrier()
 
@@ -185,7 +189,8 @@ class Checkpointer:
         """Restore each rank's own random state; ranks added since the checkpoint keep their fresh seed."""
         name = f"{RNG}-{self._ranks.rank}"
         if (checkpoint / f"{name}.json").is_file():
-            set_rng_state(read_state(checkpoint, name))
+            with refusing_foreign_state(checkpoint):
+                set_rng_state(read_state(checkpoint, name))
 
     def _is_own(self, checkpoint: Path) -> bool:
         return is_inside(checkpoint, self.output_dir)
@@ -193,6 +198,9 @@ class Checkpointer:
     def _restore_trainer_state(self, saved: dict[str, Any]) -> None:
         """Update the state in place, because callbacks and loggers keep references to it."""
         max_steps = self._state.max_steps
+        known = {field.name for field in fields(self._state)}
+        if not known.issuperset(saved) or not isinstance(saved.get("global_step"), int):
+            raise ConfigError(f"{TRAINER_STATE_FILE} is none of rlqwen's: it holds {', '.join(map(str, saved)):.200}")
         for name, value in saved.items():
             setattr(self._state, name, value)
         self._state.max_steps = max_steps
