@@ -29,9 +29,12 @@ def run_process() -> NoReturn:
     open_standard_descriptors()
     code = main()
     leave_on_signals(code)
-    if code in (INTERRUPTED, RUN_AGAIN, TERMINATED):
+    ray_cluster = sys.modules.get("rlqwen.rollout.ray_cluster")
+    is_ray_lost = ray_cluster is not None and ray_cluster.is_lost()
+    if code in (INTERRUPTED, RUN_AGAIN, TERMINATED) or is_ray_lost:
         # Ray, interrupted while it starts, may crash in the interpreter's own clean-up, and the exit code with it.
-        atexit._run_exitfuncs()
+        if not is_ray_lost:  # else it would wait for processes that are gone
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

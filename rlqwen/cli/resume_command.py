@@ -10,7 +10,7 @@ import click
 
 from rlqwen.cli.session import RUN_AGAIN
 from rlqwen.config import Recipe
-from rlqwen.errors import InputError, Interrupted, Preempted
+from rlqwen.errors import InputError, Interrupted, Preempted, RolloutError
 from rlqwen.secrets import redact
 
 
@@ -27,6 +27,11 @@ def printing_resume_command(arguments: Sequence[str], recipes: Sequence[Recipe])
         yield
     except Preempted as stop:
         text, code = redact(str(stop)), stop.exit_code
+    except RolloutError as error:
+        command = resume_command(arguments, recipes)
+        if command is None or "RANK" in os.environ:
+            raise
+        raise type(error)(f"{error}\nresume with: {command}") from error
     except KeyboardInterrupt:
         text, code = "interrupted", Interrupted.exit_code
     except SystemExit as end:

@@ -1,12 +1,13 @@
 """Start the Ray actors of a pool in reserved places, describe them by their process, and end them together."""
 
+import contextlib
 import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from rlqwen.config import RolloutConfig
-from rlqwen.errors import DeadlineExceeded, WorkerDied
+from rlqwen.errors import DeadlineExceeded, RolloutError, WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.weight_sync import WeightBundle
 from rlqwen.rollout.worker import RolloutWorker
@@ -63,9 +64,7 @@ class ActorHandle:
     @property
     def pid(self) -> int | None:
         """Process id; None until the worker has reported it."""
-        import ray
-
-        answered, _ = ray.wait([self.process], timeout=0)
+        answered = cluster.wait([self.process], timeout_s=0)
         answer = cluster.answer(self.process) if answered else None
         return answer if isinstance(answer, int) else None
 
@@ -113,7 +112,7 @@ class ActorHandles(list[ActorHandle]):
         import ray
 
         stderr_tail = f"{actor}: {error}{cluster.log_tail(self._cluster.log_folder, actor.pid)}"
-        ray.kill(actor.handle)
+        cluster.call(ray.kill, actor.handle)
         self.num_restarts += 1
         if self.num_restarts > self._config.max_restarts:
             kind = type(error) if isinstance(error, DeadlineExceeded) else WorkerDied
@@ -136,7 +135,7 @@ class ActorHandles(list[ActorHandle]):
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._places, placement_group_bundle_index=index),
         )(RolloutWorker)
-        handle = actor_class.remote(self._settings)
+        handle = cluster.call(actor_class.remote, self._settings)
         self._ray_actors.append(handle)
         deadline = time.monotonic() + self._config.start_timeout
         return ActorHandle(index, handle, handle.process.remote(), handle.start.remote(), deadline, START_KEY)
@@ -147,8 +146,9 @@ def _end(actors: list[Any], places: Any, disconnect: Any) -> None:
     from ray.util.placement_group import remove_placement_group
 
     # At the interpreter's exit Ray may have shut down before this.
-    if ray.is_initialized():
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(places)
+    if ray.is_initialized() and not cluster.is_lost():
+        with contextlib.suppress(RolloutError):
+            for actor in actors:
+                cluster.call(ray.kill, actor)
+            cluster.call(remove_placement_group, places)
     disconnect()

@@ -1,6 +1,7 @@
 """Connect to Ray: a private cluster on this machine, a given cluster, or the one that the caller is connected to."""
 
 import contextlib
+import getpass
 import logging
 import os
 import signal
@@ -11,12 +12,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import psutil
 
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError, RolloutError, WorkerDied
 from rlqwen.rollout import ray_reaper as guard
 from rlqwen.rollout.engine_placement import environment_of_ray
+from rlqwen.rollout.ray_calls import WatchedProcesses
+from rlqwen.rollout.ray_leftovers import PREFIX, claim, clear_leftovers
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
@@ -47,6 +52,7 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
     import ray
 
     if _private is not None and ray.is_initialized():
+        _private.watched.check()
         return _private.join(config)
     if ray.is_initialized():
         return Cluster(_plan_on_cluster(config), None, lambda: None)
@@ -69,10 +75,12 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
 class _PrivateCluster:
     """Start a private Ray on this machine, which ends with the last pool that uses it."""
 
-    def __init__(self, guard: "subprocess.Popen[bytes]", session: Path) -> None:
+    def __init__(self, guard: "subprocess.Popen[bytes]", owner: IO[bytes], session: Path, pids: dict[int, str]) -> None:
         self._guard = guard
+        self._owner = owner
         self._logs = session / "logs"
         self._num_users = 0
+        self.watched = WatchedProcesses(pids)
 
     def join(self, config: RolloutConfig) -> Cluster:
         resources = _plan_on_cluster(config)
@@ -84,10 +92,15 @@ class _PrivateCluster:
         import ray
 
         self._num_users -= 1
-        if not self._num_users:
-            _private = None
-            ray.shutdown()
-            self._guard.communicate()
+        if self._num_users or self.watched.is_lost:
+            return  # without its processes a call to Ray would hang, or end this process; the guard kills them afterwards
+        with contextlib.suppress(RolloutError):  # lost in the middle of it
+            self.watched.call(ray.shutdown)
+        if self.watched.is_lost:
+            return
+        _private = None
+        self._guard.communicate()
+        self._owner.close()
 
 
 _private: _PrivateCluster | None = None
@@ -98,12 +111,14 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
     import ray
 
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_FOLDER_LENGTH else "/tmp"
+    clear_leftovers(Path(base))
     store = plan_object_store(sent_bytes, Path(base))
-    folder = tempfile.mkdtemp(prefix="rlq-", dir=base)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+    owner = claim(Path(folder))
     command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
     # In a session of its own, so that Ctrl-C doesn't reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    changes = environment_of_ray(gpus, os.environ)
+    changes = environment_of_ray(gpus, os.environ) | _temporary_files_in(folder)
     own = {name: os.environ.get(name) for name in [*changes, guard.MARK]}
     _change_environment(changes | {guard.MARK: folder})
     # Ray's processes inherit it: the trainer still needs them to save when its terminal is closed. Ray sees to SIGINT.
@@ -119,16 +134,52 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
             # Without it Ray would choose by a rule of its own, and warn.
             _plasma_directory=folder if store.on_disk else None,
             _temp_dir=folder,
+            # By default Ray ends the trainer 60 s after its gcs_server is gone, saved or not.
+            _system_config={"gcs_rpc_server_reconnect_timeout_s": 3600},
         )
     except BaseException:
         watcher.communicate()
+        owner.close()
         raise
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # What the trainer starts from here on is not Ray's.
         _change_environment(own)
-    _private = _PrivateCluster(watcher, Path(context.address_info["session_dir"]))
+    _silence(ray)
+    pids = {pid: name for name in ("gcs_server", "raylet") for pid in _children(name)}
+    _private = _PrivateCluster(watcher, owner, Path(context.address_info["session_dir"]), pids)
     return _private
+
+
+def _temporary_files_in(folder: str) -> dict[str, str | None]:
+    """Return variables by which Ray's processes write temporary files into `folder`, but keep compiled code for later."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")
+    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": compiled}
+
+
+def _silence(ray: Any) -> None:
+    """Keep Ray from printing the log of a raylet that dies, whose loss is an error with a message of its own."""
+    with contextlib.suppress(AttributeError):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def _children(name: str) -> list[int]:
+    """Return the processes of this name that this process has started."""
+    return [process.pid for process in psutil.Process().children() if process.name() == name]
+
+
+def is_lost() -> bool:
+    """Return whether the private Ray lost a process that every call needs, so that nothing may call Ray any more."""
+    return _private is not None and _private.watched.is_lost
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what `function`, which calls Ray, returns; RolloutError if a process of the private Ray is lost."""
+    return function(*arguments) if _private is None else _private.watched.call(function, *arguments)
 
 
 def _change_environment(changes: dict[str, str | None]) -> None:
@@ -161,7 +212,7 @@ def put(value: Any) -> Any:
     import ray
 
     try:
-        return ray.put(value)
+        return call(ray.put, value)
     except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
         total: float = ray.cluster_resources().get("object_store_memory", 0.0)
         raise ResourceError(
@@ -197,11 +248,15 @@ def wait(references: list[Any], *, timeout_s: float) -> list[Any]:
     """Return the references that have an answer, as soon as one has; none after `timeout_s`."""
     import ray
 
-    ready, rest = ray.wait(references, timeout=timeout_s, fetch_local=True)
-    if ready and rest:
-        if len(rest) > MANY:
-            time.sleep(GATHER_S)
-        ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+    def gather() -> list[Any]:
+        ready, rest = ray.wait(references, timeout=timeout_s, fetch_local=True)
+        if ready and rest:
+            if len(rest) > MANY:
+                time.sleep(GATHER_S)
+            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        return ready
+
+    ready: list[Any] = call(gather)
     return ready
 
 
@@ -210,7 +265,7 @@ def answer(reference: Any) -> Any:
     import ray
 
     try:
-        return ray.get(reference)
+        return call(ray.get, reference)
     except ray.exceptions.RayTaskError as error:
         return error.cause if isinstance(error.cause, RolloutError) else RolloutError(str(error))
     except ray.exceptions.RayError as error:

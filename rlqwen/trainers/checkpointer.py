@@ -1,9 +1,10 @@
 """Save a run to `checkpoints/step-NNNNNN` of its folder, and restore it."""
 
+import copy
 import json
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from rlqwen.checkpoint import (
 )
 from rlqwen.checkpoint.resumable import STATE
 from rlqwen.checkpoint.state_files import refusing_foreign_state
-from rlqwen.config import Recipe
+from rlqwen.config import OnlineConfig, Recipe
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.distributed import OptimizerStep
 from rlqwen.errors import ConfigError
@@ -60,6 +61,15 @@ class Saveable(Protocol):
     def load_checkpoint(self, folder: Path) -> None:
         """Read back what `save_checkpoint` wrote; called on every rank."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """State at the beginning of a step, beside weights and optimizer, which its first update changes."""
+
+    global_step: int
+    parts: dict[str, Any]
+    rng: dict[str, Any]
 
 
 class Checkpointer:
@@ -96,8 +106,36 @@ class Checkpointer:
         self._processing_class = processing_class
         self._fingerprint = fingerprint
         self._recipe = recipe
+        self._begun: StepState | None = None
+        """What `save` writes in place of the present state of the parts."""
 
     # Saving
+
+    def remember_step(self) -> StepState | None:
+        """Return the state of the parts before a step, from which a step that fails while it samples can be saved.
+
+        None if that is not possible: with several ranks, which wait for each other, or with groups sampled ahead, which are
+        lost with the workers.
+        """
+        ahead = isinstance(self._args, OnlineConfig) and self._args.rollout.max_staleness > 0
+        if not isinstance(self._args, OnlineConfig) or ahead or self._ranks.world_size > 1:
+            return None
+        states = {name: part.state_dict() for name, part in self._parts.items()}
+        return StepState(self._state.global_step, copy.deepcopy(states), get_rng_state())
+
+    def save_begun_step(self, begun: StepState) -> bool:
+        """Write a checkpoint of the beginning of a step that failed; return whether there is one now.
+
+        There is none if the step had made an update, or was the first.
+        """
+        if begun.global_step != self._state.global_step or not begun.global_step:
+            return False
+        self._begun = begun
+        try:
+            self.save()
+        finally:
+            self._begun = None
+        return True
 
     def save(self, *, best: bool = False) -> None:
         """Write the checkpoint of the last update if it is not there, and drop old ones as `save_total_limit` says."""
@@ -131,10 +169,13 @@ class Checkpointer:
         if self._args.save_only_model or self._args.parallel.autotp_size > 1:
             return
         if is_main:
-            write_state(folder, STATE, {name: part.state_dict() for name, part in self._parts.items()})
+            states = (
+                self._begun.parts if self._begun else {name: part.state_dict() for name, part in self._parts.items()}
+            )
+            write_state(folder, STATE, states)
             write_state(folder, FINGERPRINT, self._fingerprint)
         self._optimizer.save_checkpoint(folder)
-        write_state(folder, f"{RNG}-{self._ranks.rank}", get_rng_state())
+        write_state(folder, f"{RNG}-{self._ranks.rank}", self._begun.rng if self._begun else get_rng_state())
 
     # Restoring
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rlqwen.errors import RolloutError
 from rlqwen.trainers.best_checkpoint import Verdict
-from rlqwen.trainers.checkpointer import Checkpointer
+from rlqwen.trainers.checkpointer import Checkpointer, StepState
 from rlqwen.trainers.evaluator import Evaluator
 from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.run_context import RunContext
@@ -44,17 +44,28 @@ class TrainingLoop:
         """
         while self._state.global_step < self._state.max_steps and not self._callbacks.control.should_training_stop:
             self._preemption.listen()
+            begun = self._checkpointer.remember_step()
             try:
                 self._run_step()
             except RolloutError as error:
+                saved = self._save_begun_step(begun)
                 # A scheduler's signal may reach the workers too, and end them before the update is done.
-                if self._preemption.name is None:
+                if self._preemption.name is not None:
+                    lost = f"{saved or 'the update in progress was lost'}{self._how_to_resume}"
+                    raise self._preemption.ended(lost) from error
+                if not saved:
                     raise
-                raise self._preemption.ended("the update in progress was lost" + self._how_to_resume) from error
+                raise type(error)(f"{error}\n{saved}{self._how_to_resume}") from error
             self._preemption.worth_saving = self._checkpointer.saved_step != self._state.global_step
             if any(self._ranks.gather(self._preemption.name is not None)):
                 self._checkpointer.save()
                 raise self._preemption.ended(f"saved after update {self._state.global_step}" + self._how_to_resume)
+
+    def _save_begun_step(self, begun: StepState | None) -> str:
+        """Save a checkpoint of the beginning of a step that failed; return what to tell the user, empty without one."""
+        if begun is None or not self._checkpointer.save_begun_step(begun):
+            return ""
+        return f"saved after update {self._state.global_step}"
 
     def _run_step(self) -> None:
         """Train on the next rows; then log, check, evaluate and save what is due."""

@@ -3,6 +3,7 @@
 A moment is recognized by an action of the run (a file appears, a process starts), never only by time.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -20,7 +21,9 @@ import pytest
 
 from rlqwen.checkpoint.atomic_folder import find_fault
 from rlqwen.reporting import read_metrics, read_summary
-from tests.patience import PATIENCE_S
+from rlqwen.rollout.ray_reaper import MARK as MARK_OF_RAY
+from rlqwen.runs.verification import compare_runs
+from tests.patience import PATIENCE_S, wait_until
 
 MARK = "RLQWEN_TEST_RUN"
 SFT = """\
@@ -287,6 +290,59 @@ def test_ctrl_c_with_rollouts(
     else:
         run.process.send_signal(signal.SIGINT)
     run.expect(130, INTERRUPTED)
+
+
+LOST_RAY = (*SHORT, "train.save_steps=500", "train.learning_rate=1e-3")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folder of a run with rollouts that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    reward = folder / "reward.py"
+    reward.write_text(REWARD.format(marker=str(folder / "scoring"), pause=0.0))
+    (folder / "recipe.yaml").write_text(GRPO.format(model=tiny_model_path, reward=reward, steps=10))
+    command = [sys.executable, "-m", "rlqwen", "run", "recipe.yaml", *LOST_RAY]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=PATIENCE_S)
+    return folder / "run"
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+@pytest.mark.fault(
+    "Ray's gcs_server or raylet killed or stopped, then --resume",
+    "one message within a minute, all saved, no process and no file left; ends as a run without a break, to the bit",
+)
+def test_a_lost_server_of_ray(start: Callable[..., Run], unbroken: Path, server: str, number: int) -> None:
+    run = start(GRPO, *LOST_RAY, steps=10, pause=4.0)
+    run.wait_for(lambda run: has_logged(run, 3))
+    (victim,) = (process for process in run.family() if process.name() == server)
+    files = files_of(run.family())
+    assert files
+    victim.send_signal(number)
+    saved = r"\nrlqwen: saved after update \d+\nrlqwen: resume with: rlqwen run recipe.yaml .*--resume\n$"
+    run.expect(1, rf"rlqwen: Ray's {server} \(process {victim.pid}\) .*{saved}", seconds=60.0)
+    assert "(raylet)" not in run.log.read_text()
+    assert re.search(r"\[20\d\d-.*\]", run.log.read_text()) is None, "no line of Ray's"
+    wait_until(lambda: not any(path.exists() for path in files), "its files are gone")
+    run = start(GRPO, *LOST_RAY, "--resume", steps=10, pause=4.0)
+    run.expect(0, "going on after update", seconds=PATIENCE_S)
+    comparison = compare_runs(unbroken, run.folder / "run")
+    assert comparison.is_exact, str(comparison)
+
+
+def files_of(processes: list[psutil.Process]) -> set[Path]:
+    """Return the temporary folders of the private Ray's processes, and the shared memory that they have mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            if MARK_OF_RAY in (environment := process.environ()):
+                assert environment["TMPDIR"] == environment[MARK_OF_RAY]
+                found.add(Path(environment["TMPDIR"]))
+                mapped = {Path(each.path) for each in process.memory_maps() if each.path.startswith("/dev/shm/")}
+                found |= {path for path in mapped if path.exists()}
+    return found
 
 
 @pytest.mark.slow_fault
