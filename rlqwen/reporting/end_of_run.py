@@ -1,6 +1,7 @@
 """Print the report at the end of `rlqwen run`: metrics before and after, files, samples, the next command."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def show_report(
         console.print(Group(Text("\nSample completions", style="bold"), *map(sample_lines, samples)))
     console.print(Group(Text("\nFiles", style="bold"), files_table(run_dirs)))
     console.print(Text("\nNext", style="bold"))
-    command = next_command.format(final=last / FINAL_FOLDER, recipe=last / RECIPE_FILE)
+    command = next_command.format(
+        final=shlex.quote(str(last / FINAL_FOLDER)), recipe=shlex.quote(str(last / RECIPE_FILE))
+    )
     console.print(f"  {command}", soft_wrap=True)
 
 

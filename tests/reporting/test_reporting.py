@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shlex
 import sys
 import types
 from collections.abc import Mapping
@@ -345,6 +346,14 @@ def test_pipeline_summary_has_the_evaluations_of_the_last_stage_at_the_top(tmp_p
     assert (summary["algorithm"], summary["steps"], summary["wall_time_s"]) == ("sft+grpo", 4, 122.0)
     assert (summary["initial_eval"], summary["final_eval"]["eval/accuracy"]) == ({"eval/accuracy": 0.5}, 0.9)
     assert [stage["algorithm"] for stage in summary["stages"]] == ["sft", "grpo"]
+
+
+def test_the_next_command_can_be_pasted_whatever_the_path(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "我的 run's", "grpo")
+    screen = io.StringIO()
+    show_report([run], TerminalConsole(file=screen, width=400), next_command="rlqwen eval {final}")
+    command = screen.getvalue().splitlines()[-1]
+    assert shlex.split(command) == ["rlqwen", "eval", str(run / "final")]
 
 
 def test_the_report_shows_metrics_files_samples_and_the_next_command(tmp_path: Path, groups: list[Group]) -> None:
