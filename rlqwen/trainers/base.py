@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from rlqwen.checkpoint import explaining_storage_errors, save_model
 from rlqwen.checkpoint.fingerprint import digest_rows
-from rlqwen.config import Recipe, SyncedReference, TrainerConfig
+from rlqwen.config import Recipe, TrainerConfig
 from rlqwen.config.batch_plan import plan_batch, refuse_stream
 from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
@@ -35,7 +35,7 @@ from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.item_stream import ItemStream
 from rlqwen.trainers.loop import TrainingLoop
 from rlqwen.trainers.model_source import check_policy, find_tokenizer, name_of, resolve_source, source_folder
-from rlqwen.trainers.reference_file import ReferenceFile
+from rlqwen.trainers.moving_reference import MovingReference
 from rlqwen.trainers.resume import choose_checkpoint, refuse_changes
 from rlqwen.trainers.router_loss import RouterLoss
 from rlqwen.trainers.run_context import RunContext
@@ -91,6 +91,7 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.processing_class = find_tokenizer(processing_class, source, args)
         self.policy = self.load_policy(source, peft_config=peft_config, reference=reference)
         check_policy(self.policy, self.processing_class)
+        self.moving_reference = MovingReference.of(self.policy, self.args)
         self.main_rank = MainRank(self.ranks, self.policy)
         self.router_loss = RouterLoss(self.policy, self.ranks)
         self.train_rows: Sequence[Row] = []
@@ -156,9 +157,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
     def saved_models(self) -> dict[str, Saveable]:
         """Return the models that a checkpoint holds, by subfolder; `""` is its own folder."""
         models: dict[str, Saveable] = {"": self.policy}
-        if isinstance(self.args, SyncedReference) and self.args.sync_ref_model:
-            assert isinstance(self.policy, Policy)
-            models["reference"] = ReferenceFile(self.policy)
+        if self.moving_reference is not None:
+            models["reference"] = self.moving_reference
         return models
 
     def saved_parts(self) -> dict[str, Stateful]:
@@ -331,7 +331,8 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         self.updates.start_step()
         before = self.state.global_step
         metrics = self.step(self.stream.take(self.plan.rows_per_step))
-        self._refresh_reference(before)
+        if self.moving_reference is not None:
+            self.moving_reference.refresh(self.schedule, before)
         self.state.epoch = self.stream.epoch
         metrics |= {
             "epoch": self.state.epoch,
@@ -342,15 +343,6 @@ class Trainer(ABC, Generic[Row, Args, Model]):
         metrics = self.ranks.from_main(metrics)
         self.callbacks.notify("on_step_end")
         return metrics
-
-    def _refresh_reference(self, before: int) -> None:
-        """Mix the policy into the reference if the config asks for it, and it is due since update `before`."""
-        args: TrainerConfig = self.args
-        if not isinstance(args, SyncedReference) or not args.sync_ref_model:
-            return
-        if self.schedule.passes(args.ref_model_sync_steps, before):
-            assert isinstance(self.policy, Policy)
-            self.policy.refresh_reference(args.ref_model_mixup_alpha)
 
     def _finish(self) -> None:
         """Complete the run folder; the summary comes last, and says that it is complete."""
