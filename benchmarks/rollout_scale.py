@@ -104,7 +104,7 @@ class Host:
     async def sample(self, index: int, job: Any) -> Any:
         worker = self.workers[index]
         version = worker.version
-        return await asyncio.gather(*map(worker.complete, job.seeds)), version, None
+        return await asyncio.gather(*map(worker.complete, job.seeds)), version, None, None
 
     async def progress(self, index: int, count: int) -> int:
         worker = self.workers[index]

@@ -41,7 +41,7 @@ class GenerationEvaluation:
             chat_template_kwargs=args.chat_template_kwargs,
         )
         self.engine = TransformersEngine(policy, tokenizer, max_model_length=context, max_num_seqs=config.max_num_seqs)
-        stop_ids = stop_token_ids(tokenizer, policy.base_model.generation_config, report.end_of_turn)
+        stop_ids = stop_token_ids(tokenizer, policy.generation_config, report.end_of_turn)
         sampling = Sampling(config.max_tokens, temperature=config.temperature, stop_token_ids=stop_ids)
         self.requests = [
             GroupRequest(prompt, (sampling_seed(args.seed, "eval", prompt.index, 0),), sampling) for prompt in prompts

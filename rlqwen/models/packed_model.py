@@ -183,7 +183,8 @@ class PackedModel:
             with own_attention(self.base_model):
                 return torch.stack([own(torch.tensor([ids], device=self.device))[0, -1] for ids in sequences])
 
-        exact = self.compute_dtype == torch.float32 and not self.quantized_bits
+        halves = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in self.base_model.parameters())
+        exact = self.compute_dtype == torch.float32 and not self.quantized_bits and not halves
         with self.inference(), self.autocast():
             check_forward(self.base_model, packed, plain, exact=exact)
 

@@ -48,11 +48,13 @@ class ObservedStep:
         """Return the recipe line that lowers the learning rate."""
         return self.change("train.learning_rate", f"try {self.args.learning_rate / 3:.2g}")
 
-    def stronger_kl(self) -> str:
-        """Return the recipe line that keeps the policy closer to its reference."""
-        key = "beta" if hasattr(self.args, "beta") else "kl_coef"
-        now = getattr(self.args, key)
-        return self.change(f"train.{key}", f"try {2 * now or 0.04:g}")
+    def raise_coefficient(self, *names: str, start: float) -> list[str]:
+        """Return the recipe line that doubles a coefficient, or sets it to `start` if it is 0: of the first of `names` that
+        the algorithm has. Empty if it has none."""
+        for name in names:
+            if hasattr(self.args, name):
+                return [self.change(f"train.{name}", f"try {2 * getattr(self.args, name) or start:g}")]
+        return []
 
     def longer_completions(self) -> str:
         """Return the recipe line that allows longer completions."""

@@ -5,6 +5,9 @@ import math
 from rlqwen.config import watch as limits
 from rlqwen.monitoring.diagnosis import Diagnosis, ObservedStep
 
+_KL_COEFFICIENTS = ("beta", "kl_coef")
+"""What weighs the KL divergence from the reference, in GRPO and in PPO."""
+
 
 def mismatch(config: limits.MismatchConfig, step: ObservedStep) -> Diagnosis | None:
     """Find logprobs of the sampler that are missing or differ from those of the trainer."""
@@ -47,20 +50,23 @@ def entropy(config: limits.EntropyConfig, step: ObservedStep) -> Diagnosis | Non
         "or one answer is rewarded whatever the prompt is",
         [
             step.lower_learning_rate(),
-            step.change("train.entropy_coef", f"try {2 * step.args.entropy_coef or 0.001:g}"),  # type: ignore[attr-defined]
-            step.stronger_kl(),
+            *step.raise_coefficient("entropy_coef", start=0.001),
+            *step.raise_coefficient(*_KL_COEFFICIENTS, start=0.04),
         ],
     )
 
 
 def kl(config: limits.KLConfig, step: ObservedStep) -> Diagnosis | None:
-    """Find a KL divergence from the reference above the threshold."""
-    value = step.get("kl")
-    if not step.samples or not value > config.threshold:
+    """Find a KL divergence from the reference above the threshold.
+
+    Where no coefficient keeps the policy close to a reference, as in distillation, `kl` is what is being lowered.
+    """
+    value, advice = step.get("kl"), step.raise_coefficient(*_KL_COEFFICIENTS, start=0.04)
+    if not step.samples or not advice or not value > config.threshold:
         return None
     return Diagnosis(
         value,
         config.threshold,
         "the policy has moved far from its reference: updates are too large, or the reward is being exploited",
-        [step.lower_learning_rate(), step.stronger_kl()],
+        [step.lower_learning_rate(), *advice],
     )

@@ -54,6 +54,8 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
     if _private is not None and ray.is_initialized():
         _private.watched.check()
         return _private.join(config)
+    if _private is not None:  # others have called ray.shutdown
+        _private.end()
     if ray.is_initialized():
         return Cluster(_plan_on_cluster(config), None, lambda: None)
     if config.ray_address is not None:
@@ -88,7 +90,6 @@ class _PrivateCluster:
         return Cluster(resources, self._logs, self._leave)
 
     def _leave(self) -> None:
-        global _private
         import ray
 
         self._num_users -= 1
@@ -98,6 +99,11 @@ class _PrivateCluster:
             self.watched.call(ray.shutdown)
         if self.watched.is_lost:
             return
+        self.end()
+
+    def end(self) -> None:
+        """Let the guard clear what is left, once nothing here calls this Ray any more."""
+        global _private
         _private = None
         self._guard.communicate()
         self._owner.close()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlqwen.config import DPOConfig, GRPOConfig, PPOConfig, SFTConfig
+from rlqwen.config import DistillationConfig, DPOConfig, GRPOConfig, PPOConfig, SFTConfig
 from rlqwen.distributed import UpdateResult
 from rlqwen.errors import ConfigError, WatchStop
 from rlqwen.monitoring import Monitor, Webhook, worst_action
@@ -170,6 +170,10 @@ def test_offline_runs_have_no_symptoms_of_online_runs() -> None:
     assert not [
         t for s in range(9) for t in dpo.observe(s, {"loss": 0.6, "grad_norm": 2.0, "kl": 9.0, "learning_rate": 1.0})
     ]
+    distillation = Monitor(DistillationConfig())  # lowers its `kl`, from the teacher
+    assert not distillation.observe(0, HEALTHY | {"kl": 9.0})
+    (alert,) = [t for step in range(1, 9) for t in distillation.observe(step, HEALTHY | {"entropy": 0.0, "kl": 9.0})]
+    assert alert.symptom == "entropy"  # without advice on coefficients that it lacks
     (alert,) = Monitor(SFTConfig()).observe(0, {"loss": 0.0, "grad_norm": 0.0, "tokens/targets": 0.0})
     assert alert.symptom == "masked"
 
