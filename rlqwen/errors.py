@@ -33,8 +33,8 @@ QUOTED = 200
 """Most characters of a value that a message repeats."""
 _LINES, _LINE = 30, 2500
 """Most lines of a message, and most characters of one, so that it fits a screen."""
-_LONG = re.compile(r"'(?:[^'\\\n]|\\.){201,}'|\"(?:[^\"\\\n]|\\.){201,}\"|[^\s'\"]{301,}")
-"""A long quotation, or a long text without a space."""
+_QUOTATION = re.compile(r"(?<!\w)(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")(?!\w)|[^\s'\"]{301,}")
+"""A quotation, which no apostrophe of a word begins or ends, or a long text without a space."""
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple, _repr.maxset = 5, 20, 20, 20, 20
 _repr.maxstring = _repr.maxother = QUOTED
@@ -57,7 +57,7 @@ def _shorten(text: str) -> str:
 
 def _fit_screen(message: str) -> str:
     """Cut long quotations, lines and lists of lines in a message."""
-    lines = _LONG.sub(lambda found: _shorten(found[0]), message).splitlines()
+    lines = _QUOTATION.sub(lambda found: _shorten(found[0]), message).splitlines()
     if len(lines) > _LINES + 1:
         lines[_LINES:] = [f"... and {len(lines) - _LINES:,} lines more"]
     return "\n".join(line if len(line) <= _LINE else line[: _LINE - 3] + "..." for line in lines)

@@ -1,6 +1,6 @@
 """Collect and print what a check found."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,6 +39,12 @@ class CheckReport:
         except InputError as fault:
             if str(fault) not in map(str, self.faults):  # two checks may meet the same fault
                 self.faults.append(fault)
+
+    def collect(self, checks: Iterable[Callable[[], object]]) -> None:
+        """Make all checks, and add the faults that they raise to the report."""
+        for check in checks:
+            with self.collecting():
+                check()
 
     def show(self, console: TerminalConsole) -> None:
         """Print facts, warnings and faults."""

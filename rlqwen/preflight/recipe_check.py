@@ -51,13 +51,12 @@ def check_recipe(
     data_size = max(1, num_ranks // recipe.train.parallel.ranks_per_row)
     with report.collecting():
         recipe.train.parallel.check_ranks(max(num_ranks, recipe.train.parallel.ranks_per_row))
+        recipe.train.for_ranks(data_size)  # whether or not there are rows to plan batches of
     if note := recipe.train.parallel.unused_note():
         report.warnings.append(note)
     with report.collecting():
         require_8bit(recipe.train)
-    for check in run_checks(recipe):
-        with report.collecting():
-            check()
+    report.collect(run_checks(recipe))
     model, size = _check_model(report, recipe, start)
     longest: int | None = None
     train = _load(report, recipe, "train")

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import save_file
 
 from rlqwen.config import GRPOConfig, Recipe, RolloutConfig, SFTConfig
 from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe, load_recipes
@@ -169,11 +171,12 @@ def test_a_missing_shard_an_adapter_alone_and_a_file_are_named(tiny_model_path: 
     (tmp_path / "adapter_config.json").touch()
     with pytest.raises(ModelError, match="holds an adapter without its base model"):
         check_model_path(str(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).symlink_to(tiny_model_path / name)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "model-1.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-1.safetensors")
     with pytest.raises(ModelError, match=r"lacks model-2\.safetensors; it holds"):
         check_model_path(str(tmp_path))
     with pytest.raises(ModelError, match="is a file"):

@@ -167,7 +167,7 @@ def test_rows_of_different_epochs_are_distinguished_by_position() -> None:
     groups = [Group(prompt, [Completion([1], [-0.1], "stop", "")], 1, total_rewards_G=[1.0]) for prompt in prompts]
     assert [group.prompt for group in unpack_groups(pack_groups(groups[:8]), prompts[:8])] == prompts[:8]
     scorer: Any = SimpleNamespace(open_batch=lambda: None)
-    plain = [{"prompt": prompt.index, "completions": [], "rewards": {}, "call_statuses": {}, "totals": [], "extras": {}}
+    plain = [{"prompt": prompt.index, "version": 1, "completions": [], "rewards": {}, "call_statuses": {}, "totals": [], "extras": {}}
              for prompt in prompts]  # fmt: skip
     state = {
         "name": "train/3",
