@@ -9,7 +9,7 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -110,6 +110,27 @@ class _Processes:
                 os.close(fd)
         self._to = self._from = -1
 
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[list[int]]:
+        """Wait for the processes that are started inside; end them, and close their descriptors, if that fails.
+
+        Yields a list for the descriptors of all pipes; those that are not this process's own are closed here.
+        """
+        opened: list[int] = []
+        try:
+            try:
+                yield opened
+            finally:
+                for fd in opened:
+                    if fd not in (self._to, self._from):
+                        os.close(fd)
+            for fd in (self._to, self._from):
+                os.set_blocking(fd, False)
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+
     def __enter__(self) -> Self:
         return self
 
@@ -130,28 +151,13 @@ class Trial(_Processes):
 
     def __init__(self, python: Sequence[str], limits: Limits, job: dict[str, Any]) -> None:
         super().__init__(python, limits)
-        theirs: list[int] = []
-        try:
-            requests_read, requests_write = _pipe(theirs)
-            replies_read, replies_write = _pipe(theirs)
-            jobs_read, self._to = _pipe(theirs)
-            self._from, reports_write = _pipe(theirs)
-            for fd in (self._to, self._from):
-                theirs.remove(fd)
-                os.set_blocking(fd, False)
+        with self._starting() as opened:
+            requests_read, requests_write = _pipe(opened)
+            replies_read, replies_write = _pipe(opened)
+            jobs_read, self._to = _pipe(opened)
+            self._from, reports_write = _pipe(opened)
             self._start("candidate", (requests_read, replies_write))
             self._start("judge", (jobs_read, reports_write, requests_write, replies_read))
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            for fd in theirs:
-                os.close(fd)
-        try:
-            self._await_ready()
-        except BaseException:
-            self.close()
-            raise
         self._job: bytes | None = json.dumps(job).encode() + b"\n"
 
     def next_passes(self) -> bool:
@@ -171,22 +177,10 @@ class ProgramRun(_Processes):
 
     def __init__(self, python: Sequence[str], limits: Limits) -> None:
         super().__init__(python, limits)
-        theirs: list[int] = []
-        try:
-            requests_read, self._to = _pipe(theirs)
-            self._from, replies_write = _pipe(theirs)
-            for fd in (self._to, self._from):
-                theirs.remove(fd)
-                os.set_blocking(fd, False)
+        with self._starting() as opened:
+            requests_read, self._to = _pipe(opened)
+            self._from, replies_write = _pipe(opened)
             self._process = self._start("candidate", (requests_read, replies_write), subprocess.PIPE)
-        finally:
-            for fd in theirs:
-                os.close(fd)
-        try:
-            self._await_ready()
-        except BaseException:
-            self.close()
-            raise
 
     def printed(self, code: str, standard_input: str) -> str:
         """Return what the program prints for an input. Raises Ended unless it ends by itself with status 0."""

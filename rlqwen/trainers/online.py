@@ -62,7 +62,7 @@ class Update:
 
 @dataclass(slots=True)
 class Learned:
-    """What an algorithm did in a step."""
+    """Say what an algorithm did in a step."""
 
     groups_P: Sequence[Group]
     """The groups that were drawn."""
