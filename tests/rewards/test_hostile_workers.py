@@ -1,5 +1,6 @@
 """Attack the trainer from inside a reward worker: forged, late, slow, huge and malformed messages; its guard; its signals."""
 
+import contextlib
 import json
 import os
 import random
@@ -30,10 +31,15 @@ def _by_value() -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
+def open_files() -> dict[int, str]:
+    """Return what each descriptor is; a worker inherits numbers of the trainer, which may hold hundreds of files."""
+    paths = {fd: f"/proc/self/fd/{fd}" for fd in range(3, 4096)}
+    return {fd: os.readlink(path) for fd, path in paths.items() if os.path.lexists(path)}  # noqa: PTH115
+
+
 def send_bytes(framed: bytes) -> None:
     """Write to the trainer, on the descriptor that hostile code would find."""
-    links = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in range(3, 64) if os.path.lexists(f"/proc/self/fd/{fd}")}  # noqa: PTH115
-    fd = next(fd for fd, target in links.items() if target.startswith("socket:"))
+    fd = next(fd for fd, target in open_files().items() if target.startswith("socket:"))
     while framed:
         framed = framed[os.write(fd, framed) :]
 
@@ -197,13 +203,11 @@ def test_a_worker_that_does_not_read_holds_no_other_up() -> None:
 
 def blind_the_guard(completions: list[str]) -> list[float]:
     """Close and write everything that the worker holds but its connection, then take more processes than allowed."""
-    for fd in range(3, 64):
-        try:
-            if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):  # noqa: PTH115
+    for fd, target in open_files().items():
+        if not target.startswith("socket:"):
+            with contextlib.suppress(OSError):
                 os.write(fd, b"x")
-                os.close(fd)
-        except OSError:
-            continue
+            os.close(fd)
     for _ in range(60):
         subprocess.Popen(["/bin/sleep", "600"])
     time.sleep(2 * PATIENCE_S)

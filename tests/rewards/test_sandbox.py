@@ -165,7 +165,7 @@ def test_a_pickle_from_a_worker_is_not_loaded(tmp_path: Path) -> None:
     message = cloudpickle.dumps(("result", Bomb()))
 
     def answers(completions: list[str]) -> list[float]:
-        for fd in range(3, 256):
+        for fd in range(3, 4096):
             try:
                 os.write(fd, len(message).to_bytes(4, "big") + message)
             except OSError:
