@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rlqwen.config import ModelConfig, TrainerConfig
 from rlqwen.data import load_chat_template
 from rlqwen.models.loading import load_model, local_folder
+from rlqwen.models.model_classes import check_weights
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.preflight import check_model_path
 from rlqwen.preflight.model_check import ModelFacts, read_model
@@ -37,6 +38,7 @@ def find_model(name: str, scratch: Path, chat_template_path: str | None = None) 
     folder = local_folder(resolve_model_path(name, scratch))
     facts = read_model(ModelConfig(path=folder), scratch)
     assert facts is not None  # a local folder is read or refused
+    check_weights(folder, to_train=False)
     if chat_template_path is not None:
         facts.tokenizer.chat_template = load_chat_template(chat_template_path)
     return EvalModel(name, folder, facts)

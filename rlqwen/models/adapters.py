@@ -22,6 +22,7 @@ from rlqwen.models.folder_files import check_weight_file
 from rlqwen.models.lora_targets import resolve_targets, without_effect
 from rlqwen.models.merged_weights import active_module
 from rlqwen.models.quantization import is_8bit
+from rlqwen.models.weight_checks import refuse_nonfinite
 from rlqwen.packing.delta_net import LAYER
 
 VLLM_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
@@ -138,6 +139,7 @@ def read_adapter(path: Path, model: PeftModel) -> dict[str, Tensor]:
             f"{str(path)!r} is an adapter for another model, or of other settings: {len(unfit)} of its weights differ: "
             f"{', '.join(shown)}"
         )
+    refuse_nonfinite(str(path), weights.items())
     return weights
 
 

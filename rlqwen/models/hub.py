@@ -1,9 +1,13 @@
 """Find models in folders and on the hub, by revision and never as pickles; record their commits; check vocabularies."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 from rlqwen.errors import ModelError
 from rlqwen.models.folder_files import check_files, check_weight_file, read_object, weight_files
@@ -13,6 +17,8 @@ SAFE = {"use_safetensors": True}
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHT_NAMES = ("pytorch_model", "model", "consolidated", "adapter_model", "tf_model", "flax_model")
+
+_DOWNLOAD_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 _commits: dict[str, str] = {}
 
@@ -47,6 +53,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     stored: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
+        if not path.exists():
+            raise ModelError(f"model {str(folder)!r} lacks {path.name}, which its index names; copy it again")
         check_weight_file(path)
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -100,6 +108,29 @@ def refuse_pickles(name_or_path: str | Path) -> None:
             f"M.from_pretrained({str(folder)!r}).save_pretrained('{folder.name}-safetensors')\""
         )
     check_files(folder)
+
+
+def download(name: str, arguments: Mapping[str, Any], *, with_code: bool = False) -> Path:
+    """Return the folder of a hub id in the cache, after a download if needed, with its files checked as any folder's are.
+
+    `arguments`: of `from_pretrained`. `with_code`: also the Python files. Raises ModelError, also for a repository without
+    weights as safetensors, for which transformers would take those that a bot has converted.
+    """
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", *(["*.py"] if with_code else [])]
+    options: dict[str, Any] = {key: arguments[key] for key in _DOWNLOAD_ARGUMENTS if key in arguments}
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ModelError(f"model {name!r} is no folder here and cannot be downloaded: {error}") from error
+    inner = folder / (arguments.get("subfolder") or "")
+    refuse_pickles(inner)
+    files = weight_files(inner)
+    lacking = [file.name for file in files if not file.exists()]
+    if lacking or not files:
+        raise ModelError(
+            f"model {name!r} of the hub lacks {', '.join(lacking[:3]) or 'weights as safetensors'}; rlqwen loads no others"
+        )
+    return folder
 
 
 def note_dataset(name: str, dataset: Any) -> None:

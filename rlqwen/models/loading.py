@@ -4,8 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -19,7 +17,7 @@ from rlqwen.config import TrainerConfig
 from rlqwen.distributed import pick_device
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.folder_files import UNREADABLE
-from rlqwen.models.hub import pinned, refuse_pickles, split_revision
+from rlqwen.models.hub import download, pinned, refuse_pickles, split_revision
 from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
 from rlqwen.models.quantization import require_bitsandbytes
 from rlqwen.models.tiny import resolve_model_path
@@ -83,14 +81,8 @@ def local_folder(name_or_path: str, revision: str | None = None) -> str:
     if folder.is_dir():
         refuse_pickles(folder)
         return str(folder)
-    name_or_path, named = split_revision(name_or_path)
-    revision = named or revision
-    try:
-        return snapshot_download(
-            name_or_path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        )
-    except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(f"model {name_or_path!r} is no folder here and cannot be downloaded: {error}") from error
+    name, named = split_revision(name_or_path)
+    return str(download(name, {"revision": named or revision}))
 
 
 def load_generation_config(folder: str) -> GenerationConfig | None:

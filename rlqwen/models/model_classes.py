@@ -6,7 +6,8 @@ scalar head as `Qwen3_5TextForSequenceClassification`. Saved folders are of the 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,20 @@ from transformers.utils import logging
 from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import cached_folder, carry, whole_config_class
 from rlqwen.models.float32_weights import restore_float32
-from rlqwen.models.folder_files import UNREADABLE, check_files
-from rlqwen.models.hub import SAFE, commit_of, note_commit, read_config, refuse_pickles
+from rlqwen.models.folder_files import UNREADABLE, check_files, weight_files
+from rlqwen.models.hub import SAFE, commit_of, download, note_commit, read_config, refuse_pickles
+from rlqwen.models.quantization import refuse_foreign_quantization
 from rlqwen.models.vision_language import auto_class, is_read_from_whole
+from rlqwen.models.weight_checks import refuse_integers, refuse_missing, refuse_nonfinite, unquantized_part
 
 _SCALAR = "ForSequenceClassification"
 REPORTING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Arguments with which `from_pretrained` reports weights that do not fit instead of printing a table of them."""
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "local_files_only")
+_PLACEMENT = ("device_map", "quantization_config", "max_memory", "tp_plan", "tp_size", "device_mesh", "distributed_config",
+              "offload_folder", "offload_state_dict")  # fmt: skip
+"""Arguments that say where weights go; a model without memory for them must not get these."""
 
 
 class Qwen3_5MoeTextForSequenceClassification(GenericForSequenceClassification, Qwen3_5MoePreTrainedModel):
@@ -68,39 +75,11 @@ register_checkpoint_conversion_mapping(Qwen3_5MoeTextForSequenceClassification._
 def load_causal(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> PreTrainedModel:
     """Load a causal language model; of a checkpoint with more parts, the text-only model, which carries the rest.
 
-    `arguments`: arguments of `from_pretrained`. Raises ModelError, also if weights are missing.
+    `arguments`: arguments of `from_pretrained`. Raises ModelError, also if weights are missing or NaN.
     """
+    arguments = _fetched(_read_causal, name, trust_remote_code, arguments)
     model, arguments = _read_causal(name, trust_remote_code, arguments)
     return _loaded(name, model, arguments)
-
-
-def check_weights(name: str, *, scalar: bool = False, trust_remote_code: bool = False) -> None:
-    """Raise ModelError if a folder lacks weights of its model, or has some of another shape; no weight is read.
-
-    `scalar`: of a model with a head of one label, which may be missing. A name that is not a folder, and a quantized
-    model, whose weights have other shapes, are passed over.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir() or read_config(folder).get("quantization_config") is not None:
-        return
-    arguments: dict[str, Any] = {**SAFE, "device_map": {"": "meta"}}
-    read = _read_scalar if scalar else _read_causal
-    with quiet_loading():
-        read(str(folder), trust_remote_code, arguments)
-
-
-def _read_causal(name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a causal model, complete but for what it carries, and the arguments that it was loaded with."""
-    refuse_pickles(name)
-    try:
-        arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
-        model, report = auto_class(_class_of_config(name, arguments)).from_pretrained(
-            name, **REPORTING, trust_remote_code=trust_remote_code, **arguments
-        )
-    except UNREADABLE as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
-    refuse_missing(name, set(report["missing_keys"]), report["mismatched_keys"])
-    return model, arguments
 
 
 def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any) -> tuple[PreTrainedModel, bool]:
@@ -108,16 +87,93 @@ def load_scalar(name: str, *, trust_remote_code: bool = False, **arguments: Any)
 
     A causal model gets a new one. Raises ModelError, also if weights are missing or the head has several labels.
     """
+    arguments = _fetched(_read_scalar, name, trust_remote_code, arguments)
     model, arguments, has_head = _read_scalar(name, trust_remote_code, arguments)
     return _loaded(name, model, arguments), has_head
 
 
-def _read_scalar(name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+def check_weights(
+    name: str,
+    *,
+    scalar: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    to_train: bool = True,
+) -> None:
+    """Raise ModelError if a model lacks weights, or has some of another shape or of integers; no weight is read.
+
+    `scalar`: of a model with a head of one label, which may be missing. A hub id that is not whole in the cache is
+    passed over: loading downloads and checks it. Of a quantized model, what is not quantized is checked. `to_train`:
+    refuse quantization that rlqwen cannot train on.
+    """
+    folder = cached_folder(name, revision)
+    if folder is None:
+        return
+    check_files(folder)
+    files = weight_files(folder)
+    if not files or not all(file.exists() for file in files):
+        return
+    if to_train:
+        refuse_foreign_quantization(read_config(folder).get("quantization_config"))
+    _check_unread(_read_scalar if scalar else _read_causal, str(folder), trust_remote_code, dict(SAFE))
+
+
+def _fetched(read: Callable[..., Any], name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Download a model of the hub, and check it as `check_weights` does before any weight is read.
+
+    Returns the arguments with the commit that was checked, so that nothing else is loaded; for a folder, as they are.
+    """
+    if Path(name).expanduser().is_dir():
+        return arguments
+    folder = download(name, arguments, with_code=trust_remote_code)
+    arguments = arguments | {"revision": commit_of(folder)}
+    _check_unread(read, name, trust_remote_code, arguments)
+    return arguments
+
+
+def _check_unread(read: Callable[..., Any], name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> None:
+    """Call `read` with a model whose weights have no memory; of a quantized one, with the plain class."""
+    hub = {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
+    kept = {key: value for key, value in arguments.items() if key not in _PLACEMENT} | {"device_map": {"": "meta"}}
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except UNREADABLE as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
+    with quiet_loading():
+        read(name, trust_remote_code, kept, as_plain=config.get("quantization_config") is not None)
+
+
+def _read_causal(
+    name: str, trust_remote_code: bool, arguments: dict[str, Any], *, as_plain: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """Return a causal model, complete but for what it carries, and the arguments that it was loaded with.
+
+    `as_plain`: read a quantized folder as a model that is not, whose quantized weights then do not fit and are not
+    checked.
+    """
+    _check_folder(name, arguments)
+    try:
+        arguments = _with_text_config(name, MODEL_FOR_CAUSAL_LM_MAPPING, trust_remote_code, arguments)
+        arguments = _without_quantization(name, trust_remote_code, arguments) if as_plain else arguments
+        model, report = auto_class(_class_of_config(name, arguments)).from_pretrained(
+            name, **REPORTING, trust_remote_code=trust_remote_code, **arguments
+        )
+    except UNREADABLE as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
+    report = unquantized_part(report) if as_plain else report
+    refuse_missing(name, set(report["missing_keys"]), report["mismatched_keys"])
+    return model, arguments
+
+
+def _read_scalar(
+    name: str, trust_remote_code: bool, arguments: dict[str, Any], *, as_plain: bool = False
+) -> tuple[Any, dict[str, Any], bool]:
     """Return a model with a head of one label as `_read_causal` does, and whether it had that head."""
-    refuse_pickles(name)
+    _check_folder(name, arguments)
     _refuse_without_scalar_class(name, arguments)
     try:
         arguments = _with_text_config(name, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, trust_remote_code, arguments)
+        arguments = _without_quantization(name, trust_remote_code, arguments) if as_plain else arguments
         if "config" in arguments:
             arguments["config"].num_labels = 1
         else:
@@ -128,12 +184,30 @@ def _read_scalar(name: str, trust_remote_code: bool, arguments: dict[str, Any]) 
             )
     except UNREADABLE as error:
         raise ModelError(f"model {name!r} cannot be loaded as one with a scalar head: {error}") from error
+    report = unquantized_part(report) if as_plain else report
     missing = set(report["missing_keys"])
     several = next((stored for key, stored, _ in report["mismatched_keys"] if key == "score.weight"), None)
     if several is not None:
         raise ModelError(f"model {name!r} has a head of {several[0]} labels, and a scalar head has one")
     refuse_missing(name, missing - {"score.weight"}, report["mismatched_keys"])
-    return model, arguments, not missing
+    return model, arguments, "score.weight" not in missing
+
+
+def _check_folder(name: str, arguments: dict[str, Any]) -> None:
+    """Check the files of a folder, or of a hub id in the cache, by their names and headers."""
+    refuse_pickles(name)
+    if (folder := cached_folder(name, arguments.get("revision"))) is not None:
+        refuse_integers(name, folder)
+
+
+def _without_quantization(name: str, trust_remote_code: bool, arguments: dict[str, Any]) -> dict[str, Any]:
+    hub = {key: arguments[key] for key in _HUB_ARGUMENTS if key in arguments}
+    config: Any = copy.deepcopy(arguments.get("config"))
+    if config is None:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    return {**arguments, "config": config}
 
 
 def whole_architecture(model: PreTrainedModel, whole: dict[str, Any]) -> str:
@@ -163,6 +237,7 @@ def _loaded(name: str, model: PreTrainedModel, arguments: dict[str, Any]) -> Pre
     if (folder := cached_folder(name, arguments.get("revision"))) is not None:
         note_commit(name, commit_of(folder))
         restore_float32(model, folder)
+    refuse_nonfinite(name, model.named_parameters())
     return model
 
 
@@ -172,24 +247,8 @@ def saved_weights(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     kind: Any = type(model)
     loaded, report = kind.from_pretrained(folder, dtype=torch.float32, **REPORTING, **SAFE)
     refuse_missing(str(folder), set(report["missing_keys"]), report["mismatched_keys"])
+    refuse_nonfinite(str(folder), loaded.named_parameters())
     return loaded.state_dict()  # type: ignore[no-any-return]
-
-
-def refuse_missing(name: str, missing: set[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """Raise ModelError for weights that are not there, or not of the shape that the config asks for."""
-    unfit = [f"{key} has {tuple(stored)} instead of {tuple(wanted)}" for key, stored, wanted in sorted(mismatched)]
-    if unfit:
-        more = f" and {len(unfit) - 5} more" if len(unfit) > 5 else ""
-        raise ModelError(
-            f"model {name!r} has weights of another shape than its config asks for: {', '.join(unfit[:5])}{more}; config and "
-            "weights are of different models"
-        )
-    if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise ModelError(
-            f"model {name!r} lacks weights, which would be random: {', '.join(sorted(missing)[:5])}{more}; its config "
-            "names another class than its files are of, or a file is not whole"
-        )
 
 
 def _class_of_config(name: str, arguments: dict[str, Any]) -> type[PreTrainedConfig] | None:

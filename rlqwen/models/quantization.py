@@ -43,6 +43,15 @@ def quantized_bits(model: nn.Module) -> int | None:
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return None
+    refuse_foreign_quantization(settings)
+    return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
+
+
+def refuse_foreign_quantization(settings: Any) -> None:
+    """Raise ModelError if a config's entry on quantization, None for plain weights, is of another method than
+    bitsandbytes', or if that is not installed."""
+    if settings is None:
+        return
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     method = getattr(method, "value", method)
     if method != "bitsandbytes":
@@ -50,7 +59,7 @@ def quantized_bits(model: nn.Module) -> int | None:
             f"the model's weights are quantized by {method!r}; rlqwen works on plain weights or those of bitsandbytes: "
             "start from the unquantized model, with model.quantization if memory is short"
         )
-    return 4 if getattr(model, "is_loaded_in_4bit", False) else 8
+    require_bitsandbytes("a model whose weights are quantized")
 
 
 def prepare_quantized(model: nn.Module) -> None:

@@ -83,15 +83,22 @@ def what_is_missing(path: str, key: str = "model.path") -> list[str]:
 
 def check_model(model: ModelConfig, *, scalar: bool = False) -> None:
     """Raise ModelError if a local model lacks weights, has some of another shape, or rows for fewer tokens than its
-    tokenizer; no weight is read. `scalar`: see rlqwen.models.model_classes.check_weights."""
+    tokenizer; no weight is read. A hub id is checked if it is in the cache, otherwise when it is loaded.
+
+    `scalar`: see rlqwen.models.model_classes.check_weights."""
+    from rlqwen.models.carried_weights import cached_folder
     from rlqwen.models.model_classes import check_weights
 
-    folder = Path(model.path).expanduser()
-    if folder.is_dir():
-        facts = read_config(model, folder)
-        if facts is not None:
-            read_tokenizer(facts)
-        check_weights(str(folder), scalar=scalar, trust_remote_code=model.trust_remote_code)
+    folder = cached_folder(model.path, model.revision)
+    if folder is None:
+        return
+    check_weights(str(folder), scalar=scalar, trust_remote_code=model.trust_remote_code)
+    is_cached = not Path(model.path).expanduser().is_dir()
+    if is_cached and not all(any((folder / name).is_file() for name in part) for part in (["config.json"], _TOKENIZER)):
+        return
+    facts = read_config(model.model_copy(update={"path": str(folder)}), folder)
+    if facts is not None:
+        read_tokenizer(facts)
 
 
 def read_model(model: ModelConfig, scratch: Path) -> ModelFacts | None:

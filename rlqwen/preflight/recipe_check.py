@@ -156,7 +156,7 @@ def _check_model(report: CheckReport, recipe: Recipe, start: Recipe) -> tuple[Mo
         size = describe_parameters(report, recipe, found)
         if not missing:
             with report.collecting():
-                check_weights(found.path, **_loading(recipe))
+                check_weights(found.path, revision=start.model.revision, **_loading(recipe))
         if NO_TOKENIZER in missing:
             return None, size
         model = read_tokenizer(found)
