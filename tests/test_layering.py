@@ -23,7 +23,7 @@ LAYERS = [
     {"rewards"},
     {"rollout", "checkpoint"},
     {"preflight"},
-    {"evaluation"},
+    {"planning", "evaluation"},
     {"trainers"},
     {"runs"},
     {"cli"},

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from rlqwen.packing.delta_net import is_delta_net
 from rlqwen.packing.delta_plan import CHUNK
+from rlqwen.preflight.layer_shapes import LayerShape
 
 _FLOAT32 = 4
 
@@ -55,18 +54,31 @@ class ForwardRules:
         return _FLOAT32 * width + ((size if plain else _FLOAT32) * width if self.trains_all else 0)
 
 
-def layer_activations(model: nn.Module, config: Any, rules: ForwardRules) -> list[float]:
-    """Return the bytes per token that each decoder layer of `model` keeps; `config`: that of the text model."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sizes = []
-    for layer, kind in zip(decoder_layers(model, config), kinds, strict=True):
-        plain = not is_delta_net(config)
-        size: float = 2 * rules.norm(config.hidden_size, rules.residual, plain=plain)
-        size += _delta_net(config, rules) if kind == "linear_attention" else _attention(layer, config, rules)
-        experts = any(name.endswith("experts") for name, _ in layer.named_modules())
-        size += _experts(config, rules) if experts else _mlp(config.hidden_size, config.intermediate_size, rules)
-        sizes.append(size)
-    return sizes
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes per token that a decoder layer keeps."""
+
+    whole: float
+    """What each tensor parallel rank keeps whole: numbers of the residual stream, and of routers."""
+    divided: float
+    """What those ranks divide: heads, and the inner numbers of MLPs and experts."""
+
+    def __add__(self, other: "LayerActivations") -> "LayerActivations":
+        return LayerActivations(self.whole + other.whole, self.divided + other.divided)
+
+    def per_rank(self, tensor_ranks: int = 1) -> float:
+        """Return the bytes per token on one of `tensor_ranks` ranks."""
+        return self.whole + self.divided / tensor_ranks
+
+
+def layer_activations(shape: LayerShape, config: Any, rules: ForwardRules) -> LayerActivations:
+    """Return the bytes per token that a decoder layer of a shape keeps; `config`: that of the text model."""
+    plain = not is_delta_net(config)
+    kept = LayerActivations(2 * rules.norm(config.hidden_size, rules.residual, plain=plain), 0.0)
+    kept += _delta_net(config, rules) if shape.kind == "linear_attention" else _attention(shape, config, rules)
+    return kept + (
+        _experts(config, rules) if shape.experts else _mlp(config.hidden_size, config.intermediate_size, rules)
+    )
 
 
 def head_activations(config: Any, rules: ForwardRules) -> float:
@@ -91,28 +103,18 @@ def attention_outputs(config: Any, rules: ForwardRules) -> float:
     return float((2 if rules.on_gpu else 1) * size * (len(kinds) - list(kinds).count("linear_attention")))
 
 
-def decoder_layers(model: nn.Module, config: Any) -> list[nn.Module]:
-    """Return the decoder layers of the text model."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    return list(found[-1])  # those of a vision tower come first
-
-
 def head_width(config: Any) -> int:
     """Return the width of an attention head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _attention(layer: nn.Module, config: Any, rules: ForwardRules) -> int:
+def _attention(shape: LayerShape, config: Any, rules: ForwardRules) -> LayerActivations:
     """Return the bytes of full attention: inputs, normed heads, what the kernel keeps, and the input of the output."""
     queries: int = config.num_attention_heads * head_width(config)
     keys: int = config.num_key_value_heads * head_width(config)
     is_gated = is_delta_net(config)
-    size = rules.inputs(config.hidden_size, ("q_proj", "k_proj", "v_proj"))
-    if any(name.endswith("q_norm") for name, _ in layer.named_modules()):
+    size = 0
+    if shape.has_query_norm:
         size += rules.norm(queries, rules.compute, plain=not is_gated) + rules.norm(
             keys, rules.compute, plain=not is_gated
         )
@@ -121,36 +123,38 @@ def _attention(layer: nn.Module, config: Any, rules: ForwardRules) -> int:
         size += rules.compute * 3 * queries
     if is_gated or not rules.on_gpu or not rules.trains_all:  # else it is the kernel's own output
         size += rules.inputs(queries, ("o_proj",))
-    return int(size)
+    return LayerActivations(rules.inputs(config.hidden_size, ("q_proj", "k_proj", "v_proj")), size)
 
 
-def _delta_net(config: Any, rules: ForwardRules) -> float:
+def _delta_net(config: Any, rules: ForwardRules) -> LayerActivations:
     """Return the bytes of a gated delta-net layer, whose rule runs in float32 and in chunks."""
     heads, key, value = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
     width = heads * value
     channels = 2 * config.linear_num_key_heads * key + width
-    size = rules.inputs(config.hidden_size, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
-    size += rules.compute * 2 * channels + rules.inputs(width, ("out_proj",)) + rules.compute * width
+    whole = rules.inputs(config.hidden_size, ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+    size = rules.compute * 2 * channels + rules.inputs(width, ("out_proj",)) + rules.compute * width
     rule = 8 * width + 7 * heads * key + 5 * heads * CHUNK + heads * key * value / CHUNK
-    return float(size + _FLOAT32 * rule)
+    return LayerActivations(whole, size + _FLOAT32 * rule)
 
 
-def _mlp(width: int, inner: int, rules: ForwardRules) -> int:
+def _mlp(width: int, inner: int, rules: ForwardRules) -> LayerActivations:
     """Return the bytes of a gated MLP: its input, gate, its SiLU, up, and their product."""
     product = rules.inputs(inner, ("down_proj",))
-    return rules.inputs(width, ("gate_proj", "up_proj")) + rules.compute * 3 * inner + product
+    return LayerActivations(rules.inputs(width, ("gate_proj", "up_proj")), rules.compute * 3 * inner + product)
 
 
-def _experts(config: Any, rules: ForwardRules) -> int:
+def _experts(config: Any, rules: ForwardRules) -> LayerActivations:
     """Return the bytes of the chosen experts of a token, the router and a shared expert."""
     chosen, inner, width = config.num_experts_per_tok, config.moe_intermediate_size, config.hidden_size
     trained = rules.adapters is None or bool(rules.adapters & {"experts", "gate_up_proj"})
-    size = rules.compute * chosen * (3 * inner + width)
+    size, whole = rules.compute * chosen * 3 * inner, rules.compute * chosen * width
     if trained:
-        size += rules.compute * chosen * (inner + width)
-    size += _FLOAT32 * (2 * config.num_experts + 4 * chosen)
+        size += rules.compute * chosen * inner
+        whole += rules.compute * chosen * width
+    whole += _FLOAT32 * (2 * config.num_experts + 4 * chosen)
     if rules.trains_all:
-        size += rules.compute * width  # the router's input
+        whole += rules.compute * width  # the router's input
+    kept = LayerActivations(whole, size)
     if shared := getattr(config, "shared_expert_intermediate_size", None):
-        size += _mlp(width, shared, rules) + rules.compute * 2 * width
-    return int(size)
+        kept += _mlp(width, shared, rules) + LayerActivations(rules.compute * 2 * width, 0.0)
+    return kept

@@ -7,7 +7,8 @@ from rlqwen.errors import ModelError
 from rlqwen.models.carried_weights import count_text
 from rlqwen.preflight.check_report import CheckReport, Figures
 from rlqwen.preflight.memory_fit import check_fit
-from rlqwen.preflight.memory_plan import GIB, MemoryPlan, plan_memory
+from rlqwen.preflight.memory_plan import GIB, MemoryPlan
+from rlqwen.preflight.memory_planner import plan_memory
 from rlqwen.preflight.model_check import ConfigFacts
 from rlqwen.preflight.model_size import ModelSize
 from rlqwen.preflight.parameter_counts import ParameterCounts, chosen_experts, meta_model

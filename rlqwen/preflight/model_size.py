@@ -1,13 +1,16 @@
 """Measure, on a model without weights, what the memory of a recipe depends on."""
 
 import contextlib
+import functools
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlqwen.config import ModelConfig, Recipe
 from rlqwen.errors import ModelError
+from rlqwen.preflight.layer_shapes import LayerShape, layer_shapes
 from rlqwen.preflight.model_check import ConfigFacts, read_config
 from rlqwen.preflight.parameter_counts import ParameterCounts, count_parameters, meta_model, trained_parameters
 
@@ -53,6 +56,11 @@ class ModelSize:
     def with_lora(self, recipe: Recipe) -> "ModelSize":
         """Measure the same model as another recipe adapts it."""
         return replace(ModelSize.measure(recipe, self.facts), others=self.others)
+
+    @functools.cached_property
+    def shapes(self) -> Counter[LayerShape]:
+        """Return the different shapes of the decoder layers, and how many layers have each."""
+        return layer_shapes(self.model, self.text_config)
 
     @property
     def text_config(self) -> Any:

@@ -22,6 +22,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import Branch, PackedBatch, Tree, pack
 from rlqwen.packing.cascade_attention import FlashKernel
 from rlqwen.preflight.activations import ForwardRules, checkpoint_bytes, head_activations, layer_activations
+from rlqwen.preflight.layer_shapes import layer_shapes
 from tests.packing.test_cascade_attention import PlainKernel
 
 NUM_LAYERS = 3
@@ -109,8 +110,9 @@ def computed_bytes(policy: Policy, batch: PackedBatch, *, on_gpu: bool, half: bo
         named = (name.partition(".lora_A") for name, _ in policy.model.named_modules())
         adapters = frozenset(name.rpartition(".")[2] for name, found, _ in named if found)
     rules = ForwardRules.of(on_gpu=on_gpu, half=half, adapters=adapters, half_weights=half and policy.has_adapter)
-    layers = layer_activations(policy.base_model, policy.text_config, rules)
-    assert len(layers) == NUM_LAYERS
+    shapes = layer_shapes(policy.base_model, policy.text_config)
+    assert shapes.total() == NUM_LAYERS
+    layers = [layer_activations(shape, policy.text_config, rules).per_rank() for shape in shapes.elements()]
     each = NUM_LAYERS * checkpoint_bytes(policy.text_config, rules) if checkpointing else sum(layers)
     return batch.num_tokens * (each + head_activations(policy.text_config, rules))
 

@@ -24,8 +24,8 @@ from rlqwen.preflight.memory_plan import (
     SYNC,
     USABLE,
     MemoryPlan,
-    plan_memory,
 )
+from rlqwen.preflight.memory_planner import plan_memory
 from rlqwen.preflight.model_check import read_config
 from rlqwen.preflight.model_size import ModelSize
 from tests.preflight.test_model_check import SHIPPED, folder_of

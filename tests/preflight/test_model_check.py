@@ -21,7 +21,7 @@ from rlqwen.preflight import CheckReport, check_before_run, check_recipe
 from rlqwen.preflight.parameter_counts import count_parameters, meta_model, trained_parameters
 from tests.narrowing import only_source, present
 
-CONFIGS = Path(__file__).parents[1] / "samples" / "configs"
+CONFIGS = Path(__file__).parents[2] / "rlqwen" / "planning" / "configs"
 PUBLISHED = {
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen2.5-1.5B": 1_543_714_304,
@@ -52,7 +52,7 @@ PUBLISHED = {
     "Qwen3.8-27B": 27_781_427_952,
     "Qwen3.8-2.4T-A95B": 2_446_182_725_504,
 }
-"""Parameters of the published weights, vision tower and multi-token prediction included; see samples/configs/README.md."""
+"""Parameters of the published weights, vision tower and multi-token prediction included; see README.md beside the configs."""
 ACTIVE = {"A3B": (3.3e9, 3.9e9), "A10B": (9.7e9, 10.5e9), "A17B": (16.5e9, 17.5e9), "A22B": (21.5e9, 22.5e9),
           "A95B": (93e9, 97e9)}  # fmt: skip
 
