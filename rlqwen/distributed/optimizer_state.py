@@ -4,6 +4,7 @@ The files do not depend on the number of ranks and the ZeRO stage, so a run may 
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ TENSORS_FILE = "optimizer.safetensors"
 PLAIN_FILE = "optimizer.json"
 MASTER = "master"
 """Key of a parameter's float32 value, if the model computes with a rounded one."""
+_BLOCK, _CODES = 256, 256
+"""Numbers that share a scale in bitsandbytes' 8-bit moments, and numbers that 8 bits stand for."""
 _BY_GROUP = ("base_lrs", "_last_lr", "lr_lambdas")
 """Entries of a schedule's state that hold one value per parameter group."""
 
@@ -46,13 +49,18 @@ def save_optimizer(
 
 
 def refuse_other_shapes(name: str, saved: Mapping[str, Tensor], parameter: Tensor) -> None:
-    """Raise ConfigError if moments or the float32 value of a parameter have another shape, which a fused kernel would read
-    out of bounds."""
-    for key in ("exp_avg", "exp_avg_sq", MASTER):
-        if key in saved and saved[key].shape != parameter.shape:
+    """Raise ConfigError if the saved state of a parameter has another shape, which a kernel would read out of bounds, and
+    DeepSpeed would cut or fill up to its shards."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of the whole weight, if ranks hold shards of it
+    sizes = {"step": 1, "qmap1": _CODES, "qmap2": _CODES}
+    sizes |= dict.fromkeys(("absmax1", "absmax2"), -(-math.prod(shape) // _BLOCK))
+    for key, tensor in saved.items():
+        fits = tensor.numel() == sizes[key] if key in sizes else tuple(tensor.shape) == shape
+        if not fits:
+            wanted = f"{sizes[key]} numbers" if key in sizes else f"the shape {shape}"
             raise ConfigError(
-                f"{TENSORS_FILE} holds {key} of {name} with the shape {tuple(saved[key].shape)}, and the parameter has "
-                f"{tuple(parameter.shape)}: it is of another model"
+                f"{TENSORS_FILE} holds {key} of {name} with the shape {tuple(tensor.shape)}, and this run's has {wanted}: it "
+                "is of another model"
             )
 
 

@@ -166,6 +166,9 @@ class OptimizerStep:
         """Read back what this class or ZeroStep wrote; called on every rank, after the weights are restored."""
         names = {name for group in self.groups for name, _ in group.named()}
         states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
+        for group in self.groups:
+            for name, parameter in group.named():
+                refuse_other_shapes(name, states.get(name, {}), parameter)
         self._restore_state(states)
         self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
         self.scale.load_state_dict(memory["loss_scale"])
@@ -184,7 +187,6 @@ class OptimizerStep:
             for name, parameter in group.named():
                 if name not in states:
                     continue
-                refuse_other_shapes(name, states[name], parameter)
                 kept = {key: value for key, value in states[name].items() if key != MASTER}
                 if MASTER in states[name]:
                     parameter.data.copy_(states[name][MASTER])

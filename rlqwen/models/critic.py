@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed import exact_weight, gathered, keep_exact
 from rlqwen.models.packed_model import PackedModel
+from rlqwen.models.weight_checks import copy_whole
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.forward import last_tokens
 from rlqwen.packing.sequence_parallel import SequenceGroup
@@ -136,7 +137,7 @@ class ValueHead:
         """Load the head that `save_checkpoint` wrote."""
         weight = load_file(folder / HEAD_FILE)["weight"]
         with gathered(self.head.parameters(), modify=True):
-            self.head.weight.data.copy_(weight)
+            copy_whole(HEAD_FILE, weight, self.head.weight)
         keep_exact(self.head.weight, weight)
 
 

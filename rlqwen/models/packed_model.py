@@ -33,6 +33,7 @@ from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_tr
 from rlqwen.models.recomputation import Recomputation, recompute_activations
 from rlqwen.models.text_only import text_only
 from rlqwen.models.vision_language import towers
+from rlqwen.models.weight_checks import copy_whole
 from rlqwen.models.weight_files import write_model
 from rlqwen.packing.attention import attention_note
 from rlqwen.packing.batch import PackedBatch
@@ -344,6 +345,6 @@ class PackedModel:
         with torch.no_grad(), whole_weights(self.base_model.modules()):
             for name, weight in self.base_model.state_dict(keep_vars=True).items():
                 with gathered([weight], modify=True):
-                    weight.copy_(saved[name])
+                    copy_whole(name, saved[name], weight)
                 keep_exact(weight, saved[name])
         self.version += 1

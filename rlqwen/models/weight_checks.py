@@ -30,6 +30,15 @@ def refuse_missing(name: str, missing: set[str], mismatched: Iterable[tuple[str,
         )
 
 
+def copy_whole(name: str, saved: Tensor, weight: Tensor) -> None:
+    """Copy a saved weight into a model's; raise ModelError for another shape, which torch would repeat if it can."""
+    if saved.shape != weight.shape:
+        raise ModelError(
+            f"{name} has {tuple(saved.shape)} there instead of {tuple(weight.shape)}: it is of another model"
+        )
+    weight.data.copy_(saved)
+
+
 def unquantized_part(report: dict[str, Any]) -> dict[str, Any]:
     """Return the report of loading a quantized folder as a plain model, without what quantization changes.
 
