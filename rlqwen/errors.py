@@ -27,7 +27,7 @@ between processes: an error takes exactly one argument, its message.
 import re
 import reprlib
 
-from rlqwen.terminal import printable
+from rlqwen.terminal import printable, printable_lines
 
 QUOTED = 200
 """Most characters of a value that a message repeats."""
@@ -57,7 +57,7 @@ def _shorten(text: str) -> str:
 
 def _fit_screen(message: str) -> str:
     """Cut long quotations, lines and lists of lines in a message."""
-    lines = _QUOTATION.sub(lambda found: _shorten(found[0]), message).splitlines()
+    lines = printable_lines(_QUOTATION.sub(lambda found: _shorten(found[0]), message))
     if len(lines) > _LINES + 1:
         lines[_LINES:] = [f"... and {len(lines) - _LINES:,} lines more"]
     return "\n".join(line if len(line) <= _LINE else line[: _LINE - 3] + "..." for line in lines)

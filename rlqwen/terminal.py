@@ -34,6 +34,14 @@ def printable(text: str) -> str:
     return UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def printable_lines(text: str) -> list[str]:
+    r"""Return the printable lines of `text`: it ends a line at `\n` and `\r\n` alone, as a terminal shows it.
+
+    `str.splitlines` also ends one at `\x85`, `\u2028` and six others, which `printable` writes as escapes.
+    """
+    return printable(text).splitlines()
+
+
 def json_text(value: Any, **options: Any) -> str:
     """Return `value` as JSON that is readable and safe to print, and that reads back as the same value.
 

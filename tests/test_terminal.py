@@ -25,7 +25,16 @@ from rlqwen.cli import main
 from rlqwen.errors import DataError, Interrupted, RolloutError, SaveError
 from rlqwen.reporting import MetricLogger
 from rlqwen.reporting.console import TerminalConsole
-from rlqwen.terminal import TerminalStream, get_logger, guarded_streams, json_text, outlive_output, printable, warn
+from rlqwen.terminal import (
+    TerminalStream,
+    get_logger,
+    guarded_streams,
+    json_text,
+    outlive_output,
+    printable,
+    printable_lines,
+    warn,
+)
 from tests.forked import run_forked
 from tests.patience import PATIENCE_S
 
@@ -268,3 +277,15 @@ def test_text_is_shown_through_one_module(path: Path) -> None:
         assert "logging.getLogger(__name__)" not in path.read_text("utf-8"), "use get_logger"
     if path.parent.name != "cli":
         assert "click.echo" not in found, "only the command line's streams are guarded"
+
+
+def test_a_message_has_the_lines_that_a_terminal_shows() -> None:
+    """A character that `str.splitlines` takes for the end of a line is shown as an escape, and ends none."""
+    ends = [chr(code) for code in range(0x3000) if len(f"a{chr(code)}b".splitlines()) == 2]
+    assert {"\n", "\r", "\x85", "\u2028"} <= set(ends)
+    for end in ends:
+        message = str(DataError(f"row 3{end}of it"))
+        assert message == printable(f"row 3{end}of it")
+        assert len(message.split("\n")) == (2 if end == "\n" else 1), end
+        assert len(str(DataError(f"row{end}" * 50)).split("\n")) == (31 if end == "\n" else 1), end
+    assert printable_lines("one\r\ntwo\x85\nthree\u2028") == ["one", "two\\x85", "three\\u2028"]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.errors import MainRankFailed, RlqwenError
 from rlqwen.packing.batch import PackedBatch
+from rlqwen.terminal import printable_lines
 
 T = TypeVar("T")
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -86,7 +87,7 @@ class MainRank:
         self.ranks.from_main((what, value), patient=True)
 
     def _announce_error(self, error: BaseException) -> None:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = printable_lines(f"{type(error).__name__}: {error}")[0]
         code = error.exit_code if isinstance(error, RlqwenError) else 1
         thread = threading.Thread(target=self._announce, args=("failed", (text, code)), daemon=True)
         thread.start()

@@ -23,6 +23,7 @@ from rlqwen.rollout.engine_placement import environment_of_ray
 from rlqwen.rollout.ray_calls import WatchedProcesses
 from rlqwen.rollout.ray_leftovers import PREFIX, claim, clear_leftovers
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
+from rlqwen.terminal import printable_lines
 
 # Ray's sockets lie some 65 characters below its folder, and a socket's path may have 107.
 _MAX_FOLDER_LENGTH = 40
@@ -286,5 +287,5 @@ def log_tail(folder: Path | None, pid: int | None, lines: int = 15) -> str:
     with contextlib.suppress(OSError):
         for path in folder.glob(f"worker-*-{pid}.err"):
             text += path.read_text("utf-8", errors="replace")
-    tail = [line for line in text.splitlines() if line.strip()][-lines:]
+    tail = [line for line in printable_lines(text) if line.strip()][-lines:]
     return "\nIts last words:\n" + "\n".join(tail) if tail else ""
