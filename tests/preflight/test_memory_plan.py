@@ -63,7 +63,7 @@ def sft(folder: Path, *, train: Any = None, model: Any = None, **changes: Any) -
 def test_the_head_of_each_recipe_says_what_is_computed(recipe: Any, tmp_path: Path) -> None:
     head = (RECIPES / f"{recipe.name}.yaml").read_text().partition("algorithm:")[0]
     found = re.search(
-        r"computes it: ([\d.]+) GiB at the peak( per rank of 8)?, which takes a GPU of ([\d.]+) GiB", head
+        r"Memory: at most ([\d.]+) GiB at the peak( per rank of 8)?, which takes a GPU of ([\d.]+) GiB", head
     )
     assert found
     plan = planned(load_recipe(recipe.name), tmp_path, num_ranks=8 if found[2] else 1)

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLConfig
 
-from rlqwen.config import LoraSettings, Recipe
+from rlqwen.cli.run_commands import check as check_command
+from rlqwen.config import DistillationConfig, LoraSettings, Recipe
 from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe
 from rlqwen.errors import ModelError
 from rlqwen.models.tiny import resolve_model_path
@@ -238,22 +240,44 @@ STAND_INS = {
 SHIPPED = [recipe for recipe in list_recipes() if not recipe.name.startswith("quickstart")]
 
 
+def head_of(recipe: PackagedRecipe) -> tuple[float, float, list[str]]:
+    """Return from the head of a recipe's file the peak, the smallest GPU, and the command that prints them."""
+    head = (
+        (Path(__file__).parents[2] / "recipes" / f"{recipe.name}.yaml").read_text("utf-8").partition("\nalgorithm:")[0]
+    )
+    peak, smallest = present(re.search(r"at most ([\d.]+) GiB.* a GPU of ([\d.]+) GiB", head)).groups()
+    (command,) = re.findall(r"^#   rlqwen (check .*)$", head, re.MULTILINE)
+    return float(peak), float(smallest), command.split()
+
+
 @pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.name)
 def test_every_shipped_recipe_fits_the_config_of_its_model(
     recipe: PackagedRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Check each with the options that the head of its file names, which print the head's figures on any machine."""
+    peak, smallest, command = head_of(recipe)
+    given = check_command.make_context("check", command[1:]).params
+    assert list(given["words"]) in ([recipe.name], [f"recipes/{recipe.name}.yaml"])
+    assert given["gpu_memory"] >= smallest
     loaded = load_recipe(recipe.name)
     size = loaded.model.path.removeprefix("Qwen/").removesuffix("-Base").removesuffix("-Instruct")
     loaded.model.path = str(folder_of(size, tmp_path / "model"))
     source = only_source(loaded.data.train)
     source.path = STAND_INS[present(source.path)]
+    if isinstance(loaded.train, DistillationConfig):
+        teacher = present(loaded.train.teacher).removeprefix("Qwen/")
+        loaded.train.teacher = str(folder_of(teacher, tmp_path / "teacher"))
     monkeypatch.chdir(tmp_path)
     if loaded.model.quantization is not None:
         monkeypatch.setattr("rlqwen.preflight.recipe_check.require_bitsandbytes", lambda key: None)
-    report = check_recipe(loaded)
+    report = check_recipe(loaded, gpu_gib=given["gpu_memory"], num_ranks=given["nproc_per_node"])
     assert report.faults == []
     facts = dict(report.facts)
     assert {"parameters", "trained", "memory", "batch"} <= set(facts)
+    printed = re.findall(r"([\d.]+) GiB at the peak.* a GPU of ([\d.]+) GiB", facts["memory"])
+    # Its rows may be shorter than those that the config allows, of which the head speaks.
+    assert 0.7 * peak < float(printed[0][0]) <= peak + 0.05
+    assert float(printed[0][1]) <= smallest + 0.05
     assert ("in_proj_qkv" in facts["trained"]) == (size.startswith(("Qwen3.5", "Qwen3.6")) and "lora" in recipe.name)
     assert not [warning for warning in report.warnings if "lacks weights" not in warning and "repeat" not in warning]
 
