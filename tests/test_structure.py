@@ -41,6 +41,13 @@ def test_a_module_and_its_functions_are_short(path: Path) -> None:
     assert {name: count for name, count in long.items() if count > FUNCTION_LINES} == {}, "cut them by what they do"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_path_is_resolved_that_may_be_a_loop_of_links(path: Path) -> None:
+    assert ".resolve()" not in path.read_text("utf-8"), (
+        "it raises RuntimeError for a loop: use config.usable_values.real_path"
+    )
+
+
 def test_the_listed_long_modules_are_long() -> None:
     for name in LONG_MODULES:
         assert len((ROOT / name).read_text("utf-8").splitlines()) > MODULE_LINES, f"{name}: take it off the list"

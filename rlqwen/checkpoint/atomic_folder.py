@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import SaveError
 
 MANIFEST_FILE = "manifest.json"
@@ -89,7 +90,7 @@ def find_fault(folder: Path, *, digests: bool = True) -> str | None:
         return f"{MANIFEST_FILE} is of format {manifest.get('format')!r}, and this version reads {_FORMAT}"
     for name, (digest, size) in files.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        if not real_path(path).is_relative_to(real_path(folder)):
             return f"{MANIFEST_FILE} names {name!r}, which is outside the folder"
         if not path.is_file():
             return f"{name} is missing"

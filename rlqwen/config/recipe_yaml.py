@@ -27,6 +27,7 @@ from rlqwen.config.overrides import (
     locate_fault,
     parse_override,
 )
+from rlqwen.config.usable_values import real_path
 from rlqwen.config.yaml_dialect import Dumper, read_mapping
 from rlqwen.errors import ConfigError
 from rlqwen.secrets import redact_values
@@ -176,7 +177,7 @@ def _build(
 def _refuse_shared_folders(files: Sequence[Path], recipes: Sequence[Recipe]) -> None:
     owners: dict[Path, Path] = {}
     for file, recipe in zip(files, recipes, strict=True):
-        folder = Path(recipe.output_dir).resolve()
+        folder = real_path(recipe.output_dir)
         if folder in owners:
             name = short_name(recipe.algorithm)
             raise ConfigError(

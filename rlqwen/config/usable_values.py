@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlqwen.errors import ConfigError, quoted
@@ -23,6 +24,14 @@ def refuse_unusable(values: Any) -> None:
     Values of other types than JSON's are not looked into.
     """
     _walk(values, (), 0)
+
+
+def real_path(path: str | Path) -> Path:
+    """Return an absolute path with links followed; of links that form a loop, those up to it.
+
+    `Path.resolve` raises RuntimeError for a loop.
+    """
+    return Path(os.path.realpath(path))
 
 
 def expand_path(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import ModelError, quoted
 
 UNREADABLE = (
@@ -102,7 +103,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
             )
         if not _is_within(folder, folder / name):
             raise ModelError(
-                f"{index} names {quoted(name)}, which links out of the folder, to {str((folder / name).resolve())!r}: put "
+                f"{index} names {quoted(name)}, which links out of the folder, to {str(real_path(folder / name))!r}: put "
                 "the file itself there"
             )
         files.append(folder / name)
@@ -112,7 +113,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 def _is_within(folder: Path, path: Path) -> bool:
     """Return whether a file lies in its folder; a snapshot in the hub's cache links to the blobs beside it."""
     home = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    return path.resolve().is_relative_to(home.resolve())
+    return real_path(path).is_relative_to(real_path(home))
 
 
 def _require_file(path: Path) -> None:

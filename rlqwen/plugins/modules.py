@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import operator
+import os
 import sys
 import zlib
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def import_file(path: Path, label: str, error: type[InputError]) -> Any:
     """
     if not path.is_file():
         raise error(f"{label}: there is no file {str(path)!r} in {str(Path.cwd())!r}")
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     stamp = (path.stat().st_mtime_ns, path.stat().st_size)
     if name in sys.modules and _imported_files.get(name) == stamp:

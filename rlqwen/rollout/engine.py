@@ -10,10 +10,10 @@ Before anything is started, its other methods say what it can do; whatever it ca
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from rlqwen.config import RolloutConfig
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import ConfigError, ResourceError
 from rlqwen.models.hub import read_config
 from rlqwen.plugins.kinds import ENGINES
@@ -259,7 +259,7 @@ def engine_spec(config: RolloutConfig) -> str:
     """Return what a worker loads the engine by: the name, module or absolute file."""
     spec = config.engine or DEFAULT_ENGINES[0]
     home, colon, attribute = spec.rpartition(":")
-    return f"{Path(home).resolve()}:{attribute}" if colon and home.endswith(".py") else spec
+    return f"{real_path(home)}:{attribute}" if colon and home.endswith(".py") else spec
 
 
 def _context_length(model_path: str) -> int | None:

@@ -22,6 +22,7 @@ from rlqwen.rollout import ray_reaper as guard
 from rlqwen.rollout.engine_placement import environment_of_ray
 from rlqwen.rollout.ray_calls import WatchedProcesses
 from rlqwen.rollout.ray_leftovers import PREFIX, claim, clear_leftovers
+from rlqwen.rollout.ray_store import take_room
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
 from rlqwen.terminal import printable_lines
 
@@ -94,11 +95,13 @@ class _PrivateCluster:
         import ray
 
         self._num_users -= 1
-        if self._num_users or self.watched.is_lost:
-            return  # without its processes a call to Ray would hang, or end this process; the guard kills them afterwards
-        with contextlib.suppress(RolloutError):  # lost in the middle of it
+        if self._num_users:
+            return
+        with contextlib.suppress(RolloutError):  # lost, before or in the middle of it
             self.watched.call(ray.shutdown)
         if self.watched.is_lost:
+            # Without its processes a call to Ray would hang, or end this process; the guard kills them afterwards.
+            self._tell_guard()
             return
         self.end()
 
@@ -106,8 +109,15 @@ class _PrivateCluster:
         """Let the guard clear what is left, once nothing here calls this Ray any more."""
         global _private
         _private = None
+        self._tell_guard()
         self._guard.communicate()
         self._owner.close()
+
+    def _tell_guard(self) -> None:
+        assert self._guard.stdin is not None
+        with contextlib.suppress(OSError):  # somebody killed it
+            self._guard.stdin.write(guard.TOLD)
+            self._guard.stdin.flush()
 
 
 _private: _PrivateCluster | None = None
@@ -144,8 +154,10 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
             # By default Ray ends the trainer 60 s after its gcs_server is gone, saved or not.
             _system_config={"gcs_rpc_server_reconnect_timeout_s": 3600},
         )
+        pids = {pid: name for name in ("gcs_server", "raylet") for pid in _children(name)}
+        take_room(store, pids, Path(folder))
     except BaseException:
-        watcher.communicate()
+        watcher.communicate(guard.TOLD)
         owner.close()
         raise
     finally:
@@ -153,7 +165,6 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
         # What the trainer starts from here on is not Ray's.
         _change_environment(own)
     _silence(ray)
-    pids = {pid: name for name in ("gcs_server", "raylet") for pid in _children(name)}
     _private = _PrivateCluster(watcher, owner, Path(context.address_info["session_dir"]), pids)
     return _private
 

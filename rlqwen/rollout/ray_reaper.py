@@ -21,16 +21,29 @@ _SHARED_MEMORY = "/dev/shm/"
 _SEGMENTS_FILE = "segments"
 _RECORD_S = 10.0
 """Seconds between two looks at the segments of shared memory."""
+TOLD = b"."
+"""What the trainer writes to our stdin if it closes Ray itself, or has reported that Ray is lost."""
+_RAYLET_DIED = (
+    "rlqwen: Ray's raylet died while the trainer (process {}) used its object store, and Ray ended the trainer: go on from "
+    "the last checkpoint with --resume"
+)
 
 
 def main(parent: int, folder: str) -> None:
     """Wait until the trainer closes our stdin or is gone; then kill what carries its mark and remove its folder."""
-    recorded = time.monotonic()
+    recorded, is_told = time.monotonic(), False
     # A child that the trainer forked may hold our stdin open, so the parent is watched as well.
-    while os.getppid() == parent and not select.select([sys.stdin], [], [], 0.5)[0]:
+    while os.getppid() == parent:
+        if select.select([0], [], [], 0.5)[0]:
+            if not os.read(0, 1):
+                break
+            is_told = True
         if time.monotonic() - recorded > _RECORD_S:
             record_segments(folder)
             recorded = time.monotonic()
+    # In the middle of a call to its object store, Ray ends the trainer on the spot if the raylet dies.
+    if not is_told and not any(process.name() == "raylet" for process in _marked(folder)):
+        print(_RAYLET_DIED.format(parent), file=sys.stderr, flush=True)
     end_processes(folder)
     remove_segments(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -6,9 +6,12 @@ torch and the engine are imported only inside the thread, after the environment 
 """
 
 import asyncio
+import errno
 import os
 import queue
+import shutil
 import socket
+import tempfile
 import threading
 import traceback
 import warnings
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from rlqwen.errors import RolloutError, WorkerDied
 from rlqwen.plugins.kinds import ENGINES
+from rlqwen.rollout.resources import SHARED_MEMORY
 from rlqwen.rollout.weight_sync import LoadReport, WeightBundle
 from rlqwen.rollout.worker_protocol import Drawn, EngineSettings, GroupJob, Sampled, Share, WeightVersions
 
@@ -279,4 +283,8 @@ def _portable(error: BaseException) -> RolloutError:
     """Return an error that unpickles in the trainer's process, whatever it was here."""
     if isinstance(error, RolloutError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        folders = (SHARED_MEMORY, Path(tempfile.gettempdir()))
+        free = ", ".join(f"{shutil.disk_usage(each).free / 1e9:.3g} GB in {each}" for each in folders if each.is_dir())
+        return RolloutError(f"no space is left on {socket.gethostname()}: {free} are free; free some ({error})")
     return RolloutError("".join(traceback.format_exception(error)).strip())

@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import ConfigError
 from rlqwen.run_folder.lock import refuse_running
 
@@ -52,7 +53,7 @@ def move_run_aside(folder: Path) -> Path | None:
     if not find_run_files(folder):
         return None
     refuse_unmarked(folder)
-    homes = {folder, *((folder / name).resolve() for name in RUN_FILES if _is_linked_folder(folder / name))}
+    homes = {folder, *(real_path(folder / name) for name in RUN_FILES if _is_linked_folder(folder / name))}
     number = next(n for n in range(1, 1_000_000) if not any((home / f"{_PREVIOUS}{n}").exists() for home in homes))
     aside = folder / f"{_PREVIOUS}{number}"
     aside.mkdir()
@@ -72,7 +73,7 @@ def _is_linked_folder(path: Path) -> bool:
 
 def _move_inside_link(link: Path, aside: Path) -> None:
     """Move what a linked folder holds aside on its own disk; the link stays for the next run, and `aside` links to it."""
-    home = link.resolve()
+    home = real_path(link)
     moved = home / aside.parent.name
     moved.mkdir()
     for entry in list(home.iterdir()):
@@ -83,8 +84,8 @@ def _move_inside_link(link: Path, aside: Path) -> None:
 
 def is_inside(path: Path, run_dir: Path) -> bool:
     """Return whether a path lies in a run folder, or in a folder on another disk that its `checkpoints` links to."""
-    homes = (run_dir.resolve(), (run_dir / CHECKPOINTS_FOLDER).resolve())
-    return any(path.resolve().is_relative_to(home) for home in homes)
+    homes = (real_path(run_dir), real_path(run_dir / CHECKPOINTS_FOLDER))
+    return any(real_path(path).is_relative_to(home) for home in homes)
 
 
 def refuse_unmarked(path: str | Path) -> None:
@@ -105,7 +106,7 @@ def refuse_needed_inside(path: str | Path, needed: Mapping[str, str]) -> None:
     for key, name in needed.items():
         there = Path(name)
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # not a valid path, or no home directory
-            there = there.expanduser().resolve()
+            there = real_path(there.expanduser())
         if os.path.exists(there) and is_inside(there, Path(path)):  # noqa: PTH110 - False for what is no path
             raise ConfigError(
                 f"{key} {name[:200]!r} lies in output_dir {str(path)!r}, which train.overwrite_output_dir=true clears: "

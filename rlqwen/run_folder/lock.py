@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import ConfigError
 
 LOCK_FILE = ".run.lock"
@@ -21,7 +22,7 @@ def lock_run_folder(folder: str | Path) -> None:
     The operating system releases the lock when the process ends for any reason, so no stale lock remains. Raises
     ConfigError, which names process and host of the run that holds the lock.
     """
-    path = Path(folder).resolve() / LOCK_FILE
+    path = real_path(folder) / LOCK_FILE
     if (os.getpid(), path) in _held:
         return
     try:
@@ -45,14 +46,14 @@ def lock_run_folder(folder: str | Path) -> None:
 
 def unlock_run_folder(folder: str | Path) -> None:
     """Release the lock, if this process holds it."""
-    descriptor = _held.pop((os.getpid(), Path(folder).resolve() / LOCK_FILE), None)
+    descriptor = _held.pop((os.getpid(), real_path(folder) / LOCK_FILE), None)
     if descriptor is not None:
         os.close(descriptor)
 
 
 def refuse_running(folder: str | Path) -> None:
     """Raise ConfigError if another process trains in the folder."""
-    path = Path(folder).resolve() / LOCK_FILE
+    path = real_path(folder) / LOCK_FILE
     if not path.is_file() or (os.getpid(), path) in _held:
         return
     descriptor = os.open(path, os.O_RDONLY)

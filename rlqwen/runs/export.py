@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from rlqwen.config.usable_values import real_path
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.models.adapters import VLLM_PROJECTIONS, check_adapter
 from rlqwen.models.carried_weights import carried_by
@@ -145,7 +146,7 @@ def _adapter_source(folder: Path, base: str | None) -> Source:
 
 def _run_of(folder: Path) -> Path | None:
     """Return the run folder that `folder` lies in, as deep as `run/final/adapter`."""
-    places = [folder.resolve(), *folder.resolve().parents][:4]
+    places = [real_path(folder), *real_path(folder).parents][:4]
     return next((place for place in places if (place / RECIPE_FILE).is_file()), None)
 
 

@@ -479,3 +479,32 @@ def test_a_full_object_store() -> None:
     assert re.search(r"refused after [01]: Ray's object store \(0\.08\d* GB\) has no room", output.stdout), (
         output.stderr
     )
+
+
+RAYLET_DIES = """
+import sys, threading
+import numpy as np
+import psutil
+from rlqwen.config import RolloutConfig
+from rlqwen.rollout import ray_cluster as cluster
+
+cluster.connect(RolloutConfig(num_workers=1, num_cpus_per_worker=0.1), sent_bytes=20_000_000)
+(raylet,) = (process for process in psutil.Process().children() if process.name() == "raylet")
+raylet.suspend()
+threading.Timer(2.0, raylet.kill).start()
+cluster.put(np.zeros(20_000_000, dtype=np.uint8))
+print("went on")
+"""
+
+
+@pytest.mark.fault(
+    "Ray's raylet dies while weights are handed to it", "Ray ends the trainer; one message, nothing left"
+)
+def test_the_raylet_dies_in_the_middle_of_a_put() -> None:
+    command = [sys.executable, "-c", RAYLET_DIES]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "went on" not in ended.stdout
+    message = r"^rlqwen: Ray's raylet died while the trainer \(process \d+\) used its object store, .* with --resume$"
+    assert re.search(message, ended.stderr, re.MULTILINE), ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,6 +1,11 @@
 """Test the resources that workers request from Ray, and the messages if they are missing."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,10 @@ from safetensors.torch import save_file
 from rlqwen.config import RolloutConfig
 from rlqwen.errors import ResourceError
 from rlqwen.rollout import plan_workers
-from rlqwen.rollout.resources import ALLOW_DISK, plan_object_store
+from rlqwen.rollout.ray_store import take_room
+from rlqwen.rollout.resources import ALLOW_DISK, ObjectStore, plan_object_store
 from rlqwen.rollout.weight_sync import sent_bytes
+from tests.narrowing import present
 
 
 @pytest.mark.parametrize(
@@ -91,3 +98,46 @@ def test_only_the_adapter_is_counted_if_it_is_sent_alone(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({}))
     assert sent_bytes(str(tmp_path), "bfloat16", None) == 2 * (800 + 128 + 8)
     assert sent_bytes(str(tmp_path), "bfloat16", 4) == 2 * 4 * (16 + 8)
+
+
+HOLDER = """
+import os, sys
+file = open(sys.argv[1], "w+b")
+os.unlink(sys.argv[1])
+file.truncate(1_000_000)
+print("open", flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def raylet(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Return a process that stands for a raylet: it holds a store's file, unlinked and without a page in memory."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "plasmaAbCdEf")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert present(process.stdout).readline()
+    yield process
+    process.communicate("")
+
+
+def test_the_room_of_the_object_store_is_taken_at_its_start(raylet: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    def allocated() -> int:
+        files = list(Path(f"/proc/{raylet.pid}/fd").glob("*"))
+        return sum(path.stat().st_blocks * 512 for path in files if "plasmaAbCdEf" in str(path.readlink()))
+
+    assert allocated() == 0
+    take_room(ObjectStore(1_000_000, on_disk=True), {raylet.pid: "raylet"}, tmp_path)
+    assert allocated() >= 1_000_000
+
+
+def test_a_store_that_has_no_room_any_more_is_refused(
+    raylet: "subprocess.Popen[str]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        ResourceError, match=r"0\.001 GB for the weights .* cannot be reserved in .*: No space left on device"
+    ):
+        take_room(ObjectStore(1_000_000, on_disk=True), {raylet.pid: "raylet"}, tmp_path)
