@@ -15,6 +15,7 @@ from rlqwen.cli.data_commands import data
 from rlqwen.cli.eval_command import evaluate
 from rlqwen.cli.export_command import export
 from rlqwen.cli.list_commands import advantages, engines, losses, recipes, rewards, trainers
+from rlqwen.cli.plan_command import plan
 from rlqwen.cli.run_commands import check, run, verify_resume_command
 from rlqwen.cli.session import RUN_AGAIN, TERMINATED, hearing_interrupts, leave_on_signals, wait_for_cause
 from rlqwen.errors import RlqwenError, SaveError
@@ -104,12 +105,13 @@ def cli() -> None:
     \b
     rlqwen recipes                                  what comes with rlqwen
     rlqwen check quickstart_sft                     find what is wrong before it costs anything
+    rlqwen plan Qwen/Qwen3-8B --gpus 8xH100-80G     memory, time and cost on GPUs that need not be here
     rlqwen run quickstart_sft quickstart_grpo       train, one recipe after the other
     """
 
 
 for command in (
-    run, check, verify_resume_command, evaluate, export, data,
+    run, check, plan, verify_resume_command, evaluate, export, data,
     recipes, trainers, losses, advantages, rewards, engines,
 ):  # fmt: skip
     cli.add_command(command)

@@ -30,7 +30,7 @@ def describe_parameters(report: CheckReport, recipe: Recipe, facts: ConfigFacts)
     size = None
     with report.collecting():
         size = ModelSize.measure(recipe, facts, model)
-        report.facts.append(("parameters", _parts_in_words(size.counts, facts.config)))
+        report.facts.append(("parameters", parts_in_words(size.counts, facts.config)))
         if carried := size.counts.carried:
             kept = ", ".join(f"{part} {count_text(number)}" for part, number in carried.items())
             report.facts.append(
@@ -76,7 +76,7 @@ def describe_memory(
     report.facts.append(("memory", _plan_in_words(plan) + where))
     each = "GPUs" if on_gpu else "ranks"
     title = f"memory{f' of each of {num_ranks} {each}' if num_ranks > 1 else ''}, GiB"
-    report.figures.append(_as_figures(plan, title, gpu_bytes))
+    report.figures.append(memory_figures(plan, title, gpu_bytes))
     if gpu_bytes is not None and on_gpu:
         with report.collecting():
             check_fit(recipe, plan_of, gpu_bytes, num_ranks)
@@ -98,7 +98,7 @@ def _own_memory_in_words(recipe: Recipe) -> str:
     return f"; this machine has {psutil.virtual_memory().total / GIB:.1f} GiB, and trains on its CPU{hint}"
 
 
-def _parts_in_words(counts: ParameterCounts, config: Any) -> str:
+def parts_in_words(counts: ParameterCounts, config: Any) -> str:
     used, experts = chosen_experts(config.get_text_config())
     named = []
     for part, number in counts.parts.items():
@@ -131,7 +131,7 @@ def _plan_in_words(plan: MemoryPlan) -> str:
     return line
 
 
-def _as_figures(plan: MemoryPlan, title: str, gpu_bytes: float | None) -> Figures:
+def memory_figures(plan: MemoryPlan, title: str, gpu_bytes: float | None) -> Figures:
     """Return the plan as a table: parts in rows, phases in columns, the peak of each in the last one.
 
     `gpu_bytes`: the GPU that an engine takes its share of; None: the smallest that fits.

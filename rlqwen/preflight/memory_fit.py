@@ -31,9 +31,14 @@ def check_fit(recipe: Recipe, plan_of: Planner, gpu_bytes: float, num_ranks: int
         advice = (
             f"the cheapest change that fits is {words} ({plan_of(changed(recipe, change)).smallest_gpu / GIB:.1f} GiB)"
         )
-    raise ResourceError(
+    raise ResourceError(f"{needs_in_words(plan)}, and this one has {gpu_bytes / GIB:.1f} GiB; {advice}")
+
+
+def needs_in_words(plan: MemoryPlan) -> str:
+    """Return the beginning of a message: what takes most memory, and which GPU that needs."""
+    return (
         f"memory: {plan.peak_phase} takes {plan.peak / GIB:.1f} GiB{_with_engine(plan)}, which needs a GPU of "
-        f"{_size(plan.smallest_gpu)}, and this one has {gpu_bytes / GIB:.1f} GiB; {advice}"
+        f"{_size(plan.smallest_gpu)}"
     )
 
 

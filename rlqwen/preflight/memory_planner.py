@@ -24,7 +24,7 @@ from rlqwen.preflight.memory_plan import (
 from rlqwen.preflight.model_size import ModelSize, frozen_dtype
 from rlqwen.preflight.model_states import ModelStates, Precision, StageSize, model_states
 from rlqwen.preflight.parallel_layout import ParallelLayout
-from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.engine import Engine, engine_class
 from rlqwen.rollout.engine_placement import SHARED, Machine, shares_gpus, take_turns
 
 _HEAD_TOKENS = 4096
@@ -39,15 +39,18 @@ def plan_memory(
     num_ranks: int = 1,
     layout: ParallelLayout | None = None,
     on_gpu: bool = True,
+    engine: type[Engine] | None = None,
 ) -> MemoryPlan:
     """Return the plan of one of `num_ranks` GPUs, or of a trainer on CPU.
 
     `longest`: tokens of the longest row of the data, or prompt; None: what the config allows. `layout`: how ranks divide
-    the model; None: as the recipe says. Of a pipeline it is the plan of the first or last stage, whichever needs more.
+    the model; None: as the recipe says. `engine`: the rollout engine; None: look it up. Of a pipeline it is the plan of the
+    first or last stage, whichever needs more.
     """
     layout = layout or ParallelLayout.of(recipe.train.parallel, num_ranks)
     stages = (False, True) if layout.pp > 1 else (True,)
-    plans = [_Planner(recipe, size, longest, layout, on_gpu=on_gpu, is_last=is_last).plan() for is_last in stages]
+    planners = [_Planner(recipe, size, longest, layout, on_gpu=on_gpu, is_last=is_last) for is_last in stages]
+    plans = [planner.plan(engine) for planner in planners]
     return max(plans, key=lambda plan: plan.peak)
 
 
@@ -99,7 +102,7 @@ class _Planner:
         computed = max(shape.dense / layout.tp + shape.experts / layout.expert_ranks for shape in self.size.shapes)
         return computed, max(shape.total for shape in self.size.shapes)
 
-    def plan(self) -> MemoryPlan:
+    def plan(self, engine: type[Engine] | None = None) -> MemoryPlan:
         phases = (
             [LOAD, SAMPLING, BACKWARD, STEP, SYNC] if isinstance(self.train, OnlineConfig) else [LOAD, BACKWARD, STEP]
         )
@@ -120,7 +123,7 @@ class _Planner:
             "buffers": {BACKWARD: self.casts() + self.dispatch(), STEP: self.step_copies(), SYNC: self.sync_copies()},
         }
         parts |= self.other_models(always, later, states)
-        share, least, sleeps = self.engine()
+        share, least, sleeps = self.engine(engine)
         if self.on_gpu:
             processes = {LOAD: 1} | dict.fromkeys(later, 2 if least else 1)
             parts["CUDA contexts"] = {phase: count * CONTEXT_BYTES for phase, count in processes.items()}
@@ -158,6 +161,8 @@ class _Planner:
         if self.train.trains_scalar_model or not self.is_last:
             return 0.0
         targets, vocabulary, width = self.rows.targets / self.layout.sp, self.config.vocab_size, self.config.hidden_size
+        if self.layout.engine == "megatron":  # logits of all tokens, and their softmax in float32
+            return float((2 + 4) * targets * vocabulary / self.layout.tp)
         has_kernels = (
             self.on_gpu
             and not self.layout.is_sharded
@@ -235,13 +240,13 @@ class _Planner:
             parts["teacher"] = {phase: float(frozen_width * named["teacher"]) for phase in always}
         return parts
 
-    def engine(self) -> tuple[float, float, bool]:
+    def engine(self, known: type[Engine] | None) -> tuple[float, float, bool]:
         """Return the share of the GPU that rollout engines take (0: what is free), the least bytes that one works with, and
         whether engines sleep while the policy trains."""
         train, config = self.train, self.config
         if not isinstance(train, OnlineConfig) or not self.on_gpu:
             return 0.0, 0.0, False
-        rollout, engine = train.rollout, engine_class(train.rollout)
+        rollout, engine = train.rollout, known or engine_class(train.rollout)
         machine = Machine(("0",), trains_on_gpu=True)
         if not engine.in_workers or not shares_gpus(rollout, machine):
             return 0.0, 0.0, False

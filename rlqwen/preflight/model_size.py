@@ -62,7 +62,7 @@ class ModelSize:
         """Return the different shapes of the decoder layers, and how many layers have each."""
         return layer_shapes(self.model, self.text_config)
 
-    @property
+    @functools.cached_property
     def text_config(self) -> Any:
         return self.facts.config.get_text_config()
 

@@ -54,6 +54,13 @@ class ParallelLayout:
         )
 
     @classmethod
+    def usual(cls, parallel: ParallelConfig, num_ranks: int) -> "ParallelLayout":
+        """Return the layout that a recipe asks for, or FSDP2 on all ranks where it asks for none."""
+        asks = parallel.zero_stage or parallel.deepspeed or parallel.autotp_size > 1 or hasattr(parallel, "engine")
+        layout = cls.of(parallel, num_ranks)
+        return layout if asks else replace(layout, engine="fsdp2")
+
+    @classmethod
     def parse(cls, text: str, num_ranks: int) -> "ParallelLayout":
         """Read `fsdp=16,ep=8`, or `engine=deepspeed,zero=2,offload=true`; a missing `fsdp` is what the others leave.
 
