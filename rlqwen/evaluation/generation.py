@@ -13,7 +13,7 @@ from rlqwen.models.policy import Policy
 from rlqwen.preflight import prompt_room
 from rlqwen.rollout.engines.transformers import TransformersEngine
 from rlqwen.rollout.group_metrics import describe_groups
-from rlqwen.rollout.sampler import sampling_seed
+from rlqwen.rollout.sampling_parameters import sampling_seed
 from rlqwen.types import Group, GroupRequest, Sampling
 
 _LENGTHS = ("completions/mean_length", "completions/truncated")

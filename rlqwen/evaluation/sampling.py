@@ -19,7 +19,7 @@ from rlqwen.reporting.console import TerminalConsole
 from rlqwen.rewards import Scorer
 from rlqwen.rollout import RolloutEngine, build_engine
 from rlqwen.rollout.engine import engine_class
-from rlqwen.rollout.sampler import sampling_seed
+from rlqwen.rollout.sampling_parameters import sampling_seed
 from rlqwen.types import Completion, Group, GroupRequest, Prompt, Sampling
 
 Row = dict[str, Any]

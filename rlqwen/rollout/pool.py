@@ -1,4 +1,4 @@
-"""Hold a pool of workers under Ray: hands out groups as workers have room, replaces workers that die or get stuck.
+"""Hold a pool of workers under Ray: send them weights, and replace workers that die or get stuck.
 
 A worker serves only while it holds the pool's version of the weights. A replacement starts from the model's folder and
 is sent that version, canary included, before it gets a group; groups of the worker that it replaces are sampled again,
@@ -6,16 +6,15 @@ from the same seeds.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlqwen.errors import ConfigError, DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
+from rlqwen.errors import DeadlineExceeded, RolloutError, WeightSyncError, WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
-from rlqwen.rollout.actors import START_KEY, SYNC_KEY, ActorHandle, ActorHandles, InFlightRequest
+from rlqwen.rollout.actors import START_KEY, SYNC_KEY, ActorHandle, ActorHandles
+from rlqwen.rollout.dispatch import GENERATE_KEY, GroupDispatch, check_lengths
 from rlqwen.rollout.engine_placement import Placement
-from rlqwen.rollout.progress_reports import ProgressReports
 from rlqwen.rollout.sampled_groups import GroupReader
 from rlqwen.rollout.turns import WAIT_S, Turns
 from rlqwen.rollout.weight_delivery import delivery_of
@@ -27,26 +26,18 @@ from rlqwen.rollout.weight_sync import (
     explain_gap,
     sent_bytes,
 )
-from rlqwen.rollout.worker_protocol import EngineSettings, GroupJob, Share, files_of, transfer_of
+from rlqwen.rollout.worker_protocol import EngineSettings, files_of, transfer_of
 from rlqwen.types import Canary, Group, GroupRequest
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-GENERATE_KEY = "rollout.generate_timeout"
 _PURPOSE = {START_KEY: "to start", GENERATE_KEY: "for one group", SYNC_KEY: "to acknowledge weights"}
 PROGRESS_S = 10.0
 """Seconds between two progress lines while the workers start."""
 CANCEL_WAIT = 0.5
 """Seconds after which a wait checks whether it was cancelled."""
-OVERCOMMIT = 1.5
-"""Completions handed to a worker, as a multiple of what it decodes at a time: when a short completion ends, its place is
-filled from the worker's own queue, without waiting for the pool."""
-REPORTS = 4
-"""Reports of a worker per `max_num_seqs` completions that end, because a long one keeps its group from coming back."""
-MAX_SHARE = 512
-"""Groups per share: each is a call that waits in its actor, and Ray allows 1000 of these."""
 
 
 class RolloutPool:
@@ -75,12 +66,8 @@ class RolloutPool:
         self._bundle: WeightBundle | None = None
         self._failure: str | None = None
         self._reports: list[LoadReport] = []
-        self._in_flight: dict[Any, InFlightRequest] = {}
-        self._pending: deque[GroupRequest] = deque()
-        """Groups that no worker has."""
         self._turns = Turns()
-        self._progress = ProgressReports()
-        self._call = self._num_shares = 0
+        self._call = 0
         stored = sent_bytes(model_path, dtype, lora_rank) if transfer_of(config) == "object_store" else 0
         joined = cluster.connect(config, sent_bytes=stored, gpus=placement.gpus)
         self._settings = EngineSettings.of(
@@ -96,18 +83,18 @@ class RolloutPool:
             reserved_bytes=reserved_bytes,
         )
         self._actors = ActorHandles(config, self._settings, joined)
+        self._dispatch = GroupDispatch(config, self._actors)
 
     def generate(self, requests: Sequence[GroupRequest]) -> Iterator[Group]:
         """See RolloutEngine. Raises WorkerDied once workers have died more than `max_restarts` times."""
         if self.is_asleep:
             raise RolloutError("no worker may serve, because they sleep without weights: load_weights wakes them")
-        for request in requests:
-            self._check_length(request)
+        check_lengths(requests, self._settings.max_model_length)
         with self._turns.sampling():
-            self._drop_in_flight()
+            self._dispatch.drop()
             self._call += 1
             call, num_left = self._call, len(requests)
-            self._pending.extend(requests)
+            self._dispatch.add(requests)
         while num_left:
             with self._turns.sampling():
                 groups = self._advance(call)
@@ -125,12 +112,12 @@ class RolloutPool:
             raise RolloutError(f"no worker may serve, for the last weight sync failed: {self._failure}")
         if self._call != call:
             raise RolloutError("this iterator was dropped by a later generate(), load_weights(), cancel() or close()")
-        self._hand_out()
+        self._dispatch.hand_out(self._bundle)
         groups = []
         for reference in self._ready():
-            if reference in self._in_flight:
+            if reference in self._dispatch.in_flight:
                 groups += self._collect(reference)
-            elif not self._progress.receive(reference):
+            elif not self._dispatch.progress.receive(reference):
                 self._acknowledge(reference)
         self._replace_late()
         return groups
@@ -143,12 +130,11 @@ class RolloutPool:
         keeps = self.config.in_flight_updates
         with self._turns.sending():
             if not keeps:
-                self._drop_in_flight()
+                self._dispatch.drop()
                 self._call += 1
             started, num_kept = time.monotonic(), sum(actor.num_running for actor in self._actors)
             metrics = self._load(version, weights, canary)
-            for flight in self._in_flight.values():
-                flight.deadline += time.monotonic() - started
+            self._dispatch.extend_deadlines(time.monotonic() - started)
         return metrics | ({"sync/kept_completions": float(num_kept)} if keeps else {})
 
     def _load(
@@ -201,7 +187,7 @@ class RolloutPool:
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
         self._call += 1
-        self._in_flight.clear()
+        self._dispatch.forget()
         self._actors.end()
 
     @property
@@ -215,61 +201,14 @@ class RolloutPool:
 
         return [ray.get(actor.process, timeout=self.config.start_timeout) for actor in self._actors]
 
-    def _check_length(self, request: GroupRequest) -> None:
-        length, limit = len(request.prompt.token_ids), self._settings.max_model_length
-        if length >= limit:
-            raise ConfigError(
-                f"prompt {request.prompt.index} has {length} tokens, which leaves no room for a completion in the "
-                f"engines' context of {limit}; raise rollout.max_model_length or set train.max_prompt_length"
-            )
-
-    def _hand_out(self) -> None:
-        """Give the next groups to the workers that have the least to do, while they have room.
-
-        If rollouts are to repeat to the bit, give each worker its share once all are idle.
-        """
-        if self.config.deterministic or self.config.worker_count == 1:
-            self._hand_out_shares()
-            return
-        pending = self._pending
-        room = OVERCOMMIT * self.config.max_num_seqs
-        settled = [actor for actor in self._actors if actor.waiting is None and actor.bundle is self._bundle]
-        while pending and settled:
-            actor = min(settled, key=lambda actor: actor.num_running)
-            count = len(pending[0].seeds)
-            if actor.num_running and actor.num_running + count > room:
-                break
-            self._hand(actor, pending.popleft())
-        if pending:
-            self._progress.ask(settled, max(1, self.config.max_num_seqs // REPORTS))
-
-    def _hand_out_shares(self) -> None:
-        pending, count = self._pending, len(self._actors)
-        settled = all(actor.waiting is None and actor.bundle is self._bundle for actor in self._actors)
-        if self._in_flight or not settled:
-            return
-        block = [pending.popleft() for _ in range(min(len(pending), MAX_SHARE * count))]
-        for actor in self._actors:
-            own = block[actor.index :: count]
-            self._num_shares += 1
-            share = Share(self._num_shares, len(own))
-            for place, request in enumerate(own):
-                self._hand(actor, request, share, place)
-
-    def _hand(self, actor: ActorHandle, request: GroupRequest, share: Share | None = None, place: int = 0) -> None:
-        job = GroupJob(list(request.prompt.token_ids), request.seeds, request.sampling, share, place)
-        deadline = time.monotonic() + self.config.generate_timeout
-        self._in_flight[actor.handle.sample.remote(job)] = InFlightRequest(actor, request, deadline)
-        actor.num_handed += len(request.seeds)
-
     def _ready(self, *, groups: bool = True) -> list[Any]:
         """Wait for an answer, and return the references that have one: acknowledgements, and groups and reports if asked.
 
         Returns none if a deadline passes first, or after the time in which a `cancel` must be noticed.
         """
         waiting = [actor for actor in self._actors if actor.waiting is not None]
-        flights = self._in_flight if groups else {}
-        reports = self._progress if flights else ()
+        flights = self._dispatch.in_flight if groups else {}
+        reports = self._dispatch.progress if flights else ()
         references = [*flights, *(actor.waiting for actor in waiting), *reports]
         deadline = min([flight.deadline for flight in flights.values()] + [actor.deadline for actor in waiting])
         limit = WAIT_S if self.config.in_flight_updates else CANCEL_WAIT
@@ -277,19 +216,12 @@ class RolloutPool:
 
     def _collect(self, reference: Any) -> list[Group]:
         """Return the group behind `reference`; none if its worker died, which makes the group pending again."""
-        flight = self._in_flight[reference]
-        answer = cluster.answer(reference)
-        if isinstance(answer, WorkerDied):
-            self._replace(flight.actor, answer)
+        actor = self._dispatch.in_flight[reference].actor
+        try:
+            return [self._reader.group(*self._dispatch.collect(reference))]
+        except WorkerDied as error:
+            self._replace(actor, error)
             return []
-        del self._in_flight[reference]
-        flight.actor.num_returned += len(flight.request.seeds)
-        for other in self._in_flight.values():
-            if other.actor is flight.actor:
-                other.deadline = time.monotonic() + self.config.generate_timeout
-        if isinstance(answer, Exception):
-            raise answer
-        return [self._reader.group(flight.request.prompt, answer)]
 
     def _acknowledge(self, reference: Any) -> None:
         """Receive a worker's acknowledgement, and send it the weights that it lacks."""
@@ -323,8 +255,7 @@ class RolloutPool:
     def _replace_late(self, *, groups: bool = True) -> None:
         """Replace the workers that missed a deadline; `groups`: one for a group, too."""
         now = time.monotonic()
-        flights = self._in_flight.values() if groups else ()
-        late = {flight.actor: GENERATE_KEY for flight in flights if flight.deadline <= now}
+        late = dict.fromkeys(self._dispatch.late(now) if groups else (), GENERATE_KEY)
         late |= {
             actor: actor.deadline_key for actor in self._actors if actor.waiting is not None and actor.deadline <= now
         }
@@ -335,16 +266,5 @@ class RolloutPool:
 
     def _replace(self, actor: ActorHandle, error: Exception) -> None:
         """Kill a worker and start another; its groups are pending again, before the others."""
-        lost = [reference for reference, flight in self._in_flight.items() if flight.actor is actor]
-        self._pending.extendleft([self._in_flight.pop(reference).request for reference in reversed(lost)])
+        self._dispatch.take_back(actor)
         self._actors.replace(actor, error)
-
-    def _drop_in_flight(self) -> None:
-        """Drop every group in flight, and tell its worker."""
-        for actor in {flight.actor for flight in self._in_flight.values()}:
-            actor.handle.abort.remote()
-            actor.progress = None  # the worker ends it
-        for actor in self._actors:
-            actor.forget_groups()
-        self._in_flight.clear()
-        self._pending.clear()

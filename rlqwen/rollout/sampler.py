@@ -1,17 +1,16 @@
-"""Sample groups for a trainer, score them as they arrive, and keep the engine's weights those of the policy.
+"""Sample groups for a trainer from the policy's weights, at once or ahead, and score them as they arrive.
 
 Shapes: P prompts, G completions per prompt.
 """
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlqwen.config import OnlineConfig, RolloutConfig
+from rlqwen.config import OnlineConfig
 from rlqwen.errors import ConfigError
 from rlqwen.models.loading import stop_token_ids
 from rlqwen.models.policy import Policy
@@ -21,17 +20,15 @@ from rlqwen.rollout.engine import engine_class
 from rlqwen.rollout.engine_placement import growth_of, place_engine, this_machine
 from rlqwen.rollout.group_metrics import describe_lag
 from rlqwen.rollout.opened_draw import OpenedDraw
+from rlqwen.rollout.policy_sync import PolicySync, add_sync, choose_sync
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import Prefetcher, RolloutBatch
-from rlqwen.rollout.resources import samples_on_gpu
-from rlqwen.rollout.sampling_parameters import refuse_unknown_tokens, sampling_of
-from rlqwen.rollout.sync_check import SyncCheck
-from rlqwen.rollout.weight_delivery import ExportedWeights
+from rlqwen.rollout.sampling_parameters import refuse_unknown_tokens, sampling_of, sampling_seed
 from rlqwen.types import Group, GroupRequest, Prompt
 
 
 class Sampler:
-    """Hold the engine, the scorer, and the version of the weights that is sampled from.
+    """Hold the engine and the scorer, and the rollout batches that are sampled ahead.
 
     Weights are sent lazily: a draw sends them first if the policy has changed since the last one.
     """
@@ -62,23 +59,20 @@ class Sampler:
         engine = engine_class(args.rollout)
         self.compute_dtype, dtype_note = engine.choose_dtype(args.rollout, model_path, own_dtype)
         self.max_model_length = args.rollout.max_model_length or longest_prompt + args.max_completion_length
-        self.lora_rank, sync_note = choose_sync(policy, args.rollout)
+        lora_rank, sync_note = choose_sync(policy, args.rollout)
         self.notes = [note for note in (dtype_note, sync_note) if note is not None]
         """Notes for the user on what was chosen."""
         ends = stop_token_ids(tokenizer, policy.generation_config, end_of_turn)
         self.sampling = sampling_of(args, ends)
-        self._sync_check = SyncCheck(
+        self._weights = PolicySync(
             policy,
+            lora_rank=lora_rank,
             dtype=self.compute_dtype,
             tolerance=args.rollout.canary_tolerance,
             max_length=self.max_model_length - 1,
         )
         refuse_unknown_tokens(args.generation_kwargs, policy.text_config.vocab_size)
         self.engine = self._start_engine(engine, model_path, tokenizer)
-        self.version = 1
-        """How many weights were sampled from, or are about to be: grows at a draw, if the policy has changed."""
-        self._seen_version = policy.version
-        self._synced_version = 0
         self.max_staleness = args.rollout.max_staleness
         if self.max_staleness and not engine.in_workers:
             raise ConfigError(
@@ -106,7 +100,7 @@ class Sampler:
             self.args.rollout.model_copy(update={"dtype": self.compute_dtype}),
             engine,
             machine,
-            sends_adapter=self.lora_rank is not None,
+            sends_adapter=self._weights.lora_rank is not None,
             trains_meanwhile=bool(self.args.train_on_arrival),
         )
         self.notes += placement.notes
@@ -118,7 +112,7 @@ class Sampler:
             compute_dtype=self.compute_dtype,
             max_model_length=self.max_model_length,
             seed=self.args.seed,
-            lora_rank=self.lora_rank,
+            lora_rank=self._weights.lora_rank,
             reads_text=self.sampling.reads_text,
             placement=placement,
             reserved_bytes=growth_of(self.policy.trained_parameters, self.args.parallel, machine.world_size),
@@ -132,21 +126,15 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """Return the version of the weights, whether the engine has them, what the first sync measured, and the
         prefetched batches."""
-        self._notice_changes()
-        return {
-            "version": self.version,
-            "synced": self._synced_version == self.version,
-            "sync_check": self._sync_check.state_dict(),
-            "prefetched": self._prefetcher.state_dict(),
-        }
+        self._weights.notice_changes()
+        return self._weights.state_dict() | {"prefetched": self._prefetcher.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], prompts_P: Sequence[Prompt]) -> None:
         """Restore the state saved by `state_dict`.
 
         An engine that had the present weights gets them now, so that it does not count in the metrics of a step.
         """
-        self.version, self._seen_version = state["version"], self.policy.version
-        self._sync_check.load_state_dict(state["sync_check"])
+        self._weights.load_state_dict(state)
         batches: list[RolloutBatch] = []
         start = 0
         for saved in state["prefetched"]:
@@ -155,11 +143,6 @@ class Sampler:
         self._prefetcher.restore(batches)
         if state["synced"]:
             self._sync(prompts_P)
-
-    def _notice_changes(self) -> None:
-        """Count a change of the policy's weights since the last draw as one version more."""
-        if self.policy.version != self._seen_version:
-            self.version, self._seen_version = self.version + 1, self.policy.version
 
     def discard_prefetched(self) -> None:
         """Discard what was sampled for coming steps, because the weights were replaced by others."""
@@ -172,7 +155,7 @@ class Sampler:
 
         `draw` names this rollout batch within the run, and is part of the sampling seeds.
         """
-        self._notice_changes()
+        self._weights.notice_changes()
         self._prefetcher.drain()
         metrics = self._sync(prompts_P)
         batch = self._batch(prompts_P, num_generations, draw)
@@ -194,7 +177,7 @@ class Sampler:
 
         Begins to sample the batches of the `coming` steps, given as names and prompts, with the present weights.
         """
-        self._notice_changes()
+        self._weights.notice_changes()
         in_flight = self._update_in_flight(prompts_P)
         started = time.monotonic()
         batch = self._prefetcher.collect(draw)
@@ -225,7 +208,7 @@ class Sampler:
 
         The batches of the coming steps begin as soon as this one is sampled.
         """
-        self._notice_changes()
+        self._weights.notice_changes()
         metrics = self._update_in_flight(prompts_P)
         batch = self._prefetcher.open_begun(draw)
         dropped = batch is not None and self._is_useless(batch, prompts_P)
@@ -262,12 +245,12 @@ class Sampler:
 
     def _is_useless(self, batch: RolloutBatch, prompts_P: Sequence[Prompt]) -> bool:
         """Return whether a prefetched batch is too stale, or was sampled for other prompts."""
-        return self.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
+        return self._weights.version - batch.version > self.max_staleness or batch.prompts_differ(prompts_P)
 
     def _staleness(self, groups: Sequence[Group], *, num_dropped: int) -> dict[str, float]:
-        lag = {"groups/staleness": float(self.version - groups[0].policy_version)}
+        lag = {"groups/staleness": float(self._weights.version - groups[0].policy_version)}
         if self._in_flight:
-            lag = describe_lag(groups, self.version)
+            lag = describe_lag(groups, self._weights.version)
         return lag | {"groups/stale_dropped": float(num_dropped)}
 
     def _update_in_flight(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
@@ -290,7 +273,7 @@ class Sampler:
             GroupRequest(copy.copy(prompt), self._seeds(name, place, num_generations), self.sampling)
             for place, prompt in enumerate(prompts_P)
         ]
-        return RolloutBatch(name, requests, self.scorer, self.version)
+        return RolloutBatch(name, requests, self.scorer, self._weights.version)
 
     def _seeds(self, draw: str, place: int, count: int) -> tuple[int, ...]:
         return tuple(sampling_seed(self.args.seed, draw, place, sample) for sample in range(count))
@@ -298,51 +281,9 @@ class Sampler:
     def _sync(self, prompts_P: Sequence[Prompt]) -> dict[str, float]:
         if not self._in_flight:
             self._prefetcher.drain()
-        asleep = isinstance(self.engine, RolloutPool) and self.engine.is_asleep
-        if self._synced_version == self.version and not asleep:
-            return {"time/sync": 0.0}
-        started = time.monotonic()
-        export = self.policy.export_weights if self.lora_rank is None else self.policy.export_adapter
-        weights = ExportedWeights(export, getattr(self.policy, "send_by_all_ranks", None))
-        metrics = self.engine.load_weights(self.version, weights, self._sync_check.canary(prompts_P[0].token_ids))
-        self._sync_check.calibrate(metrics)
-        self._synced_version = self.version
-        return metrics | {"time/sync": time.monotonic() - started}
+        return self._weights.send(self.engine, prompts_P[0].token_ids)
 
     def close(self) -> None:
         """End the engine."""
         self._prefetcher.close()
         self.engine.close()
-
-
-def choose_sync(policy: Policy, config: RolloutConfig) -> tuple[int | None, str | None]:
-    """Return the rank of the adapters that workers are sent (None: whole weights are sent), and a note for the user.
-
-    ConfigError if `rollout.lora` asks for what vLLM cannot do.
-    """
-    if (not policy.has_adapter and not config.lora) or not engine_class(config).in_workers:
-        return None, None
-    obstacle = policy.lora_obstacle
-    if config.in_flight_updates:
-        obstacle = obstacle or "with rollout.in_flight_updates, completions in flight keep the adapter they began with"
-    on_gpu = samples_on_gpu(config)
-    if config.lora and obstacle:
-        raise ConfigError(
-            f"rollout.lora is true, but the workers cannot apply the policy's adapter: {obstacle}; leave rollout.lora "
-            "out to send weights with the adapter merged"
-        )
-    if obstacle is None and (on_gpu if config.lora is None else config.lora):
-        return policy.lora_rank, f"rollout workers are sent the adapter alone, of rank {policy.lora_rank}"
-    reason = obstacle or ("rollout.lora is false" if config.lora is False else "with it apart, vLLM on CPU is slower")
-    return None, f"rollout workers are sent weights with the adapter merged: {reason}"
-
-
-def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
-    """Return a 63-bit seed for one completion: the same arguments give the same completion on any worker."""
-    digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def add_sync(metrics: dict[str, float], more: dict[str, float]) -> dict[str, float]:
-    """Return `metrics` with `more`, of which each may have the time of a sync."""
-    return metrics | more | {"time/sync": metrics.get("time/sync", 0.0) + more.get("time/sync", 0.0)}

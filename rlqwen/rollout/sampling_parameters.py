@@ -1,5 +1,6 @@
-"""Make the parameters of a run's sampling from its config."""
+"""Make the parameters and the seeds of a run's sampling from its config."""
 
+import hashlib
 from collections.abc import Sequence
 
 from rlqwen.config import OnlineConfig
@@ -37,3 +38,9 @@ def refuse_unknown_tokens(drawn: GenerationKwargs, vocabulary: int) -> None:
             raise ConfigError(
                 f"generation_kwargs.{name} names token {unknown[0]}, and the model has tokens 0 to {vocabulary - 1}"
             )
+
+
+def sampling_seed(run_seed: int, draw: str, place: int, sample: int) -> int:
+    """Return a 63-bit seed for one completion: the same arguments give the same completion on any worker."""
+    digest = hashlib.blake2b(f"{run_seed}/{draw}/{place}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -96,7 +96,7 @@ def test_a_rollback_discards_prefetched_groups(
 
     def noted(prompts_P: Sequence[Prompt]) -> Any:
         groups, metrics = next_groups(prompts_P)
-        trained.append((groups, metrics["groups/staleness"], present(trainer.rollouts.sampler).version))
+        trained.append((groups, metrics["groups/staleness"], present(trainer.rollouts.sampler)._weights.version))
         return groups, metrics
 
     monkeypatch.setattr(trainer, "update", poisoned)

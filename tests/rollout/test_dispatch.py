@@ -1,17 +1,16 @@
 """Test how the pool hands out groups, with actors that run in this process."""
 
-from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlqwen.config import RolloutConfig
+from rlqwen.errors import WorkerDied
 from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.actors import ActorHandle
-from rlqwen.rollout.pool import RolloutPool
-from rlqwen.rollout.progress_reports import ProgressReports
-from rlqwen.types import Group, GroupRequest, Prompt, Sampling
+from rlqwen.rollout.dispatch import GroupDispatch
+from rlqwen.types import GroupRequest, Prompt, Sampling
 
 
 class Method:
@@ -24,41 +23,52 @@ class Method:
 
 
 @pytest.fixture
-def pool() -> RolloutPool:
-    """Return a pool of two workers that decode 8 completions at a time."""
-    pool = RolloutPool.__new__(RolloutPool)
-    pool.config = RolloutConfig(num_workers=2, max_num_seqs=8)
-    pool._bundle, pool._in_flight, pool._progress, pool._pending = None, {}, ProgressReports(), deque()
+def dispatch() -> GroupDispatch:
+    """Return the dispatch of a pool of two workers that decode 8 completions at a time."""
     handles = [SimpleNamespace(sample=Method(), progress=Method(), abort=Method()) for _ in range(2)]
-    pool._actors = [ActorHandle(n, handles[n], None, None, 0.0, "") for n in range(2)]  # type: ignore[assignment]
-    return pool
+    actors = [ActorHandle(n, handles[n], None, None, 0.0, "") for n in range(2)]
+    return GroupDispatch(RolloutConfig(num_workers=2, max_num_seqs=8), actors)
 
 
 def test_room_is_known_before_a_group_with_a_long_completion_is_back(
-    pool: RolloutPool, monkeypatch: pytest.MonkeyPatch
+    dispatch: GroupDispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pending = pool._pending
-    pending.extend(GroupRequest(Prompt(i, [1], ""), (0, 1, 2, 3), Sampling(4)) for i in range(10))
-    first, _ = pool._actors
-    pool._hand_out()
-    assert [actor.num_running for actor in pool._actors] == [12, 12]  # 1.5 times 8
-    assert len(pending) == 4
+    dispatch.add(GroupRequest(Prompt(i, [1], ""), (0, 1, 2, 3), Sampling(4)) for i in range(10))
+    first, _ = dispatch._actors
+    dispatch.hand_out(None)
+    assert [actor.num_running for actor in dispatch._actors] == [12, 12]  # 1.5 times 8
+    assert len(dispatch._pending) == 4
     assert first.handle.progress.calls == [(2,)]
-    answers = {first.progress: 6}
+    answers: dict[Any, Any] = {first.progress: 6}
     monkeypatch.setattr(cluster, "answer", answers.__getitem__)
-    assert pool._progress.receive(first.progress)
-    assert not pool._progress.receive(object())
+    assert dispatch.progress.receive(first.progress)
+    assert not dispatch.progress.receive(object())
     assert first.num_running == 6
-    pool._hand_out()
-    assert [actor.num_running for actor in pool._actors] == [10, 12]
-    assert len(pending) == 3
-    reference = next(ref for ref, flight in pool._in_flight.items() if flight.actor is first)
-    answers[reference] = ([[[5], [0.0], "stop", None]] * 4, 1, None, None)  # type: ignore[assignment]
-    pool._reader = SimpleNamespace(group=lambda prompt, drawn: Group(prompt, [], 1))  # type: ignore[assignment]
-    pool._collect(reference)
+    dispatch.hand_out(None)
+    assert [actor.num_running for actor in dispatch._actors] == [10, 12]
+    assert len(dispatch._pending) == 3
+    reference = next(ref for ref, flight in dispatch.in_flight.items() if flight.actor is first)
+    answers[reference] = "an answer"
+    prompt, answer = dispatch.collect(reference)
+    assert (prompt.index, answer) == (0, "an answer")
     assert first.num_running == 10  # its completions were reported before
     report = first.progress
-    pool._drop_in_flight()
+    dispatch.drop()
     answers[report] = 4
-    assert pool._progress.receive(report)
-    assert [actor.num_running for actor in pool._actors] == [0, 0]
+    assert dispatch.progress.receive(report)
+    assert [actor.num_running for actor in dispatch._actors] == [0, 0]
+
+
+def test_groups_of_a_worker_that_dies_are_handed_out_first_and_in_order(
+    dispatch: GroupDispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch.add(GroupRequest(Prompt(i, [1], ""), (0, 1, 2, 3), Sampling(4)) for i in range(10))
+    dispatch.hand_out(None)
+    first, _ = dispatch._actors
+    reference = next(ref for ref, flight in dispatch.in_flight.items() if flight.actor is first)
+    monkeypatch.setattr(cluster, "answer", lambda reference: WorkerDied("it died"))
+    with pytest.raises(WorkerDied, match="it died"):
+        dispatch.collect(reference)
+    dispatch.take_back(first)
+    assert [request.prompt.index for request in dispatch._pending] == [0, 2, 4, 6, 7, 8, 9]
+    assert not [flight for flight in dispatch.in_flight.values() if flight.actor is first]

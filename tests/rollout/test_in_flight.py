@@ -19,9 +19,9 @@ from rlqwen.errors import ConfigError, RolloutError, WeightSyncError
 from rlqwen.models.tiny import build_tiny_qwen3
 from rlqwen.rollout import ray_cluster as cluster
 from rlqwen.rollout.engine import engine_class
+from rlqwen.rollout.policy_sync import choose_sync
 from rlqwen.rollout.pool import RolloutPool
 from rlqwen.rollout.prefetch import _completions_from_state, _versions_state
-from rlqwen.rollout.sampler import choose_sync
 from rlqwen.rollout.turns import Turns
 from rlqwen.rollout.weight_sync import WeightBundle
 from rlqwen.types import Canary, Completion, Group, GroupRequest, Prompt, Sampling

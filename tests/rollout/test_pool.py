@@ -276,17 +276,17 @@ def test_groups_are_assigned_to_workers_in_fixed_blocks(
 ) -> None:
     """Groups are assigned by index in blocks; groups of a dead worker are sampled again after it is replaced."""
     monkeypatch.setattr(pool.config, "deterministic", True)
-    monkeypatch.setattr("rlqwen.rollout.pool.MAX_SHARE", 12)
+    monkeypatch.setattr("rlqwen.rollout.dispatch.MAX_SHARE", 12)
     pool.load_weights(155, perturbed(model, 155).items(), canary(model))
     asked = requests()
     dealt: list[tuple[int, Any]] = []
-    hand = pool._hand
+    hand = pool._dispatch._hand
 
     def noted_hand(actor: ActorHandle, *rest: Any) -> None:
         dealt.append((actor.index, rest))
         hand(actor, *rest)
 
-    monkeypatch.setattr(pool, "_hand", noted_hand)
+    monkeypatch.setattr(pool._dispatch, "_hand", noted_hand)
     whole = list(pool.generate(asked))
     assert [(slot, job[0].prompt.index) for slot, job in dealt] == [
         *((0, index) for index in range(0, 24, 2)), *((1, index) for index in range(1, 24, 2)),

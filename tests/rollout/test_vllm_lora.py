@@ -15,8 +15,8 @@ from rlqwen.config import RolloutConfig, SFTConfig
 from rlqwen.errors import ConfigError, WeightSyncError
 from rlqwen.models.policy import Policy
 from rlqwen.models.tiny import build_tiny_qwen3
+from rlqwen.rollout.policy_sync import choose_sync
 from rlqwen.rollout.pool import RolloutPool
-from rlqwen.rollout.sampler import choose_sync
 from tests.narrowing import present
 from tests.rollout.test_pool import SMALL as SHAPE
 from tests.rollout.test_pool import TEMPERATURE, assert_drawn_from, canary, logprobs, requests, share_identical, start

@@ -14,7 +14,7 @@ from rlqwen import GRPOConfig, GRPOTrainer
 from rlqwen.data.cleaning.texts import Row
 from rlqwen.errors import ConfigError, RewardSpecError
 from rlqwen.rollout.group_metrics import describe_groups
-from rlqwen.rollout.sampler import sampling_seed
+from rlqwen.rollout.sampling_parameters import sampling_seed
 from rlqwen.types import Completion, Group, Prompt
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i} + 1 = ?"}], "solution": str(i + 1)} for i in range(12)]
