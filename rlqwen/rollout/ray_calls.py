@@ -4,6 +4,8 @@ Ray's own answer is to end the trainer at the next call, without a chance to sav
 """
 
 import atexit
+import contextlib
+import ctypes
 import queue
 import threading
 import time
@@ -13,6 +15,10 @@ from typing import Any
 
 from rlqwen.errors import RolloutError
 
+SILENT_S = 45.0
+"""Seconds that a cluster may leave a question unanswered before it counts as lost; by default Ray ends the trainer after 60."""
+ASK_S = 5.0
+"""Seconds between two questions."""
 STOPPED_S = 15.0
 """Seconds that a process of Ray may be stopped (SIGSTOP, as by a debugger) before it counts as lost."""
 _POLL_S = 0.25
@@ -21,14 +27,22 @@ _DEAD, _STOPPED = ("Z", "X"), "T"
 
 
 class WatchedProcesses:
-    """Watch the processes that every call to a private Ray needs.
+    """Watch the processes that every call to Ray needs.
 
     Once one is lost, nothing may call Ray any more in this process.
     """
 
-    def __init__(self, pids: dict[int, str]) -> None:
-        """Watch processes, given as process id -> name."""
+    def __init__(self, pids: dict[int, str], ask: Callable[[], Any] | None = None) -> None:
+        """Watch processes of this machine, given as process id -> name.
+
+        `ask`: asks the gcs_server, which may run anywhere, for anything; it too is watched then, until `end`.
+        """
         self.is_lost = False
+        self._ended = threading.Event()
+        self._answered_at = time.monotonic()
+        if ask is not None:
+            threading.Thread(target=self._keep_asking, args=(ask,), daemon=True, name="rlqwen-ray-watch").start()
+        self._asks = ask is not None
         self._pids = pids
         self._stopped_since: dict[int, float] = {}
         self._helpers = threading.local()
@@ -43,6 +57,20 @@ class WatchedProcesses:
                 self._stopped_since.pop(pid, None)
             elif time.monotonic() - self._stopped_since.setdefault(pid, time.monotonic()) > STOPPED_S:
                 self._lose(f"Ray's {name} (process {pid}) has been stopped by a signal for {STOPPED_S:g} s")
+        if self._asks and time.monotonic() - self._answered_at > SILENT_S + ASK_S:
+            self._lose(f"the Ray cluster's gcs_server has not answered for {SILENT_S:g} s")
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._asks = False
+        self._ended.set()
+
+    def _keep_asking(self, ask: Callable[[], Any]) -> None:
+        while not self._ended.wait(ASK_S):
+            # A server that is gone raises an error, or leaves the question open.
+            with contextlib.suppress(Exception):
+                ask()
+                self._answered_at = time.monotonic()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what `function` returns, called in a thread, which is left behind if Ray is lost meanwhile."""
@@ -75,7 +103,21 @@ class WatchedProcesses:
             import ray
 
             atexit.unregister(ray.shutdown)  # it would wait for what is gone
+            leave_without_destructors()
         raise RolloutError(f"{what}; without it no rollout worker can be reached")
+
+
+def leave_without_destructors() -> None:
+    """Have this process, once Python has ended, skip the destructors of C++ objects, and keep its exit code.
+
+    Ray's threads go on to use objects of theirs that the destructors free, so that the process often crashed there.
+    Nothing happens where the C library has no `on_exit`, as outside glibc.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        # They run in reverse, before all that was registered earlier. `_exit` gets the exit code as its first argument.
+        libc.on_exit(libc._exit, None)
+        libc.__cxa_atexit(libc.fflush, None, None)
 
 
 def _serve(calls: "queue.SimpleQueue[Any]") -> None:

@@ -1,7 +1,6 @@
 """Connect to Ray: a private cluster on this machine, a given cluster, or the one that the caller is connected to."""
 
 import contextlib
-import getpass
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from rlqwen.errors import ResourceError, RolloutError, WorkerDied
 from rlqwen.rollout import ray_reaper as guard
 from rlqwen.rollout.engine_placement import environment_of_ray
 from rlqwen.rollout.ray_calls import WatchedProcesses
+from rlqwen.rollout.ray_environment import change_environment, temporary_files_in
 from rlqwen.rollout.ray_leftovers import PREFIX, claim, clear_leftovers
 from rlqwen.rollout.ray_store import take_room
 from rlqwen.rollout.resources import WorkerResources, count_cpus, plan_object_store, plan_workers
@@ -51,6 +51,9 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
     # Read when Ray is imported: no usage reports; and no warning about workers that ask for no GPU.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # By default Ray ends the trainer 60 s after its gcs_server is gone, saved or not.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
+    global _given
     import ray
 
     if _private is not None and ray.is_initialized():
@@ -59,7 +62,9 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
     if _private is not None:  # others have called ray.shutdown
         _private.end()
     if ray.is_initialized():
-        return Cluster(_plan_on_cluster(config), None, lambda: None)
+        if _given is None:
+            _given = _GivenCluster(is_ours=False)
+        return _given.join(config)
     if config.ray_address is not None:
         try:
             ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.ERROR)
@@ -67,11 +72,8 @@ def connect(config: RolloutConfig, *, sent_bytes: int, gpus: tuple[str, ...] | N
             raise ResourceError(
                 f"rollout.ray_address {config.ray_address!r}: no Ray cluster answers ({error})"
             ) from None
-        try:
-            return Cluster(_plan_on_cluster(config), None, ray.shutdown)
-        except BaseException:
-            ray.shutdown()
-            raise
+        _given = _GivenCluster(is_ours=True)
+        return _given.join(config)
     plan_workers(config, gpus=gpus)
     return _start_private(sent_bytes, gpus).join(config)
 
@@ -120,7 +122,55 @@ class _PrivateCluster:
             self._guard.stdin.flush()
 
 
+class _GivenCluster:
+    """Hold the connection to a cluster that others started; it ends with the last pool that uses it, if it is ours."""
+
+    def __init__(self, *, is_ours: bool) -> None:
+        import ray
+
+        self._is_ours = is_ours
+        self._num_users = 0
+        # With Ray Client all calls go through a server of Ray's, which tells when it loses the others.
+        is_client = ray.util.client.ray.is_connected()
+        self.watched = WatchedProcesses({} if is_client else _own_raylet(), None if is_client else ray.nodes)
+
+    def join(self, config: RolloutConfig) -> Cluster:
+        self._num_users += 1
+        try:
+            self.watched.check()
+            return Cluster(_plan_on_cluster(config), None, self._leave)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        global _given
+        import ray
+
+        self._num_users -= 1
+        if self._num_users or self.watched.is_lost:
+            return
+        self.watched.end()
+        _given = None
+        if self._is_ours:
+            ray.shutdown()
+
+
+def _own_raylet() -> dict[int, str]:
+    """Return the raylet that this process is connected to, as process id -> name; nothing if it is not to be seen here."""
+    import ray
+
+    mark = f"--node_id={ray.get_runtime_context().get_node_id()}"
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and mark in process.cmdline():
+                found[process.pid] = "raylet"
+    return found
+
+
 _private: _PrivateCluster | None = None
+_given: _GivenCluster | None = None
 
 
 def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateCluster:
@@ -135,9 +185,9 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
     command = [sys.executable, "-I", str(Path(guard.__file__)), str(os.getpid()), folder]
     # In a session of its own, so that Ctrl-C doesn't reach it.
     watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    changes = environment_of_ray(gpus, os.environ) | _temporary_files_in(folder)
+    changes = environment_of_ray(gpus, os.environ) | temporary_files_in(folder)
     own = {name: os.environ.get(name) for name in [*changes, guard.MARK]}
-    _change_environment(changes | {guard.MARK: folder})
+    change_environment(changes | {guard.MARK: folder})
     # Ray's processes inherit it: the trainer still needs them to save when its terminal is closed. Ray sees to SIGINT.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -151,8 +201,7 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
             # Without it Ray would choose by a rule of its own, and warn.
             _plasma_directory=folder if store.on_disk else None,
             _temp_dir=folder,
-            # By default Ray ends the trainer 60 s after its gcs_server is gone, saved or not.
-            _system_config={"gcs_rpc_server_reconnect_timeout_s": 3600},
+            _system_config={"gcs_rpc_server_reconnect_timeout_s": 3600},  # see connect
         )
         pids = {pid: name for name in ("gcs_server", "raylet") for pid in _children(name)}
         take_room(store, pids, Path(folder))
@@ -163,20 +212,10 @@ def _start_private(sent_bytes: int, gpus: tuple[str, ...] | None) -> _PrivateClu
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # What the trainer starts from here on is not Ray's.
-        _change_environment(own)
+        change_environment(own)
     _silence(ray)
     _private = _PrivateCluster(watcher, owner, Path(context.address_info["session_dir"]), pids)
     return _private
-
-
-def _temporary_files_in(folder: str) -> dict[str, str | None]:
-    """Return variables by which Ray's processes write temporary files into `folder`, but keep compiled code for later."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = str(os.getuid())
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")
-    return {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": compiled}
 
 
 def _silence(ray: Any) -> None:
@@ -191,21 +230,15 @@ def _children(name: str) -> list[int]:
 
 
 def is_lost() -> bool:
-    """Return whether the private Ray lost a process that every call needs, so that nothing may call Ray any more."""
-    return _private is not None and _private.watched.is_lost
+    """Return whether Ray lost a process that every call needs, so that nothing may call Ray any more."""
+    joined = _private or _given
+    return joined is not None and joined.watched.is_lost
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `function`, which calls Ray, returns; RolloutError if a process of the private Ray is lost."""
-    return function(*arguments) if _private is None else _private.watched.call(function, *arguments)
-
-
-def _change_environment(changes: dict[str, str | None]) -> None:
-    for name, value in changes.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    """Return what `function`, which calls Ray, returns; RolloutError if a process that Ray needs is lost."""
+    joined = _private or _given
+    return function(*arguments) if joined is None else joined.watched.call(function, *arguments)
 
 
 def _plan_on_cluster(config: RolloutConfig) -> WorkerResources:

@@ -23,6 +23,7 @@ from rlqwen.checkpoint.atomic_folder import find_fault
 from rlqwen.reporting import read_metrics, read_summary
 from rlqwen.rollout.ray_reaper import MARK as MARK_OF_RAY
 from rlqwen.runs.verification import compare_runs
+from tests.narrowing import present
 from tests.patience import PATIENCE_S, wait_until
 
 MARK = "RLQWEN_TEST_RUN"
@@ -508,3 +509,79 @@ def test_the_raylet_dies_in_the_middle_of_a_put() -> None:
     message = r"^rlqwen: Ray's raylet died while the trainer \(process \d+\) used its object store, .* with --resume$"
     assert re.search(message, ended.stderr, re.MULTILINE), ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+GIVEN_CLUSTER = """
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+print(cluster.address, flush=True)
+input()
+"""
+LOST_SERVER = """
+import signal, sys, time
+import psutil
+from rlqwen.config import RolloutConfig
+from rlqwen.errors import RolloutError
+from rlqwen.rollout import ray_cluster as cluster
+
+address, owner, server, number, saving_s = sys.argv[1], *map(int, sys.argv[2:3]), sys.argv[3], *map(int, sys.argv[4:])
+joined = cluster.connect(
+    RolloutConfig(num_workers=1, num_cpus_per_worker=0.1, ray_address=address or None), sent_bytes=20_000_000
+)
+import ray
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def answer(self):
+        return 1
+
+worker = Worker.remote()
+cluster.call(ray.get, worker.answer.remote())
+children = psutil.Process(owner or None).children()
+(victim,) = (process for process in children if process.name() == server)
+victim.send_signal(number)
+try:
+    while True:
+        cluster.call(lambda: ray.get(worker.answer.remote()))
+        cluster.wait([worker.answer.remote()], timeout_s=0.1)
+        cluster.call(ray.available_resources)
+except RolloutError as error:
+    print(error)
+time.sleep(saving_s)
+joined.disconnect()
+sys.exit(7)
+"""
+
+
+@pytest.mark.slow_fault
+@pytest.mark.parametrize(
+    ("given", "server", "number"),
+    [
+        pytest.param(False, "gcs_server", signal.SIGKILL, id="own-gcs-killed"),
+        pytest.param(False, "raylet", signal.SIGSTOP, id="own-raylet-stopped"),
+        pytest.param(True, "gcs_server", signal.SIGKILL, id="given-gcs-killed"),
+        pytest.param(True, "gcs_server", signal.SIGSTOP, id="given-gcs-stopped"),
+        pytest.param(True, "raylet", signal.SIGKILL, id="given-raylet-killed"),
+    ],
+)
+@pytest.mark.fault(
+    "gcs_server or raylet lost under a plain Python script, of its own Ray or of a given cluster",
+    "RolloutError within a minute; Ray gives time to save, and the script ends with its own exit code",
+)
+def test_a_script_that_loses_a_server_of_ray(given: bool, server: str, number: int) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", GIVEN_CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = present(holder.stdout).readline().strip() if given else ""
+        saving_s = 30 if given and (server, number) == ("gcs_server", signal.SIGKILL) else 0
+        words = [address, str(holder.pid if given else 0), server, str(int(number)), str(saving_s)]
+        command = [sys.executable, "-c", LOST_SERVER, *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    finally:
+        for process in psutil.Process(holder.pid).children(recursive=True):
+            process.kill()
+        holder.kill()
+        holder.communicate()
+    assert re.search(rf"{server}.* without it no rollout worker can be reached", ended.stdout), ended.stderr
+    assert ended.returncode == 7, ended.stderr

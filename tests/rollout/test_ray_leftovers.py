@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,42 @@ def test_a_call_that_hangs_ends_when_a_process_is_stopped(monkeypatch: pytest.Mo
         watched.call(time.sleep, PATIENCE_S)
     process.kill()
     process.communicate()
+
+
+DESTRUCTOR_THAT_CRASHES = """
+import ctypes, sys
+from rlqwen.rollout.ray_calls import leave_without_destructors
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # registered earlier, as what Ray's threads still use
+leave_without_destructors()
+libc.printf(b"from C; ")
+sys.stdout.write("from Python")
+sys.exit(7)
+"""
+
+
+def test_a_process_whose_destructors_crash_keeps_its_exit_code() -> None:
+    command = [sys.executable, "-c", DESTRUCTOR_THAT_CRASHES]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 7, ended.stderr
+    assert "from C; " in ended.stdout
+    assert "from Python" in ended.stdout
+
+
+def test_a_server_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_calls, "SILENT_S", 0.3)
+    monkeypatch.setattr(ray_calls, "ASK_S", 0.05)
+    answers = threading.Event()
+
+    def ask() -> None:
+        if not answers.is_set():
+            raise ConnectionError("nobody listens")
+
+    answers.set()
+    watched = WatchedProcesses({}, ask)
+    watched.call(time.sleep, 1.0)
+    answers.clear()
+    with pytest.raises(RolloutError, match=r"gcs_server has not answered for 0\.3 s"):
+        watched.call(time.sleep, PATIENCE_S)
+    watched.end()
