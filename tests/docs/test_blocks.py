@@ -11,7 +11,7 @@ import click
 import pytest
 import yaml
 
-from rlqwen.cli import cli
+from rlqwen.cli import cli, main
 from rlqwen.config import Recipe
 from rlqwen.config.algorithms import config_class
 from rlqwen.config.overrides import fits, parse_override
@@ -126,7 +126,8 @@ def command_fault(words: list[str]) -> str | None:
     if words[0].rpartition("/")[2] != "rlqwen":
         return None
     command: click.Command = cli
-    context = click.Context(cli, info_name="rlqwen")
+    # click makes a command's help option once, by the settings of the first context that the command is parsed in.
+    context = click.Context(cli, info_name="rlqwen", **cli.context_settings)
     rest = words[1:]
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
         found = command.get_command(context, rest[0])
@@ -192,3 +193,10 @@ def test_commands_in_a_page_parse(page: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_wrong_command_is_found(line: str, said: str | None) -> None:
     found = command_fault(line.split())
     assert found is None if said is None else said in str(found)
+
+
+def test_a_command_is_parsed_with_the_settings_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in cli.commands.values():
+        monkeypatch.setattr(command, "_help_option", None)
+        assert command_fault(["rlqwen", str(command.name), "-h"]) is None, command.name
+        assert main([str(command.name), "-h"]) == 0

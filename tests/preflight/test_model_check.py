@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, Qwen3VLConfig
 
-from rlqwen.cli.run_commands import check as check_command
+from rlqwen.cli import cli
 from rlqwen.config import DistillationConfig, LoraSettings, Recipe
 from rlqwen.config.recipe_yaml import PackagedRecipe, list_recipes, load_recipe
 from rlqwen.errors import ModelError
@@ -256,7 +257,8 @@ def test_every_shipped_recipe_fits_the_config_of_its_model(
 ) -> None:
     """Check each with the options that the head of its file names, which print the head's figures on any machine."""
     peak, smallest, command = head_of(recipe)
-    given = check_command.make_context("check", command[1:]).params
+    parent = click.Context(cli, **cli.context_settings)
+    given = cli.commands["check"].make_context("check", command[1:], parent=parent).params
     assert list(given["words"]) in ([recipe.name], [f"recipes/{recipe.name}.yaml"])
     assert given["gpu_memory"] >= smallest
     loaded = load_recipe(recipe.name)
