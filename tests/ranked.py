@@ -255,6 +255,11 @@ CASES: dict[str, Callable[..., Any]] = {
 SHARD_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Else ranks would keep weights as small as these whole."""
 WAYS: dict[str, dict[str, Any]] = {
+    "fsdp2": {"parallel": {"engine": "fsdp2"}},
+    "fsdp2_bf16": {"parallel": {"engine": "fsdp2"}, "bf16": True},
+    "fsdp2_fp16": {"parallel": {"engine": "fsdp2"}, "fp16": True},
+    "fsdp2_recomputed": {"parallel": {"engine": "fsdp2"}, "gradient_checkpointing": True},
+    "fsdp2_saved": {"parallel": {"engine": "fsdp2"}, "save_strategy": "steps", "save_steps": 2},
     "zero1": {"parallel": {"zero_stage": 1}},
     "zero2": {"parallel": {"zero_stage": 2}},
     "zero3": {"parallel": {"zero_stage": 3, "deepspeed": SHARD_ALL}},

@@ -12,6 +12,10 @@ from rlqwen.errors import ConfigError
 class ParallelConfig(Section):
     """Configure the ranks of a run, which are data-parallel except for the groups configured here."""
 
+    engine: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """What holds the weights of several ranks. `fsdp2`: PyTorch's FSDP2; each rank holds a part of every matrix, of its
+    gradient and of its optimizer state, for policy, reference and critic alike. `deepspeed`: ZeRO at `zero_stage`, which at
+    stage 0 shards nothing."""
     deepspeed: PathText | dict[str, Any] | None = None
     """A ds_config in DeepSpeed's own form, or the path of one in JSON. Values `"auto"` are filled in from this config;
     other values fill in fields that this config leaves unset, and must not contradict it. None: no ds_config."""
@@ -39,6 +43,20 @@ class ParallelConfig(Section):
             raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3, but zero_stage is 0")
         if self.offload_parameters and self.zero_stage < 3:
             raise ValueError(f"offload_parameters=true needs zero_stage 3, but zero_stage is {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> "ParallelConfig":
+        if self.engine == "fsdp2":
+            for name in ("deepspeed", "zero_stage", "offload_optimizer", "offload_parameters"):
+                if (value := getattr(self, name)) not in (None, 0):
+                    shown = f"={value}" if isinstance(value, int) else ""
+                    raise ValueError(f"{name}{shown} is of DeepSpeed, and engine is fsdp2: leave one of them out")
+            if self.autotp_size > 1:
+                raise ValueError(
+                    f"autotp_size={self.autotp_size} is of DeepSpeed, and engine is fsdp2, which shards the layers among all "
+                    "ranks: leave autotp_size out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -73,6 +91,13 @@ class ParallelConfig(Section):
             f"parallel.{name}={self.ranks_per_row} must divide the number of ranks, which is {num_ranks}: start the run "
             f"with --nproc-per-node {wanted}, or set {name} to a divisor of {num_ranks}"
         )
+
+    @property
+    def cut_by(self) -> str:
+        """Return the setting by which ranks share weights or optimizer state, as it is written; empty if none does."""
+        if self.engine == "fsdp2":
+            return "parallel.engine=fsdp2"
+        return f"parallel.zero_stage={self.zero_stage}" if self.zero_stage else ""
 
     @property
     def ranks_per_row(self) -> int:

@@ -34,7 +34,7 @@ class TrainerConfig(ArgumentsConfig):
         "padding_free": "every batch is packed without padding already",
         "pad_to_multiple_of": "batches are packed without padding",
         "remove_unused_columns": "leave it out: reward functions get the columns that they name",
-        "fsdp": "set parallel.zero_stage to 3, which shards weights as FSDP does",
+        "fsdp": "set parallel.engine to fsdp2",
         "push_to_hub": "upload the folder `final/` of the run with the hub's own tool",
         "dataloader_num_workers": "leave it out: rows are tokenized once, before training",
         "auto_find_batch_size": "set max_tokens_per_micro_batch, which bounds memory without changing the result",
@@ -232,10 +232,15 @@ class TrainerConfig(ArgumentsConfig):
                 f"master_weights=true does not know shards of layers (parallel.autotp_size={self.parallel.autotp_size}): "
                 "leave one of them out"
             )
-        if self.has_8bit_optimizer and self.parallel.zero_stage:
+        if self.master_weights and self.parallel.engine == "fsdp2":
             raise ValueError(
-                f"optim={self.optim!r} quantizes the moments of each weight by itself, and ZeRO (parallel.zero_stage="
-                f"{self.parallel.zero_stage}) cuts weights anywhere: set optim to 'adamw_torch_fused', or zero_stage to 0"
+                "master_weights=true is what parallel.engine=fsdp2 does anyway, whose parts of the weights are float32 and "
+                "which computes with rounded ones: leave it out"
+            )
+        if self.has_8bit_optimizer and (self.parallel.zero_stage or self.parallel.engine == "fsdp2"):
+            raise ValueError(
+                f"optim={self.optim!r} quantizes the moments of each weight by itself, and {self.parallel.cut_by} cuts "
+                "weights anywhere: set optim to 'adamw_torch_fused', or let each rank hold whole weights"
             )
         needs_eval = [
             name

@@ -6,7 +6,7 @@ from rlqwen.distributed.main_rank import MainRank, on_all_ranks, on_this_rank
 from rlqwen.distributed.optimizer_step import OptimizerStep, UpdateResult
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks, is_loss_of_rank
-from rlqwen.distributed.zero3_gather import exact_weight, gathered, has_exact, is_sharded, keep_exact, whole_model
+from rlqwen.distributed.whole_weights import exact_weight, gathered, has_exact, is_sharded, keep_exact, whole_model
 from rlqwen.distributed.zero_step import build_optimizer_step
 
 __all__ = [

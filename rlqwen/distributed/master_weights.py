@@ -38,7 +38,7 @@ class MasterWeights:
         master = nn.Parameter(weight.detach().to(torch.float32, copy=True))
         weight.data = weight.data.to(torch.bfloat16)
         weight.register_post_accumulate_grad_hook(self._move_gradient)
-        weight.engine = self  # type: ignore[attr-defined]  # see rlqwen.distributed.zero3_gather
+        weight.engine = self  # type: ignore[attr-defined]  # see rlqwen.distributed.whole_weights
         self._masters[id(weight)] = master
         self._weights.append(weight)
         return master

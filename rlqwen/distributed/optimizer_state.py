@@ -48,10 +48,12 @@ def save_optimizer(
     (folder / PLAIN_FILE).write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
 
 
-def refuse_other_shapes(name: str, saved: Mapping[str, Tensor], parameter: Tensor) -> None:
+def refuse_other_shapes(name: str, saved: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
     """Raise ConfigError if the saved state of a parameter has another shape, which a kernel would read out of bounds, and
-    DeepSpeed would cut or fill up to its shards."""
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # of the whole weight, if ranks hold shards of it
+    DeepSpeed would cut or fill up to its shards.
+
+    `shape`: of the whole weight.
+    """
     sizes = {"step": 1, "qmap1": _CODES, "qmap2": _CODES}
     sizes |= dict.fromkeys(("absmax1", "absmax2"), -(-math.prod(shape) // _BLOCK))
     for key, tensor in saved.items():

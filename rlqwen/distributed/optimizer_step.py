@@ -24,6 +24,7 @@ from rlqwen.distributed.master_weights import MasterWeights, check_bfloat16
 from rlqwen.distributed.optimizer_state import MASTER, refuse_other_shapes, restore_optimizer, save_optimizer
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
+from rlqwen.distributed.shards import Shards
 from rlqwen.distributed.tensor_parallel import is_shard
 from rlqwen.errors import ConfigError, NonFiniteError
 
@@ -48,7 +49,8 @@ class UpdateResult:
 class OptimizerStep:
     """Hold the optimizer and the schedule, which scales the learning rates of all parameter groups.
 
-    On several ranks each holds all weights, and gradients are added up once per update; see ZeroStep for shards.
+    On several ranks each holds all weights, and gradients are added up once per update; or each holds a part of every
+    matrix, under FSDP2, whose gradients are added up in each backward pass. For DeepSpeed's ZeRO see ZeroStep.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class OptimizerStep:
     ) -> None:
         if not all(group.parameters for group in groups):
             raise ConfigError("nothing to train: every weight of the model is frozen")
-        self.masters = MasterWeights()
+        self.masters, self.shards = MasterWeights(), Shards()
         self.groups = self._take_over(groups, args)
         self.ranks = ranks or Ranks()
         self.full_determinism = args.full_determinism
@@ -71,9 +73,9 @@ class OptimizerStep:
         self._nonfinite_in_a_row = 0
 
     def _take_over(self, groups: Sequence[ParameterGroup], args: TrainerConfig) -> list[ParameterGroup]:
-        """Return the groups with what the optimizer updates: float32 masters, if asked for."""
+        """Return the groups with what the optimizer updates: float32 masters, if asked for, or this rank's parts."""
         if not args.master_weights:
-            return list(groups)
+            return [self.shards.take_over(group) for group in groups]
         check_bfloat16(args, groups[0].parameters[0].device)
         return [self.masters.take_over(group) for group in groups]
 
@@ -132,6 +134,7 @@ class OptimizerStep:
 
     def _finish_gradients(self, rescale: float) -> dict[str, float]:
         """Add up and rescale the gradients, and return the norm of each group's gradient before clipping."""
+        self.shards.take_gradients()
         self._add_up_gradients()
         norms = {}
         divisor = self.scale.value / rescale
@@ -168,28 +171,34 @@ class OptimizerStep:
         states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
         for group in self.groups:
             for name, parameter in group.named():
-                refuse_other_shapes(name, states.get(name, {}), parameter)
+                refuse_other_shapes(name, states.get(name, {}), self.shards.shape(parameter))
         self._restore_state(states)
         self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
         self.scale.load_state_dict(memory["loss_scale"])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer state of each parameter by name; on the main rank only."""
-        for group in self.groups if self.ranks.is_main else ():
+        """Yield the optimizer state of each parameter by name, on the main rank; call it on all ranks together."""
+        for group in self.groups:
             for name, parameter in group.named():
-                if self.masters.owns(parameter):
-                    yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
-                for key, value in state_to_save(self.optimizers[0], parameter).items():
-                    yield f"{name}/{key}", value
+                if not (self.ranks.is_main or self.shards.owns(parameter)):
+                    continue
+                state = self.optimizers[0].state.get(parameter, {})
+                state = {key: self.shards.whole(parameter, value) for key, value in state.items()}
+                if self.ranks.is_main:
+                    if self.masters.owns(parameter):
+                        yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
+                    for key, value in state_to_save(state).items():
+                        yield f"{name}/{key}", value
 
     def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
         for group in self.groups:
             for name, parameter in group.named():
                 if name not in states:
                     continue
-                kept = {key: value for key, value in states[name].items() if key != MASTER}
-                if MASTER in states[name]:
-                    parameter.data.copy_(states[name][MASTER])
+                own = {key: self.shards.own_part(parameter, value) for key, value in states[name].items()}
+                kept = {key: value for key, value in own.items() if key != MASTER}
+                if MASTER in own:
+                    parameter.data.copy_(own[MASTER])
                 if kept:
                     restore_state(self.optimizers[0], parameter, kept)
         self.masters.write_back()
@@ -209,19 +218,22 @@ class OptimizerStep:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+            if not self.shards.owns(parameter):
+                gradients.append(parameter.grad)
         if self.ranks.world_size > 1:
             add_up_over_ranks(gradients, self.ranks.gradient_group)
 
     def _norm(self, group: ParameterGroup) -> float:
-        """Return the norm of a group's gradient, over the shards of all ranks if layers are sharded."""
+        """Return the norm of a group's gradient, over the parts of all ranks if weights are sharded."""
         own = [parameter for parameter in group.parameters if parameter.grad is not None]
-        if self.ranks.tensor_group is None:
+        cut = [parameter for parameter in own if self.shards.owns(parameter) or is_shard(parameter)]
+        if not cut:
             return float(_total_norm(own))
-        square = _total_norm(parameter for parameter in own if is_shard(parameter)).square()
+        square = _total_norm(cut).square()
         dist.all_reduce(square, group=self.ranks.tensor_group)
-        rest = _total_norm(parameter for parameter in own if not is_shard(parameter))
-        return float((square + rest.square()).sqrt())
+        parts = set(map(id, cut))
+        rest = _total_norm(parameter for parameter in own if id(parameter) not in parts)
+        return float((square + rest.square().to(square.device)).sqrt())
 
 
 def _total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -13,7 +13,7 @@ from rlqwen.distributed.deepspeed_config import check_batch_size, complete_ds_co
 from rlqwen.distributed.optimizer_step import OptimizerStep
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
-from rlqwen.distributed.zero3_gather import gathered
+from rlqwen.distributed.whole_weights import gathered_zero3
 from rlqwen.distributed.zero_engine import Engine
 
 
@@ -63,7 +63,7 @@ class ZeroStep(OptimizerStep):
         for engine in self.engines:
             for parameter in engine.group.parameters:
                 engine.start_over()
-                with gathered([parameter]):
+                with gathered_zero3([parameter]):
                     self._backward(parameter.float().sum() * 0.0)
 
     def _apply(self, norms: dict[str, float], *, skip: bool) -> None:

@@ -186,8 +186,8 @@ def adapter_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             pair: Any = layer
-            down, up = pair.lora_A[adapter].weight, pair.lora_B[adapter].weight
+            down, up = pair.lora_A[adapter], pair.lora_B[adapter]
             with gathered([down, up]):
-                own = down.detach(), up.detach() * layer.scaling[adapter]
+                own = down.weight.detach(), up.weight.detach() * layer.scaling[adapter]
             yield f"base_model.model.{name}.lora_A.weight", own[0]
             yield f"base_model.model.{name}.lora_B.weight", own[1]

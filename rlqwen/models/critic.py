@@ -128,7 +128,7 @@ class ValueHead:
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
         """Write the head into `folder`; call it on every rank, with `write` on one."""
         folder.mkdir(parents=True, exist_ok=True)
-        with gathered(self.head.parameters()):
+        with gathered([self.head]):
             weight = exact_weight(self.head.weight, None).detach().float().cpu()
         if write:
             save_file({"weight": weight.contiguous()}, folder / HEAD_FILE)
@@ -136,7 +136,7 @@ class ValueHead:
     def load_checkpoint(self, folder: Path) -> None:
         """Load the head that `save_checkpoint` wrote."""
         weight = load_file(folder / HEAD_FILE)["weight"]
-        with gathered(self.head.parameters(), modify=True):
+        with gathered([self.head], modify=True):
             copy_whole(HEAD_FILE, weight, self.head.weight)
         keep_exact(self.head.weight, weight)
 

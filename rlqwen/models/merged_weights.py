@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rlqwen.distributed import exact_weight, gathered
-from rlqwen.distributed.tensor_parallel import whole_weights
 from rlqwen.models.float32_weights import written_dtype
 from rlqwen.models.quantization import dequantized_weight, is_quantized
 
@@ -47,7 +46,7 @@ def _plain_weights(module: Any, prefix: str, dtype: torch.dtype | None) -> Itera
     module = active_module(module)
     # Sharded weights are gathered for one layer at a time; only the caller keeps what is yielded.
     wrapped = isinstance(module, (LoraLayer, TrainableTokensWrapper))
-    with gathered(module.parameters() if wrapped else module._parameters.values()):
+    with gathered(module.modules() if wrapped else [module]):
         module, own = _own_weights(module, dtype)
     for name, tensor in own.items():
         yield prefix + name, tensor
@@ -74,10 +73,9 @@ def _own_weights(module: Any, dtype: torch.dtype | None) -> tuple[Any, dict[str,
         if tensor is not None and name not in module._non_persistent_buffers_set
     }
     own: dict[str, Tensor] = {}
-    with whole_weights([module]):
-        for name, (tensor, own_dtype) in saved.items():
-            weight = (replaced[name] if name in replaced else exact_weight(tensor, own_dtype)).detach()
-            own[name] = weight.to(own_dtype if weight.is_floating_point() else None)
+    for name, (tensor, own_dtype) in saved.items():
+        weight = (replaced[name] if name in replaced else exact_weight(tensor, own_dtype)).detach()
+        own[name] = weight.to(own_dtype if weight.is_floating_point() else None)
     return module, own
 
 

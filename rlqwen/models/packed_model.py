@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact, on_this_rank
+from rlqwen.distributed.fsdp import shards_weights
 from rlqwen.distributed.master_weights import MasterWeights
-from rlqwen.distributed.tensor_parallel import shard_layers, whole_weights
+from rlqwen.distributed.tensor_parallel import shard_layers
 from rlqwen.errors import ModelError
 from rlqwen.models.adapters import add_adapter, changes_base, check_wrappers, read_adapter
 from rlqwen.models.carried_weights import carried_by, carry, count_text
@@ -31,6 +32,7 @@ from rlqwen.models.model_support import check_config, check_forward
 from rlqwen.models.moe_balance import RouterBalance
 from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.models.recomputation import Recomputation, recompute_activations
+from rlqwen.models.root import Root
 from rlqwen.models.text_only import text_only
 from rlqwen.models.vision_language import towers
 from rlqwen.models.weight_checks import copy_whole
@@ -58,21 +60,6 @@ def check_cuttable(config: Any, size: int) -> None:
         raise ModelError(
             f"parallel.sequence_parallel_size={size}: {obstacle}, so that a row cannot be cut into slices; leave it at 1"
         )
-
-
-class Root(nn.Module):
-    """Wrap a model: everything that reads its weights, the head included, is called through `forward`.
-
-    So an engine that shards weights has gathered them by then.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `compute(*arguments)`."""
-        return compute(*arguments)
 
 
 class PackedModel:
@@ -110,13 +97,7 @@ class PackedModel:
         """Notes for the user on how the arguments were understood."""
         if peft_config is not None:
             model, self.notes = add_adapter(model, peft_config)
-        text = model.config.get_text_config(decoder=True)
-        if obstacle := packing_obstacle(model.config):
-            self.notes.append(f"{obstacle}: sequences are forwarded one after another, each with its prompt again")
-        elif note := attention_note(text, self.device, self.compute_dtype):
-            self.notes.append(note)
-        if note := kernel_note(text, self.device.type):
-            self.notes.append(note)
+        self.notes += self._kernel_notes(model.config)
         self.quantized_bits = quantized_bits(model)
         """4 or 8 with bitsandbytes weights; None with plain ones."""
         if self.quantized_bits and args.parallel.zero_stage == 3:
@@ -126,7 +107,9 @@ class PackedModel:
             )
         if self.quantized_bits:
             prepare_quantized(model)
-        self.model: Any = model.to(self.device)
+        self.shards_weights = shards_weights(args.parallel)
+        """Whether each rank holds a part of every matrix, as FSDP2 cuts it."""
+        self.model: Any = model if self.shards_weights else model.to(self.device)
         self.root = Root(self.model)
         self.version = 0
         """How often the trained weights were changed, by an update or a checkpoint; never falls."""
@@ -138,10 +121,21 @@ class PackedModel:
         """Whether this rank holds shards of the layers, and computes with them."""
         shard_layers(self.model, args.parallel.autotp_size)
         self._prepare_training(args)
+        if self.shards_weights:
+            self.root.shard(device=self.device, dtype=self.compute_dtype)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
         self.replay: RoutingReplay | None = None
         """Replays the experts that a batch has recorded; None if nothing is replayed."""
+
+    def _kernel_notes(self, config: Any) -> list[str]:
+        """Return what the user should know about how rows are computed."""
+        text = config.get_text_config(decoder=True)
+        if obstacle := packing_obstacle(config):
+            rows: str | None = f"{obstacle}: sequences are forwarded one after another, each with its prompt again"
+        else:
+            rows = attention_note(text, self.device, self.compute_dtype)
+        return [note for note in (rows, kernel_note(text, self.device.type)) if note]
 
     def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
         if args.fp16:
@@ -187,7 +181,7 @@ class PackedModel:
         halves = any(weight.dtype in (torch.bfloat16, torch.float16) for weight in self.base_model.parameters())
         exact = self.compute_dtype == torch.float32 and not self.quantized_bits and not halves
         with self.inference(), self.autocast():
-            check_forward(self.base_model, packed, plain, exact=exact)
+            self.root(lambda: check_forward(self.base_model, packed, plain, exact=exact))
 
     def _carry_unused(self) -> None:
         """Find the weights of its checkpoint that a model given as an object has not loaded."""
@@ -306,7 +300,7 @@ class PackedModel:
 
     def save_adapter(self, folder: Path | str, *, write: bool = True) -> None:
         """Write the adapter alone, as PEFT loads it, without the embedding of the base."""
-        with gathered(self.trained_parameters):
+        with gathered(self.model.modules(), trained=True):
             exact = {
                 name: weight.engine.master_of(weight).detach()
                 for name, weight in self.model.named_parameters()
@@ -332,19 +326,22 @@ class PackedModel:
         if self.has_adapter:
             inner = Path(folder) / ADAPTER_FOLDER
             path = (inner if inner.is_dir() else Path(folder)) / "adapter_model.safetensors"
-            with gathered(self.trained_parameters):
+            with gathered(self.model.modules(), trained=True):
                 weights = read_adapter(path, self.model)
-            with gathered(self.trained_parameters, modify=True):
+            with gathered(self.model.modules(), trained=True, modify=True):
                 set_peft_model_state_dict(self.model, weights)
-            for parameter in self.trained_parameters:
-                with gathered([parameter]):
-                    keep_exact(parameter, parameter.detach())
+            for module in self.model.modules():
+                with gathered([module], trained=True):
+                    for parameter in module.parameters(recurse=False):
+                        keep_exact(parameter, parameter.detach())
             self.version += 1
             return
         saved = saved_weights(self.base_model, Path(folder))
-        with torch.no_grad(), whole_weights(self.base_model.modules()):
-            for name, weight in self.base_model.state_dict(keep_vars=True).items():
-                with gathered([weight], modify=True):
-                    copy_whole(name, saved[name], weight)
-                keep_exact(weight, saved[name])
+        for prefix, module in self.base_model.named_modules():
+            own = {name: f"{prefix}.{name}".lstrip(".") for name in module.state_dict() if "." not in name}
+            with torch.no_grad(), gathered([module], modify=True):
+                for name, stored in own.items():
+                    copy_whole(stored, saved[stored], getattr(module, name))
+            for name, stored in own.items():
+                keep_exact(getattr(module, name), saved[stored])
         self.version += 1

@@ -16,33 +16,28 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from safetensors.torch import load_model as load_safetensors
-from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlqwen.config import TrainerConfig
-from rlqwen.distributed import gathered, on_all_ranks, whole_model
-from rlqwen.distributed.tensor_parallel import whole_weights
+from rlqwen.distributed import on_all_ranks, whole_model
 from rlqwen.errors import ConfigError
 from rlqwen.models.adapters import adapter_rank, adapter_weights, check_adapter, lora_obstacle
-from rlqwen.models.gpu_forward import speed_up_on_gpu
+from rlqwen.models.frozen_reference import FrozenReference
 from rlqwen.models.merged_weights import checkpoint_weights, head_weight
-from rlqwen.models.model_support import check_config, check_head
+from rlqwen.models.model_support import check_head
 from rlqwen.models.packed_model import PackedModel
-from rlqwen.models.quantization import prepare_quantized, quantized_bits, use_training_products
 from rlqwen.models.recomputation import recompute_activations
 from rlqwen.models.text_only import text_only
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.packing.divergence import chunked_kl
-from rlqwen.packing.forward import hidden_states, own_attention, use_packed_attention
+from rlqwen.packing.forward import hidden_states, own_attention
 from rlqwen.packing.logprobs import chunked_log_sum_sq_probs, chunked_logprobs, scaled_logits
 from rlqwen.packing.routing_replay import RoutingReplay
 from rlqwen.packing.sequence_parallel import SequenceGroup
 from rlqwen.packing.truncation import chunked_log_kept
 from rlqwen.types import Truncation
 
-REFERENCE_FILE = "reference.safetensors"
 _NOT_OF_THE_BASE = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 """Parts that PEFT's wrappers insert into the names of the weights under them."""
 
@@ -74,9 +69,11 @@ class Policy(PackedModel):
         super().__init__(model, args, peft_config=peft_config, device=device, sequence=sequence)
         self.chunk_size = args.logprob_chunk_size
         self.has_reference = bool(reference)
-        self._reference: PreTrainedModel | None = None
+        self._reference: FrozenReference | None = None
         if isinstance(reference, nn.Module):
-            self._reference = self._freeze(reference)
+            self._reference = FrozenReference(
+                reference, device=self.device, dtype=self.compute_dtype, sharded=self.shards_weights
+            )
         if self.has_adapter:
             check_adapter(self.model, reference=self.has_reference and self._reference is None)
         check_head(self.base_model)
@@ -89,21 +86,7 @@ class Policy(PackedModel):
         """
         self.replay = RoutingReplay(self.base_model)
         if self._reference is not None:
-            RoutingReplay(self._reference)
-
-    def _freeze(self, model: Any) -> PreTrainedModel:
-        model = text_only(model.get_base_model() if isinstance(model, PeftModel) else model)
-        check_config(model.config)
-        check_head(model)
-        if quantized_bits(model):
-            prepare_quantized(model)
-            model = model.to(self.device).eval().requires_grad_(False)
-            use_training_products(model)
-        else:
-            model = _cast_as_autocast(model.to(self.device), self.compute_dtype).eval().requires_grad_(False)
-        use_packed_attention(model)
-        speed_up_on_gpu(model)
-        return model  # type: ignore[no-any-return]
+            RoutingReplay(self._reference.model)
 
     def _logits(self, hidden_RC: Tensor) -> Tensor:
         return scaled_logits(hidden_RC, head_weight(self.base_model).to(hidden_RC.dtype), 1.0)
@@ -154,11 +137,11 @@ class Policy(PackedModel):
         """Return (N,) float32 logprobs under the reference, without gradient."""
         if not self.has_reference:
             raise ValueError("this policy was made without a reference")
-        model = self.base_model if self._reference is None else self._reference
-        with self.inference(), self.model.disable_adapter() if self._reference is None else contextlib.nullcontext():
-            if model is self.base_model:
-                return self.root(self._logprobs, model, batch, temperature, False)[0]  # type: ignore[no-any-return]
-            return self._logprobs(model, batch, temperature, False)[0]
+        with self.inference():
+            if self._reference is not None:
+                return self._reference(self._logprobs, self._reference.model, batch, temperature, False)[0]  # type: ignore[no-any-return]
+            with self.model.disable_adapter():
+                return self.root(self._logprobs, self.base_model, batch, temperature, False)[0]  # type: ignore[no-any-return]
 
     def kl_to_reference(self, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
         """Return (N,) KL(policy || reference) over the vocabulary at each target, in nats, with gradient for the policy.
@@ -167,14 +150,15 @@ class Policy(PackedModel):
         """
         if self._reference is None:
             raise ValueError("kl_to_reference needs a reference that is a model of its own")
-        with self.inference():
-            other_hidden_ND = self._hidden(self._reference, batch)
-        return self.root(self._kl, batch, other_hidden_ND, temperature)  # type: ignore[no-any-return]
+        # within the reference's forward, because its head is read too
+        return self._reference(lambda: self.root(self._kl, batch, temperature))  # type: ignore[no-any-return]
 
-    def _kl(self, batch: PackedBatch, other_hidden_ND: Tensor, temperature: float) -> Tensor:
-        hidden_NC = self._hidden(self.base_model, batch)
+    def _kl(self, batch: PackedBatch, temperature: float) -> Tensor:
         assert self._reference is not None
-        other_head_VD = head_weight(self._reference)
+        with self.inference():
+            other_hidden_ND = self._hidden(self._reference.model, batch)
+        hidden_NC = self._hidden(self.base_model, batch)
+        other_head_VD = head_weight(self._reference.model)
         kl = chunked_kl(
             hidden_NC,
             head_weight(self.base_model),
@@ -231,7 +215,7 @@ class Policy(PackedModel):
     def reference_weights(self) -> dict[str, Tensor]:
         """Return the weights of the reference by name; without a reference, those of the policy."""
         if self._reference is not None:
-            return self._reference.state_dict()
+            return self._reference.model.state_dict()
         if not self.has_reference:
             return dict(self.model.state_dict())
         return {
@@ -242,32 +226,28 @@ class Policy(PackedModel):
 
     @property
     def reference_config(self) -> PreTrainedConfig:
-        return (self.base_model if self._reference is None else self._reference).config
+        return (self.base_model if self._reference is None else self._reference.model).config
 
     def drop_reference(self) -> None:
         """Free the reference, if it is a model of its own."""
         if self._reference is not None:
             self._reference, self.has_reference = None, False
 
-    @torch.no_grad()
     def refresh_reference(self, alpha: float) -> None:
         """Mix the policy into the reference: reference = alpha * policy + (1 - alpha) * reference."""
         if self._reference is None:
             raise ValueError("only a reference that is a copy of the weights can be refreshed")
-        with whole_weights(self.model.modules()):
-            for ours, theirs in zip(self.model.parameters(), self._reference.parameters(), strict=True):
-                with gathered([ours]):
-                    theirs.lerp_(ours.to(theirs.dtype), alpha)
+        self._reference.mix(self.model, alpha)
 
-    def save_reference(self, folder: Path) -> None:
-        """Write the reference to `folder`, if it is a model of its own."""
+    def save_reference(self, folder: Path, *, write: bool = True) -> None:
+        """Write the reference to `folder`, if it is a model of its own; call it on every rank, with `write` on one."""
         if self._reference is not None:
-            save_safetensors(self._reference, str(folder / REFERENCE_FILE))
+            self._reference.save(folder, write=write)
 
     def restore_reference(self, folder: Path) -> None:
         """Read back what `save_reference` wrote."""
         if self._reference is not None:
-            load_safetensors(self._reference, str(folder / REFERENCE_FILE))
+            self._reference.load(folder)
 
     @property
     def generation_config(self) -> Any:
@@ -286,7 +266,7 @@ class Policy(PackedModel):
         if self.recomputation:
             recompute_activations(model, False)
         try:
-            with own_attention(model), self.inference(), self.autocast(), whole_model(self.model):
+            with own_attention(model), self.inference(), self.autocast(), whole_model(self.root):
                 yield model
         finally:
             if self.recomputation:
@@ -315,18 +295,6 @@ class Policy(PackedModel):
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the adapter's weights under PEFT's names, with its scaling folded in."""
         return adapter_weights(self.model)
-
-
-def _cast_as_autocast(model: Any, dtype: torch.dtype) -> Any:
-    """Cast to `dtype`, in place, the weights that autocast would cast, and return the model.
-
-    In half precision vectors, such as the decay rates of delta-net layers, keep their dtype, and so do buffers: rounded
-    frequencies of rotary embeddings would turn distant tokens by whole radians.
-    """
-    for weight in model.parameters():
-        if weight.ndim > 1 or dtype == torch.float32:
-            weight.data = weight.data.to(dtype)
-    return model
 
 
 def _has_new_adapter(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ stale entry is never found; an entry that is damaged or has another key is repor
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from rlqwen.distributed.shards import is_shard, whole
 from rlqwen.packing.batch import Tree
 
 CACHE_VARIABLE = "RLQWEN_CACHE"
@@ -81,9 +82,11 @@ def write_logprobs(key: ReferenceKey, logp_A: Tensor) -> str:
 def digest_weights(weights: Mapping[str, Any]) -> str:
     """Return a digest of names, dtypes, shapes and bytes; quantized layers also have values that are not tensors."""
     names = sorted(weights)
+    # Sharded weights are gathered one at a time, by all ranks together.
+    digests = {name: _digest_weight(name, whole(weights[name])) for name in names if is_shard(weights[name])}
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing lets other threads run
-        digests = pool.map(lambda name: _digest_weight(name, weights[name]), names)
-        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+        digest: Callable[[str], bytes] = lambda name: digests.get(name) or _digest_weight(name, weights[name])
+        return hashlib.blake2b(b"".join(pool.map(digest, names)), digest_size=16).hexdigest()
 
 
 def _digest_weight(name: str, value: Any) -> bytes:

@@ -30,10 +30,8 @@ class MovingReference:
             self._policy.refresh_reference(self._args.ref_model_mixup_alpha)
 
     def save_checkpoint(self, folder: Path, *, write: bool = True) -> None:
-        """Write the reference into `folder`."""
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._policy.save_reference(folder)
+        """Write the reference into `folder`; call it on every rank, with `write` on one."""
+        self._policy.save_reference(folder, write=write)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Read back what `save_checkpoint` wrote."""

@@ -144,10 +144,10 @@ def test_8_bit_moments_of_another_size_are_refused() -> None:
     weight = torch.nn.Parameter(torch.zeros(100, 64))
     state = {"step": torch.tensor(1), "state1": torch.zeros(100, 64, dtype=torch.uint8), "state2": torch.zeros(100, 64),
              "qmap1": torch.zeros(256), "qmap2": torch.zeros(256), "absmax1": torch.zeros(25), "absmax2": torch.zeros(25)}  # fmt: skip
-    refuse_other_shapes("w", state, weight)
+    refuse_other_shapes("w", state, tuple(weight.shape))
     for key in state:
         with pytest.raises(ConfigError, match=f"holds {key} of w with the shape"):
-            refuse_other_shapes("w", state | {key: torch.zeros(24)}, weight)
+            refuse_other_shapes("w", state | {key: torch.zeros(24)}, tuple(weight.shape))
 
 
 def test_a_value_head_of_another_size_is_not_repeated(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_float32_weights_are_trained_and_sent_as_float32(mixed: Path) -> None:
     policy = Policy(load_model(str(mixed), args), args, reference=True)
     exact = [name for name in policy.trained_names if name.endswith(EXACT)]
     assert policy._reference is not None
-    reference, stored = dict(policy._reference.named_parameters()), load_file(mixed / "model.safetensors")
+    reference, stored = dict(policy._reference.model.named_parameters()), load_file(mixed / "model.safetensors")
     for name in exact:
         assert reference[name].equal(policy.model.get_parameter(name))
     chunks: list[Any] = []

@@ -184,7 +184,7 @@ def test_a_reference_in_half_precision_rounds_only_what_autocast_rounds(kind: st
     """Rounding the rotary embedding would shift the positions of far tokens, and rounding decay rates would change how
     states decay."""
     policy = Policy(make_model(kind), SFTConfig(bf16=True), reference=True)
-    reference = present(policy._reference)
+    reference = present(policy._reference).model
     assert all(ours.equal(theirs) for ours, theirs in zip(policy.model.buffers(), reference.buffers(), strict=True))
     for ours, theirs in zip(policy.model.parameters(), reference.parameters(), strict=True):
         assert theirs.equal(ours if ours.ndim == 1 else ours.bfloat16())

@@ -99,6 +99,7 @@ class TransformersEngine:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([] if texts is None else [texts]),
+                synced_gpus=False,  # the weights are whole: other ranks do not generate
             )
         chosen_BT, logp_BT = output_BT[:, prompt_length:], torch.stack(sampler.logp_T, dim=1)
         ends_B = [None] * len(rows) if texts is None else texts.lengths_B
