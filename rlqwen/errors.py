@@ -67,6 +67,8 @@ class RlqwenError(Exception):
     """Serve as the base of every error raised on purpose; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
+    is_on_all_ranks = False
+    """Whether the rollouts of the main rank failed, and every rank has left the same call with an error."""
 
     def __str__(self) -> str:
         """Return the message, with whatever it quotes made printable."""

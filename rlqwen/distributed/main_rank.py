@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from rlqwen.distributed.ranks import Ranks
-from rlqwen.errors import MainRankFailed, RlqwenError
+from rlqwen.errors import MainRankFailed, RlqwenError, RolloutError
 from rlqwen.packing.batch import PackedBatch
 from rlqwen.terminal import printable_lines
 
@@ -77,7 +77,9 @@ class MainRank:
             result = work()
         except BaseException as error:
             self.policy.finish()  # in this thread
-            self._announce_error(error)
+            is_announced = self._announce_error(error)
+            if isinstance(error, RolloutError):
+                error.is_on_all_ranks = is_announced
             raise
         self._announce("done", result)
         return result
@@ -86,12 +88,16 @@ class MainRank:
         self.policy.finish()
         self.ranks.from_main((what, value), patient=True)
 
-    def _announce_error(self, error: BaseException) -> None:
+    def _announce_error(self, error: BaseException) -> bool:
+        """Return whether the other ranks have heard of it."""
         text = printable_lines(f"{type(error).__name__}: {error}")[0]
         code = error.exit_code if isinstance(error, RlqwenError) else 1
-        thread = threading.Thread(target=self._announce, args=("failed", (text, code)), daemon=True)
+        thread = threading.Thread(
+            target=self._announce, args=("failed", (text, code, isinstance(error, RolloutError))), daemon=True
+        )
         thread.start()
         thread.join(_ANNOUNCE_ERROR_S)
+        return not thread.is_alive()
 
     def _follow(self) -> Any:
         nothing: tuple[str, Any] = ("", None)
@@ -101,7 +107,7 @@ class MainRank:
                 return value
             if what == "failed":
                 failure = MainRankFailed(f"rank {self.ranks.rank} stops, because the main rank failed: {value[0]}")
-                failure.exit_code = value[1]
+                failure.exit_code, failure.is_on_all_ranks = value[1:]
                 raise failure
             self._take_part(what, value)
 

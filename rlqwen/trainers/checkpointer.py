@@ -30,7 +30,7 @@ from rlqwen.checkpoint.state_files import refusing_foreign_state
 from rlqwen.config import OnlineConfig, Recipe
 from rlqwen.config.recipe_yaml import write_resolved
 from rlqwen.distributed import OptimizerStep
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, RlqwenError
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.run_folder.layout import METRICS_FILE, RECIPE_FILE, is_inside
 from rlqwen.trainers.resume import FINGERPRINT, RNG
@@ -114,28 +114,29 @@ class Checkpointer:
     def remember_step(self) -> StepState | None:
         """Return the state of the parts before a step, from which a step that fails while it samples can be saved.
 
-        None if that is not possible: with several ranks, which wait for each other, or with groups sampled ahead, which are
-        lost with the workers.
+        None if nothing is sampled, or ahead of the step: those groups are lost with the workers.
         """
-        ahead = isinstance(self._args, OnlineConfig) and self._args.rollout.max_staleness > 0
-        if not isinstance(self._args, OnlineConfig) or ahead or self._ranks.world_size > 1:
+        if not isinstance(self._args, OnlineConfig) or self._args.rollout.max_staleness > 0:
             return None
-        states = {name: part.state_dict() for name, part in self._parts.items()}
+        states = {name: part.state_dict() for name, part in self._parts.items()} if self._ranks.is_main else {}
         return StepState(self._state.global_step, copy.deepcopy(states), get_rng_state())
 
-    def save_begun_step(self, begun: StepState) -> bool:
-        """Write a checkpoint of the beginning of a step that failed; return whether there is one now.
-
-        There is none if the step had made an update, or was the first.
-        """
-        if begun.global_step != self._state.global_step or not begun.global_step:
-            return False
+    def save_begun_step(self, begun: StepState | None, error: RlqwenError) -> str:
+        """Write a checkpoint of the beginning of a step that failed with `error`; return why there is none, or nothing."""
+        if begun is None and isinstance(self._args, OnlineConfig):
+            return "groups that were sampled ahead (rollout.max_staleness) are lost with the workers"
+        if begun is None or begun.global_step != self._state.global_step:
+            return f"the step had begun to change the weights, by update {self._state.global_step}"
+        if not begun.global_step:
+            return "no update was made yet"
+        if self._ranks.world_size > 1 and not error.is_on_all_ranks:
+            return "the ranks are not at the same place"
         self._begun = begun
         try:
             self.save()
         finally:
             self._begun = None
-        return True
+        return ""
 
     def save(self, *, best: bool = False) -> None:
         """Write the checkpoint of the last update if it is not there, and drop old ones as `save_total_limit` says."""

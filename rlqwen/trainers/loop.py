@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlqwen.errors import RolloutError
+from rlqwen.errors import MainRankFailed, RolloutError
 from rlqwen.trainers.best_checkpoint import Verdict
-from rlqwen.trainers.checkpointer import Checkpointer, StepState
+from rlqwen.trainers.checkpointer import Checkpointer
 from rlqwen.trainers.evaluator import Evaluator
 from rlqwen.trainers.health_monitor import HealthMonitor
 from rlqwen.trainers.run_context import RunContext
@@ -47,25 +47,25 @@ class TrainingLoop:
             begun = self._checkpointer.remember_step()
             try:
                 self._run_step()
-            except RolloutError as error:
-                saved = self._save_begun_step(begun)
+            except (RolloutError, MainRankFailed) as error:
+                obstacle = self._checkpointer.save_begun_step(begun, error)
+                saved = f"saved after update {self._state.global_step}" if not obstacle else ""
                 # A scheduler's signal may reach the workers too, and end them before the update is done.
                 if self._preemption.name is not None:
                     lost = f"{saved or 'the update in progress was lost'}{self._how_to_resume}"
                     raise self._preemption.ended(lost) from error
-                if not saved:
+                if isinstance(error, MainRankFailed):
                     raise
-                raise type(error)(f"{error}\n{saved}{self._how_to_resume}") from error
+                told = f"{saved}{self._how_to_resume}" if saved else f"{self._last_saved()}, because {obstacle}"
+                raise type(error)(f"{error}\n{told}") from error
             self._preemption.worth_saving = self._checkpointer.saved_step != self._state.global_step
             if any(self._ranks.gather(self._preemption.name is not None)):
                 self._checkpointer.save()
                 raise self._preemption.ended(f"saved after update {self._state.global_step}" + self._how_to_resume)
 
-    def _save_begun_step(self, begun: StepState | None) -> str:
-        """Save a checkpoint of the beginning of a step that failed; return what to tell the user, empty without one."""
-        if begun is None or not self._checkpointer.save_begun_step(begun):
-            return ""
-        return f"saved after update {self._state.global_step}"
+    def _last_saved(self) -> str:
+        step = self._checkpointer.saved_step
+        return "no checkpoint is made" + (f" after that of update {step}" if step >= 0 else "")
 
     def _run_step(self) -> None:
         """Train on the next rows; then log, check, evaluate and save what is due."""
