@@ -26,6 +26,7 @@ _SAME = {
     "zero_optimization.stage": "parallel.zero_stage",
 }
 """Keys of a ds_config -> our fields with the same meaning."""
+_OF_TEXT = ("lr_scheduler_type",)
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _SCHEDULE_KEYS = {
     "WarmupLR": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"},
@@ -51,6 +52,10 @@ def adopt_ds_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if parallel.get("deepspeed") is not None:
         given = read_ds_config(parallel["deepspeed"])
         for theirs, ours, value in _statements(given, values):
+            if isinstance(value, str) and ours not in _OF_TEXT:
+                raise ValueError(
+                    f"{theirs} of the ds_config is the text {quoted(value)}: write a number, or true or false, without quotes"
+                )
             holder, key = (parallel, ours.removeprefix("parallel.")) if "." in ours else (values, ours)
             if holder.get(key) is None:
                 holder[key] = value

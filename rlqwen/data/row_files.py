@@ -209,16 +209,18 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.lib
     import pyarrow.parquet
 
+    # A damaged length may ask for any memory, and a damaged name of a column may be no text.
+    damaged = (pyarrow.lib.ArrowException, OSError, MemoryError, UnicodeDecodeError)
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.lib.ArrowException, OSError, MemoryError) as error:  # a damaged length may ask for any memory
+    except damaged as error:
         raise DataError(f"{path}: not a valid Parquet file ({error})") from None
     batches = file.iter_batches(_PARQUET_ROWS)
     number = 0
     while True:
         try:
             batch = next(batches, None)
-        except (pyarrow.lib.ArrowException, OSError, MemoryError) as error:
+        except damaged as error:
             raise DataError(f"{path}: cannot be read from row {number} on ({error})") from None
         if batch is None:
             return

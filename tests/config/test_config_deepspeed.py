@@ -87,6 +87,14 @@ def test_values_of_a_ds_config_file_are_adopted(tmp_path: Path) -> None:
         ({"lr_scheduler_kwargs": {"a": 1}}, schedule("WarmupLR"), "lr_scheduler_kwargs and scheduler.params"),
         ({"bf16": True}, GIVEN, "bf16=true and fp16=true exclude each other"),
         ({}, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "do not divide"),
+        # A resolved recipe holds the number beside the text, and could not be read again.
+        (
+            {},
+            {"optimizer": {"params": {"betas": ["0.9", 0.99]}}},
+            "optimizer.params.betas of the ds_config is the text '0.9'",
+        ),
+        ({}, {"zero_optimization": {"stage": "2"}}, "zero_optimization.stage of the ds_config is the text '2'"),
+        ({}, {"bf16": {"enabled": "yes"}}, "bf16.enabled of the ds_config is the text 'yes'"),
     ],
 )
 def test_contradictions_name_both_keys(ours: dict[str, Any], theirs: dict[str, Any], named: str) -> None:

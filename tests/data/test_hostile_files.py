@@ -55,6 +55,14 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path, suffix: str) -> None:
     assert "no data file" in refusal(tmp_path)
 
 
+def test_a_column_of_parquet_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pa.table({"prompt": [["a"]], "completion": ["b"]}), path)
+    for name in (b"element", b"prompt"):
+        (tmp_path / "odd.parquet").write_bytes(path.read_bytes().replace(name, name[:4] + b"\xff" + name[5:]))
+        assert "not a valid Parquet file ('utf-8' codec" in refusal(tmp_path / "odd.parquet")
+
+
 def test_damaged_parquet_gives_rows_or_a_message(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(
