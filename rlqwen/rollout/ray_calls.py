@@ -19,6 +19,8 @@ SILENT_S = 45.0
 """Seconds that a cluster may leave a question unanswered before it counts as lost; by default Ray ends the trainer after 60."""
 ASK_S = 5.0
 """Seconds between two questions."""
+CLOSE_S = 60.0
+"""Seconds that a private Ray may take to end."""
 STOPPED_S = 15.0
 """Seconds that a process of Ray may be stopped (SIGSTOP, as by a debugger) before it counts as lost."""
 _POLL_S = 0.25
@@ -38,6 +40,8 @@ class WatchedProcesses:
         `ask`: asks the gcs_server, which may run anywhere, for anything; it too is watched then, until `end`.
         """
         self.is_lost = False
+        self._closes_at: float | None = None
+        """When the processes began to end because they were told to."""
         self._ended = threading.Event()
         self._answered_at = time.monotonic()
         if ask is not None:
@@ -51,14 +55,22 @@ class WatchedProcesses:
         """Raise RolloutError if one of the processes is gone, or has been stopped for `STOPPED_S`."""
         for pid, name in self._pids.items():
             state = _state(pid)
-            if state in _DEAD:
+            if state in _DEAD and self._closes_at is None:
                 self._lose(f"Ray's {name} (process {pid}) is gone; it may have been killed, or run out of memory")
             if state != _STOPPED:
                 self._stopped_since.pop(pid, None)
             elif time.monotonic() - self._stopped_since.setdefault(pid, time.monotonic()) > STOPPED_S:
                 self._lose(f"Ray's {name} (process {pid}) has been stopped by a signal for {STOPPED_S:g} s")
+        if self._closes_at is not None and time.monotonic() - self._closes_at > CLOSE_S:
+            self._lose(f"Ray did not end within {CLOSE_S:g} s")
         if self._asks and time.monotonic() - self._answered_at > SILENT_S + ASK_S:
             self._lose(f"the Ray cluster's gcs_server has not answered for {SILENT_S:g} s")
+
+    def close(self, shutdown: Callable[[], Any]) -> None:
+        """Call `shutdown`, which ends the processes; raise RolloutError if one was lost before, or if it takes too long."""
+        self.check()
+        self._closes_at = time.monotonic()
+        self.call(shutdown)
 
     def end(self) -> None:
         """Ask no more."""

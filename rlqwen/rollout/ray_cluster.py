@@ -100,7 +100,7 @@ class _PrivateCluster:
         if self._num_users:
             return
         with contextlib.suppress(RolloutError):  # lost, before or in the middle of it
-            self.watched.call(ray.shutdown)
+            self.watched.close(ray.shutdown)
         if self.watched.is_lost:
             # Without its processes a call to Ray would hang, or end this process; the guard kills them afterwards.
             self._tell_guard()

@@ -16,6 +16,16 @@ def gate_file(folder: Path, steps: int) -> Path:
     return folder.with_name(f"{folder.name}.at-{steps}")
 
 
+def hold_file(folder: Path) -> Path:
+    """Return the file that, while it exists, keeps an engine with the model of `folder` from loading weights."""
+    return folder.with_name(f"{folder.name}.hold")
+
+
+def loading_file(folder: Path) -> Path:
+    """Return the file that an engine makes once it is kept from loading."""
+    return folder.with_name(f"{folder.name}.loading")
+
+
 class GatedVllm(Vllm):
     """vLLM that waits at the gates."""
 
@@ -36,6 +46,9 @@ class GatedEngine:
         return getattr(self._engine, name)
 
     def load(self, bundle: object) -> object:
+        while hold_file(self._folder).exists():
+            loading_file(self._folder).touch()
+            time.sleep(0.01)
         report = self._engine.load(bundle)  # type: ignore[attr-defined]
         self._loads += 1
         return report

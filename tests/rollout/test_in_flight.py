@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from rlqwen.rollout.turns import Turns
 from rlqwen.rollout.weight_sync import WeightBundle
 from rlqwen.types import Canary, Completion, Group, GroupRequest, Prompt, Sampling
 from tests.patience import PATIENCE_S, wait_until
-from tests.rollout.gated_engine import GATES, gate_file
+from tests.rollout.gated_engine import GATES, gate_file, hold_file, loading_file
 from tests.rollout.test_pool import SMALL, TEMPERATURE, canary, perturbed, start
 from tests.rollout.test_prefetch import Watch
 from tests.rollout.test_vllm_lora import RSLORA, adapted
@@ -188,6 +190,48 @@ def test_completions_go_on_with_new_weights(folder: Path) -> None:
         check(groups, metrics, models)
         pool._delivery = stored
         assert_ends_both_threads(pool, weights[0], canary(models[1], offset=0.05))
+    finally:
+        pool.close()
+
+
+@pytest.mark.fault(
+    "SIGKILL of a worker while it loads weights in flight (rollout.in_flight_updates)",
+    "replaced; the new one gets the new weights, and samples every group in flight again from them",
+)
+def test_a_worker_that_dies_in_an_update_is_replaced(tmp_path: Path) -> None:
+    length, count = AFTER_FIRST, 3  # all in flight at the first gate
+    folder = build_tiny_qwen3(tmp_path / "model", initializer_range=0.15, **SMALL)
+    first = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    models = [first, *(copy.deepcopy(first) for _ in range(2))]
+    weights = [perturbed(model, seed) for seed, model in enumerate(models) if seed]
+    asked = [
+        GroupRequest(Prompt(i, [7, 8, i], ""), (i,), Sampling(length, temperature=TEMPERATURE)) for i in range(count)
+    ]
+    pool = start_pool(folder)
+    try:
+        (victim,) = pool.process_ids()
+        with ThreadPoolExecutor(2) as thread:
+            sampling = thread.submit(lambda: list(pool.generate(asked)))
+            wait_until(gate_file(folder, GATES[0]).exists, "the engine waits at the gate")
+            hold_file(folder).touch()
+            update = thread.submit(lambda: pool.load_weights(1, weights[0].items(), canary(models[1])))
+            wait_until(loading_file(folder).exists, "the worker is told to load")
+            os.kill(victim, signal.SIGKILL)
+            hold_file(folder).unlink()
+            try:
+                metrics, groups = update.result(PATIENCE_S), sampling.result(PATIENCE_S)
+            finally:
+                pool.cancel()  # so that the other thread ends too
+        assert metrics["rollout/restarts"] == 1
+        assert metrics["sync/kept_completions"] == count
+        assert metrics["sync/canary_gap"] < 1e-4
+        assert sorted(group.prompt.index for group in groups) == list(range(count))
+        assert [each.weight_versions for group in groups for each in group.completions] == [[(1, length)]] * count
+        assert_sampled_as_it_says(groups, models)
+        assert pool.load_weights(2, weights[1].items(), canary(models[2]))["sync/canary_gap"] < 1e-4
+        again = list(pool.generate(asked))
+        assert {group.policy_version for group in again} == {2}
+        assert_sampled_as_it_says(again, models)
     finally:
         pool.close()
 

@@ -112,6 +112,21 @@ def test_a_call_ends_when_a_process_is_killed() -> None:
         watched.check()
 
 
+def test_processes_that_end_because_they_are_told_to_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_calls, "CLOSE_S", 1.0)
+    process = sleeper()
+    watched = WatchedProcesses({process.pid: "raylet"})
+
+    def shutdown() -> None:
+        process.communicate()
+        time.sleep(3 * ray_calls._POLL_S)  # Ray goes on after its processes have ended
+
+    watched.close(shutdown)
+    assert not watched.is_lost
+    with pytest.raises(RolloutError, match=r"did not end within 1 s"):
+        watched.close(lambda: time.sleep(PATIENCE_S))
+
+
 def test_a_call_that_hangs_ends_when_a_process_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_calls, "STOPPED_S", 0.5)
     process = sleeper()
