@@ -40,7 +40,7 @@ def cheapest_change(planner: RunPlanner, plan: RunPlan) -> Change | None:
 
 def setting_words(before: RunPlan, after: RunPlan) -> str:
     """Return the options and keys that lead from one plan to another on the same GPUs."""
-    words = [] if before.layout == after.layout else [f"--layout {after.layout}"]
+    words = [] if str(before.layout) == str(after.layout) else [f"--layout {after.layout}"]
     train, changed = before.recipe.train, after.recipe.train
     for key in ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps"):
         old, new = getattr(train, key), getattr(changed, key)

@@ -60,7 +60,7 @@ def measure(recipe: Recipe) -> ModelSize:
     """Measure the recipe's model from its config: a folder's, one that comes with rlqwen, or the hub's."""
     with tempfile.TemporaryDirectory() as scratch:
         facts = _facts(recipe.model, Path(scratch))
-        return ModelSize.measure(recipe, facts)
+        return ModelSize.measure(recipe, facts, read=_facts)
 
 
 def count_rows(recipe: Recipe) -> int | None:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +41,21 @@ class ModelSize:
     """Parameters of the frozen models that the recipe names, by key, such as `teacher`; those that can be read now."""
 
     @classmethod
-    def measure(cls, recipe: Recipe, facts: ConfigFacts, model: "PreTrainedModel | None" = None) -> "ModelSize":
+    def measure(
+        cls,
+        recipe: Recipe,
+        facts: ConfigFacts,
+        model: "PreTrainedModel | None" = None,
+        read: Callable[[ModelConfig, Path], ConfigFacts | None] = read_config,
+    ) -> "ModelSize":
         """Measure the model of `facts` as the recipe trains it; raise ModelError if its adapter does not fit.
 
-        `model`: what `meta_model` built from `facts.config`, which is changed by an adapter; None: build it.
+        `model`: what `meta_model` built from `facts.config`, which is changed by an adapter; None: build it. `read`: how
+        configs of other models are read.
         """
         model = model or meta_model(facts.config, scalar=recipe.train.trains_scalar_model)
         counts = count_parameters(facts.config, model, facts.folder)
-        others = _other_models(recipe)
+        others = _other_models(recipe, read)
         if recipe.model.lora is None:
             return cls(facts, model, counts, {"": counts.total}, [], 0, others)
         trained, notes = trained_parameters(model, recipe.model.lora)
@@ -96,7 +104,7 @@ def _frozen_bytes(settings: ModelConfig, facts: ConfigFacts, counts: ParameterCo
     return size
 
 
-def _other_models(recipe: Recipe) -> dict[str, int]:
+def _other_models(recipe: Recipe, read: Callable[[ModelConfig, Path], ConfigFacts | None]) -> dict[str, int]:
     sizes = {}
     named = recipe.train.other_models()
     critic = getattr(recipe.train, "critic", None)
@@ -104,7 +112,7 @@ def _other_models(recipe: Recipe) -> dict[str, int]:
         named = named | {"critic": critic.path}
     for key, path in named.items():
         with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(ModelError):
-            facts = read_config(ModelConfig(path=path), Path(scratch))
+            facts = read(ModelConfig(path=path), Path(scratch))
             if facts is not None:
                 sizes[key] = count_parameters(facts.config, meta_model(facts.config), facts.folder).total
     return sizes

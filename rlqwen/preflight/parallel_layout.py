@@ -58,7 +58,7 @@ class ParallelLayout:
         """Return the layout that a recipe asks for, or FSDP2 on all ranks where it asks for none."""
         asks = parallel.zero_stage or parallel.deepspeed or parallel.autotp_size > 1 or hasattr(parallel, "engine")
         layout = cls.of(parallel, num_ranks)
-        return layout if asks else replace(layout, engine="fsdp2")
+        return layout if asks else replace(layout, engine="fsdp2", zero_stage=3)
 
     @classmethod
     def parse(cls, text: str, num_ranks: int) -> "ParallelLayout":

@@ -19,7 +19,8 @@ from rlqwen.config.recipe_yaml import list_recipes, load_recipes
 from rlqwen.config.yaml_dialect import Loader
 from rlqwen.data.formats import normalize_row
 from rlqwen.data.preference_formats import to_labelled_rows
-from rlqwen.errors import ConfigError
+from rlqwen.errors import ConfigError, InputError
+from rlqwen.planning import make_plan
 from rlqwen.plugins.kinds import TRAINERS
 from tests.docs.pages import ROOT, Block, blocks, commands, name_of, pages, write_files
 
@@ -140,7 +141,20 @@ def command_fault(words: list[str]) -> str | None:
         return None  # --help or --version
     except click.ClickException as error:
         return error.format_message()
+    if command.name == "plan":
+        return plan_fault(**parsed.params)
     return recipe_words_fault(parsed.params["words"]) if "words" in parsed.params else None
+
+
+def plan_fault(words: tuple[str, ...], gpus: str, layout: str | None, **options: Any) -> str | None:
+    """Return what is wrong with a recipe or model, GPUs or layout of `rlqwen plan`; None if it can be planned."""
+    if words[0].endswith(".yaml"):
+        return recipe_words_fault(words)
+    try:
+        make_plan(words[0], words[1:], gpus=gpus, layout=layout)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def recipe_words_fault(words: tuple[str, ...]) -> str | None:
@@ -185,6 +199,10 @@ def test_commands_in_a_page_parse(page: Path, tmp_path: Path, monkeypatch: pytes
         ("rlqwen runn my.yaml", "no such command"),
         ("rlqwen data check train.jsonl --evall test.jsonl", "--evall"),
         ("rlqwen eval model", "--data"),
+        ("rlqwen plan Qwen/Qwen3-8B --gpus 8xH100 --layout tp=2", None),
+        ("rlqwen plan Qwen/Qwen3-8B --gpus 8xH300", "no such GPU"),
+        ("rlqwen plan Qwen/Qwen3-8B --layout tp=16", "makes fsdp=1 x tp=16"),
+        ("rlqwen plan Qwen/Qwen3-9B", "no config of that name"),
         ("rlqwen --version", None),
         ("torchrun --nnodes 2 -m rlqwen run my.yaml --resum", "--resum"),
         ("ls --resum", None),

@@ -98,6 +98,7 @@ SMALL: dict[str, list[str] | str] = {
     "rlqwen run quickstart_sft quickstart_grpo quickstart_student quickstart_distillation": stages(
         "sft", "grpo", "distillation"
     ),
+    "rlqwen plan Qwen/Qwen3-30B-A3B --gpus 16xH100-80G --best": [],
     "rlqwen run my.yaml --resume": ["train.max_steps=2", "--allow-changes"],
     "rlqwen run my.yaml resume=auto": ["output_dir=runs/auto"],
     "rlqwen run my.yaml resume=auto --max-restarts 3": ["output_dir=runs/supervised"],
@@ -114,6 +115,7 @@ SMALL: dict[str, list[str] | str] = {
     "python benchmarks/gpu.py --out FOLDER --tiny": [],
     "python benchmarks/gpu.py --out FOLDER": "as the one above, but for the shapes",
     "python benchmarks/gpu.py --out FOLDER --only attention,head": "as the one above",
+    "python benchmarks/plan_time.py": ["--tokens", "32", "--updates", "3", "--rounds", "1"],
     "python benchmarks/data_scale.py": ["--sizes", "60", "1100", "--trl-sizes", "60", "--processes", "1"],
     "python benchmarks/rollout_scale.py --only scale --workers 8 512": "as the one below",
     "python benchmarks/rollout_scale.py": [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rlqwen.config import Recipe
+from rlqwen.config.recipe_yaml import list_recipes
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.planning.cheapest_change import cheapest_change
 from rlqwen.planning.gpus import Cluster
@@ -153,3 +154,14 @@ def test_rows_of_the_data_give_the_length_of_the_run() -> None:
     assert make_plan("Qwen/Qwen3-0.6B", gpus="1xH100").plan.gpu_hours is None
     known = make_plan("Qwen/Qwen3-0.6B", gpus="1xH100", num_rows=4000)
     assert known.plan.work.num_steps == 3000
+
+
+@pytest.mark.parametrize("recipe", [each.name for each in list_recipes() if "quickstart" not in each.name])
+def test_every_recipe_for_gpus_is_planned(recipe: str) -> None:
+    algorithm = recipe.partition("_")[0]
+    settings = ["rollout.engine=transformers"] if algorithm in ("grpo", "ppo", "distillation") else []
+    made = make_plan(recipe, settings, gpus="64xH200", num_rows=1000)
+    assert made.plan.fits or made.change is not None
+    assert 0 < made.plan.step_seconds < 3600
+    parts = made.plan.memory.parts
+    assert ("teacher" in parts) == (algorithm == "distillation")
