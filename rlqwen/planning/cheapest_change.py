@@ -28,10 +28,10 @@ class Change:
 def cheapest_change(planner: RunPlanner, plan: RunPlan) -> Change | None:
     """Return the change that fits at the fewest GPU-seconds per token; None if nothing fits.
 
-    Settings and layouts of the same GPUs come first; then host memory or more GPUs; and an adapter, which is another
-    training, where nothing else fits.
+    What this version runs on the same GPUs comes first, then other layouts of them; then host memory or more GPUs; and an
+    adapter, which is another training, where nothing else fits.
     """
-    for tried in (_same_gpus, _more_memory, _adapters):
+    for tried in (_same_gpus, _other_layouts, _more_memory, _adapters):
         found = [change for change in tried(planner, plan) if change.plan.fits]
         if found:
             return min(found, key=lambda change: change.cost)
@@ -40,7 +40,7 @@ def cheapest_change(planner: RunPlanner, plan: RunPlan) -> Change | None:
 
 def setting_words(before: RunPlan, after: RunPlan) -> str:
     """Return the options and keys that lead from one plan to another on the same GPUs."""
-    words = [] if str(before.layout) == str(after.layout) else [f"--layout {after.layout}"]
+    words = [] if str(before.layout) == str(after.layout) else [after.layout.keys]
     train, changed = before.recipe.train, after.recipe.train
     for key in ("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps"):
         old, new = getattr(train, key), getattr(changed, key)
@@ -54,19 +54,22 @@ def setting_words(before: RunPlan, after: RunPlan) -> str:
 
 
 def _same_gpus(planner: RunPlanner, plan: RunPlan) -> Iterator[Change]:
-    """Yield recomputation, smaller micro-batches, and the best layout."""
+    """Yield recomputation, smaller micro-batches, and the best layout that this version runs."""
     for recipe in (_recomputing(planner.recipe), _single(planner.recipe)):
         changed = planner.plan(plan.layout, recipe)
         yield Change(setting_words(plan, changed), changed)
+    if (best := find_best(planner, runnable=True)) is not None:
+        yield Change(setting_words(plan, best), best)
+
+
+def _other_layouts(planner: RunPlanner, plan: RunPlan) -> Iterator[Change]:
     if (best := find_best(planner)) is not None:
         yield Change(setting_words(plan, best), best)
 
 
 def _more_memory(planner: RunPlanner, plan: RunPlan) -> Iterator[Change]:
     """Yield the optimizer in host memory, and more GPUs."""
-    offloading = [ParallelLayout(engine="deepspeed", fsdp=planner.train_gpus, zero_stage=3)]
-    if plan.layout.is_sharded:
-        offloading.append(plan.layout)
+    offloading = [ParallelLayout(engine="deepspeed", fsdp=planner.train_gpus, zero_stage=stage) for stage in (1, 2, 3)]
     for layout in offloading:
         changed = planner.plan(layout.with_sizes(offload_optimizer=True), _single(planner.recipe))
         yield Change(setting_words(plan, changed), changed)
@@ -83,15 +86,20 @@ def _single(recipe: Recipe) -> Recipe:
 
 
 def _more_gpus(planner: RunPlanner) -> Iterator[Change]:
-    """Yield the best plan on the fewest GPUs of the same kind on which the run fits."""
-    count = planner.cluster.count
+    """Yield the best plan on the fewest GPUs of the same kind, of those that this version runs if any fits."""
+    for runnable in (True, False):
+        for cluster in _larger(planner.cluster):
+            best = find_best(planner.on(cluster), runnable=runnable)
+            if best is not None:
+                yield Change(f"--gpus {cluster} {best.layout.keys}", best)
+                return
+
+
+def _larger(cluster: Cluster) -> Iterator[Cluster]:
+    count = cluster.count
     while count < MOST_GPUS:
         count = count * 2 if count < NODE else count + NODE if count < 4 * NODE else count * 2
-        cluster = Cluster(planner.cluster.gpu, min(count, MOST_GPUS))
-        best = find_best(planner.on(cluster))
-        if best is not None:
-            yield Change(f"--gpus {cluster} --layout {best.layout}", best)
-            return
+        yield Cluster(cluster.gpu, min(count, MOST_GPUS))
 
 
 def _adapters(planner: RunPlanner, plan: RunPlan) -> Iterator[Change]:

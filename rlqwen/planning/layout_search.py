@@ -18,13 +18,18 @@ _WEIGHTS = {"ep": 1, "sp": 2, "tp": 4, "pp": 8}
 """How much a kind of group adds to a layout's complexity: more than all kinds before it."""
 
 
-def layouts(planner: RunPlanner) -> list[ParallelLayout]:
+def layouts(planner: RunPlanner, *, runnable: bool = False) -> list[ParallelLayout]:
     """Return the FSDP2 layouts that divide model, GPUs and batch.
 
     Tensor, sequence and expert parallel groups stay inside a node. With an adapter there are only FSDP2 and sequence
     parallel ranks. Each rank has rows, and a pipeline as many micro-batches as stages, where any layout allows that.
+    `runnable`: only those that this version of rlqwen trains with.
     """
-    found = [layout for layout in _dividing(planner) if not layout.faults(planner.size.text_config)]
+    found = [
+        layout
+        for layout in _dividing(planner)
+        if not layout.faults(planner.size.text_config) and (layout.is_runnable or not runnable)
+    ]
     busy = [layout for layout in found if layout.data_ranks * layout.pp <= planner.work.sequences]
     return busy or found
 
@@ -41,15 +46,15 @@ def _dividing(planner: RunPlanner) -> Iterator[ParallelLayout]:
                     yield ParallelLayout(fsdp=fsdp, tp=tp, ep=ep, sp=sp, pp=pp)
 
 
-def find_best(planner: RunPlanner) -> RunPlan | None:
+def find_best(planner: RunPlanner, *, runnable: bool = False) -> RunPlan | None:
     """Return the simplest layout among the plans that fit and are nearly as fast as the fastest; None if none fits."""
-    fitting = [plan for plan in all_plans(planner) if plan.fits]
+    fitting = [plan for plan in all_plans(planner, runnable=runnable) if plan.fits]
     least = min((plan.step_seconds for plan in fitting), default=0.0)
     near = [plan for plan in fitting if plan.step_seconds <= NEARLY * least]
     return min(near, key=lambda plan: (_complexity(plan.layout), plan.step_seconds), default=None)
 
 
-def all_plans(planner: RunPlanner) -> Iterator[RunPlan]:
+def all_plans(planner: RunPlanner, *, runnable: bool = False) -> Iterator[RunPlan]:
     """Yield plans of each layout: with and without recomputation, and with micro-batches of several sizes.
 
     Engines of a GPU that all plans share have as many GPUs each as lets them sample fastest.
@@ -61,7 +66,7 @@ def all_plans(planner: RunPlanner) -> Iterator[RunPlan]:
         for checkpointing in (False, True)
         for size in sizes
     ]
-    for layout in layouts(planner):
+    for layout in layouts(planner, runnable=runnable):
         most = max(1, planner.work.sequences // layout.data_ranks)
         for size, variant in variants:
             if size <= most:

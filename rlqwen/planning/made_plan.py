@@ -60,7 +60,7 @@ def make_plan(
     recipe = read_target(target, overrides)
     size = measure(recipe)
     ranks = RunPlanner.train_ranks(recipe, cluster)
-    chosen = ParallelLayout.parse(layout, ranks) if layout else ParallelLayout.usual(recipe.train.parallel, ranks)
+    chosen = ParallelLayout.parse(layout, ranks) if layout else ParallelLayout.of(recipe.train.parallel, ranks)
     chosen.check(size.text_config)
     if num_rows is None and not is_model(target) and recipe.train.max_steps < 0:
         num_rows = count_rows(recipe)
@@ -70,6 +70,16 @@ def make_plan(
     found = find_best(planner) if best else None
     plan = found or given
     notes = () if found or not best else (f"--best: none of the layouts fits; this is {chosen}",)
+    if missing := plan.layout.missing:
+        notes = (*notes, _missing_note(missing, find_best(planner, runnable=True) if best else None))
     change = None if plan.fits else cheapest_change(planner, plan)
     settings = setting_words(given, plan) if best else ""
     return MadePlan(plan, size, change, mean_tokens is not None, notes, settings)
+
+
+def _missing_note(missing: Sequence[str], runnable: RunPlan | None) -> str:
+    note = f"this version of rlqwen has no {' and '.join(missing)}: the layout is planned, and cannot be run yet"
+    if runnable is None:
+        return note
+    speed = runnable.tokens_per_second
+    return f"{note}; the fastest that it runs is {runnable.layout}, with {speed:,.0f} tokens/s ({runnable.layout.keys})"

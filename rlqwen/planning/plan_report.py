@@ -108,11 +108,11 @@ def _ranks_in_words(plan: RunPlan) -> str:
         "fsdp2": "weights, gradients and optimizer in shards (FSDP2)"
         if layout.num_ranks > 1
         else "one GPU holds everything",
-        "deepspeed": f"DeepSpeed ZeRO {layout.zero_stage}",
+        "deepspeed": f"DeepSpeed ZeRO {layout.zero_stage}" if layout.zero_stage else "each holds everything",
         "megatron": "Megatron-LM with a distributed optimizer",
     }[layout.engine]
     if layout.num_ranks == 1:
-        return held
+        return "one GPU holds everything"
     rows = "the same row" if layout.data_ranks == 1 else f"{layout.data_ranks} different rows"
     return f"{layout.num_ranks} training ranks see {rows} at a time; {held}"
 

@@ -51,6 +51,7 @@ def read_target(target: str, overrides: Sequence[str] = ()) -> Recipe:
     if algorithm not in _USUAL:
         raise ConfigError(f"algorithm={algorithm!r}: a model alone is planned for {' or '.join(_USUAL)}; give a recipe")
     values = {"algorithm": algorithm, "model": {"path": target}, "output_dir": "runs/plan"} | _copy(_USUAL[algorithm])
+    values["parallel"] = {} if any(each.path[0] == "parallel" for each in parsed) else {"engine": "fsdp2"}
     for override in parsed:
         assign(values, _placed(override, values))
     return Recipe.parse(values)

@@ -17,6 +17,8 @@ from rlqwen.preflight.parallel_layout import ParallelLayout
 
 OPTIMIZER_BYTES = 32
 """Bytes that an update moves per trained parameter: weight and two moments read and written, the gradient read twice."""
+NODE_LATENCY = 15e-6
+"""Seconds that a gather takes per node that its ring passes, however little is gathered. An assumption."""
 HOST_LINK, HOST_BANDWIDTH = 25e9, 200e9
 """Bytes per second from a GPU to host memory, and of a node's host memory. Assumptions."""
 
@@ -172,10 +174,12 @@ def _shards(run: Run, layout: ParallelLayout) -> _ShardTraffic:
         gathered += experts * (1 - 1 / groups) / _ring(run, groups, layout.tp * layout.ep)
     reduced = gathered if run.trains_all else run.size.num_trained / stage.total * gathered
     gathers = 2 + run.work.forwards
+    nodes = -(-layout.fsdp * layout.tp // NODE)
+    waiting = NODE_LATENCY * nodes * run.size.shapes.total() / layout.pp * (gathers + 1)
     if layout.engine == "fsdp2":
-        return _ShardTraffic(2 * gathers * gathered + 4 * reduced, 0.0)
+        return _ShardTraffic(2 * gathers * gathered + 4 * reduced + waiting, 0.0)
     if layout.engine == "deepspeed" and layout.zero_stage == 3:
-        return _ShardTraffic(2 * (gathers + run.recomputes) * gathered + 2 * reduced, 0.0)
+        return _ShardTraffic(2 * (gathers + run.recomputes) * gathered + 2 * reduced + waiting, 0.0)
     if layout.engine == "deepspeed" and layout.zero_stage == 2:
         return _ShardTraffic(2 * reduced, 2 * reduced)
     width = 4 if layout.engine == "megatron" or not layout.zero_stage else 2

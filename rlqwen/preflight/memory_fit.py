@@ -91,7 +91,7 @@ def _changes(recipe: Recipe, plan_of: Planner, gpu_bytes: float, num_ranks: int)
         yield [{"train.precompute_ref_log_probs": True}]
     if isinstance(train, PPOConfig) and train.critic.kind == "model":
         yield [{"train.critic.kind": "head"}]
-    if not train.parallel.autotp_size > 1:
+    if not train.parallel.autotp_size > 1 and train.parallel.engine == "deepspeed":
         stage = train.parallel.zero_stage
         if num_ranks > 1 and not train.has_8bit_optimizer:
             yield [{"parallel.zero_stage": higher} for higher in range(stage + 1, 4)]

@@ -163,12 +163,7 @@ class _Planner:
         targets, vocabulary, width = self.rows.targets / self.layout.sp, self.config.vocab_size, self.config.hidden_size
         if self.layout.engine == "megatron":  # logits of all tokens, and their softmax in float32
             return float((2 + 4) * targets * vocabulary / self.layout.tp)
-        has_kernels = (
-            self.on_gpu
-            and not self.layout.is_sharded
-            and self.zero < 3
-            and not isinstance(self.train, DistillationConfig)
-        )
+        has_kernels = self.on_gpu and self.zero < 3 and not isinstance(self.train, DistillationConfig)
         if has_kernels:
             logits = min(targets, _HEAD_TOKENS) * VOCABULARY_CHUNK * self.rules.compute + 4 * targets * width
         else:

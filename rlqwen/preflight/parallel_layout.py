@@ -42,23 +42,16 @@ class ParallelLayout:
         pp = min(getattr(parallel, "pp", 1), num_ranks // tp)
         fsdp = max(1, num_ranks // (tp * pp))
         return cls(
-            engine=getattr(parallel, "engine", None) or "deepspeed",
+            engine=parallel.engine,
             fsdp=fsdp,
             tp=tp,
             ep=min(getattr(parallel, "ep", 1), fsdp),
             sp=min(max(parallel.sequence_parallel_size, getattr(parallel, "sp", 1)), num_ranks),
             pp=pp,
-            zero_stage=parallel.zero_stage,
+            zero_stage=parallel.zero_stage if parallel.engine == "deepspeed" else 3,
             offload_optimizer=parallel.offload_optimizer,
             offload_parameters=parallel.offload_parameters,
         )
-
-    @classmethod
-    def usual(cls, parallel: ParallelConfig, num_ranks: int) -> "ParallelLayout":
-        """Return the layout that a recipe asks for, or FSDP2 on all ranks where it asks for none."""
-        asks = parallel.zero_stage or parallel.deepspeed or parallel.autotp_size > 1 or hasattr(parallel, "engine")
-        layout = cls.of(parallel, num_ranks)
-        return layout if asks else replace(layout, engine="fsdp2", zero_stage=3)
 
     @classmethod
     def parse(cls, text: str, num_ranks: int) -> "ParallelLayout":
@@ -111,6 +104,30 @@ class ParallelLayout:
     def is_sharded(self) -> bool:
         """Return whether FSDP2 shards the model: it does nothing on a single rank."""
         return self.engine == "fsdp2" and self.num_ranks > 1
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the sizes that a recipe cannot ask for, because this version of rlqwen does not have such groups."""
+        return [key for key in ("tp", "ep", "pp") if getattr(self, key) > 1 and key not in ParallelConfig.model_fields]
+
+    @property
+    def is_runnable(self) -> bool:
+        """Return whether this version of rlqwen trains with the layout."""
+        return self.engine == "deepspeed" or (self.engine == "fsdp2" and not self.missing)
+
+    @property
+    def keys(self) -> str:
+        """Return the layout as keys of a recipe, if it is one that runs, else as the option of `rlqwen plan`."""
+        if not self.is_runnable:
+            return f"--layout {self}"
+        words = [f"parallel.{key}={getattr(self, key)}" for key in ("tp", "ep", "pp") if getattr(self, key) > 1]
+        if self.engine == "deepspeed":
+            words = [f"parallel.zero_stage={self.zero_stage}"]
+            words += [f"parallel.autotp_size={self.tp}"] if self.tp > 1 else []
+            words += ["parallel.offload_optimizer=true"] if self.offload_optimizer else []
+        elif self.num_ranks > 1:
+            words = ["parallel.engine=fsdp2", *words]
+        return " ".join([*words, *([f"parallel.sequence_parallel_size={self.sp}"] if self.sp > 1 else [])])
 
     @property
     def states_rank(self) -> int:

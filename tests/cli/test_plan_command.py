@@ -36,8 +36,8 @@ def test_a_plan_says_memory_time_and_cost(capsys: pytest.CaptureFixture[str]) ->
 def test_what_does_not_fit_ends_with_two_and_names_the_cheapest_change(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "Qwen/Qwen2.5-72B", "--gpus", "8xH100"]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert "which needs a GPU of 170.0 GiB, and H100-80G has 79.6 GiB" in shown
-    assert "the cheapest change that fits is --gpus 16xH100-80G --layout fsdp=" in shown
+    assert re.search(r"which needs a GPU of 16\d\.\d GiB, and H100-80G has 79.6 GiB", shown)
+    assert "the cheapest change that fits is --gpus 24xH100-80G parallel.engine=fsdp2" in shown
 
 
 def test_the_best_layout_of_grpo_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 
 from rlqwen.config import Recipe
-from rlqwen.config.recipe_yaml import list_recipes
+from rlqwen.config.recipe_yaml import list_recipes, load_recipe
 from rlqwen.errors import ConfigError, ModelError
 from rlqwen.planning.cheapest_change import cheapest_change
 from rlqwen.planning.gpus import Cluster
 from rlqwen.planning.layout_search import NEARLY, all_plans, find_best, layouts
 from rlqwen.planning.made_plan import make_plan
 from rlqwen.planning.plan_target import read_target
-from rlqwen.planning.published_models import published_names
+from rlqwen.planning.published_models import CONFIGS, published_names
 from rlqwen.planning.run_plan import RunPlanner
+from rlqwen.planning.step_time import NODE_LATENCY
 from rlqwen.planning.workload import Workload
+from rlqwen.preflight import check_recipe
 from rlqwen.preflight.parallel_layout import ParallelLayout
 from tests.planning.models import size_of
 
@@ -109,8 +111,8 @@ def test_models_of_every_family_are_planned_on_1024_gpus() -> None:
     ("name", "gpus", "said"),
     [
         ("Qwen3-4B", "1xH100", "train.gradient_checkpointing=true"),
-        ("Qwen2.5-72B", "8xH100", "--gpus 16xH100-80G --layout fsdp="),
-        ("Qwen3-8B", "1xRTX4090", "--gpus 8xRTX4090-24G"),
+        ("Qwen2.5-72B", "8xH100", "--gpus 24xH100-80G parallel.engine=fsdp2"),
+        ("Qwen3-8B", "1xRTX4090", "--gpus 8xRTX4090-24G parallel.engine=fsdp2"),
     ],
 )
 def test_the_cheapest_change_fits(name: str, gpus: str, said: str) -> None:
@@ -165,3 +167,27 @@ def test_every_recipe_for_gpus_is_planned(recipe: str) -> None:
     assert 0 < made.plan.step_seconds < 3600
     parts = made.plan.memory.parts
     assert ("teacher" in parts) == (algorithm == "distillation")
+
+
+def test_check_and_plan_compute_the_same_memory(tmp_path: Path) -> None:
+    config = CONFIGS / "Qwen3-8B.json"
+    (tmp_path / "config.json").write_text(config.read_text())
+    settings = [f"model.path={tmp_path}", "parallel.zero_stage=3", "train.max_length=2048"]
+    settings.append("data.train.path=builtin:questions")
+    recipe = load_recipe("sft_gsm8k_qwen3_0.6b", settings)
+    report = check_recipe(recipe, gpu_gib=80.0, num_ranks=8)
+    made = make_plan("sft_gsm8k_qwen3_0.6b", settings, gpus="8xA100-80G", num_rows=1000)
+    assert str(made.plan.layout) == "engine=deepspeed,zero=3,fsdp=8"
+    (checked,), (planned,) = report.figures, made.report().figures
+    assert checked.columns[1:] == planned.columns[1:]
+    assert checked.rows == planned.rows
+
+
+def test_a_gather_over_many_nodes_takes_longer_than_its_bytes() -> None:
+    seconds = []
+    for count in (64, 1024):
+        planner = planner_of("Qwen3-0.6B", f"{count}xH100", "train.gradient_accumulation_steps=1")
+        seconds.append(planner.plan(ParallelLayout(fsdp=count)).update.parts.get("weights and gradients", 0.0))
+    # Each rank has as many tokens; a gather passes 128 nodes instead of 8, and no longer hides behind computing.
+    waiting = 3 * 28 * NODE_LATENCY * 128
+    assert seconds[0] < 0.01 < 0.5 * waiting < seconds[1]
