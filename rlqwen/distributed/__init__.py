@@ -1,6 +1,6 @@
 """Carry out updates on one process or several; no other package knows the number of processes."""
 
-from rlqwen.distributed.device import pick_device
+from rlqwen.distributed.device import compute_dtype, pick_device
 from rlqwen.distributed.lr_schedule import warmup_updates
 from rlqwen.distributed.main_rank import MainRank, on_all_ranks, on_this_rank
 from rlqwen.distributed.optimizer_step import OptimizerStep, UpdateResult
@@ -16,6 +16,7 @@ __all__ = [
     "Ranks",
     "UpdateResult",
     "build_optimizer_step",
+    "compute_dtype",
     "exact_weight",
     "gathered",
     "has_exact",

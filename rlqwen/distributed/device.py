@@ -1,10 +1,12 @@
-"""Choose the device that this rank computes on."""
+"""Choose the device that this rank computes on, and the dtype."""
 
 import ctypes
 import functools
 import os
 
 import torch
+
+from rlqwen.config import TrainerConfig
 
 _MALLOC_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -19,6 +21,14 @@ def pick_device(use_cpu: bool) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def compute_dtype(args: TrainerConfig, device: torch.device | str) -> torch.dtype:
+    """Return the dtype of forward passes on a device, as `bf16` and `fp16` say or, by default, as the device can."""
+    if args.fp16:
+        return torch.float16
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if (on_gpu if args.bf16 is None else args.bf16) else torch.float32
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Shard a model's weights, gradients and optimizer state among all ranks: PyTorch's FSDP2 (`fully_shard`).
 
-Matrices are cut by rows, and gathered for one decoder layer at a time while it is computed, in the forward's dtype. Each
+Matrices are cut by rows (fused experts so that every rank has as much, if that is possible), and gathered for one decoder layer at a time while it is computed, in the forward's dtype. Each
 rank keeps its float32 rows, and the gradients of all ranks are added up in float32. Vectors, such as the weights of norms,
 and heads of one number stay whole on every rank: they are a ten-thousandth of a model, and compute in float32.
 """
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from rlqwen.config import ParallelConfig
 
@@ -26,7 +27,8 @@ def shards_weights(config: ParallelConfig) -> bool:
 def shard(root: nn.Module, layers: Iterable[nn.Module], *, device: torch.device, dtype: torch.dtype) -> None:
     """Replace the matrices of `root` by this rank's rows, on `device`; call it on every rank, with the same weights.
 
-    Forwards must go through `root`, on all ranks together. The weights may lie on another device before.
+    Forwards must go through `root`, on all ranks together. The weights may lie on another device before; those without
+    memory (on `meta`) stay so, to be loaded.
 
     Args:
         root: contains the layers; what it holds beside them (embedding, head) is whole from its forward to its backward.
@@ -41,9 +43,12 @@ def shard(root: nn.Module, layers: Iterable[nn.Module], *, device: torch.device,
     )
     layers = list(layers)
     for module in (*layers, root):
-        fully_shard(module, mesh=mesh, mp_policy=precision, ignored_params=kept)
+        fully_shard(
+            module, mesh=mesh, mp_policy=precision, ignored_params=kept, shard_placement_fn=_placement_of_experts
+        )
     for weight in kept:
-        weight.data = weight.data.to(device)
+        if not weight.is_meta:
+            weight.data = weight.data.to(device)
     for name, weight in root.named_parameters():
         vars(weight).update(marks[name])
     for sharded in sharded_modules(root):
@@ -73,6 +78,12 @@ def _reshard_without_backward(root: nn.Module, arguments: Any, output: Any) -> N
 
 def _is_cut(weight: nn.Parameter) -> bool:
     return weight.ndim > 1 and weight.shape[0] > 1 and weight.is_floating_point()
+
+
+def _placement_of_experts(weight: nn.Parameter) -> Shard | None:
+    """Return where to cut the experts in one weight so that every rank has as much; None: by rows, as other weights."""
+    sizes = enumerate(weight.shape if weight.ndim == 3 else ())
+    return next((Shard(dim) for dim, size in sizes if size % dist.get_world_size() == 0), None)
 
 
 def _mesh(device: torch.device) -> DeviceMesh:

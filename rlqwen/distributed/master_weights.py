@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlqwen.config import TrainerConfig
+from rlqwen.distributed.device import compute_dtype
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.errors import ConfigError
 
@@ -76,8 +77,7 @@ class MasterWeights:
 
 def check_bfloat16(args: TrainerConfig, device: torch.device) -> None:
     """Raise ConfigError if the forward pass on `device` is not in bfloat16, for which masters are kept."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if not (on_gpu if args.bf16 is None else args.bf16):
+    if compute_dtype(args, device) != torch.bfloat16:
         raise ConfigError(
             f"master_weights=true keeps weights in bfloat16, and the forward pass on this {device.type} is in float32 "
             f"(bf16 is {args.bf16}): set bf16 to true, or leave master_weights out"

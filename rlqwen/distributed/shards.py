@@ -4,7 +4,7 @@ So clipping, AdamW and the check of its moments do not know about shards, and on
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -13,7 +13,7 @@ from rlqwen.distributed.fsdp import reshard
 from rlqwen.distributed.parameter_group import ParameterGroup
 
 
-def is_shard(tensor: Any) -> bool:
+def is_shard(tensor: Any) -> TypeGuard[DTensor]:
     """Return whether this is a tensor of which each rank holds a part."""
     return isinstance(tensor, DTensor)
 
@@ -25,10 +25,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the part of a whole tensor that this rank holds of `like`."""
-    if not isinstance(like, DTensor):
-        return tensor
+    return shard_like(tensor, like).to_local() if isinstance(like, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: DTensor) -> DTensor:
+    """Return a whole tensor, which all ranks have, cut as `like` is; nothing is communicated."""
     here = tensor.to(like.to_local().device)
-    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return distribute_tensor(here, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Shards:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlqwen.config import TrainerConfig
 from rlqwen.distributed.adamw import build_adamw
 from rlqwen.distributed.deepspeed_config import check_batch_size, complete_ds_config
+from rlqwen.distributed.device import compute_dtype
 from rlqwen.distributed.optimizer_step import OptimizerStep
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
@@ -102,8 +103,7 @@ def _engine_dtype(groups: Sequence[ParameterGroup], args: TrainerConfig) -> str:
         from deepspeed.accelerator import get_accelerator
 
         return "fp16" if get_accelerator().is_fp16_supported() else "fp32"
-    on_gpu = groups[0].parameters[0].device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bf16" if (on_gpu if args.bf16 is None else args.bf16) else "fp32"
+    return "bf16" if compute_dtype(args, groups[0].parameters[0].device) == torch.bfloat16 else "fp32"
 
 
 def _join_alone() -> None:

@@ -38,6 +38,15 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     )
 
 
+def reads_base(config: Any) -> bool:
+    """Return whether putting the adapter on reads or copies weights of the base, which must then be whole."""
+    if not isinstance(config, LoraConfig):
+        return config is not None
+    copied = set(config.modules_to_save or ()) - {"score"}  # a head of one number is never cut
+    of_parameters = config.target_parameters or config.trainable_token_indices
+    return bool(copied or of_parameters or config.use_dora or changes_base(config) or config.init_lora_weights == "eva")
+
+
 def add_adapter(model: PreTrainedModel, config: Any) -> tuple[PeftModel, list[str]]:
     """Put an adapter of `config` on `model`; a fully trained embedding stays tied to the head if it was.
 

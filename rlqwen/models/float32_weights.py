@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from rlqwen.distributed.shards import is_shard, shard_like
 from rlqwen.models.hub import StoredTensor, read_config, stored_tensors
 
 _MARK = "keeps_float32"
@@ -28,12 +29,17 @@ def restore_float32(model: Any, folder: Path) -> None:
     }
     if not exact or not half:
         return
-    by_stored_name = {next(iter(revert_weight_conversion(model, {name: half[name]}))): half[name] for name in half}
-    for name in exact.keys() & by_stored_name.keys():
-        weight = by_stored_name[name]
+    own_names = {next(iter(revert_weight_conversion(model, {name: half[name]}))): name for name in half}
+    for name in exact.keys() & own_names.keys():
+        weight = half[own_names[name]]
         if weight.shape == exact[name].shape:
             with safe_open(exact[name].path, framework="pt") as file:
-                weight.data = file.get_tensor(name).to(weight.device)
+                value = file.get_tensor(name).to(weight.device)
+            if is_shard(weight):
+                module, _, own = own_names[name].rpartition(".")
+                model.get_submodule(module).register_parameter(own, nn.Parameter(shard_like(value, weight)))
+            else:
+                weight.data = value
 
 
 def float32_weights(folder: Path) -> dict[str, StoredTensor]:

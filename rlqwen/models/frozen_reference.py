@@ -38,16 +38,19 @@ class FrozenReference:
         is_quantized = bool(quantized_bits(model))
         if is_quantized:
             prepare_quantized(model)
-        model = (model if sharded else model.to(device)).eval().requires_grad_(False)
+        loaded = Root.of(model)
+        model = (model.to(device) if loaded or not sharded else model).eval().requires_grad_(False)
         if is_quantized:
             use_training_products(model)
-        else:
+        elif loaded is None:
             _cast_as_autocast(model, dtype)
+        elif dtype == torch.float32:
+            loaded.float()  # a half-precision forward casts what it gathers
         use_packed_attention(model)
         speed_up_on_gpu(model)
         self.model: PreTrainedModel = model
-        self._root = Root(model)
-        if sharded:
+        self._root = loaded or Root(model)
+        if sharded and not loaded:
             self._root.shard(device=device, dtype=dtype)
 
     def __call__(self, compute: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,6 +1,8 @@
 """Load models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
+import contextlib
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +16,16 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from rlqwen.config import TrainerConfig
-from rlqwen.distributed import pick_device
+from rlqwen.distributed import compute_dtype, pick_device
+from rlqwen.distributed.fsdp import shards_weights
 from rlqwen.errors import ConfigError, ModelError
+from rlqwen.models.adapters import reads_base
 from rlqwen.models.folder_files import UNREADABLE
 from rlqwen.models.hub import download, pinned, refuse_pickles, split_revision
 from rlqwen.models.model_classes import load_causal, load_scalar, quiet_loading
 from rlqwen.models.quantization import require_bitsandbytes
+from rlqwen.models.root import Root
+from rlqwen.models.sharded_loading import NotInPartsError, loading_in_parts
 from rlqwen.models.tiny import resolve_model_path
 from rlqwen.terminal import warn
 
@@ -30,23 +36,56 @@ _LOADING_ARGUMENTS = ("dtype", "quantization_config")
 """Arguments of a built-in model that `from_pretrained` must get."""
 
 
-def load_model(name_or_path: str, args: TrainerConfig) -> PreTrainedModel:
-    """Load a causal language model by name, see rlqwen.models.model_classes; ModelError if that fails."""
+def load_model(name_or_path: str, args: TrainerConfig, *, in_parts: bool = True) -> PreTrainedModel:
+    """Load a causal language model by name, see rlqwen.models.model_classes; ModelError if that fails.
+
+    `in_parts`: whether a rank may load only the parts of the weights that it will keep; else they are cut later.
+    """
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
     if arguments.get("quantization_config") is not None:
         require_bitsandbytes("quantization_config")
         # Quantized weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
-    return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+    try:
+        with _in_parts(args, arguments, wanted=in_parts) as more:
+            return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments, **more)
+    except NotInPartsError:
+        return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
 
 
-def load_scalar_model(name_or_path: str, args: TrainerConfig) -> tuple[PreTrainedModel, bool]:
+def load_scalar_model(name_or_path: str, args: TrainerConfig, *, in_parts: bool = True) -> tuple[PreTrainedModel, bool]:
     """Return a model that outputs one number, and whether it had a head for it; a causal model gets a new one.
 
-    Raises ModelError, also if the folder has a head with several labels.
+    Raises ModelError, also if the folder has a head with several labels. `in_parts`: see `load_model`.
     """
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
-    return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+    try:
+        with _in_parts(args, arguments, wanted=in_parts) as more:
+            return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments, **more)
+    except NotInPartsError:
+        return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+
+
+@contextlib.contextmanager
+def _in_parts(args: TrainerConfig, arguments: Mapping[str, Any], *, wanted: bool) -> Iterator[dict[str, Any]]:
+    """Load models inside in this rank's parts, if ranks share weights; yield more arguments of `from_pretrained`."""
+    if not wanted or not shards_weights(args.parallel) or arguments.get("quantization_config") is not None:
+        yield {}
+        return
+    device = pick_device(args.use_cpu)
+    dtype = compute_dtype(args, device)
+    with loading_in_parts(lambda model: Root.shard_without_memory(model, device=device, dtype=dtype)) as more:
+        yield more
+
+
+def load_with_reference(
+    name_or_path: str, args: TrainerConfig, *, peft_config: Any, reference: bool | nn.Module
+) -> tuple[PreTrainedModel, bool | nn.Module]:
+    """Return a model by name, and its reference as Policy takes it: a model in parts cannot be copied, and is loaded again."""
+    model = load_model(name_or_path, args, in_parts=not reads_base(peft_config))
+    if reference is True and peft_config is None and Root.of(model) is not None:
+        reference = load_model(name_or_path, args)
+    return model, reference
 
 
 def load_reference(ref_model: str | nn.Module, model: str | nn.Module, args: TrainerConfig) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlqwen.config import TrainerConfig
-from rlqwen.distributed import gathered, has_exact, is_sharded, keep_exact, on_this_rank
+from rlqwen.distributed import compute_dtype, gathered, has_exact, is_sharded, keep_exact, on_this_rank
 from rlqwen.distributed.fsdp import shards_weights
 from rlqwen.distributed.master_weights import MasterWeights
 from rlqwen.distributed.tensor_parallel import shard_layers
@@ -92,7 +92,7 @@ class PackedModel:
         check_cuttable(model.config, self.sequence.size)
         self.original_dtype: torch.dtype = model.dtype
         mark_float32(model)
-        self.compute_dtype = self._wanted_dtype(args)
+        self.compute_dtype = compute_dtype(args, self.device)
         self.notes: list[str] = []
         """Notes for the user on how the arguments were understood."""
         if peft_config is not None:
@@ -109,8 +109,11 @@ class PackedModel:
             prepare_quantized(model)
         self.shards_weights = shards_weights(args.parallel)
         """Whether each rank holds a part of every matrix, as FSDP2 cuts it."""
-        self.model: Any = model if self.shards_weights else model.to(self.device)
-        self.root = Root(self.model)
+        loaded = Root.of(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.root = loaded or Root(model)
+        if loaded or not self.shards_weights:
+            model.to(self.device)
+        self.model: Any = model
         self.version = 0
         """How often the trained weights were changed, by an update or a checkpoint; never falls."""
         self.has_adapter = isinstance(model, PeftModel)
@@ -121,7 +124,7 @@ class PackedModel:
         """Whether this rank holds shards of the layers, and computes with them."""
         shard_layers(self.model, args.parallel.autotp_size)
         self._prepare_training(args)
-        if self.shards_weights:
+        if self.shards_weights and not loaded:
             self.root.shard(device=self.device, dtype=self.compute_dtype)
         self.routers = RouterBalance(self.base_model, args.router_aux_loss_coef)
         self._router_logits: list[Tensor] = []
@@ -137,15 +140,12 @@ class PackedModel:
             rows = attention_note(text, self.device, self.compute_dtype)
         return [note for note in (rows, kernel_note(text, self.device.type)) if note]
 
-    def _wanted_dtype(self, args: TrainerConfig) -> torch.dtype:
-        if args.fp16:
-            return torch.float16
-        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if (on_gpu if args.bf16 is None else args.bf16) else torch.float32
-
     def _prepare_training(self, args: TrainerConfig) -> None:
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
+        trained = self.trained_parameters
+        if any(map(is_sharded, trained)):
+            self.root.float()  # whose modules tell FSDP2
+        for parameter in trained:
+            if not is_sharded(parameter):
                 parameter.data = parameter.data.float()
         chosen = args.gradient_checkpointing
         self.recomputation: Recomputation = self.device.type == "cuda" if chosen is None else chosen

@@ -22,7 +22,7 @@ from rlqwen.data import CleaningReport, DataReport
 from rlqwen.data.streams import StreamedRows, as_stream
 from rlqwen.distributed import MainRank, ParameterGroup, UpdateResult, build_optimizer_step, pick_device
 from rlqwen.errors import ConfigError
-from rlqwen.models.loading import align_stop_tokens, check_same_tokens, load_model, split_builtin_arguments
+from rlqwen.models.loading import align_stop_tokens, check_same_tokens, load_with_reference, split_builtin_arguments
 from rlqwen.models.packed_model import PackedModel
 from rlqwen.models.policy import Policy
 from rlqwen.packing.batch import PackedBatch
@@ -139,8 +139,10 @@ class Trainer(ABC, Generic[Row, Args, Model]):
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> Model:
         """Return the model to train, from its folder or hub id or from what was given: a policy, by default."""
+        if isinstance(model, str):
+            model, reference = load_with_reference(model, self.args, peft_config=peft_config, reference=reference)
         policy = Policy(
-            load_model(model, self.args) if isinstance(model, str) else model,
+            model,
             self.args,
             peft_config=peft_config,
             reference=reference,

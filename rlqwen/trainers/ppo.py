@@ -24,6 +24,7 @@ from rlqwen.algorithms.losses import PPOPolicyLoss, Totals, kl_divergence, ppo_v
 from rlqwen.config import PPOConfig
 from rlqwen.distributed import ParameterGroup
 from rlqwen.errors import ConfigError
+from rlqwen.models.adapters import reads_base
 from rlqwen.models.critic import Critic, ScalarModel, ValueHead
 from rlqwen.models.hub import check_vocabulary
 from rlqwen.models.loading import load_reference, load_scalar_model
@@ -104,7 +105,8 @@ class PPOTrainer(OnlineTrainer[PPOConfig]):
             )
         has_head = True
         if not isinstance(model, nn.Module):
-            model, has_head = load_scalar_model(model or config.path or self.workers_folder, self.args)
+            name = model or config.path or self.workers_folder
+            model, has_head = load_scalar_model(name, self.args, in_parts=not reads_base(peft_config))
         check_vocabulary(self.processing_class, model.config, "value_model")
         critic = ScalarModel(
             model, self.args, peft_config=peft_config, device=self.policy.device, sequence=self.ranks.sequence

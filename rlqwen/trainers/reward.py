@@ -19,6 +19,7 @@ from rlqwen.config import RewardConfig
 from rlqwen.data import PreferenceRow, as_rows, load_chat_template, tokenize_reward_rows
 from rlqwen.distributed import pick_device
 from rlqwen.errors import ModelError
+from rlqwen.models.adapters import reads_base
 from rlqwen.models.critic import ScalarModel
 from rlqwen.models.loading import load_scalar_model
 from rlqwen.packing.batch import Branch, PackedBatch, Tree
@@ -76,7 +77,7 @@ class RewardTrainer(Trainer[PreferenceRow, RewardConfig, ScalarModel]):
 
     def load_policy(self, model: str | nn.Module, *, peft_config: Any, reference: bool | nn.Module) -> ScalarModel:
         if isinstance(model, str):
-            model, _ = load_scalar_model(model, self.args)
+            model, _ = load_scalar_model(model, self.args, in_parts=not reads_base(peft_config))
         else:
             config: Any = model.config
             if config.num_labels != 1:
