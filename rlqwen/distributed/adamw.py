@@ -1,6 +1,6 @@
 """Build AdamW: PyTorch's, or that of bitsandbytes, whose moments have 8 bits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -38,8 +38,9 @@ def require_8bit(args: TrainerConfig) -> None:
         )
 
 
-def state_to_save(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def state_to_save(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return the tensors of a parameter's state; a number, and a table that parameters share, as one of its own."""
+    state = optimizer.state.get(parameter, {})
     tensors = {key: torch.as_tensor(value).detach().cpu().contiguous() for key, value in state.items()}
     return {key: value.clone() if key.startswith("qmap") else value for key, value in tensors.items()}
 

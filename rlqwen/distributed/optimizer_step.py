@@ -21,10 +21,18 @@ from rlqwen.distributed.gradient_sum import add_up_over_ranks
 from rlqwen.distributed.loss_scale import LossScale
 from rlqwen.distributed.lr_schedule import build_schedulers
 from rlqwen.distributed.master_weights import MasterWeights, check_bfloat16
-from rlqwen.distributed.optimizer_state import MASTER, refuse_other_shapes, restore_optimizer, save_optimizer
+from rlqwen.distributed.optimizer_state import (
+    MASTER,
+    PARTS_FOLDER,
+    read_tensors,
+    refuse_other_shapes,
+    restore_plain,
+    save_optimizer,
+)
 from rlqwen.distributed.parameter_group import ParameterGroup
 from rlqwen.distributed.ranks import Ranks
 from rlqwen.distributed.shards import Shards
+from rlqwen.distributed.state_parts import save_parts
 from rlqwen.distributed.tensor_parallel import is_shard
 from rlqwen.errors import ConfigError, NonFiniteError
 
@@ -160,35 +168,41 @@ class OptimizerStep:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write the state of optimizer and schedule into `folder`; called on every rank."""
-        tensors = dict(self._state())
+        tensors = None if self.shards else dict(self._state())
+        if self.shards:
+            save_parts(folder / PARTS_FOLDER, dict(self._parts()), self.ranks.group)
         if self.ranks.is_main:
             memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.state_dict()}
             save_optimizer(folder, tensors, self.optimizers, self.schedulers, memory)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Read back what this class or ZeroStep wrote; called on every rank, after the weights are restored."""
-        names = {name for group in self.groups for name, _ in group.named()}
-        states, memory = restore_optimizer(folder, names, self.optimizers, self.schedulers)
-        for group in self.groups:
-            for name, parameter in group.named():
-                refuse_other_shapes(name, states.get(name, {}), self.shards.shape(parameter))
+        named = {name: parameter for group in self.groups for name, parameter in group.named()}
+        states = read_tensors(
+            folder, lambda name, like: self.shards.empty(named.get(name), like), named, self.ranks.group
+        )
+        for name, parameter in named.items():
+            refuse_other_shapes(name, states.get(name, {}), self.shards.shape(parameter))
+        memory = restore_plain(folder, self.optimizers, self.schedulers)
         self._restore_state(states)
         self._nonfinite_in_a_row = int(memory["nonfinite_in_a_row"])
         self.scale.load_state_dict(memory["loss_scale"])
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer state of each parameter by name, on the main rank; call it on all ranks together."""
+        """Yield the optimizer state of each parameter by name; on the main rank only."""
+        for group in self.groups if self.ranks.is_main else ():
+            for name, parameter in group.named():
+                if self.masters.owns(parameter):
+                    yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
+                for key, value in state_to_save(self.optimizers[0], parameter).items():
+                    yield f"{name}/{key}", value
+
+    def _parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the optimizer state of each parameter by name, of sharded weights this rank's part."""
         for group in self.groups:
             for name, parameter in group.named():
-                if not (self.ranks.is_main or self.shards.owns(parameter)):
-                    continue
-                state = self.optimizers[0].state.get(parameter, {})
-                state = {key: self.shards.whole(parameter, value) for key, value in state.items()}
-                if self.ranks.is_main:
-                    if self.masters.owns(parameter):
-                        yield f"{name}/{MASTER}", parameter.detach().cpu().contiguous()
-                    for key, value in state_to_save(state).items():
-                        yield f"{name}/{key}", value
+                for key, value in self.optimizers[0].state.get(parameter, {}).items():
+                    yield f"{name}/{key}", self.shards.sharded(parameter, value)
 
     def _restore_state(self, states: dict[str, dict[str, Tensor]]) -> None:
         for group in self.groups:

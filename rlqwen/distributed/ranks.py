@@ -76,6 +76,11 @@ class Ranks:
         """The ranks whose gradients add up: those with the same shards. None: all."""
 
     @property
+    def group(self) -> Any:
+        """Return a process group of all ranks whose messages go through CPU memory; None if there is one rank."""
+        return self._group
+
+    @property
     def is_main(self) -> bool:
         """Return whether this is the rank that samples, logs and writes for all."""
         return self.rank == 0

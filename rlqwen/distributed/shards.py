@@ -6,6 +6,7 @@ So clipping, AdamW and the check of its moments do not know about shards, and on
 from dataclasses import replace
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -71,18 +72,27 @@ class Shards:
         weight = self._weights[id(parameter)][1] if self.owns(parameter) else parameter
         return tuple(getattr(weight, "ds_shape", weight.shape))
 
-    def whole(self, parameter: Tensor, value: Any) -> Any:
-        """Return a value of the optimizer's state with the parts of all ranks, which call this together."""
-        if not self.owns(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    def __bool__(self) -> bool:
+        return bool(self._weights)
+
+    def sharded(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """Return a tensor of a parameter's state as this rank's part of a whole, if the weight is sharded and it has its shape."""
+        if not self.owns(parameter) or value.shape != parameter.shape:
             return value
         weight = self._weights[id(parameter)][1]
-        sharded = DTensor.from_local(
-            value, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
-        )
-        return sharded.full_tensor()
+        layout = (weight.device_mesh, weight.placements)
+        return DTensor.from_local(value, *layout, shape=weight.shape, stride=weight.stride(), run_check=False)
+
+    def empty(self, parameter: Tensor | None, like: Tensor) -> Tensor:
+        """Return a tensor to read one of a parameter's state into, which has the shape and dtype of `like`."""
+        if parameter is None or not self.owns(parameter) or tuple(like.shape) != self.shape(parameter):
+            return torch.empty(like.shape, dtype=like.dtype)
+        return self.sharded(parameter, torch.empty(parameter.shape, dtype=like.dtype))
 
     def own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """Return this rank's part of a value that `whole` returned."""
-        if not self.owns(parameter) or value.shape != self.shape(parameter):
+        """Return this rank's part of a tensor of a parameter's state, whole or read in parts."""
+        if isinstance(value, DTensor):
+            return value.to_local()
+        if not self.owns(parameter) or tuple(value.shape) != self.shape(parameter):
             return value
         return own_part(value, self._weights[id(parameter)][1])

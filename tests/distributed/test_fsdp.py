@@ -90,6 +90,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path: Path) -> None:
 
     run_ranks(lambda: run("straight"))
     run_ranks(lambda: run("resumed", tmp_path / "straight" / "checkpoints" / "step-000002"))
+    parts = tmp_path / "straight" / "checkpoints" / "step-000002" / "optimizer"
+    sizes = [path.stat().st_size for path in parts.iterdir()]
+    assert len(sizes) == 2  # one of each rank
+    assert max(sizes) < 1.05 * min(sizes)
     ours, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("resumed", "straight"))
     assert ours.keys() == theirs.keys()
     assert all(ours[key].equal(theirs[key]) for key in ours)
