@@ -1,8 +1,9 @@
 """Shard a model's weights, gradients and optimizer state among all ranks: PyTorch's FSDP2 (`fully_shard`).
 
-Matrices are cut by rows (fused experts so that every rank has as much, if that is possible), and gathered for one decoder layer at a time while it is computed, in the forward's dtype. Each
-rank keeps its float32 rows, and the gradients of all ranks are added up in float32. Vectors, such as the weights of norms,
-and heads of one number stay whole on every rank: they are a ten-thousandth of a model, and compute in float32.
+Matrices are cut by rows (fused experts so that every rank has as much, if that is possible), and gathered for one decoder
+layer at a time while it is computed, in the forward's dtype. Each rank keeps its float32 rows, and the gradients of all
+ranks are added up in float32. Vectors, such as the weights of norms, and heads of one number stay whole on every rank: they
+are a ten-thousandth of a model, and compute in float32.
 """
 
 import itertools

@@ -168,8 +168,8 @@ class OptimizerStep:
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write the state of optimizer and schedule into `folder`; called on every rank."""
-        tensors = None if self.shards else dict(self._state())
-        if self.shards:
+        tensors = dict(self._state()) if self.shards.is_empty else None
+        if tensors is None:
             save_parts(folder / PARTS_FOLDER, dict(self._parts()), self.ranks.group)
         if self.ranks.is_main:
             memory = {"nonfinite_in_a_row": self._nonfinite_in_a_row, "loss_scale": self.scale.state_dict()}

@@ -1,6 +1,6 @@
 """Let an optimizer update the part of each sharded weight that this rank holds, as a plain tensor.
 
-So clipping, AdamW and the check of its moments do not know about shards, and only what is saved is gathered.
+So clipping, AdamW and the check of its moments do not know about shards, and what is saved stays in parts.
 """
 
 from dataclasses import replace
@@ -72,8 +72,9 @@ class Shards:
         weight = self._weights[id(parameter)][1] if self.owns(parameter) else parameter
         return tuple(getattr(weight, "ds_shape", weight.shape))
 
-    def __bool__(self) -> bool:
-        return bool(self._weights)
+    @property
+    def is_empty(self) -> bool:
+        return not self._weights
 
     def sharded(self, parameter: Tensor, value: Tensor) -> Tensor:
         """Return a tensor of a parameter's state as this rank's part of a whole, if the weight is sharded and it has its shape."""

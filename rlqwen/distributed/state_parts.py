@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -21,19 +22,26 @@ from rlqwen.errors import ConfigError
 FILE_BYTES = 1024**3
 """Bytes of all ranks' parts in one file each, about; a rank copies its part of one file at a time."""
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+"""What torch raises for files that it has not written."""
+
 
 def save_parts(folder: Path, tensors: Mapping[str, Tensor], group: Any) -> None:
     """Write the parts that this rank holds into `folder`; a plain tensor, which all have, is written once.
 
-    Called on every rank with the same names; `group`: a process group of all ranks.
+    Called on every rank with the same names; `group`: a process group of all ranks. If a rank fails, such as by a full disk,
+    its error is raised on all.
     """
     files, size = {}, 0
     for name, tensor in tensors.items():
         files[name] = 1 + size // FILE_BYTES
         size += tensor.nbytes
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-    with _quiet():
-        save(dict(tensors), storage_writer=writer, process_group=group)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of torch, on its own use of its interfaces
+            save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        raise _first_failure(error) from None
 
 
 def read_layout(folder: Path) -> dict[str, Tensor]:
@@ -45,7 +53,7 @@ def read_layout(folder: Path) -> dict[str, Tensor]:
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for name, entry in entries.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{folder} does not hold an optimizer's state: {error}") from error
 
 
@@ -55,21 +63,19 @@ def read_parts(folder: Path, tensors: dict[str, Tensor], group: Any) -> None:
     Raises ConfigError if parts are missing.
     """
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):
             load(
                 tensors,
                 storage_reader=HuggingFaceStorageReader(str(folder)),
                 process_group=group,
                 no_dist=group is None,
             )
-    except CheckpointException as error:  # not an Exception
-        failure = next(iter(error.failures.values()))[0]
+    except (CheckpointException, *_UNREADABLE) as error:
+        failure = _first_failure(error) if isinstance(error, CheckpointException) else error
         raise ConfigError(f"{folder} does not hold a whole optimizer's state: {failure}") from None
 
 
-class _quiet(warnings.catch_warnings):
-    """Silence torch's warnings on its own use of its interfaces."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
+def _first_failure(error: CheckpointException) -> Exception:
+    """Return the error of the first rank that failed, such as one of a full disk; torch's own is no Exception."""
+    failure = next(iter(error.failures.values()))[0]
+    return failure if isinstance(failure, Exception) else OSError(str(failure))
