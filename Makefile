@@ -28,7 +28,7 @@ test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m fault --fault-table FAULTS.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m fault --fault-table=FAULTS.md
 
 bench: install
 	$(BIN)/python benchmarks/cpu.py

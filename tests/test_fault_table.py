@@ -1,5 +1,7 @@
 """The table of injected faults: which tests run when, and what is published of them."""
 
+from pathlib import Path
+
 import pytest
 
 MARKED = """
@@ -55,6 +57,11 @@ def test_the_faults_alone_are_published_with_their_outcomes(suite: pytest.Pytest
     assert "| a full disk | nothing is lost | **failed** |" in table
     assert r"| a \| b | gap | known gap: no such thing yet |" in table
     assert "| no device | said | not run here: no GPU here |" in table
+
+
+def test_make_names_the_table_within_the_option() -> None:
+    """pytest would take a file that is there, as the table is, for a test to collect, and would not know the option."""
+    assert "--fault-table=FAULTS.md" in (Path(__file__).parents[1] / "Makefile").read_text()
 
 
 def test_a_slow_fault_asked_for_by_name_runs(suite: pytest.Pytester) -> None:

@@ -85,7 +85,7 @@ def test_a_model_with_an_adapter_is_not_sharded() -> None:
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_shards_reach_vllm_exactly(tmp_path: Path) -> None:
-    metrics = run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3", TINY, tmp_path, autotp_size=2), deadline_s=150)
+    metrics = run_ranks(lambda: sample_with_vllm("builtin:tiny-qwen3", TINY, tmp_path, autotp_size=2))
     check_syncs(metrics[0])
 
 

@@ -449,7 +449,7 @@ import sys
 import numpy as np
 import ray
 from rlqwen.errors import ResourceError
-from rlqwen.rollout import cluster
+from rlqwen.rollout import ray_cluster as cluster
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 1024**2, _temp_dir=sys.argv[1])
 kept = []
