@@ -1,7 +1,7 @@
 """Estimate the seconds of an update: products, memory traffic, what ranks send to each other, and pipeline bubbles.
 
 Peaks come from the catalogue of GPUs; how much of them is reached comes from the constants below. They are few, and none is
-fitted to a single published figure: tests/planning/test_published_times.py says how far each measured one is met.
+fitted to a single published figure: tests/planning/test_published_figures.py says how far each measured one is met.
 """
 
 import functools
