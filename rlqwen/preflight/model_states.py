@@ -80,7 +80,8 @@ def model_states(size: ModelSize, layout: ParallelLayout, stage: StageSize, prec
         held = size.num_trained / (layout.pp * layout.tp)
         shard = held / layout.fsdp
     if layout.is_sharded:
-        return _fsdp2_states(size, layout, frozen, shard, precision)
+        # An adapter is put on a base that lies in parts already, and stays whole.
+        return _fsdp2_states(size, layout, frozen, shard if size.adapters is None else held, precision)
     if layout.engine == "megatron":
         return ModelStates(2 * held + frozen, 2 * held + frozen, 4 * held, 12 * shard)
     return _deepspeed_states(layout, frozen, held, shard, precision)
@@ -89,7 +90,7 @@ def model_states(size: ModelSize, layout: ParallelLayout, stage: StageSize, prec
 def _fsdp2_states(
     size: ModelSize, layout: ParallelLayout, frozen: float, trained: float, precision: Precision
 ) -> ModelStates:
-    """Return float32 shards of trained weights, gradients and moments, those of adapters included.
+    """Return float32 weights, gradients and moments of the trained parameters that a rank holds.
 
     While loading there are also two layers that are being read.
     """

@@ -43,7 +43,8 @@ def main(parent: int, folder: str) -> None:
             recorded = time.monotonic()
     # In the middle of a call to its object store, Ray ends the trainer on the spot if the raylet dies.
     if not is_told and not any(process.name() == "raylet" for process in _marked(folder)):
-        print(_RAYLET_DIED.format(parent), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            os.write(sys.stderr.fileno(), f"{_RAYLET_DIED.format(parent)}\n".encode())
     end_processes(folder)
     remove_segments(folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -131,8 +131,8 @@ def update(policy: Policy, args: SFTConfig, ranks: Ranks, batches: list[PackedBa
     }
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+def lora(targets: list[str] | str) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
 
 
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -141,7 +141,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "biases": ("qwen2", {}, {}),
     "experts": ("qwen3_moe", {"router_aux_loss_coef": 0.01}, {}),
     "delta net": ("qwen3_next", {}, {}),
-    "adapter": ("qwen3", {}, {"peft_config": lora(), "reference": True}),
+    "adapter": ("qwen3", {}, {"peft_config": lora(["q_proj", "up_proj"]), "reference": True}),
+    "adapter on experts": ("qwen3_moe", {}, {"peft_config": lora("all-linear")}),
     "recomputed": ("qwen3", {"gradient_checkpointing": True}, {}),
     "selective": ("qwen3", {"gradient_checkpointing": "selective"}, {}),
 }
