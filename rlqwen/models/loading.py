@@ -1,8 +1,7 @@
 """Load models and tokenizers by name: a folder, a hub id, or a built-in model."""
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from rlqwen.models.tiny import resolve_model_path
 from rlqwen.terminal import warn
 
 Args = TypeVar("Args", bound=TrainerConfig)
+Loaded = TypeVar("Loaded")
 _FEWEST_TOKENS = 256
 """Tokens of a byte-level tokenizer at least; from a folder without one transformers makes one of special tokens alone."""
 _LOADING_ARGUMENTS = ("dtype", "quantization_config")
@@ -46,11 +46,7 @@ def load_model(name_or_path: str, args: TrainerConfig, *, in_parts: bool = True)
         require_bitsandbytes("quantization_config")
         # Quantized weights are laid out for the device that they are loaded on.
         arguments.setdefault("device_map", {"": pick_device(args.use_cpu)})
-    try:
-        with _in_parts(args, arguments, wanted=in_parts) as more:
-            return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments, **more)
-    except NotInPartsError:
-        return load_causal(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+    return _load(load_causal, name_or_path, args, arguments, in_parts=in_parts)
 
 
 def load_scalar_model(name_or_path: str, args: TrainerConfig, *, in_parts: bool = True) -> tuple[PreTrainedModel, bool]:
@@ -59,23 +55,23 @@ def load_scalar_model(name_or_path: str, args: TrainerConfig, *, in_parts: bool 
     Raises ModelError, also if the folder has a head with several labels. `in_parts`: see `load_model`.
     """
     name_or_path, arguments = pinned(name_or_path, args.model_init_kwargs)
-    try:
-        with _in_parts(args, arguments, wanted=in_parts) as more:
-            return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments, **more)
-    except NotInPartsError:
-        return load_scalar(name_or_path, trust_remote_code=args.trust_remote_code, **arguments)
+    return _load(load_scalar, name_or_path, args, arguments, in_parts=in_parts)
 
 
-@contextlib.contextmanager
-def _in_parts(args: TrainerConfig, arguments: Mapping[str, Any], *, wanted: bool) -> Iterator[dict[str, Any]]:
-    """Load models inside in this rank's parts, if ranks share weights; yield more arguments of `from_pretrained`."""
-    if not wanted or not shards_weights(args.parallel) or arguments.get("quantization_config") is not None:
-        yield {}
-        return
+def _load(
+    load: Callable[..., Loaded], name_or_path: str, args: TrainerConfig, arguments: dict[str, Any], *, in_parts: bool
+) -> Loaded:
+    """Call `load`; if ranks share weights, for this rank's parts, where transformers can read these."""
+    options = {"trust_remote_code": args.trust_remote_code, **arguments}
+    if not in_parts or not shards_weights(args.parallel) or arguments.get("quantization_config") is not None:
+        return load(name_or_path, **options)
     device = pick_device(args.use_cpu)
     dtype = compute_dtype(args, device)
-    with loading_in_parts(lambda model: Root.shard_without_memory(model, device=device, dtype=dtype)) as more:
-        yield more
+    try:
+        with loading_in_parts(lambda model: Root.shard_without_memory(model, device=device, dtype=dtype)) as more:
+            return load(name_or_path, **options, **more)
+    except NotInPartsError:
+        return load(name_or_path, **options)
 
 
 def load_with_reference(

@@ -25,7 +25,7 @@ HOST_LINK, HOST_BANDWIDTH = 25e9, 200e9
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that real programs reach."""
+    """Hold the shares of the peaks that real programs reach."""
 
     products: float = 0.65
     """Of FLOP/s, in products of wide matrices."""
@@ -51,7 +51,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class UpdateTime:
-    """Seconds of one update by part."""
+    """Hold the seconds of one update by part."""
 
     parts: dict[str, float] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be timed: a model on a cluster, and how it is trained."""
+    """Hold what is to be timed: a model on a cluster, and how it is trained."""
 
     size: ModelSize
     cluster: Cluster
